@@ -1,0 +1,223 @@
+"""The two plots of a report as inline SVG, in colours that the page's light and dark styles define."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from prism.report import wording
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Matplotlib draws in these stand-ins; each becomes a CSS variable of the page, so that one drawing suits both styles.
+_INK, _MUTED, _GRID, _ACCENT, _PAPER = "#010203", "#020304", "#030405", "#040506", "#050607"
+_SERIES = ("#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    _ACCENT: "var(--accent)",
+    _PAPER: "var(--card)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+}
+_STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.unicode_minus": True, "path.simplify": False}
+
+
+def accuracy_plot(rows: Sequence[Row]) -> str:
+    """Accuracy without ties against t: each judge's overall line with its interval, and thin lines of the dimensions.
+
+    Returns an SVG element, or "" where no row has an accuracy.
+    """
+    lines = _accuracy_lines(rows)
+    if not lines:
+        return ""
+    figure, axes = _figure(5.6, 3.9)
+    axes.axhline(50, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.annotate(
+        "chance", (1000, 50), xytext=(-2, 4), textcoords="offset points", color=_MUTED, ha="right", fontsize=9
+    )
+    ends = []
+    for line in lines:
+        t = [row["t"] for row in line["rows"]]
+        value = [100 * row["without_ties"] for row in line["rows"]]
+        width, size = (2.2, 5) if line["main"] else (1.2, 0)
+        if line["main"] and all(row["without_ties_ci95"] for row in line["rows"]):
+            low, high = zip(*(row["without_ties_ci95"] for row in line["rows"]))
+            band = [[100 * end for end in ends] for ends in (low, high)]
+            axes.fill_between(t, *band, color=line["colour"], alpha=0.14, linewidth=0)
+        axes.plot(t, value, color=line["colour"], linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
+        ends.append((value[0], line["name"], line["colour"], line["main"]))
+    axes.set_xlim(-15, 1005)
+    axes.set_xticks([0, 200, 400, 600, 800, 1000], ["0\nclean", "200", "400", "600", "800", "1000\nnoise"])
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 45), max(high, 60))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    axes.set_xlabel("noise level t of the latent that is judged", color=_MUTED)
+    _end_labels(axes, ends)
+    return _svg(figure, "Pairwise accuracy without ties against the noise level t")
+
+
+def _accuracy_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Overall lines of every judge and set; where there is one judge, its dimensions as thin lines behind."""
+    series: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["without_ties"] is not None:
+            series.setdefault((wording.judge_name(row), row["set"], row["dimension"]), []).append(row)
+    mains = [key for key in series if key[2] == "overall"] or list(series)[:1]
+    sets = {key[1] for key in mains}
+    lines = []
+    for i, key in enumerate(mains):
+        name = key[2] if len(mains) == 1 else key[0] if len(sets) == 1 else f"{key[0]}, {key[1]}"
+        lines.append({"name": name, "rows": series[key], "main": True, "colour": _colour(i)})
+    if len(mains) == 1:
+        others = [key for key in series if key not in mains]
+        for i, key in enumerate(others):
+            colour = _SERIES[i % len(_SERIES)]
+            lines.insert(0, {"name": key[2], "rows": series[key], "main": False, "colour": colour})
+    for line in lines:
+        line["rows"] = sorted(line["rows"], key=lambda row: row["t"])
+    return lines
+
+
+def _colour(index: int) -> str:
+    return _ACCENT if index == 0 else _SERIES[(index - 1) % len(_SERIES)]
+
+
+def cost_plot(rows: Sequence[Row]) -> str:
+    """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains."""
+    points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]
+    if not points:
+        return ""
+    figure, axes = _figure(5.6, 3.9)
+    axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    cost = [100 * row["denoiser_share_of_full"] for row in points]
+    right = max(*cost, 100.0)
+    labels = []
+    for x, row in zip(cost, points):
+        y, ours = row["referee_gain"], row["strategy"] in ("early", "draft")
+        colour = _ACCENT if ours and row["judge"] == "prism" else _INK if row["strategy"] == "full" else _MUTED
+        if row["referee_gain_ci95"]:
+            axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=1.4, alpha=0.55, solid_capstyle="round")
+        axes.plot(x, y, "o", color=colour, markersize=8 if ours else 6.5, markeredgecolor=_PAPER, markeredgewidth=1)
+        labels.append((x, y, wording.strategy_name(row), colour, ours))
+    axes.set_xlim(0, right * 1.04)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
+    sizes = "/".join(str(size) for size in sorted({row["n"] for row in points}))
+    axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
+    _point_labels(axes, labels, right)
+    return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_MUTED, length=0, pad=6, labelsize=9.5)
+    return figure, axes
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
+    """Names at the clean end of the lines (the left edge), pushed apart where lines meet."""
+    low, high = axes.get_ylim()
+    heights = _spread([end[0] for end in ends], gap=(high - low) * 0.062, low=low, high=high)
+    for (_, name, colour, main), height in zip(ends, heights):
+        text = {"color": colour, "va": "center", "ha": "left", "fontsize": 10 if main else 9}
+        axes.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), annotation_clip=False, **text)
+
+
+def _point_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str, bool]], right: float) -> None:
+    """Names beside their points, to the left for points in the right third; neighbours are pushed apart vertically."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.07
+    for on_left in (False, True):
+        side = [label for label in labels if (label[0] > 0.8 * right) == on_left]
+        for cluster in _clusters(side, reach=0.22 * right):
+            heights = _spread([label[1] for label in cluster], gap, low, high)
+            for (x, _, name, colour, ours), height in zip(cluster, heights):
+                axes.annotate(
+                    name,
+                    (x, height),
+                    xytext=(-9 if on_left else 9, 0),
+                    textcoords="offset points",
+                    ha="right" if on_left else "left",
+                    va="center",
+                    color=colour,
+                    fontsize=10.5 if ours else 10,
+                    fontweight="bold" if ours else "normal",
+                )
+
+
+def _clusters(labels: Sequence[tuple[Any, ...]], reach: float) -> list[list[tuple[Any, ...]]]:
+    """Labels whose points lie within `reach` of their left neighbour, so that their texts could meet."""
+    clusters: list[list[tuple[Any, ...]]] = []
+    for label in sorted(labels, key=lambda label: label[0]):
+        if clusters and label[0] - clusters[-1][-1][0] < reach:
+            clusters[-1].append(label)
+        else:
+            clusters.append([label])
+    return clusters
+
+
+def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """`values` moved as little as a single sweep up and one down need to stand at least `gap` apart in [low, high]."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    placed = [values[i] for i in order]
+    for i in range(1, len(placed)):
+        overlap = placed[i - 1] + gap - placed[i]
+        if overlap > 0:
+            placed[i - 1] -= overlap / 2
+            placed[i] += overlap / 2
+    for i in range(1, len(placed)):
+        placed[i] = max(placed[i], placed[i - 1] + gap)
+    for i in range(len(placed) - 1, -1, -1):
+        ceiling = high if i == len(placed) - 1 else placed[i + 1] - gap
+        placed[i] = max(min(placed[i], ceiling), low)
+    result = [0.0] * len(values)
+    for place, i in zip(placed, order):
+        result[i] = place
+    return result
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an SVG element that scales with the page, takes its font and its colours, and reads out `title`."""
+    import matplotlib
+
+    stream = io.StringIO()
+    with matplotlib.rc_context(
+        {**_STYLE, "svg.hashsalt": title}
+    ):  # the salt keeps ids apart, and the same in every run
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
+    text = re.sub(
+        r"<svg\b[^>]*?viewBox=\"([^\"]*)\"[^>]*>", rf'<svg viewBox="\1" role="img" aria-label="{title}">', text, count=1
+    )
+    ids = dict.fromkeys(re.findall(r'\bid="([^"]+)"', text))
+    prefix = re.sub(r"\W+", "-", title.lower())[:12]
+    for name in ids:
+        used = f"#{name}" in text
+        text = text.replace(f' id="{name}"', f' id="{prefix}-{name}"' if used else "")
+        text = text.replace(f'"#{name}"', f'"#{prefix}-{name}"').replace(f"url(#{name})", f"url(#{prefix}-{name})")
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text.strip()

@@ -1,0 +1,184 @@
+"""report.html: what a run measured, as one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism.report import figures as plots
+from prism.report import wording
+from prism.report.metrics import validate
+
+
+@dataclasses.dataclass(frozen=True)
+class FilmRow:
+    """One video of a film strip: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
+
+    label: str
+    frames: np.ndarray
+    note: str = ""
+    picked: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FilmStrip:
+    """Videos of one prompt, one below the other: all candidates at a cut, say, or winner and losers finished."""
+
+    title: str
+    rows: Sequence[FilmRow]
+    caption: str = ""
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    figures: Sequence[FilmStrip] = (),
+    title: str = "PRISM",
+    notes: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the page at `path` from a metrics document, film strips, and `notes` on what it shows and what not.
+
+    Plots, tables and headline numbers appear for what `metrics` holds. Raises `PrismError` where it breaks the schema.
+    """
+    validate(metrics)
+    accuracy, picks = metrics["accuracy"], metrics["best_of_n"]
+    page = _template().render(
+        title=title,
+        metrics=metrics,
+        subtitle=_subtitle(metrics),
+        headlines=headlines(metrics),
+        accuracy_plot=plots.accuracy_plot(accuracy),
+        cost_plot=plots.cost_plot(picks),
+        accuracy_groups=wording.by_level(accuracy),
+        dimensions=wording.dimensions(accuracy),
+        several_judges=len({(row["judge"], row["head_seed"], row["source"], row["set"]) for row in accuracy}) > 1,
+        picks=picks,
+        strips=[_embedded(strip) for strip in figures],
+        cuts=metrics.get("cuts", []),
+        seeds=metrics.get("seeds", []),
+        notes=[notes] if isinstance(notes, str) else notes,
+        details=_details(metrics, config),
+        w=wording,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def film(frames: np.ndarray, count: int = 9, gap: int = 2) -> np.ndarray:
+    """At most `count` frames, evenly spaced from first to last, side by side.
+
+    `frames` is (T, H, W, 3), uint8 or float in [0, 1]; returns (H, W', 4) uint8, transparent between the frames.
+    """
+    array = np.asarray(frames)
+    if array.dtype != np.uint8:
+        array = (np.nan_to_num(array).clip(0, 1) * 255).round().astype(np.uint8)
+    chosen = array[np.linspace(0, len(array) - 1, min(count, len(array))).round().astype(int)]
+    number, height, width = chosen.shape[:3]
+    strip = np.zeros((height, number * (width + gap) - gap, 4), dtype=np.uint8)
+    for i, picture in enumerate(chosen):
+        left = i * (width + gap)
+        strip[:, left : left + width] = np.dstack([picture, np.full((height, width), 255, dtype=np.uint8)])
+    return strip
+
+
+def png(picture: np.ndarray) -> bytes:
+    """An (H, W, 3 or 4) uint8 picture as the bytes of a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The few numbers a reader should take away, each with its name and what it is measured in or against."""
+    cards = []
+    overall = [row for row in metrics["accuracy"] if row["dimension"] == "overall" and row["without_ties"] is not None]
+    if overall:
+        # t = 699 is where the project's bar stands; elsewhere the level nearest to it.
+        row = min(overall, key=lambda row: abs(row["t"] - 699))
+        interval = row["without_ties_ci95"]
+        between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
+        text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
+        cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
+    cheap = [row for row in metrics["best_of_n"] if row["strategy"] in ("early", "draft")]
+    measured = [row for row in cheap if row["referee_gain"] is not None]
+    if measured:
+        row = max(measured, key=lambda row: row["referee_gain"])
+        interval = row["referee_gain_ci95"]
+        between = f", 95 % interval {wording.signed_interval(interval)}" if interval else ""
+        text = f"standard deviations over a random pick by the {row['strategy']} strategy{between}"
+        cards.append({"name": "Gain", "value": wording.signed(row["referee_gain"]), "text": text})
+    for row in (max(measured, key=lambda row: row["referee_gain"]),) if measured else cheap[:1]:
+        if row["denoiser_share_of_full"] is not None:
+            value = wording.percent(row["denoiser_share_of_full"], 0)
+            text = f"of full Best-of-{row['n']}’s denoiser work ({wording.how(row)})"
+            cards.append({"name": "Cost", "value": value, "text": text})
+        value = wording.count(row["vae_decodes"] / row["prompts"])
+        text = f"VAE decode a prompt, in place of {row['n']}"
+        cards.append({"name": "Decodes", "value": value, "text": text})
+    return cards
+
+
+def _subtitle(metrics: Mapping[str, Any]) -> str:
+    backbone = metrics["backbone"]
+    name = backbone.get("name") or backbone.get("pipeline") or "backbone"
+    date = metrics["environment"].get("date")
+    return " · ".join(
+        str(part) for part in (f"prism {metrics['command']}", name, f"seed {metrics['seed']}", date) if part
+    )
+
+
+def _embedded(strip: FilmStrip) -> dict[str, Any]:
+    rows = []
+    for row in strip.rows:
+        picture = film(row.frames)
+        data = base64.b64encode(png(picture)).decode("ascii")
+        size = {"width": picture.shape[1], "height": picture.shape[0], "pixelated": np.shape(row.frames)[1] <= 96}
+        rows.append(
+            {"label": row.label, "note": row.note, "picked": row.picked, "uri": f"data:image/png;base64,{data}", **size}
+        )
+    return {"title": strip.title, "caption": strip.caption, "rows": rows}
+
+
+def _details(metrics: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, dict[str, str]]:
+    """Configuration, backbone, ledger, timings and environment as flat tables of text."""
+    tables = {
+        "Configuration": config,
+        "Ledger": metrics.get("ledger"),
+        "Backbone": metrics["backbone"],
+        "Timings, seconds": metrics["timings"],
+        "Environment": metrics["environment"],
+    }
+    return {name: _flat(table) for name, table in tables.items() if table}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows.update(_flat(value, f"{name}."))
+        elif isinstance(value, float):
+            rows[name] = f"{value:.6g}"
+        else:
+            rows[name] = wording.MISSING if value is None else value if isinstance(value, str) else json.dumps(value)
+    return rows
+
+
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(resources.files("prism.report").joinpath("page.html").read_text(encoding="utf-8"))

@@ -1,0 +1,85 @@
+"""The two tables of a run on the terminal: accuracy by noise level, and strategies of Best-of-N."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from prism.report import wording
+
+
+def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "Judge: pairwise accuracy by noise level") -> Table:
+    """`rows` as in metrics.json's "accuracy": one line a judge and noise level, noisiest first."""
+    dimensions = wording.dimensions(rows)
+    table = _table(title, "without ties, 95 % interval over prompts; t = 1000 is pure noise, 0 is clean")
+    judges = {(row["judge"], row["head_seed"], row["source"], row["set"]) for row in rows}
+    if len(judges) > 1:
+        table.add_column("judge")
+        table.add_column("set")
+    table.add_column("t", justify="right")
+    table.add_column("overall", justify="right", style="bold")
+    table.add_column("95 %\ninterval", justify="right", style="dim")
+    for dimension in dimensions:
+        table.add_column(dimension, justify="right")
+    table.add_column("with ties", justify="right")
+    table.add_column("pairs", justify="right", style="dim")
+    for group in wording.by_level(rows):
+        main = group.get("overall") or next(iter(group.values()))
+        lead = [wording.judge_name(main), main["set"]] if len(judges) > 1 else []
+        cells = [
+            f"{main['t']:g}",
+            wording.percent(main["without_ties"]),
+            wording.percent_interval(main["without_ties_ci95"]),
+            *(wording.percent(group[name]["without_ties"] if name in group else None) for name in dimensions),
+            wording.percent(main["with_ties_validation_threshold"]),
+            str(main["pairs"]),
+        ]
+        table.add_row(*lead, *cells)
+    return table
+
+
+def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given."""
+    sizes = sorted({row["n"] for row in rows})
+    prompts = sorted({row["prompts"] for row in rows})
+    name = f"Best-of-{'/'.join(map(str, sizes))}: what each strategy picks and what it costs"
+    unit = "gain over a random pick in within-prompt standard deviations, 95 % interval"
+    table = _table(title or name, f"{'/'.join(map(str, prompts))} prompts; {unit}")
+    table.add_column("strategy", style="bold")
+    table.add_column("how")
+    table.add_column("gain", justify="right")
+    table.add_column("95 %\ninterval", justify="right", style="dim")
+    table.add_column("share of\noracle", justify="right")
+    table.add_column("denoiser\nrows", justify="right")
+    table.add_column("share of\nfull", justify="right")
+    table.add_column("VAE\ndecodes", justify="right")
+    table.add_column("seconds", justify="right", style="dim")
+    for row in rows:
+        table.add_row(
+            wording.strategy_name(row),
+            wording.how(row),
+            wording.signed(row["referee_gain"]),
+            wording.signed_interval(row["referee_gain_ci95"]),
+            wording.percent(row["oracle_share"], 0),
+            wording.count(row["denoiser_rows"]),
+            wording.percent(row["denoiser_share_of_full"]),
+            wording.count(row["vae_decodes"]),
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )

@@ -1,0 +1,71 @@
+"""How rows of metrics.json are grouped and their numbers written, alike on the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MISSING = "–"
+Row = Mapping[str, Any]
+
+
+def dimensions(rows: Sequence[Row]) -> list[str]:
+    """The dimensions of accuracy rows besides the overall one, in order of appearance."""
+    return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != "overall"]
+
+
+def judge_name(row: Row) -> str:
+    """The judge with its head's seed and training source where it has them."""
+    seed = "" if row.get("head_seed") is None else f" #{row['head_seed']}"
+    source = "" if row.get("source") in (None, "renoised") else f" ({row['source']})"
+    return f"{row['judge']}{seed}{source}"
+
+
+def by_level(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """Accuracy rows as one {dimension: row} a judge, set and noise level; judges as they come, noisiest level first."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (row["judge"], row["head_seed"], row["source"], row["set"], row["t"])
+        groups.setdefault(key, {})[row["dimension"]] = row
+    order = {key[:4]: i for i, key in reversed(list(enumerate(groups)))}
+    return [groups[key] for key in sorted(groups, key=lambda key: (order[key[:4]], -key[4]))]
+
+
+def strategy_name(row: Row) -> str:
+    """The strategy, with whose judgement it went by where that was not our head's."""
+    return row["strategy"] if row["judge"] in ("prism", "referee") else f"{row['strategy']} ({row['judge']})"
+
+
+def how(row: Row) -> str:
+    """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
+    strategy = row["strategy"]
+    at = "" if row["judge_at"] is None else f"judged at t = {row['judge_at']:g}"
+    if strategy == "early" and row["schedule"]:
+        return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"])
+    if strategy == "draft":
+        return ", ".join(part for part in (f"{row['draft_steps']}-step drafts", at) if part)
+    if strategy == "full":
+        return at or "judged clean"
+    return {"none": "first seed", "random": "any seed", "oracle": "referee picks"}.get(strategy, MISSING)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value:.{digits}f} %".replace("-", "−")
+
+
+def percent_interval(value: Sequence[float] | None, digits: int = 1) -> str:
+    return MISSING if value is None else f"{100 * value[0]:.{digits}f} – {100 * value[1]:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.2f}".replace("-", "−")  # a true minus, as wide as the plus
+
+
+def signed_interval(value: Sequence[float] | None) -> str:
+    return MISSING if value is None else f"{signed(value[0])} … {signed(value[1])}"
+
+
+def count(value: float) -> str:
+    """Thousands apart by a narrow space; one decimal only where there is a fraction."""
+    text = f"{value:,.0f}" if float(value).is_integer() or value >= 1000 else f"{value:,.1f}"
+    return text.replace(",", "\u202f")
