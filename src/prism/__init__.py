@@ -1,0 +1,56 @@
+"""PRISM: a frozen video diffusion model judges its own noisy latents, and Best-of-N stops paying for losers.
+
+The public names are imported on first use, so that ``import prism`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Backbone": "prism.backbone",
+    "BestOfNResult": "prism.sampling",
+    "Judge": "prism.judge",
+    "LatentStore": "prism.preference",
+    "PrismError": "prism.errors",
+    "QueryHead": "prism.judge",
+    "TrainConfig": "prism.training",
+    "best_of_n": "prism.sampling",
+    "evaluate": "prism.evaluation",
+    "pairwise_accuracy": "prism.evaluation",
+    "train": "prism.training",
+}
+_MODULES = ("shapeworld",)
+
+__all__ = sorted((*_HOMES, *_MODULES))
+
+if TYPE_CHECKING:
+    from prism import shapeworld as shapeworld
+    from prism.backbone import Backbone as Backbone
+    from prism.errors import PrismError as PrismError
+    from prism.evaluation import evaluate as evaluate
+    from prism.evaluation import pairwise_accuracy as pairwise_accuracy
+    from prism.judge import Judge as Judge
+    from prism.judge import QueryHead as QueryHead
+    from prism.preference import LatentStore as LatentStore
+    from prism.sampling import BestOfNResult as BestOfNResult
+    from prism.sampling import best_of_n as best_of_n
+    from prism.training import TrainConfig as TrainConfig
+    from prism.training import train as train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"prism.{name}")
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'prism' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,6 @@
+"""Evidence: how often a judge agrees with the labels, by noise level, with intervals."""
+
+from prism.evaluation.accuracy import NO_TIES as NO_TIES
+from prism.evaluation.accuracy import PairwiseAccuracy as PairwiseAccuracy
+from prism.evaluation.accuracy import clustered_bootstrap as clustered_bootstrap
+from prism.evaluation.accuracy import pairwise_accuracy as pairwise_accuracy

@@ -1,0 +1,3 @@
+"""The judge: a frozen backbone, a tap and a small trained head."""
+
+from prism.judge.head import QueryHead as QueryHead

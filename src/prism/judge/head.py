@@ -1,0 +1,183 @@
+"""The query head: one learnable query reads the tokens, an MLP turns what it read into one score per dimension.
+
+Paper section 3.2. The tokens of the video and of the prompt, F_uni = [F_vis, F_txt], share one linear W_p to width D;
+a learnable query attends over them (Eq. 2), and a 5-layer MLP gives the scores. The paper leaves norms, the number of
+attention heads and the MLP's widths open: here tokens are normalised (without weights) before W_p, what the query read
+is normalised before the MLP, and the MLP is D wide throughout.
+
+With few queries the projections fold into the query. Per attention head h,
+
+    logits = F W_p^T W_k,h^T q_h / sqrt(d)      needs only the vector a_h = W_p^T W_k,h^T q_h / sqrt(d) of size D_vis,
+    read_h = W_v,h (W_p (sum_i w_i F_i) + b_p)  applies W_p and W_v to one weighted sum, as the weights sum to one,
+
+so that the cost is that of reading the tokens once, and no (B, L, D) tensor exists. A bias on keys, or in W_p as seen
+by the keys, adds the same number to all logits and cancels in the softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from prism.errors import PrismError
+
+AGGREGATIONS = ("query", "mean", "linear")
+
+
+class QueryHead(nn.Module, PyTorchModelHubMixin):
+    """Scores of noisy videos from a backbone's tokens.
+
+    Args:
+        width: D_vis, the width of the backbone's tokens.
+        dim: D, the width of the projection, the attention and the MLP. The paper's is 1536.
+        num_dimensions: number of scores (VQ, MQ, TA, overall: 4).
+        num_queries: N_q of the paper; what several queries read is averaged.
+        num_heads: attention heads; must divide ``dim``.
+        mlp_layers: linear layers of the MLP, the last one included. The paper's is 5.
+        aggregation: ``"query"`` (the paper's), or an ablation: ``"mean"`` (the mean token instead of the query) or
+            ``"linear"`` (a linear probe on the mean token).
+        chunk_size: tokens that are read at a time; bounds the float32 memory of long videos.
+
+    Raises:
+        PrismError: on an aggregation that does not exist, or heads that do not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        dim: int = 1536,
+        num_dimensions: int = 4,
+        num_queries: int = 1,
+        num_heads: int = 8,
+        mlp_layers: int = 5,
+        aggregation: str = "query",
+        chunk_size: int = 4096,
+    ) -> None:
+        super().__init__()
+        if aggregation not in AGGREGATIONS:
+            raise PrismError(
+                f"The aggregation {aggregation!r} does not exist; choose one of {', '.join(AGGREGATIONS)}."
+            )
+        sizes = {"width": width, "dim": dim, "num_dimensions": num_dimensions, "num_queries": num_queries}
+        sizes |= {"num_heads": num_heads, "mlp_layers": mlp_layers, "chunk_size": chunk_size}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise PrismError(f"The head's {name} must be a whole number above 0, found {value!r}.")
+        if dim % num_heads:
+            raise PrismError(f"The head's num_heads must divide its dim, found {num_heads} heads for dim {dim}.")
+        self.width, self.dim, self.num_dimensions = width, dim, num_dimensions
+        self.num_queries, self.num_heads, self.aggregation, self.chunk_size = (
+            num_queries,
+            num_heads,
+            aggregation,
+            chunk_size,
+        )
+        if aggregation == "linear":
+            self.probe = nn.Linear(width, num_dimensions)
+            return
+        self.w_p = nn.Linear(width, dim)
+        if aggregation == "query":
+            # Unit scale, so that the heads look at different tokens from the start.
+            self.query = nn.Parameter(torch.randn(num_queries, dim))
+            self.w_q = nn.Linear(dim, dim, bias=False)
+            self.w_k = nn.Linear(dim, dim, bias=False)
+            self.w_v = nn.Linear(dim, dim)
+            self.w_o = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        layers: list[nn.Module] = []
+        for _ in range(mlp_layers - 1):
+            layers += [nn.Linear(dim, dim), nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(dim, num_dimensions))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """Scores of a batch.
+
+        Args:
+            visual: (B, L, D_vis) tokens of the video after the tapped block, any float dtype.
+            text: (B, L_t, D_vis) tokens of the prompt, or None.
+            text_mask: (B, L_t) bool, True at real tokens; None when all are real.
+
+        Returns:
+            (B, num_dimensions) float32.
+        """
+        # The head is small: reduced precision would save nothing and cost rank changes between near-equal candidates.
+        with torch.autocast(visual.device.type, enabled=False):
+            if self.aggregation == "query":
+                return self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
+            mean = self._mean(visual, text, text_mask)
+            return self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
+
+    def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
+        heads, size = self.num_heads, self.dim // self.num_heads
+        query = self.w_q(self.query).view(self.num_queries, heads, size)
+        keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
+        folded = (keys @ self.w_p.weight).flatten(0, 1) / size**0.5  # a_h, (N_q * heads, D_vis)
+
+        sums = self._attend(folded, visual, text, text_mask)  # (B, N_q * heads, D_vis)
+        projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
+        values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
+        values = values.flatten(2) + self.w_v.bias
+        return self.w_o(values).mean(1)
+
+    def _chunks(
+        self, visual: Tensor, text: Tensor | None, mask: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """F_uni piece by piece: the concatenation of Eq. 2 never exists."""
+        for start in range(0, visual.shape[1], self.chunk_size):
+            yield visual[:, start : start + self.chunk_size], None
+        for start in range(0, 0 if text is None else text.shape[1], self.chunk_size):
+            stop = start + self.chunk_size
+            yield text[:, start:stop], None if mask is None else mask[:, start:stop].bool()  # type: ignore[index]
+
+    def _attend(self, folded: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Softmax-weighted sums of the normalised tokens, one per query and head, by online softmax in float32."""
+        batch, rows = len(visual), len(folded)
+        peak = folded.new_full((batch, rows, 1), -torch.inf)
+        total = folded.new_zeros((batch, rows, 1))
+        sums = folded.new_zeros((batch, rows, self.width))
+        # Without this, autograd would keep a float32 copy of every chunk.
+        recompute = torch.is_grad_enabled() and visual.shape[1] > self.chunk_size
+        for tokens, real in self._chunks(visual, text, mask):
+            if recompute:
+                peak, total, sums = checkpoint(
+                    self._attend_chunk, folded, tokens, real, peak, total, sums, use_reentrant=False
+                )
+            else:
+                peak, total, sums = self._attend_chunk(folded, tokens, real, peak, total, sums)
+        return sums / total
+
+    def _attend_chunk(
+        self, folded: Tensor, tokens: Tensor, real: Tensor | None, peak: Tensor, total: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = F.layer_norm(tokens.float(), (self.width,))
+        logits = folded @ tokens.transpose(1, 2)  # (B, rows, chunk)
+        if real is not None:
+            logits = logits.masked_fill(~real[:, None], -torch.inf)
+        # The peak only keeps exp in range: the result does not depend on it, so it carries no gradient.
+        new_peak = torch.maximum(peak, logits.detach().amax(-1, keepdim=True))
+        keep, weights = (peak - new_peak).exp(), (logits - new_peak).exp()
+        return new_peak, total * keep + weights.sum(-1, keepdim=True), sums * keep + weights @ tokens
+
+    def _mean(self, visual: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The mean normalised token over video and prompt, (B, D_vis) float32."""
+        sums = visual.new_zeros((len(visual), self.width), dtype=torch.float32)
+        counts = torch.zeros(len(visual), 1, device=visual.device)
+        for tokens, real in self._chunks(visual, text, mask):
+            tokens = F.layer_norm(tokens.float(), (self.width,))
+            if real is not None:
+                tokens, counts = tokens * real[..., None], counts + real.sum(1, keepdim=True)
+            else:
+                counts = counts + tokens.shape[1]
+            sums = sums + tokens.sum(1)
+        return sums / counts

@@ -1,0 +1,172 @@
+"""Preference pairs: from scores to labels, from dimensions to an overall label, and splits that share no prompt.
+
+A table of pairs has the columns prompt, video_a, video_b, split and one int8 column per dimension:
+1 (A preferred), -1 (B preferred), 0 (tie), null (no label).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from prism.errors import PrismError
+
+SPLITS = ("train", "validation", "test")
+PAIR_COLUMNS = ("prompt", "video_a", "video_b", "split")
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """All labelled pairs of one prompt: what a training step draws, and what a bootstrap resamples."""
+
+    prompt: str
+    videos: tuple[str, ...]
+    first: np.ndarray
+    """(pairs,) index of A in ``videos``."""
+    second: np.ndarray
+    """(pairs,) index of B in ``videos``."""
+    labels: np.ndarray
+    """(pairs, num_dimensions) 1, -1, 0, or NaN where there is no label."""
+
+
+def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Table:
+    """All pairs within each prompt, labelled by scores.
+
+    A dimension is a tie where the two scores differ by at most its margin. The overall label follows the paper's rule
+    (section 4.1): all dimensions tie -> tie; the votes that are no ties agree -> that side; they conflict -> no label.
+
+    Args:
+        videos: columns video, prompt, split and one score column per key of ``margins``.
+        margins: dimension -> largest difference that counts as a tie, in the score's unit, such as ``{"VQ": 0.05}``.
+
+    Returns:
+        A table of pairs with the dimensions of ``margins`` and "overall".
+
+    Raises:
+        PrismError: where a score column is missing or a margin is negative.
+    """
+    for dimension, margin in margins.items():
+        if dimension == "overall":
+            raise PrismError("The overall label follows from the other dimensions; leave it out of the margins.")
+        if dimension not in videos.column_names:
+            raise PrismError(
+                f"The videos have no score column {dimension}; they have {', '.join(videos.column_names)}."
+            )
+        if not margin >= 0:
+            raise PrismError(f"The tie margin of {dimension} must be 0 or more, found {margin}.")
+    ids = np.array(videos["video"].to_pylist(), dtype=object)
+    prompts = np.array(videos["prompt"].to_pylist(), dtype=object)
+    splits = np.array(videos["split"].to_pylist(), dtype=object)
+    first, second = _within(prompts)
+    columns: dict[str, pa.Array] = {
+        "prompt": pa.array(prompts[first], pa.string()),
+        "video_a": pa.array(ids[first], pa.string()),
+        "video_b": pa.array(ids[second], pa.string()),
+        "split": pa.array(splits[first], pa.string()),
+    }
+    votes = []
+    for dimension, margin in margins.items():
+        score = videos[dimension].to_numpy().astype(np.float64)
+        difference = score[first] - score[second]
+        votes.append(np.where(np.abs(difference) <= margin, 0, np.sign(difference)))  # NaN stays NaN
+        columns[dimension] = _labels(votes[-1])
+    columns["overall"] = _labels(overall(np.stack(votes, 1)) if votes else np.full(len(first), np.nan))
+    return pa.table(columns)
+
+
+def overall(votes: np.ndarray) -> np.ndarray:
+    """The paper's aggregation of (pairs, dimensions) votes to (pairs,); NaN where votes conflict or one is missing."""
+    total = np.clip(votes.sum(1), -1, 1)
+    conflict = (votes == 1).any(1) & (votes == -1).any(1)
+    return np.where(conflict, np.nan, total)
+
+
+def _within(prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices (A, B) of all pairs that share a prompt, A before B, prompts in order of appearance."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    pieces = [np.array(members)[np.stack(np.triu_indices(len(members), 1))] for members in rows.values()]
+    joined = np.concatenate([np.zeros((2, 0), dtype=np.int64), *pieces], axis=1)
+    return joined[0], joined[1]
+
+
+def _labels(votes: np.ndarray) -> pa.Array:
+    missing = np.isnan(votes)
+    return pa.array(np.where(missing, 0, votes).astype(np.int8), pa.int8(), mask=missing)
+
+
+def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
+    """Labels as (pairs, num_dimensions) float64, NaN where null.
+
+    Raises:
+        PrismError: where a dimension has no column, or a label is not 1, -1, 0 or null.
+    """
+    columns = []
+    for dimension in dimensions:
+        if dimension not in pairs.column_names:
+            known = [name for name in pairs.column_names if name not in PAIR_COLUMNS]
+            raise PrismError(f"The pairs have no labels for {dimension}; they have {', '.join(known) or 'none'}.")
+        try:
+            column = pairs[dimension].cast(pa.float64()).to_numpy(zero_copy_only=False)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise PrismError(
+                f"The labels of {dimension} must be 1, -1, 0 or null, found {pairs[dimension].type}."
+            ) from error
+        strange = ~np.isnan(column) & ~np.isin(column, (-1, 0, 1))
+        if strange.any():
+            raise PrismError(f"The labels of {dimension} must be 1, -1, 0 or null, found {column[strange][0]:g}.")
+        columns.append(column)
+    return np.stack(columns, 1) if columns else np.zeros((len(pairs), 0))
+
+
+def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> list[PromptGroup]:
+    """The pairs of a split that have a label in any of the dimensions, by prompt, in order of appearance."""
+    labels = label_matrix(pairs, dimensions)
+    wanted = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & ~np.isnan(labels).all(1)
+    rows: dict[str, list[int]] = {}
+    prompts = pairs["prompt"].to_pylist()
+    for row in np.flatnonzero(wanted).tolist():
+        rows.setdefault(prompts[row], []).append(row)
+    video_a, video_b = pairs["video_a"].to_pylist(), pairs["video_b"].to_pylist()
+    groups = []
+    for prompt, members in rows.items():
+        place: dict[str, int] = {}
+        for row in members:
+            for video in (video_a[row], video_b[row]):
+                place.setdefault(video, len(place))
+        first = np.array([place[video_a[row]] for row in members])
+        second = np.array([place[video_b[row]] for row in members])
+        groups.append(PromptGroup(prompt, tuple(place), first, second, labels[members]))
+    return groups
+
+
+def prompt_key(prompt: str) -> str:
+    """What makes two prompts the same prompt: their words, not their case or spacing. A short hash of these."""
+    return hashlib.sha256(" ".join(prompt.casefold().split()).encode()).hexdigest()[:16]
+
+
+def check_disjoint(pairs: pa.Table) -> None:
+    """Refuse pairs whose splits share a prompt (up to case and spacing) or a video.
+
+    Raises:
+        PrismError: naming one prompt or video that is in two splits.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    columns = [pairs[name].to_pylist() for name in PAIR_COLUMNS]
+    for prompt, video_a, video_b, split in zip(*columns):
+        for kind, name, key in (
+            ("prompt", prompt, prompt_key(prompt)),
+            ("video", video_a, video_a),
+            ("video", video_b, video_b),
+        ):
+            other = seen.setdefault((kind, key), split)
+            if other != split:
+                raise PrismError(
+                    f"The {kind} {name!r} is in the splits {other} and {split}; "
+                    "a split must share no prompt and no video with another, or accuracy means nothing."
+                )
