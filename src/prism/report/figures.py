@@ -37,11 +37,9 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
     lines = _accuracy_lines(rows)
     if not lines:
         return ""
-    figure, axes = _figure(5.6, 3.9)
+    figure, axes = _figure(4.9, 3.5)
     axes.axhline(50, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
-    axes.annotate(
-        "chance", (1000, 50), xytext=(-2, 4), textcoords="offset points", color=_MUTED, ha="right", fontsize=9
-    )
+    axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=_MUTED, ha="right", fontsize=9)
     ends = []
     for line in lines:
         t = [row["t"] for row in line["rows"]]
@@ -53,8 +51,8 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
             axes.fill_between(t, *band, color=line["colour"], alpha=0.14, linewidth=0)
         axes.plot(t, value, color=line["colour"], linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
         ends.append((value[0], line["name"], line["colour"], line["main"]))
-    axes.set_xlim(-15, 1005)
-    axes.set_xticks([0, 200, 400, 600, 800, 1000], ["0\nclean", "200", "400", "600", "800", "1000\nnoise"])
+    axes.set_xlim(1005, -15)  # as sampling goes: from noise on the left to clean on the right
+    axes.set_xticks([1000, 800, 600, 400, 200, 0], ["1000\nnoise", "800", "600", "400", "200", "0\nclean"])
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 45), max(high, 60))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
@@ -94,7 +92,7 @@ def cost_plot(rows: Sequence[Row]) -> str:
     points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]
     if not points:
         return ""
-    figure, axes = _figure(5.6, 3.9)
+    figure, axes = _figure(4.9, 3.5)
     axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
     cost = [100 * row["denoiser_share_of_full"] for row in points]
     right = max(*cost, 100.0)
@@ -134,7 +132,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
-    """Names at the clean end of the lines (the left edge), pushed apart where lines meet."""
+    """Names at the clean end of the lines, the right edge, pushed apart where lines meet."""
     low, high = axes.get_ylim()
     heights = _spread([end[0] for end in ends], gap=(high - low) * 0.062, low=low, high=high)
     for (_, name, colour, main), height in zip(ends, heights):

@@ -63,6 +63,7 @@ def write_report(
         dimensions=wording.dimensions(accuracy),
         several_judges=len({(row["judge"], row["head_seed"], row["source"], row["set"]) for row in accuracy}) > 1,
         picks=picks,
+        uniform=len({(row["n"], row["prompts"]) for row in picks}) == 1,
         strips=[_embedded(strip) for strip in figures],
         cuts=metrics.get("cuts", []),
         seeds=metrics.get("seeds", []),
@@ -107,15 +108,15 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         # t = 699 is where the project's bar stands; elsewhere the level nearest to it.
         row = min(overall, key=lambda row: abs(row["t"] - 699))
         interval = row["without_ties_ci95"]
-        between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
-        text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
+        between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
+        text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     cheap = [row for row in metrics["best_of_n"] if row["strategy"] in ("early", "draft")]
     measured = [row for row in cheap if row["referee_gain"] is not None]
     if measured:
         row = max(measured, key=lambda row: row["referee_gain"])
         interval = row["referee_gain_ci95"]
-        between = f", 95 % interval {wording.signed_interval(interval)}" if interval else ""
+        between = f", 95 % interval {wording.signed_interval(interval)}" if interval else ""
         text = f"standard deviations over a random pick by the {row['strategy']} strategy{between}"
         cards.append({"name": "Gain", "value": wording.signed(row["referee_gain"]), "text": text})
     for row in (max(measured, key=lambda row: row["referee_gain"]),) if measured else cheap[:1]:

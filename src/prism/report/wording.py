@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MISSING = "–"
+_SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
 
 
@@ -39,7 +40,7 @@ def strategy_name(row: Row) -> str:
 def how(row: Row) -> str:
     """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
     strategy = row["strategy"]
-    at = "" if row["judge_at"] is None else f"judged at t = {row['judge_at']:g}"
+    at = "" if row["judge_at"] is None else f"judged at t{_SPACE}={_SPACE}{row['judge_at']:g}"
     if strategy == "early" and row["schedule"]:
         return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"])
     if strategy == "draft":
@@ -50,11 +51,11 @@ def how(row: Row) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{100 * value:.{digits}f} %".replace("-", "−")
+    return MISSING if value is None else f"{100 * value:.{digits}f}{_SPACE}%".replace("-", "−")
 
 
 def percent_interval(value: Sequence[float] | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{100 * value[0]:.{digits}f} – {100 * value[1]:.{digits}f}"
+    return MISSING if value is None else f"{100 * value[0]:.{digits}f}{_SPACE}…{_SPACE}{100 * value[1]:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
@@ -62,7 +63,7 @@ def signed(value: float | None) -> str:
 
 
 def signed_interval(value: Sequence[float] | None) -> str:
-    return MISSING if value is None else f"{signed(value[0])} … {signed(value[1])}"
+    return MISSING if value is None else f"{signed(value[0])}{_SPACE}…{_SPACE}{signed(value[1])}"
 
 
 def count(value: float) -> str:
