@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prism.report import wording
 
@@ -26,6 +26,17 @@ _VARIABLES = {
     _PAPER: "var(--card)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
 }
+
+
+class _Line(NamedTuple):
+    """One judge's accuracies on one dimension, by rising t; `main` lines are drawn strong and with their interval."""
+
+    name: str
+    rows: list[Row]
+    colour: str
+    main: bool
+
+
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.unicode_minus": True, "path.simplify": False}
 
 
@@ -42,26 +53,25 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
     axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=_MUTED, ha="right", fontsize=9)
     ends = []
     for line in lines:
-        t = [row["t"] for row in line["rows"]]
-        value = [100 * row["without_ties"] for row in line["rows"]]
-        width, size = (2.2, 5) if line["main"] else (1.2, 0)
-        if line["main"] and all(row["without_ties_ci95"] for row in line["rows"]):
-            low, high = zip(*(row["without_ties_ci95"] for row in line["rows"]))
-            band = [[100 * end for end in ends] for ends in (low, high)]
-            axes.fill_between(t, *band, color=line["colour"], alpha=0.14, linewidth=0)
-        axes.plot(t, value, color=line["colour"], linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
-        ends.append((value[0], line["name"], line["colour"], line["main"]))
+        t = [row["t"] for row in line.rows]
+        value = [100 * row["without_ties"] for row in line.rows]
+        width, size = (2.2, 5) if line.main else (1.2, 0)
+        if line.main and all(row["without_ties_ci95"] for row in line.rows):
+            low, high = ([100 * row["without_ties_ci95"][end] for row in line.rows] for end in (0, 1))
+            axes.fill_between(t, low, high, color=line.colour, alpha=0.14, linewidth=0)
+        axes.plot(t, value, color=line.colour, linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
+        ends.append((value[0], line))
     axes.set_xlim(1005, -15)  # as sampling goes: from noise on the left to clean on the right
     axes.set_xticks([1000, 800, 600, 400, 200, 0], ["1000\nnoise", "800", "600", "400", "200", "0\nclean"])
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 45), max(high, 60))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, 45), max(top, 60))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.set_xlabel("noise level t of the latent that is judged", color=_MUTED)
     _end_labels(axes, ends)
     return _svg(figure, "Pairwise accuracy without ties against the noise level t")
 
 
-def _accuracy_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def _accuracy_lines(rows: Sequence[Row]) -> list[_Line]:
     """Overall lines of every judge and set; where there is one judge, its dimensions as thin lines behind."""
     series: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -70,21 +80,13 @@ def _accuracy_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     mains = [key for key in series if key[2] == "overall"] or list(series)[:1]
     sets = {key[1] for key in mains}
     lines = []
-    for i, key in enumerate(mains):
-        name = key[2] if len(mains) == 1 else key[0] if len(sets) == 1 else f"{key[0]}, {key[1]}"
-        lines.append({"name": name, "rows": series[key], "main": True, "colour": _colour(i)})
     if len(mains) == 1:
         others = [key for key in series if key not in mains]
-        for i, key in enumerate(others):
-            colour = _SERIES[i % len(_SERIES)]
-            lines.insert(0, {"name": key[2], "rows": series[key], "main": False, "colour": colour})
-    for line in lines:
-        line["rows"] = sorted(line["rows"], key=lambda row: row["t"])
-    return lines
-
-
-def _colour(index: int) -> str:
-    return _ACCENT if index == 0 else _SERIES[(index - 1) % len(_SERIES)]
+        lines = [_Line(key[2], series[key], _SERIES[i % len(_SERIES)], False) for i, key in enumerate(others)]
+    for i, key in enumerate(mains):
+        name = key[2] if len(mains) == 1 else key[0] if len(sets) == 1 else f"{key[0]}, {key[1]}"
+        lines.append(_Line(name, series[key], _ACCENT if i == 0 else _SERIES[(i - 1) % len(_SERIES)], True))
+    return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
 
 
 def cost_plot(rows: Sequence[Row]) -> str:
@@ -107,7 +109,7 @@ def cost_plot(rows: Sequence[Row]) -> str:
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
-    sizes = "/".join(str(size) for size in sorted({row["n"] for row in points}))
+    sizes = "/".join(str(n) for n in sorted({int(row["n"]) for row in points}))
     axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
     _point_labels(axes, labels, right)
     return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
@@ -131,13 +133,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _end_labels(axes: Axes, ends: Sequence[tuple[float, str, str, bool]]) -> None:
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
     """Names at the clean end of the lines, the right edge, pushed apart where lines meet."""
     low, high = axes.get_ylim()
     heights = _spread([end[0] for end in ends], gap=(high - low) * 0.062, low=low, high=high)
-    for (_, name, colour, main), height in zip(ends, heights):
-        text = {"color": colour, "va": "center", "ha": "left", "fontsize": 10 if main else 9}
-        axes.annotate(name, (1.01, height), xycoords=("axes fraction", "data"), annotation_clip=False, **text)
+    for (_, line), height in zip(ends, heights):
+        axes.annotate(
+            line.name,
+            (1.01, height),
+            xycoords=("axes fraction", "data"),
+            annotation_clip=False,
+            va="center",
+            color=line.colour,
+            fontsize=10 if line.main else 9,
+        )
 
 
 def _point_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str, bool]], right: float) -> None:

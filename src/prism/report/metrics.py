@@ -98,7 +98,13 @@ def validate(metrics: Any, name: str = "metrics.json") -> None:
         raise PrismError(f"{name} is not a JSON object; it is no metrics document.")
     if metrics.get("schema") != SCHEMA:
         raise PrismError(f"{name} has schema {metrics.get('schema')!r}; this version of prism reads schema {SCHEMA}.")
-    top = {"command": (str,), "backbone": (dict,), "seed": (int,), "timings": (dict,), "environment": (dict,)}
+    top: dict[str, tuple[type, ...]] = {
+        "command": (str,),
+        "backbone": (dict,),
+        "seed": (int,),
+        "timings": (dict,),
+        "environment": (dict,),
+    }
     _check_fields(metrics, top, name)
     for key, fields in (("accuracy", ACCURACY_FIELDS), ("best_of_n", BEST_OF_N_FIELDS)):
         rows = metrics.get(key)
@@ -124,7 +130,7 @@ def _check_fields(row: Any, fields: Mapping[str, tuple[type, ...]], where: str) 
             _check_interval(value, f"{where}: the field {field!r}")
 
 
-def _check_interval(value: list[Any], where: str) -> None:
+def _check_interval(value: Any, where: str) -> None:
     numbers = [isinstance(end, _NUMBER) and not isinstance(end, bool) and math.isfinite(end) for end in value]
     if numbers != [True, True] or value[0] > value[1]:
         raise PrismError(f"{where} is {value!r}; [low, high] with low <= high is needed.")

@@ -42,14 +42,14 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "Judge: pairw
 
 
 def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given."""
-    sizes = sorted({row["n"] for row in rows})
-    prompts = sorted({row["prompts"] for row in rows})
-    name = f"Best-of-{'/'.join(map(str, sizes))}: what each strategy picks and what it costs"
-    unit = "gain over a random pick in within-prompt standard deviations, 95 % interval"
-    table = _table(title or name, f"{'/'.join(map(str, prompts))} prompts; {unit}")
+    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given; fits 80 columns."""
+    sizes = "/".join(str(n) for n in sorted({row["n"] for row in rows}))
+    prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
+    settings = [f"{wording.strategy_name(row)}: {wording.how(row)}" for row in rows if row["strategy"] != "none"]
+    unit = "gain over a random pick in within-prompt standard deviations"
+    caption = f"{prompts} prompts; {unit}\n{'; '.join(settings)}"
+    table = _table(title or f"Best-of-{sizes}: what each strategy picks and what it costs", caption)
     table.add_column("strategy", style="bold")
-    table.add_column("how")
     table.add_column("gain", justify="right")
     table.add_column("95 %\ninterval", justify="right", style="dim")
     table.add_column("share of\noracle", justify="right")
@@ -60,7 +60,6 @@ def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None)
     for row in rows:
         table.add_row(
             wording.strategy_name(row),
-            wording.how(row),
             wording.signed(row["referee_gain"]),
             wording.signed_interval(row["referee_gain_ci95"]),
             wording.percent(row["oracle_share"], 0),
@@ -81,5 +80,6 @@ def _table(title: str, caption: str) -> Table:
         title_style="bold",
         header_style="dim",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         pad_edge=False,
     )
