@@ -20,7 +20,25 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = "a red green blue yellow circle square triangle moves left right up down still cat runs".split()
+WORDS = [
+    *(
+        "a",
+        "red",
+        "green",
+        "blue",
+        "yellow",
+        "circle",
+        "square",
+        "triangle",
+        "moves",
+        "left",
+        "right",
+        "up",
+        "down",
+        "still",
+    ),
+    *("cat", "runs"),
+]
 PROMPT = "a red circle moves right"
 OTHER_PROMPT = "a blue square moves up"
 TEXT_WIDTH = 32
@@ -97,7 +115,7 @@ def wan(scheduler: str = "euler", num_layers: int = 3, seed: int = 0) -> WanPipe
 
 
 def cogvideox(scheduler: str = "ddim", num_layers: int = 3, seed: int = 0) -> CogVideoXPipeline:
-    """`CogVideoXPipeline` with latents (3, 4, 4, 4) and 12 tokens of width 32; scheduler `ddim` or `dpm` (stochastic)."""
+    """`CogVideoXPipeline` with latents (3, 4, 4, 4), 12 tokens of width 32; scheduler `ddim` or `dpm` (stochastic)."""
     torch.manual_seed(seed)
     schedulers = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
     vae = AutoencoderKLCogVideoX(

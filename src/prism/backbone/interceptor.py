@@ -1,0 +1,257 @@
+"""The one place that stands between a pipeline and its denoiser: capture, gate, record, replay, count.
+
+Whatever is wrapped here is restored on every way out, exceptions and Ctrl-C included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+_ABSENT = object()
+# What the offloading machinery of diffusers and accelerate keeps on a pipeline: theirs to change, not ours to restore.
+_OFFLOADING = {"_all_hooks", "_offload_gpu_id", "_offload_device", "_internal_dict"}
+
+
+class StopForward(Exception):
+    """Ends a denoiser's forward pass after a block."""
+
+    def __init__(self, block: int):
+        super().__init__(block)
+        self.block = block
+
+
+class StopCall(Exception):
+    """Ends a pipeline call at one of its denoiser calls."""
+
+
+@contextmanager
+def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there."""
+    found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
+    try:
+        setattr(target, name, partial(wrapper, inner))
+        yield
+    finally:
+        if found is not _ABSENT:
+            setattr(target, name, found)
+        elif name in vars(target):
+            delattr(target, name)
+
+
+@contextmanager
+def around_module(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """While open, `module(...)` is `wrapper(inner, ...)`.
+
+    This stands where `Module.compile` stands, outside `forward` and all hooks: an answered call moves no offloaded
+    weights, accelerate may remove and re-add its hooks meanwhile, and compiled modules stay compiled.
+    """
+    found = vars(module).get("_compiled_call_impl", _ABSENT)
+    inner = module._compiled_call_impl or module._call_impl
+    try:
+        module._compiled_call_impl = partial(wrapper, inner)
+        yield
+    finally:
+        if found is not _ABSENT:
+            module._compiled_call_impl = found
+        else:
+            vars(module).pop("_compiled_call_impl", None)
+
+
+@contextmanager
+def state_kept(pipe: Any) -> Iterator[None]:
+    """Restores the scheduler's state and what a call leaves on the pipeline; progress bars are off meanwhile."""
+    scheduler, before = dict(vars(pipe.scheduler)), dict(vars(pipe))
+    try:
+        pipe._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        yield
+    finally:
+        vars(pipe.scheduler).clear()
+        vars(pipe.scheduler).update(scheduler)
+        for name in [name for name in vars(pipe) if name.startswith("_") and name not in _OFFLOADING]:
+            if name not in before:
+                delattr(pipe, name)
+            elif vars(pipe)[name] is not before[name]:
+                setattr(pipe, name, before[name])
+
+
+def run_until_stopped(pipe: Any, call: Mapping[str, Any]) -> Any:
+    """The stock call's result, or None where it was ended by `StopCall`."""
+    try:
+        return pipe(**call)
+    except StopCall:
+        pipe.maybe_free_model_hooks()  # the stopped call did not come to its own
+        return None
+    except BaseException:
+        pipe.maybe_free_model_hooks()
+        raise
+
+
+def capture(pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, by name, of the first denoiser call that `pipe(**call)` was about to make."""
+    kept: dict[str, Any] = {}
+
+    def keep(denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> None:
+        kept.update(by_name(denoiser, args, kwargs))
+        raise StopCall
+
+    with ExitStack() as stack:
+        stack.enter_context(state_kept(pipe))
+        for denoiser in denoisers:
+            stack.enter_context(around_module(denoiser, partial(keep, denoiser)))
+        run_until_stopped(pipe, call)
+    return kept
+
+
+class Recording:
+    """A candidate's denoiser outputs by (step, call within it), each (groups, ...): 2 groups for CFG in one batch."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[tuple[int, int], Tensor] = {}
+
+    def forget_from(self, step: int) -> None:
+        """Drop what was recorded at `step` (1-based) and after it."""
+        self.outputs = {key: value for key, value in self.outputs.items() if key[0] < step}
+
+
+# Told at a cut: (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Answers with the
+# candidates to go on with, or None to end the call.
+OnCut = Callable[[int, float, list[int], Tokens, Tensor], "list[int] | None"]
+
+
+class Interceptor:
+    """One stock pipeline call of several candidates: answered from their recordings, recorded, tapped and gated.
+
+    The gate computes the survivors' rows alone; dead rows come back as zeros and are never read.
+    A cut's scores are read either by listening to the conditional pass that the sampler runs anyway, or by a probe: the
+    conditional rows are run up to the tap and no further, and the survivors' pass follows in full.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        candidates: Sequence[int],
+        recordings: Mapping[int, Recording],
+        record: bool = True,
+        cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
+        tap: int | None = None,
+        on_cut: OnCut | None = None,
+    ):
+        self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
+        self.cuts, self.tap, self.on_cut = dict(cuts or {}), tap, on_cut
+        self.alive = list(range(len(self.candidates)))  # positions in the batch
+        self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
+        self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
+
+    def run(self, call: Mapping[str, Any]) -> Any:
+        """The stock call's result, or None where a cut ended it."""
+        pipe = self.backbone.pipe
+        with ExitStack() as stack:
+            for denoiser in self.backbone.denoisers:
+                stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
+            stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            return run_until_stopped(pipe, self._with_callback(call))
+
+    # -- the denoiser
+
+    def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = by_name(denoiser, args, kwargs)
+        key, self.index = (self.step, self.index), self.index + 1
+        is_cut = key[1] == 0 and self.step in self.cuts
+        if is_cut and self.cuts[self.step]:
+            tokens = self._read(denoiser, forward, take_rows(arguments, self._conditional_rows(arguments)), stop=True)[
+                0
+            ]
+            self._cut(arguments, tokens)
+            is_cut = False
+        whole = len(self.alive) == len(self.candidates)
+        recorded = [self.recordings[self.candidates[row]].outputs.get(key) for row in self.alive]
+        rows = self._rows(arguments)
+        if not is_cut and all(value is not None for value in recorded):
+            device = arguments[noisy_name(arguments)].device
+            sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
+        else:
+            live = arguments if whole else take_rows(arguments, rows)
+            if is_cut:
+                tokens, output = self._read(denoiser, forward, live, stop=False)
+                tokens = tokens[len(tokens) - len(self.alive) :]
+            else:
+                output = forward(**live)
+            sample = output[0] if isinstance(output, tuple) else output.sample
+            if self.record:
+                self._keep(key, sample)
+            if is_cut:
+                self._cut(arguments, tokens)
+        if not whole:
+            batch = len(arguments[noisy_name(arguments)])
+            sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows.to(sample.device), sample)
+        return (sample,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
+
+    def _rows(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Rows of the batch that belong to living candidates, group by group."""
+        n, batch = len(self.candidates), len(arguments[noisy_name(arguments)])
+        return torch.tensor([row + group * n for group in range(batch // n) for row in self.alive])
+
+    def _conditional_rows(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Of the batch [unconditional, conditional] the last group; of a conditional call the only one."""
+        return self._rows(arguments)[-len(self.alive) :]
+
+    def _keep(self, key: tuple[int, int], sample: Tensor) -> None:
+        by_candidate = sample.detach().unflatten(0, (-1, len(self.alive))).transpose(0, 1)
+        for row, value in zip(self.alive, by_candidate):
+            self.recordings[self.candidates[row]].outputs[key] = value.to("cpu", copy=True)
+
+    def _read(self, denoiser: nn.Module, forward: Any, arguments: dict[str, Any], stop: bool) -> tuple[Tokens, Any]:
+        assert self.tap is not None
+        return self.backbone.read(arguments, self.tap, stop, forward, denoiser)
+
+    def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
+        assert self.on_cut is not None
+        t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].flatten()[0])
+        noisy = arguments[noisy_name(arguments)][self._conditional_rows(arguments)]
+        candidates = [self.candidates[row] for row in self.alive]
+        survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
+        if survivors is None:
+            raise StopCall
+        self.alive = [row for row in self.alive if self.candidates[row] in survivors]
+
+    # -- the scheduler and the user's callback
+
+    def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        self.step, self.index = self.step + 1, 0
+        self.latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        return output
+
+    def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The call, its callback watched: where the user changes a tensor, later steps are computed, not replayed."""
+        callback = call.get("callback_on_step_end")
+        if callback is None:
+            return dict(call)
+
+        def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            before = {name: (value, getattr(value, "_version", None)) for name, value in tensors.items()}
+            returned = callback(pipe, step, timestep, tensors)
+            after = {**{name: value for name, (value, _) in before.items()}, **(returned or {})}
+            for name, value in after.items():
+                found, version = before.get(name, (None, None))
+                if value is not found or getattr(value, "_version", None) != version:
+                    for candidate in self.candidates:
+                        self.recordings[candidate].forget_from(self.step)
+                    self.latents = value if name == "latents" else self.latents
+            return returned
+
+        named = getattr(callback, "tensor_inputs", None)  # diffusers' own callback classes name their tensors
+        extra = {} if named is None else {"callback_on_step_end_tensor_inputs": named}
+        return {**call, "callback_on_step_end": watched, **extra}
