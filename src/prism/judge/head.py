@@ -16,7 +16,9 @@ by the keys, adds the same number to all logits and cancels in the softmax.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from prism import files
 from prism.errors import PrismError
 
 AGGREGATIONS = ("query", "mean", "linear")
@@ -71,12 +74,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         if dim % num_heads:
             raise PrismError(f"The head's num_heads must divide its dim, found {num_heads} heads for dim {dim}.")
         self.width, self.dim, self.num_dimensions = width, dim, num_dimensions
-        self.num_queries, self.num_heads, self.aggregation, self.chunk_size = (
-            num_queries,
-            num_heads,
-            aggregation,
-            chunk_size,
-        )
+        self.num_queries, self.num_heads, self.mlp_layers = num_queries, num_heads, mlp_layers
+        self.aggregation, self.chunk_size = aggregation, chunk_size
         if aggregation == "linear":
             self.probe = nn.Linear(width, num_dimensions)
             return
@@ -181,3 +180,29 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
                 counts = counts + tokens.shape[1]
             sums = sums + tokens.sum(1)
         return sums / counts
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Load exactly this head's weights from a safetensors file.
+
+        Raises:
+            PrismError: where the file is missing, damaged or a pickle, or holds other tensors than this head's.
+        """
+        found, wanted = files.load_safetensors(path), self.state_dict()
+        for name in sorted(found.keys() ^ wanted.keys()):
+            side = "lacks" if name in wanted else "has, beyond this head's,"
+            raise PrismError(f"The file {path} {side} the tensor {name}; it belongs to another head.")
+        for name, value in wanted.items():
+            if found[name].shape != value.shape:
+                sizes = f"{tuple(found[name].shape)} where this head's is {tuple(value.shape)}"
+                raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
+        self.load_state_dict(found)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        model.load_weights(model_file)
+        return model.to(map_location).eval()
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        """The Hub mixin falls back to a pickle where a repository holds no safetensors. This head does not."""
+        raise PrismError("The repository holds a pickle and no model.safetensors; a pickle is never loaded.")
