@@ -1,0 +1,54 @@
+"""The `prism` command: options in, one function call out; a user's mistake becomes one sentence on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from prism.cli import demo, evaluate, sample, shapeworld
+from prism.errors import PrismError
+
+app = typer.Typer(
+    name="prism",
+    help="Judge the samples of a video diffusion model from its own hidden states, and pick the best of N early.",
+    epilog="Start with: prism demo. A backbone or head that is not named is the small one that ships with the package.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("sample")(sample.sample)
+app.command("eval")(evaluate.evaluate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from prism import __version__
+
+        print(f"prism {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="prism")
+    except PrismError as error:
+        print(f"prism: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as end:  # how typer ends, whatever came of it
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code == 130:
+            print("prism: interrupted", file=sys.stderr)
+        return code
+    return 0

@@ -1,0 +1,21 @@
+"""What a command says on the terminal when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def show(metrics: Mapping[str, Any], out: Path) -> None:
+    """Print the tables that `metrics` has rows for, and where the files are."""
+    from rich.console import Console
+
+    from prism.report.tables import accuracy_table, best_of_n_table
+
+    console = Console(highlight=False)
+    if metrics["accuracy"]:
+        console.print(accuracy_table(metrics["accuracy"]))
+    if metrics["best_of_n"]:
+        console.print(best_of_n_table(metrics["best_of_n"]))
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -1,0 +1,137 @@
+"""`prism sample`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prism.cli import options
+
+
+def sample(
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the video should show.")],
+    out: options.Out,
+    n: Annotated[int, typer.Option("--n", metavar="INT", help="Candidates; candidate i has seed SEED + i.")] = 8,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            "--strategy",
+            metavar="NAME",
+            help="early: drop losers while sampling. draft: judge coarse runs. full: finish all, then judge. "
+            "random: any seed. none: the first seed.",
+        ),
+    ] = "early",
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            metavar="CUTS",
+            help="Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6.",
+            show_default="1 after a fifth of the steps",
+        ),
+    ] = None,
+    draft_steps: Annotated[
+        int | None,
+        typer.Option("--draft-steps", metavar="INT", help="Steps of a draft.", show_default="a fifth of the steps"),
+    ] = None,
+    judge_at: Annotated[
+        float | None,
+        typer.Option(
+            "--judge-at",
+            metavar="T",
+            help="Noise level at which draft and full judge, 0 (clean) to 1000 (noise).",
+            show_default="700",
+        ),
+    ] = None,
+    num_draws: Annotated[
+        int, typer.Option("--num-draws", metavar="INT", help="Noise draws that draft and full average over.")
+    ] = 2,
+    select_by: Annotated[
+        str, typer.Option("--select-by", metavar="NAME", help="Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2.")
+    ] = "overall",
+    seed: Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of the first candidate.")] = 0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            metavar="INT",
+            help="Candidates sampled at once. 1: the video equals the stock pipeline's to the bit; more: to rounding.",
+            show_default="auto",
+        ),
+    ] = None,
+    backbone: options.Backbone = None,
+    head: options.Head = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="INT", help="Denoising steps.", rich_help_panel=options.CALL),
+    ] = None,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance-scale",
+            metavar="NUMBER",
+            help="Classifier-free guidance; 1 turns it off.",
+            rich_help_panel=options.CALL,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", metavar="PIXELS", help="Height.", rich_help_panel=options.CALL)
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", metavar="PIXELS", help="Width.", rich_help_panel=options.CALL)
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", metavar="INT", help="Frames.", rich_help_panel=options.CALL)
+    ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--negative-prompt", metavar="TEXT", help="What the video should not show.", rich_help_panel=options.CALL
+        ),
+    ] = None,
+    fps: Annotated[
+        float,
+        typer.Option("--fps", metavar="NUMBER", help="Frames a second of the mp4.", rich_help_panel=options.OUTPUT),
+    ] = 8.0,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Sample one good video: N seeds in, losers dropped early, one decoded.
+
+    Writes winner.mp4, metrics.json, config.json and report.html.
+    """
+    from prism.cli.printing import show
+    from prism.experiments import sample as experiment
+
+    call = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "negative_prompt": negative_prompt,
+    }
+    config = experiment.SampleConfig(
+        prompt=prompt,
+        n=n,
+        strategy=strategy,
+        schedule=schedule,
+        draft_steps=draft_steps,
+        judge_at=judge_at,
+        num_draws=num_draws,
+        select_by=select_by,
+        seed=seed,
+        batch_size=batch_size,
+        backbone=backbone,
+        head=head,
+        call={name: value for name, value in call.items() if value is not None},
+        fps=fps,
+        device=device,
+        dtype=dtype,
+    )
+    metrics = experiment.run(config, out, overwrite)
+    winner = metrics["winner"]
+    print(f"Candidate {winner + 1} of {n} wins (seed {metrics['seeds'][winner]}): {out / 'winner.mp4'}")
+    show(metrics, out)

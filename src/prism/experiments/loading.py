@@ -1,0 +1,67 @@
+"""Backbones and heads by name: the embedded ones, a folder, or an id on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prism import files
+from prism.errors import PrismError
+
+EMBEDDED = "ShapeWorld (embedded)"
+
+
+def load_backbone(
+    name: str | None = None, device: str | None = None, dtype: str | None = None
+) -> tuple[Any, dict[str, Any], str]:
+    """A `Backbone`, the call arguments that go with it, and its name for reports.
+
+    name: None for the embedded model; a folder or Hub id of a diffusers pipeline, whose arguments are read from
+    call.json beside it where there is one. device: None for cuda where there is one. dtype: None for bfloat16 on cuda,
+    float32 elsewhere; the embedded model stays in float32. Raises `PrismError` for what cannot be loaded.
+    """
+    import torch
+
+    from prism import shapeworld
+    from prism.backbone import Backbone
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PrismError(f"The device {device} cannot be used ({reason}); choose another --device.") from error
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype is not None and dtype not in kinds:
+        raise PrismError(f"The --dtype is {dtype}; choose float32, bfloat16 or float16.")
+    if name is None:
+        return Backbone(shapeworld.pipeline().to(device)), dict(shapeworld.CALL), EMBEDDED
+    kind = kinds[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    backbone = Backbone.from_pretrained(name, torch_dtype=kind)
+    backbone.pipe.to(device)
+    return backbone, _call_beside(name), str(name)
+
+
+def _call_beside(name: str) -> dict[str, Any]:
+    path = Path(name) / "call.json"
+    if not path.is_file():
+        return {}
+    call = files.read_json(path)
+    if not isinstance(call, dict):
+        raise PrismError(f"The file {path} is not a JSON object; pipeline arguments by name are needed.")
+    return call
+
+
+def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:
+    """The `Judge` of a saved head on `backbone`; None takes the head that ships for the embedded backbone."""
+    from prism import shapeworld
+    from prism.judge import Judge
+
+    if head is None and not embedded:
+        raise PrismError("The embedded head fits the embedded backbone alone; name a head for this one with --head.")
+    return Judge.from_pretrained(shapeworld.asset_folder("head") if head is None else head, backbone)
+
+
+def describe(backbone: Any, name: str) -> dict[str, Any]:
+    """The "backbone" entry of metrics.json: its name and fingerprint."""
+    return {"name": name, **backbone.fingerprint()}

@@ -1,0 +1,163 @@
+"""What `prism sample` runs: Best-of-N for one prompt, with its video, ledger and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism import files, media
+from prism.errors import PrismError
+from prism.report.metrics import document, write_config
+from prism.report.page import FilmRow, FilmStrip, write_report
+
+NOTES = (
+    "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
+    "gives for its seed: bit for bit where candidates are sampled one by one, to rounding where they share a batch.",
+    "One run shows neither that the judge chose well nor how much choosing gains: nobody has rated these candidates, "
+    "and the losers were never finished. The demo and prism eval measure that, over many prompts.",
+)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone."""
+
+    prompt: str
+    n: int = 8
+    strategy: str = "early"
+    schedule: str | None = None
+    draft_steps: int | None = None
+    judge_at: float | None = None
+    num_draws: int = 2
+    select_by: str = "overall"
+    seed: int = 0
+    batch_size: int | None = None
+    backbone: str | None = None
+    head: str | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    fps: float = 8.0
+    device: str | None = None
+    dtype: str | None = None
+
+
+def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics."""
+    from prism.sampling import schedule as schedules
+
+    cuts = None if config.schedule is None else schedules.parse(config.schedule)
+    weights = parse_weights(config.select_by)
+    _check(config)
+    with files.new_folder(out, overwrite) as folder:
+        from prism.experiments.loading import describe, load_backbone, load_judge
+        from prism.sampling import best_of_n
+
+        backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
+        judge = load_judge(config.head, backbone, embedded=config.backbone is None)
+        call = {**call, **config.call}
+        result = best_of_n(
+            backbone.pipe,
+            judge,
+            config.prompt,
+            n=config.n,
+            schedule=cuts,
+            strategy=config.strategy,
+            draft_steps=config.draft_steps,
+            judge_at=config.judge_at,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            select_by=weights,
+            num_draws=config.num_draws,
+            progress=True,
+            **call,
+        )
+        video = np.asarray(result.video)
+        media.write_video(folder / "winner.mp4", video, config.fps)
+        resolved = {**vars(config), "call": call}
+        write_config(folder / "config.json", resolved)
+        metrics = document(
+            "sample",
+            describe(backbone, name),
+            config.seed,
+            best_of_n=[_row(config, judge, call, result)],
+            timings={**result.ledger.parts, "total": result.ledger.seconds},
+            prompt=config.prompt,
+            seeds=list(result.seeds),
+            winner=result.index,
+            cuts=[_cut(cut, config.strategy) for cut in result.scores],
+            ledger=result.ledger.to_dict(),
+        )
+        files.write_json(folder / "metrics.json", metrics)
+        strip = FilmStrip(f"“{config.prompt}”", [FilmRow("winner", video, f"seed {result.seed}", picked=True)])
+        title = f"The best of {config.n}: {config.prompt}"
+        config_written = files.read_json(folder / "config.json")
+        write_report(folder / "report.html", metrics, [strip], title, NOTES, config_written)
+    return metrics
+
+
+def parse_weights(text: str) -> str | dict[str, float]:
+    """ "overall" as it is; "VQ:1,MQ:0.5" as {"VQ": 1.0, "MQ": 0.5}."""
+    if ":" not in text:
+        return text
+    try:
+        return {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        raise PrismError(f'The --select-by "{text}" is neither a dimension nor a list such as VQ:1,MQ:0.5.') from None
+
+
+def _check(config: SampleConfig) -> None:
+    if config.strategy == "oracle":
+        raise PrismError("The strategy oracle needs a measured truth, which sampling lacks; choose another --strategy.")
+    if not config.fps > 0:
+        raise PrismError(f"The --fps is {config.fps:g}; a number above 0 is needed.")
+
+
+def _row(config: SampleConfig, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
+    """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
+    from prism.sampling.ledger import expected_rows
+
+    backbone, ledger = judge.backbone, result.ledger
+    steps = backbone.num_inference_steps(dict(call))
+    guided = bool(backbone.pipe.do_classifier_free_guidance)
+    share = judge.tap / backbone.num_blocks
+    everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=config.num_draws)
+    return {
+        "judge": "prism",
+        "head_seed": judge.trained_on.get("seed"),
+        "strategy": config.strategy,
+        "n": config.n,
+        "num_inference_steps": steps,
+        "guidance_scale": call.get("guidance_scale"),
+        "schedule": [[cut["step"], len(cut["kept"])] for cut in result.scores] if config.strategy == "early" else None,
+        "draft_steps": config.draft_steps,
+        "judge_at": config.judge_at,
+        "set": "prompt",
+        "prompts": 1,
+        "referee_gain": None,
+        "referee_gain_ci95": None,
+        "oracle_share": None,
+        "oracle_share_ci95": None,
+        "denoiser_rows": ledger.denoiser_rows,
+        "denoiser_share_of_full": ledger.denoiser_rows / everything,
+        "vae_decodes": ledger.vae_decodes,
+        "head_calls": ledger.head_calls,
+        "seconds": ledger.seconds,
+    }
+
+
+def _cut(cut: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+    """One cut for the report: its name, noise level, the deciding score by candidate, and who was kept."""
+    names = {"draft": f"drafts of {cut['step']} steps", "full": "finished"}
+    scores = cut["scores"]
+    deciding = scores.get("overall") or next(iter(scores.values()))
+    return {
+        "name": names.get(strategy, f"step {cut['step']}"),
+        "step": cut["step"],
+        "t": cut["t"],
+        "scores": {str(candidate): float(score) for candidate, score in zip(cut["candidates"], deciding)},
+        "dimensions": scores,
+        "kept": list(cut["kept"]),
+    }
