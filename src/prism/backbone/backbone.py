@@ -20,7 +20,14 @@ from prism.backbone.interceptor import StopForward, capture
 from prism.errors import PrismError
 
 _CACHE_BYTES = 256 * 2**20
-_IRRELEVANT = {"guidance_scale", "guidance_scale_2", "num_inference_steps", "negative_prompt", "output_type"}
+_IRRELEVANT = {
+    "guidance_scale",
+    "guidance_scale_2",
+    "num_inference_steps",
+    "negative_prompt",
+    "output_type",
+    "negative_prompt_embeds",
+}
 _IRRELEVANT |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "return_dict"}
 
 
@@ -230,6 +237,11 @@ class Backbone:
             return len(call["timesteps"])
         parameters = inspect.signature(type(self.pipe).__call__).parameters
         return call.get("num_inference_steps", _default(parameters.get("num_inference_steps")))
+
+    def guided(self, call: dict[str, Any]) -> bool:
+        """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
+        parameters = inspect.signature(type(self.pipe).__call__).parameters
+        return call.get("guidance_scale", _default(parameters.get("guidance_scale"))) > 1.0
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
+from prism.errors import PrismError
 
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
@@ -40,8 +41,13 @@ class StopCall(Exception):
 def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there."""
     found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
+
+    @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(inner, *args, **kwargs)
+
     try:
-        setattr(target, name, partial(wrapper, inner))
+        setattr(target, name, call)
         yield
     finally:
         if found is not _ABSENT:
@@ -86,15 +92,21 @@ def state_kept(pipe: Any) -> Iterator[None]:
                 setattr(pipe, name, before[name])
 
 
-def run_until_stopped(pipe: Any, call: Mapping[str, Any]) -> Any:
-    """The stock call's result, or None where it was ended by `StopCall`."""
+def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], bool] = lambda: False) -> Any:
+    """The stock call's result, or None where it was ended by `StopCall`.
+
+    What the pipeline refuses before its first denoiser call (`started`) is a mistake in the call's arguments.
+    """
     try:
         return pipe(**call)
     except StopCall:
         pipe.maybe_free_model_hooks()  # the stopped call did not come to its own
         return None
-    except BaseException:
+    except BaseException as error:
         pipe.maybe_free_model_hooks()
+        if isinstance(error, ValueError | TypeError) and not started():
+            reason = " ".join(str(error).split())
+            raise PrismError(f"{type(pipe).__name__} refused the call: {reason}") from error
         raise
 
 
@@ -161,7 +173,7 @@ class Interceptor:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
             stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
-            return run_until_stopped(pipe, self._with_callback(call))
+            return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
 
     # -- the denoiser
 

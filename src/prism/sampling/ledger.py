@@ -1,0 +1,213 @@
+"""What a run cost: counted where the work is done, and in closed form."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prism.backbone import Backbone
+from prism.backbone.conditioning import by_name, noisy_name
+from prism.backbone.interceptor import StopForward, around, around_module
+from prism.sampling.schedule import Schedule
+
+CFG = Literal["two_calls", "one_batch"]
+
+
+@dataclass
+class Ledger:
+    """What a run cost. A row is one sample of a denoiser's batch; one stopped after k of L blocks counts k/L.
+
+    seconds: wall time of the whole run. parts: the seconds of it spent in denoiser, head, vae and text encoders.
+    peak_memory_bytes: most memory allocated on the accelerator in the run, or on CPU the process's highest so far.
+    """
+
+    denoiser_rows: float = 0.0
+    denoiser_calls: int = 0
+    vae_encodes: int = 0
+    vae_decodes: int = 0
+    text_encodings: int = 0
+    head_calls: int = 0
+    seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=lambda: {"denoiser": 0.0, "head": 0.0, "vae": 0.0, "text": 0.0})
+    peak_memory_bytes: int = 0
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Seconds spent on everything but the denoiser, the head and the VAE."""
+        return self.seconds - sum(self.parts[part] for part in ("denoiser", "head", "vae"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Meter:
+    """Counts a run into a ledger while it is open, and encodes each text once."""
+
+    def __init__(self, backbone: Backbone, judge: Any = None, on_rows: Callable[[float], Any] | None = None):
+        self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
+        self._texts: dict[Any, Any] = {}
+        self._block_rows = 0
+
+    @contextmanager
+    def open(self) -> Iterator[Ledger]:
+        """Count what happens inside. Everything wrapped is restored on every way out."""
+        pipe, on_cuda = self.backbone.pipe, self.backbone.device.type == "cuda"
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            for denoiser in self.backbone.denoisers:
+                stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
+            for name, module in pipe.components.items():
+                if name.startswith("text_encoder") and isinstance(module, nn.Module):
+                    stack.enter_context(around_module(module, partial(self._encode_text, name)))
+            if getattr(pipe, "vae", None) is not None:
+                stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
+                stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
+            if self.judge is not None:
+                stack.enter_context(around(self.judge, "score_tokens", self._score))
+            try:
+                yield self.ledger
+            finally:
+                self.ledger.seconds = time.perf_counter() - start
+                self.ledger.peak_memory_bytes = (
+                    torch.cuda.max_memory_allocated(self.backbone.device) if on_cuda else _peak_resident_bytes()
+                )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.backbone.device.type == "cuda":
+                torch.cuda.synchronize(self.backbone.device)
+            self.ledger.parts[part] += time.perf_counter() - start
+
+    def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = by_name(denoiser, args, kwargs)
+        blocks = self.backbone.num_blocks
+        try:
+            with self._timed("denoiser"):
+                return inner(*args, **kwargs)
+        except StopForward as stop:
+            blocks = stop.block
+            raise
+        finally:
+            done, rows = self.ledger.denoiser_rows, len(arguments[noisy_name(arguments)])
+            self._block_rows += blocks * rows  # whole numbers: a sum of thirds would drift
+            self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
+            self.ledger.denoiser_calls += 1
+            if self.on_rows is not None:
+                self.on_rows(self.ledger.denoiser_rows - done)
+
+    def _vae(self, counter: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        setattr(self.ledger, counter, getattr(self.ledger, counter) + len(first))
+        with self._timed("vae"):
+            return inner(*args, **kwargs)
+
+    def _score(self, inner: Any, tokens: Any) -> Tensor:
+        self.ledger.head_calls += len(tokens.visual)
+        with self._timed("head"):
+            return inner(tokens)
+
+    def _encode_text(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's output; a batch of one text repeated, as candidates give it, is encoded as one row."""
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        rows = len(tensors[0])
+        repeated = all(len(value) == rows and bool((value == value[:1]).all()) for value in tensors)
+        if repeated:
+            args = tuple(value[:1] if isinstance(value, Tensor) and value.ndim else value for value in args)
+            kwargs = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
+        key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
+        if key not in self._texts:
+            self.ledger.text_encodings += 1 if repeated else rows
+            with self._timed("text"):
+                self._texts[key] = inner(*args, **kwargs)
+        return _expand(self._texts[key], rows) if repeated and rows > 1 else self._texts[key]
+
+
+def _faithful(value: Any) -> Any:
+    """A hashable stand-in that is equal for equal arguments."""
+    if isinstance(value, Tensor):
+        return value.dtype, repr(value.tolist())
+    return repr(value)
+
+
+def _expand(output: Any, rows: int) -> Any:
+    """A model output of one row, repeated."""
+    if isinstance(output, Tensor):
+        return output.expand(rows, *output.shape[1:]) if output.ndim else output
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _expand(value, rows) for name, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(_expand(value, rows) for value in output)
+    return output
+
+
+def _peak_resident_bytes() -> int:
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# -- closed forms
+
+
+def cut_rows(alive: int, keep: int, cfg: CFG, guided: bool, tap_share: float) -> tuple[float, bool]:
+    """Rows that the step of a cut from `alive` to `keep` costs, and whether its scores are read by a probe.
+
+    Listening to the conditional pass costs that pass for all; a second, unconditional call then runs survivors only. A
+    probe runs the conditional rows as far as the tap, `tap_share` = k/L of a row each, and then the survivors in full.
+    The cheaper of the two is taken.
+    """
+    calls = 2 if guided else 1
+    listening = alive + (calls - 1) * keep if cfg == "two_calls" else calls * alive
+    probing = alive * tap_share + calls * keep
+    return (probing, True) if probing < listening else (float(listening), False)
+
+
+def early_rows(n: int, num_steps: int, schedule: Schedule, cfg: CFG, guided: bool, tap_share: float) -> float:
+    """Denoiser rows of an early run with a resolved schedule, the winner finished from its recording."""
+    calls = 2 if guided else 1
+    rows, alive, done = 0.0, n, 0
+    for step, keep in schedule:
+        rows += calls * alive * (step - 1 - done) + cut_rows(alive, keep, cfg, guided, tap_share)[0]
+        alive, done = keep, step
+    return rows + calls * alive * (num_steps - done)
+
+
+def expected_rows(
+    strategy: str,
+    n: int,
+    num_steps: int,
+    cfg: CFG,
+    guided: bool,
+    tap_share: float,
+    schedule: Schedule | None = None,
+    draft_steps: int = 0,
+    num_draws: int = 2,
+) -> float:
+    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form."""
+    calls = 2 if guided else 1
+    if strategy in ("none", "random"):
+        return float(calls * num_steps)
+    if strategy == "oracle":
+        return float(calls * n * num_steps)
+    if strategy == "full":
+        return calls * n * num_steps + n * num_draws * tap_share
+    if strategy == "draft":
+        return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps
+    return early_rows(n, num_steps, schedule or (), cfg, guided, tap_share)

@@ -1,0 +1,73 @@
+"""When to cut and to how many: schedules of (step, keep), parsed, made and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prism.errors import PrismError
+
+# (step, keep): after the conditional evaluation of the 1-based scheduler step, keep that many candidates.
+Schedule = tuple[tuple[int, int], ...]
+
+
+def parse(text: str) -> Schedule:
+    """A schedule from text: "5:1" keeps one candidate at step 5, "3:4,6:1" four at step 3 and one at step 6."""
+    try:
+        return tuple((int(step), int(keep)) for step, keep in (part.split(":") for part in text.split(",")))
+    except ValueError:
+        raise PrismError(
+            f'The schedule "{text}" is not a list of STEP:KEEP; write for example 5:1 or 3:4,6:1.'
+        ) from None
+
+
+def keep_one(step: int) -> Schedule:
+    """Keep a single candidate at `step`."""
+    return ((step, 1),)
+
+
+def halving(n: int, first: int, every: int = 1) -> Schedule:
+    """Halve the candidates at step `first` and then every `every` steps until one is left."""
+    if n < 1 or first < 1 or every < 1:
+        raise PrismError(f"halving takes positive n, first and every; found {n}, {first} and {every}.")
+    cuts, step = [], first
+    while n > 1:
+        n = (n + 1) // 2
+        cuts.append((step, n))
+        step += every
+    return tuple(cuts) or keep_one(first)
+
+
+def default(num_steps: int) -> Schedule:
+    """Keep one candidate after a fifth of the steps (step 10 of 50 in the paper's Table 2)."""
+    return keep_one(max(1, round(0.2 * num_steps)))
+
+
+def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int) -> Schedule:
+    """The schedule, checked against n candidates and a run of `num_steps`, and brought down to one candidate.
+
+    A schedule whose last cut keeps several ends with a cut to one at the last step. Raises PrismError for one that is
+    empty or out of order, cuts before the first or after the last step, or keeps none or more than there are.
+    """
+    cuts: list[tuple[int, int]] = []
+    for cut in schedule:
+        if len(cut) != 2 or any(isinstance(value, bool) or not isinstance(value, int) for value in cut):
+            raise PrismError(f"A cut of the schedule is a pair of whole numbers (step, keep); found {cut!r}.")
+        cuts.append((cut[0], cut[1]))
+    if not cuts:
+        raise PrismError("The schedule is empty; give at least one cut, for example [(5, 1)].")
+    alive, previous = n, 0
+    for step, keep in cuts:
+        if step < 1 or step > num_steps:
+            raise PrismError(f"The schedule cuts at step {step}, and the run has steps 1 to {num_steps}.")
+        if step <= previous:
+            raise PrismError(f"The schedule cuts at step {step} after step {previous}; put the cuts in rising order.")
+        if keep < 1:
+            raise PrismError(f"The schedule keeps {keep} candidates at step {step}; keep at least 1.")
+        if keep > alive:
+            raise PrismError(f"The schedule keeps {keep} candidates at step {step}, and only {alive} are left by then.")
+        alive, previous = keep, step
+    if alive > 1 and previous == num_steps:
+        cuts[-1] = (num_steps, 1)
+    elif alive > 1:
+        cuts.append((num_steps, 1))
+    return tuple(cuts)

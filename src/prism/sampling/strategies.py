@@ -1,0 +1,256 @@
+"""How a winner is found among the candidates: none, random, full, early, draft, oracle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism.backbone import Backbone, Interceptor, Recording, Tokens
+from prism.backbone.interceptor import OnCut
+from prism.errors import PrismError
+from prism.sampling.ledger import cut_rows
+from prism.sampling.schedule import Schedule
+
+
+@dataclass
+class Search:
+    """One run over the candidates of a prompt. Candidates are named by their index in `seeds`."""
+
+    backbone: Backbone
+    judge: Any
+    prompt: str
+    call: dict[str, Any]
+    seeds: tuple[int, ...]
+    seed: int
+    batch_size: int
+    weights: Mapping[str, float]  # of the judge's dimensions, for ranking
+    schedule: Schedule = ()
+    guided: bool = True
+    draft_steps: int = 0
+    judge_at: float = 0.0
+    num_draws: int = 2
+    oracle: Callable[[Any, str], float] | None = None
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    recordings: dict[int, Recording] = field(default_factory=dict)
+    latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
+
+    def __post_init__(self) -> None:
+        self.recordings = {candidate: Recording() for candidate in range(len(self.seeds))}
+
+    def chunks(self, candidates: Sequence[int]) -> list[list[int]]:
+        """Candidates in batches of at most `batch_size`."""
+        size = self.batch_size
+        return [list(candidates[start : start + size]) for start in range(0, len(candidates), size)]
+
+    def batch_call(self, candidates: Sequence[int], **changes: Any) -> dict[str, Any]:
+        """The user's call for several candidates at once, without the user's callback."""
+        n = len(candidates)
+        call = {k: v for k, v in self.call.items() if not k.startswith("callback_on_step_end")}
+        if isinstance(call.get("negative_prompt"), list | tuple):
+            call["negative_prompt"] = list(call["negative_prompt"]) * n
+        if isinstance(call.get("negative_prompt_embeds"), Tensor):
+            call["negative_prompt_embeds"] = call["negative_prompt_embeds"].repeat_interleave(n, 0)
+        generators = [_generator(self.seeds[candidate]) for candidate in candidates]
+        return {**call, "prompt": [self.prompt] * n, "generator": generators, "return_dict": True, **changes}
+
+    def finish(self, candidate: int) -> Any:
+        """The stock call for one candidate, answered from its recording where there is one: its output."""
+        call = {**self.call, "prompt": self.prompt, "generator": _generator(self.seeds[candidate])}
+        interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False)
+        output = interceptor.run(call)
+        self._take_latents([candidate], interceptor)
+        return output
+
+    def sample_all(self, record: bool = True, **changes: Any) -> list[tuple[list[int], Any]]:
+        """Every candidate to the end: for each chunk its candidates and the pipeline's output."""
+        outputs = []
+        for chunk in self.chunks(range(len(self.seeds))):
+            interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
+            output = interceptor.run(self.batch_call(chunk, **changes))
+            self._take_latents(chunk, interceptor)
+            outputs.append((chunk, output.frames))
+        return outputs
+
+    def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> None:
+        assert interceptor.latents is not None
+        self.check_latents(candidates, interceptor.latents.flatten(1).isfinite().all(1))
+        self.latents.update(zip(candidates, interceptor.latents))
+
+    def rank(self, step: int, t: float, scores: Mapping[int, Sequence[float]], keep: int) -> list[int]:
+        """The best `keep` candidates by weighted score, in the candidates' order; the cut is noted down."""
+        names = list(self.judge.dimensions)
+        overall = {
+            c: sum(self.weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()
+        }
+        kept = sorted(sorted(scores, key=lambda candidate: (-overall[candidate], candidate))[:keep])
+        candidates = sorted(scores)
+        for loser in set(candidates) - set(kept):
+            self.recordings.pop(loser, None)
+        columns = {name: [scores[c][column] for c in candidates] for column, name in enumerate(names)}
+        self.scores.append({"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": kept})
+        return kept
+
+    def score(self, candidates: list[int], tokens: Tokens, finite: Tensor) -> dict[int, list[float]]:
+        """The judge's scores of candidates at a cut, from their tokens; all must have finite latents and scores."""
+        self.check_latents(candidates, finite)
+        scores = self.judge.score_tokens(tokens)
+        self.check_scores(candidates, scores)
+        return dict(zip(candidates, scores.tolist()))
+
+    def check_latents(self, candidates: Sequence[int], finite: Tensor) -> None:
+        """Raise PrismError naming the seed of a candidate whose latents are not finite: (B,) bool."""
+        for candidate, fine in zip(candidates, finite.tolist()):
+            if not fine:
+                raise PrismError(
+                    f"The latents of the candidate with seed {self.seeds[candidate]} hold NaN or infinity; "
+                    "sample in a wider dtype or leave this seed out."
+                )
+
+    def check_scores(self, candidates: Sequence[int], scores: Tensor) -> None:
+        """Raise PrismError naming the seed of a candidate whose scores (B, num_dimensions) are not finite."""
+        for candidate, fine in zip(candidates, scores.isfinite().all(1).tolist()):
+            if not fine:
+                raise PrismError(
+                    f"The judge's score of the candidate with seed {self.seeds[candidate]} is NaN or infinite; "
+                    "check the head."
+                )
+
+
+def none(search: Search) -> int:
+    """The first seed."""
+    return 0
+
+
+def pick_random(search: Search) -> int:
+    """A seed drawn at random, from the run's seed and the prompt."""
+    return random.Random(f"{search.seed} {search.prompt}").randrange(len(search.seeds))
+
+
+def full(search: Search) -> int:
+    """Every candidate to the end, judged re-noised; the winner is decoded alone, from its recording."""
+    search.sample_all(output_type="latent")
+    return _judge_clean(search, dict(search.latents), step=search.backbone.num_inference_steps(search.call))
+
+
+def draft(search: Search) -> int:
+    """Every candidate to the end in a few coarse steps, judged re-noised; then the winner in full."""
+    search.sample_all(record=False, output_type="latent", num_inference_steps=search.draft_steps)
+    drafts, search.latents = search.latents, {}
+    return _judge_clean(search, drafts, step=search.draft_steps)
+
+
+def oracle(search: Search) -> int:
+    """Every candidate to the end and decoded; `oracle(video, prompt)` says how good each is."""
+    assert search.oracle is not None
+    values = {}
+    for chunk, videos in search.sample_all(output_type="np"):
+        for candidate, video in zip(chunk, videos):
+            values[candidate] = float(search.oracle(video, search.prompt))
+            if values[candidate] != values[candidate]:
+                raise PrismError(f"The oracle's score of the candidate with seed {search.seeds[candidate]} is NaN.")
+    candidates = sorted(values)
+    best = max(candidates, key=lambda candidate: (values[candidate], -candidate))
+    columns = {"oracle": [values[candidate] for candidate in candidates]}
+    step = search.backbone.num_inference_steps(search.call)
+    search.scores.append({"step": step, "t": 0.0, "candidates": candidates, "scores": columns, "kept": [best]})
+    return best
+
+
+def early(search: Search) -> int:
+    """Candidates are judged on the way and dropped by the schedule; one is left, recorded up to the last cut.
+
+    While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds replay
+    what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out.
+    """
+    alive, probed = list(range(len(search.seeds))), {}
+    left, family = len(alive), search.backbone.family
+    for step, keep in search.schedule:
+        probed[step] = cut_rows(left, keep, family.cfg, search.guided, search.judge.tap / search.backbone.num_blocks)[1]
+        left = keep
+    cuts = list(search.schedule)
+    while cuts:
+        chunks = search.chunks(alive)
+        if len(chunks) == 1:
+            return _gate(search, alive, cuts, probed)
+        alive = _round(search, chunks, *cuts.pop(0), probed)
+    return alive[0]
+
+
+def _gate(search: Search, candidates: list[int], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]) -> int:
+    """All the cuts in one call of all the candidates, which ends at the last of them."""
+    keeps, last = dict(cuts), cuts[-1][0]
+
+    def on_cut(step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> list[int] | None:
+        kept = search.rank(step, t, search.score(living, tokens, finite), keeps[step])
+        return None if step == last else kept
+
+    _until_cut(search, candidates, {step: probed[step] for step in keeps}, on_cut)
+    return search.scores[-1]["kept"][0]
+
+
+def _round(search: Search, chunks: list[list[int]], step: int, keep: int, probed: Mapping[int, bool]) -> list[int]:
+    """Each chunk in a call of its own that ends at the cut; the survivors over all chunks."""
+    scores: dict[int, list[float]] = {}
+    level = 0.0
+
+    def on_cut(_step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> None:
+        nonlocal level
+        scores.update(search.score(living, tokens, finite))
+        level = t
+
+    for chunk in chunks:
+        _until_cut(search, chunk, {step: probed[step]}, on_cut)
+    return search.rank(step, level, scores, keep)
+
+
+def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
+    interceptor = Interceptor(
+        search.backbone, candidates, search.recordings, cuts=cuts, tap=search.judge.tap, on_cut=on_cut
+    )
+    if interceptor.run(search.batch_call(candidates, output_type="latent")) is not None:
+        raise PrismError(
+            f"The pipeline made {interceptor.step - 1} scheduler steps, and the schedule cuts at step {max(cuts)}."
+        )
+
+
+def _judge_clean(search: Search, latents: Mapping[int, Tensor], step: int) -> int:
+    """The best of finished latents, each re-noised to `judge_at` with the same draws."""
+    scores: dict[int, list[float]] = {}
+    for chunk in search.chunks(sorted(latents)):
+        stacked = torch.stack([latents[candidate] for candidate in chunk])
+        # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
+        generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
+        try:
+            mean, _ = search.judge.score_clean(
+                stacked,
+                [search.prompt] * len(chunk),
+                search.judge_at,
+                num_draws=search.num_draws,
+                generator=generator,
+                **search.call,
+            )
+        except PrismError as error:
+            seeds = ", ".join(str(search.seeds[candidate]) for candidate in chunk)
+            raise PrismError(f"{error} (Its rows are the candidates with seeds {seeds}.)") from error
+        search.check_scores(chunk, mean)
+        scores.update(zip(chunk, mean.tolist()))
+    return search.rank(step, search.judge_at, scores, 1)[0]
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+STRATEGIES: dict[str, Callable[[Search], int]] = {
+    "none": none,
+    "random": pick_random,
+    "full": full,
+    "early": early,
+    "draft": draft,
+    "oracle": oracle,
+}
