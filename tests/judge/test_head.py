@@ -91,7 +91,7 @@ def test_mean_pools_all_tokens_and_linear_is_a_probe():
     probe, pooled = head(aggregation="linear", chunk_size=5), head(aggregation="mean", chunk_size=5)
     torch.testing.assert_close(probe(visual, text, mask), probe.probe(mean))
     torch.testing.assert_close(pooled(visual, text, mask), pooled.mlp(pooled.norm(pooled.w_p(mean))))
-    assert sum(p.numel() for p in probe.parameters()) == WIDTH * 4 + 4
+    assert sum(p.numel() for p in probe.parameters()) == WIDTH * 4
 
 
 def test_order_of_tokens_does_not_matter_and_rows_are_independent():

@@ -77,7 +77,7 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         self.num_queries, self.num_heads, self.mlp_layers = num_queries, num_heads, mlp_layers
         self.aggregation, self.chunk_size = aggregation, chunk_size
         if aggregation == "linear":
-            self.probe = nn.Linear(width, num_dimensions)
+            self.probe = nn.Linear(width, num_dimensions, bias=False)
             return
         self.w_p = nn.Linear(width, dim)
         if aggregation == "query":
@@ -91,7 +91,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         layers: list[nn.Module] = []
         for _ in range(mlp_layers - 1):
             layers += [nn.Linear(dim, dim), nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(dim, num_dimensions))
+        # No last bias: only differences of scores are trained, so it would drift.
+        self.mlp = nn.Sequential(*layers, nn.Linear(dim, num_dimensions, bias=False))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight)

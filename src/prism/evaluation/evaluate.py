@@ -1,0 +1,202 @@
+"""A judge's agreement with labelled pairs, by noise level and dimension, with intervals clustered by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prism.errors import PrismError
+from prism.evaluation.accuracy import clustered_bootstrap, pairwise_accuracy
+from prism.judge import Judge
+from prism.judge.objective import tie_margin
+from prism.preference import LatentStore, PromptGroup, prompt_key
+
+TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
+"""The noise levels of the paper's Table 1."""
+
+
+def evaluate(
+    judge: Judge,
+    store: LatentStore,
+    split: str = "test",
+    timesteps: Sequence[float] = TIMESTEPS,
+    num_draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Accuracy of a judge on a split of a store.
+
+    Each video is noised by its own draw, a function of (seed, video, t, draw), so that a figure does not depend on
+    which other videos or levels are evaluated beside it. Each (video, t, draw) costs one truncated forward pass.
+
+    Args:
+        judge: the judge; every one of its dimensions needs a column in the store's pairs.
+        store: opened store.
+        split: the pairs to measure on. Those of "validation" choose ``with_ties_validation_threshold``'s threshold.
+        timesteps: noise levels in [0, 1000], 0 clean.
+        num_draws: noise draws a video's score is averaged over; at t = 0 one is all there is.
+        seed: of noise and bootstrap.
+        batch_size: videos in one forward pass.
+        progress: show a progress bar (on a terminal).
+
+    Returns:
+        One row per t and dimension, the "accuracy" rows of metrics.json: judge, head_seed, source, t, log_snr, set,
+        dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on this very split, for comparison with
+        published figures), with_ties_validation_threshold, with_ties_model_rule (Eq. 3-4's own rule, untuned), pairs
+        (all labelled, ties included), prompts. None where there is nothing to measure.
+
+    Raises:
+        PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
+    """
+    if num_draws < 1 or batch_size < 1:
+        raise PrismError(f"num_draws and batch_size must be 1 or more, found {num_draws} and {batch_size}.")
+    if not timesteps:
+        raise PrismError("There is no noise level to evaluate at; give at least one t from 0 to 1000.")
+    groups = store.groups(split, judge.dimensions)
+    if not groups:
+        raise PrismError(f"The store {store.folder} has no labelled pairs in the split {split}.")
+    validation = store.groups("validation", judge.dimensions) if split != "validation" else groups
+    if split != "train":
+        _check_leak(judge, [*groups, *validation], store)
+
+    everything = {group.prompt: group for group in [*groups, *validation]}
+    rows = []
+    passes = [(t, draw) for t in timesteps for draw in range(num_draws if t else 1)]
+    videos = sum(len(group.videos) for group in everything.values())
+    with tqdm(total=len(passes) * videos, desc="evaluate", unit="video", disable=None if progress else True) as bar:
+        for t in timesteps:
+            draws = num_draws if t else 1
+            scores = score_videos(judge, store, list(everything.values()), t, draws, seed, batch_size, bar)
+            rows += _rows(judge, groups, validation, scores, t, split, seed)
+    return rows
+
+
+@torch.no_grad()
+def score_videos(
+    judge: Judge,
+    store: LatentStore,
+    groups: Sequence[PromptGroup],
+    t: float,
+    num_draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    bar: Any = None,
+) -> dict[str, np.ndarray]:
+    """Scores of the groups' videos at level t: video -> (num_dimensions,) float64, the mean over noise draws."""
+    todo = [(video, group.prompt) for group in groups for video in group.videos]
+    conditioning = judge.backbone.condition([group.prompt for group in groups], **store.call)
+    prompt_rows = [row for row, group in enumerate(groups) for _ in group.videos]
+    scores: dict[str, np.ndarray] = {}
+    for start in range(0, len(todo), batch_size):
+        names = [video for video, _ in todo[start : start + batch_size]]
+        latents = store.latents(names)
+        rows = conditioning[prompt_rows[start : start + batch_size]]
+        total = torch.zeros(len(names), len(judge.dimensions), dtype=torch.float64)
+        for draw in range(num_draws):
+            noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in names])
+            noisy = judge.backbone.add_noise(latents, t, noise)  # Eq. 1
+            total += judge.score_tokens(judge.backbone.tokens(noisy, rows, t, judge.tap)).double().cpu()
+            if bar is not None:
+                bar.update(len(names))
+        bad = ~total.isfinite().all(1)
+        if bool(bad.any()):
+            raise PrismError(
+                f"The score of video {names[int(bad.nonzero()[0])]!r} at t = {t:g} is not a finite number."
+            )
+        scores.update(zip(names, (total / num_draws).numpy()))
+    return scores
+
+
+def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> Tensor:
+    """The draw of one video, the same whatever is evaluated beside it."""
+    key = f"{seed}/{video}/{float(t)}/{draw}".encode()
+    number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
+
+
+def _rows(
+    judge: Judge,
+    groups: Sequence[PromptGroup],
+    validation: Sequence[PromptGroup],
+    scores: dict[str, np.ndarray],
+    t: float,
+    split: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    labels, margins, prompts = _margins(groups, scores)
+    val_labels, val_margins, _ = _margins(validation, scores)
+    common = {
+        "judge": "prism",
+        "head_seed": judge.trained_on.get("seed"),
+        "source": judge.trained_on.get("source", "untrained"),
+        "t": t,
+        "log_snr": _log_snr(judge, t),
+        "set": split,
+    }
+    rows = []
+    for column, dimension in enumerate(judge.dimensions):
+        known = ~np.isnan(labels[:, column])
+        y, m, clusters = labels[known, column], margins[known, column], prompts[known]
+        tuned = pairwise_accuracy(y, m)
+        decided = y != 0
+        low, high = clustered_bootstrap((y * m > 0)[decided], clusters[decided], seed=seed)
+        val_known = ~np.isnan(val_labels[:, column]) if len(val_labels) else np.zeros(0, dtype=bool)
+        validated = None
+        if val_known.any():
+            threshold = pairwise_accuracy(val_labels[val_known, column], val_margins[val_known, column]).threshold
+            validated = pairwise_accuracy(y, m, threshold=threshold).with_ties
+        rows.append(
+            {
+                **common,
+                "dimension": dimension,
+                "without_ties": _number(tuned.without_ties),
+                "without_ties_ci95": None if math.isnan(low) else [low, high],
+                "with_ties": _number(tuned.with_ties),
+                "with_ties_validation_threshold": None if validated is None else _number(validated),
+                "with_ties_model_rule": _number(pairwise_accuracy(y, m, threshold=tie_margin(judge.eta)).with_ties),
+                "pairs": len(y),
+                "prompts": len(set(clusters.tolist())),
+            }
+        )
+    return rows
+
+
+def _margins(groups: Sequence[PromptGroup], scores: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels and margins (pairs, num_dimensions) and the prompt's number (pairs,), over all groups."""
+    if not groups:
+        return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, dtype=np.int64)
+    margins = []
+    for group in groups:
+        values = np.stack([scores[video] for video in group.videos])
+        margins.append(values[group.first] - values[group.second])
+    sizes = [len(group.labels) for group in groups]
+    labels = np.concatenate([group.labels for group in groups])
+    return labels, np.concatenate(margins), np.repeat(np.arange(len(groups)), sizes)
+
+
+def _log_snr(judge: Judge, t: float) -> float | None:
+    """2 ln(alpha / sigma) of the backbone at t; None where it is infinite."""
+    alpha, sigma, _ = judge.backbone.family.level(judge.backbone.pipe.scheduler, torch.tensor([float(t)]))
+    return 2 * math.log(float(alpha) / float(sigma)) if alpha > 0 and sigma > 0 else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _check_leak(judge: Judge, groups: Sequence[PromptGroup], store: LatentStore) -> None:
+    trained_on = set(judge.trained_on.get("prompt_keys", ()))
+    for group in groups:
+        if prompt_key(group.prompt) in trained_on:
+            raise PrismError(
+                f"The head was trained on the prompt {group.prompt!r} of {store.folder}; "
+                "evaluate on prompts that it has not seen."
+            )

@@ -1,0 +1,98 @@
+"""What a training run is told: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prism.errors import PrismError
+from prism.judge.objective import OBJECTIVES
+
+SOURCES = ("renoised", "trajectory", "mixed")
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training settings. Where the paper gives a value (AdamW, 1e-4, eta = 5, t ~ U(0, 1000)) it is the default."""
+
+    steps: int = 2000
+    """Optimiser steps."""
+    prompts_per_step: int = 8
+    """Prompt groups of a step, over all processes: each with one t, all of its videos and pairs."""
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    """Of the learning rate after warm-up: "constant" or "cosine" (to zero)."""
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    objective: str = "btt"
+    """"btt": Bradley-Terry with ties (Eq. 3-4). "bt": plain Bradley-Terry, which leaves ties out."""
+    eta: float = 5.0
+    """Tie threshold of Eq. 3-4."""
+    source: str = "renoised"
+    """"renoised": finished latents, noised anew at each step (Eq. 1). "trajectory": states recorded while sampling.
+    "mixed": one or the other, by a coin per prompt and step."""
+    t_low: float = 0.0
+    t_high: float = 1000.0
+    """t ~ U(t_low, t_high). Of a trajectory, the states within are drawn evenly."""
+    shared_noise: bool = False
+    """Whether the videos of a prompt get the same noise at a step. The paper does not say."""
+    ema_decay: float = 0.0
+    """The saved head is the moving average of the weights with this decay; 0: the last weights."""
+    max_rows: int = 64
+    """Videos in one forward pass of the backbone; bounds memory, changes nothing else."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: none, and a killed run starts anew."""
+    log_every: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not kind:
+                raise PrismError(f"The training setting {field.name} must be {kind.__name__}, found {value!r}.")
+        for name in ("steps", "prompts_per_step", "max_rows", "log_every"):
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("warmup_steps", "checkpoint_every", "seed", "weight_decay", "max_gradient_norm"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("eta", self.eta > 1, "above 1")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
+        self._require("t_low", 0 <= self.t_low < self.t_high, "from 0 to below t_high")
+        self._require("t_high", self.t_high <= 1000, "at most 1000")
+        self._require("source", self.source in SOURCES, f"one of {', '.join(SOURCES)}")
+        self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise PrismError(f"The training setting {name} must be {wanted}, found {getattr(self, name)}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A configuration from JSON; an unknown name is refused."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise PrismError(f"There is no training setting {name}; there are {', '.join(known)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step (from 0): linear warm-up, then constant or cosine."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
