@@ -1,0 +1,137 @@
+"""Labelled candidates: many seeds a prompt, sampled, decoded and refereed, kept as latents and preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from prism import files
+from prism.backbone import Backbone
+from prism.preference import pairs_from_scores, write_store
+
+from . import CALL, referee, world
+
+SPLITS = tuple(world.SPLITS)
+BATCH = 32  # videos sampled together
+_SEED_STRIDE = 1_000_000  # splits and prompts draw from seeds far from one another, and from those a user types
+
+
+def candidate_seed(seed: int, prompt: str, index: int) -> int:
+    """The seed of a prompt's candidate: fixed by the run's seed and the prompt, whatever else is sampled."""
+    place = sorted(s.prompt for s in world.SCENES).index(prompt)
+    return (seed + 1) * _SEED_STRIDE * 1000 + place * 1000 + index
+
+
+def run(
+    out: Path,
+    per_prompt: int = 8,
+    seed: int = 0,
+    splits: Sequence[str] = SPLITS,
+    trajectories: bool = False,
+    backbone: Backbone | None = None,
+    overwrite: bool = False,
+    command: str = "",
+) -> None:
+    """Sample `per_prompt` candidates of every prompt of `splits` with `CALL`, and write a latent store to `out`.
+
+    With `trajectories`, the states after each step but the last are kept too, with their noise level. Parts go to
+    `<out>.parts` as they are done, so that a killed run goes on where it was.
+    """
+    files.check_new_folder(out, overwrite)
+    if backbone is None:
+        from . import pipeline
+
+        backbone = Backbone(pipeline())
+    work = [
+        (split, p, candidate_seed(seed, p, i))
+        for split in splits
+        for p in world.prompts(split)
+        for i in range(per_prompt)
+    ]
+    call = dict(CALL)
+    meta = {
+        "command": command or f"prism shapeworld candidates --per-prompt {per_prompt} --seed {seed}",
+        "seed": seed,
+        "call": call,
+        "backbone": backbone.fingerprint(),
+        "dimensions": list(referee.DIMENSIONS),
+        "tie_margins": referee.TIE_MARGINS,
+    }
+    parts = _parts_folder(
+        Path(out), {**meta, "per_prompt": per_prompt, "splits": list(splits), "trajectories": trajectories}
+    )
+    chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
+    done = []
+    for number, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
+        path = parts / f"{number:05d}.safetensors"
+        if not path.is_file():
+            part = _sample(backbone, call, chunk, trajectories)
+            save_file(part, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+        done.append(load_file(path))
+    joined = {name: torch.cat([part[name] for part in done]) for name in done[0]}
+    columns: dict[str, Any] = {
+        "video": [f"{split}-{s}" for split, _, s in work],
+        "prompt": [prompt for _, prompt, _ in work],
+        "seed": [s for _, _, s in work],
+        "split": [split for split, _, _ in work],
+    }
+    columns |= {name: joined[f"score/{name}"].tolist() for name in referee.DIMENSIONS}
+    videos = pa.table(columns)
+    recorded = {name: joined[name] for name in ("states", "t")} if trajectories else None
+    with files.new_folder(out, overwrite) as folder:
+        write_store(folder, videos, joined["latents"], pairs_from_scores(videos, referee.TIE_MARGINS), meta, recorded)
+    for path in parts.iterdir():
+        path.unlink()
+    parts.rmdir()
+
+
+def _parts_folder(out: Path, identity: dict[str, Any]) -> Path:
+    """The folder of finished parts; one left by another configuration is emptied."""
+    parts = out.absolute().with_name(f"{out.name}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    known = parts / "config.json"
+    if not known.is_file() or files.read_json(known) != identity:
+        for path in parts.iterdir():
+            path.unlink()
+        files.write_json(known, identity)
+    return parts
+
+
+def _sample(
+    backbone: Backbone, call: dict[str, Any], chunk: list[tuple[str, str, int]], trajectories: bool
+) -> dict[str, torch.Tensor]:
+    pipe, prompts = backbone.pipe, [prompt for _, prompt, _ in chunk]
+    states, levels = [], []
+
+    def record(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        sigma = float(pipe.scheduler.sigmas[step + 1])
+        if sigma > 0:
+            states.append(tensors["latents"].half())
+            levels.append(1000 * sigma)
+        return tensors
+
+    latents = pipe(
+        prompts,
+        generator=[torch.Generator().manual_seed(seed) for _, _, seed in chunk],
+        output_type="latent",
+        callback_on_step_end=record if trajectories else None,
+        **call,
+    ).frames
+    scores = [referee.batch(backbone.decode(rows), names) for rows, names in _in_eights(latents, prompts)]
+    part = {f"score/{name}": torch.cat([score[name] for score in scores]) for name in referee.DIMENSIONS}
+    part["latents"] = latents.half().contiguous()
+    if trajectories:
+        part |= {"states": torch.stack(states, 1), "t": torch.tensor(levels).expand(len(chunk), -1).contiguous()}
+    return part
+
+
+def _in_eights(latents: torch.Tensor, prompts: list[str]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    for start in range(0, len(prompts), 8):
+        yield latents[start : start + 8], prompts[start : start + 8]

@@ -1,0 +1,87 @@
+"""ShapeWorld's generator: a stock diffusers `WanPipeline` built from configurations, with its call arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from . import vae as video_vae
+from . import world
+
+TEXT_LENGTH = 16  # tokens, far above the longest prompt of the grammar
+FLOW_SHIFT = 3.0
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the grammar; anything else is `<unk>`."""
+    words = sorted({word for scene in world.SCENES for word in scene.prompt.split()})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+    )
+
+
+def build_text_encoder() -> T5EncoderModel:
+    """A two-layer T5 encoder of width 64."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=64,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
+    """A Wan transformer over 80 tokens (5x4x4 latent cells); width is 32 a head."""
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=video_vae.LATENT_CHANNELS,
+        out_channels=video_vae.LATENT_CHANNELS,
+        text_dim=64,
+        freq_dim=64,
+        ffn_dim=4 * 32 * heads,
+        num_layers=layers,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+
+
+def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_encoder: T5EncoderModel) -> WanPipeline:
+    """The pipeline as users meet it: UniPC flow scheduler, everything else stock."""
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
+    pipe = WanPipeline(
+        tokenizer=tokenizer(),
+        text_encoder=text_encoder.eval(),
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=scheduler,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load(folder: str | Path) -> WanPipeline:
+    """Load a saved ShapeWorld pipeline in float32 (the shipped weights are half precision)."""
+    import torch
+
+    pipe = WanPipeline.from_pretrained(
+        str(folder), torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,309 @@
+"""Train ShapeWorld's generator from scratch: first the VAE, then transformer and text encoder together on its latents.
+
+Every batch follows from (seed, step), so a run that was killed goes on from its last checkpoint as if nothing had
+happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import T5EncoderModel
+
+from prism import files
+from prism.errors import PrismError
+
+from . import CALL, recipe, world
+from . import vae as video_vae
+from .assets import write_manifest
+
+
+def _step_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def fit(
+    modules: dict[str, nn.Module],
+    loss_at: Callable[[int], Tensor],
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    ema_decay: float = 0.999,
+    checkpoint_every: int = 250,
+    warmup: int = 100,
+) -> None:
+    """AdamW with warm-up and a linear decay over the last 30 % of the steps, gradient norm 1, an EMA of the weights, a
+    log, and checkpoints that resume.
+
+    `loss_at(step)` gives the loss of one batch. Ends with the EMA in `modules`; checkpoints are
+    `folder/checkpoint.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
+    averages = {name: p.detach().clone() for name, p in weights.items()}
+    optimiser = torch.optim.AdamW(weights.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    checkpoint, first = folder / "checkpoint.safetensors", 0
+    if checkpoint.exists():
+        state = load_file(checkpoint)
+        first = int(state["step"])
+        for name, p in weights.items():
+            p.data.copy_(state[f"weight/{name}"])
+            averages[name].copy_(state[f"average/{name}"])
+            moments = {key: state[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[p] = {"step": torch.tensor(float(first)), **moments}
+
+    log, losses, started = (folder / "log.jsonl").open("a"), [], time.time()
+    for step in tqdm(range(first, steps), initial=first, total=steps, disable=None, desc=folder.name):
+        pace = min(
+            1.0, (step + 1) / warmup, 0.01 + (steps - step) / (0.3 * steps)
+        )  # up, level, down over the last 30 %
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * pace
+        loss = loss_at(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimiser.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averages.values()), [p.detach() for p in weights.values()], 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            row = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.time() - started, 1)}
+            print(json.dumps(row), file=log, flush=True)
+            losses = []
+        if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            state = {"step": torch.tensor(step + 1)}
+            for name, p in weights.items():
+                state |= {f"weight/{name}": p.detach(), f"average/{name}": averages[name]}
+                state |= {f"adam/{key}/{name}": optimiser.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+            save_file({key: value.contiguous() for key, value in state.items()}, folder / "checkpoint.part")
+            (folder / "checkpoint.part").replace(checkpoint)
+    for name, p in weights.items():
+        p.data.copy_(averages[name])
+    log.close()
+
+
+def train_vae(folder: Path, steps: int, batch_size: int, seed: int, learning_rate: float, device: str) -> None:
+    """Fit the encoder in closed form, train the decoder by regression on its (jittered) latents; writes
+    `folder/vae`.
+    """
+    torch.manual_seed(seed)
+    vae = _with_encoder(folder, seed)
+    code = video_vae.LinearCode.of(vae)
+    vae.requires_grad_(False).to(device)
+    decoder = vae.decoder.requires_grad_(True)
+    if not (folder / "checkpoint.safetensors").exists():
+        with torch.no_grad():  # residual branches start at zero, and outputs start near grey
+            for module in decoder.modules():
+                if hasattr(module, "conv2"):
+                    module.conv2.weight.zero_()
+            decoder.conv_out.weight.mul_(0.1)
+            decoder.conv_out.bias.zero_()
+
+    def loss_at(step: int) -> Tensor:
+        generator = _step_generator(seed + 1, step)
+        video, _ = world.sample(batch_size, seed * 7_919 + step)
+        pixels = video_vae.to_input(video).to(device)
+        latents = code(video)
+        latents = (latents + 0.05 * torch.randn(latents.shape, generator=generator)).to(device)
+        target = video_vae.patchify(pixels, vae.config.patch_size)
+        with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
+            output = video_vae.decode_unclamped(vae, latents)
+        error = output.float() - target
+        return error.square().mean() + 0.1 * error.abs().mean()
+
+    fit({"decoder": decoder}, loss_at, folder, steps, learning_rate)
+    vae.to("cpu").save_pretrained(folder / "vae")
+
+
+def _with_encoder(folder: Path, seed: int) -> AutoencoderKLWan:
+    """The VAE with its encoder fitted: by the first part of a run that needs it, then read from `folder/fitted`."""
+    fitted = folder / "fitted"
+    if not fitted.is_dir():
+        torch.manual_seed(seed)
+        vae = video_vae.build()
+        print(f"The linear code loses {video_vae.fit_encoder(vae, seed):.1%} of the pixels' variance.")
+        vae.save_pretrained(folder / "fitted.part")
+        (folder / "fitted.part").replace(fitted)
+    return AutoencoderKLWan.from_pretrained(fitted)
+
+
+def _latent_pool(folder: Path, code: video_vae.LinearCode, videos: int, seed: int) -> tuple[Tensor, list[str]]:
+    """`videos` random clean latents in half precision and their prompts, rendered once and kept beside the
+    checkpoint.
+    """
+    path = folder / "latents.safetensors"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents"), json.loads(file.metadata()["prompts"])
+    folder.mkdir(parents=True, exist_ok=True)
+    latents, prompts, chunk = [], [], 250
+    for start in tqdm(range(0, videos, chunk), disable=None, desc="rendering"):
+        video, names = world.sample(min(chunk, videos - start), seed * 7_919 + start)
+        latents.append(code(video).half())
+        prompts += names
+    pool = torch.cat(latents).contiguous()
+    save_file({"latents": pool}, path, metadata={"prompts": json.dumps(prompts)})
+    return pool, prompts
+
+
+def train_transformer(
+    folder: Path,
+    vae_folder: Path,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    learning_rate: float,
+    device: str,
+    videos: int,
+) -> None:
+    """Flow matching on the VAE's latents, text encoder trained along; writes `folder/transformer` and
+    `folder/text_encoder`.
+
+    Sigma is logit-normal with the sampler's shift; 15 % of the prompts are dropped for classifier-free guidance.
+    """
+    torch.manual_seed(seed)
+    vae = _with_encoder(vae_folder, seed)  # final once it is fitted: this part need not wait for the decoder
+    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), videos, seed)
+    transformer, text_encoder = recipe.build_transformer().to(device), recipe.build_text_encoder().to(device)
+    tokenizer = recipe.tokenizer()
+
+    def loss_at(step: int) -> Tensor:
+        generator = _step_generator(seed + 2, step)
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        clean = latents[rows].float().to(device)
+        dropped = torch.rand(batch_size, generator=generator) < 0.15
+        tokens = tokenizer(
+            ["" if drop else prompt for prompt, drop in zip([prompts[i] for i in rows], dropped, strict=True)],
+            padding="max_length",
+            max_length=recipe.TEXT_LENGTH,
+            return_tensors="pt",
+        ).to(device)
+        text = (
+            text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
+        )
+        level = torch.sigmoid(torch.randn(batch_size, generator=generator))
+        level = (recipe.FLOW_SHIFT * level / (1 + (recipe.FLOW_SHIFT - 1) * level)).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        sigma = level.view(-1, 1, 1, 1, 1)
+        noisy = (1 - sigma) * clean + sigma * noise
+        with torch.autocast(
+            "cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"
+        ):  # on a CPU float32 is faster
+            output = transformer(noisy, level * 1000, text, return_dict=False)[0]
+        return (output.float() - (noise - clean)).square().mean()
+
+    fit({"transformer": transformer, "text_encoder": text_encoder}, loss_at, folder, steps, learning_rate)
+    transformer.to("cpu").save_pretrained(folder / "transformer")
+    text_encoder.to("cpu").save_pretrained(folder / "text_encoder")
+
+
+PARTS = ("vae", "transformer")
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """Settings of one part of the training; see `DEFAULTS`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+    videos: int = 20_000  # clean videos the transformer learns from, rendered once
+
+
+DEFAULTS = {
+    "vae": PartConfig(steps=8000, batch_size=8, learning_rate=1.5e-3),
+    "transformer": PartConfig(steps=9000, batch_size=32, learning_rate=1e-3),
+}
+
+
+def run(
+    out: Path,
+    part: str = "all",
+    steps: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+) -> None:
+    """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are done, `out/pipeline` is the saved
+    pipeline.
+
+    None takes the part's default. Each part keeps its settings, log and last checkpoint in `out/<part>`; with `resume`,
+    a run that was stopped goes on from there. Raises PrismError for an unknown part, settings out of range, or a folder
+    of another run."""
+    if part not in (*PARTS, "all"):
+        raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    configs = {}
+    for name in PARTS if part == "all" else (part,):
+        config = replace(DEFAULTS[name], **{key: value for key, value in given.items() if value is not None})
+        for key in ("steps", "batch_size", "learning_rate"):
+            if getattr(config, key) <= 0:
+                raise PrismError(f"The {key} of a training run must be above 0; found {getattr(config, key)}.")
+        configs[name] = config
+        _claim(out / name, config, resume)
+    if "vae" in configs:
+        vae = configs["vae"]
+        train_vae(out / "vae", vae.steps, vae.batch_size, vae.seed, vae.learning_rate, device)
+    if "transformer" in configs:
+        config = configs["transformer"]
+        train_transformer(
+            out / "transformer",
+            out / "vae",
+            config.steps,
+            config.batch_size,
+            config.seed,
+            config.learning_rate,
+            device,
+            config.videos,
+        )
+    if all((out / folder).is_dir() for folder in ("vae/vae", "transformer/transformer", "transformer/text_encoder")):
+        save_pipeline(out, out / "pipeline")
+
+
+def _claim(folder: Path, config: PartConfig, resume: bool) -> None:
+    """Refuse a folder of another run; write down the settings of a new one."""
+    known = folder / "config.json"
+    if known.is_file():
+        if not resume:
+            raise PrismError(
+                f"The folder {folder} holds a training run; continue it with --resume or choose another --out."
+            )
+        if files.read_json(known) != asdict(config):
+            raise PrismError(
+                f"The run in {folder} has other settings (see {known}); resume it with those or choose another --out."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_json(known, asdict(config))
+
+
+def save_pipeline(out: Path, folder: Path) -> None:
+    """Put the trained parts of `out` together: a diffusers pipeline in half precision, `call.json`, logs and settings
+    beside it.
+    """
+    pipe = recipe.assemble(
+        AutoencoderKLWan.from_pretrained(out / "vae" / "vae"),
+        WanTransformer3DModel.from_pretrained(out / "transformer" / "transformer"),
+        T5EncoderModel.from_pretrained(out / "transformer" / "text_encoder"),
+    )
+    with files.new_folder(folder, overwrite=True) as temporary:
+        pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+        files.write_json(temporary / "call.json", CALL)
+        for part in PARTS:
+            shutil.copy(out / part / "log.jsonl", temporary / f"{part}-log.jsonl")
+            shutil.copy(out / part / "config.json", temporary / f"{part}-config.json")
+        write_manifest(temporary)

@@ -1,0 +1,215 @@
+"""ShapeWorld's video VAE: a stock `AutoencoderKLWan` whose encoder is fitted in closed form and whose decoder is
+trained.
+
+The encoder is a linear patch code (principal components of blocks of 16x16 pixels and 4 frames, the first frame alone),
+taken step by step in the order in which the stock encoder halves space and time, and written into its weights. It needs
+no gradient, so the transformer can start on the final latents at once; the decoder follows by plain regression."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from . import world
+
+LATENT_CHANNELS = 48
+OFFSET, GAIN = 64.0, 4096.0  # keep the encoder's last norm and SiLU in their linear range, see `_write_linear_head`
+
+
+def build() -> AutoencoderKLWan:
+    """An untrained VAE: 16x16x4 compression, 48 channels, `(B, 3, 17, 64, 64)` in [-1, 1] to `(B, 48, 5, 4, 4)`."""
+    return AutoencoderKLWan(
+        base_dim=48,
+        decoder_base_dim=32,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=4,
+        in_channels=48,
+        out_channels=48,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def to_input(video: Tensor) -> Tensor:
+    """(B, T, H, W, 3) in [0, 1] to what the VAE takes: (B, 3, T, H, W) in [-1, 1]."""
+    return video.permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), the first `count` principal directions (count, D) and their variances of rows (N, D); float64
+    inside.
+    """
+    rows = rows.double()
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    return mean.float(), vectors.flip(1)[:, :count].T.float(), values.flip(0)[:count].float()
+
+
+def _fit_space(hidden: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve space: hidden (B, C, T, H, W) to (B, width, T, H/2, W/2); returns it, the 2x2 kernel (width, C, 2, 2) and
+    bias.
+    """
+    channels = hidden.shape[1]
+    blocks = hidden.unfold(3, 2, 2).unfold(4, 2, 2).permute(0, 2, 3, 4, 1, 5, 6)  # (B, T, h, w, C, 2, 2)
+    rows = blocks.reshape(-1, channels * 4)
+    mean, directions, _ = principal(rows, width)
+    bias = -directions @ mean
+    out = (rows @ directions.T + bias).reshape(*blocks.shape[:4], width).permute(0, 4, 1, 2, 3)
+    return out, directions.reshape(width, channels, 2, 2), bias
+
+
+def _fit_time(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Halve time after the first frame: pairs (C, 2) to C channels, turned so that a still pair keeps its own code."""
+    width = hidden.shape[1]
+    pairs = hidden[:, :, 1:].unfold(2, 2, 2).permute(0, 2, 3, 4, 5, 1)  # (B, t, H, W, 2, C)
+    rows = pairs.reshape(-1, 2 * width)
+    mean, directions, _ = principal(rows, width)
+    still = hidden.permute(0, 2, 3, 4, 1).reshape(-1, width)
+    coded = torch.cat([still, still], 1) @ directions.T
+    u, _, v = torch.linalg.svd(
+        still.T.double() @ coded.double()
+    )  # orthogonal Procrustes: the turn that brings `coded` to `still`
+    directions = (u @ v).float() @ directions / 2**0.5
+    bias = -directions @ mean
+    coded = (rows @ directions.T + bias).reshape(*pairs.shape[:4], width).permute(0, 4, 1, 2, 3)
+    return torch.cat([hidden[:, :, :1], coded], 2), directions.reshape(width, 2, width).transpose(1, 2), bias
+
+
+@torch.no_grad()
+def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> float:
+    """Write the linear patch code into the encoder; returns the share of pixel variance that the code loses."""
+    video = to_input(world.sample(videos, seed)[0])
+    encoder = vae.encoder
+    for parameter in encoder.parameters():
+        parameter.zero_()
+    for name, parameter in encoder.named_parameters():
+        if name.endswith("gamma"):
+            parameter.fill_(1.0)
+
+    patch = vae.config.patch_size
+    hidden = patchify(video, patch)
+    width = hidden.shape[1]
+    encoder.conv_in.weight[torch.arange(width), torch.arange(width), -1, 1, 1] = 1.0
+
+    resamplers = [block for block in encoder.down_blocks if hasattr(block, "resample")]
+    for block in encoder.down_blocks:
+        if block not in resamplers and hasattr(block.conv_shortcut, "weight"):
+            keep = torch.arange(block.in_dim)
+            block.conv_shortcut.weight[keep, keep] = 1.0
+    last_width = encoder.norm_out.gamma.numel() - 1  # one channel is the constant
+    for block, width in zip(resamplers, (resamplers[0].dim, last_width), strict=True):
+        hidden, kernel, bias = _fit_space(hidden, width)
+        conv = block.resample[1]
+        conv.weight[:width, : kernel.shape[1], :2, :2] = kernel
+        conv.bias[:width] = bias
+        hidden, kernel, bias = _fit_time(hidden)
+        block.time_conv.weight[:width, :width, 1:, 0, 0] = kernel
+        block.time_conv.bias[:width] = bias
+
+    _write_linear_head(vae, hidden)
+    latents = torch.cat([encode(vae, chunk) for chunk in video.split(64)])
+    # what is lost: the best linear reconstruction of each block of pixels from its latent cell
+    lost = total = 0.0
+    for frames, cells in ((video[:, :, :1], latents[:, :, :1]), (video[:, :, 1:], latents[:, :, 1:])):
+        step = frames.shape[2] // cells.shape[2]
+        blocks = frames.unfold(2, step, step).unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 2, 3, 4, 1, 5, 6, 7)
+        pixels = blocks.reshape(-1, 3 * step * 256)
+        codes = cells.permute(0, 2, 3, 4, 1).reshape(len(pixels), -1)
+        codes = torch.cat([codes, torch.ones(len(codes), 1)], 1).double()
+        gram = codes.T @ codes + 1e-6 * torch.eye(codes.shape[1], dtype=torch.float64)
+        fit = torch.linalg.solve(gram, codes.T @ pixels.double())
+        lost += ((codes @ fit).float() - pixels).square().sum().item()
+        total += (pixels - pixels.mean(0)).square().sum().item()
+    return lost / total
+
+
+def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
+    """The last linear step, through the encoder's RMS norm and SiLU.
+
+    A large constant channel makes the norm a division by a constant, and an offset keeps every value where SiLU is the
+    identity. Channels are scaled by the fourth root of their variance: strong components stay stronger, so they outlive
+    more noise."""
+    encoder = vae.encoder
+    width = hidden.shape[1]
+    encoder.mid_block.attentions[0].proj.bias[:width] = OFFSET
+    encoder.mid_block.attentions[0].proj.bias[width] = GAIN * (width + 1) ** 0.5
+    encoder.norm_out.gamma.zero_()
+    encoder.norm_out.gamma[:width] = GAIN
+
+    rows = hidden.permute(0, 2, 3, 4, 1).reshape(-1, width)
+    mean, directions, variances = principal(rows, LATENT_CHANNELS)
+    scale = variances**-0.25
+    scale = scale / (scale.square() * variances).mean().sqrt()  # mean variance of one over the channels
+    kernel = directions * scale[:, None]
+    encoder.conv_out.weight[:LATENT_CHANNELS, :width, -1, 1, 1] = kernel
+    encoder.conv_out.bias[:LATENT_CHANNELS] = -kernel @ (mean + OFFSET)
+    encoder.conv_out.bias[LATENT_CHANNELS:] = -20.0  # log-variance of the posterior: as good as none
+    vae.quant_conv.weight.zero_()
+    vae.quant_conv.bias.zero_()
+    both = torch.arange(2 * LATENT_CHANNELS)
+    vae.quant_conv.weight[both, both] = 1.0
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    """(B, 3, T, H, W) in [-1, 1] to latents (B, 48, t, h, w); the VAE's own mean and standard deviation are 0 and 1."""
+    return vae.encode(video).latent_dist.mode()
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """Wan's space-to-depth: (B, C, T, H, W) to (B, C * patch^2, T, H / patch, W / patch)."""
+    b, c, t, h, w = pixels.shape
+    blocks = pixels.view(b, c, t, h // patch, patch, w // patch, patch).permute(0, 1, 6, 4, 2, 3, 5)
+    return blocks.reshape(b, c * patch * patch, t, h // patch, w // patch)
+
+
+def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """The decoder's output before unpatchify and clamp (which has no gradient outside [-1, 1]).
+
+    The stock loop decodes one latent frame at a time; after the first, its causal cache makes one call for all of them
+    equal."""
+    latents = vae.post_quant_conv(latents)
+    cache: list = [None] * vae._cached_conv_counts["decoder"]
+    first = vae.decoder(latents[:, :, :1], feat_cache=cache, feat_idx=[0], first_chunk=True)
+    rest = vae.decoder(latents[:, :, 1:], feat_cache=cache, feat_idx=[0])
+    return torch.cat([first, rest], 2)
+
+
+class LinearCode:
+    """The fitted encoder as the one matrix a block of pixels that it is: the same latents, much faster."""
+
+    def __init__(self, first: Tensor, rest: Tensor, first_bias: Tensor, rest_bias: Tensor) -> None:
+        self.maps = ((1, first, first_bias), (4, rest, rest_bias))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, vae: AutoencoderKLWan) -> LinearCode:
+        """Read the matrices off the encoder's answers to unit impulses."""
+        frames = 5
+        size = 3 * frames * 256
+        vae.double()  # thousands of small answers add up, and their rounding errors with them
+        zero = encode(vae, torch.zeros(1, 3, frames, 16, 16, dtype=torch.float64)).flatten(1)  # (1, 96): two cells
+        impulses = torch.eye(size, dtype=torch.float64).view(size, 3, frames, 16, 16)
+        answers = torch.cat([encode(vae, chunk).flatten(1) for chunk in impulses.split(256)]) - zero
+        answers, zero = answers.float(), zero.float()
+        vae.float()
+        answers = answers.view(3, frames, 256, LATENT_CHANNELS, 2)
+        first = answers[:, :1, ..., 0].reshape(-1, LATENT_CHANNELS)
+        rest = answers[:, 1:, ..., 1].reshape(-1, LATENT_CHANNELS)
+        bias = zero.view(LATENT_CHANNELS, 2)
+        return cls(first, rest, bias[:, 0], bias[:, 1])
+
+    def __call__(self, video: Tensor) -> Tensor:
+        """(B, T, H, W, 3) in [0, 1] to latents (B, 48, t, h, w)."""
+        pixels, parts = to_input(video), []
+        for (step, matrix, bias), frames in zip(self.maps, (pixels[:, :, :1], pixels[:, :, 1:]), strict=True):
+            blocks = frames.unfold(2, step, step).unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 2, 3, 4, 1, 5, 6, 7)
+            cells = blocks.flatten(4) @ matrix + bias
+            parts.append(cells.permute(0, 4, 1, 2, 3))
+        return torch.cat(parts, 2)
