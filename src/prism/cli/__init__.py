@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from prism.cli import demo, evaluate, sample, shapeworld
+from prism.cli import demo, evaluate, sample, shapeworld, train
 from prism.errors import PrismError
 
 app = typer.Typer(
@@ -21,7 +21,11 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("sample")(sample.sample)
+app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+
+
+app.add_typer(shapeworld.app, name="shapeworld")
 
 
 def _version(wanted: bool) -> None:

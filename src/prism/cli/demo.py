@@ -20,8 +20,10 @@ def demo(
 ) -> None:
     """Show the whole idea on the embedded model in minutes: train a head, judge, pick the best of 8.
 
-    Trains a head on labelled candidates, measures it by noise level on prompts it has not seen, and runs Best-of-N with
-    every strategy on fresh prompts. Writes the report, the metrics, the winner's video and the trained head.
+    Trains a head on labelled candidates, measures it by noise level on prompts
+    it has not seen, and runs Best-of-N with every strategy on fresh prompts.
+
+    Writes the report, metrics.json, the winner's video and the trained head.
     """
     from prism.cli.printing import show
     from prism.experiments import demo as experiment

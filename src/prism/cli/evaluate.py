@@ -10,8 +10,8 @@ from prism.cli import options
 
 
 def evaluate(
-    data: options.Data,
     out: options.Out,
+    data: options.Data = None,
     head: options.Head = None,
     split: Annotated[
         str, typer.Option("--split", metavar="NAME", help="Split to measure: test, validation or train.")
@@ -31,8 +31,8 @@ def evaluate(
 ) -> None:
     """Measure how often a head agrees with the labels, by noise level, with intervals.
 
-    Pairwise accuracy with and without ties, per dimension and overall; 95 % intervals are resampled by prompt.
-    Writes metrics.json, config.json and report.html.
+    Pairwise accuracy with and without ties, per dimension and overall, with
+    95 % intervals resampled by prompt. Writes metrics.json and the report.
     """
     from prism.cli.printing import show
     from prism.experiments import evaluate as experiment

@@ -9,7 +9,7 @@ import typer
 
 # Panels of --help, from what a command is about to where its results go.
 MODELS, CALL, OUTPUT = (
-    "Models",
+    "Models and data",
     "Pipeline call (default: call.json beside the backbone, else the pipeline's own)",
     "Output",
 )
@@ -23,7 +23,14 @@ Overwrite = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of everything random.")]
 Data = Annotated[
-    Path, typer.Option("--data", metavar="FOLDER", help="Latent store: videos as latents, with labelled pairs.")
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FOLDER",
+        help="Latent store: videos as latents, with labelled pairs.",
+        show_default="the embedded candidates",
+        rich_help_panel=MODELS,
+    ),
 ]
 Backbone = Annotated[
     str | None,

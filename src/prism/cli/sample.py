@@ -33,14 +33,14 @@ def sample(
     ] = None,
     draft_steps: Annotated[
         int | None,
-        typer.Option("--draft-steps", metavar="INT", help="Steps of a draft.", show_default="a fifth of the steps"),
+        typer.Option("--draft-steps", metavar="INT", help="Steps of a draft.", show_default="15 % of the steps"),
     ] = None,
     judge_at: Annotated[
         float | None,
         typer.Option(
             "--judge-at",
             metavar="T",
-            help="Noise level at which draft and full judge, 0 (clean) to 1000 (noise).",
+            help="Noise level at which draft and full judge, above 0 (clean) to 1000 (noise).",
             show_default="700",
         ),
     ] = None,
@@ -57,7 +57,7 @@ def sample(
             "--batch-size",
             metavar="INT",
             help="Candidates sampled at once. 1: the video equals the stock pipeline's to the bit; more: to rounding.",
-            show_default="auto",
+            show_default="all, or 1 above 0.5 billion parameters",
         ),
     ] = None,
     backbone: options.Backbone = None,
@@ -100,7 +100,7 @@ def sample(
 ) -> None:
     """Sample one good video: N seeds in, losers dropped early, one decoded.
 
-    Writes winner.mp4, metrics.json, config.json and report.html.
+    Writes winner.mp4, metrics.json, config.json and the report.
     """
     from prism.cli.printing import show
     from prism.experiments import sample as experiment

@@ -22,9 +22,12 @@ NOTES = (
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of `prism eval`. `timesteps` are levels in 0 to 1000, apart by commas."""
+    """Options of `prism eval`. `timesteps` are levels in 0 to 1000, apart by commas.
 
-    data: Path
+    data: a latent store; None for the labelled candidates that ship with the package.
+    """
+
+    data: Path | None = None
     head: str | None = None
     split: str = "test"
     timesteps: str = "989,949,899,699,499,299,99,0"
@@ -40,10 +43,9 @@ def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str,
     levels = _levels(config.timesteps)
     with files.new_folder(out, overwrite) as folder:
         from prism.evaluation import evaluate
-        from prism.experiments.loading import describe, load_backbone, load_judge
-        from prism.preference import LatentStore
+        from prism.experiments.loading import describe, load_backbone, load_judge, open_store
 
-        store = LatentStore.open(config.data)
+        store = open_store(config.data)
         backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
         judge = load_judge(config.head, backbone, embedded=config.backbone is None)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Backbones and heads by name: the embedded ones, a folder, or an id on the Hub."""
+"""Backbones, heads and stores by name: the embedded ones, a folder, or an id on the Hub."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ def load_backbone(
     float32 elsewhere; the embedded model stays in float32. Raises `PrismError` for what cannot be loaded.
     """
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from prism import shapeworld
     from prism.backbone import Backbone
 
+    for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -37,7 +42,7 @@ def load_backbone(
     if name is None:
         return Backbone(shapeworld.pipeline().to(device)), dict(shapeworld.CALL), EMBEDDED
     kind = kinds[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
-    backbone = Backbone.from_pretrained(name, torch_dtype=kind)
+    backbone = Backbone.from_pretrained(name, dtype=kind)
     backbone.pipe.to(device)
     return backbone, _call_beside(name), str(name)
 
@@ -59,7 +64,18 @@ def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:
 
     if head is None and not embedded:
         raise PrismError("The embedded head fits the embedded backbone alone; name a head for this one with --head.")
-    return Judge.from_pretrained(shapeworld.asset_folder("head") if head is None else head, backbone)
+    if head is None:
+        return Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
+    of_a_run = Path(head) / "head"  # prism train and prism demo leave it there
+    return Judge.from_pretrained(of_a_run if of_a_run.is_dir() else head, backbone)
+
+
+def open_store(folder: Path | None) -> Any:
+    """The `LatentStore` in `folder`; None opens the labelled candidates that ship with the package."""
+    from prism import shapeworld
+    from prism.preference import LatentStore
+
+    return LatentStore.open(shapeworld.asset_folder("candidates") if folder is None else folder)
 
 
 def describe(backbone: Any, name: str) -> dict[str, Any]:

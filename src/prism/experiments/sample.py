@@ -87,7 +87,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             prompt=config.prompt,
             seeds=list(result.seeds),
             winner=result.index,
-            cuts=[_cut(cut, config.strategy) for cut in result.scores],
+            cuts=[_cut(cut, config.strategy, weights) for cut in result.scores],
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
@@ -98,10 +98,10 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
     return metrics
 
 
-def parse_weights(text: str) -> str | dict[str, float]:
-    """ "overall" as it is; "VQ:1,MQ:0.5" as {"VQ": 1.0, "MQ": 0.5}."""
+def parse_weights(text: str) -> dict[str, float]:
+    """Weights of dimensions: overall gives {"overall": 1.0}, VQ:1,MQ:0.5 gives {"VQ": 1.0, "MQ": 0.5}."""
     if ":" not in text:
-        return text
+        return {text: 1.0}
     try:
         return {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
     except ValueError:
@@ -120,8 +120,7 @@ def _row(config: SampleConfig, judge: Any, call: Mapping[str, Any], result: Any)
     from prism.sampling.ledger import expected_rows
 
     backbone, ledger = judge.backbone, result.ledger
-    steps = backbone.num_inference_steps(dict(call))
-    guided = bool(backbone.pipe.do_classifier_free_guidance)
+    steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
     share = judge.tap / backbone.num_blocks
     everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=config.num_draws)
     return {
@@ -132,8 +131,8 @@ def _row(config: SampleConfig, judge: Any, call: Mapping[str, Any], result: Any)
         "num_inference_steps": steps,
         "guidance_scale": call.get("guidance_scale"),
         "schedule": [[cut["step"], len(cut["kept"])] for cut in result.scores] if config.strategy == "early" else None,
-        "draft_steps": config.draft_steps,
-        "judge_at": config.judge_at,
+        "draft_steps": result.scores[0]["step"] if config.strategy == "draft" else None,
+        "judge_at": result.scores[0]["t"] if config.strategy in ("draft", "full") else None,
         "set": "prompt",
         "prompts": 1,
         "referee_gain": None,
@@ -148,16 +147,16 @@ def _row(config: SampleConfig, judge: Any, call: Mapping[str, Any], result: Any)
     }
 
 
-def _cut(cut: Mapping[str, Any], strategy: str) -> dict[str, Any]:
+def _cut(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> dict[str, Any]:
     """One cut for the report: its name, noise level, the deciding score by candidate, and who was kept."""
     names = {"draft": f"drafts of {cut['step']} steps", "full": "finished"}
-    scores = cut["scores"]
-    deciding = scores.get("overall") or next(iter(scores.values()))
+    columns = [(weight, cut["scores"][name]) for name, weight in weights.items()]
+    deciding = [sum(weight * column[i] for weight, column in columns) for i in range(len(cut["candidates"]))]
     return {
         "name": names.get(strategy, f"step {cut['step']}"),
         "step": cut["step"],
         "t": cut["t"],
-        "scores": {str(candidate): float(score) for candidate, score in zip(cut["candidates"], deciding)},
-        "dimensions": scores,
+        "scores": {str(candidate): score for candidate, score in zip(cut["candidates"], deciding)},
+        "dimensions": cut["scores"],
         "kept": list(cut["kept"]),
     }

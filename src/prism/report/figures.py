@@ -89,6 +89,17 @@ def _accuracy_lines(rows: Sequence[Row]) -> list[_Line]:
     return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
 
 
+def training_plot(history: Sequence[Row]) -> str:
+    """Mean loss against optimiser steps, from a training run's history; "" for fewer than two entries."""
+    if len(history) < 2:
+        return ""
+    figure, axes = _figure(4.9, 3.5)
+    steps, loss = [entry["step"] for entry in history], [entry["loss"] for entry in history]
+    axes.plot(steps, loss, color=_ACCENT, linewidth=2.2)
+    axes.set_xlabel("optimiser step", color=_MUTED)
+    return _svg(figure, "Training loss against optimiser steps")
+
+
 def cost_plot(rows: Sequence[Row]) -> str:
     """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains."""
     points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]

@@ -59,10 +59,12 @@ def write_report(
         headlines=headlines(metrics),
         accuracy_plot=plots.accuracy_plot(accuracy),
         cost_plot=plots.cost_plot(picks),
+        training_plot=plots.training_plot(metrics.get("history", [])),
         accuracy_groups=wording.by_level(accuracy),
         dimensions=wording.dimensions(accuracy),
         several_judges=len({(row["judge"], row["head_seed"], row["source"], row["set"]) for row in accuracy}) > 1,
         picks=picks,
+        measured=any(row["referee_gain"] is not None for row in picks),
         uniform=len({(row["n"], row["prompts"]) for row in picks}) == 1,
         strips=[_embedded(strip) for strip in figures],
         cuts=metrics.get("cuts", []),
@@ -125,7 +127,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
             text = f"of full Best-of-{row['n']}’s denoiser work ({wording.how(row)})"
             cards.append({"name": "Cost", "value": value, "text": text})
         value = wording.count(row["vae_decodes"] / row["prompts"])
-        text = f"VAE decode a prompt, in place of {row['n']}"
+        text = f"VAE decodes a prompt, where decoding every candidate takes {row['n']}"
         cards.append({"name": "Decodes", "value": value, "text": text})
     return cards
 

@@ -42,27 +42,35 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "Judge: pairw
 
 
 def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given; fits 80 columns."""
+    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given; fits 80 columns.
+
+    The columns of what a pick gains are left out where no referee measured it.
+    """
     sizes = "/".join(str(n) for n in sorted({row["n"] for row in rows}))
-    prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
+    measured = any(row["referee_gain"] is not None for row in rows)
     settings = [f"{wording.strategy_name(row)}: {wording.how(row)}" for row in rows if row["strategy"] != "none"]
-    unit = "gain over a random pick in within-prompt standard deviations"
-    caption = f"{prompts} prompts; {unit}\n{'; '.join(settings)}"
-    table = _table(title or f"Best-of-{sizes}: what each strategy picks and what it costs", caption)
+    prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
+    unit = [f"{prompts} prompts; gain over a random pick in within-prompt standard deviations"] if measured else []
+    name = f"Best-of-{sizes}: {'what each strategy picks and what it costs' if measured else 'what it cost'}"
+    table = _table(title or name, "\n".join([*unit, "; ".join(settings)]))
     table.add_column("strategy", style="bold")
-    table.add_column("gain", justify="right")
-    table.add_column("95 %\ninterval", justify="right", style="dim")
-    table.add_column("share of\noracle", justify="right")
+    if measured:
+        table.add_column("gain", justify="right")
+        table.add_column("95 %\ninterval", justify="right", style="dim")
+        table.add_column("share of\noracle", justify="right")
     table.add_column("denoiser\nrows", justify="right")
     table.add_column("share of\nfull", justify="right")
     table.add_column("VAE\ndecodes", justify="right")
     table.add_column("seconds", justify="right", style="dim")
     for row in rows:
-        table.add_row(
-            wording.strategy_name(row),
+        gain = [
             wording.signed(row["referee_gain"]),
             wording.signed_interval(row["referee_gain_ci95"]),
             wording.percent(row["oracle_share"], 0),
+        ]
+        table.add_row(
+            wording.strategy_name(row),
+            *(gain if measured else []),
             wording.count(row["denoiser_rows"]),
             wording.percent(row["denoiser_share_of_full"]),
             wording.count(row["vae_decodes"]),

@@ -1,0 +1,89 @@
+"""What `prism train` runs: a fresh head on a labelled store, resumable, with its report."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prism import files
+from prism.errors import PrismError
+from prism.report.metrics import document
+from prism.report.page import write_report
+from prism.training.config import TrainConfig
+
+NOTES = (
+    "The loss falls on the pairs the head learns from, and says little about others: run prism eval on a split that "
+    "was held out.",
+)
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """Options of `prism train`: which store and backbone, the shape of the head, and how it is trained.
+
+    data: a latent store; None for the labelled candidates that ship with the package.
+    tap: block whose tokens are read, from 1; None for the backbone's default. dim: width D of the head; None for 1536
+    as in the paper, or twice the backbone's width where that is less.
+    """
+
+    data: Path | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tap: int | None = None
+    dim: int | None = None
+    aggregation: str = "query"
+    backbone: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics."""
+    from prism.experiments.loading import describe, load_backbone, open_store
+    from prism.judge import Judge
+    from prism.training import train
+
+    if resume and overwrite:
+        raise PrismError("--resume continues the run in the folder and --overwrite deletes it; give one of them.")
+    if not resume and not overwrite:
+        files.check_new_folder(out)
+    store = open_store(config.data)
+    backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
+    judge = Judge.untrained(
+        backbone,
+        tap=config.tap,
+        dim=config.dim,
+        dimensions=store.dimensions,
+        aggregation=config.aggregation,
+        seed=config.train.seed,
+    )
+    if overwrite and out.exists():
+        _delete_run(out)
+    result = train(store, judge, config.train, out, resume=resume)
+    summary = {key: value for key, value in result.items() if key != "history"}
+    metrics = document(
+        "train",
+        describe(backbone, name),
+        config.train.seed,
+        timings={"train": result["seconds"]},
+        train=summary,
+        history=result["history"],
+    )
+    files.write_json(out / "metrics.json", metrics)
+    settings = files.read_json(out / "config.json")
+    title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"
+    write_report(out / "report.html", metrics, title=title, notes=NOTES, config=settings)
+    return metrics
+
+
+def _delete_run(out: Path) -> None:
+    """Delete the training run in `out`, saying so first; anything else that lies there is left alone."""
+    config = files.read_json(out / "config.json") if (out / "config.json").is_file() else None
+    if not isinstance(config, dict) or config.get("command") != "train":
+        raise PrismError(
+            f"The folder {out} holds no training run, so --overwrite leaves it alone; choose another --out."
+        )
+    print(f"prism: deleting the training run in {out}", file=sys.stderr)
+    shutil.rmtree(out)
