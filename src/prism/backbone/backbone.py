@@ -137,8 +137,7 @@ class Backbone:
         With `stop` the later blocks are not run: same tokens, `block / num_blocks` of the cost.
         """
         _, _, timestep = self.family.level(self.pipe.scheduler, _per_row(t, noisy_latents))
-        noisy = noisy_latents.to(self.device, self.dtype)
-        return self.read(conditioning.call(noisy, timestep), block, stop)[0]
+        return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
 
     def read(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,13 +38,15 @@ class Tokens:
 class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
-    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes.
+    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes. `noisy` and
+    `dtype` are the name and the dtype of the latents that the denoiser takes.
     """
 
     arguments: dict[str, Any]
     batched: frozenset[str]
     timestep: Tensor
-    noisy: str = "hidden_states"  # the name under which the denoiser takes its latents
+    noisy: str
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], rows: slice) -> Conditioning:
@@ -55,9 +57,9 @@ class Conditioning:
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
         noisy = noisy_name(taken)
-        taken.pop(noisy)
+        dtype = taken.pop(noisy).dtype
         batched = frozenset(name for name in taken if has_rows(name, arguments[name], batch))
-        return cls(taken, batched, timestep, noisy)
+        return cls(taken, batched, timestep, noisy, dtype)
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -66,7 +68,7 @@ class Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
         taken = {name: value[rows] if name in self.batched else value for name, value in self.arguments.items()}
-        return Conditioning(taken, self.batched, self.timestep[rows], self.noisy)
+        return replace(self, arguments=taken, timestep=self.timestep[rows])
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -76,13 +78,14 @@ class Conditioning:
             name: torch.cat([part.arguments[name] for part in parts]) if name in first.batched else value
             for name, value in first.arguments.items()
         }
-        return Conditioning(joined, first.batched, torch.cat([part.timestep for part in parts]), first.noisy)
+        return replace(first, arguments=joined, timestep=torch.cat([part.timestep for part in parts]))
 
     def call(self, noisy_latents: Tensor, timestep: Tensor) -> dict[str, Any]:
         """Arguments of the denoiser for `noisy_latents` at the model timestep (B,)."""
         template = self.timestep
         if not template.dtype.is_floating_point:
             timestep = timestep.floor().clamp(max=999)
+        noisy_latents = noisy_latents.to(template.device, self.dtype)
         timestep = timestep.to(template.device, template.dtype)
         timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(noisy_latents), *template.shape[1:])
         return {self.noisy: noisy_latents, "timestep": timestep, **self.arguments}

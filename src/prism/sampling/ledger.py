@@ -55,13 +55,15 @@ class Meter:
         self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
         self._texts: dict[Any, Any] = {}
         self._block_rows = 0
+        self._cuda: torch.device | None = None
 
     @contextmanager
     def open(self) -> Iterator[Ledger]:
         """Count what happens inside. Everything wrapped is restored on every way out."""
-        pipe, on_cuda = self.backbone.pipe, self.backbone.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.backbone.device)
+        pipe, device = self.backbone.pipe, self.backbone.device
+        self._cuda = device if device.type == "cuda" else None  # kept: a pipeline searches its modules for its device
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
@@ -79,7 +81,7 @@ class Meter:
             finally:
                 self.ledger.seconds = time.perf_counter() - start
                 self.ledger.peak_memory_bytes = (
-                    torch.cuda.max_memory_allocated(self.backbone.device) if on_cuda else _peak_resident_bytes()
+                    _peak_resident_bytes() if self._cuda is None else torch.cuda.max_memory_allocated(device)
                 )
 
     @contextmanager
@@ -88,8 +90,8 @@ class Meter:
         try:
             yield
         finally:
-            if self.backbone.device.type == "cuda":
-                torch.cuda.synchronize(self.backbone.device)
+            if self._cuda is not None:
+                torch.cuda.synchronize(self._cuda)
             self.ledger.parts[part] += time.perf_counter() - start
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
