@@ -1,0 +1,77 @@
+"""Noise levels, token grids and VAE normalisation of each family, against the schedulers' and the VAEs' own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prism.backbone import FAMILIES, Backbone
+from prism.backbone.families import family_of
+from prism.errors import PrismError
+from tests import tiny
+
+
+@pytest.fixture(scope="module", params=["wan", "cogvideox"])
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return Backbone(getattr(tiny, request.param)())
+
+
+def test_levels_run_from_clean_to_noise(backbone: Backbone) -> None:
+    t = torch.linspace(0, 1000, 101)
+    alpha, sigma, _ = backbone.family.level(backbone.pipe.scheduler, t)
+    assert (alpha[0], sigma[0]) == (1, 0)
+    assert alpha[-1] == pytest.approx(0, abs=1e-4)
+    assert sigma[-1] == pytest.approx(1, abs=1e-4)
+    assert bool((alpha.diff() <= 0).all())
+    assert bool((sigma.diff() >= 0).all())
+
+
+def test_ddpm_level_is_the_scheduler_add_noise() -> None:
+    backbone = Backbone(tiny.cogvideox())
+    z, noise = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
+    t = torch.tensor([989, 299])
+    expected = backbone.pipe.scheduler.add_noise(z, noise, t)
+    torch.testing.assert_close(backbone.add_noise(z, t.float(), noise), expected)
+    assert backbone.family.level(backbone.pipe.scheduler, t.float())[2].tolist() == [989, 299]
+
+
+def test_flow_level_is_equation_1() -> None:
+    backbone = Backbone(tiny.wan())
+    z, noise = torch.randn(2, 16, 3, 4, 4), torch.randn(2, 16, 3, 4, 4)
+    noisy = backbone.add_noise(z, torch.tensor([250.0, 1000.0]), noise)
+    torch.testing.assert_close(noisy[0], 0.75 * z[0] + 0.25 * noise[0])
+    torch.testing.assert_close(noisy[1], noise[1])
+    torch.testing.assert_close(backbone.add_noise(z, 0.0, noise), z)
+
+
+@pytest.mark.parametrize("t", [-1.0, 1000.5, float("nan")])
+def test_a_level_outside_the_range_is_refused(backbone: Backbone, t: float) -> None:
+    with pytest.raises(PrismError, match=r"t must lie in \[0, 1000\]"):
+        backbone.family.level(backbone.pipe.scheduler, torch.tensor([t]))
+
+
+def test_tokens_are_in_raster_order(backbone: Backbone) -> None:
+    """Changing one latent cell changes most the token of its place on the grid."""
+    call = tiny.CALL_WAN if backbone.family.name == "wan" else tiny.CALL_COGVIDEOX
+    conditioning = backbone.condition([tiny.PROMPT], **call)
+    family, shape = backbone.family, {"wan": (1, 16, 3, 4, 4), "cogvideox": (1, 3, 4, 4, 4)}[backbone.family.name]
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    plain = backbone.tokens(latents, conditioning, 500.0, 1)
+    assert plain.grid == (3, 2, 2)
+    for place, (frame, row, column) in enumerate((t, h, w) for t in range(3) for h in range(2) for w in range(2)):
+        changed = latents.clone()
+        family.to_vae(changed)[:, :, frame, 2 * row, 2 * column] += 5
+        moved = (backbone.tokens(changed, conditioning, 500.0, 1).visual - plain.visual).norm(dim=-1)[0]
+        assert int(moved.argmax()) == place
+
+
+def test_vae_normalisation_inverts(backbone: Backbone) -> None:
+    family, vae = backbone.family, backbone.pipe.vae
+    latents = torch.randn(1, 16 if family.name == "wan" else 4, 3, 4, 4)
+    torch.testing.assert_close(family.denormalise(vae, family.normalise(vae, latents)), latents, atol=1e-5, rtol=1e-5)
+
+
+def test_another_pipeline_is_named() -> None:
+    with pytest.raises(PrismError, match="The pipeline dict is not supported yet"):
+        family_of({})
+    assert {family.name for family in FAMILIES} == {"wan", "cogvideox"}
