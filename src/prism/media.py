@@ -35,7 +35,7 @@ def write_video(path: str | os.PathLike[str], frames: np.ndarray, fps: float) ->
             for picture in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
-    except OSError as error:
+    except (OSError, av.FFmpegError) as error:
         raise PrismError(f"The video {path} cannot be written: {error.strerror or error}.") from error
 
 
@@ -50,7 +50,7 @@ def read_video(path: str | os.PathLike[str]) -> np.ndarray:
             if not container.streams.video:
                 raise PrismError(f"The file {path} holds no video.")
             pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except OSError as error:  # av's own errors are OSErrors
+    except (OSError, av.FFmpegError) as error:
         raise PrismError(f"The video {path} cannot be read: {error.strerror or error}.") from error
     if not pictures:
         raise PrismError(f"The video {path} holds no frames.")

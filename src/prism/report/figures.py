@@ -194,22 +194,18 @@ def _clusters(labels: Sequence[tuple[Any, ...]], reach: float) -> list[list[tupl
 
 
 def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`values` moved as little as a single sweep up and one down need to stand at least `gap` apart in [low, high]."""
+    """`values` moved apart to at least `gap`, inside [low, high], in their order and about their places.
+
+    Sequences whose steps are at least `gap` stay so under elementwise mean, maximum and minimum.
+    """
     order = sorted(range(len(values)), key=values.__getitem__)
-    placed = [values[i] for i in order]
-    for i in range(1, len(placed)):
-        overlap = placed[i - 1] + gap - placed[i]
-        if overlap > 0:
-            placed[i - 1] -= overlap / 2
-            placed[i] += overlap / 2
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    for i in range(len(placed) - 1, -1, -1):
-        ceiling = high if i == len(placed) - 1 else placed[i + 1] - gap
-        placed[i] = max(min(placed[i], ceiling), low)
+    last = len(order) - 1
     result = [0.0] * len(values)
-    for place, i in zip(placed, order):
-        result[i] = place
+    for i, index in enumerate(order):
+        pushed_up = max(values[order[j]] + (i - j) * gap for j in range(i + 1))
+        pushed_down = min(values[order[j]] - (j - i) * gap for j in range(i, last + 1))
+        middle = max((pushed_up + pushed_down) / 2, low + i * gap)
+        result[index] = min(middle, high - (last - i) * gap)
     return result
 
 

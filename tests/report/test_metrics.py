@@ -1,0 +1,94 @@
+"""The metrics document: what it must hold, and one sentence for what it does not."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.report import rows
+
+from prism import files
+from prism.errors import PrismError
+from prism.report import metrics
+
+
+@pytest.fixture
+def document():
+    return metrics.document("demo", {"name": "tiny"}, 0, rows.accuracy(), rows.picks(), {"train": 1.5}, extra=[1])
+
+
+def test_a_document_is_json_and_valid(document, tmp_path):
+    files.write_json(tmp_path / "metrics.json", document)
+    read = files.read_json(tmp_path / "metrics.json")
+    metrics.validate(read)
+    assert read == document
+    assert (read["schema"], read["command"], read["seed"], read["extra"]) == (1, "demo", 0, [1])
+    assert len(read["accuracy"]) == 10
+    assert len(read["best_of_n"]) == 6
+
+
+def test_numbers_of_numpy_and_torch_become_plain(tmp_path):
+    row = rows.pick("full", np.float64(0.5), np.float32(1.0), seconds=torch.tensor(3.0), vae_decodes=np.int64(7))
+    document = metrics.document("demo", {}, np.int64(3), best_of_n=[row])
+    assert json.loads(json.dumps(document))["best_of_n"][0]["vae_decodes"] == 7
+    assert type(document["seed"]) is int
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("schema",), 2, "has schema 2"),
+        (("command",), None, "'command' is None"),
+        (("accuracy",), {}, "'accuracy' is missing or not a list"),
+        (("accuracy", 0, "t"), "899", r"accuracy\[0\]: the field 't' is '899'"),
+        (("accuracy", 1, "without_ties"), float("nan"), "a finite number"),
+        (("accuracy", 1, "pairs"), 3.5, "int is needed"),
+        (("accuracy", 1, "pairs"), True, "int is needed"),
+        (("accuracy", 2, "without_ties_ci95"), [0.7, 0.6], "low <= high"),
+        (("accuracy", 2, "without_ties_ci95"), [0.7], "low <= high"),
+        (("best_of_n", 3, "denoiser_rows"), None, r"best_of_n\[3\]: the field 'denoiser_rows'"),
+    ],
+)
+def test_what_breaks_the_schema_is_named(document, path, value, sentence):
+    broken = copy.deepcopy(document)
+    place = broken
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(PrismError, match=sentence):
+        metrics.validate(broken)
+
+
+@pytest.mark.parametrize("key", ["accuracy", "best_of_n"])
+def test_every_field_of_a_row_is_required(document, key):
+    for field in document[key][0]:
+        broken = copy.deepcopy(document)
+        del broken[key][0][field]
+        with pytest.raises(PrismError, match=f"'{field}' is missing"):
+            metrics.validate(broken)
+
+
+def test_environment_names_what_computed():
+    environment = metrics.environment()
+    assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment["threads"] == torch.get_num_threads()
+
+
+def test_a_config_is_written_as_plain_json(tmp_path):
+    @dataclass(frozen=True)
+    class Inner:
+        rate: float = 1e-3
+
+    @dataclass(frozen=True)
+    class Config:
+        data: Path = Path("a/b")
+        inner: Inner = Inner()
+        cuts: tuple = ((5, 1),)
+
+    metrics.write_config(tmp_path / "config.json", Config())
+    assert files.read_json(tmp_path / "config.json") == {"data": "a/b", "inner": {"rate": 0.001}, "cuts": [[5, 1]]}

@@ -1,0 +1,203 @@
+"""The page: whole, self-contained, and showing the numbers of its metrics."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.report import rows
+
+from prism.errors import PrismError
+from prism.report import figures, metrics, page, tables, wording
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Balanced(HTMLParser):
+    """Collects texts and links, and checks that every element is closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.texts, self.links, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def read(path):
+    parser = Balanced()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return parser, re.sub(r"[ \n]+", " ", " ".join(parser.texts))
+
+
+def video(shade):
+    frames = np.zeros((17, 8, 10, 3), dtype=np.uint8)
+    frames[..., 0] = shade
+    frames[..., 1] = np.arange(17).reshape(-1, 1, 1)
+    return frames
+
+
+@pytest.fixture
+def document():
+    return metrics.document("demo", {"name": "tiny"}, 0, rows.accuracy(), rows.picks(), {"train": 1.5})
+
+
+def test_the_page_is_whole_and_needs_no_network(document, tmp_path):
+    strip = page.FilmStrip("<b>prompt</b>", [page.FilmRow("winner", video(9), "seed 3", True)], "caption & more")
+    page.write_report(
+        tmp_path / "r.html", document, [strip], "A title", ["What it shows."], {"steps": 5, "a": {"b": 1}}
+    )
+    parser, text = read(tmp_path / "r.html")
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(link.startswith(("data:", "#")) for link in parser.links)
+    assert "script" not in parser.tags
+    outside = re.findall(r"""(?:url\(|@import)\s*['"]?(?!#)[^)'"]*""", source)
+    assert outside == []
+    assert "<b>prompt</b>" not in source  # text is escaped
+    assert parser.tags.count("svg") == 2
+    for needle in (
+        "A title",
+        "What it shows.",
+        "caption & more",
+        "seed 3",
+        "a.b",
+        "74.0\u00a0%",
+        "+0.83",
+        "19\u202f200",
+    ):
+        assert needle in text, needle
+    ids = re.findall(r'\bid="([^"]+)"', source)
+    assert len(ids) == len(set(ids))
+
+
+def test_headlines_are_the_measured_numbers(document):
+    cards = {card["name"]: card for card in page.headlines(document)}
+    assert cards["Judge accuracy"]["value"] == "74.0\u00a0%"
+    assert "t\u00a0=\u00a0699" in cards["Judge accuracy"]["text"]
+    assert cards["Gain"]["value"] == "+0.83"  # the better of early and draft
+    assert cards["Cost"]["value"] == "32\u00a0%"
+    assert cards["Decodes"]["value"] == "1"
+
+
+def test_a_page_without_rows_has_no_plots(tmp_path):
+    page.write_report(tmp_path / "r.html", metrics.document("train", {}, 0))
+    parser, text = read(tmp_path / "r.html")
+    assert "svg" not in parser.tags
+    assert "Ledger" not in text
+
+
+def test_unmeasured_gains_leave_out_their_columns(tmp_path):
+    document = metrics.document(
+        "sample", {}, 0, best_of_n=[rows.pick("early", None, 0.3, schedule=[[5, 1]], prompts=1)]
+    )
+    page.write_report(tmp_path / "r.html", document)
+    _, text = read(tmp_path / "r.html")
+    assert "oracle’s gain" not in text
+    assert "30.0\u00a0%" in text
+
+
+def test_metrics_that_break_the_schema_give_no_page(document, tmp_path):
+    del document["accuracy"][0]["t"]
+    with pytest.raises(PrismError, match="'t' is missing"):
+        page.write_report(tmp_path / "r.html", document)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_film_takes_first_to_last_frame_at_full_size():
+    strip = page.film(video(200), count=5, gap=2)
+    assert strip.shape == (8, 5 * 10 + 4 * 2, 4)
+    lefts = [i * 12 for i in range(5)]
+    assert [int(strip[0, left, 1]) for left in lefts] == [0, 4, 8, 12, 16]
+    assert [int(strip[0, left + 9, 3]) for left in lefts] == [255] * 5
+    assert int(strip[0, 10, 3]) == 0
+    assert np.array_equal(page.film(video(200)[:3] / 255.0, count=9), page.film(video(200)[:3], count=9))
+    picture = np.asarray(Image.open(io.BytesIO(page.png(strip))))
+    assert np.array_equal(picture, strip)
+
+
+def test_the_embedded_picture_is_the_film(document, tmp_path):
+    strip = page.FilmStrip("p", [page.FilmRow("winner", video(9))])
+    page.write_report(tmp_path / "r.html", document, [strip])
+    parser, _ = read(tmp_path / "r.html")
+    (uri,) = [link for link in parser.links if link.startswith("data:image/png")]
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+    assert np.array_equal(np.asarray(picture), page.film(video(9)))
+
+
+@pytest.mark.parametrize("plot", [figures.accuracy_plot(rows.accuracy()), figures.cost_plot(rows.picks())])
+def test_plots_are_svg_in_the_colours_of_the_page(plot):
+    root = ElementTree.fromstring(plot.replace("xlink:href", "href"))
+    assert root.tag == "svg"
+    assert root.attrib["role"] == "img"
+    colours = set(re.findall(r"#[0-9a-fA-F]{6}\b", plot))
+    assert colours <= {"#ffffff", "#000000"}, colours
+    assert "var(--accent)" in plot
+
+
+def test_plots_name_their_lines_and_points():
+    names = set(re.findall(r">([^<>]+)</text>", figures.cost_plot(rows.picks())))
+    assert {"none", "random", "early", "draft", "full", "oracle"} <= names
+    names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(rows.accuracy())))
+    assert {"overall", "VQ", "chance"} <= names
+    two = rows.accuracy() + rows.accuracy(judge="pixel")
+    names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(two)))
+    assert {"prism #0", "pixel #0"} <= names
+
+
+def test_plots_are_the_same_in_every_run():
+    assert figures.cost_plot(rows.picks()) == figures.cost_plot(rows.picks())
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [0.1, 0.9, 0.12], [1.0, 1.0], [0.5], []])
+def test_labels_keep_their_distance_and_order(values):
+    placed = figures._spread(values, gap=0.2, low=0.0, high=1.0)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    heights = [placed[i] for i in order]
+    assert all(b - a > 0.2 - 1e-9 for a, b in itertools.pairwise(heights))
+    assert all(-1e-9 <= height <= 1 + 1e-9 for height in heights)
+
+
+def test_levels_are_grouped_by_judge_noisiest_first():
+    groups = wording.by_level(rows.accuracy(judge="b")[::-1] + rows.accuracy(judge="a"))
+    levels = [(group["overall"]["judge"], group["overall"]["t"]) for group in groups]
+    assert levels == [("b", t) for t in rows.LEVELS] + [("a", t) for t in rows.LEVELS]
+
+
+def printed(table, width=80):
+    from rich.console import Console
+
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_terminal_tables_fit_80_columns_uncut():
+    text = printed(tables.best_of_n_table(rows.picks()))
+    assert "…" not in text.replace(" … ", "").replace("\u00a0…\u00a0", "")
+    lines = [line for line in text.splitlines() if line.startswith(("early", " early"))]
+    assert len(lines) == 1
+    assert "+0.62" in lines[0]
+    assert "33.0" in lines[0]
+    text = printed(tables.accuracy_table(rows.accuracy()))
+    assert re.search(r"699 +74\.0\u00a0% +70\.0\u00a0…\u00a079\.0 +71\.0\u00a0% +65\.0\u00a0% +1203", text)
