@@ -1,0 +1,269 @@
+"""The command line on tiny real pipelines: what it writes, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import stores, tiny
+
+from prism import Judge, cli, files, media
+from prism.report.metrics import validate
+
+PROMPT = tiny.PROMPT
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny backbone, a head for it, a head for another backbone, and a store."""
+    folder = tmp_path_factory.mktemp("cli")
+    pipe = tiny.wan("unipc")
+    pipe.save_pretrained(folder / "backbone")
+    files.write_json(folder / "backbone" / "call.json", tiny.CALL_WAN)
+    Judge.untrained(pipe, dim=32).save_pretrained(folder / "head", {"seed": 3})
+    Judge.untrained(tiny.cogvideox(), dim=32).save_pretrained(folder / "other-head")
+    stores.make(folder / "store")
+    return folder
+
+
+def sample(place, out, *arguments, prompt=PROMPT, head="head"):
+    models = ["--backbone", str(place / "backbone"), "--head", str(place / head)]
+    return cli.main(["sample", "--prompt", prompt, "--n", "3", *models, "--out", str(out), *arguments])
+
+
+def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sample(place, out, "--schedule", "2:2,4:1", "--batch-size", "1", "--seed", "5") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.json", "report.html", "winner.mp4"]
+    metrics = files.read_json(out / "metrics.json")
+    validate(metrics)
+    assert metrics["seeds"] == [5, 6, 7]
+    assert [cut["step"] for cut in metrics["cuts"]] == [2, 4]
+    assert [len(cut["kept"]) for cut in metrics["cuts"]] == [2, 1]
+    assert metrics["cuts"][-1]["kept"] == [metrics["winner"]]
+    (row,) = metrics["best_of_n"]
+    assert (row["strategy"], row["schedule"], row["head_seed"]) == ("early", [[2, 2], [4, 1]], 3)
+    assert row["denoiser_rows"] == metrics["ledger"]["denoiser_rows"] < 3 * 6 * 2
+    assert row["vae_decodes"] == 1
+    assert files.read_json(out / "config.json")["call"] == tiny.CALL_WAN
+
+    generator = torch.Generator("cpu").manual_seed(metrics["seeds"][metrics["winner"]])
+    stock = tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0]
+    media.write_video(tmp_path / "stock.mp4", stock, fps=8)
+    assert files.sha256(tmp_path / "stock.mp4") == files.sha256(out / "winner.mp4")
+    assert f"seed {metrics['seeds'][metrics['winner']]}" in capsys.readouterr().out
+
+
+def test_flags_override_call_json(place, tmp_path):
+    out = tmp_path / "out"
+    size = ["--num-frames", "5", "--height", "16", "--guidance-scale", "1", "--steps", "4"]
+    assert sample(place, out, "--strategy", "draft", "--draft-steps", "2", "--judge-at", "600", *size) == 0
+    call = files.read_json(out / "config.json")["call"]
+    changed = {"num_frames": 5, "height": 16, "guidance_scale": 1.0, "num_inference_steps": 4}
+    assert call == {**tiny.CALL_WAN, **changed}
+    assert media.read_video(out / "winner.mp4").shape == (5, 16, 32, 3)
+    (row,) = files.read_json(out / "metrics.json")["best_of_n"]
+    assert (row["draft_steps"], row["judge_at"], row["num_inference_steps"]) == (2, 600, 4)
+
+
+def test_weights_decide_and_are_reported(place, tmp_path):
+    assert sample(place, tmp_path / "a", "--select-by", "VQ:1,TA:-2", "--schedule", "3:1") == 0
+    (cut,) = files.read_json(tmp_path / "a" / "metrics.json")["cuts"]
+    expected = [vq - 2 * ta for vq, ta in zip(cut["dimensions"]["VQ"], cut["dimensions"]["TA"])]
+    assert list(cut["scores"].values()) == pytest.approx(expected)
+    assert cut["kept"] == [expected.index(max(expected))]
+
+
+def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
+    common = ["--data", str(place / "store"), "--backbone", str(place / "backbone")]
+    run, steps = tmp_path / "run", ["--dim", "32", "--steps", "4", "--prompts-per-step", "2"]
+    assert cli.main(["train", *common, "--out", str(run), *steps]) == 0
+    assert {"head", "history.json", "metrics.json", "config.json", "report.html"} <= {p.name for p in run.iterdir()}
+    validate(files.read_json(run / "metrics.json"))
+    weights = files.sha256(run / "head" / "model.safetensors")
+
+    evaluation = ["eval", *common, "--head", str(run), "--timesteps", "900,0"]
+    assert cli.main([*evaluation, "--out", str(tmp_path / "eval")]) == 0
+    metrics = files.read_json(tmp_path / "eval" / "metrics.json")
+    validate(metrics)
+    assert {row["t"] for row in metrics["accuracy"]} == {900, 0}
+    assert "pairwise accuracy" in capsys.readouterr().out
+
+    assert cli.main(["train", *common, "--out", str(run), *steps]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["train", *common, "--out", str(run), *steps, "--resume"]) == 0
+    assert cli.main(["train", *common, "--out", str(run), *steps, "--overwrite"]) == 0
+    assert f"deleting the training run in {run}" in capsys.readouterr().err
+    assert files.sha256(run / "head" / "model.safetensors") == weights
+    assert cli.main(["train", *common, "--out", str(place / "store"), *steps, "--overwrite"]) == 2
+    assert "holds no training run" in capsys.readouterr().err
+    assert (place / "store" / "store.json").exists()
+
+
+BAD_OPTIONS = {
+    "empty prompt": (["--prompt", " "], "prompt is empty"),
+    "over-long prompt": (["--prompt", "a red circle " * 9], "28 tokens and the pipeline takes 12"),
+    "no candidates": (["--n", "0"], "n must be a whole number of at least 1"),
+    "no schedule": (["--schedule", "five"], 'schedule "five" is not a list of STEP:KEEP'),
+    "keeps more than it has": (["--schedule", "2:9"], "keeps 9 candidates at step 2, and only 3"),
+    "cuts after the last step": (["--schedule", "7:1"], "cuts at step 7, and the run has steps 1 to 6"),
+    "out of order": (["--schedule", "4:2,3:1"], "cuts at step 3 after step 4"),
+    "keeps none": (["--schedule", "4:0"], "keeps 0 candidates"),
+    "unknown strategy": (["--strategy", "best"], 'no strategy "best"'),
+    "oracle": (["--strategy", "oracle"], "needs a measured truth"),
+    "long draft": (["--strategy", "draft", "--draft-steps", "9"], "longer than the run of 6"),
+    "judge at nothing": (["--strategy", "full", "--judge-at", "0"], "judge_at"),
+    "unknown dimension": (["--select-by", "beauty"], "'beauty'"),
+    "bad weights": (["--select-by", "VQ:x"], "neither a dimension nor a list"),
+    "no such backbone": (["--backbone", "nowhere"], "nowhere"),
+    "no such head": (["--head", "nowhere"], "The head folder nowhere does not exist"),
+    "embedded head for it": (["--head"], "embedded head fits the embedded backbone alone"),
+    "no such device": (["--device", "abacus"], "The device abacus cannot be used"),
+    "no such dtype": (["--dtype", "int4"], "The --dtype is int4"),
+    "no speed": (["--fps", "0"], "The --fps is 0"),
+}
+
+
+def refused(code, capsys, out, sentence):
+    """Code 2, one sentence on stderr that names the matter, nothing written."""
+    captured = capsys.readouterr()
+    assert code == 2, captured
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("prism: ")
+    assert sentence in line
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_gives_one_sentence(case, place, tmp_path, capsys):
+    arguments, sentence = BAD_OPTIONS[case]
+    options = {"--prompt": PROMPT, "--n": "3", "--backbone": str(place / "backbone"), "--head": str(place / "head")}
+    options["--out"] = str(tmp_path / "out")
+    if len(arguments) == 1:
+        del options[arguments[0]]
+    else:
+        options |= dict(zip(arguments[::2], arguments[1::2]))
+    code = cli.main(["sample", *(part for option in options.items() for part in option)])
+    refused(code, capsys, tmp_path / "out", sentence)
+
+
+def test_a_head_for_another_backbone_is_refused(place, tmp_path, capsys):
+    code = sample(place, tmp_path / "out", head="other-head")
+    refused(code, capsys, tmp_path / "out", "CogVideoXTransformer3DModel")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "pickle", "NaN", "missing"])
+def test_a_damaged_head_is_refused(damage, place, tmp_path_factory, tmp_path, capsys):
+    head = tmp_path_factory.mktemp("damaged") / "head"
+    head.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (head / name).write_bytes((place / "head" / name).read_bytes())
+    path = head / "model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif damage == "altered":
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"weights": [1.0]}))
+    elif damage == "NaN":
+        save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
+    else:
+        path.unlink()
+    sentence = {"missing": "does not exist", "truncated": "truncated or altered"}.get(damage, damage)
+    code = sample(place, tmp_path / "out", head=head)
+    refused(code, capsys, tmp_path / "out", sentence)
+
+
+def test_nan_in_a_candidate_names_its_seed(place, tmp_path_factory, tmp_path, capsys):
+    broken = tmp_path_factory.mktemp("nan") / "backbone"
+    pipe = tiny.wan("unipc")
+    pipe.transformer.proj_out.bias.data.fill_(float("nan"))
+    pipe.save_pretrained(broken)
+    files.write_json(broken / "call.json", tiny.CALL_WAN)
+    options = ["--backbone", str(broken), "--head", str(place / "head"), "--n", "2", "--seed", "11"]
+    with pytest.warns(UserWarning, match="other weights"):
+        code = cli.main(["sample", "--prompt", PROMPT, *options, "--out", str(tmp_path / "out")])
+    refused(code, capsys, tmp_path / "out", "seed 11")
+
+
+def test_an_existing_folder_is_refused_and_kept(place, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("1")
+    assert sample(place, tmp_path / "out") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine").read_text() == "1"
+    assert sample(place, tmp_path / "out", "--overwrite") == 0
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_an_unwritable_folder_is_refused(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert sample(place, tmp_path / "file" / "out") == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
+def test_a_missing_asset_is_named(monkeypatch, tmp_path, capsys):
+    from prism.shapeworld import assets
+
+    monkeypatch.setattr(assets, "ROOT", tmp_path / "assets")
+    (tmp_path / "work").mkdir()
+    code = cli.main(["sample", "--prompt", PROMPT, "--out", str(tmp_path / "work" / "out")])
+    refused(code, capsys, tmp_path / "work" / "out", "is missing; install the package again")
+
+
+def test_a_planted_leak_fails_the_run(place, tmp_path, capsys):
+    leaky = tmp_path / "leaky"
+    leaky.mkdir()
+    for path in (place / "store").iterdir():
+        (leaky / path.name).write_bytes(path.read_bytes())
+    pairs = pq.read_table(leaky / "pairs.parquet").to_pylist()
+    pairs[0]["split"] = "test"
+    pq.write_table(pa.Table.from_pylist(pairs), leaky / "pairs.parquet")
+    (tmp_path / "work").mkdir()
+    out, backbone = tmp_path / "work" / "out", str(place / "backbone")
+    code = cli.main(["train", "--data", str(leaky), "--backbone", backbone, "--out", str(out), "--dim", "32"])
+    refused(code, capsys, out, pairs[0]["prompt"])
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
+    models = ["--backbone", str(place / "backbone"), "--head", str(place / "head")]
+    command = [sys.executable, "-m", "prism", "sample", "--prompt", PROMPT, "--n", "2", "--steps", "900", *models]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()):  # the temporary folder: work has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == "prism: interrupted"
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["eval"], ["demo"], ["shapeworld", "candidates"]])
+def test_help_names_every_option_without_heavy_imports(command):
+    code = f"import sys; from prism.cli import main; main({[*command, '--help']!r}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage: prism" in done.stdout
+
+
+def test_version_and_unknown_commands(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("prism ")
+    assert cli.main(["sing"]) == 2
+    assert cli.main(["sample", "--prompt", "x"]) == 2  # --out is missing
