@@ -62,7 +62,13 @@ def train(
     if not groups:
         raise PrismError(f"The store {store.folder} has no training pairs labelled {', '.join(judge.dimensions)}.")
     _check_backbone(store, judge)
-    accelerator = Accelerator(cpu=judge.backbone.device.type == "cpu")
+    # The head lies where the backbone is; accelerate need not move it.
+    accelerator = Accelerator(cpu=judge.backbone.device.type == "cpu", device_placement=False)
+    if accelerator.num_processes > config.prompts_per_step:
+        raise PrismError(
+            f"The training setting prompts_per_step must be at least the number of processes, "
+            f"{accelerator.num_processes}; found {config.prompts_per_step}."
+        )
     if accelerator.is_main_process:
         _claim(out, _resolved(store, judge, config), resume)
     accelerator.wait_for_everyone()
