@@ -59,8 +59,8 @@ def pick(strategy: str, gain: float | None, share: float, **changes: Any) -> dic
 
 def picks() -> list[dict[str, Any]]:
     return [
-        pick("none", -0.02, 0.125),
-        pick("random", 0.03, 0.125),
+        pick("none", -0.02, 0.125, judge=None, head_seed=None),
+        pick("random", 0.03, 0.125, judge=None, head_seed=None),
         pick("early", 0.62, 0.33, schedule=[[5, 1]]),
         pick("draft", 0.83, 0.32, draft_steps=4, judge_at=700),
         pick("full", 0.95, 1.0, judge_at=700),

@@ -100,6 +100,18 @@ def test_headlines_are_the_measured_numbers(document):
     assert cards["Decodes"]["value"] == "1"
 
 
+def test_a_paired_gain_over_random_takes_the_headline(tmp_path):
+    paired = [
+        {"strategy": "early", "gain": 0.9, "ci95": [0.7, 1.1]},
+        {"strategy": "draft", "gain": 0.5, "ci95": [0.3, 0.7]},
+    ]
+    document = metrics.document("demo", {}, 0, best_of_n=rows.picks(), over_random=paired)
+    cards = {card["name"]: card for card in page.headlines(document)}
+    assert (cards["Gain"]["value"], cards["Cost"]["value"]) == ("+0.90", "33\u00a0%")
+    page.write_report(tmp_path / "r.html", document)
+    assert "+0.30\u00a0…\u00a0+0.70" in read(tmp_path / "r.html")[1]
+
+
 def test_a_page_without_rows_has_no_plots(tmp_path):
     page.write_report(tmp_path / "r.html", metrics.document("train", {}, 0))
     parser, text = read(tmp_path / "r.html")

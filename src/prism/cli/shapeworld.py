@@ -14,22 +14,47 @@ app = typer.Typer(help="Make the embedded model and its labelled candidates anew
 
 @app.command("train")
 def train(
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the run and its checkpoints.")],
-    part: Annotated[str, typer.Option("--part", metavar="NAME", help="vae or transformer; the VAE comes first.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder of the run, its logs and checkpoints.")],
+    part: Annotated[
+        str, typer.Option("--part", metavar="NAME", help="vae, transformer, or all: the VAE comes first.")
+    ] = "all",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     steps: Annotated[
-        int | None, typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="the part's")
+        int | None,
+        typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="8000 vae, 9000 transformer"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="INT", help="Videos of a step.", show_default="the part's")
+        int | None,
+        typer.Option("--batch-size", metavar="INT", help="Videos of a step.", show_default="8 vae, 32 transformer"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            "--learning-rate",
+            metavar="NUMBER",
+            help="AdamW's highest step size.",
+            show_default="0.0015 vae, 0.001 transformer",
+        ),
     ] = None,
     seed: options.Seed = 0,
-    device: options.Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, mps.")] = "cpu",
 ) -> None:
-    """Train the embedded model's VAE or transformer from scratch."""
+    """Train the embedded model from scratch; its pipeline is saved once both parts are done.
+
+    Takes hours on two cores. A run that was stopped or killed goes on with --resume.
+    """
     from prism.shapeworld import train as training
 
-    training.run(out=out, part=part, steps=steps, batch_size=batch_size, seed=seed, device=device, resume=resume)
+    training.run(
+        out,
+        part=part,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+        resume=resume,
+    )
 
 
 @app.command("candidates")

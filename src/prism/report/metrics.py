@@ -38,9 +38,9 @@ ACCURACY_FIELDS: dict[str, tuple[type, ...]] = {
 }
 
 #: Field -> accepted types, of one row of "best_of_n": one strategy on one set of prompts.
-#: Gain and share are null where no referee measured the candidates.
+#: The judge is null where nothing judged; gain and share are where no referee measured the candidates.
 BEST_OF_N_FIELDS: dict[str, tuple[type, ...]] = {
-    "judge": (str,),
+    "judge": (str, type(None)),
     "head_seed": (int, type(None)),
     "strategy": (str,),
     "n": (int,),

@@ -67,6 +67,7 @@ def write_report(
         measured=any(row["referee_gain"] is not None for row in picks),
         uniform=len({(row["n"], row["prompts"]) for row in picks}) == 1,
         strips=[_embedded(strip) for strip in figures],
+        over_random=metrics.get("over_random", []),
         cuts=metrics.get("cuts", []),
         seeds=metrics.get("seeds", []),
         notes=[notes] if isinstance(notes, str) else notes,
@@ -114,21 +115,23 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     cheap = [row for row in metrics["best_of_n"] if row["strategy"] in ("early", "draft")]
-    measured = [row for row in cheap if row["referee_gain"] is not None]
-    if measured:
-        row = max(measured, key=lambda row: row["referee_gain"])
-        interval = row["referee_gain_ci95"]
-        between = f", 95 % interval {wording.signed_interval(interval)}" if interval else ""
-        text = f"standard deviations over a random pick by the {row['strategy']} strategy{between}"
-        cards.append({"name": "Gain", "value": wording.signed(row["referee_gain"]), "text": text})
-    for row in (max(measured, key=lambda row: row["referee_gain"]),) if measured else cheap[:1]:
-        if row["denoiser_share_of_full"] is not None:
-            value = wording.percent(row["denoiser_share_of_full"], 0)
-            text = f"of full Best-of-{row['n']}’s denoiser work ({wording.how(row)})"
-            cards.append({"name": "Cost", "value": value, "text": text})
-        value = wording.count(row["vae_decodes"] / row["prompts"])
-        text = f"VAE decodes a prompt, where decoding every candidate takes {row['n']}"
-        cards.append({"name": "Decodes", "value": value, "text": text})
+    if not cheap:
+        return cards
+    paired = {entry["strategy"]: entry for entry in metrics.get("over_random", [])}
+    row = max(cheap, key=lambda row: paired.get(row["strategy"], {}).get("gain") or row["referee_gain"] or 0.0)
+    measured = paired.get(row["strategy"]) or {"gain": row["referee_gain"], "ci95": row["referee_gain_ci95"]}
+    if measured["gain"] is not None:
+        interval = measured["ci95"]
+        between = f", 95\u00a0% interval {wording.signed_interval(interval)}" if interval else ""
+        text = f"standard deviations over random selection by the {row['strategy']} strategy{between}"
+        cards.append({"name": "Gain", "value": wording.signed(measured["gain"]), "text": text})
+    if row["denoiser_share_of_full"] is not None:
+        value = wording.percent(row["denoiser_share_of_full"], 0)
+        text = f"of full Best-of-{row['n']}’s denoiser work ({wording.how(row)})"
+        cards.append({"name": "Cost", "value": value, "text": text})
+    value = wording.count(row["vae_decodes"] / row["prompts"])
+    text = f"VAE decodes a prompt, where decoding every candidate takes {row['n']}"
+    cards.append({"name": "Decodes", "value": value, "text": text})
     return cards
 
 

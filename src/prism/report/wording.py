@@ -33,8 +33,8 @@ def by_level(rows: Sequence[Row]) -> list[dict[str, Row]]:
 
 
 def strategy_name(row: Row) -> str:
-    """The strategy, with whose judgement it went by where that was not our head's."""
-    return row["strategy"] if row["judge"] in ("prism", "referee") else f"{row['strategy']} ({row['judge']})"
+    """The strategy, and by whose judgement where that was not our head's."""
+    return row["strategy"] if row["judge"] in ("prism", "referee", None) else f"{row['strategy']} ({row['judge']})"
 
 
 def how(row: Row) -> str:
