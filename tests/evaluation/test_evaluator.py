@@ -11,6 +11,7 @@ from tests import stores, tiny
 
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, evaluate, pairwise_accuracy, score_videos
+from prism.evaluation.evaluator import _noise
 from prism.judge import Judge
 from prism.judge.objective import tie_margin
 from prism.preference import prompt_key
@@ -90,6 +91,13 @@ def test_scores_are_the_judges_own_on_latents_noised_by_eq_1(judge, store):
     one, again, other = (score_videos(judge, store, [group], 500, seed=seed) for seed in (0, 0, 1))
     assert all(np.array_equal(one[video], again[video]) for video in group.videos)
     assert not any(np.array_equal(one[video], other[video]) for video in group.videos)
+
+
+def test_noise_differs_by_seed_video_level_and_draw():
+    keys = [(0, "a", 500, 0), (1, "a", 500, 0), (0, "b", 500, 0), (0, "a", 501, 0), (0, "a", 500, 1)]
+    draws = torch.stack([_noise((64,), *key) for key in keys])
+    assert len(draws.unique(dim=0)) == len(keys)
+    assert torch.equal(_noise((64,), 0, "a", 500.0, 0), draws[0])
 
 
 def test_a_judge_that_knows_the_answer_is_always_right(judge, store, monkeypatch):

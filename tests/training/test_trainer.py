@@ -57,12 +57,14 @@ def same(one, other) -> bool:
 def test_the_head_learns_what_the_latents_show(wan, store, tmp_path, source):
     judge = judge_for(wan)
     frozen = {name: value.clone() for name, value in wan.transformer.state_dict().items()}
-    config = dataclasses.replace(CONFIG, steps=80, prompts_per_step=6, log_every=20, checkpoint_every=0, source=source)
+    config = dataclasses.replace(
+        CONFIG, steps=40, prompts_per_step=3, learning_rate=3e-3, log_every=10, checkpoint_every=0, source=source
+    )
     result = train(store, judge, config, tmp_path / "run", progress=False)
     history = result["history"]
-    assert [entry["step"] for entry in history] == [20, 40, 60, 80]
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
-    assert history[-1]["accuracy"]["VQ"] > 0.8
+    assert [entry["step"] for entry in history] == [10, 20, 30, 40]
+    assert history[-1]["loss"] < 0.75 * history[0]["loss"]
+    assert history[-1]["accuracy"]["VQ"] > 0.75
     assert same(frozen, wan.transformer.state_dict())
     assert all(parameter.grad is None for parameter in wan.transformer.parameters())
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "history.json", "head"}
