@@ -23,11 +23,12 @@ _HOMES = {
     "pairwise_accuracy": "prism.evaluation",
     "train": "prism.training",
 }
-_MODULES = ("shapeworld",)
+_MODULES = ("media", "shapeworld")
 
 __all__ = sorted((*_HOMES, *_MODULES))
 
 if TYPE_CHECKING:
+    from prism import media as media
     from prism import shapeworld as shapeworld
     from prism.backbone import Backbone as Backbone
     from prism.errors import PrismError as PrismError
