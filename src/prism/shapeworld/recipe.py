@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from . import vae as video_vae
 from . import world
@@ -28,10 +28,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder() -> T5EncoderModel:
-    """A two-layer T5 encoder of width 64."""
-    return T5EncoderModel(
-        T5Config(
+def build_text_encoder() -> UMT5EncoderModel:
+    """A two-layer UMT5 encoder of width 64."""
+    return UMT5EncoderModel(
+        UMT5Config(
             vocab_size=64,
             d_model=64,
             d_kv=16,
@@ -62,7 +62,7 @@ def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
     )
 
 
-def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_encoder: T5EncoderModel) -> WanPipeline:
+def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> WanPipeline:
     """The pipeline as users meet it: UniPC flow scheduler, everything else stock."""
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
     pipe = WanPipeline(
@@ -80,8 +80,6 @@ def load(folder: str | Path) -> WanPipeline:
     """Load a saved ShapeWorld pipeline in float32 (the shipped weights are half precision)."""
     import torch
 
-    pipe = WanPipeline.from_pretrained(
-        str(folder), torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    pipe = WanPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

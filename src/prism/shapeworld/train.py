@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import T5EncoderModel
+from transformers import UMT5EncoderModel
 
 from prism import files
 from prism.errors import PrismError
@@ -298,7 +298,7 @@ def save_pipeline(out: Path, folder: Path) -> None:
     pipe = recipe.assemble(
         AutoencoderKLWan.from_pretrained(out / "vae" / "vae"),
         WanTransformer3DModel.from_pretrained(out / "transformer" / "transformer"),
-        T5EncoderModel.from_pretrained(out / "transformer" / "text_encoder"),
+        UMT5EncoderModel.from_pretrained(out / "transformer" / "text_encoder"),
     )
     with files.new_folder(folder, overwrite=True) as temporary:
         pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)

@@ -8,6 +8,7 @@ no gradient, so the transformer can start on the final latents at once; the deco
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -190,19 +191,28 @@ class LinearCode:
     @classmethod
     @torch.no_grad()
     def of(cls, vae: AutoencoderKLWan) -> LinearCode:
-        """Read the matrices off the encoder's answers to unit impulses."""
-        frames = 5
+        """Read the matrices off the fitted layers' answers to unit impulses, in double precision."""
+        encoder, frames = vae.encoder, 5
         size = 3 * frames * 256
-        vae.double()  # thousands of small answers add up, and their rounding errors with them
-        zero = encode(vae, torch.zeros(1, 3, frames, 16, 16, dtype=torch.float64)).flatten(1)  # (1, 96): two cells
-        impulses = torch.eye(size, dtype=torch.float64).view(size, 3, frames, 16, 16)
-        answers = torch.cat([encode(vae, chunk).flatten(1) for chunk in impulses.split(256)]) - zero
-        answers, zero = answers.float(), zero.float()
-        vae.float()
-        answers = answers.view(3, frames, 256, LATENT_CHANNELS, 2)
+        impulses = torch.cat([torch.eye(size), torch.zeros(1, size)]).view(-1, 3, frames, 16, 16)
+        hidden = patchify(impulses, vae.config.patch_size).double()
+        for block in (layer for layer in encoder.down_blocks if hasattr(layer, "resample")):
+            conv, time_conv = block.resample[1], block.time_conv
+            hidden = F.pad(hidden, (0, 0, 0, 0, 0, 0, 0, conv.in_channels - hidden.shape[1]))
+            flat = hidden.transpose(1, 2).flatten(0, 1)
+            flat = F.conv2d(flat, conv.weight[:, :, :2, :2].double(), conv.bias.double(), stride=2)
+            hidden = flat.unflatten(0, (len(impulses), -1)).transpose(1, 2)
+            weight, bias = time_conv.weight[:, :, 1:].double(), time_conv.bias.double()
+            hidden = torch.cat([hidden[:, :, :1], F.conv3d(hidden[:, :, 1:], weight, bias, stride=(2, 1, 1))], 2)
+        head = encoder.conv_out
+        bias = encoder.mid_block.attentions[0].proj.bias.double()
+        gain = encoder.norm_out.gamma[0].double().squeeze() * len(bias) ** 0.5 / bias.norm()  # of the norm, all but 1
+        kernel = head.weight[:LATENT_CHANNELS, :-1, -1, 1, 1].double()
+        cells = torch.einsum("zc,nct->nzt", kernel, gain * (hidden[:, :-1, :, 0, 0] + bias[:-1, None]))
+        cells = (cells + head.bias[:LATENT_CHANNELS, None].double()).float()
+        bias, answers = cells[-1], (cells[:-1] - cells[-1]).view(3, frames, 256, LATENT_CHANNELS, 2)
         first = answers[:, :1, ..., 0].reshape(-1, LATENT_CHANNELS)
         rest = answers[:, 1:, ..., 1].reshape(-1, LATENT_CHANNELS)
-        bias = zero.view(LATENT_CHANNELS, 2)
         return cls(first, rest, bias[:, 0], bias[:, 1])
 
     def __call__(self, video: Tensor) -> Tensor:

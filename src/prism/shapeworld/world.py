@@ -125,7 +125,7 @@ def render(scenes: list[Scene], generator: torch.Generator) -> torch.Tensor:
     time = torch.linspace(-0.5, 0.5, FRAMES)
     log_radius = radius.log()[:, None] + direction[:, 2:] * growth[:, None] * time  # (B, T)
     move = direction[:, None, :2] * travel[:, None, None] * time[None, :, None]  # (B, T, 2)
-    # the middle of the path lies where the largest shape stays wholly inside at both ends
+    # the path's middle lies where the largest shape stays inside at both ends (a big triangle's tip may touch the edge)
     reach = move.abs().amax(1) + 1.45 * log_radius.exp().amax(1, keepdim=True)
     slack = (SIZE / 2 - 1 - reach).clamp(min=0)
     centre = SIZE / 2 + (2 * chance[:, 2:] - 1) * slack

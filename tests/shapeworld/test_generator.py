@@ -1,0 +1,177 @@
+"""The generator's parts: the closed-form encoder against principal components, the decoder's shortcut against the stock
+loop, training that resumes, candidates that resume, assets that are checked."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+from prism import files
+from prism.backbone import Backbone
+from prism.errors import PrismError
+from prism.preference import LatentStore
+from prism.shapeworld import CALL, assets, candidates, recipe, referee, train, world
+from prism.shapeworld import vae as video_vae
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    built = video_vae.build().eval()
+    built.lost = video_vae.fit_encoder(built, seed=0, videos=96)
+    return built
+
+
+@pytest.fixture(scope="module")
+def pipe() -> WanPipeline:
+    torch.manual_seed(0)
+    return recipe.assemble(video_vae.build(), recipe.build_transformer(layers=2, heads=1), recipe.build_text_encoder())
+
+
+def test_the_fitted_encoder_comes_close_to_principal_components(vae):
+    pixels = video_vae.to_input(world.sample(96, seed=0)[0])
+    lost = total = 0.0
+    for frames in (pixels[:, :, :1], pixels[:, :, 1:]):
+        step = min(4, frames.shape[2])
+        blocks = frames.unfold(2, step, step).unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 2, 3, 4, 1, 5, 6, 7)
+        rows = blocks.reshape(-1, 3 * step * 256)
+        kept = video_vae.principal(rows, video_vae.LATENT_CHANNELS)[2].sum().item()
+        spread = (rows - rows.mean(0)).square().sum(1).mean().item()
+        lost, total = lost + (spread - kept) * len(rows), total + spread * len(rows)
+    assert lost / total < vae.lost < 1.2 * lost / total
+
+
+def test_the_encoder_is_one_matrix_a_block(vae):
+    video, _ = world.sample(4, seed=5)
+    latents = video_vae.encode(vae, video_vae.to_input(video))
+    assert latents.shape == (4, 48, 5, 4, 4)
+    assert torch.allclose(video_vae.LinearCode.of(vae)(video), latents, atol=1e-3)
+
+
+def test_decoding_all_frames_at_once_is_the_stock_decoder(vae):
+    latents = torch.randn(2, 48, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stock = vae.decode(latents).sample
+        once = unpatchify(video_vae.decode_unclamped(vae, latents), vae.config.patch_size).clamp(-1, 1)
+    assert torch.allclose(stock, once, atol=1e-5)
+
+
+def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
+    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(4, 2, 1e-3, videos=16))
+    for name in ("whole", "cut"):
+        vae.save_pretrained(tmp_path / name / "vae" / "fitted")
+    train.run(tmp_path / "whole", "transformer")
+
+    real = train.fit
+
+    def killed(modules, loss_at, folder, steps, learning_rate):
+        def loss(step):
+            if step == 2:
+                raise KeyboardInterrupt
+            return loss_at(step)
+
+        real(modules, loss, folder, steps, learning_rate, checkpoint_every=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(tmp_path / "cut", "transformer")
+    with pytest.raises(PrismError, match="--resume"):
+        train.run(tmp_path / "cut", "transformer")
+    with pytest.raises(PrismError, match="other settings"):
+        train.run(tmp_path / "cut", "transformer", learning_rate=1.0, resume=True)
+    train.run(tmp_path / "cut", "transformer", resume=True)
+
+    for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        one, two = (files.load_safetensors(tmp_path / name / "transformer" / part) for name in ("whole", "cut"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_training_the_vae_lowers_its_error_and_makes_a_stock_pipeline(tmp_path, vae, monkeypatch):
+    monkeypatch.setitem(train.DEFAULTS, "vae", train.PartConfig(12, 2, 2e-3))
+    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(1, 2, 1e-3, videos=4))
+    monkeypatch.setattr(train.fit, "__defaults__", (0.5, 250, 1))  # EMA, checkpoints, warm-up
+    vae.save_pretrained(tmp_path / "vae" / "fitted")
+    train.run(tmp_path)
+    trained = AutoencoderKLWan.from_pretrained(tmp_path / "vae" / "vae")
+    video = video_vae.to_input(world.sample(4, seed=99)[0])
+    with torch.no_grad():
+        before, after = (
+            (model.decode(video_vae.encode(model, video)).sample - video).square().mean() for model in (vae, trained)
+        )
+    assert after < 0.7 * before
+    folder = tmp_path / "pipeline"
+    loaded = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    assert type(loaded) is WanPipeline
+    assert files.read_json(folder / "call.json") == CALL
+    assert loaded(world.prompts("test")[0], **{**CALL, "num_inference_steps": 1}).frames.shape == (1, 17, 64, 64, 3)
+
+
+def test_bad_training_settings_are_refused(tmp_path):
+    for wrong in ({"part": "head"}, {"steps": 0}, {"learning_rate": -1.0}):
+        with pytest.raises(PrismError):
+            train.run(tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path, pipe, monkeypatch):
+    monkeypatch.setitem(CALL, "num_inference_steps", 2)
+    monkeypatch.setattr(candidates, "BATCH", 4)
+    some = {"train": world.prompts("train")[:2], "test": world.prompts("test")[:1]}
+    monkeypatch.setattr(world, "prompts", lambda split: some[split])
+    backbone = Backbone(pipe)
+    sample, calls = candidates._sample, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+
+    options = {"per_prompt": 2, "splits": ("train", "test"), "trajectories": True, "backbone": backbone}
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            candidates.run(tmp_path / "store", **options)
+    assert not (tmp_path / "store").exists()
+    candidates.run(tmp_path / "store", **options)  # the first part is not sampled again
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+    store = LatentStore.open(tmp_path / "store")
+    assert store.videos.num_rows == 6
+    assert store.pairs.num_rows == 3
+    row = store.videos.slice(5, 1).to_pylist()[0]
+    assert row["prompt"] == some["test"][0]
+    assert row["seed"] == candidates.candidate_seed(0, row["prompt"], 1)
+    video = pipe(row["prompt"], generator=torch.Generator().manual_seed(row["seed"]), **CALL)
+    truth = referee.score(torch.tensor(video.frames[0]), row["prompt"])
+    assert truth == pytest.approx({name: row[name] for name in truth}, abs=1e-4)
+    latents = pipe(
+        row["prompt"], generator=torch.Generator().manual_seed(row["seed"]), output_type="latent", **CALL
+    ).frames
+    assert torch.allclose(store.latents([row["video"]]), latents, atol=2e-2)
+    states, t = store.trajectory([row["video"]])
+    assert states.shape == (1, 1, 48, 5, 4, 4)
+    assert 0 < t[0, 0] < 1000
+
+
+def test_assets_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    with pytest.raises(PrismError, match=r"manifest.json is missing"):
+        assets.asset_folder("pipeline")
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    assets.write_manifest(folder)
+    assert assets.asset_folder("pipeline") == folder
+    (folder / "weights.safetensors").write_bytes(b"Weights")
+    with pytest.raises(PrismError, match="altered"):
+        assets.asset_folder("pipeline")
+    shutil.rmtree(folder)
+    with pytest.raises(PrismError, match="missing"):
+        assets.asset_folder("pipeline")
