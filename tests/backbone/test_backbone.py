@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests import tiny
 
 from prism.backbone import Backbone, Conditioning
 from prism.errors import PrismError
-from tests import tiny
 
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "wan-euler": (lambda: tiny.wan("euler"), tiny.CALL_WAN),

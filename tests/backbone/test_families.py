@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests import tiny
 
 from prism.backbone import FAMILIES, Backbone
 from prism.backbone.families import family_of
 from prism.errors import PrismError
-from tests import tiny
 
 
 @pytest.fixture(scope="module", params=["wan", "cogvideox"])
