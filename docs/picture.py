@@ -24,9 +24,9 @@ INK, MUTED, LINE, ACCENT = "#1d1f24", "#6b6f78", "#e4e2da", "#3f3ec9"
 
 def main(run: Path, target: Path) -> None:
     metrics, config = files.read_json(run / "metrics.json"), files.read_json(run / "config.json")
-    figure = Figure(figsize=(12, 4.6), dpi=160, facecolor="white")
+    figure = Figure(figsize=(11, 4.7), dpi=160, facecolor="white")
     left, right = figure.add_gridspec(
-        1, 2, width_ratios=(1.45, 1), left=0.095, right=0.985, top=0.87, bottom=0.13, wspace=0.2
+        1, 2, width_ratios=(1.0, 1), left=0.115, right=0.985, top=0.87, bottom=0.13, wspace=0.22
     )
     _films(figure, left, metrics, config["call"])
     _costs(figure.add_subplot(right), metrics["best_of_n"])
@@ -44,6 +44,7 @@ def _films(figure: Figure, place: Any, metrics: dict[str, Any], call: dict[str, 
     for line, (candidate, video) in enumerate(zip(order, videos)):
         axes, picked = figure.add_subplot(rows[line]), int(candidate) in cut["kept"]
         axes.imshow(film(np.asarray(video)), aspect="equal", interpolation="nearest", alpha=1.0 if picked else 0.55)
+        axes.set_anchor("W")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
@@ -53,9 +54,8 @@ def _films(figure: Figure, place: Any, metrics: dict[str, Any], call: dict[str, 
         axes.set_ylabel(
             f"{note}\njudge {cut['scores'][candidate]:+.2f}", rotation=0, ha="right", va="center", size=8.5, **style
         )
-    steps = call["num_inference_steps"]
-    title = f"“{metrics['prompt']}”: eight seeds, one kept at step {cut['step']} of {steps}"
-    figure.text(0.014, 0.93, title, color=INK, size=12.5, weight="bold")
+    title = f"“{metrics['prompt']}”: one of {len(order)} kept at step {cut['step']}"
+    figure.text(0.014, 0.915, title, color=INK, size=11.5)
 
 
 def _costs(axes: Any, rows: list[dict[str, Any]]) -> None:
