@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from prism.report.page import FilmRow, FilmStrip, write_report
 
 NOTES = (
     "It shows that a small head on the hidden states of a frozen video diffusion model learns to tell its better "
-    "samples from its worse ones, from noisy latents, on prompts it never saw; and that this is enough to drop most candidates "
-    "early at a fraction of the cost.",
+    "samples from its worse ones, from noisy latents, on prompts it never saw; and that this is enough to drop most "
+    "candidates early at a fraction of the cost.",
     "It does not show that the same numbers hold for large models and human raters: the model, its world and the "
-    "referee are small, and the referee is a program. All that was run here runs unchanged on a real pipeline with real pairs.",
+    "referee are small, and the referee is a program. All that was run here runs unchanged on a real pipeline with "
+    "real pairs.",
     "Schedules, noise levels and the head's settings were fixed on validation prompts before the test prompts were "
     "looked at.",
 )
@@ -62,11 +63,13 @@ def strategies(config: DemoConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def run(out: Path, fresh: bool = False, seed: int = 0, overwrite: bool = False) -> dict[str, Any]:
+def run(
+    out: Path, fresh: bool = False, seed: int = 0, overwrite: bool = False, config: DemoConfig | None = None
+) -> dict[str, Any]:
     """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`; returns
     the metrics.
     """
-    config = DemoConfig(seed=seed, fresh=fresh)
+    config = replace(config or DemoConfig(), seed=seed, fresh=fresh)
     with files.new_folder(out, overwrite) as folder:
         from prism.backbone import Backbone
         from prism.evaluation import evaluate
