@@ -124,6 +124,8 @@ def best_of_n(
         )
     elif schedule is not None:
         raise PrismError(f'A schedule belongs to the strategy "early", and this run\'s is "{strategy}"; leave it out.')
+    if strategy == "oracle" and oracle is None:
+        raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
     if strategy == "draft":
         search.draft_steps = _draft_steps(draft_steps, num_steps, call)
     search.judge_at = DEFAULT_JUDGE_AT if judge_at is None else float(judge_at)

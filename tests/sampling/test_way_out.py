@@ -1,0 +1,266 @@
+"""Mistakes get one sentence, and on every way out the pipeline is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from tests.sampling.conftest import Setting
+
+import prism
+from prism.errors import PrismError
+
+
+def traces(pipe: Any) -> dict[str, Any]:
+    """Everything a run could leave behind: attributes and hooks of the pipeline's parts, by identity."""
+    found: dict[str, Any] = {}
+    parts = {"pipe": pipe, **{name: part for name, part in pipe.components.items() if part is not None}}
+    for name, part in parts.items():
+        modules = dict(part.named_modules()) if isinstance(part, torch.nn.Module) else {"": part}
+        for path, module in modules.items():
+            for attribute, value in vars(module).items():
+                sized = isinstance(value, dict) and attribute.startswith("_") and "hooks" in attribute
+                found[f"{name}.{path}.{attribute}"] = len(value) if sized else id(value)
+    # The VAE of Wan renews its own scratch at each decode.
+    scratch = ("vae.._feat_map", "vae.._conv_idx", "vae.._enc_feat_map", "vae.._enc_conv_idx")
+    return {key: value for key, value in found.items() if key not in scratch}
+
+
+def assert_as_before(setting: Setting, before: dict[str, Any]) -> None:
+    assert traces(setting.pipe) == before
+    video = setting.pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(0), **setting.call).frames[0]
+    assert np.array_equal(video, setting.stock(0)[0])
+
+
+class Explosion(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Explosion])
+@pytest.mark.parametrize("where", ["head", "denoiser in the search", "denoiser in the finish", "vae", "text encoder"])
+def test_an_interrupted_run_leaves_the_pipeline_as_it_was(setting: Setting, where: str, error: type) -> None:
+    judge = setting.judge(2)
+    setting.stock(0)
+    before = traces(setting.pipe)
+    left = {"denoiser in the search": 2, "denoiser in the finish": 6}.get(where, 1)
+
+    def explode(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise error
+
+    pipe = setting.pipe
+    module = {"head": judge.head, "vae": pipe.vae.decoder, "text encoder": pipe.text_encoder}.get(
+        where, pipe.transformer
+    )
+    handle = module.register_forward_pre_hook(explode)
+    try:
+        with pytest.raises(error):
+            prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, schedule=[(3, 1)], **setting.call)
+    finally:
+        handle.remove()
+    assert left == 0
+    assert "score_tokens" not in vars(judge)
+    assert_as_before(setting, before)
+
+
+@pytest.mark.parametrize("strategy", ["none", "full", "early", "draft"])
+def test_a_finished_run_leaves_the_pipeline_as_it_was(setting: Setting, strategy: str) -> None:
+    judge = setting.judge(2)
+    setting.stock(0)
+    before, rng = traces(setting.pipe), torch.get_rng_state()
+    prism.best_of_n(setting.pipe, judge, tiny.PROMPT, n=2, strategy=strategy, **setting.call)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_as_before(setting, before)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "empty prompt": ({"prompt": ""}, "The prompt is empty"),
+    "blank prompt": ({"prompt": " \t"}, "The prompt is empty"),
+    "no text": ({"prompt": ["a cat"]}, "The prompt is empty"),
+    "over-long prompt": ({"prompt": "red " * 12}, "has 13 tokens and the pipeline takes 12"),
+    "n = 0": ({"n": 0}, "n must be a whole number of at least 1; found 0"),
+    "n below zero": ({"n": -2}, "n must be a whole number"),
+    "n no number": ({"n": 2.5}, "n must be a whole number"),
+    "no seeds": ({"n": None, "seeds": []}, "seeds must hold one seed a candidate"),
+    "too few seeds": ({"seeds": [1, 2]}, "found 2 for n = 3"),
+    "seed below zero": ({"seed": -1}, "A seed must be a whole number from 0"),
+    "seed no number": ({"seed": "1"}, "A seed must be a whole number from 0"),
+    "unknown strategy": ({"strategy": "best"}, 'There is no strategy "best"'),
+    "keeps too many": ({"schedule": [(2, 4)]}, "keeps 4 candidates at step 2, and only 3 are left"),
+    "cuts after the end": ({"schedule": [(7, 1)]}, "cuts at step 7, and the run has steps 1 to 6"),
+    "cuts out of order": ({"schedule": [(4, 2), (3, 1)]}, "cuts at step 3 after step 4"),
+    "keeps none": ({"schedule": "3:0"}, "keeps 0 candidates"),
+    "no schedule": ({"schedule": "soon"}, "is not a list of STEP:KEEP"),
+    "schedule of another strategy": ({"strategy": "full", "schedule": "3:1"}, 'belongs to the strategy "early"'),
+    "generator": ({"generator": torch.Generator()}, "'generator' is reserved"),
+    "latents": ({"latents": torch.zeros(1)}, "'latents' is reserved"),
+    "num_videos_per_prompt": ({"num_videos_per_prompt": 2}, "'num_videos_per_prompt' is reserved"),
+    "prompt_embeds": ({"prompt_embeds": torch.zeros(1)}, "'prompt_embeds' is reserved"),
+    "unknown argument": ({"num_step": 3}, "takes no argument 'num_step'"),
+    "argument the pipeline refuses": ({"height": 31}, "WanPipeline refused the call"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be a whole number"),
+    "no batch": ({"batch_size": 0}, "batch_size must be a whole number"),
+    "no draws": ({"num_draws": 0}, "num_draws must be a whole number"),
+    "unknown dimension": ({"select_by": "beauty"}, "no dimension 'beauty' to select by"),
+    "no weights": ({"select_by": {"VQ": 0.0}}, "gives no dimension a weight"),
+    "judge_at clean": ({"strategy": "full", "judge_at": 0}, r"judge_at is a noise level in \(0, 1000\]"),
+    "judge_at beyond noise": ({"strategy": "draft", "judge_at": 1001}, "judge_at is a noise level"),
+    "long draft": ({"strategy": "draft", "draft_steps": 7}, "longer than the run of 6"),
+    "no draft": ({"strategy": "draft", "draft_steps": 0}, "draft_steps must be a whole number"),
+    "no judge": ({"judge": None}, "needs a judge"),
+    "no oracle": ({"strategy": "oracle"}, "needs `oracle`"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_get_one_sentence(wan: Setting, name: str) -> None:
+    arguments, sentence = BAD[name]
+    before = traces(wan.pipe)
+    arguments = {"judge": wan.judge(2), "prompt": tiny.PROMPT, "n": 3, **wan.call, **arguments}
+    with pytest.raises(PrismError, match=sentence) as caught:
+        prism.best_of_n(wan.pipe, **arguments)
+    assert "\n" not in str(caught.value)
+    assert traces(wan.pipe).keys() - before.keys() <= {"transformer.._diffusers_hook"}  # the pipeline's own
+
+
+def test_a_judge_on_another_pipeline(wan: Setting) -> None:
+    with pytest.raises(PrismError, match="The judge was put onto another pipeline"):
+        prism.best_of_n(tiny.wan("unipc"), wan.judge(), tiny.PROMPT, n=2, **wan.call)
+
+
+def poison(pipe: Any, row: int, at: int) -> Callable[[], None]:
+    """NaN in one row of the denoiser's output from call `at` on."""
+    calls = 0
+
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        sample = output[0].clone()
+        if calls >= at and row < len(sample):
+            sample[row] = torch.nan
+        return (sample,)
+
+    return pipe.transformer.register_forward_hook(hook).remove
+
+
+@pytest.mark.parametrize(("arguments", "row"), [({"schedule": [(3, 1)]}, 1), ({"strategy": "full"}, 2)])
+def test_nan_in_latents_names_the_seed(wan: Setting, arguments: dict[str, Any], row: int) -> None:
+    remove = poison(wan.pipe, row, at=3)
+    try:
+        with pytest.raises(PrismError, match=f"The latents of the candidate with seed {20 + row} hold NaN"):
+            prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, n=3, seed=20, **arguments, **wan.call)
+    finally:
+        remove()
+
+
+def test_nan_in_the_winner_after_the_cut_names_the_seed(wan: Setting) -> None:
+    remove = poison(wan.pipe, 0, at=9)
+    try:
+        with pytest.raises(PrismError, match=r"The latents of the candidate with seed 2\d hold NaN"):
+            prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, n=3, seed=20, schedule=[(3, 1)], **wan.call)
+    finally:
+        remove()
+
+
+@pytest.mark.parametrize("arguments", [{"schedule": [(3, 1)]}, {"strategy": "full"}, {"strategy": "draft"}])
+def test_nan_in_a_score_names_the_seed(wan: Setting, arguments: dict[str, Any]) -> None:
+    judge = wan.judge(2)
+    plain = judge.score_tokens
+
+    def with_nan(tokens: Any) -> torch.Tensor:
+        scores = plain(tokens)
+        scores[-1, 0] = torch.nan
+        return scores
+
+    judge.score_tokens = with_nan  # type: ignore[method-assign]
+    with pytest.raises(PrismError, match="22"):
+        prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=3, seed=20, **arguments, **wan.call)
+
+
+def test_dead_rows_may_be_nan(wan: Setting) -> None:
+    """What becomes of a dropped candidate's latents is nobody's business."""
+    judge = wan.judge(3)
+    arguments: dict[str, Any] = {"n": 3, "schedule": [(2, 2), (5, 1)], "batch_size": 3}
+    plain = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, **arguments, **wan.call)
+    (dead,) = set(range(3)) - set(plain.scores[0]["kept"])
+    step = type(wan.pipe.scheduler).step
+
+    def spoiled(self: Any, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        (out,) = step(self, model_output, timestep, sample, **kwargs)
+        out = out.clone()
+        if len(out) == 3 and self.step_index >= 2:
+            out[dead] = torch.nan
+        return (out,)
+
+    wan.pipe.scheduler.step = spoiled.__get__(wan.pipe.scheduler)
+    try:
+        result = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, **arguments, **wan.call)
+    finally:
+        del wan.pipe.scheduler.step
+    assert torch.equal(result.latents, plain.latents)
+
+
+def test_the_users_callback_sees_the_winner_s_run(wan: Setting) -> None:
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def watch(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, tensors["latents"].clone()))
+        return tensors
+
+    result = prism.best_of_n(
+        wan.pipe,
+        wan.judge(2),
+        tiny.PROMPT,
+        n=3,
+        schedule=[(4, 1)],
+        batch_size=1,
+        callback_on_step_end=watch,
+        **wan.call,
+    )
+    assert [step for step, _ in seen] == list(range(6))
+    for (_, found), (expected, _) in zip(seen, wan.stock(result.seed)[2]):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_callback_that_changes_latents_is_honoured(wan: Setting, in_place: bool) -> None:
+    """The finished video is still what a plain call with this callback gives."""
+
+    def push(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return tensors
+        return {"latents": tensors["latents"].mul_(0.9) if in_place else tensors["latents"] * 0.9}
+
+    call = {**wan.call, "callback_on_step_end": push}
+    result = prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, n=2, schedule=[(5, 1)], batch_size=1, **call)
+    generator = torch.Generator("cpu").manual_seed(result.seed)
+    plain = wan.pipe(tiny.PROMPT, generator=generator, **{**call, "output_type": "latent"}).frames
+    assert torch.equal(result.latents, plain)
+    assert not torch.equal(plain, wan.stock(result.seed)[1])
+
+
+def test_select_by_another_dimension_and_weights(wan: Setting) -> None:
+    judge = wan.judge(2)
+    for select_by in ("VQ", {"VQ": 1.0, "MQ": -2.0}):
+        result = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=4, schedule=[(2, 1)], select_by=select_by, **wan.call)
+        scores = result.scores[0]["scores"]
+        weights = {select_by: 1.0} if isinstance(select_by, str) else select_by
+        total = [sum(weight * scores[name][i] for name, weight in weights.items()) for i in range(4)]
+        assert result.index == max(range(4), key=total.__getitem__)
+
+
+def test_seeds_and_the_random_strategy(wan: Setting) -> None:
+    call = {**wan.call, "output_type": "latent", "num_inference_steps": 1}
+    given = prism.best_of_n(wan.pipe, None, tiny.PROMPT, strategy="none", seeds=[7, 3], **call)
+    assert (given.seed, given.seeds, given.index) == (7, (7, 3), 0)
+    drawn = [prism.best_of_n(wan.pipe, None, tiny.PROMPT, strategy="random", seed=s, **call).index for s in range(6)]
+    again = [prism.best_of_n(wan.pipe, None, tiny.PROMPT, strategy="random", seed=s, **call).index for s in range(6)]
+    assert drawn == again
+    assert len(set(drawn)) > 1
+    assert all(0 <= index < 8 for index in drawn)
