@@ -77,9 +77,7 @@ def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_enc
 
 
 def load(folder: str | Path) -> WanPipeline:
-    """Load a saved ShapeWorld pipeline in float32 (the shipped weights are half precision)."""
-    import torch
-
-    pipe = WanPipeline.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32."""
+    pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

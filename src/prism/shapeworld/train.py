@@ -301,9 +301,11 @@ def save_pipeline(out: Path, folder: Path) -> None:
         UMT5EncoderModel.from_pretrained(out / "transformer" / "text_encoder"),
     )
     with files.new_folder(folder, overwrite=True) as temporary:
-        pipe.to(torch.float16).save_pretrained(temporary, safe_serialization=True)
+        for part in (pipe.vae, pipe.transformer):  # not the text encoder: transformers would load it in half precision
+            part.half()
+        pipe.save_pretrained(temporary, safe_serialization=True)
         files.write_json(temporary / "call.json", CALL)
-        for part in PARTS:
-            shutil.copy(out / part / "log.jsonl", temporary / f"{part}-log.jsonl")
-            shutil.copy(out / part / "config.json", temporary / f"{part}-config.json")
+        for name in PARTS:
+            shutil.copy(out / name / "log.jsonl", temporary / f"{name}-log.jsonl")
+            shutil.copy(out / name / "config.json", temporary / f"{name}-config.json")
         write_manifest(temporary)
