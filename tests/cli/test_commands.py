@@ -75,6 +75,21 @@ def test_flags_override_call_json(place, tmp_path):
     assert (row["draft_steps"], row["judge_at"], row["num_inference_steps"]) == (2, 600, 4)
 
 
+def test_another_family_and_no_judge(tmp_path):
+    """CogVideoX gives pictures unless told otherwise; the strategy none needs no head."""
+    pipe = tiny.cogvideox()
+    pipe.save_pretrained(tmp_path / "backbone")
+    files.write_json(tmp_path / "backbone" / "call.json", tiny.CALL_COGVIDEOX)
+    command = ["sample", "--prompt", PROMPT, "--backbone", str(tmp_path / "backbone"), "--strategy", "none"]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
+    generator = torch.Generator("cpu").manual_seed(0)
+    stock = pipe(PROMPT, generator=generator, output_type="np", **tiny.CALL_COGVIDEOX).frames[0]
+    media.write_video(tmp_path / "stock.mp4", stock, fps=8)
+    assert files.sha256(tmp_path / "stock.mp4") == files.sha256(tmp_path / "out" / "winner.mp4")
+    (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
+    assert (row["judge"], row["head_calls"], row["strategy"]) == (None, 0, "none")
+
+
 def test_weights_decide_and_are_reported(place, tmp_path):
     assert sample(place, tmp_path / "a", "--select-by", "VQ:1,TA:-2", "--schedule", "3:1") == 0
     (cut,) = files.read_json(tmp_path / "a" / "metrics.json")["cuts"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -23,8 +25,6 @@ app.command("demo")(demo.demo)
 app.command("sample")(sample.sample)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
-
-
 app.add_typer(shapeworld.app, name="shapeworld")
 
 
@@ -45,14 +45,26 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
-    try:
-        app(args=None if arguments is None else list(arguments), prog_name="prism")
-    except PrismError as error:
-        print(f"prism: {error}", file=sys.stderr)
-        return 2
-    except SystemExit as end:  # how typer ends, whatever came of it
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if code == 130:
-            print("prism: interrupted", file=sys.stderr)
-        return code
+    with _plain_warnings():
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="prism")
+        except PrismError as error:
+            print(f"prism: {error}", file=sys.stderr)
+            return 2
+        except SystemExit as end:  # how typer ends, whatever came of it
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if code == 130:
+                print("prism: interrupted", file=sys.stderr)
+            return code
     return 0
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as sentences, without the line of code that gave them."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"prism: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual

@@ -56,7 +56,8 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
         from prism.sampling import best_of_n
 
         backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
-        judge = load_judge(config.head, backbone, embedded=config.backbone is None)
+        judged = config.strategy not in ("none", "random")
+        judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
         call = {**call, **config.call}
         result = best_of_n(
             backbone.pipe,
@@ -72,7 +73,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             select_by=weights,
             num_draws=config.num_draws,
             progress=True,
-            **call,
+            **{**call, "output_type": "np"},
         )
         video = np.asarray(result.video)
         media.write_video(folder / "winner.mp4", video, config.fps)
@@ -82,7 +83,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             "sample",
             describe(backbone, name),
             config.seed,
-            best_of_n=[_row(config, judge, call, result)],
+            best_of_n=[_row(config, backbone, judge, call, result)],
             timings={**result.ledger.parts, "total": result.ledger.seconds},
             prompt=config.prompt,
             seeds=list(result.seeds),
@@ -94,7 +95,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
         strip = FilmStrip(f"“{config.prompt}”", [FilmRow("winner", video, f"seed {result.seed}", picked=True)])
         title = f"The best of {config.n}: {config.prompt}"
         config_written = files.read_json(folder / "config.json")
-        write_report(folder / "report.html", metrics, [strip], title, NOTES, config_written)
+        write_report(folder / "report.html", metrics, [strip], title, NOTES if judged else (), config_written)
     return metrics
 
 
@@ -115,17 +116,17 @@ def _check(config: SampleConfig) -> None:
         raise PrismError(f"The --fps is {config.fps:g}; a number above 0 is needed.")
 
 
-def _row(config: SampleConfig, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
+def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
     """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
     from prism.sampling.ledger import expected_rows
 
-    backbone, ledger = judge.backbone, result.ledger
+    ledger = result.ledger
     steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
-    share = judge.tap / backbone.num_blocks
+    share = judge.tap / backbone.num_blocks if judge else 0.0
     everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=config.num_draws)
     return {
-        "judge": "prism",
-        "head_seed": judge.trained_on.get("seed"),
+        "judge": "prism" if judge else None,
+        "head_seed": judge.trained_on.get("seed") if judge else None,
         "strategy": config.strategy,
         "n": config.n,
         "num_inference_steps": steps,
