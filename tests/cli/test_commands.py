@@ -261,10 +261,26 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stderr.strip().splitlines()[-1] == "prism: interrupted"
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error_is_still_one(monkeypatch, tmp_path, capsys):
+    from prism.errors import PrismError
+    from prism.experiments import sample as experiment
+
+    def run(*_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise PrismError("The file is truncated.") from None
+
+    monkeypatch.setattr(experiment, "run", run)
+    assert cli.main(["sample", "--prompt", PROMPT, "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "prism: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["eval"], ["demo"], ["shapeworld", "candidates"]])

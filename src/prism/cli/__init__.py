@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -45,18 +48,40 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
-    with _plain_warnings():
+    with _plain_warnings(), _noted_interrupts() as interrupts:
         try:
             app(args=None if arguments is None else list(arguments), prog_name="prism")
+            code = 0
         except PrismError as error:
-            print(f"prism: {error}", file=sys.stderr)
-            return 2
+            code = 2
+            if not interrupts:
+                print(f"prism: {error}", file=sys.stderr)
         except SystemExit as end:  # how typer ends, whatever came of it
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            if code == 130:
-                print("prism: interrupted", file=sys.stderr)
-            return code
-    return 0
+    if code == 130 or (code and interrupts):
+        print("prism: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """The Ctrl-Cs that came: a library in whose middle one falls may pass it on as an error of another kind."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT)
+    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, usual)
 
 
 @contextmanager
