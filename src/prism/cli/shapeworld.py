@@ -21,7 +21,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="8000 vae, 9000 transformer"),
+        typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="4000 vae, 8000 transformer"),
     ] = None,
     batch_size: Annotated[
         int | None,

@@ -21,7 +21,7 @@ from . import world
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 # differences within a dimension that a viewer would call a tie
-TIE_MARGINS = {"VQ": 0.05, "MQ": 0.05, "TA": 0.05}
+TIE_MARGINS = {"VQ": 0.03, "MQ": 0.03, "TA": 0.03}
 
 _MIN_AREA = 12.0  # pixels; less is no object
 
@@ -73,7 +73,7 @@ def measure(videos: Tensor) -> dict[str, Tensor]:
 
 
 def _visual_quality(seen: dict[str, Tensor]) -> Tensor:
-    shapely = _ramp(seen["likeness"].amax(-1), 0.45, 0.85)
+    shapely = _ramp(seen["likeness"].amax(-1), 0.60, 0.90)
     clean = _ramp(seen["residue"], 0.10, 0.02)
     return (shapely * clean).mean(1)
 
@@ -90,8 +90,8 @@ def _motion_quality(seen: dict[str, Tensor]) -> Tensor:
     pulse = (log_area[:, 2:] - 2 * log_area[:, 1:-1] + log_area[:, :-2]).abs()
     flicker = (seen["colour"][:, 1:] - seen["colour"][:, :-1]).norm(dim=-1)
     melt = (seen["likeness"][:, 1:] - seen["likeness"][:, :-1]).abs().amax(-1)
-    three = _ramp(jerk, 3.0, 0.5) * _ramp(pulse, 0.4, 0.08) * triple
-    two = _ramp(flicker, 0.3, 0.05) * _ramp(melt, 0.3, 0.08) * pair
+    three = _ramp(jerk, 2.0, 0.3) * _ramp(pulse, 0.2, 0.04) * triple
+    two = _ramp(flicker, 0.3, 0.04) * _ramp(melt, 0.2, 0.02) * pair
     return three.mean(1) * two.mean(1)
 
 

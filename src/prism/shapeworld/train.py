@@ -223,8 +223,8 @@ class PartConfig:
 
 
 DEFAULTS = {
-    "vae": PartConfig(steps=8000, batch_size=8, learning_rate=1.5e-3),
-    "transformer": PartConfig(steps=9000, batch_size=32, learning_rate=1e-3),
+    "vae": PartConfig(steps=4000, batch_size=8, learning_rate=1.5e-3),
+    "transformer": PartConfig(steps=8000, batch_size=32, learning_rate=1e-3),
 }
 
 
