@@ -93,7 +93,7 @@ def test_the_cheaper_way_to_read_is_taken() -> None:
 
 def test_ledger_parts(wan: Setting) -> None:
     ledger = prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, n=3, schedule=[(3, 1)], **wan.call).ledger
-    assert set(ledger.parts) == {"denoiser", "head", "vae", "text"}
+    assert set(ledger.parts) == {"denoiser", "head", "vae", "text", "scheduler"}
     assert all(seconds > 0 for seconds in ledger.parts.values())
     assert 0 < ledger.overhead_seconds < ledger.seconds
     assert sum(ledger.parts.values()) < ledger.seconds

@@ -41,16 +41,20 @@ class Backbone:
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.family = family_of(pipe)
-        self.denoisers: tuple[nn.Module, ...] = tuple(
-            module for name, module in pipe.components.items() if name.startswith("transformer") and module is not None
-        )
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        self.denoisers = tuple(module for name, module in parts.items() if name.startswith("transformer"))
         self.denoiser = pipe.transformer
-        for module in (value for value in pipe.components.values() if isinstance(value, nn.Module)):
+        self.text_encoders: dict[str, nn.Module] = {
+            name: module for name, module in parts.items() if name.startswith("text_encoder")
+        }
+        for module in parts.values():
             module.requires_grad_(False).eval()
         self.blocks: Sequence[nn.Module] = self.denoiser.get_submodule(self.family.blocks)
         self.num_blocks = len(self.blocks)
         self.width: int = self.denoiser.config.num_attention_heads * self.denoiser.config.attention_head_dim
         self.default_tap = max(1, round(0.4 * self.num_blocks))
+        self.num_parameters = sum(value.numel() for value in self.denoiser.parameters())
+        self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
 
     @classmethod
@@ -180,7 +184,8 @@ class Backbone:
                 output = (forward or self.denoiser)(**arguments)
         if "visual" not in taken:
             raise PrismError(
-                "The denoiser was compiled before the judge could listen; call torch._dynamo.reset() first."
+                "The denoiser is compiled as a whole, and compiled code passes the judge's hooks by; "
+                "compile its blocks instead, with compile_repeated_blocks()."
             )
         grid = self.family.grid(self.denoiser.config, tuple(arguments[noisy_name(arguments)].shape))
         mask = self.family.text_mask(arguments["encoder_hidden_states"])
@@ -212,14 +217,13 @@ class Backbone:
         """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
         if isinstance(prompts, str):
             raise PrismError(f"prompts must be a list of texts; found the single text {prompts!r}.")
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
-        unknown = sorted(set(call) - set(parameters))
+        unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
-        limit = call.get("max_sequence_length", _default(parameters.get("max_sequence_length")))
+        limit = call.get("max_sequence_length", self._default("max_sequence_length"))
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if limit is None or tokenizer is None:
             return
@@ -234,13 +238,15 @@ class Backbone:
         """The number of steps that `pipe(**call)` is going to make."""
         if call.get("timesteps") is not None:
             return len(call["timesteps"])
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
-        return call.get("num_inference_steps", _default(parameters.get("num_inference_steps")))
+        return call.get("num_inference_steps", self._default("num_inference_steps"))
+
+    def _default(self, name: str) -> Any:
+        """What the pipeline's call takes for an argument that is not given."""
+        return self._call[name].default if name in self._call else None
 
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
-        parameters = inspect.signature(type(self.pipe).__call__).parameters
-        return call.get("guidance_scale", _default(parameters.get("guidance_scale"))) > 1.0
+        return call.get("guidance_scale", self._default("guidance_scale")) > 1.0
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
@@ -262,10 +268,6 @@ def _per_row(t: Tensor | float, latents: Tensor) -> Tensor:
     """t as (B,) beside latents (B, ...)."""
     t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     return t.expand(len(latents)) if t.ndim == 0 else t
-
-
-def _default(parameter: inspect.Parameter | None) -> Any:
-    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
 
 def _key(call: dict[str, Any]) -> str | None:

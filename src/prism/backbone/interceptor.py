@@ -180,44 +180,39 @@ class Interceptor:
     def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
         key, self.index = (self.step, self.index), self.index + 1
-        is_cut = key[1] == 0 and self.step in self.cuts
-        if is_cut and self.cuts[self.step]:
-            tokens = self._read(denoiser, forward, take_rows(arguments, self._conditional_rows(arguments)), stop=True)[
-                0
-            ]
-            self._cut(arguments, tokens)
-            is_cut = False
-        whole = len(self.alive) == len(self.candidates)
-        recorded = [self.recordings[self.candidates[row]].outputs.get(key) for row in self.alive]
-        rows = self._rows(arguments)
-        if not is_cut and all(value is not None for value in recorded):
+        probed = self.cuts.get(self.step) if key[1] == 0 else None  # None where nothing is cut
+        if probed:
+            conditional = take_rows(arguments, self._rows(arguments, self.alive)[-len(self.alive) :])
+            self._cut(arguments, self._read(denoiser, forward, conditional, stop=True)[0])
+        alive = self.alive  # of this call: a cut that listens is decided after it
+        recorded = [self.recordings[self.candidates[row]].outputs.get(key) for row in alive]
+        if probed is not False and all(value is not None for value in recorded):
             device = arguments[noisy_name(arguments)].device
             sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
         else:
-            live = arguments if whole else take_rows(arguments, rows)
-            if is_cut:
+            whole = len(alive) == len(self.candidates)
+            live = arguments if whole else take_rows(arguments, self._rows(arguments, alive))
+            if probed is False:
                 tokens, output = self._read(denoiser, forward, live, stop=False)
-                tokens = tokens[len(tokens) - len(self.alive) :]
             else:
                 output = forward(**live)
             sample = output[0] if isinstance(output, tuple) else output.sample
             if self.record:
                 self._keep(key, sample)
-            if is_cut:
-                self._cut(arguments, tokens)
-        if not whole:
+            if probed is False:
+                self._cut(arguments, tokens[len(tokens) - len(alive) :])
+            if whole:
+                return output
+        if len(alive) < len(self.candidates):
             batch = len(arguments[noisy_name(arguments)])
-            sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows.to(sample.device), sample)
+            rows = self._rows(arguments, alive).to(sample.device)
+            sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows, sample)
         return (sample,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 
-    def _rows(self, arguments: Mapping[str, Any]) -> Tensor:
-        """Rows of the batch that belong to living candidates, group by group."""
+    def _rows(self, arguments: Mapping[str, Any], alive: Sequence[int]) -> Tensor:
+        """Rows of the batch that belong to the living, group by group; the conditional group comes last."""
         n, batch = len(self.candidates), len(arguments[noisy_name(arguments)])
-        return torch.tensor([row + group * n for group in range(batch // n) for row in self.alive])
-
-    def _conditional_rows(self, arguments: Mapping[str, Any]) -> Tensor:
-        """Of the batch [unconditional, conditional] the last group; of a conditional call the only one."""
-        return self._rows(arguments)[-len(self.alive) :]
+        return torch.tensor([row + group * n for group in range(batch // n) for row in alive])
 
     def _keep(self, key: tuple[int, int], sample: Tensor) -> None:
         by_candidate = sample.detach().unflatten(0, (-1, len(self.alive))).transpose(0, 1)
@@ -231,7 +226,7 @@ class Interceptor:
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
         t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].flatten()[0])
-        noisy = arguments[noisy_name(arguments)][self._conditional_rows(arguments)]
+        noisy = arguments[noisy_name(arguments)][self._rows(arguments, self.alive)[-len(self.alive) :]]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
         if survivors is None:

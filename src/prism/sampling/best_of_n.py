@@ -197,7 +197,7 @@ def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None) -> tuple[int, 
 def _batch_size(backbone: Backbone, batch_size: int | None, n: int) -> int:
     if batch_size is not None:
         return min(n, _positive("batch_size", batch_size))
-    return n if sum(value.numel() for value in backbone.denoiser.parameters()) <= SMALL_DENOISER else 1
+    return n if backbone.num_parameters <= SMALL_DENOISER else 1
 
 
 def _weights(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,13 +20,15 @@ from prism.backbone.interceptor import StopForward, around, around_module
 from prism.sampling.schedule import Schedule
 
 CFG = Literal["two_calls", "one_batch"]
+PARTS = ("denoiser", "head", "vae", "text", "scheduler")
 
 
 @dataclass
 class Ledger:
     """What a run cost. A row is one sample of a denoiser's batch; one stopped after k of L blocks counts k/L.
 
-    seconds: wall time of the whole run. parts: the seconds of it spent in denoiser, head, vae and text encoders.
+    seconds: wall time of the whole run. parts: the seconds of it spent in denoiser, head, vae, text encoders and the
+    scheduler's steps; what is left is the pipeline's loop and set-up, and PRISM.
     peak_memory_bytes: most memory allocated on the accelerator in the run, or on CPU the process's highest so far.
     """
 
@@ -36,7 +39,7 @@ class Ledger:
     text_encodings: int = 0
     head_calls: int = 0
     seconds: float = 0.0
-    parts: dict[str, float] = field(default_factory=lambda: {"denoiser": 0.0, "head": 0.0, "vae": 0.0, "text": 0.0})
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     peak_memory_bytes: int = 0
 
     @property
@@ -60,20 +63,19 @@ class Meter:
     @contextmanager
     def open(self) -> Iterator[Ledger]:
         """Count what happens inside. Everything wrapped is restored on every way out."""
-        pipe, device = self.backbone.pipe, self.backbone.device
-        self._cuda = device if device.type == "cuda" else None  # kept: a pipeline searches its modules for its device
-        if self._cuda is not None:
-            torch.cuda.reset_peak_memory_stats(device)
+        pipe = self.backbone.pipe
         start = time.perf_counter()
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
-            for name, module in pipe.components.items():
-                if name.startswith("text_encoder") and isinstance(module, nn.Module):
-                    stack.enter_context(around_module(module, partial(self._encode_text, name)))
+            for name, module in self.backbone.text_encoders.items():
+                stack.enter_context(around_module(module, partial(self._encode_text, name)))
+            if hasattr(pipe, "encode_prompt"):
+                stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt))
             if getattr(pipe, "vae", None) is not None:
                 stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
                 stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
+            stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.judge is not None:
                 stack.enter_context(around(self.judge, "score_tokens", self._score))
             try:
@@ -81,7 +83,7 @@ class Meter:
             finally:
                 self.ledger.seconds = time.perf_counter() - start
                 self.ledger.peak_memory_bytes = (
-                    _peak_resident_bytes() if self._cuda is None else torch.cuda.max_memory_allocated(device)
+                    _peak_resident_bytes() if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
                 )
 
     @contextmanager
@@ -96,6 +98,10 @@ class Meter:
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
+        noisy = arguments[noisy_name(arguments)]
+        if self._cuda is None and noisy.is_cuda:  # asked of the latents: a pipeline searches all its modules for it
+            self._cuda = noisy.device
+            torch.cuda.reset_peak_memory_stats(noisy.device)
         blocks = self.backbone.num_blocks
         try:
             with self._timed("denoiser"):
@@ -104,8 +110,8 @@ class Meter:
             blocks = stop.block
             raise
         finally:
-            done, rows = self.ledger.denoiser_rows, len(arguments[noisy_name(arguments)])
-            self._block_rows += blocks * rows  # whole numbers: a sum of thirds would drift
+            done = self.ledger.denoiser_rows
+            self._block_rows += blocks * len(noisy)  # whole numbers: a sum of thirds would drift
             self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
             self.ledger.denoiser_calls += 1
             if self.on_rows is not None:
@@ -117,25 +123,42 @@ class Meter:
         with self._timed("vae"):
             return inner(*args, **kwargs)
 
+    def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._timed("scheduler"):
+            return inner(*args, **kwargs)
+
     def _score(self, inner: Any, tokens: Any) -> Tensor:
         self.ledger.head_calls += len(tokens.visual)
         with self._timed("head"):
             return inner(tokens)
 
+    def _encode_prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's embeddings. Candidates repeat one text: it is encoded once, as one row, and repeated."""
+        given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+        texts = {
+            name: [value] if isinstance(value, str) else value for name, value in given.items() if "prompt" in name
+        }
+        rows = len(texts["prompt"]) if isinstance(texts.get("prompt"), list) else 0
+        repeated = all(len(set(value)) == 1 for value in texts.values() if isinstance(value, list))
+        if not rows or not repeated or any(isinstance(value, Tensor) for value in given.values()):
+            return inner(*args, **kwargs)
+        given |= {name: value[:1] for name, value in texts.items() if isinstance(value, list)}
+        key = ("prompt", repr(sorted(given.items())))
+        if key not in self._texts:
+            self._texts[key] = inner(**given)
+        one = self._texts[key]
+        if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
+            return inner(*args, **kwargs)  # not one row a text: leave it to the pipeline
+        return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
+
     def _encode_text(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's output; a batch of one text repeated, as candidates give it, is encoded as one row."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-        rows = len(tensors[0])
-        repeated = all(len(value) == rows and bool((value == value[:1]).all()) for value in tensors)
-        if repeated:
-            args = tuple(value[:1] if isinstance(value, Tensor) and value.ndim else value for value in args)
-            kwargs = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
+        """A text encoder's output; captures and later chunks ask for the same."""
         key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
         if key not in self._texts:
-            self.ledger.text_encodings += 1 if repeated else rows
+            self.ledger.text_encodings += len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
             with self._timed("text"):
                 self._texts[key] = inner(*args, **kwargs)
-        return _expand(self._texts[key], rows) if repeated and rows > 1 else self._texts[key]
+        return self._texts[key]
 
 
 def _faithful(value: Any) -> Any:
@@ -143,17 +166,6 @@ def _faithful(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, repr(value.tolist())
     return repr(value)
-
-
-def _expand(output: Any, rows: int) -> Any:
-    """A model output of one row, repeated."""
-    if isinstance(output, Tensor):
-        return output.expand(rows, *output.shape[1:]) if output.ndim else output
-    if isinstance(output, Mapping):
-        return type(output)(**{name: _expand(value, rows) for name, value in output.items()})
-    if isinstance(output, tuple | list):
-        return type(output)(_expand(value, rows) for value in output)
-    return output
 
 
 def _peak_resident_bytes() -> int:
