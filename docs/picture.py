@@ -34,27 +34,31 @@ def main(run: Path, target: Path) -> None:
 
 
 def _films(figure: Figure, place: Any, metrics: dict[str, Any], call: dict[str, Any]) -> None:
-    cut, seeds = metrics["cuts"][-1], metrics["seeds"]
-    order = sorted(cut["scores"], key=lambda candidate: -cut["scores"][candidate])
+    seeds, fate = metrics["seeds"], {}  # candidate -> the last cut it saw; the later dropped before the earlier
+    for cut in reversed(metrics["cuts"]):
+        for candidate in sorted(cut["scores"], key=lambda candidate: -cut["scores"][candidate]):
+            fate.setdefault(candidate, cut)
+    order = list(fate)
     pipe = prism.shapeworld.pipeline()
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seeds[int(candidate)]) for candidate in order]
     videos = pipe([metrics["prompt"]] * len(order), generator=generators, **call).frames
     rows = place.subgridspec(len(order), 1, hspace=0.1)
     for line, (candidate, video) in enumerate(zip(order, videos)):
-        axes, picked = figure.add_subplot(rows[line]), int(candidate) in cut["kept"]
+        axes, picked = figure.add_subplot(rows[line]), int(candidate) == metrics["winner"]
         axes.imshow(film(np.asarray(video)), aspect="equal", interpolation="nearest", alpha=1.0 if picked else 0.55)
         axes.set_anchor("W")
         axes.set_xticks([])
         axes.set_yticks([])
         for spine in axes.spines.values():
             spine.set(visible=picked, color=ACCENT, linewidth=2.5)
+        cut = fate[candidate]
         note = "kept" if picked else f"dropped at step {cut['step']}"
         style = {"color": ACCENT if picked else MUTED, "weight": "bold" if picked else "normal"}
         axes.set_ylabel(
             f"{note}\njudge {cut['scores'][candidate]:+.2f}", rotation=0, ha="right", va="center", size=8.5, **style
         )
-    title = f"“{metrics['prompt']}”: one of {len(order)} kept at step {cut['step']}"
+    title = f"“{metrics['prompt']}”: one of {len(order)} finished"
     figure.text(0.014, 0.915, title, color=INK, size=11.5)
 
 

@@ -39,13 +39,13 @@ class DemoConfig:
     seed: int = 0
     fresh: bool = False
     n: int = 8
-    prompts: int = 28  # of the test split, for Best-of-N; accuracy uses all of it
+    prompts: int = 32  # of the test split, for Best-of-N; accuracy uses all of it
     tap: int = 4
     dim: int = 256
     steps: int = 600
     prompts_per_step: int = 4
     learning_rate: float = 5e-4
-    schedule: tuple[tuple[int, int], ...] = ((5, 1),)
+    schedule: tuple[tuple[int, int], ...] = ((3, 4), (7, 1))
     draft_steps: int = 3
     judge_at: float = 700.0
     num_draws: int = 2
@@ -116,7 +116,7 @@ def run(
         lap("best_of_n")
 
         shown = _most_telling(done)
-        strip, cuts = _film(judge, done, shown, config, call)
+        strip, cuts = _film(judge, done, shown, call)
         result = done.results["early"][shown]
         media.write_video(folder / "winner.mp4", np.asarray(result.video), shapeworld.FPS)
         write_config(folder / "config.json", {**asdict(config), "call": call})
@@ -142,32 +142,29 @@ def run(
 
 
 def _most_telling(done: compare.Comparison) -> int:
-    """The prompt of the film strips: the median one by the early strategy's gain, so that neither luck nor its lack is
-    on show.
-    """
-    gains = [
-        values[result.index] - values.mean() for values, result in zip(done.values, done.results["early"], strict=True)
-    ]
-    return int(np.argsort(gains)[len(gains) // 2])
+    """The prompt of the film strips: where the candidates differ most by the referee, whatever the judge made of it."""
+    return int(np.argmax([values.std() for values in done.values]))
 
 
 def _film(
-    judge: Any, done: compare.Comparison, place: int, config: DemoConfig, call: Mapping[str, Any]
+    judge: Any, done: compare.Comparison, place: int, call: Mapping[str, Any]
 ) -> tuple[list[FilmStrip], list[dict[str, Any]]]:
-    """Film strips of all candidates of a prompt, best-judged first: what the model expected at the cut, and the
-    finished videos.
+    """Film strips of all candidates of a prompt, the pick first, then the later dropped before the earlier: what the
+    model expected at the first cut, and the finished videos. Beside them the cuts, for the table of scores.
     """
     early, best = done.results["early"][place], done.results["oracle"][place]
-    prompt, values, cut = done.prompts[place], done.values[place], early.scores[-1]
-    scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
-    order = sorted(scores, key=lambda candidate: -scores[candidate])
-    expected = judge.backbone.decode(_expected_clean(judge.backbone, prompt, early.seeds, cut["step"], call))
+    prompt, values, first = done.prompts[place], done.values[place], early.scores[0]
+    fate: dict[int, str] = {}
+    for cut in reversed(early.scores):
+        scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
+        for candidate in sorted(scores, key=lambda candidate: -scores[candidate]):
+            verb = "kept" if candidate in cut["kept"] else "dropped"
+            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {scores[candidate]:+.2f}")
+    order = list(fate)
+    expected = judge.backbone.decode(_expected_clean(judge.backbone, prompt, early.seeds, first["step"], call))
     assert best.candidate_latents is not None
     finished = judge.backbone.decode(torch.stack([best.candidate_latents[c] for c in order]))
-    at_cut = [
-        FilmRow(f"seed {early.seeds[c]}", expected[c].numpy(), f"judge {scores[c]:+.2f}", picked=c == early.index)
-        for c in order
-    ]
+    at_cut = [FilmRow(f"seed {early.seeds[c]}", expected[c].numpy(), fate[c], picked=c == early.index) for c in order]
     at_end = [
         FilmRow(f"seed {early.seeds[c]}", video.numpy(), f"referee {values[c]:.2f}", picked=c == early.index)
         for c, video in zip(order, finished, strict=True)
@@ -175,23 +172,28 @@ def _film(
     steps = call["num_inference_steps"]
     strips = [
         FilmStrip(
-            f"“{prompt}”: at the cut, step {cut['step']} of {steps}",
+            f"“{prompt}”: at the first cut, step {first['step']} of {steps}",
             at_cut,
             "What the model expects each video to become, decoded for this page alone: the judge reads hidden states.",
         ),
         FilmStrip(
-            f"“{prompt}”: had all been finished", at_end, "Seven of these were never made by the early strategy."
+            f"“{prompt}”: had all been finished",
+            at_end,
+            "The early strategy finishes the first of these alone. The prompt is the one whose candidates differ most.",
         ),
     ]
-    named = {
-        "name": f"step {cut['step']}",
-        "step": cut["step"],
-        "t": cut["t"],
-        "scores": {str(c): float(scores[c]) for c in cut["candidates"]},
-        "dimensions": cut["scores"],
-        "kept": list(cut["kept"]),
-    }
-    return strips, [named]
+    cuts = [
+        {
+            "name": f"step {cut['step']}",
+            "step": cut["step"],
+            "t": cut["t"],
+            "scores": {str(c): float(s) for c, s in zip(cut["candidates"], cut["scores"]["overall"], strict=True)},
+            "dimensions": cut["scores"],
+            "kept": list(cut["kept"]),
+        }
+        for cut in early.scores
+    ]
+    return strips, cuts
 
 
 @torch.no_grad()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers.utils import logging as transformers_logging
 
 from . import vae as video_vae
 from . import world
@@ -78,6 +80,13 @@ def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_enc
 
 def load(folder: str | Path) -> WanPipeline:
     """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32."""
-    pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    try:
+        for log in bars:  # it takes a fraction of a second
+            log.disable_progress_bar()
+        pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    finally:
+        for log in bars:
+            log.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
