@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves: a virtual environment, pinned packages, this package.
 # PYTHON chooses the interpreter (3.10 to 3.13), OUT the folder that the demo replaces.
 PYTHON ?= python3
-OUT ?= out/demo
+OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

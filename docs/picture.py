@@ -1,4 +1,4 @@
-"""Draw the README's picture from a demo run: `python docs/picture.py out/demo docs/picture.png`.
+"""Draw the README's picture from a demo run: `python docs/picture.py runs/demo docs/picture.png`.
 
 Left, all candidates of the demo's shown prompt in the order of the judge at the cut, finished for the picture; right,
 the quality of each strategy's pick against its cost.

@@ -74,8 +74,8 @@ def test_the_winner_is_the_stock_video(setting: Setting, name: str) -> None:
     assert winners[0] in range(11, 11 + N)
 
 
-@pytest.mark.parametrize("tap", [1, 3])
-def test_scores_are_the_judge_s_of_the_stock_latents(setting: Setting, tap: int) -> None:
+@pytest.mark.parametrize(("tap", "keep"), [(1, 1), (3, 2)])  # probed, and listened to in both forms of guidance
+def test_scores_are_the_judge_s_of_the_stock_latents(setting: Setting, tap: int, keep: int) -> None:
     """Brute force: score every candidate's stock latents at the step of the cut, and take the best."""
     judge, step = setting.judge(tap), 4
     expected, t = [], 0.0
@@ -87,15 +87,16 @@ def test_scores_are_the_judge_s_of_the_stock_latents(setting: Setting, tap: int)
     call = {**setting.call, "output_type": "latent"}
     for batch_size in (1, 2, 3):
         result = prism.best_of_n(
-            setting.pipe, judge, tiny.PROMPT, n=N, schedule=[(step, 1)], batch_size=batch_size, **call
+            setting.pipe, judge, tiny.PROMPT, n=N, schedule=[(step, keep)], batch_size=batch_size, **call
         )
-        (cut,) = result.scores
+        cut = result.scores[0]
         found = torch.tensor([cut["scores"][name] for name in judge.dimensions]).T
         torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
         assert (cut["step"], cut["candidates"]) == (step, list(range(N)))
         assert cut["t"] == pytest.approx(t)
-        best = int(torch.stack(expected)[:, judge.dimensions.index("overall")].argmax())
-        assert cut["kept"] == [best] == [result.index]
+        best = torch.stack(expected)[:, judge.dimensions.index("overall")].topk(keep).indices.tolist()
+        assert cut["kept"] == sorted(best)
+        assert result.scores[-1]["kept"] == [result.index]
 
 
 def test_later_cuts_see_the_survivors_only(setting: Setting) -> None:

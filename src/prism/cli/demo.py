@@ -11,7 +11,7 @@ from prism.cli import options
 
 
 def demo(
-    out: options.Out = Path("out/demo"),
+    out: options.Out = Path("runs/demo"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Sample and label the training candidates anew, not the shipped ones.")
     ] = False,
