@@ -254,7 +254,12 @@ def test_a_planted_leak_fails_the_run(place, tmp_path, capsys):
 def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
     models = ["--backbone", str(place / "backbone"), "--head", str(place / "head")]
     command = [sys.executable, "-m", "prism", "sample", "--prompt", PROMPT, "--n", "2", "--steps", "900", *models]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list(tmp_path.iterdir()):  # the temporary folder: work has begun
         assert process.poll() is None
         time.sleep(0.05)
@@ -267,6 +272,14 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def usual_interrupts():
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("usual_interrupts")
 def test_an_interrupt_that_a_library_turned_into_an_error_is_still_one(monkeypatch, tmp_path, capsys):
     from prism.errors import PrismError
     from prism.experiments import sample as experiment

@@ -20,6 +20,7 @@ def test_the_demo_writes_everything_it_promises(tmp_path, monkeypatch):
     pipe = recipe.assemble(video_vae.build(), recipe.build_transformer(2, 1), recipe.build_text_encoder())
     monkeypatch.setattr(shapeworld, "pipeline", lambda: pipe)
     monkeypatch.setitem(CALL, "num_inference_steps", 3)
+    monkeypatch.setitem(CALL, "guidance_scale", 2.5)
     some = {"train": world.prompts("train")[:2], "validation": world.prompts("validation")[:1]}
     some["test"] = world.prompts("test")[:2]
     monkeypatch.setattr(world, "prompts", lambda split: some[split])
