@@ -17,6 +17,7 @@ from torch import Tensor
 from prism import files, media, shapeworld
 from prism.experiments import compare
 from prism.experiments.loading import EMBEDDED, describe
+from prism.experiments.sample import cut_entry
 from prism.report.metrics import document, write_config
 from prism.report.page import FilmRow, FilmStrip, write_report
 
@@ -182,18 +183,7 @@ def _film(
             "The early strategy finishes the first of these alone. The prompt is the one whose candidates differ most.",
         ),
     ]
-    cuts = [
-        {
-            "name": f"step {cut['step']}",
-            "step": cut["step"],
-            "t": cut["t"],
-            "scores": {str(c): float(s) for c, s in zip(cut["candidates"], cut["scores"]["overall"], strict=True)},
-            "dimensions": cut["scores"],
-            "kept": list(cut["kept"]),
-        }
-        for cut in early.scores
-    ]
-    return strips, cuts
+    return strips, [cut_entry(cut, "early", {"overall": 1.0}) for cut in early.scores]
 
 
 @torch.no_grad()

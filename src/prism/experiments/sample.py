@@ -88,7 +88,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             prompt=config.prompt,
             seeds=list(result.seeds),
             winner=result.index,
-            cuts=[_cut(cut, config.strategy, weights) for cut in result.scores],
+            cuts=[cut_entry(cut, config.strategy, weights) for cut in result.scores],
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
@@ -148,7 +148,7 @@ def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any
     }
 
 
-def _cut(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> dict[str, Any]:
+def cut_entry(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> dict[str, Any]:
     """One cut for the report: its name, noise level, the deciding score by candidate, and who was kept."""
     names = {"draft": f"drafts of {cut['step']} steps", "full": "finished"}
     columns = [(weight, cut["scores"][name]) for name, weight in weights.items()]

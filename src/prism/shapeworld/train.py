@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -64,9 +65,7 @@ def fit(
 
     log, losses, started = (folder / "log.jsonl").open("a"), [], time.time()
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=None, desc=folder.name):
-        pace = min(
-            1.0, (step + 1) / warmup, 0.01 + (steps - step) / (0.3 * steps)
-        )  # up, level, down over the last 30 %
+        pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (0.3 * steps))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * pace
         loss = loss_at(step)
@@ -116,7 +115,7 @@ def train_vae(folder: Path, steps: int, batch_size: int, seed: int, learning_rat
         pixels = video_vae.to_input(video).to(device)
         latents = code(video)
         latents = (latents + 0.05 * torch.randn(latents.shape, generator=generator)).to(device)
-        target = video_vae.patchify(pixels, vae.config.patch_size)
+        target = patchify(pixels, vae.config.patch_size)
         with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
             output = video_vae.decode_unclamped(vae, latents)
         error = output.float() - target

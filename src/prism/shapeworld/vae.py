@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from torch import Tensor
 
 from . import world
@@ -161,13 +162,6 @@ def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     """(B, 3, T, H, W) in [-1, 1] to latents (B, 48, t, h, w); the VAE's own mean and standard deviation are 0 and 1."""
     return vae.encode(video).latent_dist.mode()
-
-
-def patchify(pixels: Tensor, patch: int) -> Tensor:
-    """Wan's space-to-depth: (B, C, T, H, W) to (B, C * patch^2, T, H / patch, W / patch)."""
-    b, c, t, h, w = pixels.shape
-    blocks = pixels.view(b, c, t, h // patch, patch, w // patch, patch).permute(0, 1, 6, 4, 2, 3, 5)
-    return blocks.reshape(b, c * patch * patch, t, h // patch, w // patch)
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
