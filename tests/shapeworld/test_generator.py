@@ -92,6 +92,28 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_kill_while_the_pool_is_written_leaves_none(tmp_path, vae, monkeypatch):
+    def killed(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    code = video_vae.LinearCode.of(vae)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train._latent_pool(tmp_path, code, 4, seed=0)
+    made, prompts = train._latent_pool(tmp_path, code, 4, seed=0)
+    read, same = train._latent_pool(tmp_path, code, 4, seed=0)
+    assert torch.equal(made, read)
+    assert prompts == same
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(PrismError, match=r"checkpoint\.safetensors"):
+        train.fit({"layer": torch.nn.Linear(2, 2)}, lambda step: torch.zeros(()), tmp_path, 1, 1e-3)
+
+
 def test_training_the_vae_lowers_its_error_and_makes_a_stock_pipeline(tmp_path, vae, monkeypatch):
     monkeypatch.setitem(train.DEFAULTS, "vae", train.PartConfig(12, 2, 2e-3))
     monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(1, 2, 1e-3, videos=4))

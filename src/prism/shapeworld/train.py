@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import UMT5EncoderModel
@@ -55,7 +55,7 @@ def fit(
     optimiser = torch.optim.AdamW(weights.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     checkpoint, first = folder / "checkpoint.safetensors", 0
     if checkpoint.exists():
-        state = load_file(checkpoint)
+        state = files.load_safetensors(checkpoint)
         first = int(state["step"])
         for name, p in weights.items():
             p.data.copy_(state[f"weight/{name}"])
@@ -152,7 +152,8 @@ def _latent_pool(folder: Path, code: video_vae.LinearCode, videos: int, seed: in
         latents.append(code(video).half())
         prompts += names
     pool = torch.cat(latents).contiguous()
-    save_file({"latents": pool}, path, metadata={"prompts": json.dumps(prompts)})
+    save_file({"latents": pool}, path.with_suffix(".part"), metadata={"prompts": json.dumps(prompts)})
+    path.with_suffix(".part").replace(path)  # a kill while it is written must not leave half a pool
     return pool, prompts
 
 
