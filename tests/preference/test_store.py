@@ -17,7 +17,7 @@ from prism.preference import LatentStore, pairs_from_scores, write_store
 SHAPE = (3, 2, 2, 2)
 
 
-def make(folder, per_prompt=3, shard_bytes=1 << 30, trajectories=True, latents=None):
+def make(folder, per_prompt=3, shard_bytes=1 << 30, trajectories=True, latents=None, eight_bits=False):
     count = 3 * per_prompt
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(count, *SHAPE, generator=generator).half() if latents is None else latents
@@ -34,8 +34,20 @@ def make(folder, per_prompt=3, shard_bytes=1 << 30, trajectories=True, latents=N
     with files.new_folder(folder) as temporary:
         meta = {"call": {"height": 16}, "command": "test", "seed": 0}
         pairs = pairs_from_scores(videos, {"VQ": 0.1})
-        write_store(temporary, videos, latents, pairs, meta, states if trajectories else None, shard_bytes)
+        write_store(temporary, videos, latents, pairs, meta, states if trajectories else None, shard_bytes, eight_bits)
     return folder, latents, states
+
+
+def test_a_byte_a_number_is_off_by_half_a_step_at_most(tmp_path):
+    folder, latents, _ = make(tmp_path / "store", shard_bytes=4 * 24 * 2, eight_bits=True)
+    read = LatentStore.open(folder).latents([f"v{i}" for i in range(9)])
+    for start in (0, 4, 8):  # each shard has its own scale
+        shard = latents[start : start + 4].float()
+        step = shard.abs().amax(0) / 127
+        off = (read[start : start + 4] - shard).abs()
+        assert (off <= step / 2 + 1e-6).all()
+        assert off.max() > 0 or start == 8
+    assert load_file(folder / "latents-00000.safetensors")["latents"].dtype == torch.int8
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 4 * 24 * 2])

@@ -21,7 +21,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="4000 vae, 8000 transformer"),
+        typer.Option("--steps", metavar="INT", help="Optimiser steps.", show_default="4000 vae, 16000 transformer"),
     ] = None,
     batch_size: Annotated[
         int | None,
@@ -35,6 +35,17 @@ def train(
             help="AdamW's highest step size.",
             show_default="0.0015 vae, 0.001 transformer",
         ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", metavar="INT", help="Blocks of the transformer.", show_default="6")
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", metavar="INT", help="Attention heads; the width is 32 a head.", show_default="4"),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option("--start", metavar="FOLDER", help="A VAE to keep the encoder of and train the decoder on."),
     ] = None,
     seed: options.Seed = 0,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, mps.")] = "cpu",
@@ -51,6 +62,9 @@ def train(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        layers=layers,
+        heads=heads,
+        start=None if start is None else str(start),
         seed=seed,
         device=device,
         resume=resume,

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from prism.errors import PrismError
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
 PAIR_COLUMNS = ("prompt", "video_a", "video_b", "split")
 
 

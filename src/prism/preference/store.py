@@ -3,7 +3,8 @@
     store.json                    schema, pipeline call, backbone fingerprint, command, seed, dimensions
     videos.parquet                video, prompt, seed, split, shard, row, and any score columns
     pairs.parquet                 see ``prism.preference.pairs``
-    latents-00000.safetensors     "latents" (rows, ...) in the layout of the sampling loop, float16 or float32
+    latents-00000.safetensors     "latents" (rows, ...) in the layout of the sampling loop, float16 or float32; or int8
+                                  with "scale" (1, ...), by which each place of a latent is multiplied
     trajectory-00000.safetensors  optional: "states" (rows, S, ...) recorded while sampling, "t" (rows, S) in [0, 1000]
 
 Latents are read row by row from memory-mapped files, so a store may be larger than memory.
@@ -48,6 +49,7 @@ def write_store(
     meta: Mapping[str, Any],
     trajectories: Mapping[str, Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    eight_bits: bool = False,
 ) -> None:
     """Write a store into ``folder``, which exists (take it from ``files.new_folder``), and check it by opening it.
 
@@ -58,6 +60,7 @@ def write_store(
         meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
         trajectories: {"states": (n, S, ...), "t": (n, S)}.
         shard_bytes: largest size of a latent file.
+        eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
     """
     count = len(videos)
     tensors = {"latents": latents, **(trajectories or {})}
@@ -70,7 +73,8 @@ def write_store(
     videos = videos.append_column("shard", pa.array(index // rows)).append_column("row", pa.array(index % rows))
     for shard, start in enumerate(range(0, count, rows)):
         piece = slice(start, start + rows)
-        save_file({"latents": latents[piece].contiguous()}, folder / f"latents-{shard:05d}.safetensors")
+        kept = _in_eight_bits(latents[piece]) if eight_bits else {"latents": latents[piece].contiguous()}
+        save_file(kept, folder / f"latents-{shard:05d}.safetensors")
         if trajectories is not None:
             states = {name: trajectories[name][piece].contiguous() for name in ("states", "t")}
             save_file(states, folder / f"trajectory-{shard:05d}.safetensors")
@@ -78,6 +82,11 @@ def write_store(
     pq.write_table(pairs, folder / "pairs.parquet")
     files.write_json(folder / "store.json", {"schema": SCHEMA, **meta})
     LatentStore.open(folder)
+
+
+def _in_eight_bits(latents: Tensor) -> dict[str, Tensor]:
+    scale = (latents.float().abs().amax(0, keepdim=True) / 127).clamp(min=1e-12)
+    return {"latents": (latents.float() / scale).round().to(torch.int8), "scale": scale}
 
 
 class LatentStore:
@@ -155,6 +164,8 @@ class LatentStore:
             shard, row = self._place[video]
             view = self._slice(self.folder / f"{kind}-{shard:05d}.safetensors", name)
             value = (view[row : row + 1] if index is None else view[row : row + 1, index : index + 1]).float()
+            if view.get_dtype() == "I8":
+                value = value * self._slice(self.folder / f"{kind}-{shard:05d}.safetensors", "scale")[:]
             if not bool(torch.isfinite(value).all()):
                 raise PrismError(f"The {name} of video {video!r} in {self.folder} hold NaN or infinity.")
             rows.append(value[0] if index is None else value[0, 0])

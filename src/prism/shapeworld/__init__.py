@@ -22,7 +22,7 @@ CALL: dict[str, Any] = {
     "num_frames": 17,
     "num_inference_steps": 20,
     "guidance_scale": 1.0,
-    "max_sequence_length": 16,
+    "max_sequence_length": 24,
 }
 """Arguments of a call of the embedded pipeline; also in `call.json` beside its weights."""
 

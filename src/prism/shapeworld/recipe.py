@@ -13,14 +13,13 @@ from transformers.utils import logging as transformers_logging
 from . import vae as video_vae
 from . import world
 
-TEXT_LENGTH = 16  # tokens, far above the longest prompt of the grammar
+TEXT_LENGTH = 24  # tokens; the longest prompt of the grammar has 20
 FLOW_SHIFT = 3.0
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the grammar; anything else is `<unk>`."""
-    words = sorted({word for scene in world.SCENES for word in scene.prompt.split()})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *world.words()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()

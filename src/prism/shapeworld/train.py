@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from . import CALL, recipe, world
 from . import vae as video_vae
 from .assets import write_manifest
 
+DECAY = 0.3  # share of the steps, at the end, over which the step size falls
+
 
 def _step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -40,6 +42,8 @@ def fit(
     folder: Path,
     steps: int,
     learning_rate: float,
+    matrix_rate: float = 0.0,
+    snapshots: Sequence[int] = (),
     ema_decay: float = 0.999,
     checkpoint_every: int = 250,
     warmup: int = 100,
@@ -47,32 +51,45 @@ def fit(
     """AdamW with warm-up and a linear decay over the last 30 % of the steps, gradient norm 1, an EMA of the weights, a
     log, and checkpoints that resume.
 
-    `loss_at(step)` gives the loss of one batch. Ends with the EMA in `modules`; checkpoints are
-    `folder/checkpoint.safetensors`."""
+    `loss_at(step)` gives the loss of one batch. With a `matrix_rate`, the matrices inside blocks are trained by Muon at
+    that step size: it gets as far as AdamW in about half the steps. Ends with the EMA in `modules`; checkpoints are
+    `folder/checkpoint.safetensors`, the EMA after each step of `snapshots` `folder/step-N.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
     averages = {name: p.detach().clone() for name, p in weights.items()}
-    optimiser = torch.optim.AdamW(weights.values(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    in_blocks = {name for name, p in weights.items() if matrix_rate and p.ndim == 2 and ".blocks." in name}
+    rest = [p for name, p in weights.items() if name not in in_blocks]
+    rated: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01), learning_rate)
+    ]
+    if in_blocks:
+        matrices = [weights[name] for name in sorted(in_blocks)]
+        muon = torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        rated.append((muon, matrix_rate))
+    moments = {name: ("momentum_buffer",) if name in in_blocks else ("exp_avg", "exp_avg_sq") for name in weights}
+    states = {name: rated[name in in_blocks][0].state for name in weights}
     checkpoint, first = folder / "checkpoint.safetensors", 0
     if checkpoint.exists():
-        state = files.load_safetensors(checkpoint)
-        first = int(state["step"])
+        saved = files.load_safetensors(checkpoint)
+        first = int(saved["step"])
         for name, p in weights.items():
-            p.data.copy_(state[f"weight/{name}"])
-            averages[name].copy_(state[f"average/{name}"])
-            moments = {key: state[f"adam/{key}/{name}"] for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[p] = {"step": torch.tensor(float(first)), **moments}
+            p.data.copy_(saved[f"weight/{name}"])
+            averages[name].copy_(saved[f"average/{name}"])
+            states[name][p] = {key: saved[f"moment/{key}/{name}"] for key in moments[name]}
+            if name not in in_blocks:
+                states[name][p]["step"] = torch.tensor(float(first))
 
     log, losses, started = (folder / "log.jsonl").open("a"), [], time.time()
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=None, desc=folder.name):
-        pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (0.3 * steps))
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * pace
+        pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (DECAY * steps))
+        for optimiser, rate in rated:
+            optimiser.param_groups[0]["lr"] = rate * pace
+            optimiser.zero_grad(set_to_none=True)
         loss = loss_at(step)
-        optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimiser.step()
+        for optimiser, _ in rated:
+            optimiser.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), [p.detach() for p in weights.values()], 1 - decay)
         losses.append(loss.item())
@@ -80,11 +97,13 @@ def fit(
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.time() - started, 1)}
             print(json.dumps(row), file=log, flush=True)
             losses = []
+        if step + 1 in snapshots:
+            save_file(averages, folder / f"step-{step + 1}.safetensors")
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             state = {"step": torch.tensor(step + 1)}
             for name, p in weights.items():
                 state |= {f"weight/{name}": p.detach(), f"average/{name}": averages[name]}
-                state |= {f"adam/{key}/{name}": optimiser.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+                state |= {f"moment/{key}/{name}": states[name][p][key] for key in moments[name]}
             save_file({key: value.contiguous() for key, value in state.items()}, folder / "checkpoint.part")
             (folder / "checkpoint.part").replace(checkpoint)
     for name, p in weights.items():
@@ -92,16 +111,19 @@ def fit(
     log.close()
 
 
-def train_vae(folder: Path, steps: int, batch_size: int, seed: int, learning_rate: float, device: str) -> None:
+def train_vae(folder: Path, config: PartConfig, device: str) -> None:
     """Fit the encoder in closed form, train the decoder by regression on its (jittered) latents; writes
     `folder/vae`.
+
+    Where `config.start` names the folder of an earlier VAE, its encoder is kept and its decoder trained on.
     """
+    seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    vae = _with_encoder(folder, seed)
+    vae = _with_encoder(folder, config)
     code = video_vae.LinearCode.of(vae)
     vae.requires_grad_(False).to(device)
     decoder = vae.decoder.requires_grad_(True)
-    if not (folder / "checkpoint.safetensors").exists():
+    if not config.start and not (folder / "checkpoint.safetensors").exists():
         with torch.no_grad():  # residual branches start at zero, and outputs start near grey
             for module in decoder.modules():
                 if hasattr(module, "conv2"):
@@ -121,17 +143,20 @@ def train_vae(folder: Path, steps: int, batch_size: int, seed: int, learning_rat
         error = output.float() - target
         return error.square().mean() + 0.1 * error.abs().mean()
 
-    fit({"decoder": decoder}, loss_at, folder, steps, learning_rate)
+    fit({"decoder": decoder}, loss_at, folder, config.steps, config.learning_rate)
     vae.to("cpu").save_pretrained(folder / "vae")
 
 
-def _with_encoder(folder: Path, seed: int) -> AutoencoderKLWan:
+def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
     """The VAE with its encoder fitted: by the first part of a run that needs it, then read from `folder/fitted`."""
     fitted = folder / "fitted"
     if not fitted.is_dir():
-        torch.manual_seed(seed)
-        vae = video_vae.build()
-        print(f"The linear code loses {video_vae.fit_encoder(vae, seed):.1%} of the pixels' variance.")
+        torch.manual_seed(config.seed)
+        if config.start:
+            vae = AutoencoderKLWan.from_pretrained(config.start).float()
+        else:
+            vae = video_vae.build()
+            print(f"The linear code loses {video_vae.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
         vae.save_pretrained(folder / "fitted.part")
         (folder / "fitted.part").replace(fitted)
     return AutoencoderKLWan.from_pretrained(fitted)
@@ -157,25 +182,18 @@ def _latent_pool(folder: Path, code: video_vae.LinearCode, videos: int, seed: in
     return pool, prompts
 
 
-def train_transformer(
-    folder: Path,
-    vae_folder: Path,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    learning_rate: float,
-    device: str,
-    videos: int,
-) -> None:
+def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device: str) -> None:
     """Flow matching on the VAE's latents, text encoder trained along; writes `folder/transformer` and
     `folder/text_encoder`.
 
     Sigma is logit-normal with the sampler's shift; 15 % of the prompts are dropped for classifier-free guidance.
     """
+    seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    vae = _with_encoder(vae_folder, seed)  # final once it is fitted: this part need not wait for the decoder
-    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), videos, seed)
-    transformer, text_encoder = recipe.build_transformer().to(device), recipe.build_text_encoder().to(device)
+    vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
+    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
+    transformer = recipe.build_transformer(config.layers, config.heads).to(device)
+    text_encoder = recipe.build_text_encoder().to(device)
     tokenizer = recipe.tokenizer()
 
     def loss_at(step: int) -> Tensor:
@@ -203,7 +221,8 @@ def train_transformer(
             output = transformer(noisy, level * 1000, text, return_dict=False)[0]
         return (output.float() - (noise - clean)).square().mean()
 
-    fit({"transformer": transformer, "text_encoder": text_encoder}, loss_at, folder, steps, learning_rate)
+    modules = {"transformer": transformer, "text_encoder": text_encoder}
+    fit(modules, loss_at, folder, config.steps, config.learning_rate, config.matrix_rate, config.snapshots)
     transformer.to("cpu").save_pretrained(folder / "transformer")
     text_encoder.to("cpu").save_pretrained(folder / "text_encoder")
 
@@ -213,63 +232,56 @@ PARTS = ("vae", "transformer")
 
 @dataclass(frozen=True)
 class PartConfig:
-    """Settings of one part of the training; see `DEFAULTS`."""
+    """Settings of one part of the training; see `DEFAULTS`.
+
+    `start` (VAE): folder of an earlier VAE whose encoder is kept and whose decoder is trained on. `matrix_rate`,
+    `snapshots`: see `fit`. `layers`, `heads`: of the transformer. `videos`: clean videos that it learns from,
+    rendered once."""
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int = 0
-    videos: int = 20_000  # clean videos the transformer learns from, rendered once
+    videos: int = 40_000
+    matrix_rate: float = 0.0
+    layers: int = 6
+    heads: int = 4
+    snapshots: tuple[int, ...] = ()
+    start: str = ""
 
 
 DEFAULTS = {
     "vae": PartConfig(steps=4000, batch_size=8, learning_rate=1.5e-3),
-    "transformer": PartConfig(steps=8000, batch_size=32, learning_rate=1e-3),
+    "transformer": PartConfig(
+        steps=16000, batch_size=32, learning_rate=1e-3, matrix_rate=7e-3, snapshots=(500, 1000, 2000, 4000, 8000)
+    ),
 }
 
 
-def run(
-    out: Path,
-    part: str = "all",
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    resume: bool = False,
-) -> None:
+def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False, **settings: Any) -> None:
     """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are done, `out/pipeline` is the saved
     pipeline.
 
-    None takes the part's default. Each part keeps its settings, log and last checkpoint in `out/<part>`; with `resume`,
-    a run that was stopped goes on from there. Raises PrismError for an unknown part, settings out of range, or a folder
-    of another run."""
+    `settings` are fields of `PartConfig`; None takes the part's default. Each part keeps its settings, log and last
+    checkpoint in `out/<part>`; with `resume`, a run that was stopped goes on from there, also to another number of
+    steps as long as the step size has not begun to fall. Raises PrismError for an unknown part, settings out of range,
+    or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
-    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     configs = {}
     for name in PARTS if part == "all" else (part,):
-        config = replace(DEFAULTS[name], **{key: value for key, value in given.items() if value is not None})
-        for key in ("steps", "batch_size", "learning_rate"):
+        config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
+        for key in ("steps", "batch_size", "learning_rate", "layers", "heads", "videos"):
             if getattr(config, key) <= 0:
                 raise PrismError(f"The {key} of a training run must be above 0; found {getattr(config, key)}.")
+        if config.start and not (Path(config.start) / "config.json").is_file():
+            raise PrismError(f"The folder {config.start} to start from holds no VAE (no config.json); name another.")
         configs[name] = config
         _claim(out / name, config, resume)
     if "vae" in configs:
-        vae = configs["vae"]
-        train_vae(out / "vae", vae.steps, vae.batch_size, vae.seed, vae.learning_rate, device)
+        train_vae(out / "vae", configs["vae"], device)
     if "transformer" in configs:
-        config = configs["transformer"]
-        train_transformer(
-            out / "transformer",
-            out / "vae",
-            config.steps,
-            config.batch_size,
-            config.seed,
-            config.learning_rate,
-            device,
-            config.videos,
-        )
+        train_transformer(out / "transformer", out / "vae", configs["transformer"], device)
     if all((out / folder).is_dir() for folder in ("vae/vae", "transformer/transformer", "transformer/text_encoder")):
         save_pipeline(out, out / "pipeline")
 
@@ -282,11 +294,19 @@ def _claim(folder: Path, config: PartConfig, resume: bool) -> None:
             raise PrismError(
                 f"The folder {folder} holds a training run; continue it with --resume or choose another --out."
             )
-        if files.read_json(known) != asdict(config):
+        found, wanted = files.read_json(known), json.loads(json.dumps(asdict(config)))
+        if {**found, "steps": config.steps} != wanted:
             raise PrismError(
                 f"The run in {folder} has other settings (see {known}); resume it with those or choose another --out."
             )
-        return
+        checkpoint = folder / "checkpoint.safetensors"
+        if found["steps"] != config.steps and checkpoint.is_file():
+            done = int(files.load_safetensors(checkpoint)["step"])
+            if done > (1 - DECAY) * min(found["steps"], config.steps):
+                raise PrismError(
+                    f"The run in {folder} is at step {done} of {found['steps']}, where the step size falls already; "
+                    f"it cannot go on to {config.steps} steps. Resume it with --steps {found['steps']}."
+                )
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(known, asdict(config))
 

@@ -1,14 +1,17 @@
-"""The ShapeWorld: plain English prompts and a seeded, vectorised renderer of the videos they describe.
+"""The ShapeWorld: plain English prompts from a small grammar, and a seeded renderer of the videos they describe.
 
-A scene is one coloured shape on a dark ground that moves, grows, shrinks or stays still for 17 frames of 64x64 pixels.
-Shapes are signed distances with a one-pixel soft edge, so a batch is drawn in one pass and every quantity the referee
-measures is known."""
+A scene is one or two coloured shapes on a ground. One shape moves (slowly, quickly), grows, shrinks, stays still or
+bounces off a wall; two stand in a relation of place, of depth (one occludes the other) or of time (one moves, then the
+other). 17 frames of 64x64 pixels; shapes are signed distances with a one-pixel soft edge, so every quantity that the
+referee measures is known."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
+import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +20,6 @@ SIZE = 64  # pixels a side
 FRAMES = 17  # 1 + 4 * 4, what a causal video VAE with temporal compression 4 takes
 FPS = 8
 
-BACKGROUND = (0.10, 0.10, 0.13)
 COLOURS = {
     "red": (0.90, 0.13, 0.13),
     "green": (0.13, 0.75, 0.20),
@@ -29,57 +31,202 @@ COLOURS = {
     "white": (0.95, 0.95, 0.95),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-# motion -> (dx, dy) direction of the centre in image coordinates (y points down) and growth of the log radius
-MOTIONS = {
-    "moves right": (1, 0, 0),
-    "moves left": (-1, 0, 0),
-    "moves up": (0, -1, 0),
-    "moves down": (0, 1, 0),
-    "grows": (0, 0, 1),
-    "shrinks": (0, 0, -1),
-    "stays still": (0, 0, 0),
+GROUNDS = {  # (colour, colour of the stripes)
+    "dark": ((0.10, 0.10, 0.13), (0.10, 0.10, 0.13)),
+    "grey": ((0.36, 0.36, 0.38), (0.36, 0.36, 0.38)),
+    "brown": ((0.32, 0.20, 0.10), (0.32, 0.20, 0.10)),
+    "striped": ((0.08, 0.10, 0.16), (0.24, 0.26, 0.34)),
 }
-TRAVEL = (20.0, 30.0)  # pixels a moving shape covers in the whole clip
-GROWTH = (0.65, 0.85)  # change of the log radius of a growing or shrinking shape
-RADIUS = (8.0, 12.0)  # radius in pixels of the circle of equal area
+STRIPE = 16  # pixels a period
+
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
+SIZES = {"small": (5.5, 7.0), "medium": (8.0, 11.0), "large": (12.5, 14.0)}  # radius of the circle of equal area
+SPEEDS = {"slowly": (9.0, 12.0), "": (18.0, 24.0), "quickly": (30.0, 34.0)}  # pixels a shape travels in the clip
+GROWTH = {"grows": 1, "shrinks": -1}
+WALLS = {"floor": "down", "ceiling": "up", "left wall": "left", "right wall": "right"}
+STILL = "stays still"
+SINGLE_MOTIONS = (
+    *(f"moves {speed} {way}".replace("  ", " ") for way in DIRECTIONS for speed in SPEEDS),
+    *GROWTH,
+    STILL,
+    *(f"bounces off the {wall}" for wall in WALLS),
+)
+# relation -> where the first shape moves, seen from the second (which stays still)
+PLACES = {"above": (0, -1), "below": (0, 1), "on the left of": (-1, 0), "on the right of": (1, 0)}
+DEPTHS = ("in front of", "behind")
+TIMES = ("while", "then")
+RELATIONS = (*PLACES, *DEPTHS, *TIMES, "then passes behind", "then passes in front of")
+
+GROWN = (0.65, 0.85)  # change of the log radius of a growing or shrinking shape
+PAIR_RADIUS = (6.0, 8.0)
+BESIDE = (18.0, 24.0)  # travel in pixels beside a still shape, and of two shapes at once
+PASSING = (28.0, 34.0)  # travel across the other shape
+HALF = (15.0, 20.0)  # travel of each shape where one moves after the other
+BOUNCE = (14.0, 19.0)  # pixels from the wall, eight frames before and after
+TURN = 0.3  # roundness of a bounce, as a share of eight frames
+MOVE_FRAMES = 9  # "first" takes frames 0 to 9, "then" 7 to 16
+
+# pairs of colour and shape that neither the generator nor any head sees: the out-of-domain prompts
+UNSEEN = (("purple", "cross"), ("orange", "triangle"), ("cyan", "square"))
+SPLITS = {"train": 240, "validation": 40, "test": 200, "unseen": 40}
+_BUCKETS = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}
+KINDS = ("single", "pair")
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What a prompt asks for: one word each from `COLOURS`, `SHAPES` and `MOTIONS`."""
+class Thing:
+    """One shape of a scene: its words, and how it moves (`STILL`, one of `SINGLE_MOTIONS`, or `passes`)."""
 
     colour: str
     shape: str
     motion: str
+    size: str = ""  # "small", "large" or unsaid
+
+    @property
+    def noun(self) -> str:
+        words = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for: one thing, or two and their relation (one of `RELATIONS`), on a ground."""
+
+    things: tuple[Thing, ...]
+    relation: str = ""
+    ground: str = "dark"
+
+    @property
+    def kind(self) -> str:
+        return KINDS[len(self.things) - 1]
 
     @property
     def prompt(self) -> str:
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return f"{article} {self.colour} {self.shape} {self.motion}"
+        first, text = self.things[0], f"{self.things[0].noun} {self.things[0].motion}"
+        if self.relation in (*PLACES, *DEPTHS):
+            text = f"{first.noun} {first.motion} {self.relation} {self.things[1].noun}"
+        elif self.relation in TIMES:
+            comma = "," if self.relation == "then" else ""
+            text += f"{comma} {self.relation} {self.things[1].noun} {self.things[1].motion}"
+        elif self.relation:
+            text += f", then {self.things[1].noun} {self.relation.removeprefix('then ')} it"
+        return text if self.ground == "dark" else f"{text} on a {self.ground} ground"
 
 
-SCENES = tuple(Scene(*words) for words in itertools.product(COLOURS, SHAPES, MOTIONS))
-_BY_PROMPT = {scene.prompt: scene for scene in SCENES}
-SPLITS = {"train": 140, "validation": 28, "test": 56}
+def _alternatives(words: Sequence[str]) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+_NOUN = rf"an? (?:(small|large) )?({_alternatives(tuple(COLOURS))}) ({_alternatives(SHAPES)})"
+_MOVES = rf"moves (?:{_alternatives(tuple(DIRECTIONS))})"
+_PATTERNS = (
+    rf"{_NOUN} ({_alternatives(SINGLE_MOTIONS)})",
+    rf"{_NOUN} ({_MOVES}) ({_alternatives((*PLACES, *DEPTHS))}) {_NOUN}",
+    rf"{_NOUN} ({_MOVES}),? ({_alternatives(TIMES)}) {_NOUN} ({_MOVES})",
+    rf"{_NOUN} ({_MOVES}),? (then) {_NOUN} (passes (?:{_alternatives(DEPTHS)})) it",
+)
 
 
 def parse(prompt: str) -> Scene | None:
     """The scene that a prompt names, or None for a prompt outside the grammar (it can be sampled, not refereed)."""
-    words = prompt.lower().strip().rstrip(".").split()
-    return _BY_PROMPT.get(" ".join(words))
+    text = " ".join(prompt.lower().strip().rstrip(".").split())
+    ground = "dark"
+    found = re.fullmatch(rf"(.*) on a ({_alternatives(tuple(GROUNDS))}) ground", text)
+    if found:
+        text, ground = found.groups()
+    for number, pattern in enumerate(_PATTERNS):
+        found = re.fullmatch(pattern, text)
+        if not found:
+            continue
+        size, colour, shape, motion, *rest = (word or "" for word in found.groups())
+        first = Thing(colour, shape, motion, size)
+        if number == 0:
+            scene = Scene((first,), ground=ground)
+        elif number == 1:
+            scene = Scene((first, Thing(rest[2], rest[3], STILL, rest[1])), rest[0], ground)
+        elif number == 2:
+            scene = Scene((first, Thing(rest[2], rest[3], rest[4], rest[1])), rest[0], ground)
+        else:
+            scene = Scene((first, Thing(rest[2], rest[3], "passes", rest[1])), f"then {rest[4]}", ground)
+        return scene if _sensible(scene) else None
+    return None
 
 
-def prompts(split: str) -> list[str]:
-    """Prompts of one split (`train` 140, `validation` 28, `test` 56): disjoint, in an order fixed by a hash of their
-    text.
+def _sensible(scene: Scene) -> bool:
+    """A large shape has no room to move quickly; two shapes differ in colour and have no size word; a shape that moves
+    beside another moves along its side.
     """
-    ordered = sorted(_BY_PROMPT, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
-    start = 0
-    for name, count in SPLITS.items():
-        if name == split:
-            return ordered[start : start + count]
-        start += count
-    raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+    if scene.kind == "single":
+        return not (scene.things[0].size == "large" and "quickly" in scene.things[0].motion)
+    first, second = scene.things
+    if first.colour == second.colour or first.size or second.size:
+        return False
+    if scene.relation in PLACES:
+        along = DIRECTIONS[first.motion.split()[-1]]
+        place = PLACES[scene.relation]
+        return along[0] * place[0] + along[1] * place[1] == 0
+    return True
+
+
+def draw_scene(chance: random.Random, kind: str) -> Scene:
+    """A random scene of a kind (`single`, `pair`), any split."""
+    while True:
+        ground = chance.choice(("dark", "dark", *GROUNDS))
+        things = [Thing(chance.choice(tuple(COLOURS)), chance.choice(SHAPES), "") for _ in range(2)]
+        if kind == "single":
+            motion = chance.choice((*SINGLE_MOTIONS, *(f"moves {way}" for way in DIRECTIONS)))
+            size = chance.choice(("", "", "small", "large"))
+            scene = Scene((Thing(things[0].colour, things[0].shape, motion, size),), ground=ground)
+        else:
+            relation = chance.choice(RELATIONS)
+            ways = [f"moves {chance.choice(tuple(DIRECTIONS))}" for _ in range(2)]
+            if relation in (*PLACES, *DEPTHS):
+                ways[1] = STILL
+            elif relation not in TIMES:
+                ways[1] = "passes"
+            pair = tuple(Thing(t.colour, t.shape, way) for t, way in zip(things, ways, strict=True))
+            scene = Scene(pair, relation, ground)
+        if _sensible(scene):
+            return scene
+
+
+def split_of(scene: Scene) -> str:
+    """`unseen` where a thing has one of the colours and shapes kept apart, else by a hash of the prompt."""
+    if any((thing.colour, thing.shape) in UNSEEN for thing in scene.things):
+        return "unseen"
+    bucket = int(hashlib.sha256(scene.prompt.encode()).hexdigest(), 16) % 10
+    return next(name for name, buckets in _BUCKETS.items() if bucket in buckets)
+
+
+def prompts(split: str, count: int | None = None, kind: str | None = None) -> list[str]:
+    """Distinct prompts of one split, disjoint from every other split: `train`, `validation`, `test`, and `unseen`
+    (combinations of colour and shape that neither the generator nor a head was trained on).
+
+    `count` defaults to `SPLITS`; a longer list starts with the shorter. Half have one shape, half two; `kind` asks for
+    one sort only."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
+    chance = random.Random(f"{split} {kind or ''}")
+    wanted, found = SPLITS[split] if count is None else count, dict[str, None]()
+    while len(found) < wanted:
+        scene = draw_scene(chance, kind or KINDS[len(found) % 2])
+        if split_of(scene) == split:
+            found[scene.prompt] = None
+    return list(found)
+
+
+def extent(shape: str) -> tuple[float, float, float, float]:
+    """How far a shape of radius 1 reaches from its centroid: left, right, up, down."""
+    if shape == "circle":
+        return (1.0,) * 4
+    if shape == "square":
+        return (math.sqrt(math.pi) / 2,) * 4
+    if shape == "cross":
+        return (3 * math.sqrt(math.pi / 5) / 2,) * 4
+    inradius = math.sqrt(math.pi / math.sqrt(27))
+    return (inradius * math.sqrt(3), inradius * math.sqrt(3), 2 * inradius, inradius)
 
 
 def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -111,43 +258,170 @@ def pixel_grid(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.
     return x, y
 
 
-def render(scenes: list[Scene], generator: torch.Generator) -> torch.Tensor:
-    """Draw one video a scene: (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]. Size, place and speed come from `generator`
-    (CPU).
+def ground_image(ground: str) -> torch.Tensor:
+    """The empty ground, (SIZE, SIZE, 3) in [0, 1]; stripes run upright."""
+    base, stripe = (torch.tensor(colour) for colour in GROUNDS[ground])
+    x, _ = pixel_grid()
+    wave = (0.5 - 0.5 * torch.cos(2 * math.pi * x / STRIPE))[..., None]
+    return base + wave * (stripe - base)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where one thing is in each frame: centres (FRAMES, 2) as (x, y) and radii (FRAMES,), in pixels."""
+
+    centre: torch.Tensor
+    radius: torch.Tensor
+
+
+def _uniform(chance: random.Random, span: tuple[float, float]) -> float:
+    return chance.uniform(*span)
+
+
+def _steps(span: tuple[int, int] | None = None) -> torch.Tensor:
+    """Progress from 0 to 1 by frame, (FRAMES, 1): even over the clip, or eased within frames `span`."""
+    frame = torch.arange(FRAMES, dtype=torch.float32)[:, None]
+    if span is None:
+        return frame / (FRAMES - 1)
+    share = ((frame - span[0]) / (span[1] - span[0])).clamp(0, 1)
+    return 0.5 - 0.5 * torch.cos(math.pi * share)
+
+
+def _room(shape: str, radius: torch.Tensor, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The box (low (2,), high (2,)) in which the origin of `move` (FRAMES, 2) may lie so that the shape stays in the
+    frame, a pixel from its edge.
     """
-    count = len(scenes)
-    chance = torch.rand(count, 4, generator=generator)
-    direction = torch.tensor([MOTIONS[s.motion] for s in scenes], dtype=torch.float32)
-    radius = RADIUS[0] + (RADIUS[1] - RADIUS[0]) * chance[:, 0]
-    travel = TRAVEL[0] + (TRAVEL[1] - TRAVEL[0]) * chance[:, 1]
-    growth = GROWTH[0] + (GROWTH[1] - GROWTH[0]) * chance[:, 1]
+    left, right, up, down = extent(shape)
+    low = 1 - (move - radius[:, None] * torch.tensor([left, up])).amin(0)
+    high = SIZE - 1 - (move + radius[:, None] * torch.tensor([right, down])).amax(0)
+    return low, torch.maximum(low, high)
 
-    time = torch.linspace(-0.5, 0.5, FRAMES)
-    log_radius = radius.log()[:, None] + direction[:, 2:] * growth[:, None] * time  # (B, T)
-    move = direction[:, None, :2] * travel[:, None, None] * time[None, :, None]  # (B, T, 2)
-    # the path's middle lies where the largest shape stays inside at both ends (a big triangle's tip may touch the edge)
-    reach = move.abs().amax(1) + 1.45 * log_radius.exp().amax(1, keepdim=True)
-    slack = (SIZE / 2 - 1 - reach).clamp(min=0)
-    centre = SIZE / 2 + (2 * chance[:, 2:] - 1) * slack
-    centre = centre[:, None] + move
 
+def _place(chance: random.Random, room: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    low, high = room
+    return low + torch.tensor([chance.random(), chance.random()]) * (high - low)
+
+
+def _single(thing: Thing, chance: random.Random) -> Path:
+    radius = torch.full((FRAMES,), _uniform(chance, SIZES[thing.size or "medium"]))
+    words = thing.motion.split()
+    if words[0] in GROWTH:
+        log = GROWTH[words[0]] * _uniform(chance, GROWN) * (_steps()[:, 0] - 0.5)
+        radius = radius * log.exp()
+    move = torch.zeros(FRAMES, 2)
+    if words[0] == "moves":
+        speed = words[1] if len(words) == 3 else ""
+        move = _steps() * torch.tensor(DIRECTIONS[words[-1]]) * _uniform(chance, SPEEDS[speed])
+    elif words[0] == "bounces":
+        way = torch.tensor(DIRECTIONS[WALLS[thing.motion.removeprefix("bounces off the ")]], dtype=torch.float32)
+        since = (torch.arange(FRAMES)[:, None] - chance.uniform(6.5, 9.5)) / 8
+        away = ((since**2 + TURN**2).sqrt() - TURN) / (math.sqrt(1 + TURN**2) - TURN)
+        move = -way * away * _uniform(chance, BOUNCE)
+        low, high = _room(thing.shape, radius, move)
+        origin = _place(chance, (low, high))
+        wall = torch.where(way > 0, high, low)  # the nearest it comes to the wall touches it
+        return Path(torch.where(way != 0, wall, origin) + move, radius)
+    return Path(_place(chance, _room(thing.shape, radius, move)) + move, radius)
+
+
+def _pair(scene: Scene, chance: random.Random) -> list[Path]:
+    first, second = scene.things
+    radii = [torch.full((FRAMES,), _uniform(chance, PAIR_RADIUS)) for _ in range(2)]
+    ways = [torch.tensor(DIRECTIONS.get(t.motion.split()[-1], (0, 0)), dtype=torch.float32) for t in scene.things]
+    spans: tuple[tuple[int, int] | None, ...] = (None, None)
+    if scene.relation.startswith("then"):
+        spans = ((0, MOVE_FRAMES), (FRAMES - 1 - MOVE_FRAMES, FRAMES - 1))
+    if "passes" in scene.relation:  # across the first's way
+        ways[1] = ways[0].flip(0) * chance.choice((-1, 1))
+    travel = [_uniform(chance, BESIDE), _uniform(chance, BESIDE)]
+    if scene.relation in DEPTHS:
+        travel[0] = _uniform(chance, PASSING)
+    elif scene.relation.startswith("then"):
+        travel = [_uniform(chance, HALF), _uniform(chance, PASSING if "passes" in scene.relation else HALF)]
+    moves = [_steps(span) * way * far for span, way, far in zip(spans, ways, travel, strict=True)]
+    rooms = [_room(t.shape, r, m) for t, r, m in zip(scene.things, radii, moves, strict=True)]
+    best, clearest = [], -math.inf
+    for _ in range(40):
+        origins = [_place(chance, room) for room in rooms]
+        if scene.relation in (*PLACES, *DEPTHS):  # the way's middle lies beside, or on, the still shape
+            origins[0] = origins[1] - moves[0][-1] / 2
+            if scene.relation in PLACES:
+                place = torch.tensor(PLACES[scene.relation], dtype=torch.float32)
+                reach = _reach(first.shape, radii[0], -place) + _reach(second.shape, radii[1], place)
+                origins[0] += place * (reach + chance.uniform(2, 6)) + place.flip(0).abs() * chance.uniform(-5, 5)
+            else:
+                origins[0] += ways[0].flip(0).abs() * chance.uniform(-2.5, 2.5)
+        elif "passes" in scene.relation:
+            origins[1] = origins[0] + moves[0][-1] - moves[1][-1] / 2 + ways[0] * chance.uniform(-2.5, 2.5)
+        # how far within the frame, and apart where they should be
+        inside = torch.cat(
+            [torch.cat([o - low, high - o]) for o, (low, high) in zip(origins, rooms, strict=True)]
+        ).min()
+        clear = min(float(inside), 0.0)
+        if scene.relation in TIMES or "passes" in scene.relation:
+            apart = (origins[0] + moves[0] - origins[1] - moves[1]).norm(dim=1) - 1.25 * (radii[0] + radii[1])
+            # who passes must only be clear of the first while that moves
+            clear += min(float(apart[: 8 if "passes" in scene.relation else None].min()), 0.0)
+        if clear > clearest:
+            best, clearest = origins, clear
+        if clear == 0:
+            break
+    return [Path(origin + move, radius) for origin, move, radius in zip(best, moves, radii, strict=True)]
+
+
+def _reach(shape: str, radius: torch.Tensor, way: torch.Tensor) -> float:
+    left, right, up, down = extent(shape)
+    x, y = way.tolist()
+    return float(radius[0]) * (right * max(x, 0) + left * max(-x, 0) + down * max(y, 0) + up * max(-y, 0))
+
+
+def behind(scene: Scene) -> int:
+    """The number of the thing that is drawn first, behind the other."""
+    return 0 if scene.relation in ("behind", "then passes in front of") else 1
+
+
+def paths(scene: Scene, chance: random.Random) -> list[Path]:
+    """Where each thing of a scene goes; size, place and speed are drawn from `chance`."""
+    return [_single(scene.things[0], chance)] if scene.kind == "single" else _pair(scene, chance)
+
+
+def paint(scenes: Sequence[Scene], ways: Sequence[Sequence[Path]]) -> torch.Tensor:
+    """Draw scenes whose things go given ways: (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]."""
     x, y = pixel_grid()
-    colour = torch.tensor([COLOURS[s.colour] for s in scenes])
-    ground = torch.tensor(BACKGROUND)
-    video = torch.empty(count, FRAMES, SIZE, SIZE, 3)
-    for shape in SHAPES:
-        rows = [i for i, s in enumerate(scenes) if s.shape == shape]
-        if not rows:
-            continue
-        cx, cy, r = (v[rows][..., None, None] for v in (centre[..., 0], centre[..., 1], log_radius.exp()))
-        alpha = coverage(shape, x - cx, y - cy, r)[..., None]
-        video[rows] = ground + alpha * (colour[rows][:, None, None, None] - ground)
+    grounds = {name: ground_image(name) for name in GROUNDS}
+    video = torch.stack([grounds[scene.ground].expand(FRAMES, -1, -1, -1) for scene in scenes])
+    for layer in (0, 1):  # behind, then in front
+        drawn: dict[str, list[tuple[int, int]]] = {}
+        for row, scene in enumerate(scenes):
+            order = [0] if scene.kind == "single" else [behind(scene), 1 - behind(scene)]
+            if layer < len(order):
+                drawn.setdefault(scene.things[order[layer]].shape, []).append((row, order[layer]))
+        for shape, places in drawn.items():
+            centre = torch.stack([ways[row][thing].centre for row, thing in places])[:, :, None, None]
+            radius = torch.stack([ways[row][thing].radius for row, thing in places])[:, :, None, None]
+            colour = torch.tensor([COLOURS[scenes[row].things[thing].colour] for row, thing in places])
+            alpha = coverage(shape, x - centre[..., 0], y - centre[..., 1], radius)[..., None]
+            rows = [row for row, _ in places]
+            video[rows] = torch.lerp(video[rows], colour[:, None, None, None].expand_as(video[rows]), alpha)
     return video
 
 
-def sample(count: int, seed: int, among: list[str] | None = None) -> tuple[torch.Tensor, list[str]]:
-    """`count` random videos and their prompts, drawn from `among` (default: every prompt of the grammar)."""
-    generator = torch.Generator().manual_seed(seed)
-    names = among or list(_BY_PROMPT)
-    chosen = [names[i] for i in torch.randint(len(names), (count,), generator=generator)]
-    return render([_BY_PROMPT[p] for p in chosen], generator), chosen
+def render(scenes: Sequence[Scene], seed: int) -> torch.Tensor:
+    """One video a scene, (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]; scene i of a seed is always the same."""
+    return paint(scenes, [paths(scene, random.Random(f"{seed} {i}")) for i, scene in enumerate(scenes)])
+
+
+def sample(count: int, seed: int, pairs: float = 0.5) -> tuple[torch.Tensor, list[str]]:
+    """`count` random videos and their prompts, none of the `unseen` ones; a share of `pairs` shows two things."""
+    chance, scenes = random.Random(seed), []
+    while len(scenes) < count:
+        scene = draw_scene(chance, "pair" if chance.random() < pairs else "single")
+        if split_of(scene) != "unseen":
+            scenes.append(scene)
+    return render(scenes, seed), [scene.prompt for scene in scenes]
+
+
+def words() -> list[str]:
+    """Every word of the grammar, in alphabetical order; the comma is one."""
+    text = [*COLOURS, *SHAPES, *SINGLE_MOTIONS, *RELATIONS, *GROUNDS, "small large a an on ground it"]
+    return sorted({",", *" ".join(text).split()})
