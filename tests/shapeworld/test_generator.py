@@ -14,7 +14,7 @@ from prism import files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import LatentStore
-from prism.shapeworld import CALL, assets, candidates, recipe, referee, train, world
+from prism.shapeworld import CALL, assets, candidates, quality, recipe, referee, train, world
 from prism.shapeworld import vae as video_vae
 
 
@@ -61,20 +61,21 @@ def test_decoding_all_frames_at_once_is_the_stock_decoder(vae):
 
 
 def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
-    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(4, 2, 1e-3, videos=16))
+    settings = train.PartConfig(4, 2, 1e-3, videos=16, matrix_rate=1e-2, layers=2, heads=1, snapshots=(3,))
+    monkeypatch.setitem(train.DEFAULTS, "transformer", settings)
     for name in ("whole", "cut"):
         vae.save_pretrained(tmp_path / name / "vae" / "fitted")
     train.run(tmp_path / "whole", "transformer")
 
     real = train.fit
 
-    def killed(modules, loss_at, folder, steps, learning_rate):
+    def killed(modules, loss_at, *arguments):
         def loss(step):
             if step == 2:
                 raise KeyboardInterrupt
             return loss_at(step)
 
-        real(modules, loss, folder, steps, learning_rate, checkpoint_every=1)
+        real(modules, loss, *arguments, checkpoint_every=1)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", killed)
@@ -85,11 +86,58 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
     with pytest.raises(PrismError, match="other settings"):
         train.run(tmp_path / "cut", "transformer", learning_rate=1.0, resume=True)
     train.run(tmp_path / "cut", "transformer", resume=True)
+    early = [quality.snapshot(tmp_path / name, 3).transformer.state_dict() for name in ("whole", "cut")]
+    assert all(torch.equal(value, early[1][key]) for key, value in early[0].items())
+    with pytest.raises(PrismError, match="step 2"):
+        quality.snapshot(tmp_path / "whole", 2)
 
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         one, two = (files.load_safetensors(tmp_path / name / "transformer" / part) for name in ("whole", "cut"))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_run_takes_other_steps_until_its_step_size_falls(tmp_path, vae, monkeypatch):
+    settings = train.PartConfig(10, 2, 1e-3, videos=16, layers=1, heads=1)
+    monkeypatch.setitem(train.DEFAULTS, "transformer", settings)
+    monkeypatch.setattr(train.fit, "__defaults__", (0.0, (), 0.999, 1, 1))  # a checkpoint each step
+    vae.save_pretrained(tmp_path / "vae" / "fitted")
+    real = train.fit
+
+    def killed(modules, loss_at, *arguments):
+        def loss(step):
+            if step == 6:
+                raise KeyboardInterrupt
+            return loss_at(step)
+
+        real(modules, loss, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(tmp_path, "transformer")
+    with pytest.raises(PrismError, match="--steps 10"):
+        train.run(tmp_path, "transformer", resume=True, steps=8)
+    train.run(tmp_path, "transformer", resume=True, steps=9)
+    assert files.read_json(tmp_path / "transformer" / "config.json")["steps"] == 9
+
+
+def test_muon_trains_the_blocks_and_adamw_the_rest(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    model["out"] = torch.nn.Linear(4, 4)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    x = torch.randn(8, 4)
+    loss = lambda step: model["out"](model["blocks"][0](x)).square().mean()  # noqa: E731
+    oracle = {name: value.detach().clone().requires_grad_() for name, value in before.items()}
+    train.fit({"model": model}, loss, tmp_path, 1, 1e-3, matrix_rate=1e-2, warmup=1, ema_decay=0.0)
+    hidden = x @ oracle["blocks.0.weight"].T + oracle["blocks.0.bias"]
+    (hidden @ oracle["out.weight"].T + oracle["out.bias"]).square().mean().backward()
+    moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+    # Muon: orthogonalised, scaled to AdamW's size; AdamW: the sign of the gradient in the first step
+    assert moved["blocks.0.weight"].norm() == pytest.approx(1e-2 * 0.2 * 4, rel=0.3)
+    sign = -1e-3 * oracle["out.weight"].grad.sign() - 1e-5 * before["out.weight"]
+    assert torch.allclose(moved["out.weight"], sign, atol=1e-5)
 
 
 def test_a_kill_while_the_pool_is_written_leaves_none(tmp_path, vae, monkeypatch):
@@ -116,8 +164,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def test_training_the_vae_lowers_its_error_and_makes_a_stock_pipeline(tmp_path, vae, monkeypatch):
     monkeypatch.setitem(train.DEFAULTS, "vae", train.PartConfig(12, 2, 2e-3))
-    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(1, 2, 1e-3, videos=4))
-    monkeypatch.setattr(train.fit, "__defaults__", (0.5, 250, 1))  # EMA, checkpoints, warm-up
+    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(1, 2, 1e-3, videos=4, layers=1, heads=1))
+    monkeypatch.setattr(train.fit, "__defaults__", (0.0, (), 0.5, 250, 1))  # EMA, checkpoints, warm-up
     vae.save_pretrained(tmp_path / "vae" / "fitted")
     train.run(tmp_path)
     trained = AutoencoderKLWan.from_pretrained(tmp_path / "vae" / "vae")
@@ -135,7 +183,7 @@ def test_training_the_vae_lowers_its_error_and_makes_a_stock_pipeline(tmp_path, 
 
 
 def test_bad_training_settings_are_refused(tmp_path):
-    for wrong in ({"part": "head"}, {"steps": 0}, {"learning_rate": -1.0}):
+    for wrong in ({"part": "head"}, {"steps": 0}, {"learning_rate": -1.0}, {"heads": 0}, {"start": "nowhere"}):
         with pytest.raises(PrismError):
             train.run(tmp_path / "out", **wrong)
     assert not (tmp_path / "out").exists()
@@ -145,7 +193,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     monkeypatch.setattr(candidates, "BATCH", 4)
     some = {"train": world.prompts("train")[:2], "test": world.prompts("test")[:1]}
-    monkeypatch.setattr(world, "prompts", lambda split: some[split])
+    monkeypatch.setattr(world, "prompts", lambda split, count: some[split][:count])
     backbone = Backbone(pipe)
     sample, calls = candidates._sample, []
 
@@ -155,7 +203,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
             raise KeyboardInterrupt
         return sample(*arguments)
 
-    options = {"per_prompt": 2, "splits": ("train", "test"), "trajectories": True, "backbone": backbone}
+    options = {"splits": {"train": (2, 2), "test": (1, 2)}, "trajectories": True, "backbone": backbone}
     with monkeypatch.context() as patch:
         patch.setattr(candidates, "_sample", killed)
         with pytest.raises(KeyboardInterrupt):

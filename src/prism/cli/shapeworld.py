@@ -74,10 +74,14 @@ def train(
 @app.command("candidates")
 def candidates(
     out: options.Out,
-    per_prompt: Annotated[int, typer.Option("--per-prompt", metavar="INT", help="Candidates of each prompt.")] = 8,
     split: Annotated[
         list[str] | None,
-        typer.Option("--split", metavar="NAME", help="train, validation or test; may be repeated.", show_default="all"),
+        typer.Option(
+            "--split",
+            metavar="NAME[:PROMPTS[xEACH]]",
+            help="train, validation, test or unseen; may be repeated.",
+            show_default="train:200x6 validation:40x6 test:100x4",
+        ),
     ] = None,
     trajectories: Annotated[
         bool, typer.Option("--trajectories", help="Keep the states met while sampling too.")
@@ -88,5 +92,7 @@ def candidates(
     """Sample candidates of ShapeWorld prompts and label them by the referee."""
     from prism.shapeworld import candidates as module
 
-    splits = tuple(split) if split else module.SPLITS
-    module.run(out, per_prompt=per_prompt, seed=seed, splits=splits, trajectories=trajectories, overwrite=overwrite)
+    splits = dict(module.parse_share(text) for text in split) if split else module.SHIPPED
+    named = "".join(f" --split {text}" for text in split or ()) + (" --trajectories" if trajectories else "")
+    command = f"prism shapeworld candidates{named} --seed {seed}"
+    module.run(out, splits, seed=seed, trajectories=trajectories, overwrite=overwrite, command=command)

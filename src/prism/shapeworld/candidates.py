@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +15,45 @@ from tqdm import tqdm
 
 from prism import files
 from prism.backbone import Backbone
+from prism.errors import PrismError
 from prism.preference import pairs_from_scores, write_store
 
 from . import CALL, referee, world
 
-SPLITS = tuple(world.SPLITS)
+SHIPPED = {"train": (200, 6), "validation": (40, 6), "test": (100, 4)}
+"""Split -> prompts and candidates of each, of the store that ships with the package."""
 BATCH = 32  # videos sampled together
-_SEED_STRIDE = 1_000_000  # splits and prompts draw from seeds far from one another, and from those a user types
 
 
 def candidate_seed(seed: int, prompt: str, index: int) -> int:
     """The seed of a prompt's candidate: fixed by the run's seed and the prompt, whatever else is sampled."""
-    place = sorted(s.prompt for s in world.SCENES).index(prompt)
-    return (seed + 1) * _SEED_STRIDE * 1000 + place * 1000 + index
+    return int(hashlib.sha256(f"{seed} {prompt} {index}".encode()).hexdigest()[:15], 16)
+
+
+def parse_share(text: str) -> tuple[str, tuple[int, int]]:
+    """`train`, `train:200` or `train:200x6`: a split, how many of its prompts, and candidates of each (8).
+
+    Raises PrismError where the text is none of these."""
+    found = re.fullmatch(rf"({'|'.join(world.SPLITS)})(?::(\d+)(?:x(\d+))?)?", text)
+    if not found:
+        raise PrismError(f'The --split "{text}" is not one of {", ".join(world.SPLITS)}, or like train:200x6.')
+    name, prompts, per_prompt = found.groups()
+    return name, (int(prompts or world.SPLITS[name]), int(per_prompt or 8))
 
 
 def run(
     out: Path,
-    per_prompt: int = 8,
+    splits: Mapping[str, tuple[int, int]] = SHIPPED,
     seed: int = 0,
-    splits: Sequence[str] = SPLITS,
     trajectories: bool = False,
     backbone: Backbone | None = None,
     overwrite: bool = False,
     command: str = "",
 ) -> None:
-    """Sample `per_prompt` candidates of every prompt of `splits` with `CALL`, and write a latent store to `out`.
+    """Sample candidates of the first prompts of `splits` with `CALL`, and write a latent store to `out`.
 
-    With `trajectories`, the states after each step but the last are kept too, with their noise level. Parts go to
-    `<out>.parts` as they are done, so that a killed run goes on where it was.
+    splits: name -> prompts, candidates of each. With `trajectories`, the states after each step but the last are kept
+    too, with their noise level. Parts go to `<out>.parts` as they are done, so that a killed run goes on where it was.
     """
     files.check_new_folder(out, overwrite)
     if backbone is None:
@@ -50,22 +62,21 @@ def run(
         backbone = Backbone(pipeline())
     work = [
         (split, p, candidate_seed(seed, p, i))
-        for split in splits
-        for p in world.prompts(split)
+        for split, (prompts, per_prompt) in splits.items()
+        for p in world.prompts(split, prompts)
         for i in range(per_prompt)
     ]
     call = dict(CALL)
     meta = {
-        "command": command or f"prism shapeworld candidates --per-prompt {per_prompt} --seed {seed}",
+        "command": command or f"prism shapeworld candidates --seed {seed}",
         "seed": seed,
         "call": call,
         "backbone": backbone.fingerprint(),
         "dimensions": list(referee.DIMENSIONS),
         "tie_margins": referee.TIE_MARGINS,
     }
-    parts = _parts_folder(
-        Path(out), {**meta, "per_prompt": per_prompt, "splits": list(splits), "trajectories": trajectories}
-    )
+    shares = {split: list(share) for split, share in splits.items()}
+    parts = _parts_folder(Path(out), {**meta, "splits": shares, "trajectories": trajectories})
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
     for number, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
@@ -86,7 +97,8 @@ def run(
     videos = pa.table(columns)
     recorded = {name: joined[name] for name in ("states", "t")} if trajectories else None
     with files.new_folder(out, overwrite) as folder:
-        write_store(folder, videos, joined["latents"], pairs_from_scores(videos, referee.TIE_MARGINS), meta, recorded)
+        pairs = pairs_from_scores(videos, referee.TIE_MARGINS)
+        write_store(folder, videos, joined["latents"], pairs, meta, recorded, eight_bits=True)
     for path in parts.iterdir():
         path.unlink()
     parts.rmdir()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -64,26 +65,33 @@ def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
 
 
 def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> WanPipeline:
-    """The pipeline as users meet it: UniPC flow scheduler, everything else stock."""
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=FLOW_SHIFT)
+    """The pipeline as users meet it: Euler flow scheduler, everything else stock."""
     pipe = WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=text_encoder.eval(),
         transformer=transformer.eval(),
         vae=vae.eval(),
-        scheduler=scheduler,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def load(folder: str | Path) -> WanPipeline:
-    """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32."""
+def load_vae(run: Path) -> AutoencoderKLWan:
+    """The VAE of a training run: trained, or as far as it is."""
+    return AutoencoderKLWan.from_pretrained(run / "vae" if (run / "vae").is_dir() else run / "fitted").eval()
+
+
+def load(folder: str | Path, **parts: Any) -> WanPipeline:
+    """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32.
+
+    `parts` replace parts of it, such as `transformer=`.
+    """
     bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     try:
         for log in bars:  # it takes a fraction of a second
             log.disable_progress_bar()
-        pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **parts)
     finally:
         for log in bars:
             log.enable_progress_bar()

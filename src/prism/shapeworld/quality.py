@@ -1,0 +1,83 @@
+"""How good a generator is by the referee: mean scores, what is right how often, and how much the candidates of one
+prompt differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from tqdm import tqdm
+
+from prism import files
+from prism.backbone import Backbone
+from prism.errors import PrismError
+
+from . import CALL, recipe, referee, world
+from .candidates import candidate_seed
+
+BATCH = 32
+
+
+@torch.no_grad()
+def measure(
+    pipe: WanPipeline,
+    prompts: Sequence[str],
+    per_prompt: int = 2,
+    seed: int = 0,
+    call: Mapping[str, Any] = CALL,
+) -> dict[str, Any]:
+    """Sample `per_prompt` videos of each prompt and referee them.
+
+    Returns, for the prompts of one thing and of two apart ("single", "pair"): `videos`; `mean`: mean of VQ, MQ, TA and
+    overall; `right`: share of videos in which colour, shape, motion, ... are the prompt's; `within_over_total`: pooled
+    standard deviation of the overall score within a prompt, over that of all videos."""
+    backbone, videos, work = Backbone(pipe), [], [(p, i) for p in prompts for i in range(per_prompt)]
+    for start in tqdm(range(0, len(work), BATCH), disable=None, desc="quality", unit=f"x{BATCH} videos"):
+        chunk = work[start : start + BATCH]
+        generators = [torch.Generator().manual_seed(candidate_seed(seed, p, i)) for p, i in chunk]
+        latents = pipe([p for p, _ in chunk], generator=generators, output_type="latent", **call).frames
+        videos += [backbone.decode(rows) for rows in latents.split(8)]
+    seen, names = torch.cat(videos), [p for p, _ in work]
+    scores, right = referee.batch(seen, names), referee.correct(seen, names)
+    found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
+    for kind in world.KINDS:
+        rows = [row for row, p in enumerate(names) if (scene := world.parse(p)) and scene.kind == kind]
+        if rows:
+            overall = scores["overall"][rows].numpy().reshape(-1, per_prompt)
+            within = float(np.sqrt(overall.var(1, ddof=1).mean())) if per_prompt > 1 else None
+            total = float(overall.std(ddof=1))
+            found[kind] = {
+                "prompts": len(rows) // per_prompt,
+                "videos": len(rows),
+                "mean": {name: float(scores[name][rows].mean()) for name in referee.DIMENSIONS},
+                "right": {
+                    name: float(values[rows][~values[rows].isnan()].mean())
+                    for name, values in right.items()
+                    if not values[rows].isnan().all()
+                },
+                "within_sd": within,
+                "total_sd": total,
+                "within_over_total": None if within is None else within / total,
+            }
+    return found
+
+
+def snapshot(out: Path, step: int) -> WanPipeline:
+    """The generator of the training run in `out` as it was after `step` steps (their averaged weights)."""
+    path, settings = out / "transformer" / f"step-{step}.safetensors", out / "transformer" / "config.json"
+    if not path.is_file():
+        raise PrismError(f"The run in {out} kept no weights of step {step} ({path} is missing).")
+    config, weights = files.read_json(settings), files.load_safetensors(path)
+    transformer, encoder = recipe.build_transformer(config["layers"], config["heads"]), recipe.build_text_encoder()
+    for name, module in (("transformer", transformer), ("text_encoder", encoder)):
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        missing, strange = module.load_state_dict(own, strict=False)
+        tied = {"encoder.embed_tokens.weight"}  # one tensor under two names
+        if strange or set(missing) - tied:
+            raise PrismError(f"The file {path} does not hold this model's weights; it belongs to another version.")
+    return recipe.assemble(recipe.load_vae(out / "vae"), transformer, encoder)
