@@ -1,12 +1,14 @@
-"""ShapeWorld: a small synthetic video world with an exact referee, and the generator trained on it (the embedded
-default).
+"""ShapeWorld: a small synthetic video world with an exact referee, and the generators trained on it (the embedded
+default, and two weaker ones).
 
-`pipeline()` is a plain diffusers `WanPipeline`, `CALL` its arguments; `prompts(split)` the prompts of train, validation
-and test; `referee.score(video, prompt)` the truth about a video."""
+`pipeline()` is a plain diffusers `WanPipeline`, `CALL` its arguments; `prompts(split)` the prompts of train,
+validation, test and unseen; `referee.score(video, prompt)` the truth about a video."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from prism.errors import PrismError
 
 from .assets import asset_folder
 from .world import FPS, prompts
@@ -14,7 +16,7 @@ from .world import FPS, prompts
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
-__all__ = ["CALL", "FPS", "asset_folder", "pipeline", "prompts"]
+__all__ = ["BACKBONES", "CALL", "FPS", "asset_folder", "pipeline", "prompts"]
 
 CALL: dict[str, Any] = {
     "height": 64,
@@ -27,10 +29,21 @@ CALL: dict[str, Any] = {
 """Arguments of a call of the embedded pipeline; also in `call.json` beside its weights."""
 
 
-def pipeline() -> WanPipeline:
-    """The embedded generator, loaded from the package in float32. Raises PrismError where its files are missing or
-    altered.
-    """
+BACKBONES = {
+    "default": "the generator itself",
+    "early": "the same, stopped early in its training",
+    "small": "a smaller transformer, trained on the same videos",
+}
+"""Names that `pipeline` takes; the weaker two share the default's VAE, tokenizer and scheduler."""
+
+
+def pipeline(name: str = "default") -> WanPipeline:
+    """The embedded generator, or a weaker one of `BACKBONES`, loaded from the package in float32.
+
+    Raises PrismError where its files are missing or altered, or the name is none of these."""
+    if name not in BACKBONES:
+        raise PrismError(f'There is no embedded backbone "{name}"; choose one of {", ".join(BACKBONES)}.')
     from . import recipe
 
-    return recipe.load(asset_folder("pipeline"))
+    folder = asset_folder("pipeline")
+    return recipe.load(folder) if name == "default" else recipe.load_weaker(folder, asset_folder(name))

@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 
 
 def asset_folder(name: str) -> Path:
-    """The folder of an asset: `pipeline`, `candidates` or `head`.
+    """The folder of an asset: `pipeline` and its weaker kin `early` and `small`, `candidates`, `head`, `pixel`, ...
 
     Raises PrismError where a file that its manifest lists is missing or differs from what was shipped.
     """

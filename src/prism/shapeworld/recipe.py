@@ -97,3 +97,16 @@ def load(folder: str | Path, **parts: Any) -> WanPipeline:
             log.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_weaker(folder: Path, weaker: Path) -> WanPipeline:
+    """The pipeline in `folder` with the transformer and text encoder of `weaker`."""
+    transformer = WanTransformer3DModel.from_pretrained(weaker / "transformer", use_safetensors=True).float()
+    text_encoder = UMT5EncoderModel.from_pretrained(weaker / "text_encoder", use_safetensors=True)
+    return load(folder, transformer=transformer.eval(), text_encoder=text_encoder.eval())
+
+
+def save_weaker(pipe: WanPipeline, folder: Path) -> None:
+    """What `load_weaker` reads: the transformer in half precision, and the text encoder."""
+    pipe.transformer.half().save_pretrained(folder / "transformer")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")
