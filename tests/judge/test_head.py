@@ -30,14 +30,19 @@ def tokens(batch: int = 3, visual: int = 17, text: int = 6) -> tuple[Tensor, Ten
 
 
 def unfolded(model: QueryHead, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 2 as printed: F_uni = [F_vis, F_txt], one linear to D, CrossAttn(Q, K, V); then norm and MLP."""
+    """Eq. 2 as printed, then norm and MLP."""
+    return model.mlp(model.norm(attend(model, visual, text, mask)[0].mean(1)))
+
+
+def attend(model: QueryHead, visual: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 2: F_uni = [F_vis, F_txt], one linear to D, CrossAttn; its output and weights (B, heads, N_q, L + L_t)."""
     unified = F.layer_norm(torch.cat([visual, text], 1), (WIDTH,))
     projected = unified @ model.w_p.weight.T + model.w_p.bias
     attention = nn.MultiheadAttention(model.dim, model.num_heads, batch_first=True)
     in_weights = torch.cat([model.w_q.weight, model.w_k.weight, model.w_v.weight])
     in_biases = torch.cat([torch.zeros(2 * model.dim), model.w_v.bias])
     real = torch.cat([torch.ones(visual.shape[:2], dtype=torch.bool), mask], 1)
-    out = torch.func.functional_call(
+    return torch.func.functional_call(
         attention,
         {
             "in_proj_weight": in_weights,
@@ -46,9 +51,8 @@ def unfolded(model: QueryHead, visual: Tensor, text: Tensor, mask: Tensor) -> Te
             "out_proj.bias": model.w_o.bias,
         },
         (model.query.expand(len(visual), -1, -1), projected, projected),
-        {"key_padding_mask": ~real, "need_weights": False},
-    )[0]
-    return model.mlp(model.norm(out.mean(1)))
+        {"key_padding_mask": ~real, "need_weights": True, "average_attn_weights": False},
+    )
 
 
 def gradients(model: QueryHead, scores: Tensor) -> dict[str, Tensor]:
@@ -70,6 +74,21 @@ def test_folded_equals_unfolded_with_gradients(num_queries, chunk_size):
     for name in ours:
         scale = oracle[name].abs().max().clamp(min=1)
         torch.testing.assert_close(ours[name] / scale, oracle[name] / scale, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("chunk_size", [4096, 5])
+def test_attention_is_the_weights_of_eq_2(chunk_size):
+    model = head(num_queries=2, chunk_size=chunk_size)
+    visual, text, mask = tokens()
+    weights = model.attention(visual, text, mask)
+    expected = attend(model, visual, text, mask)[1].transpose(1, 2).flatten(1, 2)  # query by query, its heads
+    assert weights.shape == (3, 2 * HEADS, 17 + 6)
+    torch.testing.assert_close(weights, expected.detach(), atol=1e-6, rtol=1e-5)
+    assert bool((weights[..., 17:][~mask[:, None].expand(-1, 2 * HEADS, -1)] == 0).all())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2 * HEADS))
+    assert model.attention(visual).shape == (3, 2 * HEADS, 17)
+    with pytest.raises(PrismError, match="has no query"):
+        head(aggregation="mean").attention(visual)
 
 
 @pytest.mark.parametrize("aggregation", ["query", "mean", "linear"])

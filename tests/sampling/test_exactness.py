@@ -12,6 +12,7 @@ from tests.sampling.conftest import Setting
 
 import prism
 from prism.sampling import expected_rows
+from prism.sampling.ledger import cut_rows
 from prism.sampling.schedule import parse, resolve
 
 N, STEPS = 3, 6
@@ -186,3 +187,30 @@ def test_negative_prompts_go_along(setting: Setting) -> None:
         generator = torch.Generator().manual_seed(result.seed)
         plain = setting.pipe([tiny.PROMPT], generator=generator, **call).frames
         torch.testing.assert_close(result.latents, plain, atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("taps", [(1, 2), (1, 3)])  # probed, and listened to where guidance takes two calls
+def test_an_average_in_the_gate_is_brute_force_over_stock_calls(setting: Setting, taps: tuple[int, int]) -> None:
+    """Two heads at two taps: the mean of each head's own scores of stock latents ranks; the ledger counts the pass
+    to the higher tap once, and both heads."""
+    members = [setting.judge(tap, seed) for seed, tap in enumerate(taps)]
+    judge, n, step, overall = prism.Judge.average(members), 4, 4, members[0].dimensions.index("overall")
+    cfg = judge.backbone.family.cfg
+    expected = []
+    for seed in range(n):
+        _, _, after = setting.stock(seed)
+        noisy, t = after[step - 2][0], float(after[step - 1][1])
+        scores = [member.score(noisy, [tiny.PROMPT], t, **setting.call)[0, overall] for member in members]
+        expected.append(float(sum(scores)) / 2)
+    assert cut_rows(n, 1, cfg, True, judge.tap / 3)[1] is (taps == (1, 2) or cfg == "one_batch")
+    for batch_size in (1, 3, 4):
+        result = prism.best_of_n(
+            setting.pipe, judge, tiny.PROMPT, n=n, schedule=[(step, 1)], batch_size=batch_size, **setting.call
+        )
+        assert result.scores[0]["scores"]["overall"] == pytest.approx(expected, abs=1e-4)
+        assert result.index == max(range(n), key=lambda i: expected[i])
+        if batch_size == 1:
+            assert_stock(setting, result, exact=True)
+        rows = expected_rows("early", n, STEPS, cfg, True, max(taps) / 3, ((step, 1),))
+        assert result.ledger.denoiser_rows == pytest.approx(rows)
+        assert result.ledger.head_calls == 2 * n

@@ -8,6 +8,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,11 +135,17 @@ class Backbone:
 
     @torch.no_grad()
     def tokens(
-        self, noisy_latents: Tensor, conditioning: Conditioning, t: Tensor | float, block: int, stop: bool = True
+        self,
+        noisy_latents: Tensor,
+        conditioning: Conditioning,
+        t: Tensor | float,
+        block: int | Sequence[int],
+        stop: bool = True,
     ) -> Tokens:
         """Tokens after `block` blocks (1-based) of `noisy_latents` (B, ...) at t (scalar or (B,)), see `Tokens`.
 
-        With `stop` the later blocks are not run: same tokens, `block / num_blocks` of the cost.
+        Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
+        `block / num_blocks` of the cost.
         """
         _, _, timestep = self.family.level(self.pipe.scheduler, _per_row(t, noisy_latents))
         return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
@@ -146,12 +153,12 @@ class Backbone:
     def read(
         self,
         arguments: dict[str, Any],
-        block: int,
+        block: int | Sequence[int],
         stop: bool,
         forward: Callable[..., Any] | None = None,
         denoiser: nn.Module | None = None,
     ) -> tuple[Tokens, Any]:
-        """Run a denoiser call with a tap after `block`: its tokens and, unless stopped there, its output.
+        """Run a denoiser call with a tap after `block` (or several): its tokens and, unless stopped, its output.
 
         `forward` is the call to make where the denoiser itself is intercepted.
         """
@@ -159,37 +166,42 @@ class Backbone:
             raise PrismError(
                 "This step runs on the pipeline's second denoiser, and the head reads the first; cut earlier."
             )
-        if not 1 <= block <= self.num_blocks:
-            raise PrismError(
-                f"The tap must lie in 1 to {self.num_blocks}, the denoiser's number of blocks; found {block}."
-            )
+        blocks = sorted({block} if isinstance(block, int) else set(block))
+        last = blocks[-1]
+        for number in blocks:
+            if not 1 <= number <= self.num_blocks:
+                raise PrismError(
+                    f"The tap must lie in 1 to {self.num_blocks}, the denoiser's number of blocks; found {number}."
+                )
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise PrismError("The denoiser's cache skips blocks that the head reads; call disable_cache() on it first.")
-        taken: dict[str, Tensor] = {}
+        visual: dict[int, Tensor] = {}
+        text: list[Tensor] = []
 
-        def tap(_module: nn.Module, _args: Any, output: Any) -> None:
-            taken["visual"] = output[0] if isinstance(output, tuple) else output
-            if stop:
-                raise StopForward(block)
+        def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+            visual[number] = output[0] if isinstance(output, tuple) else output
+            if stop and number == last:
+                raise StopForward(last)
 
         def text_tap(_module: nn.Module, _args: Any, output: Any) -> None:
-            taken["text"] = output
+            text.append(output)
 
         embedder = self.denoiser.get_submodule(self.family.text_embedder)
         output = None
         with ExitStack() as stack:
-            stack.callback(self.blocks[block - 1].register_forward_hook(tap).remove)
+            for number in blocks:
+                stack.callback(self.blocks[number - 1].register_forward_hook(partial(tap, number)).remove)
             stack.callback(embedder.register_forward_hook(text_tap).remove)
             with suppress(StopForward):
                 output = (forward or self.denoiser)(**arguments)
-        if "visual" not in taken:
+        if last not in visual:
             raise PrismError(
                 "The denoiser is compiled as a whole, and compiled code passes the judge's hooks by; "
                 "compile its blocks instead, with compile_repeated_blocks()."
             )
         grid = self.family.grid(self.denoiser.config, tuple(arguments[noisy_name(arguments)].shape))
         mask = self.family.text_mask(arguments["encoder_hidden_states"])
-        return Tokens(taken["visual"], grid, taken.get("text"), mask), output
+        return Tokens(visual.pop(last), grid, text[-1] if text else None, mask, visual), output
 
     # -- videos
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,19 +19,22 @@ class Tokens:
 
     visual: (B, L, D_vis), L = T * H * W. grid: (T, H, W). text: (B, Lt, D_vis), or None where the family has none.
     text_mask: (B, Lt) bool, True for a real token, or None where all of them count.
+    lower: where several blocks were tapped, those below the last by number, (B, L, D_vis) each.
     """
 
     visual: Tensor
     grid: tuple[int, int, int]
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    lower: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.visual)
 
     def __getitem__(self, rows: Any) -> Tokens:
         take = lambda value: None if value is None else value[rows]  # noqa: E731
-        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask))
+        lower = {block: value[rows] for block, value in self.lower.items()}
+        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower)
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ class Interceptor:
         recordings: Mapping[int, Recording],
         record: bool = True,
         cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
-        tap: int | None = None,
+        tap: int | Sequence[int] | None = None,
         on_cut: OnCut | None = None,
     ):
         self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record

@@ -19,7 +19,7 @@ tags:
 # PRISM head for {denoiser}
 
 A preference head that scores the *noisy* latents of a frozen video diffusion model from its own hidden states after
-block {tap}, one score per dimension: {dimensions}. Higher is better; only differences within a prompt mean something.
+block {taps}, one score per dimension: {dimensions}. Higher is better; only differences within a prompt mean something.
 It holds no part of the backbone ({pipeline}: {denoiser}, {vae}), and is refused by others.
 
 ```python
@@ -33,8 +33,7 @@ result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
 
 | | |
 |---|---|
-| aggregation | {aggregation}, {num_queries} query, {num_heads} heads, width {dim}, {mlp_layers}-layer MLP |
-| tokens | width {width}, after block {tap} |
+{heads}
 | ties | Bradley-Terry with ties, eta = {eta:g} |
 
 ## Trained on
@@ -46,6 +45,10 @@ result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
 Method: "Through the PRISM: Preference Representation in Intermediate States of Video Diffusion Models",
 arXiv 2606.20310.
 """
+HEAD = (
+    "| head | after block {tap}, tokens of width {width}: {aggregation}, {num_queries} query, {num_heads} heads, "
+    "width {dim}, {mlp_layers}-layer MLP |"
+)
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -53,9 +56,11 @@ def model_card(config: Mapping[str, Any]) -> str:
     # The prompts' hashes are for the leak check, not for reading.
     trained_on = {name: value for name, value in config["trained_on"].items() if name != "prompt_keys"}
     backbone = config["backbone"]
-    fields = {name: value for name, value in config.items() if name not in ("trained_on", "backbone", "dimensions")}
+    members = config.get("members", [config])
     return TEMPLATE.format(
-        **fields,
+        taps=" and ".join(str(tap) for tap in sorted({member["tap"] for member in members})),
+        heads="\n".join(HEAD.format(**member) for member in members),
+        eta=config["eta"],
         dimensions=", ".join(config["dimensions"]),
         denoiser=backbone.get("denoiser"),
         pipeline=backbone.get("pipeline"),

@@ -17,7 +17,7 @@ by the keys, adds the same number to all logits and cancels in the softmax.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,15 +120,34 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
     def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
         heads, size = self.num_heads, self.dim // self.num_heads
-        query = self.w_q(self.query).view(self.num_queries, heads, size)
-        keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
-        folded = (keys @ self.w_p.weight).flatten(0, 1) / size**0.5  # a_h, (N_q * heads, D_vis)
-
-        sums = self._attend(folded, visual, text, text_mask)  # (B, N_q * heads, D_vis)
+        sums = self._attend(self._folded(), visual, text, text_mask)  # (B, N_q * heads, D_vis)
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
         values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
         values = values.flatten(2) + self.w_v.bias
         return self.w_o(values).mean(1)
+
+    @torch.no_grad()
+    def attention(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
+        """What each query and head looks at: (B, N_q * heads, L + L_t) float32 weights that sum to one.
+
+        Without text, (B, N_q * heads, L). Arguments as of ``forward``. Raises PrismError for the ablations, which pool.
+        """
+        if self.aggregation != "query":
+            raise PrismError(f"A head with the aggregation {self.aggregation} has no query, and looks at all alike.")
+        folded = self._folded()
+        logits = []
+        with torch.autocast(visual.device.type, enabled=False):
+            for tokens, real in self._chunks(visual, text, text_mask):
+                weighed = folded @ F.layer_norm(tokens.float(), (self.width,)).transpose(1, 2)
+                logits.append(weighed if real is None else weighed.masked_fill(~real[:, None], -torch.inf))
+        return torch.cat(logits, -1).softmax(-1)
+
+    def _folded(self) -> Tensor:
+        """a_h for each query and head, (N_q * heads, D_vis)."""
+        heads, size = self.num_heads, self.dim // self.num_heads
+        query = self.w_q(self.query).view(self.num_queries, heads, size)
+        keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
+        return (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
 
     def _chunks(
         self, visual: Tensor, text: Tensor | None, mask: Tensor | None
@@ -188,7 +207,11 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         Raises:
             PrismError: where the file is missing, damaged or a pickle, or holds other tensors than this head's.
         """
-        found, wanted = files.load_safetensors(path), self.state_dict()
+        self.load_tensors(files.load_safetensors(path), path)
+
+    def load_tensors(self, found: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+        """Load exactly this head's weights; ``path`` is the file they came from, for errors."""
+        wanted = self.state_dict()
         for name in sorted(found.keys() ^ wanted.keys()):
             side = "lacks" if name in wanted else "has, beyond this head's,"
             raise PrismError(f"The file {path} {side} the tensor {name}; it belongs to another head.")
@@ -196,7 +219,7 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
             if found[name].shape != value.shape:
                 sizes = f"{tuple(found[name].shape)} where this head's is {tuple(value.shape)}"
                 raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
-        self.load_state_dict(found)
+        self.load_state_dict(dict(found))
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:

@@ -1,67 +1,83 @@
-"""The judge: a frozen backbone, the block it is tapped at, and a trained head that scores noisy latents.
+"""The judge: a frozen backbone, the blocks it is tapped at, and trained heads that score noisy latents.
 
-A judge on disk is a folder: config.json, model.safetensors and a model card. It holds the head alone; what it says
-about the backbone is a fingerprint, checked when the head is put onto one.
+Mostly there is one head. ``Judge.average`` makes one judge of several, read in one pass of the backbone.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
-import re
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files
 from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
-from prism.judge.card import model_card
+from prism.judge import folder as folders
 from prism.judge.head import QueryHead
 
-FORMAT, SCHEMA = "prism-head", 1
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
-# What a head cannot do without; other weights, or another pipeline class around the same parts, only make it less sure.
-ARCHITECTURE = {"denoiser": "denoiser", "denoiser_config": "denoiser", "vae": "VAE", "vae_config": "VAE"}
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A head, the block it reads after (1-based), and its share in the judge's scores."""
+
+    tap: int
+    head: QueryHead
+    share: float = 1.0
 
 
 class Judge:
-    """Scores noisy latents; use ``Judge.untrained`` or ``Judge.from_pretrained``.
+    """Scores noisy latents; use ``Judge.untrained``, ``Judge.from_pretrained`` or ``Judge.average``.
 
     Attributes:
+        name: what a report calls this kind of judge.
         backbone: the frozen generator.
-        tap: 1-based number of blocks that are run before the tokens are read (N_b of the paper).
-        head: the trained part, float32, on the backbone's device.
+        members: the heads, float32, on the backbone's device; mostly one.
         dimensions: what the columns of scores mean, such as ("VQ", "MQ", "TA", "overall").
-        eta: the tie threshold the head was trained with (Eq. 3-4).
-        trained_on: what is known of its training: store, steps, seed, source, prompts.
+        eta: the tie threshold the heads were trained with (Eq. 3-4).
+        trained_on: what is known of the training: store, steps, seed, source, prompts.
+        calibration: dimension -> {"temperature", "eta", "tie_threshold"}, see ``prism.evaluation.calibrate``; empty
+            where the judge was not calibrated.
     """
+
+    name = "prism"
 
     def __init__(
         self,
         backbone: Backbone,
-        tap: int,
-        head: QueryHead,
+        members: Sequence[Member],
         dimensions: Sequence[str] = DIMENSIONS,
         eta: float = 5.0,
         trained_on: Mapping[str, Any] | None = None,
+        calibration: Mapping[str, Any] | None = None,
     ) -> None:
-        if not 1 <= tap <= backbone.num_blocks:
-            raise PrismError(f"The tap must be a block from 1 to {backbone.num_blocks} of this backbone, found {tap}.")
-        if head.width != backbone.width:
-            raise PrismError(f"The head reads tokens of width {head.width}, this backbone's are {backbone.width} wide.")
-        if head.num_dimensions != len(dimensions) or len(set(dimensions)) != len(dimensions):
-            names = ", ".join(dimensions)
-            raise PrismError(f"The head gives {head.num_dimensions} scores, which does not fit the dimensions {names}.")
-        self.backbone, self.tap = backbone, tap
-        self.head = head.to(backbone.device, torch.float32)
+        names = ", ".join(dimensions)
+        for member in members:
+            tap, head = member.tap, member.head
+            if not 1 <= tap <= backbone.num_blocks:
+                raise PrismError(
+                    f"The tap must be a block from 1 to {backbone.num_blocks} of this backbone, found {tap}."
+                )
+            if head.width != backbone.width:
+                raise PrismError(
+                    f"The head reads tokens of width {head.width}, this backbone's are {backbone.width} wide."
+                )
+            if head.num_dimensions != len(dimensions) or len(set(dimensions)) != len(dimensions):
+                raise PrismError(
+                    f"The head gives {head.num_dimensions} scores, which does not fit the dimensions {names}."
+                )
+            head.to(backbone.device, torch.float32)
+        self.backbone, self.members = backbone, tuple(members)
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
+        self.calibration = dict(calibration or {})
+
+    # -- making one
 
     @classmethod
     def untrained(
@@ -90,11 +106,45 @@ class Judge:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = QueryHead(backbone.width, dim, len(dimensions), aggregation=aggregation, **head_options)
-        return cls(backbone, backbone.default_tap if tap is None else tap, head, dimensions)
+        return cls(backbone, [Member(backbone.default_tap if tap is None else tap, head)], dimensions)
+
+    @classmethod
+    def average(cls, judges: Sequence[Judge]) -> Judge:
+        """One judge whose scores are the mean of the judges' scores: heads of several seeds, or at several taps.
+
+        The backbone is read once, up to the highest tap. Scores are averaged as they are: heads trained with one
+        objective and one eta all score in its unit, the log-odds of Eq. 3, so that the mean is the log-odds of the
+        geometric mean of their opinions, and a head that is unsure weighs less. Nothing has to be estimated, and no
+        head's scores depend on which videos are scored beside it, as they would if standardised.
+
+        Args:
+            judges: on the same pipeline, with the same dimensions and eta; averages among them count as one each.
+                The new judge shares their heads.
+
+        Raises:
+            PrismError: for no judges, or judges that do not fit together.
+        """
+        if not judges:
+            raise PrismError("There is no judge to average; give at least one.")
+        first = judges[0]
+        for other in judges[1:]:
+            if other.backbone.pipe is not first.backbone.pipe:
+                raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
+            if other.dimensions != first.dimensions or other.eta != first.eta:
+                raise PrismError(
+                    f"Judges must have the same dimensions and eta to be averaged, found {', '.join(first.dimensions)} "
+                    f"with eta {first.eta:g} and {', '.join(other.dimensions)} with eta {other.eta:g}."
+                )
+        if len(judges) == 1:
+            return first
+        members = [
+            Member(member.tap, member.head, member.share / len(judges)) for judge in judges for member in judge.members
+        ]
+        return cls(first.backbone, members, first.dimensions, first.eta, _trained_together(judges))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None) -> Judge:
-        """Put a saved head onto a backbone.
+        """Put a saved judge onto a backbone.
 
         Args:
             source: a folder written by ``save_pretrained``, or the id of such a repository on the Hub.
@@ -105,25 +155,38 @@ class Judge:
             PrismError: where a file is missing, truncated, altered or a pickle, or the head was trained on another
                 denoiser or VAE (both are named). Other weights of the same architecture give a warning.
         """
-        folder = _locate(source, revision)
-        config = files.read_json(folder / "config.json")
-        if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("schema") != SCHEMA:
-            raise PrismError(f"The file {folder / 'config.json'} does not describe a PRISM head of schema {SCHEMA}.")
-        weights = folder / "model.safetensors"
-        files.load_safetensors(weights)  # first, as it tells a pickle from a truncated file
-        if files.sha256(weights) != config.get("weights_sha256"):
-            raise PrismError(f"The file {weights} is not the one its config.json was written for; it was altered.")
+        folder, config, tensors = folders.read(source, revision)
         backbone = _backbone(pipe)
-        _check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
+        folders.check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
         try:
-            head = QueryHead(**{name: config[name] for name in _head_options()})
-            judge = cls(backbone, config["tap"], head, config["dimensions"], config["eta"], config["trained_on"])
+            several = config["schema"] == 2
+            entries = config["members"] if several else [config]
+            members = [
+                Member(
+                    entry["tap"],
+                    QueryHead(**{name: entry[name] for name in _head_options()}),
+                    float(entry["share"]) if several else 1.0,
+                )
+                for entry in entries
+            ]
+            known = (config["dimensions"], config["eta"], config["trained_on"], config.get("calibration"))
+            judge = cls(backbone, members, *known)
         except KeyError as error:
             raise PrismError(f"The file {folder / 'config.json'} lacks the field {error}.") from error
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise PrismError(f"The file {folder / 'config.json'} holds a value of the wrong type ({error}).") from error
-        judge.head.load_weights(weights)
-        judge.head.eval()
+        places: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            place, _, inner = name.partition(".") if several else ("0", "", name)
+            places.setdefault(place, {})[inner] = value
+        for number, member in enumerate(members):
+            member.head.load_tensors(places.pop(str(number), {}), folder / "model.safetensors")
+            member.head.eval()
+        if places:
+            raise PrismError(
+                f"The file {folder / 'model.safetensors'} holds tensors of a member {min(places)}, which its "
+                "config.json does not list."
+            )
         return judge
 
     def save_pretrained(
@@ -137,24 +200,50 @@ class Judge:
         """
         if trained_on is not None:
             self.trained_on = dict(trained_on)
-        with files.new_folder(folder, overwrite) as temporary:
-            weights = temporary / "model.safetensors"
-            save_file({name: value.contiguous().cpu() for name, value in self.head.state_dict().items()}, weights)
-            config = self.config() | {"weights_sha256": files.sha256(weights), "trained_on": self.trained_on}
-            files.write_json(temporary / "config.json", config)
-            (temporary / "README.md").write_text(model_card(config), encoding="utf-8")
+        several = self.config()["schema"] == 2
+        tensors = {
+            f"{place}.{name}" if several else name: value
+            for place, member in enumerate(self.members)
+            for name, value in member.head.state_dict().items()
+        }
+        folders.write(folder, self.config() | {"trained_on": self.trained_on}, tensors, overwrite)
 
     def config(self) -> dict[str, Any]:
         """What describes this judge apart from its weights, as JSON."""
+        heads = [
+            {**{name: getattr(member.head, name) for name in _head_options()}, "tap": member.tap}
+            for member in self.members
+        ]
+        shares = [member.share for member in self.members]
+        several = [{**head, "share": share} for head, share in zip(heads, shares)]
         return {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            **{name: getattr(self.head, name) for name in _head_options()},
+            "format": folders.FORMAT,
+            "schema": 1 if shares == [1.0] else 2,
+            **(heads[0] if shares == [1.0] else {"members": several}),
             "dimensions": list(self.dimensions),
-            "tap": self.tap,
             "eta": self.eta,
             "backbone": self.backbone.fingerprint(),
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
+
+    # -- using it
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The blocks that are read, rising."""
+        return tuple(sorted({member.tap for member in self.members}))
+
+    @property
+    def tap(self) -> int:
+        """The number of blocks that are run to score (N_b of the paper): the highest tap."""
+        return self.taps[-1]
+
+    @property
+    def head(self) -> QueryHead:
+        """The head of a judge that has one, to be trained. Raises PrismError for an average."""
+        if len(self.members) > 1:
+            raise PrismError(f"This judge averages {len(self.members)} heads; train each of them apart.")
+        return self.members[0].head
 
     @torch.no_grad()
     def score(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
@@ -172,8 +261,7 @@ class Judge:
         Raises:
             PrismError: where a row's latents give no finite score.
         """
-        conditioning = self.backbone.condition(self._prompts(prompts, len(noisy_latents)), **call)
-        return self._finite(self.score_tokens(self.backbone.tokens(noisy_latents, conditioning, t, self.tap)))
+        return self._finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)))
 
     @torch.no_grad()
     def score_clean(
@@ -203,28 +291,50 @@ class Judge:
         if num_draws < 1:
             raise PrismError(f"num_draws must be 1 or more, found {num_draws}.")
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        conditioning = self.backbone.condition(self._prompts(prompts, len(latents)), **call)
         latents = latents.to(self.backbone.device)
         draws = []
         for _ in range(num_draws):
             noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
-            noisy = self.backbone.add_noise(latents, t, noise)
-            draws.append(self._finite(self.score_tokens(self.backbone.tokens(noisy, conditioning, t, self.tap))))
+            draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
         scores = torch.stack(draws)
         error = scores.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(scores[0], torch.nan)
         return scores.mean(0), error
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:
-        """Scores (B, num_dimensions) float32 of tokens that were tapped at ``self.tap``."""
-        return self.head(tokens.visual, tokens.text, tokens.text_mask)
+        """Scores (B, num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
+        shares = torch.tensor([member.share for member in self.members], device=tokens.visual.device)
+        scores = self.score_members(tokens)
+        return scores[0] if len(scores) == 1 else torch.einsum("m,mbd->bd", shares, scores)
 
-    @staticmethod
-    def _prompts(prompts: str | Sequence[str], rows: int) -> list[str]:
+    @torch.no_grad()
+    def score_members(self, tokens: Tokens) -> Tensor:
+        """Each member's own scores (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
+        return torch.stack([member.head(*self._of(member, tokens)) for member in self.members])
+
+    @torch.no_grad()
+    def attention(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
+        """Where the query looks: (B, T, H, W) weights on the token grid, averaged over heads and members.
+
+        With the share that the prompt's tokens get they sum to one. Arguments as of ``score``.
+        """
+        tokens = self._tokens(noisy_latents, prompts, t, call)
+        count = tokens.visual.shape[1]
+        maps = [member.head.attention(*self._of(member, tokens))[..., :count].mean(1) for member in self.members]
+        return torch.stack(maps).mean(0).view(-1, *tokens.grid)
+
+    def _tokens(
+        self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, call: dict[str, Any]
+    ) -> Tokens:
+        rows = len(noisy_latents)
         listed = [prompts] * rows if isinstance(prompts, str) else list(prompts)
         if len(listed) != rows:
             raise PrismError(f"Each row of the latents needs its prompt, found {len(listed)} prompts for {rows} rows.")
-        return listed
+        return self.backbone.tokens(noisy_latents, self.backbone.condition(listed, **call), t, self.taps)
+
+    def _of(self, member: Member, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        visual = tokens.visual if member.tap == self.tap else tokens.lower[member.tap]
+        return visual, tokens.text, tokens.text_mask
 
     @staticmethod
     def _finite(scores: Tensor) -> Tensor:
@@ -242,42 +352,14 @@ def _head_options() -> list[str]:
     return [name for name in inspect.signature(QueryHead.__init__).parameters if name != "self"]
 
 
-def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
-    """The local folder of a head: as given, or its snapshot from the Hub."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise PrismError(f"The head folder {folder} does not exist.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json", "model.safetensors", "README.md"]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises many kinds: no network, no such repository, no access
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PrismError(
-            f"There is no folder {folder}, and no head of this name came from the Hub: {reason}"
-        ) from error
-
-
-def _check_fingerprint(folder: Path, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for field, part in ARCHITECTURE.items():
-        if saved.get(field) != found.get(field):
-            raise PrismError(
-                f"The head in {folder} was trained on the {part} {saved.get(part.lower())} "
-                f"({_short(saved.get(f'{part.lower()}_config'))}), this pipeline has {found.get(part.lower())} "
-                f"({_short(found.get(f'{part.lower()}_config'))}); load the backbone it was trained on."
-            )
-    if saved.get("weights") != found.get("weights"):
-        warnings.warn(
-            f"The head in {folder} was trained on other weights of this architecture; "
-            "check its accuracy on this backbone before relying on it.",
-            stacklevel=3,
-        )
-
-
-def _short(digest: Any) -> str:
-    return f"configuration {str(digest)[:8]}"
+def _trained_together(judges: Sequence[Judge]) -> dict[str, Any]:
+    """What an average was trained on: what its members share, null where they differ, and every prompt of any."""
+    known = [judge.trained_on for judge in judges]
+    keys = {key for trained_on in known for key in trained_on.get("prompt_keys", ())}
+    members = [{name: value for name, value in trained_on.items() if name != "prompt_keys"} for trained_on in known]
+    shared = {
+        name: known[0].get(name) if all(other.get(name) == known[0].get(name) for other in known) else None
+        for name in ("store", "seed", "steps", "prompts", "pairs")
+    }
+    sources = sorted({str(trained_on.get("source", "untrained")) for trained_on in known})
+    return {**shared, "source": "+".join(sources), "members": members, "prompt_keys": sorted(keys)}

@@ -76,7 +76,7 @@ class Meter:
                 stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
                 stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
             stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
-            if self.judge is not None:
+            if hasattr(self.judge, "score_tokens"):
                 stack.enter_context(around(self.judge, "score_tokens", self._score))
             try:
                 yield self.ledger
@@ -128,7 +128,7 @@ class Meter:
             return inner(*args, **kwargs)
 
     def _score(self, inner: Any, tokens: Any) -> Tensor:
-        self.ledger.head_calls += len(tokens.visual)
+        self.ledger.head_calls += len(tokens.visual) * len(self.judge.members)
         with self._timed("head"):
             return inner(tokens)
 

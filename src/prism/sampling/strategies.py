@@ -210,7 +210,7 @@ def _round(search: Search, chunks: list[list[int]], step: int, keep: int, probed
 
 def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
     interceptor = Interceptor(
-        search.backbone, candidates, search.recordings, cuts=cuts, tap=search.judge.tap, on_cut=on_cut
+        search.backbone, candidates, search.recordings, cuts=cuts, tap=search.judge.taps, on_cut=on_cut
     )
     if interceptor.run(search.batch_call(candidates, output_type="latent")) is not None:
         raise PrismError(
