@@ -1,4 +1,4 @@
-"""`prism shapeworld train` and `prism shapeworld candidates`."""
+"""`prism shapeworld train`, `prism shapeworld candidates` and `prism shapeworld quality`."""
 
 from __future__ import annotations
 
@@ -96,3 +96,44 @@ def candidates(
     named = "".join(f" --split {text}" for text in split or ()) + (" --trajectories" if trajectories else "")
     command = f"prism shapeworld candidates{named} --seed {seed}"
     module.run(out, splits, seed=seed, trajectories=trajectories, overwrite=overwrite, command=command)
+
+
+@app.command("quality")
+def quality(
+    out: options.Out,
+    backbone: Annotated[
+        str, typer.Option("--backbone", metavar="NAME", help="default, early, small, or the folder of a training run.")
+    ] = "default",
+    step: Annotated[
+        list[int] | None,
+        typer.Option("--step", metavar="INT", help="Steps at which that run kept its weights; may be repeated."),
+    ] = None,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="INT", help="Prompts of each kind.")] = 100,
+    per_prompt: Annotated[int, typer.Option("--per-prompt", metavar="INT", help="Videos of each prompt.")] = 2,
+    split: Annotated[str, typer.Option("--split", metavar="NAME", help="Whose prompts.")] = "validation",
+    guidance_scale: Annotated[
+        float | None, typer.Option("--guidance-scale", metavar="NUMBER", help="Instead of the default call's.")
+    ] = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Referee what a generator samples: scores, how often each part of a prompt is right, how candidates differ."""
+    from prism.shapeworld import quality as module
+
+    module.run(out, backbone, step or (), prompts, per_prompt, split, guidance_scale, seed, overwrite)
+
+
+@app.command("weaker")
+def weaker(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+    out: options.Out,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", metavar="INT", help="A step at which the run kept its weights.", show_default="the end"),
+    ] = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Save the transformer and text encoder of a run, or of a step of it, as an embedded weaker backbone."""
+    from prism.shapeworld import quality as module
+
+    module.save_weaker(run, out, step, overwrite)

@@ -4,6 +4,7 @@ prompt differ.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 
 from . import CALL, recipe, referee, world
+from .assets import write_manifest
 from .candidates import candidate_seed
 
 BATCH = 32
@@ -81,3 +83,64 @@ def snapshot(out: Path, step: int) -> WanPipeline:
         if strange or set(missing) - tied:
             raise PrismError(f"The file {path} does not hold this model's weights; it belongs to another version.")
     return recipe.assemble(recipe.load_vae(out / "vae"), transformer, encoder)
+
+
+def run(
+    out: Path,
+    backbone: str = "default",
+    steps: Sequence[int] = (),
+    prompts: int = 100,
+    per_prompt: int = 2,
+    split: str = "validation",
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Measure an embedded backbone, or snapshots of a training run, and write `quality.json` to `out`; returns it.
+
+    `prompts` are drawn of each kind (one thing, two). Raises PrismError for a backbone that does not exist."""
+    from . import BACKBONES, pipeline
+
+    if backbone not in BACKBONES and not (Path(backbone) / "transformer").is_dir():
+        names = ", ".join(BACKBONES)
+        raise PrismError(f"The --backbone {backbone} is none of {names} and no training run's folder; name another.")
+    if split not in world.SPLITS:
+        raise PrismError(f'The --split is "{split}"; choose one of {", ".join(world.SPLITS)}.')
+    call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
+    chosen = [prompt for kind in world.KINDS for prompt in world.prompts(split, prompts, kind)]
+    with files.new_folder(out, overwrite) as folder:
+        found = []
+        wanted: Sequence[int | None] = steps or (None,)
+        for step in wanted:
+            pipe = pipeline(backbone) if backbone in BACKBONES else _of_run(Path(backbone), step)
+            found.append({"backbone": backbone, "step": step, **measure(pipe, chosen, per_prompt, seed, call)})
+            print(_line(found[-1]))
+        files.write_json(folder / "quality.json", {"split": split, "measured": found})
+    return {"split": split, "measured": found}
+
+
+def _of_run(out: Path, step: int | None) -> WanPipeline:
+    return recipe.load(out / "pipeline") if step is None else snapshot(out, step)
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    parts = []
+    for kind in world.KINDS:
+        if kind in found:
+            right = ", ".join(f"{name} {share:.0%}" for name, share in found[kind]["right"].items())
+            means = " ".join(f"{name} {mean:.2f}" for name, mean in found[kind]["mean"].items())
+            parts.append(f"{kind}: {means}; right: {right}; within/total {found[kind]['within_over_total'] or 0:.2f}")
+    return f"step {found['step'] or 'last'}: " + " | ".join(parts)
+
+
+def save_weaker(run: Path, folder: Path, step: int | None = None, overwrite: bool = False) -> None:
+    """Write what `shapeworld.pipeline` needs of a weaker backbone: transformer and text encoder of a training run, at
+    the end or at a step whose weights it kept, with settings and log beside them.
+    """
+    source = run / "transformer"
+    pipe = recipe.load(run / "pipeline") if step is None else snapshot(run, step)
+    with files.new_folder(folder, overwrite) as temporary:
+        recipe.save_weaker(pipe, temporary)
+        files.write_json(temporary / "training.json", {"step": step, **files.read_json(source / "config.json")})
+        shutil.copy(source / "log.jsonl", temporary / "log.jsonl")
+        write_manifest(temporary)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -79,7 +79,7 @@ def fit(
             if name not in in_blocks:
                 states[name][p]["step"] = torch.tensor(float(first))
 
-    log, losses, started = (folder / "log.jsonl").open("a"), [], time.time()
+    log, losses, started = _log_until(folder / "log.jsonl", first), [], time.time()
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=None, desc=folder.name):
         pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (DECAY * steps))
         for optimiser, rate in rated:
@@ -109,6 +109,14 @@ def fit(
     for name, p in weights.items():
         p.data.copy_(averages[name])
     log.close()
+
+
+def _log_until(path: Path, step: int) -> TextIO:
+    """The log, open to go on after `step`: what a killed run wrote beyond its last checkpoint is done again."""
+    rows = path.read_text().splitlines() if path.is_file() else []
+    kept = [row for row in rows if json.loads(row)["step"] <= step]
+    path.write_text("".join(f"{row}\n" for row in kept))
+    return path.open("a")
 
 
 def train_vae(folder: Path, config: PartConfig, device: str) -> None:
