@@ -137,5 +137,36 @@ def test_bad_arguments(judge, store):
         evaluate(judge, store, timesteps=(1500,), progress=False)
     with torch.no_grad():
         judge.head.mlp[-1].weight.fill_(float("nan"))
-    with pytest.raises(PrismError, match="at t = 500 is not a finite number"):
+    with pytest.raises(PrismError, match=r"Row 0 has no finite score.*at t = 500 are the videos video-0"):
         evaluate(judge, store, timesteps=(500,), progress=False)
+
+
+class Memory:
+    """A judge that is no `Judge`: it has the answer, and looks at the prompts it is given."""
+
+    name, dimensions, eta = "memory", ("VQ", "overall"), 5.0
+
+    def __init__(self, backbone, store):
+        self.backbone, self.trained_on = backbone, {"seed": 7, "source": "memory"}
+        self.clean = {row["video"]: store.latents([row["video"]])[0] for row in store.videos.to_pylist()}
+        self.rows = {row["video"]: row for row in store.videos.to_pylist()}
+
+    def score(self, noisy_latents, prompts, t, **call):
+        assert call == tiny.CALL_WAN
+        scores = []
+        for latents, prompt in zip(noisy_latents, prompts):
+            video = min(self.clean, key=lambda name: float((latents - self.clean[name]).abs().sum()))
+            assert self.rows[video]["prompt"] == prompt
+            scores.append([self.rows[video]["VQ"]] * 2)
+        return torch.tensor(scores)
+
+
+def test_anything_that_scores_is_evaluated(judge, store):
+    rows = evaluate(Memory(judge.backbone, store), store, timesteps=(0, 1), progress=False)
+    assert [(row["judge"], row["head_seed"], row["source"], row["without_ties"]) for row in rows] == [
+        ("memory", 7, "memory", 1)
+    ] * 4
+    broken = Memory(judge.backbone, store)
+    broken.score = lambda noisy_latents, *_, **__: torch.full((len(noisy_latents), 2), torch.nan)
+    with pytest.raises(PrismError, match=r"score of video 'video-0\d\d' at t = 0 is not a finite number"):
+        evaluate(broken, store, timesteps=(0,), progress=False)

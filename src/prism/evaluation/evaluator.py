@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from prism.errors import PrismError
 from prism.evaluation.accuracy import clustered_bootstrap, pairwise_accuracy
-from prism.judge import Judge
+from prism.evaluation.measurement import Measurement, pair_table
 from prism.judge.objective import tie_margin
 from prism.preference import LatentStore, PromptGroup, prompt_key
 
@@ -22,8 +22,21 @@ TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
 """The noise levels of the paper's Table 1."""
 
 
+class Scorer(Protocol):
+    """What can be evaluated: a `Judge`, or anything else that scores noisy latents on a backbone."""
+
+    name: str
+    backbone: Any
+    dimensions: tuple[str, ...]
+    eta: float
+    trained_on: dict[str, Any]
+
+    def score(self, noisy_latents: Tensor, prompts: Sequence[str], t: float, **call: Any) -> Tensor:
+        """(B, num_dimensions) float32 of latents at t."""
+
+
 def evaluate(
-    judge: Judge,
+    judge: Scorer,
     store: LatentStore,
     split: str = "test",
     timesteps: Sequence[float] = TIMESTEPS,
@@ -32,13 +45,28 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Accuracy of a judge on a split of a store.
+    """Accuracy of a judge on a split of a store: the rows of `measure`, whose arguments it takes."""
+    return measure(judge, store, split, timesteps, num_draws, seed, batch_size, progress).rows
+
+
+def measure(
+    judge: Scorer,
+    store: LatentStore,
+    split: str = "test",
+    timesteps: Sequence[float] = TIMESTEPS,
+    num_draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Measurement:
+    """A judge's accuracy on a split of a store, with its margin on every pair.
 
     Each video is noised by its own draw, a function of (seed, video, t, draw), so that a figure does not depend on
-    which other videos or levels are evaluated beside it. Each (video, t, draw) costs one truncated forward pass.
+    which other videos or levels are evaluated beside it, and all judges see the same noise. Each (video, t, draw) costs
+    a `Judge` one truncated forward pass.
 
     Args:
-        judge: the judge; every one of its dimensions needs a column in the store's pairs.
+        judge: a judge; every one of its dimensions needs a column in the store's pairs.
         store: opened store.
         split: the pairs to measure on. Those of "validation" choose ``with_ties_validation_threshold``'s threshold.
         timesteps: noise levels in [0, 1000], 0 clean.
@@ -48,10 +76,10 @@ def evaluate(
         progress: show a progress bar (on a terminal).
 
     Returns:
-        One row per t and dimension, the "accuracy" rows of metrics.json: judge, head_seed, source, t, log_snr, set,
-        dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on this very split, for comparison with
-        published figures), with_ties_validation_threshold, with_ties_model_rule (Eq. 3-4's own rule, untuned), pairs
-        (all labelled, ties included), prompts. None where there is nothing to measure.
+        Its ``rows``, one per t and dimension, are the "accuracy" rows of metrics.json: judge, head_seed, source, t,
+        log_snr, set, dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on this very split, for
+        comparison with published figures), with_ties_validation_threshold, with_ties_model_rule (Eq. 3-4's own rule,
+        untuned), pairs (all labelled, ties included), prompts. None where there is nothing to measure.
 
     Raises:
         PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
@@ -68,20 +96,23 @@ def evaluate(
         _check_leak(judge, [*groups, *validation], store)
 
     everything = {group.prompt: group for group in [*groups, *validation]}
-    rows = []
+    rows, margins = [], []
     passes = [(t, draw) for t in timesteps for draw in range(num_draws if t else 1)]
     videos = sum(len(group.videos) for group in everything.values())
-    with tqdm(total=len(passes) * videos, desc="evaluate", unit="video", disable=None if progress else True) as bar:
+    label = f"evaluate {judge.name}"
+    with tqdm(total=len(passes) * videos, desc=label, unit="video", disable=None if progress else True) as bar:
         for t in timesteps:
             draws = num_draws if t else 1
             scores = score_videos(judge, store, list(everything.values()), t, draws, seed, batch_size, bar)
             rows += _rows(judge, groups, validation, scores, t, split, seed)
-    return rows
+            margins.append(pair_margins(groups, scores)[1])
+    table = pair_table(judge.name, groups, judge.dimensions, timesteps, margins)
+    return Measurement(rows, table, {"split": split, "num_draws": num_draws, "seed": seed})
 
 
 @torch.no_grad()
 def score_videos(
-    judge: Judge,
+    judge: Scorer,
     store: LatentStore,
     groups: Sequence[PromptGroup],
     t: float,
@@ -91,28 +122,41 @@ def score_videos(
     bar: Any = None,
 ) -> dict[str, np.ndarray]:
     """Scores of the groups' videos at level t: video -> (num_dimensions,) float64, the mean over noise draws."""
-    todo = [(video, group.prompt) for group in groups for video in group.videos]
-    conditioning = judge.backbone.condition([group.prompt for group in groups], **store.call)
-    prompt_rows = [row for row, group in enumerate(groups) for _ in group.videos]
-    scores: dict[str, np.ndarray] = {}
-    for start in range(0, len(todo), batch_size):
-        names = [video for video, _ in todo[start : start + batch_size]]
-        latents = store.latents(names)
-        rows = conditioning[prompt_rows[start : start + batch_size]]
-        total = torch.zeros(len(names), len(judge.dimensions), dtype=torch.float64)
-        for draw in range(num_draws):
-            noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in names])
-            noisy = judge.backbone.add_noise(latents, t, noise)  # Eq. 1
-            total += judge.score_tokens(judge.backbone.tokens(noisy, rows, t, judge.tap)).double().cpu()
-            if bar is not None:
-                bar.update(len(names))
-        bad = ~total.isfinite().all(1)
+    totals: dict[str, np.ndarray] = {}
+    for videos, prompts, noisy in noised(judge.backbone, store, groups, t, num_draws, seed, batch_size):
+        try:
+            scores = judge.score(noisy, prompts, t, **store.call).double().cpu()
+        except PrismError as error:
+            raise PrismError(f"{error} (Its rows at t = {t:g} are the videos {', '.join(videos)}.)") from error
+        bad = ~scores.isfinite().all(1)
         if bool(bad.any()):
             raise PrismError(
-                f"The score of video {names[int(bad.nonzero()[0])]!r} at t = {t:g} is not a finite number."
+                f"The score of video {videos[int(bad.nonzero()[0])]!r} at t = {t:g} is not a finite number."
             )
-        scores.update(zip(names, (total / num_draws).numpy()))
-    return scores
+        for video, row in zip(videos, scores.numpy()):
+            totals[video] = totals.get(video, 0.0) + row
+        if bar is not None:
+            bar.update(len(videos))
+    return {video: total / num_draws for video, total in totals.items()}
+
+
+def noised(
+    backbone: Any,
+    store: LatentStore,
+    groups: Sequence[PromptGroup],
+    t: float,
+    num_draws: int,
+    seed: int,
+    batch_size: int = 64,
+) -> Iterator[tuple[list[str], list[str], Tensor]]:
+    """The groups' videos at level t, in batches: (videos, their prompts, noisy latents), each draw a batch."""
+    todo = [(video, group.prompt) for group in groups for video in group.videos]
+    for start in range(0, len(todo), batch_size):
+        videos, prompts = (list(column) for column in zip(*todo[start : start + batch_size]))
+        latents = store.latents(videos)
+        for draw in range(num_draws):
+            noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in videos])
+            yield videos, prompts, backbone.add_noise(latents, t, noise)  # Eq. 1
 
 
 def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> Tensor:
@@ -123,7 +167,7 @@ def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> 
 
 
 def _rows(
-    judge: Judge,
+    judge: Scorer,
     groups: Sequence[PromptGroup],
     validation: Sequence[PromptGroup],
     scores: dict[str, np.ndarray],
@@ -131,10 +175,10 @@ def _rows(
     split: str,
     seed: int,
 ) -> list[dict[str, Any]]:
-    labels, margins, prompts = _margins(groups, scores)
-    val_labels, val_margins, _ = _margins(validation, scores)
+    labels, margins, prompts = pair_margins(groups, scores)
+    val_labels, val_margins, _ = pair_margins(validation, scores)
     common = {
-        "judge": "prism",
+        "judge": judge.name,
         "head_seed": judge.trained_on.get("seed"),
         "source": judge.trained_on.get("source", "untrained"),
         "t": t,
@@ -169,7 +213,9 @@ def _rows(
     return rows
 
 
-def _margins(groups: Sequence[PromptGroup], scores: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pair_margins(
+    groups: Sequence[PromptGroup], scores: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels and margins (pairs, num_dimensions) and the prompt's number (pairs,), over all groups."""
     if not groups:
         return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, dtype=np.int64)
@@ -182,7 +228,7 @@ def _margins(groups: Sequence[PromptGroup], scores: dict[str, np.ndarray]) -> tu
     return labels, np.concatenate(margins), np.repeat(np.arange(len(groups)), sizes)
 
 
-def _log_snr(judge: Judge, t: float) -> float | None:
+def _log_snr(judge: Scorer, t: float) -> float | None:
     """2 ln(alpha / sigma) of the backbone at t; None where it is infinite."""
     alpha, sigma, _ = judge.backbone.family.level(judge.backbone.pipe.scheduler, torch.tensor([float(t)]))
     return 2 * math.log(float(alpha) / float(sigma)) if alpha > 0 and sigma > 0 else None
@@ -192,7 +238,7 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _check_leak(judge: Judge, groups: Sequence[PromptGroup], store: LatentStore) -> None:
+def _check_leak(judge: Scorer, groups: Sequence[PromptGroup], store: LatentStore) -> None:
     trained_on = set(judge.trained_on.get("prompt_keys", ()))
     for group in groups:
         if prompt_key(group.prompt) in trained_on:

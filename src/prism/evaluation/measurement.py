@@ -1,0 +1,162 @@
+"""What was measured of a judge, pair by pair: kept as one Parquet file, and compared with another judge's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prism.errors import PrismError
+from prism.evaluation.accuracy import clustered_bootstrap
+from prism.preference import PromptGroup
+
+COLUMNS = ("judge", "t", "dimension", "prompt", "video_a", "video_b", "label", "margin")
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """A judge measured on a split.
+
+    rows: the "accuracy" rows of metrics.json.
+    pairs: one row per t, dimension and labelled pair: judge, t, dimension, prompt, video_a, video_b, label (1 A
+        preferred, -1 B, 0 tie) and margin (score of A minus score of B).
+    settings: split, num_draws and seed of the noise, without which two judges were not measured alike.
+    """
+
+    rows: list[dict[str, Any]]
+    pairs: pa.Table
+    settings: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as one Parquet file."""
+        extra = json.dumps({"rows": self.rows, "settings": self.settings})
+        pq.write_table(self.pairs.replace_schema_metadata({"prism": extra}), path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Measurement:
+        """Read what `save` wrote. Raises PrismError for a file that is missing or is none of these."""
+        try:
+            table = pq.read_table(path)
+            extra = json.loads((table.schema.metadata or {})[b"prism"])
+            return cls(extra["rows"], table.select(COLUMNS), extra["settings"])
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise PrismError(f"The file {path} is no whole measurement of a judge ({error}); measure anew.") from error
+
+    def decided(self) -> dict[tuple[float, str], tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
+        """(t, dimension) -> its decided pairs: (video_a, video_b), prompts (n,), and whether judged right (n,) bool."""
+        columns = {name: self.pairs[name].to_numpy(zero_copy_only=False) for name in COLUMNS}
+        wanted = columns["label"] != 0
+        levels, dimensions = columns["t"][wanted], columns["dimension"][wanted]
+        keys = list(dict.fromkeys(zip(levels.tolist(), dimensions.tolist())))
+        found = {}
+        for t, dimension in keys:
+            rows = np.flatnonzero(wanted)[(levels == t) & (dimensions == dimension)]
+            pairs = list(zip(columns["video_a"][rows].tolist(), columns["video_b"][rows].tolist()))
+            right = columns["label"][rows] * columns["margin"][rows] > 0
+            found[t, dimension] = pairs, columns["prompt"][rows], right
+        return found
+
+
+def pair_table(
+    judge: str,
+    groups: Sequence[PromptGroup],
+    dimensions: Sequence[str],
+    timesteps: Sequence[float],
+    margins: Sequence[np.ndarray],
+) -> pa.Table:
+    """`Measurement.pairs` from the margins (pairs, num_dimensions) at each noise level, over all groups."""
+    labels = np.concatenate([group.labels for group in groups])
+    prompts = np.concatenate([np.full(len(group.labels), group.prompt, dtype=object) for group in groups])
+    videos = [np.array(group.videos, dtype=object) for group in groups]
+    first = np.concatenate([names[group.first] for names, group in zip(videos, groups)])
+    second = np.concatenate([names[group.second] for names, group in zip(videos, groups)])
+    tables = []
+    for t, values in zip(timesteps, margins):
+        for column, dimension in enumerate(dimensions):
+            known = ~np.isnan(labels[:, column])
+            count = int(known.sum())
+            arrays = [
+                pa.array([judge] * count, pa.string()),
+                pa.array([float(t)] * count, pa.float64()),
+                pa.array([dimension] * count, pa.string()),
+                *(pa.array(names[known], pa.string()) for names in (prompts, first, second)),
+                pa.array(labels[known, column].astype(np.int8)),
+                pa.array(values[known, column].astype(np.float64)),
+            ]
+            tables.append(pa.table(arrays, names=list(COLUMNS)))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def compare_judges(
+    one: Measurement | Sequence[Measurement], other: Measurement | Sequence[Measurement], seed: int = 0
+) -> list[dict[str, Any]]:
+    """How much more often one judge is right than another, on the same pairs under the same noise.
+
+    The interval is the paired bootstrap's: what is resampled, whole prompts at a time, are the differences pair by
+    pair, so that what is hard for both cancels.
+
+    Args:
+        one, other: measurements on the same split, levels, draws and seed. Several of one judge (heads of several
+            seeds) count as their mean: the share of them that is right about a pair.
+        seed: of the resampling.
+
+    Returns:
+        The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
+        dimension, difference (accuracy without ties of `one` minus `other`'s), ci95, pairs (decided), prompts.
+
+    Raises:
+        PrismError: where the two were not measured alike.
+    """
+    ours, theirs = _several(one), _several(other)
+    first = ours[0]
+    for measured in [*ours, *theirs]:
+        if measured.settings != first.settings:
+            raise PrismError(
+                f"Judges are compared under the same noise on the same split, found {first.settings} and "
+                f"{measured.settings}; measure both alike."
+            )
+    left, right = [measured.decided() for measured in ours], [measured.decided() for measured in theirs]
+    rows = []
+    for key in left[0]:
+        if not all(key in found for found in [*left, *right]):
+            continue
+        pairs, prompts, _ = left[0][key]
+        if any(found[key][0] != pairs for found in [*left, *right]):
+            raise PrismError(
+                f"The judges were measured on different pairs at t = {key[0]:g} in {key[1]}; use the same store."
+            )
+        gain = np.mean([found[key][2] for found in left], 0) - np.mean([found[key][2] for found in right], 0)
+        if not len(gain):
+            continue
+        low, high = clustered_bootstrap(gain, prompts, seed=seed)
+        rows.append(
+            {
+                "judge": _name(first),
+                "against": _name(theirs[0]),
+                "set": first.settings["split"],
+                "t": int(key[0]) if key[0].is_integer() else key[0],
+                "dimension": key[1],
+                "difference": float(gain.mean()),
+                "ci95": [low, high],
+                "pairs": len(gain),
+                "prompts": len(set(prompts.tolist())),
+            }
+        )
+    return rows
+
+
+def _several(measured: Measurement | Sequence[Measurement]) -> list[Measurement]:
+    found = [measured] if isinstance(measured, Measurement) else list(measured)
+    if not found:
+        raise PrismError("There is no measurement to compare; give at least one of each judge.")
+    return found
+
+
+def _name(measured: Measurement) -> str:
+    return measured.pairs["judge"][0].as_py()
