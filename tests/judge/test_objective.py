@@ -89,3 +89,18 @@ def test_refuses():
         log_probabilities(torch.zeros(1), 1.0)
     with pytest.raises(PrismError, match="'hinge' does not exist"):
         preference_loss(torch.zeros(1, 1), torch.zeros(1, 1), objective="hinge")
+
+
+@pytest.mark.parametrize("objective", ["btt", "bt"])
+def test_smoothing_is_the_loss_of_labels_mixed_with_all_outcomes(objective):
+    margins = torch.tensor([[0.7], [-1.2], [0.3]], dtype=torch.float64)
+    labels = torch.tensor([[1.0], [-1.0], [NAN]], dtype=torch.float64)
+    outcomes = (1.0, 0.0, -1.0) if objective == "btt" else (1.0, -1.0)
+    plain = float(preference_loss(margins, labels, 3.0, objective))
+    spread = [
+        float(preference_loss(margins[row : row + 1], torch.tensor([[label]], dtype=torch.float64), 3.0, objective))
+        for row in (0, 1)
+        for label in outcomes
+    ]
+    expected = 0.8 * plain + 0.2 * sum(spread) / len(spread)
+    assert float(preference_loss(margins, labels, 3.0, objective, smoothing=0.2)) == pytest.approx(expected)

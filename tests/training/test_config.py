@@ -42,6 +42,11 @@ def test_learning_rate():
         ({"t_high": 1001}, "t_high"),
         ({"ema_decay": 1}, "ema_decay"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"per_prompt": 1}, "per_prompt must be 0, or at least 2"),
+        ({"trajectory_share": 1.5}, "trajectory_share must be from 0 to 1"),
+        ({"levels": "middle"}, "levels must be one of uniform, clean, noise"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+        ({"keep_best": True}, "keep_best must be false without validate_every"),
         ({"shared_noise": 1}, "shared_noise must be bool"),
     ],
 )

@@ -25,9 +25,16 @@ from prism.training import TrainConfig, train
 from prism.training.batches import Batches
 
 CONFIG = TrainConfig(steps=8, prompts_per_step=2, learning_rate=1e-3, log_every=3, checkpoint_every=2)
-# Everything that has a state: average, schedule, both sources, shared noise.
+# Everything that has a state: average, best weights, schedule, both sources, shared noise.
 EVERYTHING = dataclasses.replace(
-    CONFIG, ema_decay=0.9, schedule="cosine", warmup_steps=2, source="mixed", shared_noise=True
+    CONFIG,
+    ema_decay=0.9,
+    schedule="cosine",
+    warmup_steps=2,
+    source="mixed",
+    shared_noise=True,
+    validate_every=1,
+    keep_best=True,
 )
 
 

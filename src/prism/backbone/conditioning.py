@@ -31,6 +31,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.visual)
 
+    def after(self, block: int) -> Tensor:
+        """(B, L, D_vis) after one of the blocks that were tapped."""
+        return self.lower.get(block, self.visual)
+
     def __getitem__(self, rows: Any) -> Tokens:
         take = lambda value: None if value is None else value[rows]  # noqa: E731
         lower = {block: value[rows] for block, value in self.lower.items()}

@@ -99,6 +99,15 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = "renoised",
+    trajectory_share: Annotated[
+        float,
+        typer.Option(
+            "--trajectory-share",
+            metavar="NUMBER",
+            help="Of the source mixed: share of recorded states, 0 to 1.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0.5,
     t_low: Annotated[
         float,
         typer.Option(
@@ -120,6 +129,23 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = 0.0,
+    validate_every: Annotated[
+        int,
+        typer.Option(
+            "--validate-every",
+            metavar="STEPS",
+            help="Steps between measurements on the validation pairs; 0: none.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0,
+    keep_best: Annotated[
+        bool,
+        typer.Option(
+            "--keep-best",
+            help="Save the head of the best validation, not the last.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = False,
     checkpoint_every: Annotated[
         int,
         typer.Option(
@@ -150,9 +176,12 @@ def train(
         objective=objective,
         eta=eta,
         source=source,
+        trajectory_share=trajectory_share,
         t_low=t_low,
         t_high=t_high,
         ema_decay=ema_decay,
+        validate_every=validate_every,
+        keep_best=keep_best,
         checkpoint_every=checkpoint_every,
         seed=seed,
     )

@@ -69,7 +69,8 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         config.train.seed,
         timings={"train": result["seconds"]},
         train=summary,
-        history=result["history"],
+        history=[entry for entry in result["history"] if "loss" in entry],
+        validation=[entry for entry in result["history"] if "validation" in entry],
     )
     files.write_json(out / "metrics.json", metrics)
     settings = files.read_json(out / "config.json")

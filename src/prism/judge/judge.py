@@ -310,7 +310,9 @@ class Judge:
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
         """Each member's own scores (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
-        return torch.stack([member.head(*self._of(member, tokens)) for member in self.members])
+        return torch.stack(
+            [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
+        )
 
     @torch.no_grad()
     def attention(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
@@ -320,7 +322,10 @@ class Judge:
         """
         tokens = self._tokens(noisy_latents, prompts, t, call)
         count = tokens.visual.shape[1]
-        maps = [member.head.attention(*self._of(member, tokens))[..., :count].mean(1) for member in self.members]
+        maps = [
+            member.head.attention(tokens.after(member.tap), tokens.text, tokens.text_mask)[..., :count].mean(1)
+            for member in self.members
+        ]
         return torch.stack(maps).mean(0).view(-1, *tokens.grid)
 
     def _tokens(
@@ -331,10 +336,6 @@ class Judge:
         if len(listed) != rows:
             raise PrismError(f"Each row of the latents needs its prompt, found {len(listed)} prompts for {rows} rows.")
         return self.backbone.tokens(noisy_latents, self.backbone.condition(listed, **call), t, self.taps)
-
-    def _of(self, member: Member, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        visual = tokens.visual if member.tap == self.tap else tokens.lower[member.tap]
-        return visual, tokens.text, tokens.text_mask
 
     @staticmethod
     def _finite(scores: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
     return torch.stack([first, math.log(eta**2 - 1) + first + second, second], dim=-1)
 
 
-def preference_loss(margins: Tensor, labels: Tensor, eta: float = 5.0, objective: str = "btt") -> Tensor:
+def preference_loss(
+    margins: Tensor, labels: Tensor, eta: float = 5.0, objective: str = "btt", smoothing: float = 0.0
+) -> Tensor:
     """Mean negative log-likelihood of the labels: first over the pairs of each dimension, then over dimensions.
 
     Dimensions with no label in the batch do not count. A batch without any label gives 0.
@@ -43,6 +45,7 @@ def preference_loss(margins: Tensor, labels: Tensor, eta: float = 5.0, objective
         labels: same shape, 1 / -1 / 0, NaN where there is no label.
         eta: threshold of Eq. 3-4. Unused by ``"bt"``.
         objective: ``"btt"`` (Eq. 3-4) or ``"bt"`` (plain Bradley-Terry, which leaves ties out).
+        smoothing: share of each label, in [0, 1), that is spread over all outcomes alike.
     """
     if objective not in OBJECTIVES:
         raise PrismError(f"The objective {objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
@@ -50,10 +53,12 @@ def preference_loss(margins: Tensor, labels: Tensor, eta: float = 5.0, objective
     known = torch.where(labelled, labels, torch.zeros_like(labels))
     if objective == "bt":
         labelled = labelled & (known != 0)
-        losses = -logsigmoid(margins * known)
+        log_p, outcome = logsigmoid(torch.stack([margins, -margins], -1)), (known < 0).long()
     else:
-        outcome = (1 - known).long()  # 1, 0, -1 -> columns 0, 1, 2
-        losses = -log_probabilities(margins, eta).gather(-1, outcome[..., None]).squeeze(-1)
+        log_p, outcome = log_probabilities(margins, eta), (1 - known).long()  # 1, 0, -1 -> columns 0, 1, 2
+    losses = -log_p.gather(-1, outcome[..., None]).squeeze(-1)
+    if smoothing:
+        losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
     # where, not a product: an infinite margin of an unlabelled pair must not become NaN.
     losses = torch.where(labelled, losses, torch.zeros_like(losses))
     counts = labelled.sum(0)

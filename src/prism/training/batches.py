@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.preference import LatentStore, PromptGroup
+from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.training.config import TrainConfig
 
 
@@ -31,6 +32,41 @@ class Batch:
     """(pairs,) row of B."""
     labels: Tensor
     """(pairs, num_dimensions) 1, -1, 0 or NaN."""
+
+
+# Inverse distribution functions on [0, 1]: uniform, and densities that fall linearly away from either end.
+_LEVELS = {"uniform": lambda u: u, "clean": lambda u: 1 - (1 - u) ** 0.5, "noise": lambda u: u**0.5}
+
+
+def training_groups(store: LatentStore, dimensions: Sequence[str], config: TrainConfig) -> list[PromptGroup]:
+    """The store's training pairs that the configuration asks for, by prompt.
+
+    Which prompts ``max_prompts`` takes depends on their text alone: fewer are a part of more.
+
+    Raises:
+        PrismError: where there are none.
+    """
+    groups = store.groups("train", dimensions)
+    if config.max_prompts:
+        groups = sorted(groups, key=lambda group: prompt_key(group.prompt))[: config.max_prompts]
+    if config.per_prompt:
+        order = {video: place for place, video in enumerate(store.videos["video"].to_pylist())}
+        groups = [_first_videos(group, config.per_prompt, order) for group in groups]
+    groups = [group for group in groups if len(group.labels)]
+    if not groups:
+        raise PrismError(f"The store {store.folder} has no training pairs labelled {', '.join(dimensions)}.")
+    return groups
+
+
+def _first_videos(group: PromptGroup, count: int, order: Mapping[str, int]) -> PromptGroup:
+    """The pairs among the first videos of a group."""
+    kept = sorted(range(len(group.videos)), key=lambda place: order[group.videos[place]])[:count]
+    renumbered = np.full(len(group.videos), -1)
+    renumbered[kept] = np.arange(len(kept))
+    first, second = renumbered[group.first], renumbered[group.second]
+    rows = (first >= 0) & (second >= 0)
+    videos = tuple(group.videos[place] for place in kept)
+    return PromptGroup(group.prompt, videos, first[rows], second[rows], group.labels[rows])
 
 
 class Batches:
@@ -60,10 +96,14 @@ class Batches:
         """The batch of a step (from 0), of the prompt groups at some of its ``prompts_per_step`` places."""
         latents, levels, prompts, first, second, labels = [], [], [], [], [], []
         offset = 0
-        for place in places:
-            index = self._group(step * self.config.prompts_per_step + place)
+        for place, copy in itertools.product(places, range(self.config.draws_per_step)):
+            index, epoch = self._group(step * self.config.prompts_per_step + place)
             group = self.groups[index]
-            noisy, t = self._noisy(group, np.random.default_rng([self.config.seed, step, place]))
+            key = [self.config.seed, step, place, *([copy] if copy else [])]
+            if self.config.noise_draws:  # the same few again, epoch by epoch
+                draw = (epoch * self.config.draws_per_step + copy) % self.config.noise_draws
+                key = [self.config.seed, index, draw, 0, 0]
+            noisy, t = self._noisy(group, np.random.default_rng(key))
             latents.append(noisy)
             levels.append(t)
             prompts += [index] * len(group.videos)
@@ -81,19 +121,20 @@ class Batches:
             torch.from_numpy(np.concatenate(labels)).to(device, torch.float32),
         )
 
-    def _group(self, position: int) -> int:
-        """The prompt at a position of the endless sequence of shuffled epochs."""
+    def _group(self, position: int) -> tuple[int, int]:
+        """The prompt at a position of the endless sequence of shuffled epochs, and its epoch."""
         epoch, place = divmod(position, len(self.groups))
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.groups))
-        return int(self._order[1][place])
+        return int(self._order[1][place]), epoch
 
     def _noisy(self, group: PromptGroup, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The videos of a group at one noise level: (videos, ...) and (videos,)."""
         source = self.config.source
-        level = rng.uniform(self.config.t_low, self.config.t_high)  # drawn by every source, to compare them
+        share = _LEVELS[self.config.levels](rng.uniform())  # drawn by every source, to compare them
+        level = self.config.t_low + share * (self.config.t_high - self.config.t_low)
         if source == "mixed":
-            source = ("renoised", "trajectory")[int(rng.integers(2))]
+            source = "trajectory" if rng.uniform() < self.config.trajectory_share else "renoised"
         if source == "trajectory":
             states, t = self.store.trajectory(group.videos, index=self._states[int(rng.integers(len(self._states)))])
             if bool((t != t[0]).any()):

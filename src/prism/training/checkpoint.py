@@ -9,49 +9,39 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism import files
 from prism.errors import PrismError
+from prism.training.learner import Learner
 
 KEEP = 2
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    head: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
-    state: dict[str, Any],
-) -> None:
-    """Publish ``folder/step-<step>`` and remove all but the last two.
-
-    Args:
-        average: moving average of the weights, by parameter name.
-        state: anything else, as JSON.
-    """
+def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
+    """Publish ``folder/step-<step>``, all that the learner needs to go on, and remove all but the last two."""
+    head, optimizer = learner.judge.head, learner.optimizer.optimizer
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     for (name, _), values in zip(head.named_parameters(), _per_parameter(optimizer)):
         tensors |= {f"optimizer.{name}.{key}": torch.as_tensor(value) for key, value in values.items()}
-    tensors |= {f"average.{name}": value for name, value in (average or {}).items()}
+    for copy, values in learner.copies.items():
+        tensors |= {f"{copy}.{name}": value for name, value in values.items()}
+    state = {"step": step, "history": learner.history, "window": learner.window.state, "best": learner.best}
     with files.new_folder(folder / f"step-{step:08d}", overwrite=True) as temporary:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary / "state.safetensors",
         )
-        files.write_json(temporary / "state.json", {"step": step, **state})
+        files.write_json(temporary / "state.json", state)
     for old in _checkpoints(folder)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(
-    folder: Path, head: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None
-) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint into head, optimiser and average.
+def load_checkpoint(folder: Path, learner: Learner) -> int:
+    """Load the newest whole checkpoint into the learner.
 
     Returns:
-        Its JSON state, None where there is no checkpoint.
+        The number of steps done by then; 0 where there is no checkpoint.
 
     Raises:
         PrismError: where there are checkpoints, and all of them are damaged.
@@ -61,33 +51,30 @@ def load_checkpoint(
         try:
             tensors = files.load_safetensors(path / "state.safetensors")
             state = files.read_json(path / "state.json")
-            _restore(path, tensors, head, optimizer, average)
-            return state
+            _restore(path, tensors, state, learner)
+            return state["step"]
         except PrismError as error:
             if path == found[0]:
                 raise
             warnings.warn(f"{error} Falling back on the checkpoint before it.", stacklevel=2)
-    return None
+    return 0
 
 
-def _restore(
-    path: Path,
-    tensors: dict[str, Tensor],
-    head: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor] | None,
-) -> None:
+def _restore(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], learner: Learner) -> None:
+    head, optimizer = learner.judge.head, learner.optimizer.optimizer
     try:
         head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
-        states = {}
+        moments = {}
         for index, (name, parameter) in enumerate(head.named_parameters()):
             prefix = f"optimizer.{name}."
             values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             # AdamW counts its steps on the CPU, whatever the parameter's device.
-            states[index] = {key: v if key == "step" else v.to(parameter.device) for key, v in values.items()}
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-        for name, value in (average or {}).items():
-            value.copy_(tensors[f"average.{name}"])
+            moments[index] = {key: v if key == "step" else v.to(parameter.device) for key, v in values.items()}
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        for copy, weights in learner.copies.items():
+            for name, value in weights.items():
+                value.copy_(tensors[f"{copy}.{name}"])
+        learner.history, learner.window.state, learner.best = state["history"], state["window"], state["best"]
     except (KeyError, RuntimeError) as error:
         raise PrismError(f"The checkpoint {path} does not fit this run ({error}).") from error
 

@@ -12,6 +12,7 @@ from prism.errors import PrismError
 from prism.judge.objective import OBJECTIVES
 
 SOURCES = ("renoised", "trajectory", "mixed")
+LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
 
 
@@ -37,13 +38,31 @@ class TrainConfig:
     source: str = "renoised"
     """"renoised": finished latents, noised anew at each step (Eq. 1). "trajectory": states recorded while sampling.
     "mixed": one or the other, by a coin per prompt and step."""
+    trajectory_share: float = 0.5
+    """Of "mixed": how often the coin falls on the trajectory."""
+    max_prompts: int = 0
+    """Prompts to train on, the same ones whatever else is set; 0: all."""
+    per_prompt: int = 0
+    """Videos of each prompt to train on, the store's first; 0: all."""
     t_low: float = 0.0
     t_high: float = 1000.0
     """t ~ U(t_low, t_high). Of a trajectory, the states within are drawn evenly."""
+    levels: str = "uniform"
+    """Density of t: "uniform", or falling linearly to zero away from the "clean" or the "noise" end."""
+    draws_per_step: int = 1
+    """Times each prompt of a step is noised, each time anew at its own t."""
+    noise_draws: int = 0
+    """Different noise and t that a prompt's videos ever get, over and over; 0: fresh ones each time."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over A, tie and B alike: labels near a tie margin are unsure."""
     shared_noise: bool = False
     """Whether the videos of a prompt get the same noise at a step. The paper does not say."""
     ema_decay: float = 0.0
     """The saved head is the moving average of the weights with this decay; 0: the last weights."""
+    validate_every: int = 0
+    """Steps between measurements on the store's validation pairs, kept in the history; 0: none."""
+    keep_best: bool = False
+    """Whether the saved head is the one of the best validation, in place of the last."""
     max_rows: int = 64
     """Videos in one forward pass of the backbone; bounds memory, changes nothing else."""
     checkpoint_every: int = 500
@@ -59,15 +78,21 @@ class TrainConfig:
                 object.__setattr__(self, field.name, float(value))
             elif type(value) is not kind:
                 raise PrismError(f"The training setting {field.name} must be {kind.__name__}, found {value!r}.")
-        for name in ("steps", "prompts_per_step", "max_rows", "log_every"):
+        for name in ("steps", "prompts_per_step", "draws_per_step", "max_rows", "log_every"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "checkpoint_every", "seed", "weight_decay", "max_gradient_norm"):
+        whole = ("warmup_steps", "checkpoint_every", "seed", "max_prompts", "noise_draws", "validate_every")
+        for name in (*whole, "weight_decay", "max_gradient_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("eta", self.eta > 1, "above 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         self._require("t_low", 0 <= self.t_low < self.t_high, "from 0 to below t_high")
         self._require("t_high", self.t_high <= 1000, "at most 1000")
+        self._require("per_prompt", self.per_prompt != 1 and self.per_prompt >= 0, "0, or at least 2 to make a pair")
+        self._require("trajectory_share", 0 <= self.trajectory_share <= 1, "from 0 to 1")
+        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
+        self._require("keep_best", not self.keep_best or self.validate_every > 0, "false without validate_every")
+        self._require("levels", self.levels in LEVELS, f"one of {', '.join(LEVELS)}")
         self._require("source", self.source in SOURCES, f"one of {', '.join(SOURCES)}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")

@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from prism import files
-from prism.backbone import Conditioning
 from prism.errors import PrismError
 from prism.judge import Judge
-from prism.judge.objective import preference_loss
-from prism.preference import LatentStore, prompt_key
-from prism.training.batches import Batch, Batches
+from prism.preference import LatentStore
+from prism.training.batches import Batches, training_groups
 from prism.training.checkpoint import load_checkpoint, save_checkpoint
 from prism.training.config import TrainConfig
+from prism.training.learner import Learner, read, store_identity
+from prism.training.validation import Validation
+
+# What decides which rows a step reads, and in which batches; `train_together` needs it alike.
+SHARED = (
+    *("seed", "prompts_per_step", "max_rows", "max_prompts", "per_prompt", "source", "trajectory_share"),
+    *("t_low", "t_high", "levels", "draws_per_step", "noise_draws", "shared_noise"),
+)
 
 
 def train(
@@ -51,16 +56,14 @@ def train(
 
     Returns:
         {"history": [...], "steps": int, "seconds": float, "pairs": int, "prompts": int}; each entry of the history has
-        the step, the mean loss since the entry before, the share of decided pairs judged right per dimension, and the
-        learning rate.
+        the step, and either the mean loss since the entry before, the share of decided pairs judged right per dimension
+        and the learning rate, or that share on validation pairs.
 
     Raises:
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
     """
     started, out = time.perf_counter(), Path(out)
-    groups = store.groups("train", judge.dimensions)
-    if not groups:
-        raise PrismError(f"The store {store.folder} has no training pairs labelled {', '.join(judge.dimensions)}.")
+    groups = training_groups(store, judge.dimensions, config)
     _check_backbone(store, judge)
     # The head lies where the backbone is; accelerate need not move it.
     accelerator = Accelerator(cpu=judge.backbone.device.type == "cpu", device_placement=False)
@@ -69,6 +72,7 @@ def train(
             f"The training setting prompts_per_step must be at least the number of processes, "
             f"{accelerator.num_processes}; found {config.prompts_per_step}."
         )
+    validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
     if accelerator.is_main_process:
         _claim(out, _resolved(store, judge, config), resume)
     accelerator.wait_for_everyone()
@@ -78,66 +82,28 @@ def train(
 
     batches = Batches(store, groups, judge.backbone, config)
     conditioning = judge.backbone.condition([group.prompt for group in groups], **store.call)
-    optimizer = torch.optim.AdamW(judge.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    head, optimizer = accelerator.prepare(judge.head, optimizer)
-    average = (
-        {name: value.detach().clone() for name, value in judge.head.named_parameters()} if config.ema_decay else None
-    )
+    learner = Learner(judge, config, accelerator)
     checkpoints = out / "checkpoints"
-    state = load_checkpoint(checkpoints, judge.head, optimizer.optimizer, average) or {}
-    start, history = state.get("step", 0), state.get("history", [])
-    window = Window(judge.dimensions, state.get("window"))
+    start = load_checkpoint(checkpoints, learner)
     places = range(accelerator.process_index, config.prompts_per_step, accelerator.num_processes)
 
-    judge.head.train()
     bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if progress else True)
     for step in range(start, config.steps):
         batch = batches.draw(step, places)
-        margins = score_rows(judge, head, batch, conditioning, config.max_rows)
-        margins = margins[batch.first] - margins[batch.second]
-        loss = preference_loss(margins, batch.labels, config.eta, config.objective)
-        if not bool(loss.isfinite()):
-            raise PrismError(
-                f"The loss of step {step + 1} is not finite; lower the learning rate or check the latents."
-            )
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        if config.max_gradient_norm:
-            accelerator.clip_grad_norm_(head.parameters(), config.max_gradient_norm)
-        rate = config.learning_rate_at(step)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = rate
-        optimizer.step()
-        if average is not None:
-            _move(average, judge.head, min(config.ema_decay, (1 + step) / (10 + step)))
-
-        window.add(loss, margins, batch.labels)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            history.append({"step": step + 1, **window.close(), "learning_rate": rate})
-            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}")
+        learner.update(step, read([learner], batch, conditioning, config.max_rows)[0], batch)
+        if validation is not None and _due(step, config.validate_every, config.steps):
+            learner.validate(step, validation)
+        if learner.history and learner.history[-1]["step"] == step + 1:
+            bar.set_postfix(_shown(learner.history[-1]))
         bar.update()
         due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
         if due and step + 1 < config.steps and accelerator.is_main_process:
-            extra = {"history": history, "window": window.state}
-            save_checkpoint(checkpoints, step + 1, judge.head, optimizer.optimizer, average, extra)
+            save_checkpoint(checkpoints, step + 1, learner)
     bar.close()
 
-    if average is not None:
-        judge.head.load_state_dict({**judge.head.state_dict(), **average})
-    judge.head.eval()
-    judge.eta = config.eta
-    judge.trained_on = {
-        "store": _store_identity(store),
-        "source": config.source,
-        "seed": config.seed,
-        "steps": config.steps,
-        "prompts": len(groups),
-        "pairs": sum(len(group.labels) for group in groups),
-        "config": config.to_dict(),
-        "prompt_keys": sorted({prompt_key(group.prompt) for group in groups}),
-    }
+    learner.finish(store, groups)
     result = {
-        "history": history,
+        "history": learner.history,
         "steps": config.steps,
         "seconds": time.perf_counter() - started,
         "prompts": len(groups),
@@ -151,56 +117,73 @@ def train(
     return result
 
 
-def score_rows(judge: Judge, head: nn.Module, batch: Batch, conditioning: Conditioning, max_rows: int) -> Tensor:
-    """Scores (rows, num_dimensions) of a batch with gradients to the head: one truncated forward pass per row."""
-    scores = []
-    for start in range(0, len(batch.t), max_rows):
-        rows = slice(start, start + max_rows)
-        tokens = judge.backbone.tokens(
-            batch.noisy_latents[rows], conditioning[batch.prompts[rows]], batch.t[rows], judge.tap
-        )
-        scores.append(head(tokens.visual, tokens.text, tokens.text_mask))
-    return torch.cat(scores)
+def train_together(
+    store: LatentStore, judges: Sequence[Judge], configs: Sequence[TrainConfig], progress: bool = True, desc: str = ""
+) -> list[list[dict[str, Any]]]:
+    """Train several heads on the same batches: each pass of the backbone feeds them all.
+
+    Each ends up as ``train`` alone would have left it. Nothing is written; a killed run is lost.
+
+    Args:
+        store: as of ``train``.
+        judges: on one backbone, each with one head, at any taps and of any size.
+        configs: one for each, alike in all that decides what a step reads (``SHARED``). Where the numbers of steps
+            differ, a head is done after its own.
+        progress: show a progress bar (on a terminal).
+        desc: its text.
+
+    Returns:
+        The histories, as of ``train``.
+
+    Raises:
+        PrismError: as ``train``; for configurations that read different batches.
+    """
+    first, config = judges[0], configs[0]
+    for other, judge in zip(configs[1:], judges[1:], strict=True):
+        for name in SHARED:
+            if getattr(other, name) != getattr(config, name):
+                raise PrismError(
+                    f"Heads trained together must read the same batches, found {name} {getattr(config, name)!r} and "
+                    f"{getattr(other, name)!r}; train them apart."
+                )
+        if judge.backbone is not first.backbone or judge.dimensions != first.dimensions:
+            raise PrismError("Heads trained together need one backbone and the same dimensions; train them apart.")
+    groups = training_groups(store, first.dimensions, config)
+    _check_backbone(store, first)
+    accelerator = Accelerator(cpu=first.backbone.device.type == "cpu", device_placement=False)
+    learners = [Learner(judge, each, accelerator) for judge, each in zip(judges, configs)]
+    taps = tuple(sorted({judge.tap for judge in judges}))
+    validated = any(each.validate_every for each in configs)
+    validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
+    batches = Batches(store, groups, first.backbone, config)
+    conditioning = first.backbone.condition([group.prompt for group in groups], **store.call)
+    steps = max(each.steps for each in configs)
+    for step in tqdm(range(steps), desc=desc or "train", disable=None if progress else True):
+        running = [learner for learner in learners if step < learner.config.steps]
+        batch = batches.draw(step, range(config.prompts_per_step))
+        for learner, scores in zip(running, read(running, batch, conditioning, config.max_rows)):
+            learner.update(step, scores, batch)
+            if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
+                learner.validate(step, validation)
+    for learner in learners:
+        learner.finish(store, groups)
+    return [learner.history for learner in learners]
 
 
-class Window:
-    """Mean loss and accuracy since the last entry of the history; ``state`` is JSON, for checkpoints."""
-
-    def __init__(self, dimensions: tuple[str, ...], state: dict[str, Any] | None = None) -> None:
-        self.dimensions = dimensions
-        self.state = state or self._empty()
-
-    def _empty(self) -> dict[str, Any]:
-        zeros = [0] * len(self.dimensions)
-        return {"loss": 0.0, "steps": 0, "right": zeros, "decided": zeros}
-
-    def add(self, loss: Tensor, margins: Tensor, labels: Tensor) -> None:
-        right, decided = (margins.detach() * labels > 0).sum(0).tolist(), (labels.abs() == 1).sum(0).tolist()
-        self.state["loss"] += loss.item()
-        self.state["steps"] += 1
-        self.state["right"] = [a + b for a, b in zip(self.state["right"], right)]
-        self.state["decided"] = [a + b for a, b in zip(self.state["decided"], decided)]
-
-    def close(self) -> dict[str, Any]:
-        done, self.state = self.state, self._empty()
-        shares = (right / decided if decided else None for right, decided in zip(done["right"], done["decided"]))
-        return {"loss": done["loss"] / done["steps"], "accuracy": dict(zip(self.dimensions, shares))}
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something happens after a step (from 0): every so often, and at the end."""
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
-def _move(average: dict[str, Tensor], head: nn.Module, decay: float) -> None:
-    with torch.no_grad():
-        for name, value in head.named_parameters():
-            average[name].lerp_(value, 1 - decay)
+def _shown(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What the progress bar says of an entry of the history."""
+    if "validation" in entry:
+        return {"validation": f"{sum(entry['validation'].values()) / len(entry['validation']):.3f}"}
+    return {"loss": f"{entry['loss']:.3f}"}
 
 
 def _resolved(store: LatentStore, judge: Judge, config: TrainConfig) -> dict[str, Any]:
-    return {"command": "train", "train": config.to_dict(), "judge": judge.config(), "store": _store_identity(store)}
-
-
-def _store_identity(store: LatentStore) -> dict[str, Any]:
-    """What tells one store from another, wherever it lies."""
-    names = ("store.json", "videos.parquet", "pairs.parquet")
-    return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
+    return {"command": "train", "train": config.to_dict(), "judge": judge.config(), "store": store_identity(store)}
 
 
 def _claim(out: Path, resolved: dict[str, Any], resume: bool) -> None:

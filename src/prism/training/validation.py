@@ -1,0 +1,56 @@
+"""Accuracy on validation pairs while training: always the same noise, so that what changes is the head."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from prism.backbone import Tokens
+from prism.errors import PrismError
+from prism.evaluation.evaluator import noised, pair_margins
+from prism.judge import Judge
+from prism.preference import LatentStore
+
+LEVELS = (899, 699, 499)
+"""Where candidates are judged on the way: accuracy is averaged over these t."""
+KEPT_BYTES = 512 * 2**20
+
+
+class Validation:
+    """The validation pairs of a store. The backbone is frozen, so tokens that fit in memory are read once for all."""
+
+    def __init__(self, store: LatentStore, dimensions: tuple[str, ...], taps: tuple[int, ...], batch: int = 64) -> None:
+        self.store, self.taps, self.batch = store, taps, batch
+        self.groups = store.groups("validation", dimensions)
+        if not self.groups:
+            raise PrismError(
+                f"The store {store.folder} has no validation pairs labelled {', '.join(dimensions)}; "
+                "set validate_every to 0."
+            )
+        self._kept: dict[tuple[float, str], Tokens] = {}
+        self._bytes = 0
+
+    @torch.no_grad()
+    def accuracy(self, judge: Judge) -> list[float]:
+        """Accuracy without ties by dimension, averaged over the levels; a dimension without decided pairs counts 0."""
+        shares = []
+        for t in LEVELS:
+            scores: dict[str, np.ndarray] = {}
+            for videos, prompts, noisy in noised(judge.backbone, self.store, self.groups, t, 1, 0, self.batch):
+                tokens = self._kept.get((t, videos[0]))
+                if tokens is None:
+                    conditioning = judge.backbone.condition(prompts, **self.store.call)
+                    tokens = judge.backbone.tokens(noisy, conditioning, t, self.taps)
+                    self._keep((t, videos[0]), tokens)
+                scores.update(zip(videos, judge.score_tokens(tokens).double().cpu().numpy()))
+            labels, margins, _ = pair_margins(self.groups, scores)
+            decided = np.abs(labels) == 1
+            shares.append(((labels * margins > 0) & decided).sum(0) / np.maximum(decided.sum(0), 1))
+        return np.mean(shares, 0).tolist()
+
+    def _keep(self, key: tuple[float, str], tokens: Tokens) -> None:
+        parts = [tokens.visual, tokens.text, tokens.text_mask, *tokens.lower.values()]
+        size = sum(part.nbytes for part in parts if part is not None)
+        if self._bytes + size <= KEPT_BYTES:
+            self._bytes += size
+            self._kept[key] = tokens
