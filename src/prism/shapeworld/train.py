@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 from transformers import UMT5EncoderModel
 
@@ -33,7 +34,36 @@ DECAY = 0.3  # share of the steps, at the end, over which the step size falls
 
 
 def _step_generator(seed: int, step: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rank, processes = _team()
+    return torch.Generator().manual_seed(seed * 1_000_003 + step * processes + rank)
+
+
+def _team() -> tuple[int, int]:
+    """This process's rank, and how many train together (under `torchrun -m prism shapeworld train ...`)."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+@contextmanager
+def _first_before_others() -> Iterator[None]:
+    """The first process goes through alone (it makes files), then the others (they find them)."""
+    rank, processes = _team()
+    if rank > 0:
+        distributed.barrier()
+    yield
+    if rank == 0 and processes > 1:
+        distributed.barrier()
+
+
+def _share_gradients(weights: Iterable[Tensor]) -> None:
+    """Average the gradients over the processes that train together."""
+    processes = _team()[1]
+    if processes == 1:
+        return
+    gradients = [p.grad for p in weights if p.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient) / processes)
 
 
 def fit(
@@ -79,22 +109,28 @@ def fit(
             if name not in in_blocks:
                 states[name][p]["step"] = torch.tensor(float(first))
 
-    log, losses, started = _log_until(folder / "log.jsonl", first), [], time.time()
-    for step in tqdm(range(first, steps), initial=first, total=steps, disable=None, desc=folder.name):
+    rank, processes = _team()
+    log, losses, started = _log_until(folder / "log.jsonl", first) if rank == 0 else None, [], time.time()
+    quiet = None if rank == 0 else True
+    for step in tqdm(range(first, steps), initial=first, total=steps, disable=quiet, desc=folder.name):
         pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (DECAY * steps))
         for optimiser, rate in rated:
             optimiser.param_groups[0]["lr"] = rate * pace
             optimiser.zero_grad(set_to_none=True)
         loss = loss_at(step)
         loss.backward()
+        _share_gradients(weights.values())
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimiser, _ in rated:
             optimiser.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), [p.detach() for p in weights.values()], 1 - decay)
         losses.append(loss.item())
+        if log is None:  # the first process keeps the log and the checkpoints, the others only lend their gradients
+            continue
         if (step + 1) % 50 == 0:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.time() - started, 1)}
+            row["processes"] = processes
             print(json.dumps(row), file=log, flush=True)
             losses = []
         if step + 1 in snapshots:
@@ -108,7 +144,8 @@ def fit(
             (folder / "checkpoint.part").replace(checkpoint)
     for name, p in weights.items():
         p.data.copy_(averages[name])
-    log.close()
+    if log is not None:
+        log.close()
 
 
 def _log_until(path: Path, step: int) -> TextIO:
@@ -127,7 +164,8 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    vae = _with_encoder(folder, config)
+    with _first_before_others():
+        vae = _with_encoder(folder, config)
     code = video_vae.LinearCode.of(vae)
     vae.requires_grad_(False).to(device)
     decoder = vae.decoder.requires_grad_(True)
@@ -141,7 +179,8 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
 
     def loss_at(step: int) -> Tensor:
         generator = _step_generator(seed + 1, step)
-        video, _ = world.sample(batch_size, seed * 7_919 + step)
+        rank, processes = _team()
+        video, _ = world.sample(batch_size, seed * 7_919 + step * processes + rank)
         pixels = video_vae.to_input(video).to(device)
         latents = code(video)
         latents = (latents + 0.05 * torch.randn(latents.shape, generator=generator)).to(device)
@@ -152,7 +191,8 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
         return error.square().mean() + 0.1 * error.abs().mean()
 
     fit({"decoder": decoder}, loss_at, folder, config.steps, config.learning_rate)
-    vae.to("cpu").save_pretrained(folder / "vae")
+    if _team()[0] == 0:
+        vae.to("cpu").save_pretrained(folder / "vae")
 
 
 def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
@@ -198,8 +238,9 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
-    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
+    with _first_before_others():
+        vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
+        latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
     transformer = recipe.build_transformer(config.layers, config.heads).to(device)
     text_encoder = recipe.build_text_encoder().to(device)
     tokenizer = recipe.tokenizer()
@@ -231,8 +272,9 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
 
     modules = {"transformer": transformer, "text_encoder": text_encoder}
     fit(modules, loss_at, folder, config.steps, config.learning_rate, config.matrix_rate, config.snapshots)
-    transformer.to("cpu").save_pretrained(folder / "transformer")
-    text_encoder.to("cpu").save_pretrained(folder / "text_encoder")
+    if _team()[0] == 0:
+        transformer.to("cpu").save_pretrained(folder / "transformer")
+        text_encoder.to("cpu").save_pretrained(folder / "text_encoder")
 
 
 PARTS = ("vae", "transformer")
@@ -276,6 +318,8 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
+    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     configs = {}
     for name in PARTS if part == "all" else (part,):
         config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
@@ -285,12 +329,15 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         if config.start and not (Path(config.start) / "config.json").is_file():
             raise PrismError(f"The folder {config.start} to start from holds no VAE (no config.json); name another.")
         configs[name] = config
-        _claim(out / name, config, resume)
+        with _first_before_others():
+            if _team()[0] == 0:
+                _claim(out / name, config, resume)
     if "vae" in configs:
         train_vae(out / "vae", configs["vae"], device)
     if "transformer" in configs:
         train_transformer(out / "transformer", out / "vae", configs["transformer"], device)
-    if all((out / folder).is_dir() for folder in ("vae/vae", "transformer/transformer", "transformer/text_encoder")):
+    made = ("vae/vae", "transformer/transformer", "transformer/text_encoder")
+    if _team()[0] == 0 and all((out / folder).is_dir() for folder in made):
         save_pipeline(out, out / "pipeline")
 
 
