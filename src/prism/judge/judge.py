@@ -18,6 +18,7 @@ from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead
+from prism.judge.objective import log_probabilities
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
@@ -313,6 +314,18 @@ class Judge:
         return torch.stack(
             [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
         )
+
+    def probabilities(self, margins: Tensor) -> Tensor:
+        """P(A preferred), P(tie), P(B preferred) (Eq. 3-4), stacked last, of margins (..., num_dimensions).
+
+        A margin is the score of A minus the score of B at one noise level. Where the judge is calibrated, these are
+        meant to be believed; otherwise they are what its objective says, which is mostly too sure.
+        """
+        columns = []
+        for column, name in enumerate(self.dimensions):
+            known = self.calibration.get(name, {"temperature": 1.0, "eta": self.eta})
+            columns.append(log_probabilities(margins[..., column] / known["temperature"], known["eta"]).exp())
+        return torch.stack(columns, -2)
 
     @torch.no_grad()
     def attention(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
