@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from prism.cli import demo, evaluate, sample, shapeworld, train
+from prism.cli import demo, evaluate, sample, shapeworld, study, train
 from prism.errors import PrismError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("demo")(demo.demo)
 app.command("sample")(sample.sample)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("study")(study.study)
 app.add_typer(shapeworld.app, name="shapeworld")
 
 

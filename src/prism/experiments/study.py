@@ -1,0 +1,207 @@
+"""What `prism study` runs: many recipes for a judge, compared on validation prompts; the winner confirmed once on test.
+
+Variants that read the same batches are trained together, all of their heads on one pass of the backbone a step. A run's
+folder:
+
+    config.json                    what was asked for; --resume refuses another, apart from --only
+    heads/NAME/seed-S/             a variant's heads, and scores.safetensors, their scores of the validation videos
+    results/NAME.json              what came of a variant
+    confirmed/NAME.json, .parquet  its one measurement on the test split
+    metrics.json, report.html, study.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prism import files
+from prism.errors import PrismError
+from prism.experiments.variants import BASE, BASE_HEADS, Variant, chosen, table
+from prism.training.config import TrainConfig
+
+RECIPE = TrainConfig(
+    steps=1000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+)
+NOTES = (
+    "Accuracies are on validation prompts, of pairs with a decided overall label, averaged over t = 899, 699 and 499, "
+    "over noise draws, and over heads of several seeds and first weights. Intervals resample prompts, not trainings: "
+    "the column of the spread says how far single heads lie apart.",
+    "Many variants are looked at here: one whose interval barely clears zero may well be luck. What was chosen was "
+    "measured on the test prompts once.",
+)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Options of `prism study`.
+
+    data: a latent store; None for the labelled candidates that ship with the package. train: the recipe that variants
+    differ from. tap, dim: its head's; None for the defaults. seeds: trainings of each variant, each with batches and
+    noise of its own. inits: heads of different first weights in each. draws: noise draws scored a level.
+    """
+
+    data: Path | None = None
+    train: TrainConfig = field(default_factory=lambda: RECIPE)
+    tap: int | None = None
+    dim: int | None = None
+    seeds: int = 2
+    inits: int = 2
+    draws: int = 8
+    backbone: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+def run(
+    config: StudyConfig,
+    out: Path,
+    only: Sequence[str] = (),
+    confirm: Sequence[str] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Run the study, or the variants and questions named in `only`, in `out`; returns the metrics.
+
+    With `resume` what is done is kept. Variants named in `confirm` are measured on the test split, each once for all.
+    """
+    from prism.experiments import study_results as results
+    from prism.experiments.loading import describe, load_backbone, open_store
+    from prism.report.metrics import document
+    from prism.report.page import write_report
+
+    for name in ("seeds", "inits", "draws"):
+        if getattr(config, name) < 1:
+            raise PrismError(f"The study's {name} must be 1 or more, found {getattr(config, name)}.")
+    store = open_store(config.data)
+    backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
+    tap = backbone.default_tap if config.tap is None else config.tap
+    groups = store.groups("train")
+    everything = table(
+        backbone.num_blocks,
+        tap,
+        min(config.train.max_prompts or len(groups), len(groups)),
+        max((len(group.videos) for group in groups), default=0),
+        config.train,
+        store.has_trajectories,
+    )
+    everything = [row for row in everything if row.draws <= config.draws and (not row.across or config.seeds > 1)]
+    wanted = chosen(everything, [*only, *confirm] if only else ())
+    _claim(out, {"command": "study", **_json(config)}, resume)
+    started = time.perf_counter()
+    _train(config, out, store, backbone, tap, wanted)
+    done = [row for row in everything if results.complete(out, row, everything, config)]
+    measured = results.Results(out, store, config)
+    rows = [measured.row(row) for row in done]
+    for row in rows:
+        files.write_json(out / "results" / f"{row['variant']}.json", row)
+    confirmed = [results.confirm(out, _named(name, done), everything, config, store, backbone) for name in confirm]
+    metrics = document(
+        "study",
+        describe(backbone, name),
+        config.train.seed,
+        accuracy=[row for entry in results.confirmations(out) for row in entry["accuracy"]],
+        judge_comparison=[row for entry in results.confirmations(out) for row in entry["judge_comparison"]],
+        timings={"study": time.perf_counter() - started},
+        study=rows,
+        calibration=measured.calibration([row for row in done if row.name in (BASE, f"heads-{BASE_HEADS}")]),
+        confirmed=[entry["variant"] for entry in confirmed],
+    )
+    files.write_json(out / "metrics.json", metrics)
+    (out / "study.md").write_text(results.markdown(rows, metrics["calibration"]), encoding="utf-8")
+    settings = files.read_json(out / "config.json")
+    write_report(out / "report.html", metrics, title="What makes the judge better", notes=NOTES, config=settings)
+    return metrics
+
+
+def _train(config: StudyConfig, out: Path, store: Any, backbone: Any, tap: int, wanted: Sequence[Variant]) -> None:
+    """Train and score what is wanted and not done yet, those that read the same batches together."""
+    from prism.training.trainer import SHARED
+
+    arms: dict[tuple[Any, ...], list[tuple[Variant, TrainConfig]]] = {}
+    for seed in range(config.seeds):
+        for variant in wanted:
+            if not variant.trained or (out / "heads" / variant.name / f"seed-{seed}").is_dir():
+                continue
+            settings = dataclasses.replace(config.train, seed=config.train.seed + seed, **variant.train)
+            arms.setdefault((seed, *(getattr(settings, key) for key in SHARED)), []).append((variant, settings))
+    started, share = time.perf_counter(), [max(each.steps for _, each in arm) for arm in arms.values()]
+    for place, (key, arm) in enumerate(arms.items()):
+        _train_arm(config, out, store, backbone, tap, key[0], arm)
+        passed, left = time.perf_counter() - started, sum(share[place + 1 :]) / sum(share[: place + 1])
+        names = ", ".join(variant.name for variant, _ in arm[:3]) + (", ..." if len(arm) > 3 else "")
+        print(
+            f"prism: study: {place + 1} of {len(arms)} trainings done ({names}), about {passed * left / 60:.0f} "
+            "minutes to go",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _train_arm(
+    config: StudyConfig,
+    out: Path,
+    store: Any,
+    backbone: Any,
+    tap: int,
+    seed: int,
+    arm: Sequence[tuple[Variant, TrainConfig]],
+) -> None:
+    from safetensors.torch import save_file
+
+    from prism.experiments.study_results import score_heads
+    from prism.judge import Judge
+    from prism.training import train_together
+
+    places, judges, settings = [], [], []
+    for variant, train in arm:
+        for init in range(max(config.inits, BASE_HEADS if variant.name == BASE else 1)):
+            head = {"tap": tap, "dim": config.dim, **variant.head}
+            # Every seed and init has first weights of its own, the same ones in every variant of one size.
+            judge = Judge.untrained(backbone, dimensions=store.dimensions, seed=1000 * seed + init, **head)
+            places.append((variant.name, init))
+            judges.append(judge)
+            settings.append(train)
+    histories = train_together(store, judges, settings, desc=f"{arm[0][0].name} ({len(judges)} heads)")
+    scores = score_heads(judges, store, config)
+    for variant, _ in arm:
+        with files.new_folder(out / "heads" / variant.name / f"seed-{seed}") as folder:
+            mine = [place for place, (name, _) in enumerate(places) if name == variant.name]
+            for place in mine:
+                judges[place].save_pretrained(folder / f"head-{places[place][1]}")
+            save_file({f"head-{places[p][1]}": scores[p].contiguous() for p in mine}, folder / "scores.safetensors")
+            files.write_json(folder / "history.json", {f"head-{places[p][1]}": histories[p] for p in mine})
+
+
+def _named(name: str, done: Sequence[Variant]) -> Variant:
+    for variant in done:
+        if variant.name == name:
+            return variant
+    raise PrismError(f"There is no finished variant {name!r} to confirm; there are {', '.join(v.name for v in done)}.")
+
+
+def _claim(out: Path, resolved: dict[str, Any], resume: bool) -> None:
+    """Make the run's folder, or check that it is this run's."""
+    if not resume:
+        files.check_new_folder(out)
+        out.mkdir(parents=True)
+        (out / "results").mkdir()
+        files.write_json(out / "config.json", resolved)
+        return
+    if not (out / "config.json").is_file():
+        raise PrismError(f"There is no study to resume in {out}; leave --resume out to start one.")
+    known = files.read_json(out / "config.json")
+    for name, value in resolved.items():
+        if known.get(name) != value:
+            raise PrismError(
+                f"The study in {out} differs in {name}: it was {known.get(name)!r} and is now {value!r}; resume it as "
+                "it was started."
+            )
+
+
+def _json(config: StudyConfig) -> dict[str, Any]:
+    return {**dataclasses.asdict(config), "data": None if config.data is None else str(config.data)}

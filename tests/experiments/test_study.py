@@ -1,0 +1,163 @@
+"""The study on a tiny pipeline: its table against a slow evaluation, averages, resuming, and the one look at test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests import stores, tiny
+
+from prism.errors import PrismError
+from prism.evaluation import measure
+from prism.experiments import study
+from prism.experiments.variants import BASE, chosen, table
+from prism.judge import Judge
+from prism.report.metrics import validate
+from prism.training import TrainConfig
+from prism.training.validation import LEVELS
+
+TRAIN = dataclasses.replace(study.RECIPE, steps=4, prompts_per_step=2, learning_rate=1e-3, log_every=4)
+ONLY = ("heads-2", "heads-across", "taps-2+3", "draws-2", "steps-2", "mixed-0.5")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished study: its configuration, folder, metrics, store and pipeline."""
+    folder = tmp_path_factory.mktemp("study")
+    torch.manual_seed(0)
+    pipe = tiny.wan()
+    pipe.save_pretrained(folder / "pipe")
+    store = stores.make(folder / "store")
+    config = study.StudyConfig(
+        data=folder / "store", backbone=str(folder / "pipe"), train=TRAIN, dim=16, tap=2, draws=2, device="cpu"
+    )
+    return config, folder / "out", study.run(config, folder / "out", only=ONLY), store, pipe
+
+
+def judge_of(out, pipe, name, seed, init):
+    return Judge.from_pretrained(out / "heads" / name / f"seed-{seed}" / f"head-{init}", pipe)
+
+
+def slow(judges, store, draws=1):
+    """Accuracy on validation pairs with the evaluator itself, its noise being that of the study's first draws."""
+    shares = []
+    for judge in judges:
+        rows = measure(judge, store, "validation", LEVELS, num_draws=draws, seed=0, progress=False).rows
+        shares += [row["without_ties"] for row in rows if row["dimension"] == "overall"]
+    return np.mean(shares)
+
+
+def test_accuracies_are_the_evaluators(made):
+    config, out, metrics, store, pipe = made
+    rows = {row["variant"]: row for row in metrics["study"]}
+    assert set(rows) >= {BASE, "tap-3", *ONLY, "heads-5"}  # what costs no training is there unasked
+    assert not {"tap-1", "taps-all", "width-64"} & set(rows)
+    heads = {
+        (name, seed, init): judge_of(out, pipe, name, seed, init)
+        for name in (BASE, "tap-3") for seed in (0, 1) for init in (0, 1)
+    }  # fmt: skip
+    both = [Judge.average([heads[BASE, seed, 0], heads[BASE, seed, 1]]) for seed in (0, 1)]
+    draws = [judge for key, judge in heads.items() if key[0] == BASE]
+    assert rows["draws-2"]["accuracy"] == pytest.approx(slow(draws, store, 2))
+    taps = [Judge.average([heads[BASE, seed, init], heads["tap-3", seed, init]]) for seed in (0, 1) for init in (0, 1)]
+    expected = {"heads-2": both, "taps-2+3": taps}
+    # One draw: the study averages over both draws' accuracies, the evaluator makes the first.
+    from prism.experiments.study_results import Results, replicates
+    from prism.experiments.variants import Variant
+
+    results = Results(out, store, config)
+    for name, judges in expected.items():
+        variant = Variant(
+            name, "", "", members=(BASE, "tap-3") if name == "taps-2+3" else (), heads=2 if "heads" in name else 1
+        )
+        shares = []
+        for heads_of, judge in zip(replicates(variant, config), judges):
+            margins = results.margins(variant, heads_of)
+            found = measure(judge, store, "validation", LEVELS, seed=0, progress=False).pairs.to_pylist()
+            overall = [row["margin"] for row in found if row["dimension"] == "overall"]
+            known = ~np.isnan(results.labels[:, 1 + 1])
+            np.testing.assert_allclose(margins[:, 0, known, 2].ravel(), overall, rtol=1e-4, atol=1e-5)
+            shares.append(results.right(variant, "overall"))
+        assert rows[name]["accuracy"] == pytest.approx(shares[0].mean())
+    assert rows[BASE]["difference"] == 0
+    assert rows["steps-2"]["judges"] == 4
+    assert rows["heads-across"]["judges"] == rows["heads-2"]["judges"] == 2
+    validate(json.loads((out / "metrics.json").read_text()))
+    assert {path.stem for path in (out / "results").iterdir()} == set(rows)
+    assert "| `taps-2+3` |" in (out / "study.md").read_text()
+
+
+def test_variants_that_read_the_same_are_trained_together(made, tmp_path):
+    _, out, _, store, pipe = made
+    history = json.loads((out / "heads" / "steps-2" / "seed-0" / "history.json").read_text())
+    assert history["head-0"][-1]["step"] == 2
+    known = judge_of(out, pipe, "steps-2", 1, 0).trained_on
+    assert (known["steps"], known["seed"]) == (2, 1)
+    assert judge_of(out, pipe, "mixed-0.5", 0, 0).trained_on["source"] == "mixed"
+    assert judge_of(out, pipe, "tap-3", 0, 0).tap == 3
+    from prism.training import train
+
+    alone = Judge.untrained(pipe, tap=3, dim=16, dimensions=store.dimensions, seed=1001)
+    train(store, alone, dataclasses.replace(TRAIN, seed=1), tmp_path / "run", progress=False)
+    together = judge_of(out, pipe, "tap-3", 1, 1)
+    for name, value in alone.head.state_dict().items():
+        assert torch.equal(value, together.head.state_dict()[name])
+
+
+def test_resuming_trains_what_is_missing_alone(made, monkeypatch):
+    config, out, metrics, _, _ = made
+    trained = []
+    import prism.training
+
+    real = prism.training.train_together
+
+    def noted(store, judges, configs, **options):
+        trained.append(len(judges))
+        return real(store, judges, configs, **options)
+
+    monkeypatch.setattr(prism.training, "train_together", noted)
+    with pytest.raises(PrismError, match="exists already"):
+        study.run(config, out, only=ONLY)
+    again = study.run(config, out, only=[*ONLY, "width-64"], resume=True)
+    assert trained == [2, 2]  # two first weights in each of two seeds
+    before = {row["variant"]: row for row in metrics["study"]}
+    after = {row["variant"]: row for row in again["study"]}
+    assert after.pop("width-64")["head"] == {"dim": 64}
+    assert after == before
+    with pytest.raises(PrismError, match="differs in draws: it was 2 and is now 1"):
+        study.run(dataclasses.replace(config, draws=1), out, resume=True)
+    with pytest.raises(PrismError, match="no study to resume"):
+        study.run(config, out / "nowhere", resume=True)
+
+
+def test_a_winner_is_confirmed_once(made):
+    config, out, _, store, pipe = made
+    metrics = study.run(config, out, only=ONLY, confirm=["heads-2"], resume=True)
+    judge = Judge.from_pretrained(out / "confirmed" / "heads-2-1", pipe)
+    assert len(judge.members) == 2
+    assert set(judge.calibration) == set(store.dimensions)
+    rows = [row for row in metrics["accuracy"] if row["judge"] == "heads-2"]
+    assert {row["set"] for row in rows} == {"test"}
+    mine = [row for row in rows if row["head_seed"] == 1]
+    assert mine == [{**row, "judge": "heads-2"} for row in measure(judge, store, "test", progress=False).rows]
+    assert {row["against"] for row in metrics["judge_comparison"]} == {BASE}
+    with pytest.raises(PrismError, match="looked at once"):
+        study.run(config, out, only=ONLY, confirm=["heads-2"], resume=True)
+
+
+def test_the_table():
+    rows = table(6, 4, 500, 8, TrainConfig(steps=1000), trajectories=True)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    assert names[0] == BASE
+    assert {"prompts-250", "per-prompt-4", "noise-1", "trajectory", "taps-2+4", "steps-250", "rate-3e-05"} <= set(names)
+    assert all(sum([bool(row.train), bool(row.head), not row.trained]) == 1 for row in rows[1:])
+    picked = chosen(rows, ["taps-1+4", "videos"])
+    assert [row.name for row in picked][:2] == [BASE, "prompts-250"]
+    assert {"tap-1", "taps-1+4"} <= {row.name for row in picked}
+    with pytest.raises(PrismError, match="no variant and no question 'tapps'"):
+        chosen(rows, ["tapps"])
+    assert "trajectory" not in [row.name for row in table(6, 4, 500, 8, TrainConfig(), trajectories=False)]
