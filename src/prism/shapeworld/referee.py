@@ -57,8 +57,8 @@ def measure(videos: Tensor, scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
     Returns `ground` (B, grounds) probabilities; `alpha` (B, N, T, H, W) coverage; `area` (B, N, T) pixels; `centre`
     (B, N, T, 2) as (x, y); `colour` (B, N, T, 3); `likeness` (B, N, T, shapes) soft intersection over union with each
     ideal shape; `right_colour` (B, N) in [0, 1]; `residue` (B, T): root mean square of what evenly coloured things on
-    the ground leave unexplained; `present` (B, N, T); `hidden` (B, N, T): partly behind the other thing; `loss` (B, N, T):
-    share of the thing's own usual area that is not seen."""
+    the ground leave unexplained; `present` (B, N, T); `hidden` (B, N, T): partly behind the other thing; `loss` (B, N,
+    T): share of the thing's own usual area that is not seen."""
     videos = videos.float()
     edge = torch.ones(world.SIZE, world.SIZE, dtype=torch.bool)
     edge[3:-3, 3:-3] = False
@@ -226,8 +226,8 @@ _WAYS = torch.tensor([*world.DIRECTIONS.values(), (0, 0)], dtype=torch.float32) 
 
 
 def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over frames in which a thing is seen whole: `net` (B, N, 2) pixels moved from the first to the last, `turn` (B, N,
-    2) the farthest it strays from the straight line between, `growth` (B, N) of the log radius, `log_radius` (B, N) its
+    """Over frames in which a thing is seen whole: `net` (B, N, 2) pixels moved from the first to the last, `turn` (B,
+    N, 2) the farthest it strays from the straight line between, `growth` (B, N) of the log radius, `log_radius` (B, N) its
     mean, `progress` (B, N) share of the way done at mid-clip, `far` (B, N) pixels moved.
     """
     whole = seen["present"] & ~seen["hidden"]

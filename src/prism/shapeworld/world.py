@@ -413,7 +413,8 @@ def render(scenes: Sequence[Scene], seed: int) -> torch.Tensor:
 
 def sample(count: int, seed: int, pairs: float = 0.5) -> tuple[torch.Tensor, list[str]]:
     """`count` random videos and their prompts, none of the `unseen` ones; a share of `pairs` shows two things."""
-    chance, scenes = random.Random(seed), []
+    scenes: list[Scene] = []
+    chance = random.Random(seed)
     while len(scenes) < count:
         scene = draw_scene(chance, "pair" if chance.random() < pairs else "single")
         if split_of(scene) != "unseen":
