@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,19 @@ def test_mistakes_get_one_sentence(wan: Setting, name: str) -> None:
 def test_a_judge_on_another_pipeline(wan: Setting) -> None:
     with pytest.raises(PrismError, match="The judge was put onto another pipeline"):
         prism.best_of_n(tiny.wan("unipc"), wan.judge(), tiny.PROMPT, n=2, **wan.call)
+
+
+def test_a_judge_that_reads_no_hidden_states(wan: Setting) -> None:
+    """It scores latents, so it can pick among drafts and finished candidates; on the way there is nothing to read."""
+    inner = wan.judge()
+    judge = SimpleNamespace(backbone=inner.backbone, dimensions=inner.dimensions, score_clean=inner.score_clean)
+    call = {**wan.call, "output_type": "latent"}
+    ours = prism.best_of_n(wan.pipe, inner, tiny.PROMPT, n=3, strategy="draft", **call)
+    theirs = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=3, strategy="draft", **call)
+    assert theirs.scores == ours.scores
+    assert torch.equal(theirs.latents, ours.latents)
+    with pytest.raises(PrismError, match="reads none; use full or draft"):
+        prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=3, **call)
 
 
 def poison(pipe: Any, row: int, at: int) -> Callable[[], None]:

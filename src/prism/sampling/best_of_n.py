@@ -170,6 +170,10 @@ def _backbone(pipe: Any, judge: Any, strategy: str) -> Backbone:
         raise PrismError(
             "The judge was put onto another pipeline; use Judge.from_pretrained(head, pipe) with this one."
         )
+    if strategy == "early" and not hasattr(judge, "score_tokens"):
+        raise PrismError(
+            'The strategy "early" reads hidden states on the way, and this judge reads none; use full or draft.'
+        )
     return judge.backbone
 
 
