@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from tqdm import tqdm
+from transformers import UMT5EncoderModel
 
 from prism import files
 from prism.backbone import Backbone
@@ -120,7 +121,14 @@ def run(
 
 
 def _of_run(out: Path, step: int | None) -> WanPipeline:
-    return recipe.load(out / "pipeline") if step is None else snapshot(out, step)
+    if step is not None:
+        return snapshot(out, step)
+    parts = out / "transformer"
+    if not (parts / "transformer").is_dir():
+        raise PrismError(f"The training in {parts} is not finished; name a --step whose weights it kept.")
+    transformer = WanTransformer3DModel.from_pretrained(parts / "transformer")
+    text_encoder = UMT5EncoderModel.from_pretrained(parts / "text_encoder")
+    return recipe.assemble(recipe.load_vae(out / "vae"), transformer, text_encoder)
 
 
 def _line(found: Mapping[str, Any]) -> str:
@@ -138,7 +146,7 @@ def save_weaker(run: Path, folder: Path, step: int | None = None, overwrite: boo
     the end or at a step whose weights it kept, with settings and log beside them.
     """
     source = run / "transformer"
-    pipe = recipe.load(run / "pipeline") if step is None else snapshot(run, step)
+    pipe = _of_run(run, step)
     with files.new_folder(folder, overwrite) as temporary:
         recipe.save_weaker(pipe, temporary)
         files.write_json(temporary / "training.json", {"step": step, **files.read_json(source / "config.json")})
