@@ -11,7 +11,24 @@ from prism.cli import options
 
 
 def demo(
-    out: options.Out = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Folder to write; it appears whole.",
+            show_default="runs/demo, with --full runs/full",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="200 prompts, three seeds of every head, prompts out of the domain, evidence/: an hour or more. "
+            "Run it again after a kill, and it goes on where it was.",
+        ),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Sample and label the training candidates anew, not the shipped ones.")
     ] = False,
@@ -23,9 +40,12 @@ def demo(
     Trains a head on labelled candidates, measures it by noise level on prompts
     it has not seen, and runs Best-of-N with every strategy on fresh prompts.
 
+    Two judges that look at decoded frames are measured beside it.
+
     Writes the report, metrics.json, the winner's video and the trained head.
     """
     from prism.cli.printing import show
     from prism.experiments import demo as experiment
 
-    show(experiment.run(out=out, fresh=fresh, seed=seed, overwrite=overwrite), out)
+    out = out or Path("runs/full" if full else "runs/demo")
+    show(experiment.run(out=out, full=full, fresh=fresh, seed=seed, overwrite=overwrite), out)

@@ -4,131 +4,141 @@ cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from prism.evaluation import clustered_bootstrap
-from prism.judge import Judge
-from prism.sampling import best_of_n
-from prism.sampling.best_of_n import BestOfNResult
+from prism.experiments.contest import JUDGED
 
-Referee = Callable[[Any, str], float]  # (video (T, H, W, 3) in [0, 1], prompt) -> score
-
-
-@dataclass
-class Comparison:
-    """For each prompt: the referee's score of every candidate, and each strategy's result."""
-
-    prompts: list[str] = field(default_factory=list)
-    values: list[np.ndarray] = field(default_factory=list)  # (n,) each
-    results: dict[str, list[BestOfNResult]] = field(default_factory=dict)
-    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+Record = Mapping[str, Any]  # one prompt, as `record` makes it
+Plans = Mapping[str, Mapping[str, Any]]
 
 
-def compare(
-    judge: Judge,
-    referee: Referee,
-    prompts: Sequence[str],
-    strategies: Mapping[str, Mapping[str, Any]],
+def rows(
+    records: Sequence[Record],
+    plans: Plans,
+    head_seeds: Sequence[int],
     call: Mapping[str, Any],
-    n: int = 8,
-    seed: int = 0,
-    progress: bool = True,
-) -> Comparison:
-    """Run every strategy on the same n seeds of each prompt, for real.
+    which: str,
+    seed: int,
+    measured: Sequence[Record] | None = None,
+) -> list[dict[str, Any]]:
+    """The "best_of_n" rows of metrics.json (DESIGN section 5): one a plan and judge, and where there are several judges
+    one for all of them first, whose "head_seed" is None and whose gains are the judges' mean.
 
-    strategies: name of the row -> arguments of `best_of_n` (`strategy` among them). The strategy `oracle` always runs:
-    it finishes and decodes all candidates, and its scores are the measure of every pick. Prompt j has the seeds `seed +
-    1000 j + i`."""
-    done = Comparison(options={name: dict(options) for name, options in strategies.items()})
-    done.options["oracle"] = {"strategy": "oracle"}
-    done.results = {name: [] for name in done.options}
-    for place, prompt in enumerate(tqdm(prompts, disable=None if progress else True, desc="best of n", unit="prompt")):
-        seeds = [seed + 1000 * place + i for i in range(n)]
-        best = best_of_n(
-            judge.backbone.pipe,
-            judge,
-            prompt,
-            strategy="oracle",
-            seeds=seeds,
-            oracle=referee,
-            keep_latents=True,
-            **call,
-        )
-        done.prompts.append(prompt)
-        done.values.append(np.array(best.scores[-1]["scores"]["oracle"]))
-        done.results["oracle"].append(best)
-        for name, options in strategies.items():
-            done.results[name].append(
-                best_of_n(judge.backbone.pipe, judge, prompt, seeds=seeds, **{"seed": seed, **options}, **call)
-            )
-    return done
-
-
-def rows(done: Comparison, judge: Judge, call: Mapping[str, Any], which: str, seed: int) -> list[dict[str, Any]]:
-    """The "best_of_n" rows of metrics.json (DESIGN section 5), one a strategy.
-
-    Gains are in units of the pooled within-prompt standard deviation of the referee's scores; intervals are 95 %
-    bootstrap intervals over prompts. `full` must be among the strategies: costs are given as shares of it."""
-    values = np.stack(done.values)  # (prompts, n)
-    variance = values.var(1, ddof=1)
+    records: one a prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick a judge}, and, where the plans
+    were run by themselves, "alone" {plan: [{"ledger"}, one a judge]}. Costs are those runs' means, times the number of
+    prompts. Gains are in units of the pooled within-prompt standard deviation of the referee's scores; intervals are
+    95 % bootstrap intervals over prompts. `full` must be among the plans: costs are given as shares of it.
+    measured: records to take costs from, where it is not these.
+    """
+    values, prompts = _values(records), [record["prompt"] for record in records]
+    variance, best = values.var(1, ddof=1), values.max(1) - values.mean(1)
     spread = float(np.sqrt(variance.mean()))
-    best = values.max(1) - values.mean(1)
-    everything = sum(result.ledger.denoiser_rows for result in done.results["full"])
+    ledgers = _ledgers(records if measured is None else measured)
+    everything = _mean(ledgers["full"], "denoiser_rows")
     table = []
-    for name, results in done.results.items():
-        options = done.options[name]
-        picks = np.array([result.index for result in results])
-        gain = values[np.arange(len(values)), picks] - values.mean(1)
-        columns = np.stack([gain, variance, best, np.ones(len(gain))], 1)
-        by_judge = options["strategy"] in ("full", "early", "draft")
-        table.append(
-            {
-                "judge": "prism" if by_judge else "referee" if options["strategy"] == "oracle" else None,
-                "head_seed": judge.trained_on.get("seed") if by_judge else None,
-                "strategy": options["strategy"],
-                "n": values.shape[1],
-                "num_inference_steps": call["num_inference_steps"],
-                "guidance_scale": call["guidance_scale"],
-                "schedule": [list(cut) for cut in options["schedule"]] if "schedule" in options else None,
-                "draft_steps": options.get("draft_steps"),
-                "judge_at": options.get("judge_at"),
-                "num_draws": options.get("num_draws"),
-                "set": which,
-                "prompts": len(done.prompts),
-                "referee_gain": float(gain.mean() / spread),
-                "referee_gain_ci95": list(clustered_bootstrap(columns, done.prompts, _in_spreads, seed)),
-                "oracle_share": float(gain.mean() / best.mean()),
-                "oracle_share_ci95": list(clustered_bootstrap(columns, done.prompts, _of_oracle, seed)),
-                "denoiser_rows": float(sum(result.ledger.denoiser_rows for result in results)),
-                "denoiser_share_of_full": float(sum(result.ledger.denoiser_rows for result in results) / everything),
-                "vae_decodes": sum(result.ledger.vae_decodes for result in results),
-                "head_calls": sum(result.ledger.head_calls for result in results),
-                "seconds": float(sum(result.ledger.seconds for result in results)),
-            }
-        )
+    for name, plan in plans.items():
+        judged = plan["strategy"] in JUDGED
+        gains = _gains(records, values, name)
+        several: list[tuple[int | None, np.ndarray]] = list(zip(head_seeds, gains)) if judged else [(None, gains[0])]
+        if len(several) > 1:
+            several.insert(0, (None, gains.mean(0)))
+        for head_seed, gain in several:
+            columns = np.stack([gain, variance, best, np.ones(len(gain))], 1)
+            table.append(
+                {
+                    "judge": "prism" if judged else "referee" if plan["strategy"] == "oracle" else None,
+                    "head_seed": head_seed,
+                    **({"head_seeds": list(head_seeds)} if judged and head_seed is None else {}),
+                    "name": name,
+                    **_settings(plan, call),
+                    "n": values.shape[1],
+                    "set": which,
+                    "prompts": len(records),
+                    "referee_gain": float(gain.mean() / spread),
+                    "referee_gain_ci95": list(clustered_bootstrap(columns, prompts, _in_spreads, seed)),
+                    "oracle_share": float(gain.mean() / best.mean()),
+                    "oracle_share_ci95": list(clustered_bootstrap(columns, prompts, _of_oracle, seed)),
+                    "denoiser_rows": _mean(ledgers[name], "denoiser_rows") * len(records),
+                    "denoiser_share_of_full": _mean(ledgers[name], "denoiser_rows") / everything,
+                    "vae_decodes": round(_mean(ledgers[name], "vae_decodes") * len(records)),
+                    "head_calls": round(_mean(ledgers[name], "head_calls") * len(records)),
+                    "seconds": _mean(ledgers[name], "seconds") * len(records),
+                    "runs_timed": len(ledgers[name]),
+                }
+            )
     return table
 
 
-def over_random(done: Comparison, name: str, seed: int) -> dict[str, Any]:
-    """The gain of a strategy over random selection, paired by prompt, in within-prompt standard deviations, with its
-    interval.
+def over_random(records: Sequence[Record], name: str, seed: int) -> dict[str, Any]:
+    """The gain of a plan over random selection, paired by prompt, in within-prompt standard deviations, with its
+    interval; of several judges their mean.
     """
-    values = np.stack(done.values)
-    chosen, drawn = ([result.index for result in done.results[which]] for which in (name, "random"))
-    line = np.arange(len(values))
-    difference = values[line, chosen] - values[line, drawn]
+    values = _values(records)
+    difference = (_gains(records, values, name) - _gains(records, values, "random")).mean(0)
     variance = values.var(1, ddof=1)
     columns = np.stack([difference, variance, difference, np.ones(len(difference))], 1)
     return {
         "strategy": name,
         "gain": float(difference.mean() / np.sqrt(variance.mean())),
-        "ci95": list(clustered_bootstrap(columns, done.prompts, _in_spreads, seed)),
+        "ci95": list(clustered_bootstrap(columns, [record["prompt"] for record in records], _in_spreads, seed)),
     }
+
+
+def agreement(records: Sequence[Record]) -> dict[str, Any]:
+    """How the runs of plans by themselves compare with what all plans share: how many there were, how many picked the
+    same candidate, and the largest difference of a score.
+    """
+    pairs = [
+        (run, record["picks"][name][k])
+        for record in records
+        for name, runs in record.get("alone", {}).items()
+        for k, run in enumerate(runs)
+    ]
+    return {
+        "prompts": sum(bool(record.get("alone")) for record in records),
+        "runs": len(pairs),
+        "same_pick": sum(run["index"] == shared for run, shared in pairs),
+        "largest_difference": max((run["off"] for run, _ in pairs), default=0.0),
+    }
+
+
+def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "strategy": plan["strategy"],
+        "num_inference_steps": call["num_inference_steps"],
+        "guidance_scale": call["guidance_scale"],
+        "schedule": [list(cut) for cut in plan["schedule"]] if "schedule" in plan else None,
+        "draft_steps": plan.get("draft_steps"),
+        "judge_at": plan.get("judge_at"),
+        "num_draws": plan.get("num_draws"),
+    }
+
+
+def _values(records: Sequence[Record]) -> np.ndarray:
+    return np.array([record["values"]["overall"] for record in records])  # (prompts, n)
+
+
+def _gains(records: Sequence[Record], values: np.ndarray, name: str) -> np.ndarray:
+    """(judges, prompts): the picks' scores over their prompts' means."""
+    picks = np.array([record["picks"][name] for record in records]).T
+    return values[np.arange(len(values)), picks] - values.mean(1)
+
+
+def _ledgers(records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
+    """Plan -> the ledgers of its runs by itself."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, runs in record.get("alone", {}).items():
+            found.setdefault(name, []).extend(run["ledger"] for run in runs)
+    return found
+
+
+def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
+    return float(np.mean([ledger[column] for ledger in ledgers]))
 
 
 def _in_spreads(sums: np.ndarray) -> np.ndarray:

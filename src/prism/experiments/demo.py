@@ -1,211 +1,324 @@
-"""The demo: train a head on labelled candidates, measure it by noise level on unseen prompts, pick the best of 8 with
-every strategy.
+"""The demo: train heads on labelled candidates, measure them and pixel judges by noise level on unseen prompts, pick
+the best of 8 with every strategy, and look at where the query looks.
+
+`DemoConfig()` takes minutes. `FULL` takes an hour or more on two cores, in parts that survive a kill.
 """
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from tqdm import tqdm
 
+import prism
 from prism import files, media, shapeworld
-from prism.experiments import compare
+from prism.experiments import bars, compare
 from prism.experiments.loading import EMBEDDED, describe
+from prism.experiments.parts import Clock, Parts
 from prism.experiments.sample import cut_entry
+from prism.report import evidence
 from prism.report.metrics import document, write_config
-from prism.report.page import FilmRow, FilmStrip, write_report
+from prism.report.page import write_report
+from prism.training.config import TrainConfig
 
 NOTES = (
     "It shows that a small head on the hidden states of a frozen video diffusion model learns to tell its better "
     "samples from its worse ones, from noisy latents, on prompts it never saw; and that this is enough to drop most "
-    "candidates early at a fraction of the cost.",
+    "candidates early at a fraction of the cost. The pixel judges learned from the same pairs and were measured on the "
+    "same pairs under the same noise; what they are shown of a noisy latent is what the VAE makes of it.",
     "It does not show that the same numbers hold for large models and human raters: the model, its world and the "
-    "referee are small, and the referee is a program. All that was run here runs unchanged on a real pipeline with "
-    "real pairs.",
-    "Schedules, noise levels and the head's settings were fixed on validation prompts before the test prompts were "
-    "looked at.",
+    "referee are small, and the referee is a program. Nor does it show what makes the query look where it looks; a map "
+    "of attention is what was read, not why. All that was run here runs unchanged on a real pipeline with real pairs.",
+    "Schedules, noise levels and the settings of heads and pixel judges were fixed on validation prompts before the "
+    "test prompts were looked at. Strategies share what is common to them, and picks are worked out from it; on some "
+    "prompts each was also run by itself, and costs and seconds are those runs’.",
 )
+MAIN = ("full", "early", "draft", "oracle")
+Schedule = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Everything the demo fixes beforehand."""
+    """Everything the demo fixes beforehand. `taps`: the block each of a judge's heads reads; several are averaged."""
 
     seed: int = 0
+    full: bool = False
     fresh: bool = False
     n: int = 8
-    prompts: int = 32  # of the test split, for Best-of-N; accuracy uses all of it
-    tap: int = 4
+    prompts: int = 20  # of the test split, for Best-of-N; accuracy uses all that are labelled
+    unseen: int = 0  # prompts out of the domain
+    judges: int = 1  # with seeds seed, seed + 1, ...
+    alone: int = 3  # prompts on which each strategy is also run by itself
+    taps: tuple[int, ...] = (4,)
     dim: int = 256
-    steps: int = 600
-    prompts_per_step: int = 4
-    learning_rate: float = 5e-4
-    schedule: tuple[tuple[int, int], ...] = ((3, 4), (7, 1))
-    draft_steps: int = 3
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=600, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+        )
+    )
+    pixel: bool = True
+    schedule: Schedule = ((4, 1),)
+    schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
+    draft_steps: int = 4
+    drafts: tuple[int, ...] = (2, 3, 6)
     judge_at: float = 700.0
     num_draws: int = 2
+    look_at: tuple[float, ...] = (899, 699, 499)
+    strips: int = 4  # prompts shown with where the query looks
 
 
-def strategies(config: DemoConfig) -> dict[str, dict[str, Any]]:
-    """The arguments of `best_of_n` by row of the table."""
+FULL = DemoConfig(
+    full=True,
+    prompts=200,
+    unseen=40,
+    judges=3,
+    alone=6,
+    schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
+    drafts=(2, 3, 5, 6),
+)
+
+
+def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
+    """The arguments of `best_of_n` by row of the table; the other schedules and draft lengths after the main ones."""
     clean = {"judge_at": config.judge_at, "num_draws": config.num_draws}
-    return {
+    found: dict[str, dict[str, Any]] = {
         "none": {"strategy": "none"},
         "random": {"strategy": "random"},
-        "full": {"strategy": "full", **clean},
         "early": {"strategy": "early", "schedule": config.schedule},
         "draft": {"strategy": "draft", "draft_steps": config.draft_steps, **clean},
+        "full": {"strategy": "full", **clean},
+        "oracle": {"strategy": "oracle"},
     }
+    for cuts in config.schedules:
+        name = "early " + ",".join(f"{step}:{keep}" for step, keep in cuts)
+        found[name] = {"strategy": "early", "schedule": cuts}
+    for steps in config.drafts:
+        found[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
+    return found
 
 
 def run(
-    out: Path, fresh: bool = False, seed: int = 0, overwrite: bool = False, config: DemoConfig | None = None
+    out: Path,
+    full: bool = False,
+    fresh: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    config: DemoConfig | None = None,
 ) -> dict[str, Any]:
-    """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`; returns
-    the metrics.
+    """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
+    full run evidence/ too; returns the metrics.
+
+    A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
     """
-    config = replace(config or DemoConfig(), seed=seed, fresh=fresh)
+    config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
+    files.check_new_folder(out, overwrite)
+    with _workshop(out, config.full) as place:
+        return _run(out, place, config, overwrite)
+
+
+@contextlib.contextmanager
+def _workshop(out: Path, stays: bool) -> Iterator[Path]:
+    """Where parts lie while the demo runs; one that stays is deleted when all is well, and else kept."""
+    if stays:
+        place = out.absolute().with_name(f"{out.name}.parts")
+        yield place
+        shutil.rmtree(place)
+    else:
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-parts-") as folder:
+            yield Path(folder) / "parts"
+
+
+def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[str, Any]:
+    from prism.backbone import Backbone
+    from prism.experiments import films, gaze, judges
+    from prism.experiments.contest import Panel
+    from prism.preference import LatentStore
+    from prism.shapeworld import candidates
+    from prism.training.learner import store_identity
+
+    started, seed = time.perf_counter(), config.seed
+    timings: dict[str, float] = {}
+    backbone, call = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL)
+    shipped = None if config.fresh else store_identity(LatentStore.open(shapeworld.asset_folder("candidates")))
+    identity = {
+        "config": _plain({**asdict(config), "call": call}),
+        "backbone": backbone.fingerprint(),
+        "store": shipped,
+        "version": prism.__version__,
+    }
+    parts = Parts(place, identity, restart=overwrite)
+
+    def seconds(name: str, *prefixes: str) -> None:
+        paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
+        timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
+
+    if config.fresh:
+        parts.once("data", lambda: candidates.run(place / "candidates", seed=seed + 1, backbone=backbone))
+    store = LatentStore.open(place / "candidates" if config.fresh else shapeworld.asset_folder("candidates"))
+    trained = [
+        judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
+        for k in range(config.judges)
+    ]
+    ours = [judge for judge, _ in trained]
+    others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed) if config.pixel else []
+    accuracy, comparison = judges.measured(parts, store, ours, others, "test", seed)
+    panel, asked = Panel(ours), plans(config)
+    records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
+    head_seeds = [judge.trained_on["seed"] for judge in ours]
+    picks = compare.rows(records, asked, head_seeds, call, "test", seed)
+    if config.unseen:
+        shares = {"unseen": (config.unseen, 8)}
+        parts.once(
+            "unseen-data", lambda: candidates.run(place / "unseen-store", shares, seed=seed + 2, backbone=backbone)
+        )
+        far, far_comparison = judges.measured(
+            parts, LatentStore.open(place / "unseen-store"), ours, others, "unseen", seed
+        )
+        away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
+        accuracy, comparison = accuracy + far, comparison + far_comparison
+        picks += compare.rows(away, asked, head_seeds, call, "unseen", seed, measured=records)
+
+    shown = max(records, key=lambda record: np.std(record["values"]["overall"]))
+    contest = make_contest(panel, config, shown["prompt"], shown["seeds"], call)
+    result = contest.play("early", 0)
+    strips = films.candidates(contest, "early")
+    looked = [{**record, "values": record["values"]["overall"]} for record in records]
+    level = sorted(config.look_at)[len(config.look_at) // 2]
+    looks = films.looks(ours[0], _telling(records, config.strips), level, call, seed)
+    for name, prefixes in {
+        "data": ("data", "unseen-data"),
+        "train": ("train-[0-9]",),
+        "train pixel judges": ("train-pixel",),
+        "evaluate": ("accuracy/",),
+        "best of n": ("test/", "unseen/"),
+    }.items():
+        seconds(name, *prefixes)
+    metrics = document(
+        "demo",
+        describe(backbone, EMBEDDED),
+        seed,
+        accuracy=accuracy,
+        best_of_n=picks,
+        timings={**timings, "total": sum(timings.values()), "this process": time.perf_counter() - started},
+        judge_comparison=comparison,
+        training=[summary for _, summary in trained],
+        over_random=[compare.over_random(records, name, seed) for name in MAIN],
+        agreement=compare.agreement(records),
+        attention=gaze.rows(looked, seed),
+        bars=bars.check(comparison, picks, "early", "draft", bars.overhead(records, ("early", "draft", "full"))),
+        prompt=shown["prompt"],
+        seeds=list(result.seeds),
+        winner=result.index,
+        cuts=[cut_entry(cut, "early", {"overall": 1.0}) for cut in result.scores],
+        ledger=result.ledger.to_dict(),
+    )
     with files.new_folder(out, overwrite) as folder:
-        from prism.backbone import Backbone
-        from prism.evaluation import evaluate
-        from prism.judge import Judge
-        from prism.preference import LatentStore
-        from prism.shapeworld import candidates, referee
-        from prism.training import TrainConfig, train
-
-        started = time.perf_counter()
-        timings: dict[str, float] = {}
-
-        def lap(name: str) -> None:
-            timings[name] = time.perf_counter() - started - sum(timings.values())
-
-        backbone, call = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL)
-        if fresh:
-            candidates.run(folder / "candidates", seed=seed + 1, backbone=backbone)
-        store = LatentStore.open(folder / "candidates" if fresh else shapeworld.asset_folder("candidates"))
-        lap("data")
-
-        judge = Judge.untrained(backbone, tap=config.tap, dim=config.dim, seed=seed)
-        settings = TrainConfig(
-            steps=config.steps,
-            prompts_per_step=config.prompts_per_step,
-            learning_rate=config.learning_rate,
-            schedule="cosine",
-            warmup_steps=20,
-            checkpoint_every=0,
-            seed=seed,
-        )
-        trained = train(store, judge, settings, folder / "training")
-        (folder / "training" / "head").replace(folder / "head")
-        lap("train")
-
-        accuracy = evaluate(judge, store, "test", seed=seed)
-        lap("evaluate")
-
-        def value(video: Any, prompt: str) -> float:
-            return referee.score(video, prompt)["overall"]
-
-        prompts = shapeworld.prompts("test")[: config.prompts]
-        done = compare.compare(judge, value, prompts, strategies(config), call, config.n, seed=10_000 * (seed + 1))
-        picks = compare.rows(done, judge, call, "test", seed)
-        lap("best_of_n")
-
-        shown = _most_telling(done)
-        strip, cuts = _film(judge, done, shown, call)
-        result = done.results["early"][shown]
+        _publish(folder, place, config, metrics, {**asdict(config), "call": call})
         media.write_video(folder / "winner.mp4", np.asarray(result.video), shapeworld.FPS)
-        write_config(folder / "config.json", {**asdict(config), "call": call})
-        metrics = document(
-            "demo",
-            describe(backbone, EMBEDDED),
-            seed,
-            accuracy=accuracy,
-            best_of_n=picks,
-            timings={**timings, "total": time.perf_counter() - started},
-            training={key: trained[key] for key in ("steps", "seconds", "pairs", "prompts")},
-            over_random=[compare.over_random(done, name, seed) for name in ("full", "early", "draft", "oracle")],
-            prompt=prompts[shown],
-            seeds=list(result.seeds),
-            winner=result.index,
-            cuts=cuts,
-            ledger=result.ledger.to_dict(),
-        )
-        files.write_json(folder / "metrics.json", metrics)
+        written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
-        write_report(folder / "report.html", metrics, strip, title, NOTES, files.read_json(folder / "config.json"))
+        write_report(folder / "report.html", metrics, strips, title, NOTES, written, looks=looks)
+        if config.full:
+            evidence.write(folder / "evidence", metrics, written, _command(out, config))
     return metrics
 
 
-def _most_telling(done: compare.Comparison) -> int:
-    """The prompt of the film strips: where the candidates differ most by the referee, whatever the judge made of it."""
-    return int(np.argmax([values.std() for values in done.values]))
+def make_contest(panel: Any, config: DemoConfig, prompt: str, seeds: Sequence[int], call: dict[str, Any]) -> Any:
+    from prism.experiments.contest import Contest
+    from prism.shapeworld import referee
+
+    return Contest(panel, referee.batch, prompt, seeds, plans(config), call, config.seed)
 
 
-def _film(
-    judge: Any, done: compare.Comparison, place: int, call: Mapping[str, Any]
-) -> tuple[list[FilmStrip], list[dict[str, Any]]]:
-    """Film strips of all candidates of a prompt, the pick first, then the later dropped before the earlier: what the
-    model expected at the first cut, and the finished videos. Beside them the cuts, for the table of scores.
+def contests(
+    parts: Parts, panel: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Every plan on the first `count` prompts of a split, a part each; prompt j has the seeds first_seed + 1000 j + i.
+
+    The first `config.alone` test prompts also run each plan by itself.
     """
-    early, best = done.results["early"][place], done.results["oracle"][place]
-    prompt, values, first = done.prompts[place], done.values[place], early.scores[0]
-    fate: dict[int, str] = {}
-    for cut in reversed(early.scores):
-        scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
-        for candidate in sorted(scores, key=lambda candidate: -scores[candidate]):
-            verb = "kept" if candidate in cut["kept"] else "dropped"
-            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {scores[candidate]:+.2f}")
-    order = list(fate)
-    expected = judge.backbone.decode(_expected_clean(judge.backbone, prompt, early.seeds, first["step"], call))
-    assert best.candidate_latents is not None
-    finished = judge.backbone.decode(torch.stack([best.candidate_latents[c] for c in order]))
-    at_cut = [FilmRow(f"seed {early.seeds[c]}", expected[c].numpy(), fate[c], picked=c == early.index) for c in order]
-    at_end = [
-        FilmRow(f"seed {early.seeds[c]}", video.numpy(), f"referee {values[c]:.2f}", picked=c == early.index)
-        for c, video in zip(order, finished, strict=True)
-    ]
-    steps = call["num_inference_steps"]
-    strips = [
-        FilmStrip(
-            f"“{prompt}”: at the first cut, step {first['step']} of {steps}",
-            at_cut,
-            "What the model expects each video to become, decoded for this page alone: the judge reads hidden states.",
-        ),
-        FilmStrip(
-            f"“{prompt}”: had all been finished",
-            at_end,
-            "The early strategy finishes the first of these alone. The prompt is the one whose candidates differ most.",
-        ),
-    ]
-    return strips, [cut_entry(cut, "early", {"overall": 1.0}) for cut in early.scores]
+    prompts, found = shapeworld.prompts(split, count), []
+    clock = Clock(f"best of {config.n} on {split} prompts", len(prompts))
+    for place, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
+        seeds = [first_seed + 1000 * place + i for i in range(config.n)]
+        alone = split == "test" and place < config.alone
+        name = f"{split}/{place:04d}"
+        there = parts.has(name)
+
+        def make(prompt: str = prompt, seeds: list[int] = seeds, alone: bool = alone) -> dict[str, Any]:
+            return record(make_contest(panel, config, prompt, seeds, call), config, alone)
+
+        found.append(parts.once(name, make))
+        clock.tick(place + 1, not there)
+    return found
 
 
-@torch.no_grad()
-def _expected_clean(backbone: Any, prompt: str, seeds: tuple[int, ...], step: int, call: Mapping[str, Any]) -> Tensor:
-    """The clean latents that the denoiser expects of each candidate at a step: z - sigma v of the conditional pass."""
-    pipe, taken = backbone.pipe, {}
+def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
+    """What is kept of a contest, as JSON: the referee's values, each plan's picks, its runs by itself, and where the
+    first judge's query looks.
+    """
+    from prism.experiments import gaze
+    from prism.experiments.contest import JUDGED
 
-    def take(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        taken[index] = (
-            tensors["latents"],
-            float(pipe.scheduler.sigmas[index + 1]),
-            pipe.scheduler.timesteps[min(index + 1, step)],
-        )
-        if index + 2 > step:
-            pipe._interrupt = True
-        return tensors
+    judge, looks = contest.panel.judges[0], {}
+    for t in config.look_at:
+        attention = gaze.look(judge, contest.latents, contest.prompt, t, contest.call, config.seed)
+        cells = gaze.object_cells(contest.videos, contest.prompt, attention.shape[1:])
+        looks[f"{t:g}"] = gaze.shares(attention, cells)
+    found = {
+        "prompt": contest.prompt,
+        "seeds": list(contest.seeds),
+        "values": {name: value.tolist() for name, value in contest.values.items()},
+        "picks": {name: contest.picks(name) for name in contest.plans},
+        "looks": looks,
+    }
+    if alone:
+        judged = {name: plan["strategy"] in JUDGED for name, plan in contest.plans.items()}
+        count = len(contest.panel.judges)
+        found["alone"] = {
+            name: [contest.alone(name, k) for k in range(count if judged[name] else 1)] for name in contest.plans
+        }
+    return found
 
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pipe([prompt] * len(seeds), generator=generators, output_type="latent", callback_on_step_end=take, **call)
-    noisy, sigma, timestep = taken[step - 2]
-    conditioning = backbone.condition([prompt] * len(seeds), **call)
-    arguments = conditioning.call(noisy, timestep.expand(len(seeds)))
-    _, output = backbone.read(arguments, backbone.num_blocks, stop=False)
-    velocity = output[0] if isinstance(output, tuple) else output.sample
-    return noisy - sigma * velocity
+
+def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The prompts whose best and worst candidates lie farthest apart, of one thing and of two things in turn."""
+    from prism.shapeworld import world
+
+    ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in world.KINDS}
+    for entry in ordered:
+        scene = world.parse(entry["prompt"])
+        assert scene is not None
+        kinds[scene.kind].append(entry)
+    single, pair = kinds.values()
+    mixed = [entry for both in zip(single, pair) for entry in both]
+    return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
+
+
+def _publish(folder: Path, place: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The files that are plain copies: metrics, configuration, the first seed's head, and candidates made afresh."""
+    write_config(folder / "config.json", settings)
+    files.write_json(folder / "metrics.json", metrics)
+    shutil.copytree(place / f"head-{config.seed}", folder / "head")
+    for name in ("candidates",) if config.fresh else ():
+        shutil.copytree(place / name, folder / name)
+
+
+def _command(out: Path, config: DemoConfig) -> str:
+    fresh = " --fresh" if config.fresh else ""
+    return f"prism demo --full{fresh} --seed {config.seed} --out {out}"
+
+
+def _plain(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value))

@@ -101,29 +101,81 @@ def training_plot(history: Sequence[Row]) -> str:
 
 
 def cost_plot(rows: Sequence[Row]) -> str:
-    """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains."""
+    """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains.
+
+    Where a strategy was run with several settings, they are joined in the order of their cost, the one that was fixed
+    beforehand (its name is the strategy's) is large, and small figures at the others say the step of the cut or the
+    length of the draft. The right edge tells gains as shares of the oracle's.
+    """
     points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]
     if not points:
         return ""
     figure, axes = _figure(4.9, 3.5)
     axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
-    cost = [100 * row["denoiser_share_of_full"] for row in points]
-    right = max(*cost, 100.0)
+    right = max(*(100 * row["denoiser_share_of_full"] for row in points), 100.0)
+    for several in _curves(points).values():
+        line = sorted(several, key=lambda row: row["denoiser_share_of_full"])
+        x, y = ([row[name] for row in line] for name in ("denoiser_share_of_full", "referee_gain"))
+        axes.plot([100 * value for value in x], y, color=_colour(line[0]), linewidth=1.3, alpha=0.7)
     labels = []
-    for x, row in zip(cost, points):
-        y, ours = row["referee_gain"], row["strategy"] in ("early", "draft")
-        colour = _ACCENT if ours and row["judge"] == "prism" else _INK if row["strategy"] == "full" else _MUTED
-        if row["referee_gain_ci95"]:
+    for row in points:
+        x, y, colour = 100 * row["denoiser_share_of_full"], row["referee_gain"], _colour(row)
+        ours, main = row["strategy"] in ("early", "draft"), wording.is_main(row)
+        if row["referee_gain_ci95"] and main:
             axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=1.4, alpha=0.55, solid_capstyle="round")
-        axes.plot(x, y, "o", color=colour, markersize=8 if ours else 6.5, markeredgecolor=_PAPER, markeredgewidth=1)
-        labels.append((x, y, wording.strategy_name(row), colour, ours))
+        size = 4.5 if not main else 8 if ours else 6.5
+        one = len(row["schedule"] or [0]) == 1  # cuts in several goes are off the curve, and hollow
+        fill = colour if main or one else "none"
+        axes.plot(x, y, "o", color=colour, markersize=size, markerfacecolor=fill, markeredgewidth=1)
+        if main:
+            labels.append((x, y, wording.strategy_name(row), colour, ours))
+        elif one:
+            above = (0, 6) if row["strategy"] == "draft" else (0, -12)
+            axes.annotate(
+                str(row["draft_steps"] or row["schedule"][0][0]),
+                (x, y),
+                xytext=above,
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                fontsize=8,
+            )
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
     sizes = "/".join(str(n) for n in sorted({int(row["n"]) for row in points}))
     axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
+    _oracle_axis(axes, points)
     _point_labels(axes, labels, right)
     return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
+
+
+def _colour(row: Row) -> str:
+    if row["strategy"] in ("early", "draft") and row["judge"] == "prism":
+        return _ACCENT if row["strategy"] == "early" else _SERIES[1]
+    return _INK if row["strategy"] == "full" else _MUTED
+
+
+def _curves(points: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of a strategy that was run with several settings of one number: early with one cut, and drafts."""
+    found: dict[str, list[Row]] = {}
+    for row in points:
+        if row["strategy"] == "draft" or (row["strategy"] == "early" and len(row["schedule"] or []) == 1):
+            found.setdefault(row["strategy"], []).append(row)
+    return {strategy: rows for strategy, rows in found.items() if len(rows) > 1}
+
+
+def _oracle_axis(axes: Axes, points: Sequence[Row]) -> None:
+    """The right edge: gains as shares of the best candidate's."""
+    best = next((row["referee_gain"] for row in points if row["strategy"] == "oracle"), None)
+    if not best:
+        return
+    edge = axes.secondary_yaxis("right", functions=(lambda gain: 100 / best * gain, lambda share: best / 100 * share))
+    edge.set_yticks([0, 25, 50, 75, 100])
+    edge.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    edge.set_ylabel("share of the oracle’s gain", color=_MUTED)
+    edge.tick_params(colors=_MUTED, length=0, pad=4, labelsize=9.5)
+    edge.spines["right"].set_visible(False)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

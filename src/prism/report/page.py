@@ -45,27 +45,37 @@ def write_report(
     title: str = "PRISM",
     notes: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
+    looks: Sequence[FilmStrip] = (),
 ) -> None:
-    """Write the page at `path` from a metrics document, film strips, and `notes` on what it shows and what not.
+    """Write the page at `path` from a metrics document, film strips, and `notes` on what it shows and what not; `looks`
+    are film strips of where the query looks.
 
     Plots, tables and headline numbers appear for what `metrics` holds. Raises `PrismError` where it breaks the schema.
     """
     validate(metrics)
-    accuracy, picks = metrics["accuracy"], metrics["best_of_n"]
+    accuracy, picks = wording.pooled(metrics["accuracy"]), wording.pooled(metrics["best_of_n"])
+    first = list(wording.by_set(picks).values())[:1]
+    near = list(wording.by_set(accuracy).values())[:1]
     page = _template().render(
         title=title,
         metrics=metrics,
         subtitle=_subtitle(metrics),
         headlines=headlines(metrics),
-        accuracy_plot=plots.accuracy_plot(accuracy),
-        cost_plot=plots.cost_plot(picks),
+        accuracy_plot=plots.accuracy_plot(near[0] if near else []),
+        cost_plot=plots.cost_plot(first[0] if first else []),
         training_plot=plots.training_plot(metrics.get("history", [])),
         accuracy_groups=wording.by_level(accuracy),
         dimensions=wording.dimensions(accuracy),
         several_judges=len({(row["judge"], row["head_seed"], row["source"], row["set"]) for row in accuracy}) > 1,
-        picks=picks,
+        has_curves=any(not wording.is_main(row) for row in picks),
+        picks_by_set=wording.by_set(picks),
+        seeds_apart=_seeds_apart(metrics),
+        comparison=wording.comparison(metrics.get("judge_comparison", [])),
+        attention=metrics.get("attention", []),
+        agreement=metrics.get("agreement"),
+        bars=metrics.get("bars", []),
+        looks=[_embedded(strip) for strip in looks],
         measured=any(row["referee_gain"] is not None for row in picks),
-        uniform=len({(row["n"], row["prompts"]) for row in picks}) == 1,
         strips=[_embedded(strip) for strip in figures],
         over_random=metrics.get("over_random", []),
         cuts=metrics.get("cuts", []),
@@ -106,7 +116,8 @@ def png(picture: np.ndarray) -> bytes:
 def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """The few numbers a reader should take away, each with its name and what it is measured in or against."""
     cards = []
-    overall = [row for row in metrics["accuracy"] if row["dimension"] == "overall" and row["without_ties"] is not None]
+    shown = wording.pooled(metrics["accuracy"])
+    overall = [row for row in shown if row["dimension"] == "overall" and row["without_ties"] is not None]
     if overall:
         # t = 699 is where the project's bar stands; elsewhere the level nearest to it.
         row = min(overall, key=lambda row: abs(row["t"] - 699))
@@ -114,7 +125,9 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
         text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
-    cheap = [row for row in metrics["best_of_n"] if row["strategy"] in ("early", "draft")]
+    picks = wording.pooled(metrics["best_of_n"])
+    cheap = [row for row in picks if row["strategy"] in ("early", "draft") and wording.is_main(row)]
+    cheap = [row for row in cheap if row["set"] == cheap[0]["set"]]
     if not cheap:
         return cards
     paired = {entry["strategy"]: entry for entry in metrics.get("over_random", [])}
@@ -133,6 +146,13 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     text = f"VAE decodes a prompt, where decoding every candidate takes {row['n']}"
     cards.append({"name": "Decodes", "value": value, "text": text})
     return cards
+
+
+def _seeds_apart(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What tells the judges of several seeds apart: each seed's main strategies on the first set of prompts."""
+    rows = wording.apart(metrics["best_of_n"])
+    named = [row for row in rows if wording.is_main(row) and row["set"] == rows[0]["set"]]
+    return sorted(named, key=lambda row: (row["strategy"], row["head_seed"]))
 
 
 def _subtitle(metrics: Mapping[str, Any]) -> str:

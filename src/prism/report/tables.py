@@ -48,7 +48,8 @@ def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None)
     """
     sizes = "/".join(str(n) for n in sorted({row["n"] for row in rows}))
     measured = any(row["referee_gain"] is not None for row in rows)
-    settings = [f"{wording.strategy_name(row)}: {wording.how(row)}" for row in rows if row["strategy"] != "none"]
+    main = [row for row in rows if wording.is_main(row) and row["strategy"] != "none"]
+    settings = list(dict.fromkeys(f"{wording.strategy_name(row)}: {wording.how(row)}" for row in main))
     prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
     unit = [f"{prompts} prompts; gain over a random pick in within-prompt standard deviations"] if measured else []
     name = f"Best-of-{sizes}: {'what each strategy picks and what it costs' if measured else 'what it cost'}"
@@ -69,7 +70,7 @@ def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None)
             wording.percent(row["oracle_share"], 0),
         ]
         table.add_row(
-            wording.strategy_name(row),
+            wording.strategy_name(row) if wording.is_main(row) else row["name"],
             *(gain if measured else []),
             wording.count(row["denoiser_rows"]),
             wording.percent(row["denoiser_share_of_full"]),

@@ -15,9 +15,55 @@ def dimensions(rows: Sequence[Row]) -> list[str]:
     return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != "overall"]
 
 
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """The rows to show where judges of several seeds were measured: one for all of them in place of one each."""
+    together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
+    return [row for row in rows if row.get("head_seeds") or (row["judge"], row["set"]) not in together]
+
+
+def apart(rows: Sequence[Row]) -> list[Row]:
+    """The rows of single judges where judges of several seeds were measured; none where there was one."""
+    together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
+    return [row for row in rows if not row.get("head_seeds") and (row["judge"], row["set"]) in together]
+
+
+def is_main(row: Row) -> bool:
+    """Whether a Best-of-N row is its strategy with the settings that were fixed beforehand."""
+    return bool(row.get("name", row["strategy"]) == row["strategy"])
+
+
+def by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the prompts they were measured on, in order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["set"], []).append(row)
+    return found
+
+
+def comparison(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """ "judge_comparison" rows as one {set, t, against: {judge: {dimension: row}}} a set and level, noisiest first."""
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        entry = found.setdefault((row["set"], -row["t"]), {"set": row["set"], "t": row["t"], "against": {}})
+        entry["against"].setdefault(row["against"], {})[row["dimension"]] = row
+    order = {name: i for i, name in enumerate(dict.fromkeys(row["set"] for row in rows))}
+    return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def points_interval(value: Sequence[float]) -> str:
+    return f"{points(value[0])}{_SPACE}…{_SPACE}{points(value[1])}"
+
+
 def judge_name(row: Row) -> str:
     """The judge with its head's seed and training source where it has them."""
     seed = "" if row.get("head_seed") is None else f" #{row['head_seed']}"
+    if row.get("head_seeds"):
+        seed = f", {len(row['head_seeds'])} seeds"
     source = "" if row.get("source") in (None, "renoised") else f" ({row['source']})"
     return f"{row['judge']}{seed}{source}"
 
