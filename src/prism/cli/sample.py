@@ -134,4 +134,6 @@ def sample(
     metrics = experiment.run(config, out, overwrite)
     winner = metrics["winner"]
     print(f"Candidate {winner + 1} of {n} wins (seed {metrics['seeds'][winner]}): {out / 'winner.mp4'}")
+    if metrics["referee_note"]:
+        print(metrics["referee_note"])
     show(metrics, out)

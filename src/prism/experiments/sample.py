@@ -77,6 +77,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
         )
         video = np.asarray(result.video)
         media.write_video(folder / "winner.mp4", video, config.fps)
+        scores, sentence = refereed(video, config.prompt) if config.backbone is None else (None, "")
         resolved = {**vars(config), "call": call}
         write_config(folder / "config.json", resolved)
         metrics = document(
@@ -88,14 +89,18 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             prompt=config.prompt,
             seeds=list(result.seeds),
             winner=result.index,
+            referee=scores,
+            referee_note=sentence,
             cuts=[cut_entry(cut, config.strategy, weights) for cut in result.scores],
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
-        strip = FilmStrip(f"“{config.prompt}”", [FilmRow("winner", video, f"seed {result.seed}", picked=True)])
+        note = f"seed {result.seed}" + (f", referee {scores['overall']:.2f}" if scores else "")
+        strip = FilmStrip(f"“{config.prompt}”", [FilmRow("winner", video, note, picked=True)])
         title = f"The best of {config.n}: {config.prompt}"
         config_written = files.read_json(folder / "config.json")
-        write_report(folder / "report.html", metrics, [strip], title, NOTES if judged else (), config_written)
+        notes = (*(NOTES if judged else ()), *([sentence] if sentence else []))
+        write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
     return metrics
 
 
@@ -107,6 +112,32 @@ def parse_weights(text: str) -> dict[str, float]:
         return {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
     except ValueError:
         raise PrismError(f'The --select-by "{text}" is neither a dimension nor a list such as VQ:1,MQ:0.5.') from None
+
+
+def refereed(video: np.ndarray, prompt: str) -> tuple[dict[str, float] | None, str]:
+    """ShapeWorld's referee on a video (T, H, W, 3) of the embedded model: its scores and what is to be said of them;
+    no scores, and why, for what it cannot measure.
+    """
+    import torch
+
+    from prism.shapeworld import referee, world
+
+    if world.parse(prompt) is None:
+        return None, (
+            f"No referee has scored this video: the prompt “{prompt}” is outside the grammar of ShapeWorld, the small "
+            "world that the embedded model knows, which docs/shapeworld.md describes."
+        )
+    if video.shape != (world.FRAMES, world.SIZE, world.SIZE, 3):
+        return None, (
+            f"No referee has scored this video: it measures {world.FRAMES} frames of {world.SIZE} by {world.SIZE} "
+            f"pixels, and these are {' × '.join(map(str, video.shape[:3]))}."
+        )
+    scores = referee.score(torch.as_tensor(video), prompt)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    return (
+        scores,
+        f"The referee of ShapeWorld, which knows what the prompt asks for, gives the winner {told} of 1.",
+    )
 
 
 def _check(config: SampleConfig) -> None:
