@@ -213,3 +213,68 @@ def test_terminal_tables_fit_80_columns_uncut():
     assert "33.0" in lines[0]
     text = printed(tables.accuracy_table(rows.accuracy()))
     assert re.search(r"699 +74\.0\u00a0% +70\.0\u00a0…\u00a079\.0 +71\.0\u00a0% +65\.0\u00a0% +1203", text)
+
+
+def test_strategies_with_several_settings_are_curves():
+    others = [
+        rows.pick("early", gain, share, schedule=[[step, 1]], name=f"early {step}:1")
+        for step, gain, share in ((2, 0.3, 0.18), (6, 0.9, 0.4))
+    ]
+    others += [rows.pick("early", 0.7, 0.2, schedule=[[2, 4], [4, 1]], name="early 2:4,4:1")]
+    plain, curves = figures.cost_plot(rows.picks()), figures.cost_plot(rows.picks() + others)
+    texts = re.findall(r">([^<>]+)</text>", curves)
+    assert {"2", "6"} <= set(texts)
+    assert texts.count("early") == 1  # the one that was fixed beforehand bears the name
+    # the right edge tells shares of the oracle's gain
+    assert {"100 %", "50 %", "share of the oracle’s gain"} <= set(re.findall(r">([^<>]+)</text>", plain))
+
+
+def test_the_page_shows_judges_side_by_side_bars_and_looks(tmp_path):
+    seeds = {"head_seed": None, "head_seeds": [0, 1, 2]}
+    accuracy = rows.accuracy(**seeds) + [row for seed in range(3) for row in rows.accuracy(head_seed=seed)]
+    accuracy += rows.accuracy(judge="pixel") + rows.accuracy(judge="pixel", set="unseen")
+    picks = [rows.pick("early", 0.6, 0.3, schedule=[[4, 1]], **seeds)]
+    picks += [
+        rows.pick("early", 0.6 + seed / 10, 0.3, schedule=[[4, 1]], head_seed=seed, oracle_share=0.4 + seed / 10)
+        for seed in range(3)
+    ]
+    picks += [rows.pick("early", 0.2, 0.3, schedule=[[4, 1]], set="unseen", prompts=40)]
+    common = {"judge": "prism", "against": "pixel", "set": "test", "pairs": 1100, "prompts": 60}
+    comparison = [
+        {**common, "t": t, "dimension": dimension, "difference": gap, "ci95": [gap - 0.02, gap + 0.02]}
+        for t, gap in ((299, 0.01), (899, 0.05))
+        for dimension in ("VQ", "overall")
+    ]
+    look = {"t": 699.0, "candidates": "best", "referee": 0.9, "attention_share": 0.4, "area_share": 0.25}
+    look |= {"video_share": 0.8, "lift": 1.6, "lift_ci95": [1.4, 1.8], "prompts": 20}
+    document = metrics.document(
+        *("demo", {"name": "tiny"}, 0, accuracy, picks),
+        judge_comparison=comparison,
+        bars=[{"bar": "at least half", "reached": "46 %", "met": False}],
+        agreement={"prompts": 3, "runs": 45, "same_pick": 45, "largest_difference": 2e-7},
+        attention=[look],
+    )
+    strip = page.FilmStrip("a red circle grows", [page.FilmRow("where the query looks", video(9), "40% on 25%")])
+    page.write_report(tmp_path / "r.html", document, looks=[strip])
+    _, text = read(tmp_path / "r.html")
+    for needle in (
+        "prism, 3 seeds",
+        "+5.0",
+        "+3.0\u00a0…\u00a0+7.0",
+        "at least half 46 % no",
+        "40 unseen combinations",
+    ):
+        assert needle in text, needle
+    for needle in (
+        "45 of 45 runs",
+        "1.40\u00a0…\u00a01.80",
+        "where the query looks 40% on 25%",
+        "early\u00a0#2\u00a060",
+    ):
+        assert needle in text, needle
+    assert "where the query looks 40% on 25%" in text
+    assert "early\u00a0#2\u00a060" in text
+    assert text.index("+5.0") < text.index("+1.0")  # the noisiest level first
+    assert "prism #1" not in text  # seeds are pooled in the tables
+    names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(wording.pooled(rows.accuracy(**seeds)))))
+    assert "overall" in names
