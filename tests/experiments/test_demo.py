@@ -29,6 +29,7 @@ TINY = {
     "schedules": (((1, 1),), ((1, 2), (2, 1))),
     "draft_steps": 1,
     "drafts": (2,),
+    "pixel_levels": (899, 0),
     "look_at": (500.0,),
     "strips": 2,
 }
@@ -63,7 +64,7 @@ def test_the_demo_writes_everything_it_promises(tmp_path, world_of_greys):
     validate(files.read_json(out / "metrics.json"))
     assert {row["t"] for row in metrics["accuracy"]} == {989, 949, 899, 699, 499, 299, 99, 0}
     assert {row["judge"] for row in metrics["accuracy"]} == {"prism", "pixel"}
-    assert {row["against"] for row in metrics["judge_comparison"]} == {"pixel"}
+    assert {(row["against"], row["t"]) for row in metrics["judge_comparison"]} == {("pixel", 899), ("pixel", 0)}
     best = {row["name"]: row for row in metrics["best_of_n"]}
     assert list(best)[:6] == ["none", "random", "early", "draft", "full", "oracle"]
     assert {"early 1:1", "early 1:2,2:1", "draft 2"} <= set(best)
@@ -75,7 +76,7 @@ def test_the_demo_writes_everything_it_promises(tmp_path, world_of_greys):
     assert {row["candidates"] for row in metrics["attention"]} == {"best", "worst"}
     assert media.read_video(out / "winner.mp4").shape == (17, 64, 64, 3)
     page = (out / "report.html").read_text()
-    for needle in ("<svg", "Where the query looks", "Against judges that look at pixels", "What was promised"):
+    for needle in ("<svg", "Where the query looks", "Against judges that look at pixels", "What this shows"):
         assert needle in page, needle
     judge = Judge.from_pretrained(out / "head", world_of_greys)
     assert judge.tap == 1
@@ -115,6 +116,8 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     seeds = [row.get("head_seeds", row["head_seed"]) for row in again["best_of_n"] if row["name"] == "early"]
     assert seeds == [[0, 1], 0, 1, [0, 1], 0, 1]  # on test prompts, then on unseen ones
     assert {row["set"] for row in again["accuracy"]} == {"test", "unseen"}
+    assert [row["met"] is None for row in again["bars"]] == [False, True, True, False, False, False]
+    assert "What was promised" in (tmp_path / "killed" / "report.html").read_text()
     evidence = (tmp_path / "killed" / "evidence" / "README.md").read_text()
     assert "`prism demo --full --seed 0 --out" in evidence
     assert "| early | step 2 keeps 1 | prism, 2 seeds |" in evidence

@@ -174,7 +174,10 @@ def test_plots_name_their_lines_and_points():
     assert {"overall", "VQ", "chance"} <= names
     two = rows.accuracy() + rows.accuracy(judge="pixel")
     names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(two)))
-    assert {"prism #0", "pixel #0"} <= names
+    assert {"prism", "pixel"} <= names
+    seeds = rows.accuracy() + rows.accuracy(head_seed=1)
+    names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(seeds)))
+    assert {"prism #0", "prism #1"} <= names
 
 
 def test_plots_are_the_same_in_every_run():
@@ -278,3 +281,14 @@ def test_the_page_shows_judges_side_by_side_bars_and_looks(tmp_path):
     assert "prism #1" not in text  # seeds are pooled in the tables
     names = set(re.findall(r">([^<>]+)</text>", figures.accuracy_plot(wording.pooled(rows.accuracy(**seeds)))))
     assert "overall" in names
+
+
+def test_judges_stand_side_by_side_on_the_terminal():
+    found = rows.accuracy() + [row for row in rows.accuracy(judge="pixel") if row["t"] in (899, 0)]
+    text = printed(tables.judges_table(found))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    (line,) = [line for line in text.splitlines() if line.lstrip().startswith("899")]
+    assert line.split(" " * 2)[0].strip() == "899"
+    assert line.count("64.0\u00a0%") == line.count("60\u00a0…\u00a069") == 2
+    (line,) = [line for line in text.splitlines() if line.lstrip().startswith("699")]
+    assert line.rstrip().endswith("–")

@@ -12,11 +12,13 @@ def show(metrics: Mapping[str, Any], out: Path) -> None:
     from rich.console import Console
 
     from prism.report import wording
-    from prism.report.tables import accuracy_table, best_of_n_table
+    from prism.report.tables import accuracy_table, best_of_n_table, judges_table
 
     console = Console(highlight=False)
     if metrics["accuracy"]:
-        console.print(accuracy_table(wording.pooled(metrics["accuracy"])))
-    for rows in wording.by_set(wording.pooled(metrics["best_of_n"])).values():
+        for name, rows in wording.by_set(wording.pooled(metrics["accuracy"])).items():
+            several = len({wording.judge_name(row) for row in rows}) > 1
+            console.print(judges_table(rows, f"Judges on {name} prompts") if several else accuracy_table(rows))
+    for rows in wording.by_set(wording.in_order(wording.pooled(metrics["best_of_n"]))).values():
         console.print(best_of_n_table(rows))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -33,7 +33,11 @@ def check(
             ),
             None,
         )
-        text = "" if row is None else f"{100 * row['difference']:+.1f} points ({_points(row['ci95'])})"
+        text = (
+            ""
+            if row is None
+            else f"{wording.points(row['difference'])} points ({wording.points_interval(row['ci95'])})"
+        )
         found.append(
             _bar(
                 f"more accurate than the pixel judge trained on clean videos at t = {t}: interval above zero",
@@ -77,10 +81,6 @@ def overhead(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> floa
 
 def _under(share: float | None) -> bool | None:
     return None if share is None else share < OVERHEAD
-
-
-def _points(interval: Sequence[float]) -> str:
-    return " … ".join(f"{100 * end:+.1f}" for end in interval)
 
 
 def _bar(bar: str, reached: str, met: bool | None) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class DemoConfig:
         )
     )
     pixel: bool = True
+    pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
     draft_steps: int = 4
@@ -83,6 +84,7 @@ FULL = DemoConfig(
     alone=6,
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
     drafts=(2, 3, 5, 6),
+    pixel_levels=(),
 )
 
 
@@ -169,7 +171,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
     ]
     ours = [judge for judge, _ in trained]
     others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed) if config.pixel else []
-    accuracy, comparison = judges.measured(parts, store, ours, others, "test", seed)
+    accuracy, comparison = judges.measured(parts, store, ours, others, "test", seed, config.pixel_levels)
     panel, asked = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
     head_seeds = [judge.trained_on["seed"] for judge in ours]
@@ -180,7 +182,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
             "unseen-data", lambda: candidates.run(place / "unseen-store", shares, seed=seed + 2, backbone=backbone)
         )
         far, far_comparison = judges.measured(
-            parts, LatentStore.open(place / "unseen-store"), ours, others, "unseen", seed
+            parts, LatentStore.open(place / "unseen-store"), ours, others, "unseen", seed, config.pixel_levels
         )
         away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
         accuracy, comparison = accuracy + far, comparison + far_comparison
@@ -213,7 +215,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         over_random=[compare.over_random(records, name, seed) for name in MAIN],
         agreement=compare.agreement(records),
         attention=gaze.rows(looked, seed),
-        bars=bars.check(comparison, picks, "early", "draft", bars.overhead(records, ("early", "draft", "full"))),
+        bars=_bars(config, comparison, picks, records),
         prompt=shown["prompt"],
         seeds=list(result.seeds),
         winner=result.index,
@@ -302,6 +304,12 @@ def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, An
     single, pair = kinds.values()
     mixed = [entry for both in zip(single, pair) for entry in both]
     return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
+
+
+def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[dict[str, Any]]:
+    """They are a full run's."""
+    share = bars.overhead(records, ("early", "draft", "full"))
+    return bars.check(comparison, picks, "early", "draft", share) if config.full else []
 
 
 def _publish(folder: Path, place: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from prism.experiments import gaze
 from prism.experiments.contest import Contest
 from prism.judge import Judge
+from prism.report import wording
 from prism.report.page import FilmRow, FilmStrip
 
 
@@ -26,7 +27,7 @@ def candidates(contest: Contest, name: str) -> list[FilmStrip]:
         scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
         for candidate in sorted(scores, key=lambda candidate: -scores[candidate]):
             verb = "kept" if candidate in cut["kept"] else "dropped"
-            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {scores[candidate]:+.2f}")
+            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
     backbone = contest.panel.backbone
     expected = backbone.decode(_expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call))
     at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
@@ -68,7 +69,9 @@ def looks(
             ("best", "worst"), pair, videos, attention, gaze.shares(attention, cells), strict=True
         ):
             rows.append(FilmRow(f"{which} of {len(values)}", video.numpy(), f"referee {values[c]:.2f}"))
-            note = f"{share['attention']:.0%} on the {share['area']:.0%} that is object"
+            note = (
+                f"{wording.percent(share['attention'], 0)} on objects, {wording.percent(share['area'], 0)} of the cells"
+            )
             rows.append(FilmRow("where the query looks", gaze.overlaid(video.numpy(), weights.numpy(), top), note))
         strips.append(FilmStrip(f"“{record['prompt']}”", rows))
     return strips

@@ -70,8 +70,9 @@ def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None)
     weight = np.zeros((frames, height, width, 1), dtype=np.float32)
     for cell, span in enumerate(spans(frames, len(attention))):
         weight[span] = (light[cell].numpy() / max(top, 1e-12)).clip(0, 1)[..., None]
-    dimmed = 0.55 * video.mean(-1, keepdims=True) + 0.25 * video
-    return (dimmed * (1 - 0.75 * weight) + 0.75 * weight * (0.55 * TINT + 0.45 * video)).clip(0, 1)
+    weight = weight**0.8
+    dimmed = 0.35 * video.mean(-1, keepdims=True) + 0.35 * video
+    return (dimmed * (1 - weight) + weight * (0.7 * TINT + 0.5 * video)).clip(0, 1)
 
 
 def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:

@@ -75,16 +75,18 @@ def measured(
     others: Sequence[Any],
     split: str,
     seed: int,
-    timesteps: Sequence[float] = TIMESTEPS,
+    levels: Sequence[float] = (),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows "accuracy" and "judge_comparison" of metrics.json: our judges (of several seeds, pooled first), the others,
     and ours against each of the others, all on the same pairs under the same noise.
+
+    levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
     """
-    named = [(f"prism-{judge.trained_on['seed']}", judge) for judge in ours]
-    named += [(other.name, other) for other in others]
-    found = [
-        _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, timesteps) for name, judge in named
+    named: list[tuple[str, Any, Sequence[float]]] = [
+        (f"prism-{judge.trained_on['seed']}", judge, TIMESTEPS) for judge in ours
     ]
+    named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
+    found = [_measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t) for name, judge, t in named]
     own, rest = found[: len(ours)], found[len(ours) :]
     rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]
     return rows, [row for each in rest for row in compare_judges(own, each, seed)]

@@ -44,7 +44,10 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
         _comparison(metrics.get("judge_comparison", [])),
     ]
     for name, some in wording.by_set(wording.pooled(picks)).items():
-        sections += [f"## Best-of-{some[0]['n']} on {some[0]['prompts']} prompts of the split {name}", _picks(some)]
+        sections += [
+            f"## Best-of-{some[0]['n']} on {some[0]['prompts']} prompts of the split {name}",
+            _picks(wording.in_order(some)),
+        ]
     if found:
         sections.append(
             f"Run by itself on {found['prompts']} prompts, each strategy picked the same candidate in "

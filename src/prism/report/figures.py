@@ -48,7 +48,7 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
     lines = _accuracy_lines(rows)
     if not lines:
         return ""
-    figure, axes = _figure(4.9, 3.5)
+    figure, axes = _figure(4.9, 4.2 if sum(line.main for line in lines) > 1 else 3.5)
     axes.axhline(50, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=_MUTED, ha="right", fontsize=9)
     ends = []
@@ -58,7 +58,9 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
         width, size = (2.2, 5) if line.main else (1.2, 0)
         if line.main and all(row["without_ties_ci95"] for row in line.rows):
             low, high = ([100 * row["without_ties_ci95"][end] for row in line.rows] for end in (0, 1))
-            axes.fill_between(t, low, high, color=line.colour, alpha=0.14, linewidth=0)
+            axes.fill_between(
+                t, low, high, color=line.colour, alpha=0.14 if line.colour == _ACCENT else 0.09, linewidth=0
+            )
         axes.plot(t, value, color=line.colour, linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
         ends.append((value[0], line))
     axes.set_xlim(1005, -15)  # as sampling goes: from noise on the left to clean on the right
@@ -84,7 +86,8 @@ def _accuracy_lines(rows: Sequence[Row]) -> list[_Line]:
         others = [key for key in series if key not in mains]
         lines = [_Line(key[2], series[key], _SERIES[i % len(_SERIES)], False) for i, key in enumerate(others)]
     for i, key in enumerate(mains):
-        name = key[2] if len(mains) == 1 else key[0] if len(sets) == 1 else f"{key[0]}, {key[1]}"
+        judge = key[0] if len({other[0].split(" #")[0] for other in mains}) < len(mains) else key[0].split(" #")[0]
+        name = key[2] if len(mains) == 1 else judge if len(sets) == 1 else f"{judge}, {key[1]}"
         lines.append(_Line(name, series[key], _ACCENT if i == 0 else _SERIES[(i - 1) % len(_SERIES)], True))
     return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
 
@@ -110,7 +113,7 @@ def cost_plot(rows: Sequence[Row]) -> str:
     points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]
     if not points:
         return ""
-    figure, axes = _figure(4.9, 3.5)
+    figure, axes = _figure(4.9, 4.2 if any(not wording.is_main(row) for row in points) else 3.5)
     axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
     right = max(*(100 * row["denoiser_share_of_full"] for row in points), 100.0)
     for several in _curves(points).values():
@@ -121,8 +124,9 @@ def cost_plot(rows: Sequence[Row]) -> str:
     for row in points:
         x, y, colour = 100 * row["denoiser_share_of_full"], row["referee_gain"], _colour(row)
         ours, main = row["strategy"] in ("early", "draft"), wording.is_main(row)
-        if row["referee_gain_ci95"] and main:
-            axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=1.4, alpha=0.55, solid_capstyle="round")
+        if row["referee_gain_ci95"]:
+            width, alpha = (1.4, 0.55) if main else (0.8, 0.3)
+            axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=width, alpha=alpha)
         size = 4.5 if not main else 8 if ours else 6.5
         one = len(row["schedule"] or [0]) == 1  # cuts in several goes are off the curve, and hollow
         fill = colour if main or one else "none"

@@ -66,9 +66,10 @@ def write_report(
         training_plot=plots.training_plot(metrics.get("history", [])),
         accuracy_groups=wording.by_level(accuracy),
         dimensions=wording.dimensions(accuracy),
-        several_judges=len({(row["judge"], row["head_seed"], row["source"], row["set"]) for row in accuracy}) > 1,
+        several_judges=len({wording.judge_name(row) for row in accuracy}) > 1,
+        several_sets=len({row["set"] for row in accuracy}) > 1,
         has_curves=any(not wording.is_main(row) for row in picks),
-        picks_by_set=wording.by_set(picks),
+        picks_by_set=wording.by_set(wording.in_order(picks)),
         seeds_apart=_seeds_apart(metrics),
         comparison=wording.comparison(metrics.get("judge_comparison", [])),
         attention=metrics.get("attention", []),
@@ -78,7 +79,7 @@ def write_report(
         measured=any(row["referee_gain"] is not None for row in picks),
         strips=[_embedded(strip) for strip in figures],
         over_random=metrics.get("over_random", []),
-        cuts=metrics.get("cuts", []),
+        cuts=[] if looks else metrics.get("cuts", []),
         seeds=metrics.get("seeds", []),
         notes=[notes] if isinstance(notes, str) else notes,
         details=_details(metrics, config),
@@ -124,6 +125,9 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         interval = row["without_ties_ci95"]
         between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
         text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
+        beside = [other for other in overall if (other["judge"], other["t"]) == ("pixel", row["t"])]
+        if beside and row["judge"] != "pixel":
+            text += f"; a pixel judge {wording.percent(beside[0]['without_ties'])}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     picks = wording.pooled(metrics["best_of_n"])
     cheap = [row for row in picks if row["strategy"] in ("early", "draft") and wording.is_main(row)]

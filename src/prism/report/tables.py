@@ -41,6 +41,26 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "Judge: pairw
     return table
 
 
+def judges_table(rows: Sequence[Mapping[str, Any]], title: str = "Judges: pairwise accuracy by noise level") -> Table:
+    """The overall accuracy of several judges side by side, one line a noise level, noisiest first; fits 80 columns."""
+    table = _table(title, "overall, without ties, 95 % interval over prompts; t = 1000 is pure noise, 0 is clean")
+    groups = wording.by_level(rows)
+    names = list(dict.fromkeys(wording.judge_name(next(iter(group.values()))) for group in groups))
+    table.add_column("t", justify="right")
+    for name in names:
+        table.add_column(name, justify="right", style="bold")
+        table.add_column("95 %\ninterval", justify="right", style="dim")
+    cells: dict[float, dict[str, tuple[str, str]]] = {}
+    for group in groups:
+        row = group.get("overall") or next(iter(group.values()))
+        pair = wording.percent(row["without_ties"]), wording.percent_interval(row["without_ties_ci95"], 0)
+        cells.setdefault(row["t"], {})[wording.judge_name(row)] = pair
+    for t in sorted(cells, reverse=True):
+        found = [cells[t].get(name, (wording.MISSING, wording.MISSING)) for name in names]
+        table.add_row(f"{t:g}", *(cell for pair in found for cell in pair))
+    return table
+
+
 def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """`rows` as in metrics.json's "best_of_n": one line a strategy, as given; fits 80 columns.
 

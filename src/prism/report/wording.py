@@ -32,6 +32,17 @@ def is_main(row: Row) -> bool:
     return bool(row.get("name", row["strategy"]) == row["strategy"])
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Best-of-N rows by strategy and then by cost."""
+    order = ("none", "random", "early", "draft", "full", "oracle")
+
+    def key(row: Row) -> tuple[Any, ...]:
+        place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
+        return place, row["n"], len(row["schedule"] or []), row["denoiser_share_of_full"] or 0.0
+
+    return sorted(rows, key=key)
+
+
 def by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows by the prompts they were measured on, in order of appearance."""
     found: dict[str, list[Row]] = {}
@@ -64,7 +75,7 @@ def judge_name(row: Row) -> str:
     seed = "" if row.get("head_seed") is None else f" #{row['head_seed']}"
     if row.get("head_seeds"):
         seed = f", {len(row['head_seeds'])} seeds"
-    source = "" if row.get("source") in (None, "renoised") else f" ({row['source']})"
+    source = "" if row.get("source") in (None, "renoised", "decoded") else f" ({row['source']})"
     return f"{row['judge']}{seed}{source}"
 
 
@@ -101,7 +112,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def percent_interval(value: Sequence[float] | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{100 * value[0]:.{digits}f}{_SPACE}…{_SPACE}{100 * value[1]:.{digits}f}"
+    if value is None:
+        return MISSING
+    return f"{100 * value[0]:.{digits}f}{_SPACE}…{_SPACE}{100 * value[1]:.{digits}f}".replace("-", "−")
 
 
 def signed(value: float | None) -> str:
