@@ -143,7 +143,10 @@ def test_a_winner_is_confirmed_once(made):
     assert {row["set"] for row in rows} == {"test"}
     mine = [row for row in rows if row["head_seed"] == 1]
     assert mine == [{**row, "judge": "heads-2"} for row in measure(judge, store, "test", progress=False).rows]
-    assert {row["against"] for row in metrics["judge_comparison"]} == {BASE}
+    assert {(row["judge"], row["against"]) for row in metrics["confirmed"]} == {("heads-2", BASE)}
+    page = (out / "report.html").read_text()
+    assert "<code>taps-2+3</code>" in page
+    assert "Confirmed on test prompts" in page
     with pytest.raises(PrismError, match="looked at once"):
         study.run(config, out, only=ONLY, confirm=["heads-2"], resume=True)
 

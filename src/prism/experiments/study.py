@@ -99,17 +99,18 @@ def run(
     rows = [measured.row(row) for row in done]
     for row in rows:
         files.write_json(out / "results" / f"{row['variant']}.json", row)
-    confirmed = [results.confirm(out, _named(name, done), everything, config, store, backbone) for name in confirm]
+    for variant in confirm:
+        results.confirm(out, _named(variant, done), everything, config, store, backbone)
+    confirmed = results.confirmations(out)
     metrics = document(
         "study",
         describe(backbone, name),
         config.train.seed,
-        accuracy=[row for entry in results.confirmations(out) for row in entry["accuracy"]],
-        judge_comparison=[row for entry in results.confirmations(out) for row in entry["judge_comparison"]],
+        accuracy=results.accuracy(confirmed),
         timings={"study": time.perf_counter() - started},
         study=rows,
         calibration=measured.calibration([row for row in done if row.name in (BASE, f"heads-{BASE_HEADS}")]),
-        confirmed=[entry["variant"] for entry in confirmed],
+        confirmed=[row for entry in confirmed for row in entry["comparison"]],
     )
     files.write_json(out / "metrics.json", metrics)
     (out / "study.md").write_text(results.markdown(rows, metrics["calibration"]), encoding="utf-8")

@@ -187,7 +187,7 @@ def confirm(
     entry = {
         "variant": variant.name,
         "accuracy": [row for found in measured.values() for each in found for row in each.rows],
-        "judge_comparison": compare_judges(measured[variant.name], measured[BASE]) if variant.name != BASE else [],
+        "comparison": compare_judges(measured[variant.name], measured[BASE]) if variant.name != BASE else [],
         "calibration": calibration,
     }
     files.write_json(path, entry)
@@ -197,6 +197,12 @@ def confirm(
 def confirmations(out: Path) -> list[dict[str, Any]]:
     """What was confirmed so far."""
     return [files.read_json(path) for path in sorted((out / "confirmed").glob("*.json"))]
+
+
+def accuracy(confirmed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The "accuracy" rows of what was confirmed; the recipe's, which each brings along, once."""
+    rows = [row for entry in confirmed for row in entry["accuracy"] if row["judge"] != BASE]
+    return rows + [row for row in confirmed[0]["accuracy"] if row["judge"] == BASE] if confirmed else []
 
 
 HEADER = (

@@ -75,6 +75,8 @@ def write_report(
         attention=metrics.get("attention", []),
         agreement=metrics.get("agreement"),
         bars=metrics.get("bars", []),
+        study=wording.by_question(metrics.get("study", [])),
+        confirmed=[row for row in metrics.get("confirmed", []) if row["dimension"] == "overall"],
         looks=[_embedded(strip) for strip in looks],
         measured=any(row["referee_gain"] is not None for row in picks),
         strips=[_embedded(strip) for strip in figures],

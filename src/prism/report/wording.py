@@ -51,6 +51,14 @@ def by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """A study's rows by the question they answer, in order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["question"], []).append(row)
+    return found
+
+
 def comparison(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """ "judge_comparison" rows as one {set, t, against: {judge: {dimension: row}}} a set and level, noisiest first."""
     found: dict[tuple[str, float], dict[str, Any]] = {}
