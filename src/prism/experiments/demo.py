@@ -313,12 +313,13 @@ def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list
 
 
 def _publish(folder: Path, place: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The files that are plain copies: metrics, configuration, the first seed's head, and candidates made afresh."""
+    """The files that are plain copies: metrics, configuration, the first seed's head, and what was made afresh."""
     write_config(folder / "config.json", settings)
     files.write_json(folder / "metrics.json", metrics)
     shutil.copytree(place / f"head-{config.seed}", folder / "head")
-    for name in ("candidates",) if config.fresh else ():
-        shutil.copytree(place / name, folder / name)
+    for name in ("candidates", "pixel", "pixel-noisy"):
+        if (place / name).is_dir():
+            shutil.copytree(place / name, folder / name)
 
 
 def _command(out: Path, config: DemoConfig) -> str:

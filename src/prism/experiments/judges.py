@@ -45,11 +45,12 @@ def trained(
 
 def pixel_judges(parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int) -> list[Any]:
     """The judges on decoded frames, trained on clean videos and with noisy ones among them: the shipped ones, or, where
-    `fresh`, trained on `store`.
+    `fresh`, trained on `store`. They share the frames that they decode.
     """
     from prism.baselines import PixelConfig, PixelJudge, train_pixel
+    from prism.baselines.frames import DecodedCache
 
-    found = []
+    found, frames = [], DecodedCache(parts.folder / "frames", backbone)
     for name, noisy in PIXEL.items():
         folder = parts.folder / name
 
@@ -60,7 +61,7 @@ def pixel_judges(parts: Parts, store: LatentStore, backbone: Any, fresh: bool, s
 
         if fresh:
             parts.once(f"train-{name}", make)
-        found.append(PixelJudge.from_pretrained(folder if fresh else shapeworld.asset_folder(name), backbone))
+        found.append(PixelJudge.from_pretrained(folder if fresh else shapeworld.asset_folder(name), backbone, frames))
     return found
 
 
@@ -87,6 +88,8 @@ def measured(
     ]
     named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
     found = [_measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t) for name, judge, t in named]
+    for path in (parts.folder / "frames").glob("*.npy"):  # of use to the others of this split alone
+        path.unlink()
     own, rest = found[: len(ours)], found[len(ours) :]
     rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]
     return rows, [row for each in rest for row in compare_judges(own, each, seed)]
