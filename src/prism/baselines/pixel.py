@@ -1,8 +1,7 @@
 """The pixel judge: a small video network that scores decoded frames for a prompt, as reward models do.
 
 It is given a noisy latent like the judge on hidden states, decodes it with the backbone's VAE as if it were clean, and
-looks at the frames. Convolutions shrink the frames to tokens, and a transformer reads them beside the backbone's own
-text embeddings of the prompt. It works on any backbone and any frame size of at least 16 pixels.
+looks at the frames and at the backbone's own text embeddings of the prompt. It works on any backbone.
 """
 
 from __future__ import annotations
@@ -14,87 +13,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from prism import files
 from prism.backbone import Backbone
+from prism.baselines.frames import DecodedCache, decode
+from prism.baselines.network import PixelNetwork
 from prism.errors import PrismError
 from prism.judge import Judge
 
 FORMAT, SCHEMA = "prism-pixel-judge", 1
-DECODE_ROWS = 8  # videos decoded at a time
+ROWS = 16  # videos that the network looks at together
 _VAE = ("vae", "vae_config")
-
-
-class _Block(nn.Module):
-    """Residual block: space, then time (as planar convolutions, which CPUs are far better at)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.space = nn.Conv2d(width, width, 3, padding=1)
-        self.time = nn.Conv2d(width, width, (3, 1), padding=(1, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) to the same."""
-        planes = F.gelu(self.norm(x)).transpose(1, 2).flatten(0, 1)
-        seen = F.gelu(self.space(planes)).unflatten(0, (len(x), -1)).transpose(1, 2)
-        return x + self.time(seen.flatten(3)).view_as(x)
-
-
-class PixelNetwork(nn.Module):
-    """Scores of videos.
-
-    Args:
-        text_width: width of the prompt's embeddings.
-        num_dimensions: number of scores.
-        width: half the channels after the stem; the transformer is four times as wide.
-        layers: of the transformer.
-        dropout: in the transformer and before the last layer.
-    """
-
-    def __init__(
-        self, text_width: int, num_dimensions: int = 4, width: int = 48, layers: int = 3, dropout: float = 0.1
-    ) -> None:
-        super().__init__()
-        self.options: dict[str, Any] = {"text_width": text_width, "num_dimensions": num_dimensions, "width": width}
-        self.options |= {"layers": layers, "dropout": dropout}
-        wide = 4 * width
-        # colours and where: x, y, time; every patch through a small network of its own
-        self.stem = nn.Sequential(
-            nn.Conv3d(6, 2 * width, (2, 8, 8), stride=(2, 8, 8)), nn.GELU(), nn.Conv3d(2 * width, 2 * width, 1)
-        )
-        self.middle = nn.Sequential(_Block(2 * width), _Block(2 * width))
-        self.pool = nn.Conv3d(2 * width, wide, 2, stride=2)
-        self.place = nn.Linear(3, wide)
-        self.text = nn.Linear(text_width, wide)
-        layer = nn.TransformerEncoderLayer(
-            wide, max(1, wide // 32), 4 * wide, dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Sequential(
-            nn.LayerNorm(2 * wide), nn.Linear(2 * wide, wide), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(wide, num_dimensions, bias=False),
-        )  # fmt: skip
-
-    def forward(self, videos: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, num_dimensions) of videos (B, T, H, W, 3) in [0, 1] and text (B, Lt, text_width); mask: True if real."""
-        x = videos.permute(0, 4, 1, 2, 3) * 2 - 1
-        x = torch.cat([x[:, :, :1], x], 2) if x.shape[2] % 2 else x
-        grid = [torch.linspace(-1, 1, size, device=x.device) for size in x.shape[2:]]
-        where = torch.stack(torch.meshgrid(*grid, indexing="ij")).expand(len(x), -1, -1, -1, -1)
-        x = self.middle(self.stem(torch.cat([x, where], 1)))
-        x = self.pool(F.pad(x, [pad for size in reversed(x.shape[2:]) for pad in (0, size % 2)]))
-        grid = [torch.linspace(-1, 1, size, device=x.device) for size in x.shape[2:]]
-        places = torch.stack(torch.meshgrid(*grid, indexing="ij"), -1).flatten(0, 2)
-        tokens = x.flatten(2).transpose(1, 2) + self.place(places)
-        both = torch.cat([tokens, self.text(text)], 1)
-        unseen = None
-        if mask is not None:
-            unseen = torch.cat([mask.new_zeros(tokens.shape[:2]), ~mask], 1)
-        read = self.transformer(both, src_key_padding_mask=unseen)[:, : tokens.shape[1]]
-        return self.head(torch.cat([read.mean(1), read.amax(1)], 1)).float()
 
 
 class PixelJudge:
@@ -105,6 +35,7 @@ class PixelJudge:
         head: the network, float32.
         dimensions, eta, trained_on: as of `Judge`.
         name: "pixel", or "pixel-noisy" where noisy videos were among those it learned from.
+        frames: where decoded frames are kept, or None: decode every time. Scores are the same.
     """
 
     def __init__(
@@ -115,13 +46,16 @@ class PixelJudge:
         eta: float = 5.0,
         trained_on: Mapping[str, Any] | None = None,
         name: str = "pixel",
+        frames: DecodedCache | None = None,
     ) -> None:
         self.backbone, self.head = backbone, head.to(backbone.device)
         self.dimensions, self.eta, self.name = tuple(dimensions), float(eta), name
-        self.trained_on = dict(trained_on or {})
+        self.trained_on, self.frames = dict(trained_on or {}), frames
 
     @classmethod
-    def untrained(cls, pipe: Any, dimensions: Sequence[str], seed: int = 0, name: str = "pixel", **options: Any) -> Any:
+    def untrained(
+        cls, pipe: Any, dimensions: Sequence[str], seed: int = 0, name: str = "pixel", **options: Any
+    ) -> PixelJudge:
         """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone."""
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
         width = backbone.condition(["a"]).arguments["encoder_hidden_states"].shape[-1]
@@ -146,18 +80,30 @@ class PixelJudge:
             raise PrismError(f"There must be a prompt for each video; found {len(names)} for {len(videos)}.")
         text, mask = self.text(names, **call)
         self.head.eval()
-        return self.head(videos.to(self.backbone.device).float(), text, mask)
+        scores = self.head(videos.to(self.backbone.device).float(), text, mask)
+        bad = ~scores.isfinite().all(1)
+        if bool(bad.any()):
+            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its frames hold NaN or infinity.")
+        return scores
 
     @torch.no_grad()
     def score(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
-        """Scores of latents at noise level t, decoded as they are; arguments as of `Judge.score`. t is ignored."""
+        """Scores of latents at noise level t, decoded as they are; arguments as of `Judge.score`. t is ignored.
+
+        Frames are rounded to 8 bits, as in a video file.
+        """
         names = [prompts] * len(noisy_latents) if isinstance(prompts, str) else list(prompts)
         if len(names) != len(noisy_latents):
             raise PrismError(f"There must be a prompt for each latent; found {len(names)} for {len(noisy_latents)}.")
+        bad = ~noisy_latents.flatten(1).isfinite().all(1)  # bytes could not tell
+        if bool(bad.any()):
+            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
         scores = []
-        for start in range(0, len(names), DECODE_ROWS):
-            rows = slice(start, start + DECODE_ROWS)
-            scores.append(self.score_videos(self.backbone.decode(noisy_latents[rows]), names[rows], **call))
+        for start in range(0, len(names), ROWS):
+            rows = slice(start, start + ROWS)
+            latents = noisy_latents[rows]
+            frames = decode(self.backbone, latents) if self.frames is None else self.frames(latents)
+            scores.append(self.score_videos(frames.float() / 255, names[rows], **call))
         return torch.cat(scores)
 
     score_clean = Judge.score_clean  # the same draws of noise, around this class's own `score`
@@ -165,27 +111,43 @@ class PixelJudge:
     # -- on disk
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], pipe: Any) -> PixelJudge:
-        """Put a saved pixel judge onto a backbone. Raises PrismError for a damaged folder or another VAE."""
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], pipe: Any, frames: DecodedCache | None = None
+    ) -> PixelJudge:
+        """Put a saved pixel judge onto a backbone. Raises PrismError for a damaged folder or another VAE.
+
+        Args:
+            folder: written by `save_pretrained`.
+            pipe: a diffusers pipeline or a `Backbone`.
+            frames: where decoded frames are kept; judges that are measured on the same videos should share it.
+        """
         folder, backbone = Path(folder), pipe if isinstance(pipe, Backbone) else Backbone(pipe)
         config = files.read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("schema") != SCHEMA:
             raise PrismError(f"The file {folder / 'config.json'} does not describe a pixel judge of schema {SCHEMA}.")
         found = backbone.fingerprint()
         for field in _VAE:
-            if config["backbone"].get(field) != found[field]:
+            made_with = config.get("backbone") or {}
+            if made_with.get(field) != found[field]:
                 raise PrismError(
-                    f"The pixel judge in {folder} was trained on frames of the VAE {config['backbone'].get('vae')}, "
+                    f"The pixel judge in {folder} was trained on frames of the VAE {made_with.get('vae')}, "
                     f"this pipeline has {found['vae']}{' of another configuration' if field == 'vae_config' else ''}; "
                     "load the backbone it was trained on."
                 )
-        network = PixelNetwork(**config["network"])
+        try:
+            network = PixelNetwork(**config["network"])
+            known = (config["dimensions"], config["eta"], config["trained_on"], config["name"], frames)
+            judge = cls(backbone, network.eval(), *known)
+        except KeyError as error:
+            raise PrismError(f"The file {folder / 'config.json'} lacks the field {error}.") from error
+        except (TypeError, ValueError) as error:
+            raise PrismError(f"The file {folder / 'config.json'} holds a value of the wrong type ({error}).") from error
         tensors = files.load_safetensors(folder / "model.safetensors")
         wanted = network.state_dict()
         if tensors.keys() != wanted.keys() or any(tensors[name].shape != wanted[name].shape for name in wanted):
             raise PrismError(f"The file {folder / 'model.safetensors'} does not hold this network's weights.")
         network.load_state_dict({name: value.float() for name, value in tensors.items()})
-        return cls(backbone, network.eval(), config["dimensions"], config["eta"], config["trained_on"], config["name"])
+        return judge
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write config.json, model.safetensors (half precision) and README.md as a folder that appears whole."""
@@ -211,8 +173,8 @@ def _card(judge: PixelJudge) -> str:
     noisy = " and decoded noisy latents" if judge.name == "pixel-noisy" else ""
     return (
         f"# PRISM pixel judge ({judge.name})\n\nA video network of {count / 1e6:.1f} million parameters that scores"
-        f" decoded frames for a prompt: {', '.join(judge.dimensions)}. Trained on decoded videos{noisy}; only differences"
-        " within a prompt mean something. It is what the judge on hidden states is compared with, not meant to be used"
-        " instead.\n\n```python\nfrom prism.baselines import PixelJudge\n\n"
+        f" decoded frames for a prompt: {', '.join(judge.dimensions)}. Trained on decoded videos{noisy}; only"
+        " differences within a prompt mean something. It is what the judge on hidden states is compared with, not"
+        " meant to be used instead.\n\n```python\nfrom prism.baselines import PixelJudge\n\n"
         "judge = PixelJudge.from_pretrained(folder, pipe)\n```\n"
     )
