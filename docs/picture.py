@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import prism
 from prism import files
 from prism.report.page import film
-from prism.report.wording import strategy_name
+from prism.report.wording import is_main, pooled, strategy_name
 
 INK, MUTED, LINE, ACCENT = "#1d1f24", "#6b6f78", "#e4e2da", "#3f3ec9"
 
@@ -29,7 +29,8 @@ def main(run: Path, target: Path) -> None:
         1, 2, width_ratios=(1.0, 1), left=0.115, right=0.985, top=0.87, bottom=0.13, wspace=0.22
     )
     _films(figure, left, metrics, config["call"])
-    _costs(figure.add_subplot(right), metrics["best_of_n"])
+    rows = [row for row in pooled(metrics["best_of_n"]) if is_main(row) and row["set"] == "test"]
+    _costs(figure.add_subplot(right), rows)
     figure.savefig(target)
 
 
