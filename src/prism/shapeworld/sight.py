@@ -212,8 +212,10 @@ def _occlusion(seen: dict[str, Tensor]) -> dict[str, Tensor]:
         apart = place[:, 1] - place[:, 0]  # (B, T, 2), from the first to the second
         towards = torch.stack([reach[:, 0, [1, 3]] + reach[:, 1, [0, 2]], reach[:, 0, [0, 2]] + reach[:, 1, [1, 3]]], 1)
         meet = ((apart < towards[:, :1]) & (-apart < towards[:, 1:])).all(-1)
-        deep = apart.norm(dim=-1) < 0.75 * radius.sum(1)  # near enough that nothing of the rear one need be seen
-        covered = (there | deep[:, None]) & meet[:, None] & (usual > MIN_AREA).all(1, keepdim=True)
+        # so near that nothing of the rear one need be seen, if it is seen again
+        spell = (there.cumsum(2) > 0) & (there.flip(2).cumsum(2).flip(2) > 0)
+        deep = (apart.norm(dim=-1) < 0.75 * radius.sum(1))[:, None] & spell
+        covered = (there | deep) & meet[:, None] & (usual > MIN_AREA).all(1, keepdim=True)
         rear = (loss * covered).sum(2).argmax(1)  # (B,)
         lost = covered[rows, rear] & (loss[rows, rear] > LOST)
         beside = torch.nn.functional.max_pool1d(lost.float()[:, None], 3, 1, 1)[:, 0] > 0

@@ -1,0 +1,158 @@
+"""Simulated annotators of known noise: so what ties, disagreement and wrong labels do to a judge can be studied.
+
+An annotator sees each score with an error, normal and new for each look at a video of a pair, calls a small difference
+a tie, and sometimes clicks at random. Votes of several are joined by majority, and dimensions by the paper's rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+from scipy.special import ndtr
+
+from prism.errors import PrismError
+from prism.preference.pairs import PAIR_COLUMNS, label_matrix, overall
+
+from . import referee
+
+NAMES = tuple(referee.TIE_MARGINS)  # VQ, MQ, TA
+
+
+def _each(value: float) -> Mapping[str, float]:
+    return dict.fromkeys(NAMES, value)
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """How one annotator errs, by dimension (VQ, MQ, TA).
+
+    Attributes:
+        noise: standard deviation of the error of a score seen, in the score's unit [0, 1]; at least 0.
+        margin: largest difference seen that is called a tie; at least 0.
+        bias: added to the difference of A and B; what prefers the video that is shown first.
+        lapse: share of votes given at random: A, B or a tie, each as likely; in [0, 1].
+    """
+
+    noise: Mapping[str, float] = field(default_factory=lambda: _each(0.05))
+    margin: Mapping[str, float] = field(default_factory=lambda: dict(referee.TIE_MARGINS))
+    bias: Mapping[str, float] = field(default_factory=lambda: _each(0.0))
+    lapse: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "margin", "bias"):
+            given = getattr(self, name)
+            if set(given) != set(NAMES):
+                raise PrismError(
+                    f"An annotator's {name} needs a number for each of {', '.join(NAMES)}, found {', '.join(given)}."
+                )
+            if name != "bias" and not all(value >= 0 for value in given.values()):
+                raise PrismError(f"An annotator's {name} must be 0 or more, found {min(given.values())}.")
+        if not 0 <= self.lapse <= 1:
+            raise PrismError(f"An annotator's lapse is a share from 0 to 1, found {self.lapse}.")
+
+    def probabilities(self, difference: np.ndarray, dimension: str) -> np.ndarray:
+        """Chances of the votes -1, 0 and 1, (..., 3), for true differences of A's and B's score, (...)."""
+        spread = math.sqrt(2) * self.noise[dimension]
+        edges = np.array([-self.margin[dimension], self.margin[dimension]])
+        above = edges - np.asarray(difference)[..., None] - self.bias[dimension]
+        if spread > 0:
+            below = ndtr(above / spread)
+        else:  # a difference of just the margin is a tie
+            below = np.stack([above[..., 0] > 0, above[..., 1] >= 0], -1).astype(float)
+        chances = np.stack([below[..., 0], below[..., 1] - below[..., 0], 1 - below[..., 1]], -1)
+        return (1 - self.lapse) * chances + self.lapse / 3
+
+
+def team(count: int, noise: float, lapse: float = 0.0, bias: float = 0.0) -> tuple[Annotator, ...]:
+    """`count` annotators alike, with the referee's tie margins."""
+    return tuple(Annotator(noise=_each(noise), bias=_each(bias), lapse=lapse) for _ in range(count))
+
+
+def vote(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], seed: int) -> np.ndarray:
+    """Votes of annotators on pairs, (annotators, pairs, 3) of 1 (A), -1 (B) or 0 (tie) for VQ, MQ and TA.
+
+    Args:
+        videos: columns video, VQ, MQ and TA: the true scores.
+        pairs: columns video_a and video_b.
+        annotators: who votes; each draws on its own stream, so that adding one changes no other's votes.
+        seed: fixes all errors.
+
+    Raises:
+        PrismError: where a pair's video has no scores."""
+    scores = _scores(videos, pairs)
+    votes = np.zeros((len(annotators), len(pairs), len(NAMES)), dtype=np.int8)
+    for number, annotator in enumerate(annotators):
+        chance = np.random.default_rng((seed, number))
+        error = chance.standard_normal((2, *scores.shape[1:]))
+        noise, margin, bias = (
+            np.array([given[name] for name in NAMES]) for given in (annotator.noise, annotator.margin, annotator.bias)
+        )
+        seen = scores + noise * error
+        difference = seen[0] - seen[1] + bias
+        own = np.where(np.abs(difference) <= margin, 0, np.sign(difference))
+        lapsed = chance.random(own.shape) < annotator.lapse
+        votes[number] = np.where(lapsed, chance.integers(-1, 2, own.shape), own)
+    return votes
+
+
+def majority(votes: np.ndarray) -> np.ndarray:
+    """(annotators, ...) votes to (...): the vote that more than half of them gave; a tie where there is none."""
+    half = len(votes) / 2
+    return ((votes == 1).sum(0) > half).astype(np.int8) - ((votes == -1).sum(0) > half).astype(np.int8)
+
+
+def label(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], seed: int) -> pa.Table:
+    """The same pairs, labelled by the majority of annotators instead of the referee: a table of pairs as a store's.
+
+    The overall label follows from the three by the paper's rule, `prism.preference.pairs.overall`.
+
+    Raises:
+        PrismError: without annotators, or where a pair's video has no scores."""
+    if not annotators:
+        raise PrismError("There are no annotators to label the pairs; give at least one.")
+    joined = majority(vote(videos, pairs, annotators, seed)).astype(np.float64)
+    columns = {name: pairs[name] for name in PAIR_COLUMNS}
+    for number, name in enumerate(NAMES):
+        columns[name] = pa.array(joined[:, number].astype(np.int8), pa.int8())
+    whole = overall(joined)
+    missing = np.isnan(whole)
+    columns["overall"] = pa.array(np.where(missing, 0, whole).astype(np.int8), pa.int8(), mask=missing)
+    return pa.table(columns)
+
+
+def agreement(votes: np.ndarray, pairs: pa.Table) -> dict[str, dict[str, float]]:
+    """How far annotators agree, by dimension, for votes (annotators, P, 3) on `pairs` that the referee labelled.
+
+    `between`: share of pairs on which two annotators vote alike, mean over all twos (NaN for a single one); `referee`:
+    share of votes that are the referee's label; `flipped`: share of votes for the worse video, where the referee
+    prefers one; `ties`: share of votes that are ties."""
+    truth, count = label_matrix(pairs, NAMES), len(votes)
+    found = {}
+    for number, name in enumerate(NAMES):
+        own, right = votes[:, :, number], truth[:, number]
+        clear = np.abs(right) == 1
+        alike = [np.mean(own[i] == own[j]) for i in range(count) for j in range(i)]
+        found[name] = {
+            "between": float(np.mean(alike)) if alike else math.nan,
+            "referee": float(np.mean(own[:, ~np.isnan(right)] == right[~np.isnan(right)])),
+            "flipped": float(np.mean(own[:, clear] == -right[clear])) if clear.any() else math.nan,
+            "ties": float(np.mean(own == 0)),
+        }
+    return found
+
+
+def _scores(videos: pa.Table, pairs: pa.Table) -> np.ndarray:
+    """True scores of A and B, (2, pairs, 3)."""
+    matrix = np.stack([videos[name].to_numpy().astype(np.float64) for name in NAMES], 1)
+    place = {video: row for row, video in enumerate(videos["video"].to_pylist())}
+    sides = []
+    for column in ("video_a", "video_b"):
+        ids = pairs[column].to_pylist()
+        for video in ids:
+            if video not in place:
+                raise PrismError(f"The pairs name a video {video!r} that has no scores; label pairs of the same store.")
+        sides.append(matrix[[place[video] for video in ids]])
+    return np.stack(sides)
