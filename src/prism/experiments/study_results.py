@@ -210,7 +210,7 @@ HEADER = (
     "",
     "accuracy",
     "95 %",
-    "against the recipe",
+    "difference",
     "95 %",
     "spread",
     *map(str, LEVELS),
@@ -231,6 +231,7 @@ def markdown(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any
         lines += ["### Calibration", "", *_table(CALIBRATION)]
         for row in calibration:
             plain = [f"{row[name]:.2f}" for name in ("temperature", "eta", "nll_before", "nll_after")]
+            plain[0] = plain[0] if row["temperature"] < 100 else "above 100"  # nothing there to be sure of
             errors = [f"{100 * row[f'calibration_error_{when}']:.1f}" for when in ("before", "after")]
             lines.append(_line([f"`{row['variant']}`", row["dimension"], *plain, *errors]))
         lines.append("")
