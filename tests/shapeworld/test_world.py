@@ -1,72 +1,258 @@
-"""Prompts and renderer: what is drawn is what the prompt says, measured on the pixels."""
+"""The grammar, the splits and the renderer: what is drawn is what the prompt says, measured on the pixels."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
 
-from prism.shapeworld import world
+from prism.shapeworld import referee, world
 
 
-def test_splits_are_disjoint_and_cover_the_grammar():
-    splits = [world.prompts(name) for name in world.SPLITS]
-    assert [len(split) for split in splits] == [140, 28, 56]
-    everything = [prompt for split in splits for prompt in split]
-    assert len(set(everything)) == len(everything) == len(world.SCENES) == 224
+def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[world.Scene]:
+    chance = random.Random(seed)
+    return [world.draw_scene(chance, kind or world.KINDS[i % 2]) for i in range(count)]
 
 
-def test_prompts_are_plain_english_and_parse_back():
-    assert world.Scene("orange", "cross", "stays still").prompt == "an orange cross stays still"
-    assert world.parse("A  red circle moves right.") == world.Scene("red", "circle", "moves right")
-    assert world.parse("a red dog moves right") is None
-    for scene in world.SCENES:
-        assert world.parse(scene.prompt) == scene
+def ways(drawn: list[world.Scene], seed: int = 0) -> list[list[world.Path]]:
+    return [world.paths(scene, random.Random(f"{seed} {i}")) for i, scene in enumerate(drawn)]
+
+
+def boxes(scene: world.Scene, paths: list[world.Path]) -> list[torch.Tensor]:
+    """Left, top, right and bottom of each thing by frame, (FRAMES, 4)."""
+    found = []
+    for thing, path in zip(scene.things, paths, strict=True):
+        left, right, up, down = world.extent(thing.shape)
+        low = path.centre - path.radius[:, None] * torch.tensor([left, up])
+        found.append(torch.cat([low, path.centre + path.radius[:, None] * torch.tensor([right, down])], 1))
+    return found
+
+
+# -- the grammar
+
+
+@pytest.mark.parametrize("motion", world.SINGLE_MOTIONS)
+def test_every_motion_parses_back(motion):
+    for size, ground in itertools.product(("", "small", "large"), world.GROUNDS):
+        scene = world.Scene((world.Thing("orange", "cross", motion, size),), ground=ground)
+        sensible = not (size == "large" and "quickly" in motion)
+        assert world.parse(scene.prompt) == (scene if sensible else None)
+
+
+@pytest.mark.parametrize("relation", world.RELATIONS)
+def test_every_relation_parses_back(relation):
+    found = set()
+    for scene in scenes(1500, kind="pair"):
+        if scene.relation == relation:
+            assert world.parse(scene.prompt) == scene
+            found.add(scene.things[0].motion)
+    assert len(found) == (2 if relation in world.PLACES else 4)  # beside a shape, another moves along it
+
+
+def test_prompts_are_plain_english():
+    orange, blue = world.Thing("orange", "cross", "moves left"), world.Thing("blue", "circle", "passes")
+    assert world.Scene((orange,)).prompt == "an orange cross moves left"
+    pair = world.Scene((orange, blue), "then passes behind", "grey")
+    assert pair.prompt == "an orange cross moves left, then a blue circle passes behind it on a grey ground"
+    again = world.parse("An  orange cross moves left then a blue circle passes behind it on a grey ground.")
+    assert again == pair
+    small = world.Scene((world.Thing("red", "square", "bounces off the left wall", "small"),))
+    assert small.prompt == "a small red square bounces off the left wall"
+    assert world.parse("a red circle grows on a dark ground") == world.parse("a red circle grows")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a dog runs",
+        "a red dog moves right",
+        "a red circle moves",
+        "a red circle moves right on a pink ground",
+        "a large red circle moves quickly right",
+        "a red circle moves right above a blue square and a green cross",
+        "a red circle moves right above a red square",
+        "a red circle moves up above a blue square",
+        "a small red circle moves right above a blue square",
+        "a red circle bounces off the floor while a blue square grows",
+        "a red circle moves right, then a blue square passes behind",
+    ],
+)
+def test_what_is_outside_the_grammar_has_no_scene(prompt):
+    assert world.parse(prompt) is None
+
+
+def test_every_word_of_a_prompt_is_known():
+    known = set(world.words())
+    for scene in scenes(300):
+        assert set(scene.prompt.replace(",", " , ").split()) <= known
+
+
+# -- the splits
+
+
+def test_splits_share_no_prompt_and_only_unseen_has_the_unseen():
+    splits = {name: world.prompts(name) for name in world.SPLITS}
+    everything = [prompt for prompts in splits.values() for prompt in prompts]
+    assert {name: len(prompts) for name, prompts in splits.items()} == world.SPLITS
+    assert len(set(everything)) == len(everything)
+    for name, prompts in splits.items():
+        parsed = [world.parse(prompt) for prompt in prompts]
+        assert [scene.kind for scene in parsed] == [world.KINDS[i % 2] for i in range(len(prompts))]
+        strange = [any((t.colour, t.shape) in world.UNSEEN for t in scene.things) for scene in parsed]
+        assert all(strange) if name == "unseen" else not any(strange)
+        assert {world.split_of(scene) for scene in parsed} == {name}
+
+
+def test_a_longer_list_starts_with_the_shorter():
+    assert world.prompts("test", 30)[:10] == world.prompts("test", 10)
+    assert all(world.parse(prompt).kind == "pair" for prompt in world.prompts("train", 6, "pair"))
+    with pytest.raises(ValueError, match="practice"):
+        world.prompts("practice")
+    with pytest.raises(ValueError, match="triple"):
+        world.prompts("train", 1, "triple")
+
+
+# -- shapes and paths
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
-def test_every_shape_has_the_circles_area_and_its_centroid_at_the_centre(shape):
+def test_every_shape_has_the_circles_area_its_centroid_at_the_centre_and_its_extent(shape):
     x, y = world.pixel_grid()
     alpha = world.coverage(shape, x - 31.3, y - 30.8, torch.tensor(10.0))
     assert alpha.sum().item() == pytest.approx(math.pi * 100, rel=0.02)
     assert (alpha * x).sum().item() / alpha.sum().item() == pytest.approx(31.3, abs=0.1)
     assert (alpha * y).sum().item() / alpha.sum().item() == pytest.approx(30.8, abs=0.1)
+    left, right, up, down = (10 * reach for reach in world.extent(shape))
+    assert x[alpha > 0].min().item() - 31.3 == pytest.approx(-left, abs=1.1)
+    assert x[alpha > 0].max().item() - 31.3 == pytest.approx(right, abs=1.1)
+    assert y[alpha > 0].min().item() - 30.8 == pytest.approx(-up, abs=1.1)
+    assert y[alpha > 0].max().item() - 30.8 == pytest.approx(down, abs=1.1)
 
 
-def test_rendering_is_seeded_and_stays_in_the_picture():
-    videos, prompts = world.sample(64, seed=3)
-    again, _ = world.sample(64, seed=3)
-    other, _ = world.sample(64, seed=4)
-    assert videos.shape == (64, 17, 64, 64, 3)
-    assert len(prompts) == 64
-    assert torch.equal(videos, again)
-    assert not torch.equal(videos, other)
-    ground = torch.tensor(world.BACKGROUND)
-    touched = [
-        (side - ground).norm(dim=-1) > 0.1 for side in (videos[:, :, -1], videos[:, :, :, 0], videos[:, :, :, -1])
-    ]
-    assert not torch.stack(touched).any(), "an object touches the frame"
-    top = ((videos[:, :, 0] - ground).norm(dim=-1) > 0.1).sum(-1)
-    assert top.max() <= 2, "more than a triangle's tip touches the frame"
+def test_things_stay_in_the_frame_a_pixel_from_its_edge():
+    drawn = scenes(400)
+    for scene, paths in zip(drawn, ways(drawn), strict=True):
+        for box in boxes(scene, paths):
+            assert box.min() > 1 - 1e-3, scene.prompt
+            assert box.max() < world.SIZE - 1 + 1e-3, scene.prompt
 
 
-@pytest.mark.parametrize("motion", world.MOTIONS)
-def test_motion_is_what_the_prompt_says(motion):
-    scenes = [world.Scene("white", "square", motion)] * 8
-    videos = world.render(scenes, torch.Generator().manual_seed(0))
-    mass = videos[..., 0] - world.BACKGROUND[0]
-    x, y = world.pixel_grid()
-    centre = torch.stack([(mass * x).sum((2, 3)), (mass * y).sum((2, 3))], -1) / mass.sum((2, 3))[..., None]
-    moved = centre[:, -1] - centre[:, 0]
-    grown = 0.5 * (mass[:, -1].sum((1, 2)) / mass[:, 0].sum((1, 2))).log()
-    right, down, bigger = world.MOTIONS[motion]
-    for wanted, found, (low, high) in (
-        (right, moved[:, 0], world.TRAVEL),
-        (down, moved[:, 1], world.TRAVEL),
-        (bigger, grown, world.GROWTH),
-    ):
-        if wanted:
-            assert ((found * wanted > 0.97 * low) & (found * wanted < 1.03 * high)).all()
+def test_things_keep_clear_of_each_other_where_they_should_and_meet_where_they_should():
+    drawn = scenes(400, seed=1, kind="pair")
+    for scene, paths in zip(drawn, ways(drawn), strict=True):
+        one, two = boxes(scene, paths)
+        gap = torch.maximum(one[:, :2] - two[:, 2:], two[:, :2] - one[:, 2:]).amax(1)  # below 0 where the boxes meet
+        apart = (paths[0].centre - paths[1].centre).norm(dim=1)
+        if scene.relation in world.PLACES:
+            x, y = world.PLACES[scene.relation]
+            assert gap.min() > 1.9, scene.prompt
+            assert (((paths[0].centre - paths[1].centre) @ torch.tensor([x, y], dtype=torch.float32)) > 8).all()
+        elif scene.relation in world.TIMES:
+            assert (apart > 1.2 * (paths[0].radius + paths[1].radius)).all(), scene.prompt
         else:
-            assert found.abs().max() < 0.05
+            assert apart.min() < 5, scene.prompt
+        if "passes" in scene.relation:  # not before the first has moved
+            assert (apart[:7] > paths[0].radius[:7] + paths[1].radius[:7]).all(), scene.prompt
+
+
+def test_travel_growth_and_bounces_are_as_large_as_the_words_say():
+    for scene, (path,) in ((s, w) for s, w in zip(scenes(300, 2, "single"), ways(scenes(300, 2, "single")))):
+        words, moved = scene.things[0].motion.split(), path.centre[-1] - path.centre[0]
+        low, high = world.SIZES[scene.things[0].size or "medium"]
+        assert low <= path.radius.log().mean().exp() <= high + 1e-4
+        if words[0] == "moves":
+            low, high = world.SPEEDS[words[1] if len(words) == 3 else ""]
+            along = moved @ torch.tensor(world.DIRECTIONS[words[-1]], dtype=torch.float32)
+            assert low - 1e-3 <= along <= high + 1e-3
+            assert moved.norm() == pytest.approx(along.item(), abs=1e-4)
+        elif words[0] in world.GROWTH:
+            grown = world.GROWTH[words[0]] * (path.radius[-1] / path.radius[0]).log()
+            assert world.GROWN[0] <= grown <= world.GROWN[1]
+            assert torch.equal(path.centre[0], path.centre[-1])
+        elif words[0] == "bounces":
+            way = world.WALLS[scene.things[0].motion.removeprefix("bounces off the ")]
+            side = {"left": 0, "up": 1, "right": 2, "down": 3}[way]
+            edge = boxes(scene, [path])[0][:, side]
+            wall = 1 if side < 2 else world.SIZE - 1
+            assert (edge - wall).abs().min() < 1e-3  # it touches the wall
+            assert 6 <= (edge - wall).abs().argmin() <= 10  # about mid-clip
+            assert (edge - wall).abs()[[0, -1]].min() > 9  # and comes from afar
+        else:
+            assert words == ["stays", "still"]
+            assert torch.equal(path.centre[0], path.centre[-1])
+
+
+@pytest.mark.parametrize("relation", ["while", "then", "then passes behind"])
+def test_things_move_when_the_relation_says(relation):
+    drawn = [scene for scene in scenes(600, 3, "pair") if scene.relation == relation]
+    for paths in ways(drawn):
+        steps = torch.stack([path.centre.diff(dim=0).norm(dim=1) for path in paths])  # (2, FRAMES - 1)
+        if relation == "while":
+            assert (steps > 1).all()
+        else:
+            assert (steps[0, world.MOVE_FRAMES :] < 1e-4).all()
+            assert (steps[1, : world.FRAMES - 1 - world.MOVE_FRAMES] < 1e-4).all()
+            assert (steps.sum(1) > 14).all()
+
+
+# -- the picture
+
+
+def test_the_one_behind_is_drawn_first():
+    for relation, rear in (
+        ("in front of", 1), ("behind", 0), ("then passes behind", 1), ("then passes in front of", 0),
+    ):  # fmt: skip
+        motions = ("moves right", "passes" if relation.startswith("then") else world.STILL)
+        things = tuple(world.Thing(c, "square", m) for c, m in zip(("red", "blue"), motions, strict=True))
+        scene = world.Scene(things, relation)
+        assert world.behind(scene) == rear
+        paths = world.paths(scene, random.Random(0))
+        video = world.paint([scene], [paths])[0]
+        frame = (paths[0].centre - paths[1].centre).norm(dim=1).argmin()
+        x, y = ((paths[0].centre[frame] + paths[1].centre[frame]) / 2).long().tolist()
+        front = torch.tensor(world.COLOURS[things[1 - rear].colour])
+        assert torch.allclose(video[frame, y, x], front, atol=1e-6), relation
+
+
+def test_grounds_are_even_or_striped_upright():
+    for name, (base, stripe) in world.GROUNDS.items():
+        ground = world.ground_image(name)
+        assert torch.equal(ground, ground[:1].expand_as(ground))
+        assert torch.allclose(ground.amin((0, 1)), torch.minimum(torch.tensor(base), torch.tensor(stripe)), atol=0.01)
+        assert torch.allclose(ground[:, : -world.STRIPE], ground[:, world.STRIPE :], atol=1e-6)
+
+
+def test_rendering_is_seeded():
+    drawn = scenes(6)
+    videos = world.render(drawn, 3)
+    assert videos.shape == (6, world.FRAMES, world.SIZE, world.SIZE, 3)
+    assert 0 <= videos.min() <= videos.max() <= 1
+    assert torch.equal(videos, world.render(drawn, 3))
+    assert torch.equal(videos[:2], world.render(drawn[:2], 3))
+    assert not torch.equal(videos, world.render(drawn, 4))
+    one, two = world.sample(6, seed=3), world.sample(6, seed=3)
+    assert torch.equal(one[0], two[0])
+    assert one[1] == two[1]
+    assert all(world.split_of(world.parse(prompt)) != "unseen" for prompt in world.sample(200, 0)[1])
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_the_referee_measures_where_things_truly_are(kind):
+    drawn = scenes(48, 5, kind)
+    truth = ways(drawn, 7)
+    seen = referee.measure(world.paint(drawn, truth), drawn)
+    centre = torch.stack([torch.stack([path.centre for path in paths]) for paths in truth])
+    area = torch.stack([torch.stack([math.pi * path.radius**2 for path in paths]) for paths in truth])
+    whole = seen["there"] & ~seen["hidden"]
+    assert whole.float().mean() > 0.8
+    assert (seen["centre"] - centre).norm(dim=-1)[whole].max() < 0.5  # up to a 25th of it may be covered
+    if kind == "pair":
+        whole &= (centre[:, 0] - centre[:, 1]).norm(dim=-1)[:, None] > 24
+    assert (seen["centre"] - centre).norm(dim=-1)[whole].max() < 0.3
+    assert (seen["area"] / area - 1)[whole].abs().max() < 0.1
+    assert (seen["area"] / area - 1)[whole].abs().mean() < 0.02
+    assert seen["there"].float().mean() > 0.98  # only what is wholly behind another is not there

@@ -26,7 +26,8 @@ DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 # differences within a dimension that a viewer would call a tie
 TIE_MARGINS = {"VQ": 0.03, "MQ": 0.03, "TA": 0.03}
 
-WEIGHTS = {"colour": 1.0, "shape": 1.0, "motion": 1.0, "size": 0.5, "speed": 0.5, "ground": 0.5, "relation": 1.5}
+# of each part of a prompt in TA; a relation counts twice: its time and its depth where it has both, else itself
+WEIGHTS = {"colour": 1.0, "shape": 1.0, "motion": 1.0, "size": 0.5, "speed": 0.5, "ground": 0.5, "relation": 0.75}
 _CHUNK = 32  # videos measured at a time
 
 
@@ -187,7 +188,7 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
     reach = reach / reach.norm(dim=-1, keepdim=True).clamp(min=1.0)
     of_way = likelihood(reach, _WAYS, 0.3)  # (B, 2, 5)
     ways = list(world.DIRECTIONS)
-    motion, relation = torch.zeros(len(scenes), 2), torch.zeros(len(scenes))
+    motion, relation = torch.zeros(2, len(scenes), 2)
     touching = (seen["centre"][:, 0] - seen["centre"][:, 1]).norm(dim=-1)  # (B, T) pixels apart
     lost = mean(seen["loss"], seen["hidden"].any(1, keepdim=True).float())  # (B, 2)
     both = (seen["there"] | seen["hidden"]).all(1)[:, None].float()
@@ -219,7 +220,7 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
         elif scene.relation == "then":
             relation[row] = in_turn
         else:
-            relation[row] = (in_turn + depth) / 2
+            relation[row, 0], relation[row, 1] = in_turn, depth
     return {"motion": motion, "relation": relation}
 
 
