@@ -130,6 +130,19 @@ def test_one_wrong_word_costs_its_part_and_nothing_else(part):
     assert all(value.nanmean() == 1 for name, value in found.items() if name not in (part, "relation", "speed"))
 
 
+def test_every_motion_and_speed_is_told_from_every_other():
+    names = world.SINGLE_MOTIONS
+    videos = world.render([world.Scene((world.Thing("red", "square", name),)) for name in names], 9)
+    asked = [[f"a red square {name}"] * len(names) for name in names]
+    found = [referee.correct(videos, prompts) for prompts in asked]
+    for row, wanted in enumerate(names):
+        for column, shown in enumerate(names):
+            alike = [" ".join(w for w in name.split() if w not in world.SPEEDS) for name in (wanted, shown)]
+            assert found[row]["motion"][column] == (alike[0] == alike[1]), (wanted, shown)
+            if wanted.startswith("moves"):
+                assert found[row]["speed"][column] == (wanted == shown), (wanted, shown)
+
+
 @pytest.mark.parametrize("relation", world.RELATIONS)
 def test_the_opposite_relation_is_wrong(relation):
     opposite = {

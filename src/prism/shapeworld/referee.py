@@ -168,7 +168,7 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[world.Scene]) -> dic
     turned = features[:, 3:].norm(dim=1) > 7.5
     of_motion = torch.where(turned[:, None], of_bounce, of_motion * ~bounced)
     of_motion = of_motion / of_motion.sum(1, keepdim=True).clamp(min=1e-6)
-    kinds = [" ".join(name.split()[:1] + name.split()[-1:]) for name in _MOTIONS]  # without the speed
+    kinds = [" ".join(word for word in name.split() if word not in world.SPEEDS) for name in _MOTIONS]
     motion, speed = torch.zeros(len(scenes)), torch.full((len(scenes),), torch.nan)
     for row, scene in enumerate(scenes):
         asked = scene.things[0].motion

@@ -162,7 +162,7 @@ def _two(pixels: _Pixels, scenes: Sequence[world.Scene]) -> tuple[list[Tensor], 
     rows, count = torch.arange(len(scenes)), len(_PALETTE)
     hues = torch.nn.functional.normalize(_PALETTE - pixels.ground[:, None], dim=-1)  # (P, colours, 3)
     alike = (hues * pixels.offset[:, None]).sum(-1)  # cosine times the offset's length
-    strong = pixels.far > 0.25
+    strong = pixels.far > 0.2
     places = pixels.video[strong] * count + alike[strong].argmax(1)
     mass = torch.bincount(places, minlength=count * len(scenes)).view(-1, count) / pixels.shape[1]  # pixels a frame
     asked = torch.tensor([[_COLOUR_INDEX[thing.colour] for thing in scene.things] for scene in scenes])
