@@ -24,12 +24,22 @@ INK, MUTED, ACCENT = "#1d1f24", "#6b6f78", "#3f3ec9"
 FRAMES = {"flicker": range(9), "noise": range(0, 17, 4)}  # noise does not compress; else every second frame
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 7
-CLEAN = (
+WORLD = (  # the sorts of motion, then each relation
     "a small red circle bounces off the floor on a striped ground",
     "a large cyan triangle moves slowly up on a brown ground",
+    "a purple square moves quickly left",
     "a white cross shrinks on a grey ground",
+    "an orange circle grows",
+    "a green triangle stays still on a striped ground",
+    "a red circle moves right above a white cross",
+    "a cyan triangle moves left below a yellow square on a brown ground",
     "a green square moves down on the left of an orange cross",
+    "a purple circle moves up on the right of a green triangle",
+    "a white square moves left in front of a red circle on a grey ground",
     "a yellow triangle moves right behind a blue square",
+    "a blue cross moves up while an orange circle moves right",
+    "a blue square moves right, then a yellow cross moves down",
+    "a purple square moves down, then a cyan circle passes behind it on a striped ground",
     "a red circle moves right, then a green square passes in front of it on a grey ground",
 )
 SHOWN = {
@@ -87,9 +97,9 @@ def draw(
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    notes = [textwrap.fill(text, 26, break_on_hyphens=False) for text in CLEAN]
+    notes = [textwrap.fill(text, 26, break_on_hyphens=False) for text in WORLD]
     every_other = range(0, world.FRAMES, 2)
-    draw(world.render([_scene(text) for text in CLEAN], SEED), CLEAN, notes, None, every_other, folder / "clean.png")
+    draw(world.render([_scene(text) for text in WORLD], SEED), WORLD, notes, None, every_other, folder / "world.png")
     for kind, prompt in SHOWN.items():
         videos = torch.cat([corruptions.corrupt([_scene(prompt)], kind, strength, SEED) for strength in STRENGTHS])
         target, notes = folder / f"{kind.replace(' ', '-')}.png", [f"{strength:g}" for strength in STRENGTHS]
