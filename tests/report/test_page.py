@@ -283,6 +283,11 @@ def test_the_page_shows_judges_side_by_side_bars_and_looks(tmp_path):
     assert "overall" in names
 
 
+def test_what_rounds_to_nothing_has_no_minus():
+    written = [(w(-0.0004), w(-0.0061)) for w in (wording.signed, wording.percent, wording.points)]
+    assert written == [("+0.00", "−0.01"), ("0.0\u00a0%", "−0.6\u00a0%"), ("+0.0", "−0.6")]
+
+
 def test_judges_stand_side_by_side_on_the_terminal():
     found = rows.accuracy() + [row for row in rows.accuracy(judge="pixel") if row["t"] in (899, 0)]
     text = printed(tables.judges_table(found))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
+import pyarrow.compute as pc
 import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
 from prism import files, shapeworld
 from prism.backbone import Backbone
+from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.shapeworld import CALL, assets, referee, world
+from prism.preference.pairs import prompt_key
+from prism.shapeworld import CALL, assets, candidates, referee, world
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +49,39 @@ def test_the_candidates_belong_to_the_pipeline_and_the_head_to_both(backbone):
     store = LatentStore.open(shapeworld.asset_folder("candidates"))
     assert store.meta["backbone"] == backbone.fingerprint()
     assert store.call == CALL
-    assert store.videos.num_rows == 8 * len(world.SCENES)
-    for split in world.SPLITS:
-        assert {group.prompt for group in store.groups(split)} == set(world.prompts(split))
+    for split, (count, per_prompt) in candidates.SHIPPED.items():
+        prompts = store.videos.filter(pc.equal(store.videos["split"], split))["prompt"].to_pylist()
+        assert Counter(prompts) == dict.fromkeys(world.prompts(split, count), per_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge = Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
-    assert judge.trained_on["prompts"] == 140
+    assert not set(judge.trained_on["prompt_keys"]) & {prompt_key(p) for p in world.prompts("test")}
+
+
+def test_kept_scores_are_the_referees_of_the_decoded_latents(backbone):
+    store = LatentStore.open(shapeworld.asset_folder("candidates"))
+    rows = store.videos.slice(0, 16).to_pylist()
+    videos = torch.cat(
+        [backbone.decode(store.latents([row["video"] for row in part])) for part in (rows[:8], rows[8:])]
+    )
+    scores = referee.batch(videos, [row["prompt"] for row in rows])
+    for name in referee.DIMENSIONS:
+        kept = torch.tensor([row[name] for row in rows])
+        assert (scores[name] - kept).abs().mean() < 0.02, name  # a byte a number costs little
+
+
+def test_weaker_backbones_differ_in_the_generator_alone(backbone):
+    for name in ("early", "small"):
+        weaker = shapeworld.pipeline(name)
+        assert torch.equal(weaker.vae.decoder.conv_in.weight, backbone.pipe.vae.decoder.conv_in.weight)
+        assert weaker.scheduler.config == backbone.pipe.scheduler.config
+        count = sum(p.numel() for p in weaker.transformer.parameters())
+        assert (count < backbone.num_parameters) == (name == "small")
+        assert files.read_json(shapeworld.asset_folder(name) / "training.json")["seed"] == 0
+        frames = weaker("a red circle grows", **{**CALL, "num_inference_steps": 1}).frames
+        assert frames.shape == (1, 17, 64, 64, 3)
+    with pytest.raises(PrismError, match="early"):
+        shapeworld.pipeline("strong")
 
 
 def test_everything_shipped_stays_small():

@@ -29,9 +29,10 @@ def rows(
     one for all of them first, whose "head_seed" is None and whose gains are the judges' mean.
 
     records: one a prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick a judge}, and, where the plans
-    were run by themselves, "alone" {plan: [{"ledger"}, one a judge]}. Costs are those runs' means, times the number of
-    prompts. Gains are in units of the pooled within-prompt standard deviation of the referee's scores; intervals are
-    95 % bootstrap intervals over prompts. `full` must be among the plans: costs are given as shares of it.
+    were run by themselves, "alone" {plan: [{"ledger"}, one a judge]}. Costs are those runs' means, and seconds their
+    median, times the number of prompts. Gains are in units of the pooled within-prompt standard deviation of the
+    referee's scores; intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
+    given as shares of it.
     measured: records to take costs from, where it is not these.
     """
     values, prompts = _values(records), [record["prompt"] for record in records]
@@ -66,7 +67,7 @@ def rows(
                     "denoiser_share_of_full": _mean(ledgers[name], "denoiser_rows") / everything,
                     "vae_decodes": round(_mean(ledgers[name], "vae_decodes") * len(records)),
                     "head_calls": round(_mean(ledgers[name], "head_calls") * len(records)),
-                    "seconds": _mean(ledgers[name], "seconds") * len(records),
+                    "seconds": _middle(ledgers[name], "seconds") * len(records),
                     "runs_timed": len(ledgers[name]),
                 }
             )
@@ -139,6 +140,10 @@ def _ledgers(records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
 
 def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
     return float(np.mean([ledger[column] for ledger in ledgers]))
+
+
+def _middle(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
+    return float(np.median([ledger[column] for ledger in ledgers]))
 
 
 def _in_spreads(sums: np.ndarray) -> np.ndarray:

@@ -65,6 +65,7 @@ class DemoConfig:
         )
     )
     pixel: bool = True
+    pixel_steps: int | None = None  # where pixel judges are trained; None for their settings' own
     pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
@@ -170,7 +171,9 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         for k in range(config.judges)
     ]
     ours = [judge for judge, _ in trained]
-    others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed) if config.pixel else []
+    others = []
+    if config.pixel:
+        others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
     accuracy, comparison = judges.measured(parts, store, ours, others, "test", seed, config.pixel_levels)
     panel, asked = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)

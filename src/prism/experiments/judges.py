@@ -43,12 +43,13 @@ def trained(
     return Judge.from_pretrained(folder, backbone), summary
 
 
-def pixel_judges(parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int) -> list[Any]:
+def pixel_judges(
+    parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int, steps: int | None = None
+) -> list[Any]:
     """The judges on decoded frames, trained on clean videos and with noisy ones among them: the shipped ones, or, where
-    `fresh`, trained on `store`. They share the frames that they decode.
+    `fresh`, trained on `store`. They share the frames that they decode. `steps`: None for the settings' own.
     """
-    from prism.baselines import PixelConfig, PixelJudge, train_pixel
-    from prism.baselines.frames import DecodedCache
+    from prism.baselines import DecodedCache, PixelConfig, PixelJudge, train_pixel
 
     found, frames = [], DecodedCache(parts.folder / "frames", backbone)
     for name, noisy in PIXEL.items():
@@ -57,7 +58,8 @@ def pixel_judges(parts: Parts, store: LatentStore, backbone: Any, fresh: bool, s
         def make(folder: Path = folder, noisy: bool = noisy) -> dict[str, Any]:
             if folder.is_dir():  # killed between its end and this note of it
                 return {}
-            return _summary(train_pixel(store, backbone, PixelConfig(seed=seed), folder, noisy=noisy))
+            config = PixelConfig(seed=seed) if steps is None else PixelConfig(seed=seed, steps=steps)
+            return _summary(train_pixel(store, backbone, config, folder, noisy=noisy, frames=frames))
 
         if fresh:
             parts.once(f"train-{name}", make)
