@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from prism.shapeworld import corruptions, referee, world
+from prism.shapeworld import corruptions, grammar, referee, world
 
 INK, MUTED, ACCENT = "#1d1f24", "#6b6f78", "#3f3ec9"
 FRAMES = {"flicker": range(9), "noise": range(0, 17, 4)}  # noise does not compress; else every second frame
@@ -107,8 +107,8 @@ def main(folder: Path) -> None:
         draw(videos, [prompt] * len(videos), notes, own, FRAMES.get(kind, every_other), target)
 
 
-def _scene(prompt: str) -> world.Scene:
-    scene = world.parse(prompt)
+def _scene(prompt: str) -> grammar.Scene:
+    scene = grammar.parse(prompt)
     assert scene is not None, prompt
     return scene
 

@@ -14,7 +14,7 @@ from prism.errors import PrismError
 from prism.experiments import demo, judges
 from prism.experiments.contest import Contest
 from prism.report.metrics import validate
-from prism.shapeworld import CALL, candidates, recipe, referee, world
+from prism.shapeworld import CALL, candidates, grammar, recipe, referee
 from prism.shapeworld import vae as video_vae
 from prism.training import TrainConfig
 
@@ -105,7 +105,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
         demo.run(tmp_path / "killed", config=demo.DemoConfig(**{**TINY, "n": 4}, full=True, judges=2, unseen=1))
     monkeypatch.setattr(judges, "train_together", _never)
     again = demo.run(tmp_path / "killed", config=config)
-    tests, unseen = world.prompts("test", 2), world.prompts("unseen", 1)
+    tests, unseen = grammar.prompts("test", 2), grammar.prompts("unseen", 1)
     assert begun[:5] == [*tests, tests[1], *unseen, begun[4]]  # the second alone is begun twice; then the one shown
     assert not (tmp_path / "killed.parts").exists()
 

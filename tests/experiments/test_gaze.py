@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prism.experiments import gaze
-from prism.shapeworld import world
+from prism.shapeworld import grammar, world
 
 GRID = (5, 4, 4)
 
@@ -23,8 +23,8 @@ def test_object_cells_are_those_the_object_is_in(ground):
     """A 16-pixel square that lies in one cell of every frame but the last four, where it is in another."""
     prompt = "a red square stays still" + ("" if ground == "dark" else f" on a {ground} ground")
     video = world.ground_image(ground).expand(17, -1, -1, -1).clone()
-    video[:13, 16:32, 32:48] = torch.tensor(world.COLOURS["red"])
-    video[13:, 48:64, 0:16] = torch.tensor(world.COLOURS["red"])
+    video[:13, 16:32, 32:48] = torch.tensor(grammar.COLOURS["red"])
+    video[13:, 48:64, 0:16] = torch.tensor(grammar.COLOURS["red"])
     cells = gaze.object_cells(video[None], prompt, GRID)[0]
     expected = torch.zeros(GRID, dtype=torch.bool)
     expected[:4, 1, 2] = True
@@ -33,7 +33,7 @@ def test_object_cells_are_those_the_object_is_in(ground):
 
 
 def test_a_rendered_object_is_found_where_it_is_drawn():
-    scenes = [scene for prompt in world.prompts("test", 8) if (scene := world.parse(prompt))]
+    scenes = [scene for prompt in grammar.prompts("test", 8) if (scene := grammar.parse(prompt))]
     videos = world.render(scenes, 0)
     for scene, video in zip(scenes, videos):
         cells = gaze.object_cells(video[None], scene.prompt, GRID)[0]

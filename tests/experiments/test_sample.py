@@ -8,13 +8,13 @@ import torch
 
 from prism import cli, files, shapeworld
 from prism.experiments.sample import refereed
-from prism.shapeworld import CALL, recipe, referee, world
+from prism.shapeworld import CALL, grammar, recipe, referee, world
 from prism.shapeworld import vae as video_vae
 
 
 def test_a_prompt_of_the_grammar_is_refereed():
-    prompt = world.prompts("test", 1)[0]
-    scene = world.parse(prompt)
+    prompt = grammar.prompts("test", 1)[0]
+    scene = grammar.parse(prompt)
     assert scene is not None
     video = world.render([scene], 0)[0]
     scores, sentence = refereed(video.numpy(), prompt)

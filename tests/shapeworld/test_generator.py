@@ -14,7 +14,7 @@ from prism import files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import LatentStore
-from prism.shapeworld import CALL, assets, candidates, quality, recipe, referee, train, world
+from prism.shapeworld import CALL, assets, candidates, grammar, quality, recipe, referee, train, world
 from prism.shapeworld import vae as video_vae
 
 
@@ -122,6 +122,21 @@ def test_a_run_takes_other_steps_until_its_step_size_falls(tmp_path, vae, monkey
     assert files.read_json(tmp_path / "transformer" / "config.json")["steps"] == 9
 
 
+def test_a_run_trains_on_earlier_weights(tmp_path, vae, monkeypatch):
+    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(2, 2, 1e-3, videos=4, layers=2, heads=1))
+    earlier = tmp_path / "earlier"
+    vae.save_pretrained(earlier / "vae" / "fitted")
+    shutil.copytree(earlier / "vae", tmp_path / "on" / "vae")
+    train.run(earlier, "transformer")
+    with pytest.raises(PrismError, match=r"--start .* holds no transformer"):
+        train.run(tmp_path / "on", "transformer", start=str(earlier))
+    train.run(tmp_path / "on", "transformer", start=str(earlier / "transformer"), steps=1, learning_rate=1e-7)
+    for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        before, after = (files.load_safetensors(run / "transformer" / part) for run in (earlier, tmp_path / "on"))
+        assert max((after[key] - before[key]).abs().max() for key in before) < 1e-6
+        assert any(not torch.equal(after[key], before[key]) for key in before)
+
+
 def test_muon_trains_the_blocks_and_adamw_the_rest(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
@@ -179,7 +194,7 @@ def test_training_the_vae_lowers_its_error_and_makes_a_stock_pipeline(tmp_path, 
     loaded = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     assert type(loaded) is WanPipeline
     assert files.read_json(folder / "call.json") == CALL
-    assert loaded(world.prompts("test")[0], **{**CALL, "num_inference_steps": 1}).frames.shape == (1, 17, 64, 64, 3)
+    assert loaded(grammar.prompts("test")[0], **{**CALL, "num_inference_steps": 1}).frames.shape == (1, 17, 64, 64, 3)
 
 
 def test_bad_training_settings_are_refused(tmp_path):
@@ -192,7 +207,7 @@ def test_bad_training_settings_are_refused(tmp_path):
 def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path, pipe, monkeypatch):
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     monkeypatch.setattr(candidates, "BATCH", 4)
-    some = {"train": world.prompts("train")[:2], "test": world.prompts("test")[:1]}
+    some = {"train": grammar.prompts("train")[:2], "test": grammar.prompts("test")[:1]}
     monkeypatch.setattr(world, "prompts", lambda split, count: some[split][:count])
     backbone = Backbone(pipe)
     sample, calls = candidates._sample, []

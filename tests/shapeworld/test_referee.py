@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prism.shapeworld import corruptions, referee, world
+from prism.shapeworld import corruptions, grammar, referee, world
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 BARELY = 0.08  # what another score may lose at most, where a corruption's own loses 0.25 to 0.99
@@ -19,21 +19,23 @@ WORDS = 3 + 0.5 + 0.5  # weight of the words on one thing without speed: colour,
 COUNT = 16
 
 
-def draw(count: int, seed: int, kind: str | None = None, relations: tuple[str, ...] | None = None) -> list[world.Scene]:
+def draw(
+    count: int, seed: int, kind: str | None = None, relations: tuple[str, ...] | None = None
+) -> list[grammar.Scene]:
     chance, drawn = random.Random(seed), []
     while len(drawn) < count:
-        scene = world.draw_scene(chance, kind or world.KINDS[len(drawn) % 2])
+        scene = grammar.draw_scene(chance, kind or grammar.KINDS[len(drawn) % 2])
         if relations is None or scene.relation in relations:
             drawn.append(scene)
     return drawn
 
 
-def prompts(scenes: list[world.Scene]) -> list[str]:
+def prompts(scenes: list[grammar.Scene]) -> list[str]:
     return [scene.prompt for scene in scenes]
 
 
 @pytest.fixture(scope="module")
-def clean() -> tuple[Tensor, list[world.Scene]]:
+def clean() -> tuple[Tensor, list[grammar.Scene]]:
     scenes = draw(48, seed=11)
     return world.render(scenes, 11), scenes
 
@@ -108,14 +110,14 @@ def test_one_wrong_word_costs_its_part_and_nothing_else(part):
     for scene in scenes:
         thing, ground = scene.things[0], scene.ground
         if part == "colour":
-            thing = dataclasses.replace(thing, colour=other(thing.colour, tuple(world.COLOURS)))
+            thing = dataclasses.replace(thing, colour=other(thing.colour, tuple(grammar.COLOURS)))
         elif part == "shape":
-            thing = dataclasses.replace(thing, shape=other(thing.shape, world.SHAPES))
+            thing = dataclasses.replace(thing, shape=other(thing.shape, grammar.SHAPES))
         elif part == "motion":
             thing = dataclasses.replace(thing, motion="shrinks" if thing.motion != "shrinks" else "grows")
         else:
-            ground = other(ground, tuple(world.GROUNDS))
-        wrong.append(world.Scene((thing,), ground=ground).prompt)
+            ground = other(ground, tuple(grammar.GROUNDS))
+        wrong.append(grammar.Scene((thing,), ground=ground).prompt)
         weight.append((0.5 if part == "ground" else 1.0) / (WORDS + 0.5 * thing.motion.startswith("moves")))
     right, off = referee.batch(videos, prompts(scenes)), referee.batch(videos, wrong)
     moves = torch.tensor([scene.things[0].motion.startswith("moves") for scene in scenes])
@@ -131,19 +133,19 @@ def test_one_wrong_word_costs_its_part_and_nothing_else(part):
 
 
 def test_every_motion_and_speed_is_told_from_every_other():
-    names = world.SINGLE_MOTIONS
-    videos = world.render([world.Scene((world.Thing("red", "square", name),)) for name in names], 9)
+    names = grammar.SINGLE_MOTIONS
+    videos = world.render([grammar.Scene((grammar.Thing("red", "square", name),)) for name in names], 9)
     asked = [[f"a red square {name}"] * len(names) for name in names]
     found = [referee.correct(videos, prompts) for prompts in asked]
     for row, wanted in enumerate(names):
         for column, shown in enumerate(names):
-            alike = [" ".join(w for w in name.split() if w not in world.SPEEDS) for name in (wanted, shown)]
+            alike = [" ".join(w for w in name.split() if w not in grammar.SPEEDS) for name in (wanted, shown)]
             assert found[row]["motion"][column] == (alike[0] == alike[1]), (wanted, shown)
             if wanted.startswith("moves"):
                 assert found[row]["speed"][column] == (wanted == shown), (wanted, shown)
 
 
-@pytest.mark.parametrize("relation", world.RELATIONS)
+@pytest.mark.parametrize("relation", grammar.RELATIONS)
 def test_the_opposite_relation_is_wrong(relation):
     opposite = {
         "above": "below", "on the left of": "on the right of", "in front of": "behind", "while": "then",
@@ -162,7 +164,7 @@ def test_the_opposite_relation_is_wrong(relation):
 
 def test_things_that_have_changed_places_are_the_wrong_way_round():
     scenes = draw(12, 41, "pair", ("then",))
-    swapped = [world.Scene(scene.things[::-1], "then", scene.ground) for scene in scenes]
+    swapped = [grammar.Scene(scene.things[::-1], "then", scene.ground) for scene in scenes]
     found = referee.correct(world.render(scenes, 6), prompts(swapped))
     assert found["relation"].max() == 0
     assert all(found[name].min() == 1 for name in ("colour", "shape", "motion"))
@@ -170,7 +172,7 @@ def test_things_that_have_changed_places_are_the_wrong_way_round():
 
 def test_a_video_played_backwards_is_as_good_but_not_as_asked():
     scenes = draw(24, 51, "single")
-    scenes = [s for s in scenes if s.things[0].motion.split()[0] in ("moves", *world.GROWTH)]
+    scenes = [s for s in scenes if s.things[0].motion.split()[0] in ("moves", *grammar.GROWTH)]
     videos = world.render(scenes, 6)
     forward, backward = (referee.batch(video, prompts(scenes)) for video in (videos, videos.flip(1)))
     assert (backward["VQ"] - forward["VQ"]).abs().max() < 1e-3
@@ -179,14 +181,14 @@ def test_a_video_played_backwards_is_as_good_but_not_as_asked():
 
 
 def test_a_second_thing_nobody_asked_for_costs():
-    scene = world.parse("a red circle stays still")
+    scene = grammar.parse("a red circle stays still")
     videos = world.render([scene] * 4, 1)
-    videos[:, :, 4:20, 4:20] = torch.tensor(world.COLOURS["green"])
+    videos[:, :, 4:20, 4:20] = torch.tensor(grammar.COLOURS["green"])
     assert (referee.batch(videos, [scene.prompt] * 4)["VQ"] < 0.5).all()
-    pair = world.parse("a red circle moves right above a blue square")
+    pair = grammar.parse("a red circle moves right above a blue square")
     videos = world.render([pair] * 4, 1)
     clean = referee.batch(videos, [pair.prompt] * 4)["VQ"]
-    videos[:, :, 2:14, 2:14] = torch.tensor(world.COLOURS["green"])
+    videos[:, :, 2:14, 2:14] = torch.tensor(grammar.COLOURS["green"])
     assert (referee.batch(videos, [pair.prompt] * 4)["VQ"] < clean - 0.2).all()
 
 

@@ -16,7 +16,7 @@ from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.preference.pairs import prompt_key
-from prism.shapeworld import CALL, assets, candidates, referee, world
+from prism.shapeworld import CALL, assets, candidates, grammar, referee, world
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_the_candidates_belong_to_the_pipeline_and_the_head_to_both(backbone):
     assert store.call == CALL
     for split, (count, per_prompt) in candidates.SHIPPED.items():
         prompts = store.videos.filter(pc.equal(store.videos["split"], split))["prompt"].to_pylist()
-        assert Counter(prompts) == dict.fromkeys(world.prompts(split, count), per_prompt)
+        assert Counter(prompts) == dict.fromkeys(grammar.prompts(split, count), per_prompt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         judge = Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
-    assert not set(judge.trained_on["prompt_keys"]) & {prompt_key(p) for p in world.prompts("test")}
+    assert not set(judge.trained_on["prompt_keys"]) & {prompt_key(p) for p in grammar.prompts("test")}
 
 
 def test_kept_scores_are_the_referees_of_the_decoded_latents(backbone):

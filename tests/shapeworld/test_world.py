@@ -9,19 +9,19 @@ import random
 import pytest
 import torch
 
-from prism.shapeworld import referee, world
+from prism.shapeworld import grammar, referee, world
 
 
-def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[world.Scene]:
+def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[grammar.Scene]:
     chance = random.Random(seed)
-    return [world.draw_scene(chance, kind or world.KINDS[i % 2]) for i in range(count)]
+    return [grammar.draw_scene(chance, kind or grammar.KINDS[i % 2]) for i in range(count)]
 
 
-def ways(drawn: list[world.Scene], seed: int = 0) -> list[list[world.Path]]:
+def ways(drawn: list[grammar.Scene], seed: int = 0) -> list[list[world.Path]]:
     return [world.paths(scene, random.Random(f"{seed} {i}")) for i, scene in enumerate(drawn)]
 
 
-def boxes(scene: world.Scene, paths: list[world.Path]) -> list[torch.Tensor]:
+def boxes(scene: grammar.Scene, paths: list[world.Path]) -> list[torch.Tensor]:
     """Left, top, right and bottom of each thing by frame, (FRAMES, 4)."""
     found = []
     for thing, path in zip(scene.things, paths, strict=True):
@@ -34,34 +34,34 @@ def boxes(scene: world.Scene, paths: list[world.Path]) -> list[torch.Tensor]:
 # -- the grammar
 
 
-@pytest.mark.parametrize("motion", world.SINGLE_MOTIONS)
+@pytest.mark.parametrize("motion", grammar.SINGLE_MOTIONS)
 def test_every_motion_parses_back(motion):
-    for size, ground in itertools.product(("", "small", "large"), world.GROUNDS):
-        scene = world.Scene((world.Thing("orange", "cross", motion, size),), ground=ground)
+    for size, ground in itertools.product(("", "small", "large"), grammar.GROUNDS):
+        scene = grammar.Scene((grammar.Thing("orange", "cross", motion, size),), ground=ground)
         sensible = not (size == "large" and "quickly" in motion)
-        assert world.parse(scene.prompt) == (scene if sensible else None)
+        assert grammar.parse(scene.prompt) == (scene if sensible else None)
 
 
-@pytest.mark.parametrize("relation", world.RELATIONS)
+@pytest.mark.parametrize("relation", grammar.RELATIONS)
 def test_every_relation_parses_back(relation):
     found = set()
     for scene in scenes(1500, kind="pair"):
         if scene.relation == relation:
-            assert world.parse(scene.prompt) == scene
+            assert grammar.parse(scene.prompt) == scene
             found.add(scene.things[0].motion)
-    assert len(found) == (2 if relation in world.PLACES else 4)  # beside a shape, another moves along it
+    assert len(found) == (2 if relation in grammar.PLACES else 4)  # beside a shape, another moves along it
 
 
 def test_prompts_are_plain_english():
-    orange, blue = world.Thing("orange", "cross", "moves left"), world.Thing("blue", "circle", "passes")
-    assert world.Scene((orange,)).prompt == "an orange cross moves left"
-    pair = world.Scene((orange, blue), "then passes behind", "grey")
+    orange, blue = grammar.Thing("orange", "cross", "moves left"), grammar.Thing("blue", "circle", "passes")
+    assert grammar.Scene((orange,)).prompt == "an orange cross moves left"
+    pair = grammar.Scene((orange, blue), "then passes behind", "grey")
     assert pair.prompt == "an orange cross moves left, then a blue circle passes behind it on a grey ground"
-    again = world.parse("An  orange cross moves left then a blue circle passes behind it on a grey ground.")
+    again = grammar.parse("An  orange cross moves left then a blue circle passes behind it on a grey ground.")
     assert again == pair
-    small = world.Scene((world.Thing("red", "square", "bounces off the left wall", "small"),))
+    small = grammar.Scene((grammar.Thing("red", "square", "bounces off the left wall", "small"),))
     assert small.prompt == "a small red square bounces off the left wall"
-    assert world.parse("a red circle grows on a dark ground") == world.parse("a red circle grows")
+    assert grammar.parse("a red circle grows on a dark ground") == grammar.parse("a red circle grows")
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_prompts_are_plain_english():
     ],
 )
 def test_what_is_outside_the_grammar_has_no_scene(prompt):
-    assert world.parse(prompt) is None
+    assert grammar.parse(prompt) is None
 
 
 def test_every_word_of_a_prompt_is_known():
-    known = set(world.words())
+    known = set(grammar.words())
     for scene in scenes(300):
         assert set(scene.prompt.replace(",", " , ").split()) <= known
 
@@ -95,31 +95,31 @@ def test_every_word_of_a_prompt_is_known():
 
 
 def test_splits_share_no_prompt_and_only_unseen_has_the_unseen():
-    splits = {name: world.prompts(name) for name in world.SPLITS}
+    splits = {name: grammar.prompts(name) for name in grammar.SPLITS}
     everything = [prompt for prompts in splits.values() for prompt in prompts]
-    assert {name: len(prompts) for name, prompts in splits.items()} == world.SPLITS
+    assert {name: len(prompts) for name, prompts in splits.items()} == grammar.SPLITS
     assert len(set(everything)) == len(everything)
     for name, prompts in splits.items():
-        parsed = [world.parse(prompt) for prompt in prompts]
-        assert [scene.kind for scene in parsed] == [world.KINDS[i % 2] for i in range(len(prompts))]
-        strange = [any((t.colour, t.shape) in world.UNSEEN for t in scene.things) for scene in parsed]
+        parsed = [grammar.parse(prompt) for prompt in prompts]
+        assert [scene.kind for scene in parsed] == [grammar.KINDS[i % 2] for i in range(len(prompts))]
+        strange = [any((t.colour, t.shape) in grammar.UNSEEN for t in scene.things) for scene in parsed]
         assert all(strange) if name == "unseen" else not any(strange)
-        assert {world.split_of(scene) for scene in parsed} == {name}
+        assert {grammar.split_of(scene) for scene in parsed} == {name}
 
 
 def test_a_longer_list_starts_with_the_shorter():
-    assert world.prompts("test", 30)[:10] == world.prompts("test", 10)
-    assert all(world.parse(prompt).kind == "pair" for prompt in world.prompts("train", 6, "pair"))
+    assert grammar.prompts("test", 30)[:10] == grammar.prompts("test", 10)
+    assert all(grammar.parse(prompt).kind == "pair" for prompt in grammar.prompts("train", 6, "pair"))
     with pytest.raises(ValueError, match="practice"):
-        world.prompts("practice")
+        grammar.prompts("practice")
     with pytest.raises(ValueError, match="triple"):
-        world.prompts("train", 1, "triple")
+        grammar.prompts("train", 1, "triple")
 
 
 # -- shapes and paths
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("shape", grammar.SHAPES)
 def test_every_shape_has_the_circles_area_its_centroid_at_the_centre_and_its_extent(shape):
     x, y = world.pixel_grid()
     alpha = world.coverage(shape, x - 31.3, y - 30.8, torch.tensor(10.0))
@@ -147,11 +147,11 @@ def test_things_keep_clear_of_each_other_where_they_should_and_meet_where_they_s
         one, two = boxes(scene, paths)
         gap = torch.maximum(one[:, :2] - two[:, 2:], two[:, :2] - one[:, 2:]).amax(1)  # below 0 where the boxes meet
         apart = (paths[0].centre - paths[1].centre).norm(dim=1)
-        if scene.relation in world.PLACES:
-            x, y = world.PLACES[scene.relation]
+        if scene.relation in grammar.PLACES:
+            x, y = grammar.PLACES[scene.relation]
             assert gap.min() > 1.9, scene.prompt
             assert (((paths[0].centre - paths[1].centre) @ torch.tensor([x, y], dtype=torch.float32)) > 8).all()
-        elif scene.relation in world.TIMES:
+        elif scene.relation in grammar.TIMES:
             assert (apart > 1.2 * (paths[0].radius + paths[1].radius)).all(), scene.prompt
         else:
             assert apart.min() < 5, scene.prompt
@@ -162,19 +162,19 @@ def test_things_keep_clear_of_each_other_where_they_should_and_meet_where_they_s
 def test_travel_growth_and_bounces_are_as_large_as_the_words_say():
     for scene, (path,) in ((s, w) for s, w in zip(scenes(300, 2, "single"), ways(scenes(300, 2, "single")))):
         words, moved = scene.things[0].motion.split(), path.centre[-1] - path.centre[0]
-        low, high = world.SIZES[scene.things[0].size or "medium"]
+        low, high = grammar.SIZES[scene.things[0].size or "medium"]
         assert low <= path.radius.log().mean().exp() <= high + 1e-4
         if words[0] == "moves":
-            low, high = world.SPEEDS[words[1] if len(words) == 3 else ""]
-            along = moved @ torch.tensor(world.DIRECTIONS[words[-1]], dtype=torch.float32)
+            low, high = grammar.SPEEDS[words[1] if len(words) == 3 else ""]
+            along = moved @ torch.tensor(grammar.DIRECTIONS[words[-1]], dtype=torch.float32)
             assert low - 1e-3 <= along <= high + 1e-3
             assert moved.norm() == pytest.approx(along.item(), abs=1e-4)
-        elif words[0] in world.GROWTH:
-            grown = world.GROWTH[words[0]] * (path.radius[-1] / path.radius[0]).log()
+        elif words[0] in grammar.GROWTH:
+            grown = grammar.GROWTH[words[0]] * (path.radius[-1] / path.radius[0]).log()
             assert world.GROWN[0] <= grown <= world.GROWN[1]
             assert torch.equal(path.centre[0], path.centre[-1])
         elif words[0] == "bounces":
-            way = world.WALLS[scene.things[0].motion.removeprefix("bounces off the ")]
+            way = grammar.WALLS[scene.things[0].motion.removeprefix("bounces off the ")]
             side = {"left": 0, "up": 1, "right": 2, "down": 3}[way]
             edge = boxes(scene, [path])[0][:, side]
             wall = 1 if side < 2 else world.SIZE - 1
@@ -206,20 +206,20 @@ def test_the_one_behind_is_drawn_first():
     for relation, rear in (
         ("in front of", 1), ("behind", 0), ("then passes behind", 1), ("then passes in front of", 0),
     ):  # fmt: skip
-        motions = ("moves right", "passes" if relation.startswith("then") else world.STILL)
-        things = tuple(world.Thing(c, "square", m) for c, m in zip(("red", "blue"), motions, strict=True))
-        scene = world.Scene(things, relation)
+        motions = ("moves right", "passes" if relation.startswith("then") else grammar.STILL)
+        things = tuple(grammar.Thing(c, "square", m) for c, m in zip(("red", "blue"), motions, strict=True))
+        scene = grammar.Scene(things, relation)
         assert world.behind(scene) == rear
         paths = world.paths(scene, random.Random(0))
         video = world.paint([scene], [paths])[0]
         frame = (paths[0].centre - paths[1].centre).norm(dim=1).argmin()
         x, y = ((paths[0].centre[frame] + paths[1].centre[frame]) / 2).long().tolist()
-        front = torch.tensor(world.COLOURS[things[1 - rear].colour])
+        front = torch.tensor(grammar.COLOURS[things[1 - rear].colour])
         assert torch.allclose(video[frame, y, x], front, atol=1e-6), relation
 
 
 def test_grounds_are_even_or_striped_upright():
-    for name, (base, stripe) in world.GROUNDS.items():
+    for name, (base, stripe) in grammar.GROUNDS.items():
         ground = world.ground_image(name)
         assert torch.equal(ground, ground[:1].expand_as(ground))
         assert torch.allclose(ground.amin((0, 1)), torch.minimum(torch.tensor(base), torch.tensor(stripe)), atol=0.01)
@@ -237,10 +237,10 @@ def test_rendering_is_seeded():
     one, two = world.sample(6, seed=3), world.sample(6, seed=3)
     assert torch.equal(one[0], two[0])
     assert one[1] == two[1]
-    assert all(world.split_of(world.parse(prompt)) != "unseen" for prompt in world.sample(200, 0)[1])
+    assert all(grammar.split_of(grammar.parse(prompt)) != "unseen" for prompt in world.sample(200, 0)[1])
 
 
-@pytest.mark.parametrize("kind", world.KINDS)
+@pytest.mark.parametrize("kind", grammar.KINDS)
 def test_the_referee_measures_where_things_truly_are(kind):
     drawn = scenes(48, 5, kind)
     truth = ways(drawn, 7)

@@ -45,7 +45,11 @@ def train(
     ] = None,
     start: Annotated[
         Path | None,
-        typer.Option("--start", metavar="FOLDER", help="A VAE to keep the encoder of and train the decoder on."),
+        typer.Option(
+            "--start",
+            metavar="FOLDER",
+            help="Earlier weights to train on: a VAE (its encoder is kept), or a transformer and its text encoder.",
+        ),
     ] = None,
     seed: options.Seed = 0,
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, mps.")] = "cpu",

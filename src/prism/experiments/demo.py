@@ -296,12 +296,12 @@ def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
 
 def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The prompts whose best and worst candidates lie farthest apart, of one thing and of two things in turn."""
-    from prism.shapeworld import world
+    from prism.shapeworld import grammar
 
     ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
-    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in world.KINDS}
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in grammar.KINDS}
     for entry in ordered:
-        scene = world.parse(entry["prompt"])
+        scene = grammar.parse(entry["prompt"])
         assert scene is not None
         kinds[scene.kind].append(entry)
     single, pair = kinds.values()

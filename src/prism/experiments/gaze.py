@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prism.evaluation import clustered_bootstrap
 from prism.judge import Judge
-from prism.shapeworld import world
+from prism.shapeworld import grammar, world
 
 SEEN = 0.2  # distance in RGB from the ground from which a pixel is no ground
 CELL = 0.1  # share of a cell's pixels, over its frames, from which the cell is an object's
@@ -29,7 +29,7 @@ def object_cells(videos: Tensor, prompt: str, grid: Sequence[int]) -> Tensor:
 
     videos: (B, FRAMES, SIZE, SIZE, 3) in [0, 1]. Raises ValueError for a prompt outside the grammar.
     """
-    scene = world.parse(prompt)
+    scene = grammar.parse(prompt)
     if scene is None:
         raise ValueError(f"prompt {prompt!r} is outside ShapeWorld's grammar: its ground is not known")
     thing = (videos - world.ground_image(scene.ground)).norm(dim=-1) > SEEN  # (B, FRAMES, SIZE, SIZE)

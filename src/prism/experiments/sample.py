@@ -120,9 +120,9 @@ def refereed(video: np.ndarray, prompt: str) -> tuple[dict[str, float] | None, s
     """
     import torch
 
-    from prism.shapeworld import referee, world
+    from prism.shapeworld import grammar, referee, world
 
-    if world.parse(prompt) is None:
+    if grammar.parse(prompt) is None:
         return None, (
             f"No referee has scored this video: the prompt “{prompt}” is outside the grammar of ShapeWorld, the small "
             "world that the embedded model knows, which docs/shapeworld.md describes."

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from prism.errors import PrismError
 
 from .assets import asset_folder
-from .world import FPS, prompts
+from .grammar import prompts
+from .world import FPS
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline

@@ -18,7 +18,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import pairs_from_scores, write_store
 
-from . import CALL, referee, world
+from . import CALL, grammar, referee
 
 SHIPPED = {"train": (200, 6), "validation": (40, 6), "test": (100, 4)}
 """Split -> prompts and candidates of each, of the store that ships with the package."""
@@ -34,11 +34,11 @@ def parse_share(text: str) -> tuple[str, tuple[int, int]]:
     """`train`, `train:200` or `train:200x6`: a split, how many of its prompts, and candidates of each (8).
 
     Raises PrismError where the text is none of these."""
-    found = re.fullmatch(rf"({'|'.join(world.SPLITS)})(?::(\d+)(?:x(\d+))?)?", text)
+    found = re.fullmatch(rf"({'|'.join(grammar.SPLITS)})(?::(\d+)(?:x(\d+))?)?", text)
     if not found:
-        raise PrismError(f'The --split "{text}" is not one of {", ".join(world.SPLITS)}, or like train:200x6.')
+        raise PrismError(f'The --split "{text}" is not one of {", ".join(grammar.SPLITS)}, or like train:200x6.')
     name, prompts, per_prompt = found.groups()
-    return name, (int(prompts or world.SPLITS[name]), int(per_prompt or 8))
+    return name, (int(prompts or grammar.SPLITS[name]), int(per_prompt or 8))
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
     work = [
         (split, p, candidate_seed(seed, p, i))
         for split, (prompts, per_prompt) in splits.items()
-        for p in world.prompts(split, prompts)
+        for p in grammar.prompts(split, prompts)
         for i in range(per_prompt)
     ]
     call = dict(CALL)

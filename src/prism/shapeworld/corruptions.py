@@ -16,7 +16,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from . import world
+from . import grammar, world
 
 BLUR = 3.0  # pixels, standard deviation at strength 1
 NOISE = 0.10  # standard deviation at strength 1, in units of the pixels' range [0, 1]
@@ -50,14 +50,14 @@ class _Look:
     melted: Tensor  # (FRAMES,) in [0, 1], share of another shape
 
 
-def applies(kind: str, scene: world.Scene) -> bool:
+def applies(kind: str, scene: grammar.Scene) -> bool:
     """Whether a scene can have this fault: only two things that move can do so in the wrong order."""
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind is {kind!r}: use one of {', '.join(CORRUPTIONS)}")
     return kind != "wrong order" or scene.relation == "while" or scene.relation.startswith("then")
 
 
-def corrupt(scenes: Sequence[world.Scene], kind: str, strength: float, seed: int) -> Tensor:
+def corrupt(scenes: Sequence[grammar.Scene], kind: str, strength: float, seed: int) -> Tensor:
     """Render scenes as `world.render(scenes, seed)` does, with one fault: (B, FRAMES, SIZE, SIZE, 3) in [0, 1].
 
     Args:
@@ -86,7 +86,7 @@ def corrupt(scenes: Sequence[world.Scene], kind: str, strength: float, seed: int
         looks = [
             _Look(
                 thing.shape, path.centre.clone(), path.radius.clone(),
-                torch.tensor(world.COLOURS[thing.colour]).repeat(world.FRAMES, 1),
+                torch.tensor(grammar.COLOURS[thing.colour]).repeat(world.FRAMES, 1),
                 torch.ones(world.FRAMES), torch.zeros(world.FRAMES),
             )
             for thing, path in zip(scene.things, world.paths(scene, random.Random(f"{seed} {number}")), strict=True)
@@ -96,7 +96,7 @@ def corrupt(scenes: Sequence[world.Scene], kind: str, strength: float, seed: int
     return torch.stack(videos)
 
 
-def _draw(scene: world.Scene, looks: Sequence[_Look]) -> Tensor:
+def _draw(scene: grammar.Scene, looks: Sequence[_Look]) -> Tensor:
     """`world.paint` for one scene, whose things may change colour, shape and opacity."""
     x, y = world.pixel_grid()
     video = world.ground_image(scene.ground).expand(world.FRAMES, -1, -1, -1)
@@ -120,13 +120,13 @@ def _odd(strength: float) -> Tensor:
     return off
 
 
-def _flicker(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _flicker(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     every_other = (torch.arange(world.FRAMES) + chance.randrange(2)) % 2
     for look in looks:
         look.opacity -= strength * FLICKER * every_other
 
 
-def _teleport(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _teleport(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     for look in looks:
         for frame in ODD_FRAMES:  # towards the middle of the picture, so that nothing leaves it
             way = torch.tensor([chance.uniform(0.3, 1), chance.uniform(0.3, 1)])
@@ -134,37 +134,37 @@ def _teleport(scene: world.Scene, looks: list[_Look], strength: float, chance: r
             look.centre[frame] += _odd(strength)[frame] * JUMP * way
 
 
-def _melt(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _melt(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     for look in looks:
         look.melted += _odd(strength)
 
 
-def _wrong_colour(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _wrong_colour(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     """Colours blend into others: those that stay clearest of the ground and of the other thing on the way there."""
     way = torch.linspace(0, 1, 5)[:, None]
     taken = {thing.colour for thing in scene.things}
-    shunned = torch.cat([torch.tensor(world.GROUNDS[scene.ground]), *(look.colour[:1] for look in looks[1:])])
+    shunned = torch.cat([torch.tensor(grammar.GROUNDS[scene.ground]), *(look.colour[:1] for look in looks[1:])])
     for look in looks:
         own = look.colour[:1].clone()
         blends = {
             name: own + way * (torch.tensor(colour) - own)
-            for name, colour in world.COLOURS.items()
+            for name, colour in grammar.COLOURS.items()
             if name not in taken
         }
         clear = {name: float(torch.cdist(blend, shunned).min()) for name, blend in blends.items()}
         other = max(clear, key=lambda name: clear[name])
         taken.add(other)
-        shunned = torch.cat([torch.tensor(world.GROUNDS[scene.ground]), blends[other]])
+        shunned = torch.cat([torch.tensor(grammar.GROUNDS[scene.ground]), blends[other]])
         look.colour += strength * (blends[other][-1] - own)
 
 
-def _wrong_direction(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _wrong_direction(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     """The picture's paths are turned, up to a quarter; growth turns into shrinking; what should be still drifts."""
     angle = strength * math.pi / 2 * chance.choice((-1, 1))
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     low, high = torch.full((2,), torch.inf), torch.full((2,), -torch.inf)
     for thing, look in zip(scene.things, looks, strict=True):
-        if scene.things[0].motion == world.STILL:
+        if scene.things[0].motion == grammar.STILL:
             way = 1.0 if float(look.centre[0, 0]) < world.SIZE / 2 else -1.0
             look.centre[:, 0] += strength * DRIFT * way * torch.linspace(0, 1, world.FRAMES)
         look.centre = (look.centre - world.SIZE / 2) @ turn + world.SIZE / 2
@@ -178,7 +178,7 @@ def _wrong_direction(scene: world.Scene, looks: list[_Look], strength: float, ch
         look.centre += into
 
 
-def _wrong_order(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _wrong_order(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     """The later move comes earlier and the earlier later, until they have changed places; of two at once, one waits."""
     frame = torch.arange(world.FRAMES, dtype=torch.float32)
     delay = world.FRAMES - 1 - world.MOVE_FRAMES
@@ -193,14 +193,14 @@ def _wrong_order(scene: world.Scene, looks: list[_Look], strength: float, chance
         look.centre = torch.lerp(look.centre[before], look.centre[after], (when - before)[:, None])
 
 
-def _missing(scene: world.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
+def _missing(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
     """One thing is not there, from the clip's end backwards."""
     look = chance.choice(looks)
     frame = torch.arange(world.FRAMES, dtype=torch.float32)
     look.opacity *= (world.FRAMES * (1 - strength) - frame).clamp(0, 1).round()
 
 
-_FAULTS: dict[str, Callable[[world.Scene, list[_Look], float, random.Random], None]] = {
+_FAULTS: dict[str, Callable[[grammar.Scene, list[_Look], float, random.Random], None]] = {
     "flicker": _flicker,
     "teleport": _teleport,
     "melt": _melt,

@@ -19,7 +19,7 @@ from prism import files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 
-from . import CALL, recipe, referee, world
+from . import CALL, grammar, recipe, referee
 from .assets import write_manifest
 from .candidates import candidate_seed
 
@@ -48,8 +48,8 @@ def measure(
     seen, names = torch.cat(videos), [p for p, _ in work]
     scores, right = referee.batch(seen, names), referee.correct(seen, names)
     found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
-    for kind in world.KINDS:
-        rows = [row for row, p in enumerate(names) if (scene := world.parse(p)) and scene.kind == kind]
+    for kind in grammar.KINDS:
+        rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and scene.kind == kind]
         if rows:
             overall = scores["overall"][rows].numpy().reshape(-1, per_prompt)
             within = float(np.sqrt(overall.var(1, ddof=1).mean())) if per_prompt > 1 else None
@@ -105,10 +105,10 @@ def run(
     if backbone not in BACKBONES and not (Path(backbone) / "transformer").is_dir():
         names = ", ".join(BACKBONES)
         raise PrismError(f"The --backbone {backbone} is none of {names} and no training run's folder; name another.")
-    if split not in world.SPLITS:
-        raise PrismError(f'The --split is "{split}"; choose one of {", ".join(world.SPLITS)}.')
+    if split not in grammar.SPLITS:
+        raise PrismError(f'The --split is "{split}"; choose one of {", ".join(grammar.SPLITS)}.')
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
-    chosen = [prompt for kind in world.KINDS for prompt in world.prompts(split, prompts, kind)]
+    chosen = [prompt for kind in grammar.KINDS for prompt in grammar.prompts(split, prompts, kind)]
     with files.new_folder(out, overwrite) as folder:
         found = []
         wanted: Sequence[int | None] = steps or (None,)
@@ -133,7 +133,7 @@ def _of_run(out: Path, step: int | None) -> WanPipeline:
 
 def _line(found: Mapping[str, Any]) -> str:
     parts = []
-    for kind in world.KINDS:
+    for kind in grammar.KINDS:
         if kind in found:
             right = ", ".join(f"{name} {share:.0%}" for name, share in found[kind]["right"].items())
             means = " ".join(f"{name} {mean:.2f}" for name, mean in found[kind]["mean"].items())

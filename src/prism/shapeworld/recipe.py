@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from . import grammar
 from . import vae as video_vae
-from . import world
 
 TEXT_LENGTH = 24  # tokens; the longest prompt of the grammar has 20
 FLOW_SHIFT = 3.0
@@ -20,7 +20,7 @@ FLOW_SHIFT = 3.0
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the grammar; anything else is `<unk>`."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *world.words()])}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *grammar.words()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import world
+from . import grammar, world
 from .sight import MIN_AREA, likelihood, mean, ramp
 from .sight import measure as measure
 
@@ -69,7 +69,7 @@ def _motion_quality(seen: dict[str, Tensor]) -> Tensor:
     return mean(quality, there.float().mean(2)) * _enough(seen)
 
 
-_SPEED = {name: sum(span) / 2 for name, span in world.SPEEDS.items()}
+_SPEED = {name: sum(span) / 2 for name, span in grammar.SPEEDS.items()}
 
 
 def _motion_classes() -> tuple[list[str], Tensor]:
@@ -77,16 +77,16 @@ def _motion_classes() -> tuple[list[str], Tensor]:
     turn.
     """
     names, rows = [], []
-    for motion in world.SINGLE_MOTIONS:
+    for motion in grammar.SINGLE_MOTIONS:
         words, row = motion.split(), [0.0] * 5
         if words[0] == "moves":
-            x, y = world.DIRECTIONS[words[-1]]
+            x, y = grammar.DIRECTIONS[words[-1]]
             far = _SPEED[words[1] if len(words) == 3 else ""]
             row[:2] = [x * far, y * far]
-        elif words[0] in world.GROWTH:
-            row[2] = 0.75 * world.GROWTH[words[0]]
+        elif words[0] in grammar.GROWTH:
+            row[2] = 0.75 * grammar.GROWTH[words[0]]
         elif words[0] == "bounces":
-            x, y = world.DIRECTIONS[world.WALLS[motion.removeprefix("bounces off the ")]]
+            x, y = grammar.DIRECTIONS[grammar.WALLS[motion.removeprefix("bounces off the ")]]
             row[3:] = [x * 15.0, y * 15.0]
         names.append(motion)
         rows.append(row)
@@ -95,7 +95,7 @@ def _motion_classes() -> tuple[list[str], Tensor]:
 
 _MOTIONS, _MOTION_FEATURES = _motion_classes()
 _MOTION_SPREAD = torch.tensor([4.0, 4.0, 0.2, 4.0, 4.0])
-_WAYS = torch.tensor([*world.DIRECTIONS.values(), (0, 0)], dtype=torch.float32)  # and still
+_WAYS = torch.tensor([*grammar.DIRECTIONS.values(), (0, 0)], dtype=torch.float32)  # and still
 
 
 def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +134,9 @@ def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _text_parts(seen: dict[str, Tensor], scenes: Sequence[world.Scene]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _text_parts(
+    seen: dict[str, Tensor], scenes: Sequence[grammar.Scene]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Probabilities of what the prompt names, (B, N) or (B,) by name, NaN where it does not apply; and the share of
     frames that show every thing, as "shown".
     """
@@ -142,8 +144,8 @@ def _text_parts(seen: dict[str, Tensor], scenes: Sequence[world.Scene]) -> tuple
     whole = (seen["there"] & ~seen["hidden"]).float()
     likeness = mean(seen["likeness"].movedim(-1, 2), whole[:, :, None])  # (B, N, shapes)
     of_shape = torch.softmax(likeness / 0.03, -1)
-    shapes = torch.tensor([[world.SHAPES.index(thing.shape) for thing in scene.things] for scene in scenes])
-    grounds = torch.tensor([list(world.GROUNDS).index(scene.ground) for scene in scenes])
+    shapes = torch.tensor([[grammar.SHAPES.index(thing.shape) for thing in scene.things] for scene in scenes])
+    grounds = torch.tensor([list(grammar.GROUNDS).index(scene.ground) for scene in scenes])
     parts = {
         "colour": seen["right_colour"],
         "shape": of_shape.gather(2, shapes[..., None])[..., 0],
@@ -156,7 +158,7 @@ def _text_parts(seen: dict[str, Tensor], scenes: Sequence[world.Scene]) -> tuple
     return parts, {"shown": (seen["there"] | seen["hidden"]).all(1).float().mean(1)}
 
 
-def _single_parts(path: dict[str, Tensor], scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
+def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
     rows = torch.arange(len(scenes))
     features = torch.cat([path["net"], path["growth"][..., None], path["turn"]], -1)[:, 0]
     # a bounce also ends elsewhere than it began, so what it moved is forgiven along the wall's axis
@@ -168,7 +170,7 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[world.Scene]) -> dic
     turned = features[:, 3:].norm(dim=1) > 7.5
     of_motion = torch.where(turned[:, None], of_bounce, of_motion * ~bounced)
     of_motion = of_motion / of_motion.sum(1, keepdim=True).clamp(min=1e-6)
-    kinds = [" ".join(word for word in name.split() if word not in world.SPEEDS) for name in _MOTIONS]
+    kinds = [" ".join(word for word in name.split() if word not in grammar.SPEEDS) for name in _MOTIONS]
     motion, speed = torch.zeros(len(scenes)), torch.full((len(scenes),), torch.nan)
     for row, scene in enumerate(scenes):
         asked = scene.things[0].motion
@@ -176,18 +178,18 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[world.Scene]) -> dic
         motion[row] = of_motion[row, [i for i, other in enumerate(kinds) if other == kind]].sum()
         if asked.startswith("moves"):
             speed[row] = of_motion[row, _MOTIONS.index(asked)] / motion[row].clamp(min=1e-6) * (motion[row] > 0.1)
-    typical = torch.tensor([[sum(span) / 2] for span in world.SIZES.values()]).log()
+    typical = torch.tensor([[sum(span) / 2] for span in grammar.SIZES.values()]).log()
     of_size = likelihood(path["log_radius"][:, 0, None], typical, 0.12)
-    sizes = torch.tensor([list(world.SIZES).index(scene.things[0].size or "medium") for scene in scenes])
+    sizes = torch.tensor([list(grammar.SIZES).index(scene.things[0].size or "medium") for scene in scenes])
     return {"motion": motion[:, None], "speed": speed, "size": of_size[rows, sizes]}
 
 
-def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
+def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
     # which way each thing went: the direction's unit vector is compared with what it moved, 20 pixels being plenty
     reach = path["net"] / 20.0
     reach = reach / reach.norm(dim=-1, keepdim=True).clamp(min=1.0)
     of_way = likelihood(reach, _WAYS, 0.3)  # (B, 2, 5)
-    ways = list(world.DIRECTIONS)
+    ways = list(grammar.DIRECTIONS)
     motion, relation = torch.zeros(2, len(scenes), 2)
     touching = (seen["centre"][:, 0] - seen["centre"][:, 1]).norm(dim=-1)  # (B, T) pixels apart
     lost = mean(seen["loss"], seen["hidden"].any(1, keepdim=True).float())  # (B, 2)
@@ -198,7 +200,7 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
     met = ramp(touching.amin(1), 14.0, 8.0)
     for row, scene in enumerate(scenes):
         for number, thing in enumerate(scene.things):
-            if thing.motion == world.STILL:
+            if thing.motion == grammar.STILL:
                 motion[row, number] = of_way[row, number, -1]
             elif thing.motion == "passes":
                 across = (
@@ -210,10 +212,10 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
         rear = world.behind(scene)
         depth = met[row] * torch.sigmoid((lost[row, rear] - lost[row, 1 - rear]) / 0.06)
         in_turn = moved[row] * ramp(turns[row], 0.3, 0.8)
-        if scene.relation in world.PLACES:
-            place = torch.tensor(world.PLACES[scene.relation], dtype=torch.float32)
+        if scene.relation in grammar.PLACES:
+            place = torch.tensor(grammar.PLACES[scene.relation], dtype=torch.float32)
             relation[row] = torch.sigmoid((apart[row] @ place - 5.0) / 1.5)
-        elif scene.relation in world.DEPTHS:
+        elif scene.relation in grammar.DEPTHS:
             relation[row] = depth
         elif scene.relation == "while":
             relation[row] = moved[row] * ramp(turns[row].abs(), 0.6, 0.2)
@@ -234,10 +236,10 @@ def _text_alignment(parts: dict[str, Tensor], shown: Tensor) -> Tensor:
     return shown * total / weight
 
 
-def _parsed(prompts: Sequence[str]) -> list[world.Scene]:
+def _parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
     scenes = []
     for prompt in prompts:
-        scene = world.parse(prompt)
+        scene = grammar.parse(prompt)
         if scene is None:
             raise ValueError(f"prompt {prompt!r} is outside ShapeWorld's grammar: the referee cannot judge it")
         scenes.append(scene)

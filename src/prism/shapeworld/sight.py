@@ -10,17 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import world
+from . import grammar, world
 
 MIN_AREA = 12.0  # pixels; less is no thing
 HAZE = 0.15  # coverage below which a pixel is stained, not covered
 FAINT = 0.03  # offset from the ground below which no coverage can reach HAZE
 LOST = 0.04  # share of its own usual area that a thing may lose and still be seen whole
 _EDGE = 3  # pixels at the border in which the ground is looked for
-_PALETTE = torch.tensor(list(world.COLOURS.values()))
-_GROUNDS = torch.stack([world.ground_image(name) for name in world.GROUNDS])  # (4, H, W, 3)
-_EXTENTS = torch.tensor([world.extent(shape) for shape in world.SHAPES])  # (shapes, 4): left, right, up, down
-_COLOUR_INDEX = {name: index for index, name in enumerate(world.COLOURS)}
+_PALETTE = torch.tensor(list(grammar.COLOURS.values()))
+_GROUNDS = torch.stack([world.ground_image(name) for name in grammar.GROUNDS])  # (4, H, W, 3)
+_EXTENTS = torch.tensor([world.extent(shape) for shape in grammar.SHAPES])  # (shapes, 4): left, right, up, down
+_COLOUR_INDEX = {name: index for index, name in enumerate(grammar.COLOURS)}
 
 
 def ramp(value: Tensor, bad: float, good: float) -> Tensor:
@@ -63,7 +63,7 @@ class _Pixels:
 
 
 @torch.no_grad()
-def measure(videos: Tensor, scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
+def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
     """What is seen of N = 1 or 2 things (the same for all scenes): videos (B, T, H, W, 3) in [0, 1].
 
     Returns `ground` (B, grounds) probabilities; `area` (B, N, T) pixels; `centre` (B, N, T, 2) as (x, y), interpolated
@@ -107,8 +107,8 @@ def _likeness(pixels: _Pixels, alpha: Tensor, area: Tensor, centre: Tensor) -> T
     place = centre.flatten(0, 1)[frame]
     radius = (area.flatten() / torch.pi).sqrt().clamp(min=0.5)[frame]
     dx, dy = pixels.x[own] - place[:, 0], pixels.y[own] - place[:, 1]
-    ideal = torch.stack([world.coverage(shape, dx, dy, radius) for shape in world.SHAPES], 1)
-    common = torch.zeros(area.numel(), len(world.SHAPES)).index_add_(0, frame, torch.minimum(alpha[:, None], ideal))
+    ideal = torch.stack([world.coverage(shape, dx, dy, radius) for shape in grammar.SHAPES], 1)
+    common = torch.zeros(area.numel(), len(grammar.SHAPES)).index_add_(0, frame, torch.minimum(alpha[:, None], ideal))
     common = common.view(*area.shape, -1)
     return common / (2 * area[..., None] - common).clamp(min=1e-3) * (area >= MIN_AREA)[..., None]
 
@@ -142,7 +142,7 @@ def _right(colour: Tensor, count: Tensor, asked: Sequence[str]) -> Tensor:
     return likelihood(whole, _PALETTE, 0.12)[torch.arange(len(asked)), index] * weight.amax(1)
 
 
-def _one(pixels: _Pixels, scenes: Sequence[world.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
+def _one(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
     """The one thing: whatever differs from the ground, in its own mean colour in each frame.
 
     Returns coverages [(P,)], colours (B, 1, T, 3) and the probability of the asked colour (B, 1)."""
@@ -154,7 +154,7 @@ def _one(pixels: _Pixels, scenes: Sequence[world.Scene]) -> tuple[list[Tensor], 
     return [_coverage(pixels, alpha)], colour[:, None], right[:, None]
 
 
-def _two(pixels: _Pixels, scenes: Sequence[world.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
+def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
     """Two things by their hues against the ground: those asked for, or where one is not there the strongest that is
     left. In each pixel, offset = a_1 (c_1 - ground) + a_2 (c_2 - ground) is solved for the coverages by least squares.
 

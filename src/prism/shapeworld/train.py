@@ -235,14 +235,18 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     `folder/text_encoder`.
 
     Sigma is logit-normal with the sampler's shift; 15 % of the prompts are dropped for classifier-free guidance.
+    Where `config.start` names the folder of such a pair, its weights are trained on.
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
     with _first_before_others():
         vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
         latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
-    transformer = recipe.build_transformer(config.layers, config.heads).to(device)
-    text_encoder = recipe.build_text_encoder().to(device)
+    transformer, text_encoder = recipe.build_transformer(config.layers, config.heads), recipe.build_text_encoder()
+    if config.start:
+        transformer = WanTransformer3DModel.from_pretrained(Path(config.start) / "transformer").float().train()
+        text_encoder = UMT5EncoderModel.from_pretrained(Path(config.start) / "text_encoder").train()
+    transformer, text_encoder = transformer.to(device), text_encoder.to(device)
     tokenizer = recipe.tokenizer()
 
     def loss_at(step: int) -> Tensor:
@@ -284,9 +288,9 @@ PARTS = ("vae", "transformer")
 class PartConfig:
     """Settings of one part of the training; see `DEFAULTS`.
 
-    `start` (VAE): folder of an earlier VAE whose encoder is kept and whose decoder is trained on. `matrix_rate`,
-    `snapshots`: see `fit`. `layers`, `heads`: of the transformer. `videos`: clean videos that it learns from,
-    rendered once."""
+    `start`: folder of earlier weights to train on: of a VAE, whose encoder is kept, or of a transformer and its text
+    encoder. `matrix_rate`, `snapshots`: see `fit`. `layers`, `heads`: of the transformer. `videos`: clean videos that
+    it learns from, rendered once."""
 
     steps: int
     batch_size: int
@@ -326,8 +330,11 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         for key in ("steps", "batch_size", "learning_rate", "layers", "heads", "videos"):
             if getattr(config, key) <= 0:
                 raise PrismError(f"The {key} of a training run must be above 0; found {getattr(config, key)}.")
-        if config.start and not (Path(config.start) / "config.json").is_file():
-            raise PrismError(f"The folder {config.start} to start from holds no VAE (no config.json); name another.")
+        needed = {"vae": ("",), "transformer": ("transformer", "text_encoder")}[name]
+        missing = [Path(config.start, sub, "config.json") for sub in needed if config.start]
+        missing = [path for path in missing if not path.is_file()]
+        if missing:
+            raise PrismError(f"The --start {config.start} holds no {name} ({missing[0]} is missing); name another.")
         configs[name] = config
         with _first_before_others():
             if _team()[0] == 0:

@@ -1,0 +1,205 @@
+"""ShapeWorld's prompts: plain English from a small grammar, what each of its words means, and the splits.
+
+A scene is one or two coloured shapes on a ground. One shape moves (slowly, quickly), grows, shrinks, stays still or
+bounces off a wall; two stand in a relation of place, of depth (one occludes the other) or of time (one moves, then the
+other)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+COLOURS = {
+    "red": (0.90, 0.13, 0.13),
+    "green": (0.13, 0.75, 0.20),
+    "blue": (0.15, 0.30, 0.95),
+    "yellow": (0.95, 0.90, 0.15),
+    "purple": (0.65, 0.15, 0.85),
+    "cyan": (0.10, 0.85, 0.90),
+    "orange": (0.95, 0.50, 0.05),
+    "white": (0.95, 0.95, 0.95),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+GROUNDS = {  # (colour, colour of the stripes)
+    "dark": ((0.10, 0.10, 0.13), (0.10, 0.10, 0.13)),
+    "grey": ((0.36, 0.36, 0.38), (0.36, 0.36, 0.38)),
+    "brown": ((0.32, 0.20, 0.10), (0.32, 0.20, 0.10)),
+    "striped": ((0.08, 0.10, 0.16), (0.24, 0.26, 0.34)),
+}
+
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
+SIZES = {"small": (5.5, 7.0), "medium": (8.0, 11.0), "large": (12.5, 14.0)}  # radius of the circle of equal area
+SPEEDS = {"slowly": (9.0, 12.0), "": (18.0, 24.0), "quickly": (30.0, 34.0)}  # pixels a shape travels in the clip
+GROWTH = {"grows": 1, "shrinks": -1}
+WALLS = {"floor": "down", "ceiling": "up", "left wall": "left", "right wall": "right"}
+STILL = "stays still"
+SINGLE_MOTIONS = (
+    *(f"moves {speed} {way}".replace("  ", " ") for way in DIRECTIONS for speed in SPEEDS),
+    *GROWTH,
+    STILL,
+    *(f"bounces off the {wall}" for wall in WALLS),
+)
+# relation -> where the first shape moves, seen from the second (which stays still)
+PLACES = {"above": (0, -1), "below": (0, 1), "on the left of": (-1, 0), "on the right of": (1, 0)}
+DEPTHS = ("in front of", "behind")
+TIMES = ("while", "then")
+RELATIONS = (*PLACES, *DEPTHS, *TIMES, "then passes behind", "then passes in front of")
+
+# pairs of colour and shape that neither the generator nor any head sees: the out-of-domain prompts
+UNSEEN = (("purple", "cross"), ("orange", "triangle"), ("cyan", "square"))
+SPLITS = {"train": 240, "validation": 40, "test": 200, "unseen": 40}
+_BUCKETS = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}
+KINDS = ("single", "pair")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene: its words, and how it moves (`STILL`, one of `SINGLE_MOTIONS`, or `passes`)."""
+
+    colour: str
+    shape: str
+    motion: str
+    size: str = ""  # "small", "large" or unsaid
+
+    @property
+    def noun(self) -> str:
+        words = " ".join(word for word in (self.size, self.colour, self.shape) if word)
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt asks for: one thing, or two and their relation (one of `RELATIONS`), on a ground."""
+
+    things: tuple[Thing, ...]
+    relation: str = ""
+    ground: str = "dark"
+
+    @property
+    def kind(self) -> str:
+        return KINDS[len(self.things) - 1]
+
+    @property
+    def prompt(self) -> str:
+        first, text = self.things[0], f"{self.things[0].noun} {self.things[0].motion}"
+        if self.relation in (*PLACES, *DEPTHS):
+            text = f"{first.noun} {first.motion} {self.relation} {self.things[1].noun}"
+        elif self.relation in TIMES:
+            comma = "," if self.relation == "then" else ""
+            text += f"{comma} {self.relation} {self.things[1].noun} {self.things[1].motion}"
+        elif self.relation:
+            text += f", then {self.things[1].noun} {self.relation.removeprefix('then ')} it"
+        return text if self.ground == "dark" else f"{text} on a {self.ground} ground"
+
+
+def _alternatives(words: Sequence[str]) -> str:
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+_NOUN = rf"an? (?:(small|large) )?({_alternatives(tuple(COLOURS))}) ({_alternatives(SHAPES)})"
+_MOVES = rf"moves (?:{_alternatives(tuple(DIRECTIONS))})"
+_PATTERNS = (
+    rf"{_NOUN} ({_alternatives(SINGLE_MOTIONS)})",
+    rf"{_NOUN} ({_MOVES}) ({_alternatives((*PLACES, *DEPTHS))}) {_NOUN}",
+    rf"{_NOUN} ({_MOVES}),? ({_alternatives(TIMES)}) {_NOUN} ({_MOVES})",
+    rf"{_NOUN} ({_MOVES}),? (then) {_NOUN} (passes (?:{_alternatives(DEPTHS)})) it",
+)
+
+
+def parse(prompt: str) -> Scene | None:
+    """The scene that a prompt names, or None for a prompt outside the grammar (it can be sampled, not refereed)."""
+    text = " ".join(prompt.lower().strip().rstrip(".").split())
+    ground = "dark"
+    found = re.fullmatch(rf"(.*) on a ({_alternatives(tuple(GROUNDS))}) ground", text)
+    if found:
+        text, ground = found.groups()
+    for number, pattern in enumerate(_PATTERNS):
+        found = re.fullmatch(pattern, text)
+        if not found:
+            continue
+        size, colour, shape, motion, *rest = (word or "" for word in found.groups())
+        first = Thing(colour, shape, motion, size)
+        if number == 0:
+            scene = Scene((first,), ground=ground)
+        elif number == 1:
+            scene = Scene((first, Thing(rest[2], rest[3], STILL, rest[1])), rest[0], ground)
+        elif number == 2:
+            scene = Scene((first, Thing(rest[2], rest[3], rest[4], rest[1])), rest[0], ground)
+        else:
+            scene = Scene((first, Thing(rest[2], rest[3], "passes", rest[1])), f"then {rest[4]}", ground)
+        return scene if _sensible(scene) else None
+    return None
+
+
+def _sensible(scene: Scene) -> bool:
+    """A large shape has no room to move quickly; two shapes differ in colour and have no size word; a shape that moves
+    beside another moves along its side.
+    """
+    if scene.kind == "single":
+        return not (scene.things[0].size == "large" and "quickly" in scene.things[0].motion)
+    first, second = scene.things
+    if first.colour == second.colour or first.size or second.size:
+        return False
+    if scene.relation in PLACES:
+        along = DIRECTIONS[first.motion.split()[-1]]
+        place = PLACES[scene.relation]
+        return along[0] * place[0] + along[1] * place[1] == 0
+    return True
+
+
+def draw_scene(chance: random.Random, kind: str) -> Scene:
+    """A random scene of a kind (`single`, `pair`), any split."""
+    while True:
+        ground = chance.choice(("dark", "dark", *GROUNDS))
+        things = [Thing(chance.choice(tuple(COLOURS)), chance.choice(SHAPES), "") for _ in range(2)]
+        if kind == "single":
+            motion = chance.choice((*SINGLE_MOTIONS, *(f"moves {way}" for way in DIRECTIONS)))
+            size = chance.choice(("", "", "small", "large"))
+            scene = Scene((Thing(things[0].colour, things[0].shape, motion, size),), ground=ground)
+        else:
+            relation = chance.choice(RELATIONS)
+            ways = [f"moves {chance.choice(tuple(DIRECTIONS))}" for _ in range(2)]
+            if relation in (*PLACES, *DEPTHS):
+                ways[1] = STILL
+            elif relation not in TIMES:
+                ways[1] = "passes"
+            pair = tuple(Thing(t.colour, t.shape, way) for t, way in zip(things, ways, strict=True))
+            scene = Scene(pair, relation, ground)
+        if _sensible(scene):
+            return scene
+
+
+def split_of(scene: Scene) -> str:
+    """`unseen` where a thing has one of the colours and shapes kept apart, else by a hash of the prompt."""
+    if any((thing.colour, thing.shape) in UNSEEN for thing in scene.things):
+        return "unseen"
+    bucket = int(hashlib.sha256(scene.prompt.encode()).hexdigest(), 16) % 10
+    return next(name for name, buckets in _BUCKETS.items() if bucket in buckets)
+
+
+def prompts(split: str, count: int | None = None, kind: str | None = None) -> list[str]:
+    """Distinct prompts of one split, disjoint from every other split: `train`, `validation`, `test`, and `unseen`
+    (combinations of colour and shape that neither the generator nor a head was trained on).
+
+    `count` defaults to `SPLITS`; a longer list starts with the shorter. Half have one shape, half two; `kind` asks for
+    one sort only."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
+    chance = random.Random(f"{split} {kind or ''}")
+    wanted, found = SPLITS[split] if count is None else count, dict[str, None]()
+    while len(found) < wanted:
+        scene = draw_scene(chance, kind or KINDS[len(found) % 2])
+        if split_of(scene) == split:
+            found[scene.prompt] = None
+    return list(found)
+
+
+def words() -> list[str]:
+    """Every word of the grammar, in alphabetical order; the comma is one."""
+    text = [*COLOURS, *SHAPES, *SINGLE_MOTIONS, *RELATIONS, *GROUNDS, "small large a an on ground it"]
+    return sorted({",", *" ".join(text).split()})
