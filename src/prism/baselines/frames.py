@@ -47,7 +47,7 @@ class DecodedCache:
     def __init__(self, folder: str | os.PathLike[str], backbone: Backbone) -> None:
         self.folder, self.backbone = Path(folder), backbone
         self.decoded = 0  # videos that this process had to decode
-        wanted = {"format": FORMAT, "schema": SCHEMA, "vae": _vae_hash(backbone)}
+        wanted = {"format": FORMAT, "schema": SCHEMA, "vae": vae_hash(backbone)}
         label = self.folder / "cache.json"
         if label.is_file():
             known = files.read_json(label)
@@ -99,7 +99,7 @@ class DecodedCache:
         return frames
 
 
-def _vae_hash(backbone: Backbone) -> str:
+def vae_hash(backbone: Backbone) -> str:
     """Of the configuration and a fixed sample of the weights of what decodes."""
     vae = backbone.pipe.vae
     public = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}

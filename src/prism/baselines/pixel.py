@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prism import files
 from prism.backbone import Backbone
-from prism.baselines.frames import DecodedCache, decode
+from prism.baselines.frames import DecodedCache, decode, vae_hash
 from prism.baselines.network import PixelNetwork
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -134,6 +134,11 @@ class PixelJudge:
                     f"this pipeline has {found['vae']}{' of another configuration' if field == 'vae_config' else ''}; "
                     "load the backbone it was trained on."
                 )
+        if config.get("vae_weights") != vae_hash(backbone):
+            raise PrismError(
+                f"The pixel judge in {folder} was trained on frames of a VAE with other weights than this pipeline's; "
+                "load the backbone it was trained on."
+            )
         try:
             network = PixelNetwork(**config["network"])
             known = (config["dimensions"], config["eta"], config["trained_on"], config["name"], frames)
@@ -159,6 +164,7 @@ class PixelJudge:
             "dimensions": list(self.dimensions),
             "eta": self.eta,
             "backbone": self.backbone.fingerprint(),
+            "vae_weights": vae_hash(self.backbone),
             "trained_on": self.trained_on,
         }
         with files.new_folder(Path(folder), overwrite) as temporary:
