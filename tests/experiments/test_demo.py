@@ -86,7 +86,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     candidates.run(shipped, seed=3)
     monkeypatch.setattr(shapeworld, "asset_folder", lambda name: shipped)
     monkeypatch.setattr(judges, "pixel_judges", _another_head)
-    config = demo.DemoConfig(**TINY, full=True, judges=2, unseen=1)
+    config = demo.DemoConfig(**TINY, full=True, judges=2, labelled=2, unseen=1)
     whole = demo.run(tmp_path / "whole", config=config)
 
     begun, real = [], Contest.__init__
@@ -102,7 +102,9 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
         demo.run(tmp_path / "killed", config=config)
     assert not (tmp_path / "killed").exists()
     with pytest.raises(PrismError, match=r"parts in .*killed\.parts are those of another run"):
-        demo.run(tmp_path / "killed", config=demo.DemoConfig(**{**TINY, "n": 4}, full=True, judges=2, unseen=1))
+        demo.run(
+            tmp_path / "killed", config=demo.DemoConfig(**{**TINY, "n": 4}, full=True, judges=2, labelled=2, unseen=1)
+        )
     monkeypatch.setattr(judges, "train_together", _never)
     again = demo.run(tmp_path / "killed", config=config)
     tests, unseen = grammar.prompts("test", 2), grammar.prompts("unseen", 1)
@@ -113,6 +115,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     seeds = [row.get("head_seeds", row["head_seed"]) for row in again["best_of_n"] if row["name"] == "early"]
     assert seeds == [[0, 1], 0, 1, [0, 1], 0, 1]  # on test prompts, then on unseen ones
     assert {row["set"] for row in again["accuracy"]} == {"test", "unseen"}
+    assert {(row["pairs"], row["prompts"]) for row in again["accuracy"] if row["set"] == "test"} == {(2, 2)}
     assert [row["met"] is None for row in again["bars"]] == [False, True, True, False, False, False]
     assert "What was promised" in (tmp_path / "killed" / "report.html").read_text()
     evidence = (tmp_path / "killed" / "evidence" / "README.md").read_text()

@@ -53,7 +53,8 @@ class DemoConfig:
     full: bool = False
     fresh: bool = False
     n: int = 8
-    prompts: int = 20  # of the test split, for Best-of-N; accuracy uses all that are labelled
+    prompts: int = 20  # of the test split, for Best-of-N
+    labelled: int = 0  # candidates sampled of each of them for the accuracy; 0 for all test candidates of the store
     unseen: int = 0  # prompts out of the domain
     judges: int = 1  # with seeds seed, seed + 1, ...
     alone: int = 3  # prompts on which each strategy is also run by itself
@@ -80,6 +81,7 @@ class DemoConfig:
 FULL = DemoConfig(
     full=True,
     prompts=200,
+    labelled=6,
     unseen=40,
     judges=3,
     alone=6,
@@ -174,15 +176,20 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
     others = []
     if config.pixel:
         others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
-    accuracy, comparison = judges.measured(parts, store, ours, others, "test", seed, config.pixel_levels)
+    tested = store
+    if config.labelled:  # validation prompts too: the threshold of ties comes from them
+        shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
+        parts.once("test-data", lambda: candidates.run(place / "test-store", shares, seed=seed + 3, backbone=backbone))
+        tested = LatentStore.open(place / "test-store")
+    accuracy, comparison = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
     panel, asked = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
     head_seeds = [judge.trained_on["seed"] for judge in ours]
     picks = compare.rows(records, asked, head_seeds, call, "test", seed)
     if config.unseen:
-        shares = {"unseen": (config.unseen, 8)}
+        far_shares = {"unseen": (config.unseen, 8)}
         parts.once(
-            "unseen-data", lambda: candidates.run(place / "unseen-store", shares, seed=seed + 2, backbone=backbone)
+            "unseen-data", lambda: candidates.run(place / "unseen-store", far_shares, seed=seed + 2, backbone=backbone)
         )
         far, far_comparison = judges.measured(
             parts, LatentStore.open(place / "unseen-store"), ours, others, "unseen", seed, config.pixel_levels
@@ -199,7 +206,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
     level = sorted(config.look_at)[len(config.look_at) // 2]
     looks = films.looks(ours[0], _telling(records, config.strips), level, call, seed)
     for name, prefixes in {
-        "data": ("data", "unseen-data"),
+        "data": ("data", "test-data", "unseen-data"),
         "train": ("train-[0-9]",),
         "train pixel judges": ("train-pixel",),
         "evaluate": ("accuracy/",),
