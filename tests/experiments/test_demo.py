@@ -86,7 +86,8 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     candidates.run(shipped, seed=3)
     monkeypatch.setattr(shapeworld, "asset_folder", lambda name: shipped)
     monkeypatch.setattr(judges, "pixel_judges", _another_head)
-    config = demo.DemoConfig(**TINY, full=True, judges=2, labelled=2, unseen=1)
+    settings = {**TINY, "full": True, "judges": 2, "labelled": 2, "unseen": 1}
+    config = demo.DemoConfig(**settings)
     whole = demo.run(tmp_path / "whole", config=config)
 
     begun, real = [], Contest.__init__
