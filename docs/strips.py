@@ -1,7 +1,7 @@
-"""Draw the film strips of docs/referee.md: `python docs/strips.py docs/strips`.
+"""Draw the film strips of docs/referee.md and docs/shapeworld.md: `python docs/strips.py docs/strips`.
 
-One picture of clean renders, and one of each corruption: a row a strength, some of its 17 frames, and the referee's
-scores beside.
+One picture of clean renders, one of each corruption (a row a strength) and one of each backbone: some of the 17 frames
+of each video, and the referee's scores beside.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from prism import shapeworld
+from prism.backbone import Backbone
 from prism.shapeworld import corruptions, grammar, referee, world
 
 INK, MUTED, ACCENT = "#1d1f24", "#6b6f78", "#3f3ec9"
 FRAMES = {"flicker": range(9), "noise": range(0, 17, 4)}  # noise does not compress; else every second frame
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEED = 7
+SAMPLED = 8  # prompts of each backbone's picture
 WORLD = (  # the sorts of motion, then each relation
     "a small red circle bounces off the floor on a striped ground",
     "a large cyan triangle moves slowly up on a brown ground",
@@ -105,6 +108,13 @@ def main(folder: Path) -> None:
         target, notes = folder / f"{kind.replace(' ', '-')}.png", [f"{strength:g}" for strength in STRENGTHS]
         own = corruptions.CORRUPTIONS[kind]
         draw(videos, [prompt] * len(videos), notes, own, FRAMES.get(kind, every_other), target)
+    prompts = shapeworld.prompts("validation", SAMPLED)  # the first ones, and their first seed: nothing is chosen
+    notes = [textwrap.fill(text, 26, break_on_hyphens=False) for text in prompts]
+    for name in shapeworld.BACKBONES:
+        pipe = shapeworld.pipeline(name)
+        noise = [torch.Generator().manual_seed(SEED) for _ in prompts]
+        latents = pipe(prompts, generator=noise, output_type="latent", **shapeworld.CALL).frames
+        draw(Backbone(pipe).decode(latents), prompts, notes, None, every_other, folder / f"backbone-{name}.png")
 
 
 def _scene(prompt: str) -> grammar.Scene:
