@@ -24,7 +24,7 @@ CALL: dict[str, Any] = {
     "width": 64,
     "num_frames": 17,
     "num_inference_steps": 20,
-    "guidance_scale": 2.0,
+    "guidance_scale": 3.0,
     "max_sequence_length": 24,
 }
 """Arguments of a call of the embedded pipeline; also in `call.json` beside its weights."""

@@ -30,6 +30,7 @@ from . import CALL, recipe, world
 from . import vae as video_vae
 from .assets import write_manifest
 
+SHIFT = 3.0  # of the noise levels that are trained on
 DECAY = 0.3  # share of the steps, at the end, over which the step size falls
 
 
@@ -234,7 +235,7 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     """Flow matching on the VAE's latents, text encoder trained along; writes `folder/transformer` and
     `folder/text_encoder`.
 
-    Sigma is logit-normal with the sampler's shift; 15 % of the prompts are dropped for classifier-free guidance.
+    Sigma is logit-normal with a shift of 3; 15 % of the prompts are dropped for classifier-free guidance.
     Where `config.start` names the folder of such a pair, its weights are trained on.
     """
     seed, batch_size = config.seed, config.batch_size
@@ -264,7 +265,7 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
             text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
         )
         level = torch.sigmoid(torch.randn(batch_size, generator=generator))
-        level = (recipe.FLOW_SHIFT * level / (1 + (recipe.FLOW_SHIFT - 1) * level)).to(device)
+        level = (SHIFT * level / (1 + (SHIFT - 1) * level)).to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = level.view(-1, 1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise
