@@ -45,6 +45,7 @@ def world_of_greys(monkeypatch):
     monkeypatch.setattr(shapeworld, "pipeline", lambda: pipe)
     monkeypatch.setitem(CALL, "num_inference_steps", 3)
     monkeypatch.setitem(CALL, "guidance_scale", 2.5)
+    monkeypatch.setattr(candidates, "SHIPPED", SHARES)
     real = candidates.run
     monkeypatch.setattr(candidates, "run", lambda out, splits=SHARES, **options: real(out, splits, **options))
     monkeypatch.setattr(referee, "batch", _brightness)

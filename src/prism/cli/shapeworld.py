@@ -84,7 +84,7 @@ def candidates(
             "--split",
             metavar="NAME[:PROMPTS[xEACH]]",
             help="train, validation, test or unseen; may be repeated.",
-            show_default="train:200x6 validation:40x6 test:100x4",
+            show_default="train:750x4 validation:40x6 test:100x4",
         ),
     ] = None,
     trajectories: Annotated[

@@ -56,6 +56,7 @@ class DemoConfig:
     prompts: int = 20  # of the test split, for Best-of-N
     labelled: int = 0  # candidates sampled of each of them for the accuracy; 0 for all test candidates of the store
     unseen: int = 0  # prompts out of the domain
+    train_prompts: int = 0  # sampled to train on, 0 for the store that ships
     judges: int = 1  # with seeds seed, seed + 1, ...
     alone: int = 3  # prompts on which each strategy is also run by itself
     taps: tuple[int, ...] = (4,)
@@ -83,6 +84,7 @@ FULL = DemoConfig(
     prompts=200,
     labelled=6,
     unseen=40,
+    train_prompts=1600,
     judges=3,
     alone=6,
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
@@ -165,9 +167,14 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
         timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
 
-    if config.fresh:
-        parts.once("data", lambda: candidates.run(place / "candidates", seed=seed + 1, backbone=backbone))
-    store = LatentStore.open(place / "candidates" if config.fresh else shapeworld.asset_folder("candidates"))
+    own = bool(config.fresh or config.train_prompts)
+    if own:  # where it is not fresh it begins with what ships
+        shares = dict(candidates.SHIPPED)
+        if config.train_prompts:
+            shares["train"] = (config.train_prompts, shares["train"][1])
+        first = seed + 1 if config.fresh else seed
+        parts.once("data", lambda: candidates.run(place / "candidates", shares, seed=first, backbone=backbone))
+    store = LatentStore.open(place / "candidates" if own else shapeworld.asset_folder("candidates"))
     trained = [
         judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
         for k in range(config.judges)
@@ -178,14 +185,14 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
     tested = store
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
-        shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
-        parts.once("test-data", lambda: candidates.run(place / "test-store", shares, seed=seed + 3, backbone=backbone))
+        asked = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
+        parts.once("test-data", lambda: candidates.run(place / "test-store", asked, seed=seed + 3, backbone=backbone))
         tested = LatentStore.open(place / "test-store")
     accuracy, comparison = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
-    panel, asked = Panel(ours), plans(config)
+    panel, played = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
     head_seeds = [judge.trained_on["seed"] for judge in ours]
-    picks = compare.rows(records, asked, head_seeds, call, "test", seed)
+    picks = compare.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
         far_shares = {"unseen": (config.unseen, 8)}
         parts.once(
@@ -196,7 +203,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         )
         away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
         accuracy, comparison = accuracy + far, comparison + far_comparison
-        picks += compare.rows(away, asked, head_seeds, call, "unseen", seed, measured=records)
+        picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)
 
     shown = max(records, key=lambda record: np.std(record["values"]["overall"]))
     contest = make_contest(panel, config, shown["prompt"], shown["seeds"], call)

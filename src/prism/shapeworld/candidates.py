@@ -20,7 +20,7 @@ from prism.preference import pairs_from_scores, write_store
 
 from . import CALL, grammar, referee
 
-SHIPPED = {"train": (200, 6), "validation": (40, 6), "test": (100, 4)}
+SHIPPED = {"train": (750, 4), "validation": (40, 6), "test": (100, 4)}
 """Split -> prompts and candidates of each, of the store that ships with the package."""
 BATCH = 32  # videos sampled together
 

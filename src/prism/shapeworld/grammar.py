@@ -50,7 +50,7 @@ RELATIONS = (*PLACES, *DEPTHS, *TIMES, "then passes behind", "then passes in fro
 
 # pairs of colour and shape that neither the generator nor any head sees: the out-of-domain prompts
 UNSEEN = (("purple", "cross"), ("orange", "triangle"), ("cyan", "square"))
-SPLITS = {"train": 240, "validation": 40, "test": 200, "unseen": 40}
+SPLITS = {"train": 750, "validation": 40, "test": 200, "unseen": 40}
 _BUCKETS = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}
 KINDS = ("single", "pair")
 
