@@ -204,6 +204,31 @@ def test_bad_training_settings_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_quality_is_the_referees_of_the_stock_pipelines_videos(pipe, monkeypatch):
+    prompts = [grammar.prompts("validation", 2, kind)[i] for kind in grammar.KINDS for i in range(2)]
+    call = {**CALL, "num_inference_steps": 1}
+    monkeypatch.setattr(referee, "batch", lambda videos, names: dict.fromkeys(referee.DIMENSIONS, _mean(videos)))
+    found = quality.measure(pipe, prompts, per_prompt=3, seed=4, call=call)
+    seeds = [[candidates.candidate_seed(4, prompt, i) for i in range(3)] for prompt in prompts]
+    videos = [
+        pipe([p] * 3, generator=[torch.Generator().manual_seed(s) for s in row], output_type="pt", **call).frames
+        for p, row in zip(prompts, seeds, strict=True)
+    ]
+    values = torch.stack([_mean(video) for video in videos]).double()
+    for kind, rows in (("single", values[:2]), ("pair", values[2:]), ("all", values)):
+        assert found[kind]["videos"] == rows.numel()
+        assert found[kind]["mean"]["overall"] == pytest.approx(rows.mean().item(), abs=1e-5)
+        within, total = rows.var(1).mean().sqrt().item(), rows.std().item()
+        assert found[kind]["within_sd"] == pytest.approx(within, rel=1e-3)
+        assert found[kind]["within_over_total"] == pytest.approx(within / total, rel=1e-3)
+    right = referee.correct(torch.cat(videos[:2]).movedim(2, -1), [p for p in prompts[:2] for _ in range(3)])
+    assert found["single"]["right"]["colour"] == pytest.approx(right["colour"].mean().item())
+
+
+def _mean(videos: torch.Tensor) -> torch.Tensor:
+    return videos.flatten(1).mean(1)
+
+
 def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path, pipe, monkeypatch):
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     monkeypatch.setattr(candidates, "BATCH", 4)

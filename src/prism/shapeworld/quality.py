@@ -24,6 +24,7 @@ from .assets import write_manifest
 from .candidates import candidate_seed
 
 BATCH = 32
+ALL = "all"
 
 
 @torch.no_grad()
@@ -36,7 +37,7 @@ def measure(
 ) -> dict[str, Any]:
     """Sample `per_prompt` videos of each prompt and referee them.
 
-    Returns, for the prompts of one thing and of two apart ("single", "pair"): `videos`; `mean`: mean of VQ, MQ, TA and
+    Returns, for the prompts of one thing, of two ("single", "pair"), and for "all": `videos`; `mean`: mean of VQ, MQ, TA and
     overall; `right`: share of videos in which colour, shape, motion, ... are the prompt's; `within_over_total`: pooled
     standard deviation of the overall score within a prompt, over that of all videos."""
     backbone, videos, work = Backbone(pipe), [], [(p, i) for p in prompts for i in range(per_prompt)]
@@ -48,8 +49,8 @@ def measure(
     seen, names = torch.cat(videos), [p for p, _ in work]
     scores, right = referee.batch(seen, names), referee.correct(seen, names)
     found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
-    for kind in grammar.KINDS:
-        rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and scene.kind == kind]
+    for kind in (*grammar.KINDS, ALL):
+        rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and kind in (scene.kind, ALL)]
         if rows:
             overall = scores["overall"][rows].numpy().reshape(-1, per_prompt)
             within = float(np.sqrt(overall.var(1, ddof=1).mean())) if per_prompt > 1 else None
@@ -133,7 +134,7 @@ def _of_run(out: Path, step: int | None) -> WanPipeline:
 
 def _line(found: Mapping[str, Any]) -> str:
     parts = []
-    for kind in grammar.KINDS:
+    for kind in (*grammar.KINDS, ALL):
         if kind in found:
             right = ", ".join(f"{name} {share:.0%}" for name, share in found[kind]["right"].items())
             means = " ".join(f"{name} {mean:.2f}" for name, mean in found[kind]["mean"].items())
