@@ -59,11 +59,11 @@ class DemoConfig:
     train_prompts: int = 0  # sampled to train on, 0 for the store that ships
     judges: int = 1  # with seeds seed, seed + 1, ...
     alone: int = 3  # prompts on which each strategy is also run by itself
-    taps: tuple[int, ...] = (4,)
-    dim: int = 256
+    taps: tuple[int, ...] = (4, 5)
+    dim: int = 144
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=600, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+            steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
         )
     )
     pixel: bool = True
@@ -87,6 +87,9 @@ FULL = DemoConfig(
     train_prompts=1600,
     judges=3,
     alone=6,
+    train=TrainConfig(
+        steps=2000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+    ),
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
     drafts=(2, 3, 5, 6),
     pixel_levels=(),
