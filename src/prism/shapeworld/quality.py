@@ -37,9 +37,9 @@ def measure(
 ) -> dict[str, Any]:
     """Sample `per_prompt` videos of each prompt and referee them.
 
-    Returns, for the prompts of one thing, of two ("single", "pair"), and for "all": `videos`; `mean`: mean of VQ, MQ, TA and
-    overall; `right`: share of videos in which colour, shape, motion, ... are the prompt's; `within_over_total`: pooled
-    standard deviation of the overall score within a prompt, over that of all videos."""
+    Returns, for the prompts of one thing, of two ("single", "pair"), and for "all": `videos`; `mean`: mean of VQ, MQ,
+    TA and overall; `right`: share of videos in which colour, shape, motion, ... are the prompt's; `within_over_total`:
+    pooled standard deviation of the overall score within a prompt, over that of all videos."""
     backbone, videos, work = Backbone(pipe), [], [(p, i) for p in prompts for i in range(per_prompt)]
     for start in tqdm(range(0, len(work), BATCH), disable=None, desc="quality", unit=f"x{BATCH} videos"):
         chunk = work[start : start + BATCH]
