@@ -71,10 +71,10 @@ class DemoConfig:
     pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
-    draft_steps: int = 4
-    drafts: tuple[int, ...] = (2, 3, 6)
+    draft_steps: int = 3
+    drafts: tuple[int, ...] = (2, 4, 6)
     judge_at: float = 700.0
-    num_draws: int = 2
+    num_draws: int = 3
     look_at: tuple[float, ...] = (899, 699, 499)
     strips: int = 4  # prompts shown with where the query looks
 
@@ -91,7 +91,7 @@ FULL = DemoConfig(
         steps=2000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
     ),
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
-    drafts=(2, 3, 5, 6),
+    drafts=(2, 4, 5, 6),
     pixel_levels=(),
 )
 
