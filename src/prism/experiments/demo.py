@@ -157,7 +157,8 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
     backbone, call = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL)
-    shipped = None if config.fresh else store_identity(LatentStore.open(shapeworld.asset_folder("candidates")))
+    own = bool(config.fresh or config.train_prompts)  # where it is not fresh it begins with what ships
+    shipped = None if own else store_identity(LatentStore.open(shapeworld.asset_folder("candidates")))
     identity = {
         "config": _plain({**asdict(config), "call": call}),
         "backbone": backbone.fingerprint(),
@@ -170,8 +171,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
         timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
 
-    own = bool(config.fresh or config.train_prompts)
-    if own:  # where it is not fresh it begins with what ships
+    if own:
         shares = dict(candidates.SHIPPED)
         if config.train_prompts:
             shares["train"] = (config.train_prompts, shares["train"][1])
