@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from safetensors import SafetensorError
 
-from prism import files
+from prism import cli, files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import LatentStore
@@ -285,3 +286,22 @@ def test_assets_are_checked(tmp_path, monkeypatch):
     shutil.rmtree(folder)
     with pytest.raises(PrismError, match="missing"):
         assets.asset_folder("pipeline")
+
+
+def test_a_run_out_of_disk_says_so_and_resumes(tmp_path, vae, monkeypatch, capsys):
+    monkeypatch.setitem(train.DEFAULTS, "transformer", train.PartConfig(2, 2, 1e-3, videos=4, layers=1, heads=1))
+    vae.save_pretrained(tmp_path / "vae" / "fitted")
+    real = train.save_file
+
+    def full(tensors, path, metadata=None):
+        if path.name == "checkpoint.part":  # the words of safetensors on a full disk
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, path, metadata=metadata)
+
+    command = ["shapeworld", "train", "--part", "transformer", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", full)
+        assert cli.main(command) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert cli.main([*command, "--resume"]) == 0
+    assert (tmp_path / "transformer" / "transformer" / "config.json").is_file()

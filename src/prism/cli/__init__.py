@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from safetensors import SafetensorError
 
 from prism.cli import demo, evaluate, sample, shapeworld, study, train
 from prism.errors import PrismError
@@ -57,12 +59,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = 2
             if not interrupts:
                 print(f"prism: {error}", file=sys.stderr)
+        except Exception as error:
+            if not _disk_is_full(error):
+                raise
+            code = 2
+            print(
+                "prism: there is no space left on the disk; make room and run the same command again, with --resume "
+                "where it has one: what was finished is kept.",
+                file=sys.stderr,
+            )
         except SystemExit as end:  # how typer ends, whatever came of it
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if code == 130 or (code and interrupts):
         print("prism: interrupted", file=sys.stderr)
         return 130
     return code
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether a file could not be written for want of space; safetensors says so in words alone."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
 
 
 @contextmanager
