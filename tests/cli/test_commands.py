@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,10 +57,16 @@ def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys):
     assert row["vae_decodes"] == 1
     assert files.read_json(out / "config.json")["call"] == tiny.CALL_WAN
 
-    generator = torch.Generator("cpu").manual_seed(metrics["seeds"][metrics["winner"]])
-    stock = tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0]
-    media.write_video(tmp_path / "stock.mp4", stock, fps=8)
-    assert files.sha256(tmp_path / "stock.mp4") == files.sha256(out / "winner.mp4")
+    written, off = media.read_video(out / "winner.mp4"), []
+    for seed in metrics["seeds"]:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        media.write_video(
+            tmp_path / "stock.mp4", tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0], fps=8
+        )
+        off.append(float(np.abs(media.read_video(tmp_path / "stock.mp4") - written).mean()))
+    # the same frames do not always make the same file: encoders differ in a pixel's last bits from call to call
+    assert off.index(min(off)) == metrics["winner"]
+    assert min(off) < sorted(off)[1] / 3
     assert f"seed {metrics['seeds'][metrics['winner']]}" in capsys.readouterr().out
 
 
@@ -85,7 +92,8 @@ def test_another_family_and_no_judge(tmp_path):
     generator = torch.Generator("cpu").manual_seed(0)
     stock = pipe(PROMPT, generator=generator, output_type="np", **tiny.CALL_COGVIDEOX).frames[0]
     media.write_video(tmp_path / "stock.mp4", stock, fps=8)
-    assert files.sha256(tmp_path / "stock.mp4") == files.sha256(tmp_path / "out" / "winner.mp4")
+    written, expected = media.read_video(tmp_path / "out" / "winner.mp4"), media.read_video(tmp_path / "stock.mp4")
+    assert np.abs(written - expected).mean() < 0.002  # see above: not always the same bytes
     (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
     assert (row["judge"], row["head_calls"], row["strategy"]) == (None, 0, "none")
 

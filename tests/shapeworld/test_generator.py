@@ -234,7 +234,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     monkeypatch.setattr(candidates, "BATCH", 4)
     some = {"train": grammar.prompts("train")[:2], "test": grammar.prompts("test")[:1]}
-    monkeypatch.setattr(world, "prompts", lambda split, count: some[split][:count])
+    monkeypatch.setattr(grammar, "prompts", lambda split, count: some[split][:count])
     backbone = Backbone(pipe)
     sample, calls = candidates._sample, []
 
