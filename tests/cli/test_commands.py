@@ -41,7 +41,21 @@ def sample(place, out, *arguments, prompt=PROMPT, head="head"):
     return cli.main(["sample", "--prompt", prompt, "--n", "3", *models, "--out", str(out), *arguments])
 
 
-def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys):
+@pytest.fixture
+def written(monkeypatch) -> dict[str, np.ndarray]:
+    """Frames by the name of the file that they are written to. Files do not tell: on some processors the encoder gives
+    other bytes for the same frames now and then."""
+    found, real = {}, media.write_video
+
+    def write(path, frames, fps):
+        found[path.name] = np.asarray(frames)
+        real(path, frames, fps)
+
+    monkeypatch.setattr(media, "write_video", write)
+    return found
+
+
+def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys, written):
     out = tmp_path / "out"
     assert sample(place, out, "--schedule", "2:2,4:1", "--batch-size", "1", "--seed", "5") == 0
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "metrics.json", "report.html", "winner.mp4"]
@@ -57,16 +71,10 @@ def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys):
     assert row["vae_decodes"] == 1
     assert files.read_json(out / "config.json")["call"] == tiny.CALL_WAN
 
-    written, off = media.read_video(out / "winner.mp4"), []
-    for seed in metrics["seeds"]:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        media.write_video(
-            tmp_path / "stock.mp4", tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0], fps=8
-        )
-        off.append(float(np.abs(media.read_video(tmp_path / "stock.mp4") - written).mean()))
-    # the same frames do not always make the same file: encoders differ in a pixel's last bits from call to call
-    assert off.index(min(off)) == metrics["winner"]
-    assert min(off) < sorted(off)[1] / 3
+    generator = torch.Generator("cpu").manual_seed(metrics["seeds"][metrics["winner"]])
+    stock = tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0]
+    assert np.array_equal(written["winner.mp4"], stock)
+    assert np.abs(media.read_video(out / "winner.mp4") - stock).mean() < 0.02
     assert f"seed {metrics['seeds'][metrics['winner']]}" in capsys.readouterr().out
 
 
@@ -82,7 +90,7 @@ def test_flags_override_call_json(place, tmp_path):
     assert (row["draft_steps"], row["judge_at"], row["num_inference_steps"]) == (2, 600, 4)
 
 
-def test_another_family_and_no_judge(tmp_path):
+def test_another_family_and_no_judge(tmp_path, written):
     """CogVideoX gives pictures unless told otherwise; the strategy none needs no head."""
     pipe = tiny.cogvideox()
     pipe.save_pretrained(tmp_path / "backbone")
@@ -91,9 +99,8 @@ def test_another_family_and_no_judge(tmp_path):
     assert cli.main([*command, "--out", str(tmp_path / "out")]) == 0
     generator = torch.Generator("cpu").manual_seed(0)
     stock = pipe(PROMPT, generator=generator, output_type="np", **tiny.CALL_COGVIDEOX).frames[0]
-    media.write_video(tmp_path / "stock.mp4", stock, fps=8)
-    written, expected = media.read_video(tmp_path / "out" / "winner.mp4"), media.read_video(tmp_path / "stock.mp4")
-    assert np.abs(written - expected).mean() < 0.002  # see above: not always the same bytes
+    assert np.array_equal(written["winner.mp4"], stock)
+    assert np.abs(media.read_video(tmp_path / "out" / "winner.mp4") - stock).mean() < 0.02
     (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
     assert (row["judge"], row["head_calls"], row["strategy"]) == (None, 0, "none")
 
