@@ -100,7 +100,7 @@ def test_another_family_and_no_judge(tmp_path, written):
     generator = torch.Generator("cpu").manual_seed(0)
     stock = pipe(PROMPT, generator=generator, output_type="np", **tiny.CALL_COGVIDEOX).frames[0]
     assert np.array_equal(written["winner.mp4"], stock)
-    assert np.abs(media.read_video(tmp_path / "out" / "winner.mp4") - stock).mean() < 0.02
+    assert np.abs(media.read_video(tmp_path / "out" / "winner.mp4") - stock).mean() < 0.05  # noise does not compress
     (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
     assert (row["judge"], row["head_calls"], row["strategy"]) == (None, 0, "none")
 
