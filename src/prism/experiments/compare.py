@@ -67,7 +67,7 @@ def rows(
                     "denoiser_share_of_full": _mean(ledgers[name], "denoiser_rows") / everything,
                     "vae_decodes": round(_mean(ledgers[name], "vae_decodes") * len(records)),
                     "head_calls": round(_mean(ledgers[name], "head_calls") * len(records)),
-                    "seconds": _middle(ledgers[name], "seconds") * len(records),
+                    "seconds": float(np.median([ledger["seconds"] for ledger in ledgers[name]])) * len(records),
                     "runs_timed": len(ledgers[name]),
                 }
             )
@@ -140,10 +140,6 @@ def _ledgers(records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
 
 def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
     return float(np.mean([ledger[column] for ledger in ledgers]))
-
-
-def _middle(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
-    return float(np.median([ledger[column] for ledger in ledgers]))
 
 
 def _in_spreads(sums: np.ndarray) -> np.ndarray:

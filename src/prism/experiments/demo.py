@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,9 @@ NOTES = (
     "test prompts were looked at. Strategies share what is common to them, and picks are worked out from it; on some "
     "prompts each was also run by itself, and costs and seconds are those runs’.",
 )
+TRAIN = TrainConfig(
+    steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+)
 MAIN = ("full", "early", "draft", "oracle")
 Schedule = tuple[tuple[int, int], ...]
 
@@ -61,11 +64,7 @@ class DemoConfig:
     alone: int = 3  # prompts on which each strategy is also run by itself
     taps: tuple[int, ...] = (4, 5)
     dim: int = 144
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
-        )
-    )
+    train: TrainConfig = TRAIN
     pixel: bool = True
     pixel_steps: int | None = None  # where pixel judges are trained; None for their settings' own
     pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
@@ -87,9 +86,7 @@ FULL = DemoConfig(
     train_prompts=1600,
     judges=3,
     alone=6,
-    train=TrainConfig(
-        steps=2000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
-    ),
+    train=replace(TRAIN, steps=2000, prompts_per_step=8),
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
     drafts=(2, 4, 5, 6),
     pixel_levels=(),
@@ -157,12 +154,12 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
     backbone, call = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL)
-    own = bool(config.fresh or config.train_prompts)  # where it is not fresh it begins with what ships
-    shipped = None if own else store_identity(LatentStore.open(shapeworld.asset_folder("candidates")))
+    own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
+    shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
     identity = {
         "config": _plain({**asdict(config), "call": call}),
         "backbone": backbone.fingerprint(),
-        "store": shipped,
+        "store": None if shipped is None else store_identity(shipped),
         "version": prism.__version__,
     }
     parts = Parts(place, identity, restart=overwrite)
@@ -171,13 +168,16 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
         timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
 
-    if own:
-        shares = dict(candidates.SHIPPED)
-        if config.train_prompts:
-            shares["train"] = (config.train_prompts, shares["train"][1])
-        first = seed + 1 if config.fresh else seed
-        parts.once("data", lambda: candidates.run(place / "candidates", shares, seed=first, backbone=backbone))
-    store = LatentStore.open(place / "candidates" if own else shapeworld.asset_folder("candidates"))
+    def sampled(name: str, folder: str, shares: dict[str, tuple[int, int]], seed: int) -> LatentStore:
+        parts.once(name, lambda: candidates.run(place / folder, shares, seed=seed, backbone=backbone))
+        return LatentStore.open(place / folder)
+
+    if shipped is None:
+        prompts, per_prompt = candidates.SHIPPED["train"]
+        shares = {**candidates.SHIPPED, "train": (config.train_prompts or prompts, per_prompt)}
+        store = sampled("data", "candidates", shares, seed + 1 if config.fresh else seed)
+    else:
+        store = shipped
     trained = [
         judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
         for k in range(config.judges)
@@ -188,22 +188,16 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
     tested = store
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
-        asked = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
-        parts.once("test-data", lambda: candidates.run(place / "test-store", asked, seed=seed + 3, backbone=backbone))
-        tested = LatentStore.open(place / "test-store")
+        shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
+        tested = sampled("test-data", "test-store", shares, seed + 3)
     accuracy, comparison = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
     panel, played = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
     head_seeds = [judge.trained_on["seed"] for judge in ours]
     picks = compare.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
-        far_shares = {"unseen": (config.unseen, 8)}
-        parts.once(
-            "unseen-data", lambda: candidates.run(place / "unseen-store", far_shares, seed=seed + 2, backbone=backbone)
-        )
-        far, far_comparison = judges.measured(
-            parts, LatentStore.open(place / "unseen-store"), ours, others, "unseen", seed, config.pixel_levels
-        )
+        strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
+        far, far_comparison = judges.measured(parts, strange, ours, others, "unseen", seed, config.pixel_levels)
         away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
         accuracy, comparison = accuracy + far, comparison + far_comparison
         picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)

@@ -71,7 +71,7 @@ def comparison(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def points(value: float) -> str:
     """A difference of shares in percentage points."""
-    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
+    return _number(100 * value, 1, "+")
 
 
 def points_interval(value: Sequence[float]) -> str:
@@ -116,7 +116,7 @@ def how(row: Row) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return MISSING if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}{_SPACE}%".replace("-", "−")
+    return MISSING if value is None else f"{_number(100 * value, digits)}{_SPACE}%"
 
 
 def percent_interval(value: Sequence[float] | None, digits: int = 1) -> str:
@@ -126,8 +126,12 @@ def percent_interval(value: Sequence[float] | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None) -> str:
-    """With a true minus, as wide as the plus."""
-    return MISSING if value is None else f"{round(value, 2) + 0.0:+.2f}".replace("-", "−")
+    return MISSING if value is None else _number(value, 2, "+")
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    """With a true minus, and none before what rounds to nothing."""
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
 def signed_interval(value: Sequence[float] | None) -> str:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from tqdm import tqdm
-from transformers import UMT5EncoderModel
 
 from prism import files
 from prism.backbone import Backbone
@@ -24,7 +23,7 @@ from .assets import write_manifest
 from .candidates import candidate_seed
 
 BATCH = 32
-ALL = "all"
+GROUPS = (*grammar.KINDS, "all")
 
 
 @torch.no_grad()
@@ -49,13 +48,13 @@ def measure(
     seen, names = torch.cat(videos), [p for p, _ in work]
     scores, right = referee.batch(seen, names), referee.correct(seen, names)
     found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
-    for kind in (*grammar.KINDS, ALL):
-        rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and kind in (scene.kind, ALL)]
+    for group in GROUPS:
+        rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and group in (scene.kind, "all")]
         if rows:
             overall = scores["overall"][rows].numpy().reshape(-1, per_prompt)
             within = float(np.sqrt(overall.var(1, ddof=1).mean())) if per_prompt > 1 else None
             total = float(overall.std(ddof=1))
-            found[kind] = {
+            found[group] = {
                 "prompts": len(rows) // per_prompt,
                 "videos": len(rows),
                 "mean": {name: float(scores[name][rows].mean()) for name in referee.DIMENSIONS},
@@ -127,18 +126,16 @@ def _of_run(out: Path, step: int | None) -> WanPipeline:
     parts = out / "transformer"
     if not (parts / "transformer").is_dir():
         raise PrismError(f"The training in {parts} is not finished; name a --step whose weights it kept.")
-    transformer = WanTransformer3DModel.from_pretrained(parts / "transformer")
-    text_encoder = UMT5EncoderModel.from_pretrained(parts / "text_encoder")
-    return recipe.assemble(recipe.load_vae(out / "vae"), transformer, text_encoder)
+    return recipe.assemble(recipe.load_vae(out / "vae"), *recipe.load_generator(parts))
 
 
 def _line(found: Mapping[str, Any]) -> str:
     parts = []
-    for kind in (*grammar.KINDS, ALL):
-        if kind in found:
-            right = ", ".join(f"{name} {share:.0%}" for name, share in found[kind]["right"].items())
-            means = " ".join(f"{name} {mean:.2f}" for name, mean in found[kind]["mean"].items())
-            parts.append(f"{kind}: {means}; right: {right}; within/total {found[kind]['within_over_total'] or 0:.2f}")
+    for group in GROUPS:
+        if group in found:
+            right = ", ".join(f"{name} {share:.0%}" for name, share in found[group]["right"].items())
+            means = " ".join(f"{name} {mean:.2f}" for name, mean in found[group]["mean"].items())
+            parts.append(f"{group}: {means}; right: {right}; within/total {found[group]['within_over_total'] or 0:.2f}")
     return f"step {found['step'] or 'last'}: " + " | ".join(parts)
 
 

@@ -82,6 +82,12 @@ def load_vae(run: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(run / "vae" if (run / "vae").is_dir() else run / "fitted").eval()
 
 
+def load_generator(folder: Path) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
+    """The transformer, in float32, and the text encoder that lie in a folder."""
+    transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", use_safetensors=True).float()
+    return transformer.eval(), UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True).eval()
+
+
 def load(folder: str | Path, **parts: Any) -> WanPipeline:
     """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32.
 
@@ -101,9 +107,8 @@ def load(folder: str | Path, **parts: Any) -> WanPipeline:
 
 def load_weaker(folder: Path, weaker: Path) -> WanPipeline:
     """The pipeline in `folder` with the transformer and text encoder of `weaker`."""
-    transformer = WanTransformer3DModel.from_pretrained(weaker / "transformer", use_safetensors=True).float()
-    text_encoder = UMT5EncoderModel.from_pretrained(weaker / "text_encoder", use_safetensors=True)
-    return load(folder, transformer=transformer.eval(), text_encoder=text_encoder.eval())
+    transformer, text_encoder = load_generator(weaker)
+    return load(folder, transformer=transformer, text_encoder=text_encoder)
 
 
 def save_weaker(pipe: WanPipeline, folder: Path) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
-from transformers import UMT5EncoderModel
 
 from prism import files
 from prism.errors import PrismError
@@ -243,11 +242,11 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     with _first_before_others():
         vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
         latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
-    transformer, text_encoder = recipe.build_transformer(config.layers, config.heads), recipe.build_text_encoder()
     if config.start:
-        transformer = WanTransformer3DModel.from_pretrained(Path(config.start) / "transformer").float().train()
-        text_encoder = UMT5EncoderModel.from_pretrained(Path(config.start) / "text_encoder").train()
-    transformer, text_encoder = transformer.to(device), text_encoder.to(device)
+        transformer, text_encoder = recipe.load_generator(Path(config.start))
+    else:
+        transformer, text_encoder = recipe.build_transformer(config.layers, config.heads), recipe.build_text_encoder()
+    transformer, text_encoder = transformer.to(device).train(), text_encoder.to(device).train()
     tokenizer = recipe.tokenizer()
 
     def loss_at(step: int) -> Tensor:
@@ -332,8 +331,8 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
             if getattr(config, key) <= 0:
                 raise PrismError(f"The {key} of a training run must be above 0; found {getattr(config, key)}.")
         needed = {"vae": ("",), "transformer": ("transformer", "text_encoder")}[name]
-        missing = [Path(config.start, sub, "config.json") for sub in needed if config.start]
-        missing = [path for path in missing if not path.is_file()]
+        wanted = [Path(config.start, folder, "config.json") for folder in needed if config.start]
+        missing = [path for path in wanted if not path.is_file()]
         if missing:
             raise PrismError(f"The --start {config.start} holds no {name} ({missing[0]} is missing); name another.")
         configs[name] = config
@@ -380,8 +379,7 @@ def save_pipeline(out: Path, folder: Path) -> None:
     """
     pipe = recipe.assemble(
         AutoencoderKLWan.from_pretrained(out / "vae" / "vae"),
-        WanTransformer3DModel.from_pretrained(out / "transformer" / "transformer"),
-        UMT5EncoderModel.from_pretrained(out / "transformer" / "text_encoder"),
+        *recipe.load_generator(out / "transformer"),
     )
     with files.new_folder(folder, overwrite=True) as temporary:
         for part in (pipe.vae, pipe.transformer):  # not the text encoder: transformers would load it in half precision
