@@ -32,8 +32,10 @@ from prism.training.config import TrainConfig
 NOTES = (
     "It shows that a small head on the hidden states of a frozen video diffusion model learns to tell its better "
     "samples from its worse ones, from noisy latents, on prompts it never saw; and that this is enough to drop most "
-    "candidates early at a fraction of the cost. The pixel judges learned from the same pairs and were measured on the "
-    "same pairs under the same noise; what they are shown of a noisy latent is what the VAE makes of it.",
+    "candidates early at a fraction of the cost. The pixel judges learned by the same objective, in a full run from "
+    "the same pairs (those that ship come from one, and saw more prompts than a short demo trains on), and were "
+    "measured on the same pairs under the same noise; what they are shown of a noisy latent is what the VAE makes of "
+    "it.",
     "It does not show that the same numbers hold for large models and human raters: the model, its world and the "
     "referee are small, and the referee is a program. Nor does it show what makes the query look where it looks; a map "
     "of attention is what was read, not why. All that was run here runs unchanged on a real pipeline with real pairs.",
