@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from tests import tiny
 
-from prism.backbone import Backbone, Conditioning
+from prism.backbone import Backbone, Conditioning, layout
 from prism.errors import PrismError
 
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -113,7 +114,7 @@ def test_text_tokens_and_their_padding(wan: Backbone) -> None:
     )
     assert tokens.text is not None
     assert tokens.text_mask is not None
-    assert tokens.text.shape == (2, 12, wan.width)
+    assert tokens.text.shape == (2, 12, wan.widths[0])
     assert tokens.text_mask.sum(1).tolist() == [6, 4]  # words and the end token
     assert tokens[1:].text_mask.sum(1).tolist() == [4]  # type: ignore[union-attr]
     embeds = wan.pipe.encode_prompt(tiny.PROMPT, do_classifier_free_guidance=False, max_sequence_length=12)[0]
@@ -165,8 +166,8 @@ def test_decode_is_the_pipeline_decode_and_encode_its_inverse(setting: Any) -> N
     encoded = backbone.encode(decoded)
     assert encoded.shape == latents.shape
     vae, pixels = backbone.pipe.vae, decoded.permute(0, 4, 1, 2, 3) * 2 - 1
-    mode = backbone.family.to_vae(backbone.family.denormalise(vae, backbone.family.to_vae(encoded)))
-    expected = backbone.family.to_vae(vae.encode(pixels).latent_dist.mode())
+    mode = backbone.family.denormalise(backbone.pipe, layout.unpack(encoded, backbone.family.layout))
+    expected = vae.encode(pixels).latent_dist.mode()
     torch.testing.assert_close(mode, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -174,7 +175,7 @@ def test_everything_is_frozen(wan: Backbone) -> None:
     modules = [value for value in wan.pipe.components.values() if isinstance(value, torch.nn.Module)]
     assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert not any(module.training for module in modules)
-    assert (wan.width, wan.num_blocks, wan.default_tap) == (24, 3, 1)
+    assert (wan.widths, wan.num_blocks, wan.default_tap) == ([24, 24, 24], 3, 1)
 
 
 def test_fingerprint_tells_weights_from_architecture(wan: Backbone, tmp_path: Any) -> None:
@@ -186,11 +187,19 @@ def test_fingerprint_tells_weights_from_architecture(wan: Backbone, tmp_path: An
     assert Backbone.from_pretrained(str(tmp_path / "pipe"), local_files_only=True).fingerprint() == found
 
 
+def test_a_prompt_too_long_is_said_once(wan: Backbone) -> None:
+    backbone, prompt = Backbone(wan.pipe), " ".join(["red"] * 30)
+    with pytest.warns(UserWarning, match="has 31 tokens and the pipeline takes 12; it is cut off"):
+        backbone.condition([prompt], **tiny.CALL_WAN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.condition([prompt], **{**tiny.CALL_WAN, "num_frames": 5})
+
+
 def test_bad_calls_get_one_sentence(wan: Backbone, tmp_path: Any) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
         ([""], {}, "The prompt is empty"),
         (["  \n"], {}, "The prompt is empty"),
-        ([" ".join(["red"] * 30)], {}, "has 31 tokens and the pipeline takes 12"),
         ([tiny.PROMPT], {"wobble": 1}, "takes no argument 'wobble'"),
         (tiny.PROMPT, {}, "must be a list of texts"),
         ([tiny.PROMPT], {"height": 31}, "WanPipeline refused the call"),

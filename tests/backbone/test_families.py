@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests import tiny
 
-from prism.backbone import FAMILIES, Backbone
+from prism.backbone import Backbone, layout
 from prism.backbone.families import family_of
 from prism.errors import PrismError
 
@@ -60,18 +60,17 @@ def test_tokens_are_in_raster_order(backbone: Backbone) -> None:
     assert plain.grid == (3, 2, 2)
     for place, (frame, row, column) in enumerate((t, h, w) for t in range(3) for h in range(2) for w in range(2)):
         changed = latents.clone()
-        family.to_vae(changed)[:, :, frame, 2 * row, 2 * column] += 5
+        layout.unpack(changed, family.layout)[:, :, frame, 2 * row, 2 * column] += 5
         moved = (backbone.tokens(changed, conditioning, 500.0, 1).visual - plain.visual).norm(dim=-1)[0]
         assert int(moved.argmax()) == place
 
 
 def test_vae_normalisation_inverts(backbone: Backbone) -> None:
-    family, vae = backbone.family, backbone.pipe.vae
+    family, pipe = backbone.family, backbone.pipe
     latents = torch.randn(1, 16 if family.name == "wan" else 4, 3, 4, 4)
-    torch.testing.assert_close(family.denormalise(vae, family.normalise(vae, latents)), latents, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(family.denormalise(pipe, family.normalise(pipe, latents)), latents, atol=1e-5, rtol=1e-5)
 
 
 def test_another_pipeline_is_named() -> None:
     with pytest.raises(PrismError, match="The pipeline dict is not supported yet"):
         family_of({})
-    assert {family.name for family in FAMILIES} == {"wan", "cogvideox"}

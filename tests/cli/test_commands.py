@@ -141,7 +141,6 @@ def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
 
 BAD_OPTIONS = {
     "empty prompt": (["--prompt", " "], "prompt is empty"),
-    "over-long prompt": (["--prompt", "a red circle " * 9], "28 tokens and the pipeline takes 12"),
     "no candidates": (["--n", "0"], "n must be a whole number of at least 1"),
     "no schedule": (["--schedule", "five"], 'schedule "five" is not a list of STEP:KEEP'),
     "keeps more than it has": (["--schedule", "2:9"], "keeps 9 candidates at step 2, and only 3"),

@@ -1,8 +1,8 @@
 """Reading a frozen generator."""
 
 from prism.backbone.backbone import Backbone
-from prism.backbone.conditioning import Conditioning, Tokens
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens
 from prism.backbone.families import FAMILIES, Family
 from prism.backbone.interceptor import Interceptor, Recording
 
-__all__ = ["FAMILIES", "Backbone", "Conditioning", "Family", "Interceptor", "Recording", "Tokens"]
+__all__ = ["FAMILIES", "Backbone", "Conditioning", "Family", "Interceptor", "Ragged", "Recording", "Tokens"]

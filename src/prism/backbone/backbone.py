@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
-from prism.backbone.conditioning import Conditioning, Tokens, noisy_name
+from prism.backbone import layout
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, noisy_name
 from prism.backbone.families import family_of
 from prism.backbone.interceptor import StopForward, capture
 from prism.errors import PrismError
@@ -23,6 +26,9 @@ from prism.errors import PrismError
 _CACHE_BYTES = 256 * 2**20
 _IRRELEVANT = {
     "guidance_scale",
+    "true_cfg_scale",
+    "min_guidance_scale",
+    "max_guidance_scale",
     "guidance_scale_2",
     "num_inference_steps",
     "negative_prompt",
@@ -35,28 +41,47 @@ _IRRELEVANT |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "g
 class Backbone:
     """A supported diffusers pipeline, frozen, as a judge and a sampler read it (DESIGN: backbone).
 
-    Attributes: `pipe`; `family`, its row of facts; `denoiser` and its `blocks`; `num_blocks`; `width`, D_vis;
-    `default_tap`, the number of blocks a head reads after when nothing else is said (paper, section 3.2: 12 of 30).
+    Attributes: `pipe`; `family`, its row of facts; `denoiser` and its `blocks`; `num_blocks`; `widths`, D_vis after each;
+    `default_tap`, the number of blocks a head reads after when nothing else is said (paper, section 3.2: 12 of 30);
+    `t_range`, the noise levels at which the pipeline uses this denoiser.
+
+    Args:
+        pipe: a pipeline of a supported family.
+        reads: the denoiser to read where the pipeline has two (Wan 2.2 A14B): "transformer", which it uses for the
+            noisier levels, or "transformer_2".
     """
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Any, reads: str | None = None):
         self.pipe = pipe
         self.family = family_of(pipe)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self.denoisers = tuple(module for name, module in parts.items() if name.startswith("transformer"))
-        self.denoiser = pipe.transformer
+        named = {name: part for name, part in parts.items() if name.split("_")[0] in ("transformer", "unet")}
+        self.denoisers = tuple(named.values())
+        self.reads = next(iter(named), "") if reads is None else reads
+        if self.reads not in named:
+            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(named) or 'none'}.")
+        self.denoiser = named[self.reads]
+        self.t_range = self._t_range(len(named))
         self.text_encoders: dict[str, nn.Module] = {
             name: module for name, module in parts.items() if name.startswith("text_encoder")
         }
         for module in parts.values():
             module.requires_grad_(False).eval()
-        self.blocks: Sequence[nn.Module] = self.denoiser.get_submodule(self.family.blocks)
+        self.blocks = self.family.block_list(self.denoiser)
         self.num_blocks = len(self.blocks)
-        self.width: int = self.denoiser.config.num_attention_heads * self.denoiser.config.attention_head_dim
-        self.default_tap = max(1, round(0.4 * self.num_blocks))
+        self.widths = self.family.block_widths(self.denoiser)
+        self.default_tap = max(1, round(self.family.tap * self.num_blocks))
         self.num_parameters = sum(value.numel() for value in self.denoiser.parameters())
         self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._said: set[str] = set()
+
+    def _t_range(self, denoisers: int) -> tuple[float, float]:
+        """The noise levels of the denoiser that is read: all, or those on its side of `boundary_ratio`."""
+        ratio = self.pipe.config.get("boundary_ratio")
+        if ratio is None or denoisers == 1:
+            return 0.0, 1000.0
+        return (0.0, 1000.0 * ratio) if self.reads.endswith("_2") else (1000.0 * ratio, 1000.0)
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str, **kwargs: Any) -> Backbone:
@@ -78,14 +103,20 @@ class Backbone:
     # -- reading
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str], **call: Any) -> Conditioning:
+    def condition(self, prompts: Sequence[str], **call: Any) -> Conditioning | Ragged:
         """What the denoiser is told about each prompt: (B rows), captured from the stock call `pipe(prompts, **call)`.
 
-        `call` holds the pipeline's own arguments (height, width, num_frames, ...). A prompt is encoded once; later
-        calls take it from a cache. Raises PrismError for an empty or over-long prompt or an unknown argument.
+        `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); of `image` there is one for
+        all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache.
+        Raises PrismError for an empty prompt or an unknown argument.
         """
         self.check_call(prompts, call)
-        relevant = {name: value for name, value in call.items() if name not in _IRRELEVANT}
+        prompts = [prompt or "" for prompt in prompts]
+        images = call.get("image")
+        if isinstance(images, list | tuple) and len(images) == len(prompts) > 1:
+            own = [self.condition([prompt], **{**call, "image": image}) for prompt, image in zip(prompts, images)]
+            return Conditioning.cat([part for part in own if isinstance(part, Conditioning)])
+        relevant = {name: value for name, value in call.items() if self._is_relevant(name)}
         key = _key(relevant)
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
@@ -94,8 +125,9 @@ class Backbone:
                 prompt: self._conditionings[key, prompt] for prompt in missing if (key, prompt) in self._conditionings
             }
             missing = [prompt for prompt in missing if prompt not in found]
-        for start in range(0, len(missing), 16):
-            chunk = missing[start : start + 16]
+        size = 1 if self.family.alone or self.family.texts_alone else 16
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
             captured = self._capture(chunk, relevant)
             for row, prompt in enumerate(chunk):
                 found[prompt] = captured[row]
@@ -104,21 +136,39 @@ class Backbone:
         self._trim_cache()
         return Conditioning.cat([found[prompt] for prompt in prompts])
 
+    def _is_relevant(self, name: str) -> bool:
+        """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
+        if name == "guidance_scale" and self.family.guidance == "true_cfg_scale":
+            return True
+        return name not in _IRRELEVANT
+
     def _capture(self, prompts: list[str], call: dict[str, Any]) -> Conditioning:
-        one_step = {"num_inference_steps": 1, "output_type": "latent"}
-        generator = [torch.Generator("cpu").manual_seed(0) for _ in prompts]  # never the global one
-        call = {**call, **one_step, **self.family.capture_with, "prompt": prompts, "generator": generator}
+        spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
+        call = {**call, **spared, "num_inference_steps": 1, "output_type": "latent"}
+        call |= self.batch(prompts, [0] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments)])
         if batch not in (len(prompts), 2 * len(prompts)):
             raise PrismError(
                 f"The pipeline made {batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
-        return Conditioning.of(arguments, slice(batch - len(prompts), batch))
+        rows = slice(batch - len(prompts), batch)
+        return Conditioning.of(arguments, rows, self.family, self.denoiser, type(self.pipe).__name__)
+
+    def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that make one stock call of several rows: prompts, CPU generators, and the image as often."""
+        n = len(prompts)
+        found: dict[str, Any] = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+        if self.family.prompts:
+            found["prompt"] = list(prompts)
+        image = call.get("image")
+        if image is not None and self.family.images == "list" and not isinstance(image, list | tuple):
+            found["image"] = [image] * n
+        return found
 
     def _trim_cache(self) -> None:
         def size(entry: Conditioning) -> int:
-            return sum(value.nbytes for name, value in entry.arguments.items() if name in entry.batched)
+            return sum(v.nbytes for v in entry.arguments.values() if isinstance(v, Tensor))
 
         total = sum(size(entry) for entry in self._conditionings.values())
         while total > _CACHE_BYTES:
@@ -137,7 +187,7 @@ class Backbone:
     def tokens(
         self,
         noisy_latents: Tensor,
-        conditioning: Conditioning,
+        conditioning: Conditioning | Ragged,
         t: Tensor | float,
         block: int | Sequence[int],
         stop: bool = True,
@@ -147,7 +197,18 @@ class Backbone:
         Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
         `block / num_blocks` of the cost.
         """
-        _, _, timestep = self.family.level(self.pipe.scheduler, _per_row(t, noisy_latents))
+        levels = _per_row(t, noisy_latents)
+        low, high = self.t_range
+        if not bool(((levels >= low) & (levels <= high)).all()):
+            raise PrismError(
+                f"The denoiser {self.reads!r} is used for t from {low:g} to {high:g}, found {levels.tolist()}; "
+                "read the pipeline's other denoiser there."
+            )
+        if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
+            rows = range(len(noisy_latents))
+            one = (self.tokens(noisy_latents[r : r + 1], conditioning[r], levels[r : r + 1], block, stop) for r in rows)
+            return Tokens.cat(list(one))
+        _, _, timestep = self.family.level(self.pipe.scheduler, levels)
         return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
 
     def read(
@@ -164,7 +225,7 @@ class Backbone:
         """
         if denoiser is not None and denoiser is not self.denoiser:
             raise PrismError(
-                "This step runs on the pipeline's second denoiser, and the head reads the first; cut earlier."
+                f"This step does not run on the denoiser that the head reads, {self.reads!r}; cut at another step."
             )
         blocks = sorted({block} if isinstance(block, int) else set(block))
         last = blocks[-1]
@@ -176,22 +237,27 @@ class Backbone:
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise PrismError("The denoiser's cache skips blocks that the head reads; call disable_cache() on it first.")
         visual: dict[int, Tensor] = {}
+        grids: dict[int, Any] = {}
+        noisy = arguments[noisy_name(arguments)]
         text: list[Tensor] = []
 
         def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            visual[number] = output[0] if isinstance(output, tuple) else output
+            output = output[0] if isinstance(output, tuple) else output
+            visual[number] = layout.tokens(output, self.family.token_form, len(noisy))
+            grids[number] = self.family.grid(self.denoiser.config, arguments, noisy, output)
             if stop and number == last:
                 raise StopForward(last)
 
         def text_tap(_module: nn.Module, _args: Any, output: Any) -> None:
-            text.append(output)
+            text.append(output.flatten(1, -2))
 
-        embedder = self.denoiser.get_submodule(self.family.text_embedder)
         output = None
         with ExitStack() as stack:
             for number in blocks:
                 stack.callback(self.blocks[number - 1].register_forward_hook(partial(tap, number)).remove)
-            stack.callback(embedder.register_forward_hook(text_tap).remove)
+            if self.family.text_embedder is not None:
+                embedder = self.denoiser.get_submodule(self.family.text_embedder)
+                stack.callback(embedder.register_forward_hook(text_tap).remove)
             with suppress(StopForward):
                 output = (forward or self.denoiser)(**arguments)
         if last not in visual:
@@ -199,29 +265,49 @@ class Backbone:
                 "The denoiser is compiled as a whole, and compiled code passes the judge's hooks by; "
                 "compile its blocks instead, with compile_repeated_blocks()."
             )
-        grid = self.family.grid(self.denoiser.config, tuple(arguments[noisy_name(arguments)].shape))
-        mask = self.family.text_mask(arguments["encoder_hidden_states"])
-        return Tokens(visual.pop(last), grid, text[-1] if text else None, mask, visual), output
+        mask = self.family.text_mask(arguments) if text else None
+        return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual), output
 
     # -- videos
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """Videos (B, F, H, W, 3) in [0, 1] to normalised float32 latents of the loop: the posterior's mode."""
+        """Videos (B, F, H, W, 3) in [0, 1] to normalised float32 latents of the loop: the posterior's mode.
+
+        Where tokens span several latent frames (CogVideoX 1.5) the first one is repeated in front to fill them.
+        """
         vae = self.pipe.vae
         pixels = torch.as_tensor(video).to(self.device, vae.dtype).permute(0, 4, 1, 2, 3) * 2 - 1
-        latents = vae.encode(pixels).latent_dist.mode().float()
-        return self.family.to_vae(self.family.normalise(vae, latents)).contiguous()
+        if self.family.vae_frames:
+            frames = vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+            latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
+        else:
+            latents = vae.encode(pixels).latent_dist.mode().float()
+        if self.family.token_form != "frames" and (missing := -latents.shape[2] % layout.patches(self.denoiser.config)[0]):
+            latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
+        return layout.pack(self.family.normalise(self.pipe, latents), self.family.layout).contiguous()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic."""
-        vae = self.pipe.vae
-        latents = self.family.denormalise(vae, self.family.to_vae(latents.to(self.device, vae.dtype)))
-        frames = self.pipe.video_processor.postprocess_video(
-            vae.decode(latents, return_dict=False)[0], output_type="pt"
-        )
-        return frames.permute(0, 1, 3, 4, 2).float()
+    def decode(self, latents: Tensor, grid: tuple[int, int, int] | None = None) -> Tensor:
+        """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
+
+        grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
+        """
+        vae, family = self.pipe.vae, self.family
+        if layout.is_packed(family.layout) and grid is None:
+            raise PrismError("The latents of this pipeline are packed; give the token grid (T, H, W) to decode them.")
+        latents = layout.unpack(latents.to(self.device, vae.dtype), family.layout, grid)
+        latents = family.denormalise(self.pipe, latents)
+        if family.vae_frames:
+            frames = latents.transpose(1, 2).flatten(0, 1)
+            options = {"num_frames": latents.shape[2]} if "num_frames" in _parameters(vae.decode) else {}
+            pixels = vae.decode(frames, return_dict=False, **options)[0].unflatten(0, (len(latents), -1))
+        else:
+            options = {}
+            if vae.config.get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
+                options["temb"] = latents.new_zeros(len(latents))
+            pixels = vae.decode(latents, return_dict=False, **options)[0].transpose(1, 2)
+        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
 
     # -- checks
 
@@ -232,18 +318,25 @@ class Backbone:
         unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
+        if not self.family.prompts:
+            if any(prompts):
+                raise PrismError(f"{type(self.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
+            return
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
         limit = call.get("max_sequence_length", self._default("max_sequence_length"))
         tokenizer = getattr(self.pipe, "tokenizer", None)
-        if limit is None or tokenizer is None:
+        new = [prompt for prompt in prompts if prompt not in self._said]
+        if limit is None or tokenizer is None or not new:
             return
-        for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids):
+        self._said.update(new)
+        for prompt, ids in zip(new, tokenizer(new).input_ids):
             if len(ids) > limit:
-                raise PrismError(
-                    f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; shorten it or "
-                    "raise max_sequence_length."
+                warnings.warn(
+                    f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; it is cut off "
+                    "there. Shorten it, or raise max_sequence_length.",
+                    stacklevel=3,
                 )
 
     def num_inference_steps(self, call: dict[str, Any]) -> int:
@@ -256,9 +349,25 @@ class Backbone:
         """What the pipeline's call takes for an argument that is not given."""
         return self._call[name].default if name in self._call else None
 
+    def takes(self, name: str) -> bool:
+        """Whether the pipeline's call has this argument."""
+        return name in self._call
+
+    def main(self, latents: Tensor) -> Tensor:
+        """What a pipeline carries through its loop, without the condition that some append to its channels."""
+        axis = layout.channel_axis(self.family.layout)
+        return latents.narrow(axis, 0, self.family.channels(self.denoiser.config, latents))
+
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
-        return call.get("guidance_scale", self._default("guidance_scale")) > 1.0
+        name = self.family.guidance
+        if name == "guider":
+            return self.pipe.guider.num_conditions > 1
+        scale = call.get(name, self._default(name))
+        if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
+            given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
+            return scale > 1.0 and any(given)
+        return scale > 1.0
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
@@ -273,6 +382,7 @@ class Backbone:
             "vae": type(self.pipe.vae).__name__,
             "vae_config": _config_hash(self.pipe.vae),
             "weights": sample.hexdigest(),
+            **({"reads": self.reads} if self.t_range != (0.0, 1000.0) else {}),
         }
 
 
@@ -282,10 +392,21 @@ def _per_row(t: Tensor | float, latents: Tensor) -> Tensor:
     return t.expand(len(latents)) if t.ndim == 0 else t
 
 
+def _parameters(function: Any) -> Any:
+    return inspect.signature(function).parameters
+
+
 def _key(call: dict[str, Any]) -> str | None:
-    """A key of the cache, or None where an argument (an image, a tensor) has no short faithful text."""
+    """A key of the cache, or None where an argument (a tensor) has no short faithful text."""
     plain = (str, int, float, bool, type(None))
-    return repr(sorted(call.items())) if all(isinstance(value, plain) for value in call.values()) else None
+    faithful = {}
+    for name, value in call.items():
+        if isinstance(value, Image.Image):
+            value = f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+        if not isinstance(value, plain):
+            return None
+        faithful[name] = value
+    return repr(sorted(faithful.items()))
 
 
 def _config_hash(module: Any) -> str:

@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism.backbone.families import BATCHED
+from prism.backbone import layout
+from prism.backbone.families import Family
+
+# Arguments of a denoiser call that carry one row per sample. Rows are taken by name and never by shape alone: a list
+# of rotary positions may happen to be as long as the batch.
+BATCHED = frozenset(
+    [
+        *("hidden_states", "sample", "timestep", "guidance", "pooled_projections", "image_embeds", "added_time_ids"),
+        *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image", "condition_mask"),
+        *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"),
+        *("img_shapes", "txt_seq_lens", "fps"),  # lists
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -40,33 +52,70 @@ class Tokens:
         lower = {block: value[rows] for block, value in self.lower.items()}
         return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower)
 
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Rows of several reads on one grid, one after another; shorter texts are padded and masked."""
+        first = parts[0]
+        lower = {block: torch.cat([part.lower[block] for part in parts]) for block in first.lower}
+        texts = [part.text for part in parts if part.text is not None]
+        masks = [
+            text.new_ones(text.shape[:2], dtype=torch.bool) if part.text_mask is None else part.text_mask
+            for part, text in zip(parts, texts)
+        ]
+        ragged = len({text.shape[1] for text in texts}) > 1
+        keep_mask = ragged or first.text_mask is not None
+        if ragged:
+            longest = max(text.shape[1] for text in texts)
+            masks = [torch.nn.functional.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
+            texts = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
+        return Tokens(
+            torch.cat([part.visual for part in parts]),
+            first.grid,
+            torch.cat(texts) if texts else None,
+            torch.cat(masks) if texts and keep_mask else None,
+            lower,
+        )
+
 
 @dataclass(frozen=True)
 class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
-    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes. `noisy` and
-    `dtype` are the name and the dtype of the latents that the denoiser takes.
+    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes. `noisy`, `axis`
+    and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser takes. `appended` follows
+    them on that axis (an image's latents, a mask), or is None. Where `given` (bool, beside the latents) or
+    `given_times` (bool, beside the timestep) is True the pipeline shows the denoiser a condition in place of noise:
+    `kept` there, and the template's timestep.
     """
 
     arguments: dict[str, Any]
     batched: frozenset[str]
     timestep: Tensor
     noisy: str
+    axis: int
     dtype: torch.dtype
+    appended: Tensor | None = None
+    kept: Tensor | None = None
+    given: Tensor | None = None
+    given_times: Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], rows: slice) -> Conditioning:
+    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, denoiser: Any, pipeline: str) -> Conditioning:
         """Keep `rows` of the call's arguments."""
         taken = take_rows(arguments, rows)
-        batch = len(arguments[noisy_name(arguments)])
-        timestep = taken.pop("timestep")
+        name = noisy_name(taken)
+        batch = len(arguments[name])
+        timestep, latents = taken.pop("timestep"), taken.pop(name)
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
-        noisy = noisy_name(taken)
-        dtype = taken.pop(noisy).dtype
-        batched = frozenset(name for name in taken if has_rows(name, arguments[name], batch))
-        return cls(taken, batched, timestep, noisy, dtype)
+        batched = frozenset(other for other in taken if has_rows(other, arguments[other], batch))
+        axis, config = layout.channel_axis(family.layout), denoiser.config
+        count = family.channels(config, latents)
+        appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
+        latents = latents.narrow(axis, 0, count)
+        given, times = _given(taken, timestep, latents, family, config, pipeline)
+        kept = None if given is None else latents
+        return cls(taken, batched, timestep, name, axis, latents.dtype, appended, kept, given, times)
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -74,28 +123,94 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        taken = {name: value[rows] if name in self.batched else value for name, value in self.arguments.items()}
-        return replace(self, arguments=taken, timestep=self.timestep[rows])
+        taken = {name: _take(value, rows) if name in self.batched else value for name, value in self.arguments.items()}
+        changes = {name: None if value is None else value[rows] for name, value in self._beside().items()}
+        return replace(self, arguments=taken, **changes)
+
+    def _beside(self) -> dict[str, Tensor | None]:
+        names = ("timestep", "appended", "kept", "given", "given_times")
+        return {name: getattr(self, name) for name in names}
 
     @staticmethod
-    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+    def cat(parts: Sequence[Conditioning]) -> Conditioning | Ragged:
         """Rows of several conditionings of one pipeline and call, one after another."""
         first = parts[0]
+        if any(part.shapes() != first.shapes() for part in parts[1:]):
+            return Ragged(tuple(part[row] for part in parts for row in range(len(part))))
         joined = {
-            name: torch.cat([part.arguments[name] for part in parts]) if name in first.batched else value
+            name: _cat([part.arguments[name] for part in parts]) if name in first.batched else value
             for name, value in first.arguments.items()
         }
-        return replace(first, arguments=joined, timestep=torch.cat([part.timestep for part in parts]))
+        beside = [part._beside() for part in parts]
+        changes = {name: None if value is None else torch.cat([b[name] for b in beside]) for name, value in beside[0].items()}
+        return replace(first, arguments=joined, **changes)
+
+    def shapes(self) -> dict[str, Any]:
+        """What two conditionings must share to be run in one batch."""
+        return {
+            name: value.shape[1:] if name in self.batched else value.shape
+            for name, value in self.arguments.items()
+            if isinstance(value, Tensor)
+        }
 
     def call(self, noisy_latents: Tensor, timestep: Tensor) -> dict[str, Any]:
         """Arguments of the denoiser for `noisy_latents` at the model timestep (B,)."""
-        template = self.timestep
+        template, latents = self.timestep, noisy_latents.to(self.timestep.device, self.dtype)
+        if self.given is not None:
+            latents = torch.where(self.given, self.kept, latents)
+        if self.appended is not None:
+            latents = torch.cat([latents, self.appended.to(latents.dtype)], self.axis)
         if not template.dtype.is_floating_point:
             timestep = timestep.floor().clamp(max=999)
-        noisy_latents = noisy_latents.to(template.device, self.dtype)
         timestep = timestep.to(template.device, template.dtype)
-        timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(noisy_latents), *template.shape[1:])
-        return {self.noisy: noisy_latents, "timestep": timestep, **self.arguments}
+        timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(latents), *template.shape[1:])
+        if self.given_times is not None:
+            timestep = torch.where(self.given_times, template, timestep)
+        return {self.noisy: latents, "timestep": timestep, **self.arguments}
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Conditionings of one row each that do not fit one batch: their texts are of different lengths."""
+
+    parts: tuple[Conditioning, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, rows: Any) -> Any:
+        chosen = self.parts[rows] if isinstance(rows, int | slice) else tuple(self.parts[row] for row in rows)
+        return chosen if isinstance(chosen, Conditioning) else Conditioning.cat(chosen)
+
+
+def _given(
+    arguments: Mapping[str, Any], timestep: Tensor, latents: Tensor, family: Family, config: Any, pipeline: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which latents and which timesteps of a captured call are a condition's, or None where none is."""
+    mask = arguments.get("condition_mask")
+    if mask is not None:
+        given = mask.bool() if bool(mask.any()) else None
+        times = None if given is None or timestep.ndim < 5 else given.flatten(3).any(3)[..., None, None]
+        return given, times
+    if pipeline in family.first_frame and config.get("image_condition_type") != "latent_concat":
+        axis = family.layout.index("T")
+        given = torch.zeros_like(latents, dtype=torch.bool)
+        given.narrow(axis, 0, 1).fill_(True)
+        return given, None
+    if timestep.ndim == 1:
+        return None, None
+    times = timestep != timestep[:, -1:]  # the last frame is never a condition
+    if not bool(times.any()):
+        return None, None
+    if layout.is_packed(family.layout):
+        return times[..., None], times
+    if times.shape[1] == latents.shape[2]:  # one a frame
+        return times[:, None, :, None, None], times
+    sizes = layout.patches(config)
+    cells = times.unflatten(1, family.grid(config, arguments, latents))
+    for axis, size in enumerate(sizes, start=1):
+        cells = cells.repeat_interleave(size, axis)
+    return cells[:, None], times
 
 
 def noisy_name(arguments: Mapping[str, Any]) -> str:
@@ -105,13 +220,25 @@ def noisy_name(arguments: Mapping[str, Any]) -> str:
 
 def has_rows(name: str, value: Any, batch: int) -> bool:
     """Whether an argument of a denoiser call carries one row per sample of the batch."""
-    return name in BATCHED and isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+    if name not in BATCHED or not isinstance(value, Tensor | list):
+        return False
+    return len(value) == batch if isinstance(value, list) or value.ndim > 0 else False
 
 
 def take_rows(arguments: Mapping[str, Any], rows: Any) -> dict[str, Any]:
     """The same denoiser call for some rows of its batch (a slice or a list of indices)."""
     batch = len(arguments[noisy_name(arguments)])
-    return {name: value[rows] if has_rows(name, value, batch) else value for name, value in arguments.items()}
+    return {name: _take(value, rows) if has_rows(name, value, batch) else value for name, value in arguments.items()}
+
+
+def _take(value: Any, rows: Any) -> Any:
+    if isinstance(value, Tensor) or isinstance(rows, slice):
+        return value[rows]
+    return [value[int(row)] for row in rows]
+
+
+def _cat(values: Sequence[Any]) -> Any:
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else [row for value in values for row in value]
 
 
 def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

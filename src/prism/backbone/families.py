@@ -1,25 +1,16 @@
-"""One table of facts per family of pipelines: latent layout, clock, VAE normalisation, CFG form, text tokens."""
+"""One table of facts per family of pipelines: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prism.backbone import clocks, layout
 from prism.errors import PrismError
-
-# Arguments of a denoiser call that carry one row per sample. Rows are taken by name and never by shape alone: a list
-# of rotary positions may happen to be as long as the batch.
-BATCHED = frozenset(
-    [
-        *("hidden_states", "sample", "timestep", "guidance", "pooled_projections", "image_embeds", "added_time_ids"),
-        *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image"),
-        *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "condition_mask"),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -27,101 +18,375 @@ class Family:
     """Facts shared by pipelines with one latent layout, clock, VAE normalisation and form of guidance."""
 
     name: str
+    models: str  # what people call them
     pipelines: tuple[str, ...]
-    blocks: str  # the denoiser's list of blocks
-    text_embedder: str  # the denoiser's own text embedding: its output is D_vis wide and does not see the timestep
+    blocks: tuple[str, ...]  # the denoiser's lists of blocks, in the order in which they run
     cfg: Literal["two_calls", "one_batch"]  # conditional call first | one batch [unconditional, conditional]
-    clock: Literal["flow", "ddpm"]
-    layout: Literal["BCTHW", "BTCHW"]  # of the latents inside the sampling loop
-    vae_normalisation: Literal["mean_std", "scale"]
-    text_padding: Literal["zeros", "unknown"]  # what the text rows behind the prompt hold
-    capture_with: Mapping[str, Any] = field(default_factory=dict)  # call arguments that spare work while capturing
+    guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
+    clock: clocks.Clock = "flow"
+    timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
+    layout: layout.Layout = "BCTHW"  # of the latents inside the sampling loop
+    token_form: layout.TokenForm = "BLD"
+    widths: str = ""  # the field of the denoiser's configuration that holds D_vis; "": heads times their width
+    without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
+    # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
+    text_embedder: str | None = None
+    text_padding: Literal["zeros", "mask", "unknown"] = "unknown"  # how text rows behind the prompt are known
+    text_mask_argument: str = "encoder_attention_mask"
+    prompts: bool = True  # whether the pipelines take a prompt
+    images: Literal["single", "list"] = "list"  # how one conditioning image is given to a batch, where it is taken
+    first_frame: tuple[str, ...] = ()  # pipelines that keep the first frame as given and say so to the denoiser alone
+    vae_mean_std: bool = False  # normalise by latents_mean and latents_std
+    vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
+    vae_frames: bool = False  # the VAE takes frames one by one
+    alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
+    texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
+    private_schedulers: bool = False  # the pipeline steps copies of its scheduler, one a frame
+    tap: float = 0.4  # default depth of the tap, as a share of the blocks
+    tap_reason: str = "as in the paper, block 12 of 30"
+
+    # -- the denoiser
+
+    def block_list(self, denoiser: nn.Module) -> list[nn.Module]:
+        """The blocks that carry video tokens, in the order in which they run."""
+        found: list[nn.Module] = []
+        for name in self.blocks:
+            part = denoiser.get_submodule(name)
+            found += list(part) if isinstance(part, nn.ModuleList) else [part]
+        return found[: len(found) - int(denoiser.config[self.without_last] if self.without_last else 0)]
+
+    def block_widths(self, denoiser: nn.Module) -> list[int]:
+        """D_vis after each block."""
+        config = denoiser.config
+        if self.token_form == "frames":
+            down = list(config.block_out_channels)
+            return [*down, down[-1], *reversed(down)]
+        width = config[self.widths] if self.widths else config.num_attention_heads * config.attention_head_dim
+        return [width] * len(self.block_list(denoiser))
+
+    def channels(self, config: Any, noisy: Tensor) -> int:
+        """How many channels of the denoiser's input are latents; conditions follow them."""
+        size = noisy.shape[layout.channel_axis(self.layout)]
+        if layout.is_packed(self.layout):
+            return size
+        found = config.get("out_channels") or config.get("out_visual_dim") or size
+        return min(size, found)
+
+    def grid(self, config: Any, arguments: Mapping[str, Any], noisy: Tensor, output: Tensor | None = None) -> Any:
+        """Token grid (T, H, W) of a denoiser call; a U-Net's is that of a block's output."""
+        if self.token_form == "frames":
+            assert output is not None
+            return len(output) // len(noisy), *output.shape[2:]
+        if "img_shapes" in arguments:
+            return tuple(arguments["img_shapes"][0][0])
+        if "img_ids" in arguments:
+            return tuple(int(extent) + 1 for extent in arguments["img_ids"].reshape(-1, 3).max(0).values)
+        if layout.is_packed(self.layout):
+            return tuple(arguments[name] for name in ("num_frames", "height", "width"))
+        size = dict(zip(self.layout, noisy.shape))
+        return tuple(size.get(axis, 1) // patch for axis, patch in zip("THW", layout.patches(config)))
+
+    def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
+        if self.text_padding == "unknown":
+            return None
+        if self.text_padding == "zeros":
+            return arguments["encoder_hidden_states"].ne(0).any(-1)
+        mask = arguments.get(self.text_mask_argument)
+        return None if mask is None else mask.flatten(1) > 0
+
+    # -- noise levels
 
     def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise level `t` in [0, 1000] (0 clean, 1000 noise) as `(alpha, sigma, model timestep)`, each shaped like `t`.
-
-        Flow (paper, Eq. 1): alpha = 1 - t/1000, sigma = t/1000. DDPM: the scheduler's own cumulative alphas at index
-        t/1000 * T, and exactly clean at t = 0.
-        """
-        t = t.to(torch.float32)
-        if not bool(((t >= 0) & (t <= 1000)).all()):
-            raise PrismError(f"t must lie in [0, 1000], 0 clean and 1000 noise; found {t.tolist()}.")
-        if self.clock == "flow":
-            return 1 - t / 1000, t / 1000, t
-        steps = len(scheduler.alphas_cumprod)
-        index = (t.double() * steps / 1000).floor().clamp(max=steps - 1).long()
-        kept = scheduler.alphas_cumprod.to(t.device)[index].to(torch.float32)
-        kept = torch.where(t == 0, torch.ones_like(kept), kept)
-        return kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32)
+        """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.clocks.level`."""
+        alpha, sigma, timestep = clocks.level(self.clock, scheduler, t)
+        return alpha, sigma, timestep * (self.timestep_of_one / 1000)
 
     def t_of(self, scheduler: Any, timestep: Any) -> float:
         """The noise level in [0, 1000] at which the model was called with `timestep`."""
-        scale = 1000.0 if self.clock == "flow" else float(len(scheduler.alphas_cumprod))
-        return 1000.0 * float(timestep) / scale
+        return clocks.t_of(self.clock, scheduler, float(timestep) * (1000 / self.timestep_of_one))
 
-    def grid(self, config: Any, latents_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Token grid (T, H, W) of latents in the loop's layout."""
-        size = dict(zip(self.layout, latents_shape))
-        patch = config.patch_size
-        p_t, p_h, p_w = (
-            patch if not isinstance(patch, int) else (getattr(config, "patch_size_t", None) or 1, patch, patch)
-        )
-        return size["T"] // p_t, size["H"] // p_h, size["W"] // p_w
+    # -- the VAE
 
-    def to_vae(self, latents: Tensor) -> Tensor:
-        """Latents of the loop as the VAE's (B, C, T, H, W), or back: the permutation is its own inverse."""
-        return latents if self.layout == "BCTHW" else latents.permute(0, 2, 1, 3, 4)
-
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+    def normalise(self, pipe: Any, latents: Tensor) -> Tensor:
         """VAE latents (B, C, T, H, W) to the scale of the sampling loop."""
-        if self.vae_normalisation == "scale":
-            return latents * vae.config.scaling_factor
-        mean, inverse_std = _channel_statistics(vae, latents)
-        return (latents - mean) * inverse_std
+        if self.vae_mean_std:
+            mean, inverse_std = _channel_statistics(pipe.vae, latents)
+            latents = (latents - mean) * inverse_std
+        return (latents - self._shift(pipe)) * self._factor(pipe)
 
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+    def denormalise(self, pipe: Any, latents: Tensor) -> Tensor:
         """The inverse of `normalise`, with the arithmetic of the pipelines."""
-        if self.vae_normalisation == "scale":
-            return 1 / vae.config.scaling_factor * latents
-        mean, inverse_std = _channel_statistics(vae, latents)
-        return latents / inverse_std + mean
+        if self.vae_factor:
+            latents = 1 / self._factor(pipe) * latents + self._shift(pipe)
+        if self.vae_mean_std:
+            mean, inverse_std = _channel_statistics(pipe.vae, latents)
+            latents = latents / inverse_std + mean
+        return latents
 
-    def text_mask(self, text: Tensor) -> Tensor | None:
-        """Which rows of the text (B, Lt, D_text), before the embedder, are real tokens: (B, Lt) bool or None."""
-        return text.ne(0).any(-1) if self.text_padding == "zeros" else None
+    def _factor(self, pipe: Any) -> float:
+        if not self.vae_factor:
+            return 1.0
+        return float((pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae).config[self.vae_factor])
+
+    def _shift(self, pipe: Any) -> float:
+        return float(pipe.vae.config.get("shift_factor") or 0.0)
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean).view(shape).to(like.device, like.dtype)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(like.device, like.dtype)
-    return mean, inverse_std
+    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or one a channel and frame."""
+    config = vae.config
+    mean, std = (config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return like.new_zeros(()), like.new_ones(())
+    frames = like.shape[2]
+    mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
+    return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
 
 
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="wan",
-        pipelines=("WanPipeline",),
-        blocks="blocks",
+        models="Wan 2.1, Wan 2.2",
+        pipelines=("WanPipeline", "WanImageToVideoPipeline"),
+        blocks=("blocks",),
         text_embedder="condition_embedder.text_embedder",
-        cfg="two_calls",
-        clock="flow",
-        layout="BCTHW",
-        vae_normalisation="mean_std",
         text_padding="zeros",  # no mask is passed: the padding is found as zero rows
-        capture_with={"guidance_scale": 1.0},
+        cfg="two_calls",
+        images="single",
+        vae_mean_std=True,
+    ),
+    Family(
+        name="skyreels-v2",
+        models="SkyReels-V2",
+        pipelines=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
+        blocks=("blocks",),
+        text_embedder="condition_embedder.text_embedder",
+        text_padding="zeros",
+        cfg="two_calls",
+        images="single",
+        vae_mean_std=True,
+    ),
+    Family(
+        name="skyreels-v2-df",
+        models="SkyReels-V2 diffusion forcing",
+        pipelines=("SkyReelsV2DiffusionForcingPipeline",),
+        blocks=("blocks",),
+        text_embedder="condition_embedder.text_embedder",
+        text_padding="zeros",
+        cfg="two_calls",
+        vae_mean_std=True,
+        private_schedulers=True,
     ),
     Family(
         name="cogvideox",
-        pipelines=("CogVideoXPipeline",),
-        blocks="transformer_blocks",
+        models="CogVideoX, CogVideoX 1.5",
+        pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
+        blocks=("transformer_blocks",),
         text_embedder="patch_embed.text_proj",
+        text_padding="unknown",  # the text encoder runs without a mask, and the backbone attends to the padding too
         cfg="one_batch",
         clock="ddpm",
         layout="BTCHW",
-        vae_normalisation="scale",
-        text_padding="unknown",  # the text encoder runs without a mask, and the backbone attends to the padding too
-        capture_with={"guidance_scale": 1.0},
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="hunyuan-video",
+        models="HunyuanVideo",
+        pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        text_embedder="context_embedder.proj_in",  # what follows refines it with the timestep
+        text_padding="mask",
+        cfg="two_calls",
+        guidance="true_cfg_scale",
+        first_frame=("HunyuanVideoImageToVideoPipeline",),
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="hunyuan-video-1.5",
+        models="HunyuanVideo 1.5",
+        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
+        blocks=("transformer_blocks",),
+        text_embedder="context_embedder.proj_in",
+        text_padding="mask",
+        cfg="two_calls",
+        guidance="guider",
+        images="single",
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="latte",
+        models="Latte",
+        pipelines=("LattePipeline",),
+        blocks=("temporal_transformer_blocks",),  # each follows the spatial block of its number
+        token_form="temporal",
+        text_embedder="caption_projection",
+        cfg="one_batch",
+        clock="ddpm",
+        vae_factor="scaling_factor",
+        vae_frames=True,
+        alone=True,
+    ),
+    Family(
+        name="stable-video-diffusion",
+        models="Stable Video Diffusion",
+        pipelines=("StableVideoDiffusionPipeline",),
+        blocks=("down_blocks", "mid_block", "up_blocks"),
+        token_form="frames",
+        prompts=False,
+        cfg="one_batch",
+        guidance="max_guidance_scale",
+        clock="edm",
+        layout="BTCHW",
+        vae_factor="scaling_factor",
+        vae_frames=True,
+        tap=0.55,
+        tap_reason="the middle of the U-Net, where its cells see the most",
+    ),
+    Family(
+        name="ltx-video",
+        models="LTX-Video",
+        pipelines=("LTXPipeline", "LTXImageToVideoPipeline"),
+        blocks=("transformer_blocks",),
+        text_embedder="caption_projection",
+        text_padding="mask",
+        cfg="one_batch",
+        layout="BLC",
+        vae_mean_std=True,
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="mochi",
+        models="Mochi 1",
+        pipelines=("MochiPipeline",),
+        blocks=("transformer_blocks",),  # its text stream is narrower than its video stream: no text tokens
+        cfg="one_batch",
+        clock="rising_flow",
+        vae_mean_std=True,
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="allegro",
+        models="Allegro",
+        pipelines=("AllegroPipeline",),
+        blocks=("transformer_blocks",),
+        text_embedder="caption_projection",
+        text_padding="mask",
+        cfg="one_batch",
+        clock="ddpm",
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="easyanimate",
+        models="EasyAnimate 5.1",
+        pipelines=("EasyAnimatePipeline",),
+        blocks=("transformer_blocks",),
+        text_embedder="text_proj",
+        cfg="one_batch",
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="cosmos-1",
+        models="Cosmos-Predict1",
+        pipelines=("CosmosTextToWorldPipeline",),
+        blocks=("transformer_blocks",),  # the text goes into attention as it is: no text tokens of this width
+        cfg="two_calls",
+        clock="edm",
+        vae_mean_std=True,
+        vae_factor="sigma_data",
+    ),
+    Family(
+        name="cosmos-2",
+        models="Cosmos-Predict2",
+        pipelines=("Cosmos2VideoToWorldPipeline",),
+        blocks=("transformer_blocks",),
+        cfg="two_calls",
+        timestep_of_one=1.0,
+        vae_mean_std=True,
+        vae_factor="sigma_data",
+    ),
+    Family(
+        name="cosmos-2.5",
+        models="Cosmos-Predict2.5",
+        pipelines=("Cosmos2_5_PredictBasePipeline",),
+        blocks=("transformer_blocks",),
+        cfg="two_calls",
+        timestep_of_one=1.0,
+        vae_mean_std=True,
+    ),
+    Family(
+        name="kandinsky-5",
+        models="Kandinsky 5 (plain attention)",
+        pipelines=("Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline"),
+        blocks=("visual_transformer_blocks",),
+        widths="model_dim",
+        texts_alone=True,
+        text_embedder="text_embeddings",
+        cfg="two_calls",
+        layout="BTHWC",
+        first_frame=("Kandinsky5I2VPipeline",),
+        vae_factor="scaling_factor",
+    ),
+    Family(
+        name="sana-video",
+        models="SANA-Video",
+        pipelines=("SanaVideoPipeline", "SanaImageToVideoPipeline"),
+        blocks=("transformer_blocks",),
+        text_embedder="caption_norm",
+        text_padding="mask",
+        cfg="one_batch",
+        vae_mean_std=True,
+    ),
+    Family(
+        name="motif-video",
+        models="Motif-Video",
+        pipelines=("MotifVideoPipeline",),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        without_last="num_decoder_layers",
+        text_embedder="context_embedder",
+        text_padding="mask",
+        cfg="two_calls",
+        guidance="guider",
+        vae_mean_std=True,
+    ),
+    Family(
+        name="stable-diffusion-3",
+        models="Stable Diffusion 3 (images)",
+        pipelines=("StableDiffusion3Pipeline",),
+        blocks=("transformer_blocks",),
+        text_embedder="context_embedder",
+        cfg="one_batch",
+        layout="BCHW",
+        vae_factor="scaling_factor",
+        vae_frames=True,
+    ),
+    Family(
+        name="flux",
+        models="Flux.1 (images)",
+        pipelines=("FluxPipeline",),
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        text_embedder="context_embedder",
+        cfg="two_calls",
+        guidance="true_cfg_scale",
+        timestep_of_one=1.0,
+        layout="BLC2",
+        vae_factor="scaling_factor",
+        vae_frames=True,
+    ),
+    Family(
+        name="qwen-image",
+        texts_alone=True,
+        models="Qwen-Image (images)",
+        pipelines=("QwenImagePipeline",),
+        blocks=("transformer_blocks",),
+        text_embedder="txt_in",
+        text_padding="mask",
+        text_mask_argument="encoder_hidden_states_mask",
+        cfg="two_calls",
+        guidance="true_cfg_scale",
+        timestep_of_one=1.0,
+        layout="BLC2",
+        vae_mean_std=True,
     ),
 )
 

@@ -169,16 +169,20 @@ class Interceptor:
     def run(self, call: Mapping[str, Any]) -> Any:
         """The stock call's result, or None where a cut ended it."""
         pipe = self.backbone.pipe
+        self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
-            stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            if not self.backbone.family.private_schedulers:
+                stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
 
     # -- the denoiser
 
     def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
+        if self.backbone.family.private_schedulers and self.index == self.calls_per_step:
+            self.step, self.index = self.step + 1, 0
         key, self.index = (self.step, self.index), self.index + 1
         probed = self.cuts.get(self.step) if key[1] == 0 else None  # None where nothing is cut
         if probed:
@@ -225,7 +229,7 @@ class Interceptor:
 
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
-        t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].flatten()[0])
+        t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].flatten()[-1])  # the last frame is never given
         noisy = arguments[noisy_name(arguments)][self._rows(arguments, self.alive)[-len(self.alive) :]]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
@@ -242,12 +246,18 @@ class Interceptor:
         return output
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The call, its callback watched: where the user changes a tensor, later steps are computed, not replayed."""
+        """The call, watched at the end of its steps: there the latents are whole, while a scheduler may be given all
+        but a first frame. Where the user's callback changes a tensor, later steps are computed, not replayed.
+        """
         callback = call.get("callback_on_step_end")
-        if callback is None:
+        if not self.backbone.takes("callback_on_step_end"):
             return dict(call)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            self.latents = self.backbone.main(tensors.get("latents", self.latents))
+            if callback is None:
+                return {}
+            upcoming = self.step + self.backbone.family.private_schedulers
             before = {name: (value, getattr(value, "_version", None)) for name, value in tensors.items()}
             returned = callback(pipe, step, timestep, tensors)
             after = {**{name: value for name, (value, _) in before.items()}, **(returned or {})}
@@ -255,10 +265,11 @@ class Interceptor:
                 found, version = before.get(name, (None, None))
                 if value is not found or getattr(value, "_version", None) != version:
                     for candidate in self.candidates:
-                        self.recordings[candidate].forget_from(self.step)
-                    self.latents = value if name == "latents" else self.latents
+                        self.recordings[candidate].forget_from(upcoming)
+                    self.latents = self.backbone.main(value) if name == "latents" else self.latents
             return returned
 
         named = getattr(callback, "tensor_inputs", None)  # diffusers' own callback classes name their tensors
-        extra = {} if named is None else {"callback_on_step_end_tensor_inputs": named}
-        return {**call, "callback_on_step_end": watched, **extra}
+        named = call.get("callback_on_step_end_tensor_inputs", ["latents"]) if named is None else named
+        named = [*named, *({"latents"} - set(named))]
+        return {**call, "callback_on_step_end": watched, "callback_on_step_end_tensor_inputs": named}

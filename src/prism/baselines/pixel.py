@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
-from prism.backbone import Backbone
+from prism.backbone import Backbone, Conditioning
 from prism.baselines.frames import DecodedCache, decode, vae_hash
 from prism.baselines.network import PixelNetwork
 from prism.errors import PrismError
@@ -58,7 +58,7 @@ class PixelJudge:
     ) -> PixelJudge:
         """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone."""
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
-        width = backbone.condition(["a"]).arguments["encoder_hidden_states"].shape[-1]
+        width = backbone.condition(["a"])[0].arguments["encoder_hidden_states"].shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = PixelNetwork(width, len(dimensions), **options)
@@ -68,9 +68,11 @@ class PixelJudge:
 
     def text(self, prompts: Sequence[str], **call: Any) -> tuple[Tensor, Tensor | None]:
         """The backbone's embeddings of prompts (B, Lt, text_width) and which are real (B, Lt), or None for all."""
-        embeddings = self.backbone.condition(prompts, **call).arguments["encoder_hidden_states"]
-        mask = self.backbone.family.text_mask(embeddings)
-        return embeddings.float(), mask
+        conditioning = self.backbone.condition(prompts, **call)
+        if not isinstance(conditioning, Conditioning):
+            raise PrismError("A pixel judge needs texts of one length, and this pipeline trims them; use another one.")
+        mask = self.backbone.family.text_mask(conditioning.arguments)
+        return conditioning.arguments["encoder_hidden_states"].float(), mask
 
     @torch.no_grad()
     def score_videos(self, videos: Tensor, prompts: str | Sequence[str], **call: Any) -> Tensor:

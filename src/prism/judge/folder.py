@@ -66,6 +66,11 @@ def check_fingerprint(folder: Path, saved: Mapping[str, Any], found: Mapping[str
                 f"({_short(saved.get(f'{part.lower()}_config'))}), this pipeline has {found.get(part.lower())} "
                 f"({_short(found.get(f'{part.lower()}_config'))}); load the backbone it was trained on."
             )
+    if saved.get("reads") != found.get("reads"):
+        raise PrismError(
+            f"The head in {folder} reads the denoiser {saved.get('reads')!r} and this backbone was made to read "
+            f"{found.get('reads')!r}; make it with Backbone(pipe, reads={saved.get('reads')!r})."
+        )
     if saved.get("weights") != found.get("weights"):
         warnings.warn(
             f"The head in {folder} was trained on other weights of this architecture; "

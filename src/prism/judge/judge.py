@@ -65,9 +65,10 @@ class Judge:
                 raise PrismError(
                     f"The tap must be a block from 1 to {backbone.num_blocks} of this backbone, found {tap}."
                 )
-            if head.width != backbone.width:
+            width = backbone.widths[tap - 1]
+            if head.width != width:
                 raise PrismError(
-                    f"The head reads tokens of width {head.width}, this backbone's are {backbone.width} wide."
+                    f"The head reads tokens of width {head.width}, this backbone's are {width} wide after block {tap}."
                 )
             if head.num_dimensions != len(dimensions) or len(set(dimensions)) != len(dimensions):
                 raise PrismError(
@@ -103,11 +104,13 @@ class Judge:
             **head_options: further arguments of ``QueryHead``.
         """
         backbone = _backbone(pipe)
-        dim = min(PAPER_DIM, 2 * backbone.width) if dim is None else dim
+        tap = backbone.default_tap if tap is None else tap
+        width = backbone.widths[min(max(tap, 1), backbone.num_blocks) - 1]
+        dim = min(PAPER_DIM, 2 * width) if dim is None else dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = QueryHead(backbone.width, dim, len(dimensions), aggregation=aggregation, **head_options)
-        return cls(backbone, [Member(backbone.default_tap if tap is None else tap, head)], dimensions)
+            head = QueryHead(width, dim, len(dimensions), aggregation=aggregation, **head_options)
+        return cls(backbone, [Member(tap, head)], dimensions)
 
     @classmethod
     def average(cls, judges: Sequence[Judge]) -> Judge:
@@ -157,7 +160,7 @@ class Judge:
                 denoiser or VAE (both are named). Other weights of the same architecture give a warning.
         """
         folder, config, tensors = folders.read(source, revision)
-        backbone = _backbone(pipe)
+        backbone = _backbone(pipe, (config.get("backbone") or {}).get("reads"))
         folders.check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
         try:
             several = config["schema"] == 2
@@ -358,8 +361,9 @@ class Judge:
         return scores
 
 
-def _backbone(pipe: Any) -> Backbone:
-    return pipe if isinstance(pipe, Backbone) else Backbone(pipe)
+def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
+    """`reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
+    return pipe if isinstance(pipe, Backbone) else Backbone(pipe, reads)
 
 
 def _head_options() -> list[str]:

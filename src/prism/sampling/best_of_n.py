@@ -21,6 +21,7 @@ RESERVED = {
     "generator": "candidates draw from CPU generators seeded with seed + i; give seed or seeds",
     "latents": "every candidate starts from the noise of its own seed; give seed or seeds",
     "num_videos_per_prompt": "the number of candidates is n",
+    "num_images_per_prompt": "the number of candidates is n",
     "prompt_embeds": "give the prompt as text",
 }
 DEFAULT_N = 8
@@ -54,7 +55,7 @@ class BestOfNResult:
 def best_of_n(
     pipe: Any,
     judge: Any,
-    prompt: str,
+    prompt: str | None,
     n: int | None = None,
     schedule: Sequence[Sequence[int]] | str | None = None,
     strategy: str = "early",
@@ -78,7 +79,7 @@ def best_of_n(
     Args:
         pipe: a diffusers pipeline of a supported family.
         judge: a `Judge` on this pipeline; None will do for the strategies none, random and oracle.
-        prompt: one text.
+        prompt: one text; None where the pipeline takes none (Stable Video Diffusion).
         n: number of candidates, 8 unless `seeds` are given. Candidate i has seed `seed + i`, or `seeds[i]`.
         schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.schedule`.
             None: one is kept after a fifth of the steps.
@@ -101,9 +102,10 @@ def best_of_n(
     backbone = _backbone(pipe, judge, strategy)
     for name in sorted(RESERVED.keys() & call.keys()):
         raise PrismError(f"The argument {name!r} is reserved: {RESERVED[name]}.")
-    backbone.check_call([prompt], call)
+    backbone.check_call([prompt or ""], call)
     num_steps = _positive("num_inference_steps", backbone.num_inference_steps(call))
     candidate_seeds = _seeds(n, seed, seeds)
+    prompt = prompt or ""
     search = Search(
         backbone=backbone,
         judge=judge,
@@ -128,7 +130,8 @@ def best_of_n(
         raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
     if strategy == "draft":
         search.draft_steps = _draft_steps(draft_steps, num_steps, call)
-    search.judge_at = DEFAULT_JUDGE_AT if judge_at is None else float(judge_at)
+    low, high = backbone.t_range
+    search.judge_at = min(max(DEFAULT_JUDGE_AT, low), high) if judge_at is None else float(judge_at)
     if not 0 < search.judge_at <= 1000:
         raise PrismError(f"judge_at is a noise level in (0, 1000]; found {judge_at}.")
     total = expected_rows(
@@ -199,6 +202,8 @@ def _seeds(n: int | None, seed: int, seeds: Sequence[int] | None) -> tuple[int, 
 
 
 def _batch_size(backbone: Backbone, batch_size: int | None, n: int) -> int:
+    if backbone.family.alone:
+        return 1
     if batch_size is not None:
         return min(n, _positive("batch_size", batch_size))
     return n if backbone.num_parameters <= SMALL_DENOISER else 1

@@ -75,7 +75,8 @@ class Meter:
             if getattr(pipe, "vae", None) is not None:
                 stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
                 stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
-            stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            if not self.backbone.family.private_schedulers:
+                stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if hasattr(self.judge, "score_tokens"):
                 stack.enter_context(around(self.judge, "score_tokens", self._score))
             try:
@@ -135,14 +136,14 @@ class Meter:
     def _encode_prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's embeddings. Candidates repeat one text: it is encoded once, as one row, and repeated."""
         given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        texts = {
-            name: [value] if isinstance(value, str) else value for name, value in given.items() if "prompt" in name
-        }
-        rows = len(texts["prompt"]) if isinstance(texts.get("prompt"), list) else 0
-        repeated = all(len(set(value)) == 1 for value in texts.values() if isinstance(value, list))
+        rows = len(given["prompt"]) if isinstance(given.get("prompt"), list) else 0
+        lists = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == rows}
+        repeated = all(_same(value) for value in lists.values())
         if not rows or not repeated or any(isinstance(value, Tensor) for value in given.values()):
             return inner(*args, **kwargs)
-        given |= {name: value[:1] for name, value in texts.items() if isinstance(value, list)}
+        given |= {name: value[:1] for name, value in lists.items()}
+        if given.get("batch_size") == rows:
+            given["batch_size"] = 1
         key = ("prompt", repr(sorted(given.items())))
         if key not in self._texts:
             self._texts[key] = inner(**given)
@@ -159,6 +160,11 @@ class Meter:
             with self._timed("text"):
                 self._texts[key] = inner(*args, **kwargs)
         return self._texts[key]
+
+
+def _same(values: list[Any]) -> bool:
+    """Whether all are one text, or one and the same object."""
+    return all(value is values[0] or (isinstance(value, str) and value == values[0]) for value in values)
 
 
 def _faithful(value: Any) -> Any:

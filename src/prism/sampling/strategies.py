@@ -55,12 +55,14 @@ class Search:
             call["negative_prompt"] = list(call["negative_prompt"]) * n
         if isinstance(call.get("negative_prompt_embeds"), Tensor):
             call["negative_prompt_embeds"] = call["negative_prompt_embeds"].repeat_interleave(n, 0)
-        generators = [_generator(self.seeds[candidate]) for candidate in candidates]
-        return {**call, "prompt": [self.prompt] * n, "generator": generators, "return_dict": True, **changes}
+        own = self.backbone.batch([self.prompt] * n, [self.seeds[candidate] for candidate in candidates], call)
+        return {**call, **own, "return_dict": True, **changes}
 
     def finish(self, candidate: int) -> Any:
         """The stock call for one candidate, answered from its recording where there is one: its output."""
-        call = {**self.call, "prompt": self.prompt, "generator": _generator(self.seeds[candidate])}
+        call = {**self.call, "generator": _generator(self.seeds[candidate])}
+        if self.backbone.family.prompts:
+            call["prompt"] = self.prompt
         interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False)
         output = interceptor.run(call)
         self._take_latents([candidate], interceptor)
@@ -73,7 +75,7 @@ class Search:
             interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             self._take_latents(chunk, interceptor)
-            outputs.append((chunk, output.frames))
+            outputs.append((chunk, output[0]))
         return outputs
 
     def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> None:

@@ -77,6 +77,13 @@ class Batches:
     ) -> None:
         self.store, self.groups, self.backbone, self.config = store, groups, backbone, config
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
+        low, high = backbone.t_range
+        self._levels = max(config.t_low, low), min(config.t_high, high)
+        if self._levels[0] >= self._levels[1]:
+            raise PrismError(
+                f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low {config.t_low:g} and "
+                f"t_high {config.t_high:g}; choose them within."
+            )
         self._states: list[int] = []
         if config.source != "renoised":
             if not store.has_trajectories:
@@ -132,7 +139,8 @@ class Batches:
         """The videos of a group at one noise level: (videos, ...) and (videos,)."""
         source = self.config.source
         share = _LEVELS[self.config.levels](rng.uniform())  # drawn by every source, to compare them
-        level = self.config.t_low + share * (self.config.t_high - self.config.t_low)
+        low, high = self._levels
+        level = low + share * (high - low)
         if source == "mixed":
             source = "trajectory" if rng.uniform() < self.config.trajectory_share else "renoised"
         if source == "trajectory":

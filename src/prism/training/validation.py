@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from prism.backbone import Tokens
+from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
 from prism.evaluation.evaluator import noised, pair_margins
 from prism.judge import Judge
@@ -14,6 +14,12 @@ from prism.preference import LatentStore
 LEVELS = (899, 699, 499)
 """Where candidates are judged on the way: accuracy is averaged over these t."""
 KEPT_BYTES = 512 * 2**20
+
+
+def levels(backbone: Backbone) -> tuple[float, ...]:
+    """The levels validated at: LEVELS, or of a denoiser that is used for other ones the middle of its range."""
+    low, high = backbone.t_range
+    return tuple(t for t in LEVELS if low <= t <= high) or ((low + high) / 2,)
 
 
 class Validation:
@@ -34,7 +40,7 @@ class Validation:
     def accuracy(self, judge: Judge) -> list[float]:
         """Accuracy without ties by dimension, averaged over the levels; a dimension without decided pairs counts 0."""
         shares = []
-        for t in LEVELS:
+        for t in levels(judge.backbone):
             scores: dict[str, np.ndarray] = {}
             for videos, prompts, noisy in noised(judge.backbone, self.store, self.groups, t, 1, 0, self.batch):
                 tokens = self._kept.get((t, videos[0]))

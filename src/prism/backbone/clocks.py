@@ -1,0 +1,67 @@
+"""Noise levels: per form of diffusion a monotone map from t in [0, 1000], 0 clean and 1000 noise, to (alpha, sigma,
+model timestep), on the scale at which the denoiser is given its latents.
+
+Where a scheduler divides its latents before the denoiser sees them (Allegro, Stable Video Diffusion, Cosmos), alpha and
+sigma are divided too: a noisy latent is always what the denoiser takes, and needs no scaling of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prism.errors import PrismError
+
+Clock = Literal["flow", "rising_flow", "ddpm", "edm"]
+
+
+def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise level `t` in [0, 1000] as (alpha, sigma, model timestep), each float32 and shaped like `t`.
+
+    flow (paper, Eq. 1): alpha = 1 - t/1000, sigma = t/1000, timestep = t; rising_flow counts timesteps from noise.
+    ddpm: the scheduler's cumulative alphas at index t/1000 * T, and exactly clean at t = 0.
+    edm: log sigma between the scheduler's ends, sigma = 0 at t = 0, timestep = ln(sigma) / 4; both divided by
+    sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022, c_in).
+
+    Raises:
+        PrismError: for t outside [0, 1000].
+    """
+    t = t.to(torch.float32)
+    if not bool(((t >= 0) & (t <= 1000)).all()):
+        raise PrismError(f"t must lie in [0, 1000], 0 clean and 1000 noise; found {t.tolist()}.")
+    if clock == "flow":
+        return 1 - t / 1000, t / 1000, t
+    if clock == "rising_flow":
+        return 1 - t / 1000, t / 1000, 1000 - t
+    if clock == "edm":
+        low, high, data = _edm(scheduler)
+        timestep = (low + (high - low) * t / 1000) / 4
+        sigma = torch.where(t == 0, torch.zeros_like(t), (4 * timestep).exp())
+        scale = (sigma.square() + data**2).rsqrt()
+        return scale, sigma * scale, timestep
+    steps = len(scheduler.alphas_cumprod)
+    index = (t.double() * steps / 1000).floor().clamp(max=steps - 1).long()
+    kept = scheduler.alphas_cumprod.to(t.device)[index].to(torch.float32)
+    kept = torch.where(t == 0, torch.ones_like(kept), kept)
+    return kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32)
+
+
+def t_of(clock: Clock, scheduler: Any, timestep: float) -> float:
+    """The noise level in [0, 1000] at which the model was called with `timestep`: the inverse of `level`."""
+    if clock == "flow":
+        return timestep
+    if clock == "rising_flow":
+        return 1000.0 - timestep
+    if clock == "edm":
+        low, high, _ = _edm(scheduler)
+        return min(1000.0, max(0.0, 1000.0 * (4 * timestep - low) / (high - low)))
+    return 1000.0 * timestep / len(scheduler.alphas_cumprod)
+
+
+def _edm(scheduler: Any) -> tuple[float, float, float]:
+    """ln sigma_min, ln sigma_max and sigma_data."""
+    config = scheduler.config
+    return math.log(config.sigma_min), math.log(config.sigma_max), float(config.get("sigma_data", 1.0))

@@ -1,0 +1,323 @@
+"""One contract over every variant of every family: what the judge reads and what the sampler gives are the stock
+pipeline's own.
+
+`EXEMPT` lists what a variant is let off, with the reason. What was measured is printed, a line a variant, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+from tests.zoo import MEASURED, VARIANTS
+from torch import Tensor
+
+import prism
+from prism.backbone import Backbone, layout
+from prism.backbone.conditioning import by_name, noisy_name
+from prism.errors import PrismError
+from prism.judge import Judge
+
+# (check, variant) -> why the variant is let off.
+EXEMPT: dict[tuple[str, str], str] = {}
+
+
+@dataclass
+class Subject:
+    """A variant's pipeline and what a plain call of it gives, by seed."""
+
+    name: str
+    pipe: Any
+    call: dict[str, Any]
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> Backbone:
+        if "backbone" not in self.kept:
+            self.kept["backbone"] = Backbone(self.pipe)
+        return self.kept["backbone"]
+
+    def plain(self, seed: int = 0, prompt: str = tiny.PROMPT, **changes: Any) -> Any:
+        """The stock call's first output."""
+        call = {**self.call, **changes, "generator": torch.Generator("cpu").manual_seed(seed)}
+        if self.backbone.family.prompts:
+            call["prompt"] = prompt
+        return self.pipe(**call)[0]
+
+    def latents(self, seed: int = 0) -> Tensor:
+        key = ("latents", seed)
+        if key not in self.kept:
+            self.kept[key] = self.backbone.main(self.plain(seed, output_type="latent"))
+        return self.kept[key]
+
+    def prompts(self, count: int) -> list[str]:
+        return ([tiny.PROMPT, tiny.OTHER_PROMPT] if self.backbone.family.prompts else ["", ""])[:count]
+
+    @contextmanager
+    def calls(self) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
+        """The denoiser calls made meanwhile: arguments, and tokens after the default tap with all rows."""
+        seen: list[tuple[dict[str, Any], Tensor]] = []
+        backbone, latest = self.backbone, {}
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            latest.clear()
+            latest.update(by_name(module, args, kwargs))
+            name = noisy_name(latest)
+            latest[name] = latest[name].clone()  # some pipelines write their next latents into it
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            batch = len(latest[noisy_name(latest)])
+            seen.append((dict(latest), layout.tokens(states, backbone.family.token_form, batch).clone()))
+
+        handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
+        handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+_SUBJECTS: dict[str, Subject] = {}
+
+
+@pytest.fixture(params=VARIANTS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    name = request.param
+    check = request.node.originalname.removeprefix("test_matrix_")
+    if (check, name) in EXEMPT:
+        MEASURED.setdefault(name, {})[f"let off {check}"] = EXEMPT[check, name]
+        pytest.skip(EXEMPT[check, name])
+    if name not in _SUBJECTS:
+        _SUBJECTS.clear()  # variants come one after another: one in memory at a time
+        pipe, call = VARIANTS[name]()
+        _SUBJECTS[name] = Subject(name, pipe, call)
+    return _SUBJECTS[name]
+
+
+def note(subject: Subject, **measured: Any) -> None:
+    MEASURED.setdefault(subject.name, {}).update(measured)
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference relative to the largest value."""
+    found, expected = (torch.as_tensor(np.asarray(value)).double() for value in (found, expected))
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def test_matrix_grid(subject: Subject) -> None:
+    """Changing one latent cell changes most the token of its place on the grid."""
+    backbone, family = subject.backbone, subject.backbone.family
+    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    shape = subject.latents().shape
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    t = sum(backbone.t_range) / 2
+    plain = backbone.tokens(latents, conditioning, t, 1)
+    grid = plain.grid
+    assert plain.visual.shape == (1, int(np.prod(grid)), backbone.widths[0])
+    assert grid[2] > grid[1] > 1
+    cells = layout.unpack(latents, family.layout, grid)
+    sizes = [extent // tokens for extent, tokens in zip(cells.shape[2:], grid)]
+    given = 0 if conditioning.given is None else 1  # a condition covers the first frame: noise there is not looked at
+    rng = np.random.default_rng(0)
+    places = [(given, 0, 0), (grid[0] - 1, grid[1] - 1, grid[2] - 1)]
+    places += [tuple(int(rng.integers(given if i == 0 else 0, n)) for i, n in enumerate(grid)) for _ in range(4)]
+    for place in places:
+        changed = cells.clone()
+        where = tuple(slice(p * size, (p + 1) * size) for p, size in zip(place, sizes))
+        changed[(slice(None), slice(None), *where)] += 5
+        moved = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1).visual - plain.visual
+        found = int(moved.norm(dim=-1)[0].argmax())
+        assert np.unravel_index(found, grid) == place
+    note(subject, grid="x".join(map(str, grid)), tap=f"{backbone.default_tap}/{backbone.num_blocks}")
+
+
+def test_matrix_early_exit(subject: Subject) -> None:
+    """Stopping after a block gives the same states to the bit, and later blocks are not called."""
+    backbone = subject.backbone
+    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    latents, t, tap = subject.latents(), sum(backbone.t_range) / 2, backbone.default_tap
+    ran: list[int] = []
+    handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i + 1)) for i, b in enumerate(backbone.blocks)]
+    try:
+        stopped = backbone.tokens(latents, conditioning, t, tap)
+        assert ran == list(range(1, tap + 1))
+        whole = backbone.tokens(latents, conditioning, t, tap, stop=False)
+        assert ran[tap:] == list(range(1, backbone.num_blocks + 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(stopped.visual, whole.visual)
+    assert not any(block._forward_hooks for block in backbone.blocks)
+
+
+def test_matrix_clock(subject: Subject) -> None:
+    """At every timestep of a stock run the level found is the run's own: its timestep comes back, and a re-noised
+    latent is what the scheduler makes of it."""
+    backbone, family = subject.backbone, subject.backbone.family
+    scheduler = backbone.pipe.scheduler
+    with subject.calls() as seen:
+        subject.plain(output_type="latent")
+    steps = [float(arguments["timestep"].flatten()[-1]) for arguments, _ in seen]
+    levels = [family.t_of(scheduler, step) for step in steps]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] > 850
+    z, noise = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
+    for step, t in zip(steps, levels):
+        alpha, sigma, timestep = family.level(scheduler, torch.tensor([t]))
+        assert float(timestep) == pytest.approx(step, rel=1e-4, abs=1e-3)
+        expected = _scheduler_noise(family, scheduler, z, noise, step)
+        torch.testing.assert_close(alpha * z + sigma * noise, expected, atol=3e-3, rtol=1e-3)
+
+
+def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step: float) -> Tensor:
+    """What a denoiser called with `step` is given of z, by the formula of the scheduler's class."""
+    if family.clock == "ddpm":
+        return (lambda kept: kept**0.5 * z + (1 - kept) ** 0.5 * noise)(float(scheduler.alphas_cumprod[int(step)]))
+    if family.clock == "edm":
+        sigma = float(np.exp(4 * step))
+        data = float(scheduler.config.get("sigma_data", 1.0))
+        return (z + sigma * noise) / (sigma**2 + data**2) ** 0.5
+    share = step / family.timestep_of_one
+    share = 1 - share if family.clock == "rising_flow" else share
+    return (1 - share) * z + share * noise
+
+
+def test_matrix_vae(subject: Subject) -> None:
+    """What the stock call gives its VAE is our denormalised latents, its frames are our decoded ones, and
+    normalising inverts denormalising."""
+    backbone, family = subject.backbone, subject.backbone.family
+    latents, given = subject.latents(), []
+    plain = backbone.pipe.vae.decode
+
+    def decode(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(values.clone())
+        return plain(values, *args, **kwargs)
+
+    backbone.pipe.vae.decode = decode
+    try:
+        video = subject.plain(output_type="np")
+    finally:
+        del backbone.pipe.vae.decode
+    grid = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1).grid
+    cells = layout.unpack(latents, family.layout, grid)
+    assert torch.equal(layout.pack(cells, family.layout), latents)
+    ours = family.denormalise(backbone.pipe, cells)
+    theirs = torch.cat(given)
+    ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frames else ours
+    frames = theirs.shape[2] if theirs.ndim == 5 else None  # CogVideoX 1.5 drops what it had padded in front
+    assert difference(ours[:, :, -frames:] if frames else ours, theirs) < 1e-5
+    back = family.normalise(backbone.pipe, family.denormalise(backbone.pipe, cells))
+    torch.testing.assert_close(back, cells, atol=1e-4, rtol=1e-4)
+    if frames and family.layout == "BTCHW":
+        latents = latents[:, -frames:]
+    decoded = backbone.decode(latents, grid)
+    video = np.asarray(video)
+    assert difference(decoded, video[:, None] if video.ndim == 4 else video) < 1e-4
+    encoded = backbone.encode(decoded)
+    assert encoded.shape == subject.latents().shape
+    note(subject, latents="x".join(map(str, latents.shape[1:])))
+
+
+def test_matrix_conditional_rows(subject: Subject) -> None:
+    """Changing the positive prompt alone changes the rows that are called conditional, and no others."""
+    backbone = subject.backbone
+    runs = []
+    for prompt in (tiny.PROMPT, tiny.OTHER_PROMPT):
+        with subject.calls() as seen:
+            subject.plain(prompt=prompt, output_type="latent")
+        runs.append(seen)
+    calls = 2 if backbone.guided(subject.call) and backbone.family.cfg == "two_calls" else 1
+    for index in range(calls):
+        (one, states), (other, others) = runs[0][index], runs[1][index]
+        groups = len(one[noisy_name(one)])
+        assert groups == (2 if backbone.guided(subject.call) and backbone.family.cfg == "one_batch" else 1)
+        moved = (states - others).abs().amax((1, 2)) > 1e-6
+        assert moved.tolist() == [False] * (groups - 1) + [index == 0]
+    if len(backbone.denoisers) == 1:
+        assert len(runs[0]) == calls * subject.call["num_inference_steps"]
+    note(subject, guidance=backbone.family.cfg if backbone.guided(subject.call) else "embedded")
+
+
+def test_matrix_tap_inside_and_outside(subject: Subject) -> None:
+    """Tokens of latents at their step equal what a plain hook sees inside the stock call.
+
+    With the seed that conditioning is captured with: some pipelines sample an image's latents by it.
+    """
+    backbone, family = subject.backbone, subject.backbone.family
+    with subject.calls() as seen:
+        subject.plain(output_type="latent")
+    low, high = backbone.t_range
+    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    two = backbone.guided(subject.call) and family.cfg == "two_calls"
+    worst = 0.0
+    for arguments, states in seen[:: 2 if two else 1]:
+        t = family.t_of(backbone.pipe.scheduler, arguments["timestep"].flatten()[-1])
+        if not low <= t <= high:
+            continue
+        latents = backbone.main(arguments[noisy_name(arguments)][-1:])
+        tokens = backbone.tokens(latents, conditioning, t, backbone.default_tap)
+        worst = max(worst, difference(tokens.visual, states[-1:]))
+    assert worst < 2e-5
+    note(subject, tap_error=worst)
+
+
+def test_matrix_best_of_n(subject: Subject) -> None:
+    """The winner is the plain call's video for its seed, to the bit one by one, to float tolerance in a batch; and
+    what is decoded is what a plain call decodes."""
+    backbone = subject.backbone
+    judge = Judge.untrained(backbone, dim=16)
+    prompt = subject.prompts(1)[0]
+    decoded = []
+    plain = backbone.pipe.vae.decode
+
+    def decode(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoded.append(len(values))
+        return plain(values, *args, **kwargs)
+
+    schedule, counts = [(2, 2), (3, 1)], []
+    backbone.pipe.vae.decode = decode
+    try:
+        one = prism.best_of_n(
+            subject.pipe, judge, prompt, n=3, schedule=schedule, batch_size=1, **{**subject.call, "output_type": "np"}
+        )
+        counts.append(sum(decoded))
+        video = subject.plain(one.seed, output_type="np")
+        counts.append(sum(decoded) - counts[0])
+    finally:
+        del backbone.pipe.vae.decode
+    assert counts[0] == counts[1]  # one video
+    assert np.array_equal(one.video, video[0])
+    many = prism.best_of_n(
+        subject.pipe, judge, prompt, n=3, schedule=schedule, batch_size=3, **{**subject.call, "output_type": "latent"}
+    )
+    assert many.seed == one.seed
+    error = difference(many.video, subject.plain(many.seed, output_type="latent")[0])
+    assert error < 1e-4
+    for cut, other in zip(one.scores, many.scores):
+        assert cut["candidates"] == other["candidates"]
+        for name in judge.dimensions:
+            assert cut["scores"][name] == pytest.approx(other["scores"][name], rel=1e-3, abs=1e-4)
+    note(subject, one_by_one="to the bit", in_a_batch=error)
+
+
+def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:
+    """A head comes back from its folder with the same scores, and is refused by a foreign backbone."""
+    backbone = subject.backbone
+    judge = Judge.untrained(backbone, dim=16)
+    judge.save_pretrained(tmp_path / "head", trained_on={"store": "none"})
+    again = Judge.from_pretrained(tmp_path / "head", subject.pipe)
+    latents, t = subject.latents(), sum(backbone.t_range) / 2
+    prompts = subject.prompts(1)
+    assert torch.equal(again.score(latents, prompts, t, **subject.call), judge.score(latents, prompts, t, **subject.call))
+    foreign = tiny.wan(num_layers=2)
+    with pytest.raises(PrismError, match="load the backbone it was trained on"):
+        Judge.from_pretrained(tmp_path / "head", foreign)

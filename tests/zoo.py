@@ -1,0 +1,21 @@
+"""Every variant of every family as a tiny real pipeline: name -> a function that builds it, and its call arguments."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from tests import tiny
+
+MEASURED: dict[str, dict[str, Any]] = {}  # by variant, what the matrix found
+Builder = Callable[[], tuple[Any, dict[str, Any]]]
+
+VARIANTS: dict[str, Builder] = {
+    "wan21_t2v_euler": lambda: (tiny.wan("euler"), {**tiny.CALL_WAN, "width": 48}),
+    "wan21_t2v_unipc": lambda: (tiny.wan("unipc"), {**tiny.CALL_WAN, "width": 48}),
+    "cogvideox_ddim": lambda: (tiny.cogvideox("ddim"), {**tiny.CALL_COGVIDEOX, "width": 48}),
+    "cogvideox_dpm": lambda: (tiny.cogvideox("dpm"), {**tiny.CALL_COGVIDEOX, "width": 48}),
+}
+for module in ("zoo_a", "zoo_b"):
+    VARIANTS |= importlib.import_module(f"tests.{module}").BUILDERS if importlib.util.find_spec(f"tests.{module}") else {}
