@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -18,4 +18,6 @@ VARIANTS: dict[str, Builder] = {
     "cogvideox_dpm": lambda: (tiny.cogvideox("dpm"), {**tiny.CALL_COGVIDEOX, "width": 48}),
 }
 for module in ("zoo_a", "zoo_b"):
-    VARIANTS |= importlib.import_module(f"tests.{module}").BUILDERS if importlib.util.find_spec(f"tests.{module}") else {}
+    VARIANTS |= (
+        importlib.import_module(f"tests.{module}").BUILDERS if importlib.util.find_spec(f"tests.{module}") else {}
+    )

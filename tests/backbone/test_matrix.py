@@ -237,7 +237,7 @@ def test_matrix_conditional_rows(subject: Subject) -> None:
         runs.append(seen)
     calls = 2 if backbone.guided(subject.call) and backbone.family.cfg == "two_calls" else 1
     for index in range(calls):
-        (one, states), (other, others) = runs[0][index], runs[1][index]
+        (one, states), (_, others) = runs[0][index], runs[1][index]
         groups = len(one[noisy_name(one)])
         assert groups == (2 if backbone.guided(subject.call) and backbone.family.cfg == "one_batch" else 1)
         moved = (states - others).abs().amax((1, 2)) > 1e-6
@@ -317,7 +317,9 @@ def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:
     again = Judge.from_pretrained(tmp_path / "head", subject.pipe)
     latents, t = subject.latents(), sum(backbone.t_range) / 2
     prompts = subject.prompts(1)
-    assert torch.equal(again.score(latents, prompts, t, **subject.call), judge.score(latents, prompts, t, **subject.call))
+    assert torch.equal(
+        again.score(latents, prompts, t, **subject.call), judge.score(latents, prompts, t, **subject.call)
+    )
     foreign = tiny.wan(num_layers=2)
     with pytest.raises(PrismError, match="load the backbone it was trained on"):
         Judge.from_pretrained(tmp_path / "head", foreign)

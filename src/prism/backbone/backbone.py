@@ -41,9 +41,9 @@ _IRRELEVANT |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "g
 class Backbone:
     """A supported diffusers pipeline, frozen, as a judge and a sampler read it (DESIGN: backbone).
 
-    Attributes: `pipe`; `family`, its row of facts; `denoiser` and its `blocks`; `num_blocks`; `widths`, D_vis after each;
-    `default_tap`, the number of blocks a head reads after when nothing else is said (paper, section 3.2: 12 of 30);
-    `t_range`, the noise levels at which the pipeline uses this denoiser.
+    Attributes: `pipe`; `family`, its row of facts; `denoiser` and its `blocks`; `num_blocks`; `widths`, D_vis
+    after each block; `default_tap`, the number of blocks a head reads after when nothing else is said (paper, section
+    3.2: 12 of 30); `t_range`, the noise levels at which the pipeline uses this denoiser.
 
     Args:
         pipe: a pipeline of a supported family.
@@ -60,7 +60,7 @@ class Backbone:
         self.reads = next(iter(named), "") if reads is None else reads
         if self.reads not in named:
             raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(named) or 'none'}.")
-        self.denoiser = named[self.reads]
+        self.denoiser: Any = named[self.reads]
         self.t_range = self._t_range(len(named))
         self.text_encoders: dict[str, nn.Module] = {
             name: module for name, module in parts.items() if name.startswith("text_encoder")
@@ -153,7 +153,7 @@ class Backbone:
                 f"The pipeline made {batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
         rows = slice(batch - len(prompts), batch)
-        return Conditioning.of(arguments, rows, self.family, self.denoiser, type(self.pipe).__name__)
+        return Conditioning.of(arguments, rows, self.family, self.denoiser.config, type(self.pipe).__name__)
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that make one stock call of several rows: prompts, CPU generators, and the image as often."""
@@ -283,7 +283,9 @@ class Backbone:
             latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
         else:
             latents = vae.encode(pixels).latent_dist.mode().float()
-        if self.family.token_form != "frames" and (missing := -latents.shape[2] % layout.patches(self.denoiser.config)[0]):
+        if self.family.token_form != "frames" and (
+            missing := -latents.shape[2] % layout.patches(self.denoiser.config)[0]
+        ):
             latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
         return layout.pack(self.family.normalise(self.pipe, latents), self.family.layout).contiguous()
 
@@ -300,7 +302,9 @@ class Backbone:
         latents = family.denormalise(self.pipe, latents)
         if family.vae_frames:
             frames = latents.transpose(1, 2).flatten(0, 1)
-            options = {"num_frames": latents.shape[2]} if "num_frames" in _parameters(vae.decode) else {}
+            options: dict[str, Any] = (
+                {"num_frames": latents.shape[2]} if "num_frames" in _parameters(vae.decode) else {}
+            )
             pixels = vae.decode(frames, return_dict=False, **options)[0].unflatten(0, (len(latents), -1))
         else:
             options = {}

@@ -100,8 +100,8 @@ class Conditioning:
     given_times: Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, denoiser: Any, pipeline: str) -> Conditioning:
-        """Keep `rows` of the call's arguments."""
+    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, config: Any, pipeline: str) -> Conditioning:
+        """Keep `rows` of a call's arguments; `config` is the denoiser's, `pipeline` the class of what called it."""
         taken = take_rows(arguments, rows)
         name = noisy_name(taken)
         batch = len(arguments[name])
@@ -109,7 +109,7 @@ class Conditioning:
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
         batched = frozenset(other for other in taken if has_rows(other, arguments[other], batch))
-        axis, config = layout.channel_axis(family.layout), denoiser.config
+        axis = layout.channel_axis(family.layout)
         count = family.channels(config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
         latents = latents.narrow(axis, 0, count)
@@ -124,7 +124,7 @@ class Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
         taken = {name: _take(value, rows) if name in self.batched else value for name, value in self.arguments.items()}
-        changes = {name: None if value is None else value[rows] for name, value in self._beside().items()}
+        changes: Any = {name: None if value is None else value[rows] for name, value in self._beside().items()}
         return replace(self, arguments=taken, **changes)
 
     def _beside(self) -> dict[str, Tensor | None]:
@@ -141,8 +141,11 @@ class Conditioning:
             name: _cat([part.arguments[name] for part in parts]) if name in first.batched else value
             for name, value in first.arguments.items()
         }
-        beside = [part._beside() for part in parts]
-        changes = {name: None if value is None else torch.cat([b[name] for b in beside]) for name, value in beside[0].items()}
+        beside: Any = [part._beside() for part in parts]
+        changes: Any = {
+            name: None if value is None else torch.cat([each[name] for each in beside])
+            for name, value in beside[0].items()
+        }
         return replace(first, arguments=joined, **changes)
 
     def shapes(self) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class Conditioning:
         """Arguments of the denoiser for `noisy_latents` at the model timestep (B,)."""
         template, latents = self.timestep, noisy_latents.to(self.timestep.device, self.dtype)
         if self.given is not None:
-            latents = torch.where(self.given, self.kept, latents)
+            latents = torch.where(self.given, self.kept, latents)  # type: ignore[arg-type]  # both or neither
         if self.appended is not None:
             latents = torch.cat([latents, self.appended.to(latents.dtype)], self.axis)
         if not template.dtype.is_floating_point:

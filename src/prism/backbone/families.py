@@ -1,4 +1,4 @@
-"""One table of facts per family of pipelines: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
+"""One table of facts per family: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone import clocks, layout
+from prism.backbone.layout import Layout, TokenForm
 from prism.errors import PrismError
 
 
@@ -25,8 +26,8 @@ class Family:
     guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
     clock: clocks.Clock = "flow"
     timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
-    layout: layout.Layout = "BCTHW"  # of the latents inside the sampling loop
-    token_form: layout.TokenForm = "BLD"
+    layout: Layout = "BCTHW"  # of the latents inside the sampling loop
+    token_form: TokenForm = "BLD"
     widths: str = ""  # the field of the denoiser's configuration that holds D_vis; "": heads times their width
     without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
     # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
@@ -47,7 +48,7 @@ class Family:
 
     # -- the denoiser
 
-    def block_list(self, denoiser: nn.Module) -> list[nn.Module]:
+    def block_list(self, denoiser: Any) -> list[nn.Module]:
         """The blocks that carry video tokens, in the order in which they run."""
         found: list[nn.Module] = []
         for name in self.blocks:
@@ -55,7 +56,7 @@ class Family:
             found += list(part) if isinstance(part, nn.ModuleList) else [part]
         return found[: len(found) - int(denoiser.config[self.without_last] if self.without_last else 0)]
 
-    def block_widths(self, denoiser: nn.Module) -> list[int]:
+    def block_widths(self, denoiser: Any) -> list[int]:
         """D_vis after each block."""
         config = denoiser.config
         if self.token_form == "frames":
@@ -134,7 +135,7 @@ class Family:
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or one a channel and frame."""
+    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
     config = vae.config
     mean, std = (config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:

@@ -229,7 +229,9 @@ class Interceptor:
 
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
-        t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].flatten()[-1])  # the last frame is never given
+        t = self.backbone.family.t_of(
+            self.backbone.pipe.scheduler, arguments["timestep"].flatten()[-1]
+        )  # the last frame is never given
         noisy = arguments[noisy_name(arguments)][self._rows(arguments, self.alive)[-len(self.alive) :]]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
@@ -254,7 +256,7 @@ class Interceptor:
             return dict(call)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-            self.latents = self.backbone.main(tensors.get("latents", self.latents))
+            self.latents = self.backbone.main(tensors["latents"])
             if callback is None:
                 return {}
             upcoming = self.step + self.backbone.family.private_schedulers

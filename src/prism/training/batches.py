@@ -81,8 +81,8 @@ class Batches:
         self._levels = max(config.t_low, low), min(config.t_high, high)
         if self._levels[0] >= self._levels[1]:
             raise PrismError(
-                f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low {config.t_low:g} and "
-                f"t_high {config.t_high:g}; choose them within."
+                f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low "
+                f"{config.t_low:g} and t_high {config.t_high:g}; choose them within."
             )
         self._states: list[int] = []
         if config.source != "renoised":

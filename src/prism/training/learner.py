@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from prism import files
-from prism.backbone import Conditioning, Tokens
+from prism.backbone import Conditioning, Ragged, Tokens
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.judge.objective import preference_loss
@@ -111,7 +111,7 @@ class Learner:
                 self.copies["average"][name].lerp_(value, 1 - decay)
 
 
-def read(learners: Sequence[Learner], batch: Batch, conditioning: Conditioning, max_rows: int) -> list[Tensor]:
+def read(learners: Sequence[Learner], batch: Batch, conditioning: Conditioning | Ragged, max_rows: int) -> list[Tensor]:
     """Each learner's scores (rows, num_dimensions) of a batch: one truncated forward pass per row feeds them all."""
     backbone, taps = learners[0].judge.backbone, sorted({learner.judge.tap for learner in learners})
     scores: list[list[Tensor]] = [[] for _ in learners]
