@@ -37,7 +37,7 @@ from prism.training.validation import LEVELS
 class PixelConfig:
     """Settings of a pixel judge's training, chosen on validation prompts (docs/pixel-judge.md)."""
 
-    steps: int = 1000
+    steps: int = 4000
     prompts_per_step: int = 4
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -48,7 +48,7 @@ class PixelConfig:
     """Re-noised copies of each training video that a judge trained on noisy videos sees; a prompt's videos share t."""
     noisy_share: float = 0.5
     """How often such a judge is shown a prompt's videos noisy."""
-    validate_every: int = 100
+    validate_every: int = 200
     precision: str = "auto"
     """Of the arithmetic in training: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
     seed: int = 0
