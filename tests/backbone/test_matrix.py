@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 from tests import tiny
 from tests.zoo import MEASURED, VARIANTS
 from torch import Tensor
@@ -72,9 +73,8 @@ class Subject:
             latest[name] = latest[name].clone()  # some pipelines write their next latents into it
 
         def after(_module: Any, _args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
             batch = len(latest[noisy_name(latest)])
-            seen.append((dict(latest), layout.tokens(states, backbone.family.token_form, batch).clone()))
+            seen.append((dict(latest), backbone.family.states(output, batch).clone()))
 
         handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
         handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))
@@ -169,11 +169,13 @@ def test_matrix_clock(subject: Subject) -> None:
     steps = [float(arguments["timestep"].flatten()[-1]) for arguments, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     assert levels == sorted(levels, reverse=True)
-    assert levels[0] > 850
+    assert levels[0] > 800
     z, noise = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     for step, t in zip(steps, levels):
         alpha, sigma, timestep = family.level(scheduler, torch.tensor([t]))
         assert float(timestep) == pytest.approx(step, rel=1e-4, abs=1e-3)
+        if t == 0:  # exactly clean by our definition, nearly so by some schedulers'
+            continue
         expected = _scheduler_noise(family, scheduler, z, noise, step)
         torch.testing.assert_close(alpha * z + sigma * noise, expected, atol=3e-3, rtol=1e-3)
 
@@ -181,7 +183,10 @@ def test_matrix_clock(subject: Subject) -> None:
 def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step: float) -> Tensor:
     """What a denoiser called with `step` is given of z, by the formula of the scheduler's class."""
     if family.clock == "ddpm":
-        return (lambda kept: kept**0.5 * z + (1 - kept) ** 0.5 * noise)(float(scheduler.alphas_cumprod[int(step)]))
+        return scheduler.add_noise(z, noise, torch.tensor([int(step)]))
+    if family.clock == "euler":
+        place = int((scheduler.timesteps - step).abs().argmin())
+        return (z + scheduler.sigmas[place] * noise) / (scheduler.sigmas[place] ** 2 + 1) ** 0.5
     if family.clock == "edm":
         sigma = float(np.exp(4 * step))
         data = float(scheduler.config.get("sigma_data", 1.0))
@@ -228,12 +233,16 @@ def test_matrix_vae(subject: Subject) -> None:
 
 
 def test_matrix_conditional_rows(subject: Subject) -> None:
-    """Changing the positive prompt alone changes the rows that are called conditional, and no others."""
+    """Changing the positive prompt alone (the image, where there is none) changes the rows that are called conditional,
+    and no others."""
     backbone = subject.backbone
     runs = []
     for prompt in (tiny.PROMPT, tiny.OTHER_PROMPT):
+        changes = {}
+        if not backbone.family.prompts and prompt == tiny.OTHER_PROMPT:
+            changes["image"] = ImageOps.invert(subject.call["image"])
         with subject.calls() as seen:
-            subject.plain(prompt=prompt, output_type="latent")
+            subject.plain(prompt=prompt, output_type="latent", **changes)
         runs.append(seen)
     calls = 2 if backbone.guided(subject.call) and backbone.family.cfg == "two_calls" else 1
     for index in range(calls):

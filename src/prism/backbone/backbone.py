@@ -144,7 +144,7 @@ class Backbone:
 
     def _capture(self, prompts: list[str], call: dict[str, Any]) -> Conditioning:
         spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
-        call = {**call, **spared, "num_inference_steps": 1, "output_type": "latent"}
+        call = {**call, **spared, "num_inference_steps": 2, "output_type": "latent"}  # one is too few for Mochi
         call |= self.batch(prompts, [0] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments)])
@@ -242,9 +242,8 @@ class Backbone:
         text: list[Tensor] = []
 
         def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            visual[number] = layout.tokens(output, self.family.token_form, len(noisy))
-            grids[number] = self.family.grid(self.denoiser.config, arguments, noisy, output)
+            visual[number] = self.family.states(output, len(noisy))
+            grids[number] = self.family.grid(self.denoiser.config, arguments, noisy, self.family.video(output))
             if stop and number == last:
                 raise StopForward(last)
 
@@ -310,7 +309,8 @@ class Backbone:
             options = {}
             if vae.config.get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
                 options["temb"] = latents.new_zeros(len(latents))
-            pixels = vae.decode(latents, return_dict=False, **options)[0].transpose(1, 2)
+            pixels = vae.decode(latents, return_dict=False, **options)[0]
+            pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
         return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
 
     # -- checks

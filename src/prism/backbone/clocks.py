@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prism.errors import PrismError
 
-Clock = Literal["flow", "rising_flow", "ddpm", "edm"]
+Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]
 
 
 def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,6 +24,7 @@ def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tens
 
     flow (paper, Eq. 1): alpha = 1 - t/1000, sigma = t/1000, timestep = t; rising_flow counts timesteps from noise.
     ddpm: the scheduler's cumulative alphas at index t/1000 * T, and exactly clean at t = 0.
+    euler: the same, but between whole indices sigma/alpha is interpolated, as Euler schedulers do.
     edm: log sigma between the scheduler's ends, sigma = 0 at t = 0, timestep = ln(sigma) / 4; both divided by
     sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022, c_in).
 
@@ -43,6 +45,12 @@ def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tens
         scale = (sigma.square() + data**2).rsqrt()
         return scale, sigma * scale, timestep
     steps = len(scheduler.alphas_cumprod)
+    if clock == "euler":
+        index = (t.double() * steps / 1000).clamp(max=steps - 1).cpu()
+        ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().double().cpu()
+        ratio = torch.from_numpy(np.interp(index, np.arange(steps), ratios)).to(t)
+        alpha = torch.where(t == 0, torch.ones_like(t), (ratio.square() + 1).rsqrt())
+        return alpha, torch.where(t == 0, torch.zeros_like(t), ratio * alpha), index.to(t)
     index = (t.double() * steps / 1000).floor().clamp(max=steps - 1).long()
     kept = scheduler.alphas_cumprod.to(t.device)[index].to(torch.float32)
     kept = torch.where(t == 0, torch.ones_like(kept), kept)

@@ -202,18 +202,24 @@ def _given(
         return given, None
     if timestep.ndim == 1:
         return None, None
-    times = timestep != timestep[:, -1:]  # the last frame is never a condition
+    last = timestep.flatten(1)[:, -1].view(-1, *[1] * (timestep.ndim - 1))  # the last frame is never a condition
+    times = timestep != last
     if not bool(times.any()):
         return None, None
     if layout.is_packed(family.layout):
         return times[..., None], times
-    if times.shape[1] == latents.shape[2]:  # one a frame
-        return times[:, None, :, None, None], times
-    sizes = layout.patches(config)
-    cells = times.unflatten(1, family.grid(config, arguments, latents))
-    for axis, size in enumerate(sizes, start=1):
-        cells = cells.repeat_interleave(size, axis)
-    return cells[:, None], times
+    cells = times
+    if times.ndim == 2:  # one a frame, or one a token
+        frames = times.shape[1] == latents.shape[2]
+        cells = (
+            times[:, None, :, None, None]
+            if frames
+            else times.unflatten(1, family.grid(config, arguments, latents))[:, None]
+        )
+    for axis in (2, 3, 4):
+        if cells.shape[axis] not in (1, latents.shape[axis]):
+            cells = cells.repeat_interleave(latents.shape[axis] // cells.shape[axis], axis)
+    return cells, times
 
 
 def noisy_name(arguments: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ class Family:
     timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
     layout: Layout = "BCTHW"  # of the latents inside the sampling loop
     token_form: TokenForm = "BLD"
+    video_output: int = 0  # which output of a block that gives several is the video's
     widths: str = ""  # the field of the denoiser's configuration that holds D_vis; "": heads times their width
     without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
     # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
@@ -40,6 +41,7 @@ class Family:
     vae_mean_std: bool = False  # normalise by latents_mean and latents_std
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
     vae_frames: bool = False  # the VAE takes frames one by one
+    vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
     alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
     texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
     private_schedulers: bool = False  # the pipeline steps copies of its scheduler, one a frame
@@ -64,6 +66,14 @@ class Family:
             return [*down, down[-1], *reversed(down)]
         width = config[self.widths] if self.widths else config.num_attention_heads * config.attention_head_dim
         return [width] * len(self.block_list(denoiser))
+
+    def states(self, output: Any, batch: int) -> Tensor:
+        """A block's output as video tokens (B, L, D_vis), raster order t, h, w."""
+        return layout.tokens(self.video(output), self.token_form, batch)
+
+    def video(self, output: Any) -> Tensor:
+        """A block's output for the video."""
+        return output[self.video_output] if isinstance(output, tuple) else output
 
     def channels(self, config: Any, noisy: Tensor) -> int:
         """How many channels of the denoiser's input are latents; conditions follow them."""
@@ -137,7 +147,8 @@ class Family:
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
     config = vae.config
-    mean, std = (config.get(name, getattr(vae, name, None)) for name in ("latents_mean", "latents_std"))
+    names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
+    mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
     if mean is None or std is None:
         return like.new_zeros(()), like.new_ones(())
     frames = like.shape[2]
@@ -274,8 +285,9 @@ FAMILIES: tuple[Family, ...] = (
         text_embedder="caption_projection",
         text_padding="mask",
         cfg="one_batch",
-        clock="ddpm",
+        clock="euler",
         vae_factor="scaling_factor",
+        vae_gives="BTCHW",
     ),
     Family(
         name="easyanimate",
@@ -336,6 +348,7 @@ FAMILIES: tuple[Family, ...] = (
         text_embedder="caption_norm",
         text_padding="mask",
         cfg="one_batch",
+        images="single",
         vae_mean_std=True,
     ),
     Family(
@@ -355,6 +368,7 @@ FAMILIES: tuple[Family, ...] = (
         models="Stable Diffusion 3 (images)",
         pipelines=("StableDiffusion3Pipeline",),
         blocks=("transformer_blocks",),
+        video_output=1,
         text_embedder="context_embedder",
         cfg="one_batch",
         layout="BCHW",
@@ -366,6 +380,7 @@ FAMILIES: tuple[Family, ...] = (
         models="Flux.1 (images)",
         pipelines=("FluxPipeline",),
         blocks=("transformer_blocks", "single_transformer_blocks"),
+        video_output=1,
         text_embedder="context_embedder",
         cfg="two_calls",
         guidance="true_cfg_scale",
@@ -380,6 +395,7 @@ FAMILIES: tuple[Family, ...] = (
         models="Qwen-Image (images)",
         pipelines=("QwenImagePipeline",),
         blocks=("transformer_blocks",),
+        video_output=1,
         text_embedder="txt_in",
         text_padding="mask",
         text_mask_argument="encoder_hidden_states_mask",

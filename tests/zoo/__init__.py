@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
+from tests.zoo import latte_to_qwen, wan_to_kandinsky
 
 MEASURED: dict[str, dict[str, Any]] = {}  # by variant, what the matrix found
 Builder = Callable[[], tuple[Any, dict[str, Any]]]
@@ -17,7 +17,4 @@ VARIANTS: dict[str, Builder] = {
     "cogvideox_ddim": lambda: (tiny.cogvideox("ddim"), {**tiny.CALL_COGVIDEOX, "width": 48}),
     "cogvideox_dpm": lambda: (tiny.cogvideox("dpm"), {**tiny.CALL_COGVIDEOX, "width": 48}),
 }
-for module in ("zoo_a", "zoo_b"):
-    VARIANTS |= (
-        importlib.import_module(f"tests.{module}").BUILDERS if importlib.util.find_spec(f"tests.{module}") else {}
-    )
+VARIANTS |= wan_to_kandinsky.BUILDERS | latte_to_qwen.BUILDERS
