@@ -226,7 +226,8 @@ def test_matrix_vae(subject: Subject) -> None:
         latents = latents[:, -frames:]
     decoded = backbone.decode(latents, grid)
     video = np.asarray(video)
-    assert difference(decoded, video[:, None] if video.ndim == 4 else video) < 1e-4
+    rounded = 1 / 254 if getattr(subject.pipe, "safety_checker", None) else 0  # to the bytes that a checker is shown
+    assert difference(decoded, video[:, None] if video.ndim == 4 else video) < 1e-4 + rounded
     encoded = backbone.encode(decoded)
     assert encoded.shape == subject.latents().shape
     note(subject, latents="x".join(map(str, latents.shape[1:])))

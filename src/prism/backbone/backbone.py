@@ -164,6 +164,9 @@ class Backbone:
         image = call.get("image")
         if image is not None and self.family.images == "list" and not isinstance(image, list | tuple):
             found["image"] = [image] * n
+        negative = call.get("negative_prompt")
+        if isinstance(negative, str) and self.family.negatives == "list":
+            found["negative_prompt"] = [negative] * n
         return found
 
     def _trim_cache(self) -> None:

@@ -37,6 +37,7 @@ class Family:
     text_mask_argument: str = "encoder_attention_mask"
     prompts: bool = True  # whether the pipelines take a prompt
     images: Literal["single", "list"] = "list"  # how one conditioning image is given to a batch, where it is taken
+    negatives: Literal["single", "list"] = "single"  # how a negative prompt is given to a batch
     first_frame: tuple[str, ...] = ()  # pipelines that keep the first frame as given and say so to the denoiser alone
     vae_mean_std: bool = False  # normalise by latents_mean and latents_std
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
@@ -44,7 +45,9 @@ class Family:
     vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
     alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
     texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
-    private_schedulers: bool = False  # the pipeline steps copies of its scheduler, one a frame
+    counts_calls: bool = (
+        False  # steps are told by denoiser calls: copies of the scheduler step, or it steps twice a step
+    )
     tap: float = 0.4  # default depth of the tap, as a share of the blocks
     tap_reason: str = "as in the paper, block 12 of 30"
 
@@ -188,7 +191,7 @@ FAMILIES: tuple[Family, ...] = (
         text_padding="zeros",
         cfg="two_calls",
         vae_mean_std=True,
-        private_schedulers=True,
+        counts_calls=True,
     ),
     Family(
         name="cogvideox",
@@ -293,6 +296,7 @@ FAMILIES: tuple[Family, ...] = (
         name="easyanimate",
         models="EasyAnimate 5.1",
         pipelines=("EasyAnimatePipeline",),
+        negatives="list",
         blocks=("transformer_blocks",),
         text_embedder="text_proj",
         cfg="one_batch",
@@ -302,6 +306,7 @@ FAMILIES: tuple[Family, ...] = (
         name="cosmos-1",
         models="Cosmos-Predict1",
         pipelines=("CosmosTextToWorldPipeline",),
+        counts_calls=True,
         blocks=("transformer_blocks",),  # the text goes into attention as it is: no text tokens of this width
         cfg="two_calls",
         clock="edm",

@@ -173,7 +173,7 @@ class Interceptor:
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
-            if not self.backbone.family.private_schedulers:
+            if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
 
@@ -181,7 +181,7 @@ class Interceptor:
 
     def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
-        if self.backbone.family.private_schedulers and self.index == self.calls_per_step:
+        if self.backbone.family.counts_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
         key, self.index = (self.step, self.index), self.index + 1
         probed = self.cuts.get(self.step) if key[1] == 0 else None  # None where nothing is cut
@@ -259,7 +259,7 @@ class Interceptor:
             self.latents = self.backbone.main(tensors["latents"])
             if callback is None:
                 return {}
-            upcoming = self.step + self.backbone.family.private_schedulers
+            upcoming = self.step + self.backbone.family.counts_calls
             before = {name: (value, getattr(value, "_version", None)) for name, value in tensors.items()}
             returned = callback(pipe, step, timestep, tensors)
             after = {**{name: value for name, (value, _) in before.items()}, **(returned or {})}

@@ -75,7 +75,7 @@ class Meter:
             if getattr(pipe, "vae", None) is not None:
                 stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
                 stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
-            if not self.backbone.family.private_schedulers:
+            if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if hasattr(self.judge, "score_tokens"):
                 stack.enter_context(around(self.judge, "score_tokens", self._score))
