@@ -1,4 +1,4 @@
-"""More tiny real diffusers pipelines, offline and with random weights: EasyAnimate, Cosmos-Predict 1, 2, 2.5, Motif-Video.
+"""More tiny real diffusers pipelines, offline and with random weights: EasyAnimate, Cosmos 1, 2, 2.5, Motif-Video.
 
 Each function returns `(pipe, call)`, where `call` lacks only the prompt, the generator and the output type. "Latents"
 are those of one video, without batch axis; "tokens" are what a block puts out for one video, in raster order.

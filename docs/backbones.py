@@ -1,0 +1,84 @@
+"""Write the tables of docs/backbones.md: `python docs/backbones.py`, which runs the matrix of tests for the second one.
+
+The first comes from the same facts that the code uses; the second from what the matrix measured on tiny pipelines.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from prism.backbone import FAMILIES, Family
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "backbones.md"
+CLOCKS = {
+    "flow": "flow: (1 - s) z + s e",
+    "rising_flow": "flow, timesteps rise from noise",
+    "ddpm": "DDPM, index floored",
+    "euler": "DDPM, between indices",
+    "edm": "EDM, ln sigma even",
+}
+GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch, conditional last"}
+
+
+def facts() -> str:
+    """The table of families."""
+    head = ("backbone", "pipelines", "default tap", "noise levels", "latents in the loop", "guidance", "text tokens")
+    rows = [head, ("---",) * len(head)] + [_row(family) for family in FAMILIES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(family: Family) -> tuple[str, ...]:
+    blocks = ", then ".join(f"`{name}`" for name in family.blocks)
+    guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
+    text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
+    return (
+        family.models,
+        ", ".join(f"`{name}`" for name in family.pipelines),
+        f"{family.tap:g} of {blocks}: {family.tap_reason}",
+        CLOCKS[family.clock],
+        family.layout,
+        f"{guidance}: {GUIDANCE[family.cfg]}",
+        text,
+    )
+
+
+def measured(found: dict[str, dict[str, Any]]) -> str:
+    """The table of variants, of what `tests.zoo.MEASURED` holds after the matrix."""
+    names = ("grid", "tap", "latents", "guidance", "tap_error", "one_by_one", "in_a_batch")
+    head = ("variant", "token grid", "tap", "latents", "guidance", "tokens, inside against outside")
+    head += ("winner, one by one", "winner, in a batch")
+    rows = [head, ("---",) * len(head)]
+    for variant, values in found.items():
+        cells = (values.get(name, "") for name in names)
+        rows.append((f"`{variant}`", *(f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in cells)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def put(text: str, mark: str, table: str) -> str:
+    """The page with what stands between the comments `mark` replaced."""
+    start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        sys.exit(f"{PAGE} lacks the comments around the table of {mark}.")
+    return before + start + table + end + after
+
+
+def main() -> None:
+    import pytest
+
+    sys.path.insert(0, str(ROOT))
+    from tests.zoo import MEASURED
+
+    if pytest.main(["-q", str(ROOT / "tests" / "backbone" / "test_matrix.py"), "-p", "no:xdist"]):
+        sys.exit("The matrix does not hold; nothing is written.")
+    page = PAGE.read_text(encoding="utf-8")
+    page = put(put(page, "facts", facts()), "measured", measured(MEASURED))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
