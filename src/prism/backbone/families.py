@@ -45,9 +45,7 @@ class Family:
     vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
     alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
     texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
-    counts_calls: bool = (
-        False  # steps are told by denoiser calls: the scheduler is copied, or steps twice
-    )
+    counts_calls: bool = False  # steps are told by denoiser calls: the scheduler is copied, or steps twice
     tap: float = 0.4  # default depth of the tap, as a share of the blocks
     tap_reason: str = "as in the paper, block 12 of 30"
 
