@@ -332,7 +332,7 @@ class Backbone:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
-        limit = call.get("max_sequence_length", self._default("max_sequence_length"))
+        limit = call.get("max_sequence_length", self.default("max_sequence_length"))
         tokenizer = getattr(self.pipe, "tokenizer", None)
         new = [prompt for prompt in prompts if prompt not in self._said]
         if limit is None or tokenizer is None or not new:
@@ -350,9 +350,9 @@ class Backbone:
         """The number of steps that `pipe(**call)` is going to make."""
         if call.get("timesteps") is not None:
             return len(call["timesteps"])
-        return call.get("num_inference_steps", self._default("num_inference_steps"))
+        return call.get("num_inference_steps", self.default("num_inference_steps"))
 
-    def _default(self, name: str) -> Any:
+    def default(self, name: str) -> Any:
         """What the pipeline's call takes for an argument that is not given."""
         return self._call[name].default if name in self._call else None
 
@@ -370,7 +370,7 @@ class Backbone:
         name = self.family.guidance
         if name == "guider":
             return self.pipe.guider.num_conditions > 1
-        scale = call.get(name, self._default(name))
+        scale = call.get(name, self.default(name))
         if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
             given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
             return scale > 1.0 and any(given)

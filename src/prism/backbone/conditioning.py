@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.families import Family
+from prism.errors import PrismError
 
 # Arguments of a denoiser call that carry one row per sample. Rows are taken by name and never by shape alone: a list
 # of rotary positions may happen to be as long as the batch.
@@ -82,10 +83,10 @@ class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
     `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes. `noisy`, `axis`
-    and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser takes. `appended` follows
-    them on that axis (an image's latents, a mask), or is None. Where `given` (bool, beside the latents) or
-    `given_times` (bool, beside the timestep) is True the pipeline shows the denoiser a condition in place of noise:
-    `kept` there, and the template's timestep.
+    and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser takes, `shape` is that
+    of one row of them. `appended` follows them on that axis (an image's latents, a mask), or is None. Where `given`
+    (bool, beside the latents) or `given_times` (bool, beside the timestep) is True the pipeline shows the denoiser a
+    condition in place of noise: `kept` there, and the template's timestep.
     """
 
     arguments: dict[str, Any]
@@ -94,6 +95,7 @@ class Conditioning:
     noisy: str
     axis: int
     dtype: torch.dtype
+    shape: tuple[int, ...]
     appended: Tensor | None = None
     kept: Tensor | None = None
     given: Tensor | None = None
@@ -115,7 +117,9 @@ class Conditioning:
         latents = latents.narrow(axis, 0, count)
         given, times = _given(taken, timestep, latents, family, config, pipeline)
         kept = None if given is None else latents
-        return cls(taken, batched, timestep, name, axis, latents.dtype, appended, kept, given, times)
+        return cls(
+            taken, batched, timestep, name, axis, latents.dtype, tuple(latents.shape[1:]), appended, kept, given, times
+        )
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -157,7 +161,15 @@ class Conditioning:
         }
 
     def call(self, noisy_latents: Tensor, timestep: Tensor) -> dict[str, Any]:
-        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,)."""
+        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,).
+
+        Raises PrismError for latents of another shape or layout than the captured call's.
+        """
+        if tuple(noisy_latents.shape[1:]) != self.shape:
+            raise PrismError(
+                f"The latents have the shape {tuple(noisy_latents.shape)}, and the pipeline's call makes (B, "
+                f"{', '.join(map(str, self.shape))}); give the arguments they were sampled with."
+            )
         template, latents = self.timestep, noisy_latents.to(self.timestep.device, self.dtype)
         if self.given is not None:
             latents = torch.where(self.given, self.kept, latents)  # type: ignore[arg-type]  # both or neither

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-from prism.cli import demo, evaluate, sample, shapeworld, study, train
+from prism.cli import demo, doctor, evaluate, sample, shapeworld, study, train
 from prism.errors import PrismError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("sample")(sample.sample)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("study")(study.study)
+app.command("doctor")(doctor.doctor)
 app.add_typer(shapeworld.app, name="shapeworld")
 
 

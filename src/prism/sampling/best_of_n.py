@@ -219,11 +219,16 @@ def _weights(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, floa
     return weights
 
 
+def default_draft_steps(num_steps: int) -> int:
+    """Steps of a draft where none are given: 15 % of the run's, at least 2 where it has as many."""
+    return min(num_steps, max(2, round(0.15 * num_steps)))
+
+
 def _draft_steps(draft_steps: int | None, num_steps: int, call: Mapping[str, Any]) -> int:
     for name in ("timesteps", "sigmas"):
         if call.get(name) is not None:
             raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
-    steps = max(2, round(0.15 * num_steps)) if draft_steps is None else _positive("draft_steps", draft_steps)
+    steps = default_draft_steps(num_steps) if draft_steps is None else _positive("draft_steps", draft_steps)
     if steps > num_steps:
         raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; make draft_steps smaller.")
     return steps

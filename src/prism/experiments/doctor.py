@@ -1,0 +1,193 @@
+"""What PRISM makes of a machine and a backbone before anything long is started: versions, devices, taps, what fits,
+what a run costs, and whether there is anything to cut.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+
+import prism
+from prism.errors import PrismError
+from prism.sampling import schedule as schedules
+from prism.sampling.best_of_n import DEFAULT_N, default_draft_steps
+from prism.sampling.ledger import expected_rows
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+PROMPT = "a red circle moves right"
+Line = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    backbone: str | None = None
+    n: int = DEFAULT_N
+    schedule: str | None = None
+    steps: int | None = None
+    run: bool = True
+    device: str | None = None
+    dtype: str | None = None
+
+
+def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
+    """Sections of lines (what, found). Raises PrismError for a folder that is no supported pipeline, as any command."""
+    from prism.experiments.loading import load_backbone
+
+    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
+    if config.steps is not None:
+        call["num_inference_steps"] = config.steps
+    cuts = schedules.parse(config.schedule) if config.schedule else None
+    seconds = memory = None
+    trouble = "--no-run"
+    if config.run:
+        try:
+            seconds, memory = _measured(backbone, call)
+        except (PrismError, RuntimeError) as error:
+            trouble = str(error).strip().splitlines()[0]
+    return [
+        ("machine", _machine(backbone)),
+        ("backbone", _backbone(backbone, name)),
+        ("one step", _step(backbone, seconds, memory, trouble)),
+        (f"best of {config.n}", _costs(backbone, call, config.n, cuts, seconds)),
+    ]
+
+
+def _machine(backbone: Any) -> list[Line]:
+    found = [("prism", prism.__version__), ("python", platform.python_version())]
+    found += [(name, version(name)) for name in PACKAGES]
+    device = backbone.device
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        found.append(("device", f"{torch.cuda.get_device_name(device)}, {_size(free)} of {_size(total)} free"))
+    else:
+        found.append(("device", f"{device.type}, {torch.get_num_threads()} threads, {_size(_free(device))} free"))
+    return found
+
+
+def _backbone(backbone: Any, name: str) -> list[Line]:
+    family, low_high = backbone.family, backbone.t_range
+    widths = sorted(set(backbone.widths))
+    reads = (
+        "" if low_high == (0.0, 1000.0) else f"; {backbone.reads}, used for t from {low_high[0]:g} to {low_high[1]:g}"
+    )
+    guidance = {"two_calls": "two denoiser calls a step", "one_batch": "one denoiser call of twice the rows"}[
+        family.cfg
+    ]
+    return [
+        ("name", name),
+        ("pipeline", f"{type(backbone.pipe).__name__} ({family.models})"),
+        (
+            "denoiser",
+            f"{type(backbone.denoiser).__name__}, {backbone.num_parameters:,} weights, {backbone.dtype}{reads}",
+        ),
+        ("taps", f"1 to {backbone.num_blocks}, {' or '.join(map(str, widths))} wide; default {backbone.default_tap}"),
+        ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
+        ("guidance", f"{guidance}, where {family.guidance} turns it on"),
+    ]
+
+
+def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int | None]:
+    """Seconds of a denoiser row, and the bytes a further row takes (None where they cannot be told)."""
+    if backbone.takes("image") and "image" not in call:
+        size = [call.get(name) or backbone.default(name) or 512 for name in ("width", "height")]
+        call["image"] = Image.new("RGB", size, "gray")
+    prompts = [PROMPT if backbone.family.prompts else ""]
+    conditioning = backbone.condition(prompts, **call)[0]
+    latents = torch.zeros((1, *conditioning.shape), dtype=conditioning.dtype, device=backbone.device)
+    t = torch.full((1,), sum(backbone.t_range) / 2, device=latents.device)
+    _, _, timestep = backbone.family.level(backbone.pipe.scheduler, t)
+    peaks, took = [], 0.0
+    for rows in (1, 1, 2):  # the first one warms up
+        if rows == 2 and backbone.family.alone:
+            continue
+        some = conditioning[[0] * rows]
+        arguments = some.call(latents.expand(rows, *latents.shape[1:]), timestep.expand(rows))
+        before = _peak(backbone.device, reset=True)
+        start = time.perf_counter()
+        with torch.no_grad():
+            backbone.denoiser(**arguments)
+        after = _peak(backbone.device)
+        took = (time.perf_counter() - start) / rows
+        peaks.append(after - before)
+    grown = peaks[-1] - peaks[-2] if backbone.device.type == "cuda" and len(peaks) == 3 else None
+    return took, grown
+
+
+def _step(backbone: Any, seconds: float | None, memory: int | None, trouble: str) -> list[Line]:
+    if seconds is None:
+        return [("measured", f"no: {trouble}")]
+    found = [("a denoiser row", f"{_time(seconds)}, of which a judge at the default tap that stands alone needs "
+              f"{backbone.default_tap / backbone.num_blocks:.0%}")]  # fmt: skip
+    if memory:
+        fit = max(1, int(0.9 * _free(backbone.device) / memory))
+        found.append(("rows that fit", f"about {fit}, a row takes {_size(memory)}"))
+    else:
+        found.append(("rows that fit", "not measured: memory is told on CUDA alone"))
+    return found
+
+
+def _costs(backbone: Any, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+    steps, guided = backbone.num_inference_steps(call), backbone.guided(call)
+    share, cfg = backbone.default_tap / backbone.num_blocks, backbone.family.cfg
+    schedule = schedules.resolve(cuts or schedules.default(steps), n, steps)
+    draft = default_draft_steps(steps)
+    plans: Sequence[tuple[str, dict[str, Any]]] = (
+        ("one video, no choice", {"strategy": "none"}),
+        (
+            f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}",
+            {"strategy": "early", "schedule": schedule},
+        ),
+        (f"drafts of {draft} steps", {"strategy": "draft", "draft_steps": draft}),
+        ("full", {"strategy": "full"}),
+    )
+    rows = [(what, expected_rows(n=n, num_steps=steps, cfg=cfg, guided=guided, tap_share=share, **plan))
+            for what, plan in plans]  # fmt: skip
+    most = rows[-1][1]
+    found = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]
+    for what, count in rows:
+        time_ = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
+        found.append((what, f"{count:.0f} denoiser rows, {count / most:.0%} of full{time_}"))
+    if schedule[0][0] == 1:
+        found.append(
+            (
+                "to cut",
+                f"little: of {steps} steps the first cut comes at step 1, which sees pure noise. For a distilled model "
+                "take the strategy full, or drafts where they are much shorter",
+            )
+        )
+    else:
+        found.append(("to cut", f"yes: {steps - schedule[0][0]} of {steps} steps come after the first cut"))
+    return found
+
+
+def _peak(device: torch.device, reset: bool = False) -> int:
+    """Bytes allocated at most since the last reset; 0 where they are not told."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds:.3g} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"

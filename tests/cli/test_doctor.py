@@ -1,0 +1,44 @@
+"""`prism doctor`: what it says of saved pipelines of three families, and of what is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.zoo import VARIANTS
+
+from prism import cli
+from prism.sampling import expected_rows
+
+
+@pytest.mark.parametrize("variant", ["hunyuan", "ltx_i2v", "wan22_a14b_t2v"])
+def test_doctor_says_what_a_folder_is_and_what_a_run_costs(variant, tmp_path, capsys):
+    pipe, call = VARIANTS[variant]()
+    pipe.save_pretrained(tmp_path / "pipe")
+    plain = {name: value for name, value in call.items() if isinstance(value, int | float | str)}
+    (tmp_path / "pipe" / "call.json").write_text(json.dumps(plain))
+    assert cli.main(["doctor", str(tmp_path / "pipe"), "--n", "4", "--schedule", "3:1"]) == 0
+    said = capsys.readouterr().out
+    assert type(pipe).__name__ in said
+    blocks = {"hunyuan": 4}.get(variant, 3)
+    assert f"1 to {blocks}, " in said
+    cfg = "one_batch" if variant == "ltx_i2v" else "two_calls"
+    guided, share = variant != "hunyuan", {"hunyuan": 2}.get(variant, 1) / blocks
+    rows = expected_rows("early", 4, 6, cfg, guided, share, ((3, 1),))
+    assert f"early, 3:1              {rows:.0f} denoiser rows" in said
+    assert "yes: 3 of 6 steps come after the first cut" in said
+    assert ("used for t from 875 to 1000" in said or "used for t from 900 to 1000" in said) == (variant[:6] == "wan22_")
+    assert "measured" not in said.split("one step")[1].split("best of")[0] or "not measured: memory" in said
+
+
+def test_a_distilled_model_has_little_to_cut(capsys):
+    assert cli.main(["doctor", "--steps", "4", "--no-run"]) == 0
+    said = capsys.readouterr().out
+    assert "little: of 4 steps the first cut comes at step 1" in said
+    assert "drafts of 2 steps" in said
+    assert "no: --no-run" in said
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
+    assert cli.main(["doctor", str(tmp_path)]) == 2
+    assert "model_index.json" in capsys.readouterr().err
