@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,16 @@ def test_the_difference_is_that_of_the_accuracies(measured):
     for row, a, b, c in zip(several, *(measurement.rows for measurement in measured)):
         expected = (a["without_ties"] + b["without_ties"]) / 2 - c["without_ties"]
         assert row["difference"] == pytest.approx(expected)
+
+
+def test_numbers_of_draws_are_compared_on_demand_alone(measured):
+    other = replace(measured[1], settings={**measured[1].settings, "num_draws": 7})
+    with pytest.raises(PrismError, match="measure both alike"):
+        compare_judges(measured[0], other)
+    assert compare_judges(measured[0], other, any_draws=True) == compare_judges(measured[0], measured[1])
+    moved = replace(other, settings={**other.settings, "seed": 99})
+    with pytest.raises(PrismError, match="measure both alike"):
+        compare_judges(measured[0], moved, any_draws=True)
 
 
 def test_the_interval_is_the_bootstrap_over_all_resamples_of_prompts():

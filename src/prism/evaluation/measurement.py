@@ -94,7 +94,10 @@ def pair_table(
 
 
 def compare_judges(
-    one: Measurement | Sequence[Measurement], other: Measurement | Sequence[Measurement], seed: int = 0
+    one: Measurement | Sequence[Measurement],
+    other: Measurement | Sequence[Measurement],
+    seed: int = 0,
+    any_draws: bool = False,
 ) -> list[dict[str, Any]]:
     """How much more often one judge is right than another, on the same pairs under the same noise.
 
@@ -105,6 +108,7 @@ def compare_judges(
         one, other: measurements on the same split, levels, draws and seed. Several of one judge (heads of several
             seeds) count as their mean: the share of them that is right about a pair.
         seed: of the resampling.
+        any_draws: the two may differ in how many noise draws a score is averaged over, where that is what is compared.
 
     Returns:
         The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
@@ -114,12 +118,15 @@ def compare_judges(
         PrismError: where the two were not measured alike.
     """
     ours, theirs = _several(one), _several(other)
-    first = ours[0]
-    for measured in [*ours, *theirs]:
-        if measured.settings != first.settings:
+    kept = [
+        {name: value for name, value in measured.settings.items() if not (any_draws and name == "num_draws")}
+        for measured in [*ours, *theirs]
+    ]
+    for settings in kept:
+        if settings != kept[0]:
             raise PrismError(
-                f"Judges are compared under the same noise on the same split, found {first.settings} and "
-                f"{measured.settings}; measure both alike."
+                f"Judges are compared under the same noise on the same split, found {kept[0]} and {settings}; "
+                "measure both alike."
             )
     left, right = [measured.decided() for measured in ours], [measured.decided() for measured in theirs]
     rows = []
@@ -137,9 +144,9 @@ def compare_judges(
         low, high = clustered_bootstrap(gain, prompts, seed=seed)
         rows.append(
             {
-                "judge": _name(first),
+                "judge": _name(ours[0]),
                 "against": _name(theirs[0]),
-                "set": first.settings["split"],
+                "set": ours[0].settings["split"],
                 "t": int(key[0]) if key[0].is_integer() else key[0],
                 "dimension": key[1],
                 "difference": float(gain.mean()),

@@ -187,7 +187,9 @@ def confirm(
     entry = {
         "variant": variant.name,
         "accuracy": [row for found in measured.values() for each in found for row in each.rows],
-        "comparison": compare_judges(measured[variant.name], measured[BASE]) if variant.name != BASE else [],
+        "comparison": []
+        if variant.name == BASE
+        else compare_judges(measured[variant.name], measured[BASE], any_draws=True),
         "calibration": calibration,
     }
     files.write_json(path, entry)
