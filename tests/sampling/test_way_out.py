@@ -277,3 +277,30 @@ def test_seeds_and_the_random_strategy(wan: Setting) -> None:
     assert drawn == again
     assert len(set(drawn)) > 1
     assert all(0 <= index < 8 for index in drawn)
+
+
+def test_where_memory_runs_out_batches_get_smaller(wan: Setting) -> None:
+    """A denoiser that has room for two rows: the same winner, a warning for each halving, nothing left behind."""
+    judge, arguments = wan.judge(2), {"n": 4, "schedule": [(2, 2), (4, 1)], **wan.call}
+    expected = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=1, **arguments)
+
+    def full(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["hidden_states"]) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    room = 2
+    handle = wan.pipe.transformer.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        with pytest.warns(UserWarning, match="with 4 candidates a batch; going on with 2"):
+            found = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=4, **arguments)
+        room = 0
+        with (
+            pytest.warns(UserWarning, match="going on with 1"),
+            pytest.raises(PrismError, match="ran out with a single candidate"),
+        ):
+            prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=2, **arguments)
+    finally:
+        handle.remove()
+    assert found.seed == expected.seed
+    assert len(found.scores) == 2
+    np.testing.assert_allclose(found.video, expected.video, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ def best_of_n(
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
         draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
         judge_at: noise level in (0, 1000] at which full and draft re-noise the latents they judge; None: 700.
-        batch_size: candidates a denoiser call; None: all of them up to half a billion parameters, else 1.
+        batch_size: candidates a denoiser call; None: all of them up to half a billion parameters, else 1. Halved, with
+            a warning, where memory runs out.
         select_by: the judge's dimension to rank by, or weights over its dimensions.
         num_draws: noise draws that full and draft average over.
         oracle: `oracle(video, prompt) -> float`; video (T, H, W, 3) float32 in [0, 1].
@@ -148,7 +150,7 @@ def best_of_n(
     with tqdm(total=total, disable=None if progress else True, unit="row", desc=prompt[:30], leave=False) as bar:
         meter = Meter(backbone, judge, bar.update)
         with state_kept(pipe), meter.open():
-            winner = STRATEGIES[strategy](search)
+            winner = _within_memory(search, STRATEGIES[strategy])
             output = search.finish(winner)
     return BestOfNResult(
         video=output[0][0],
@@ -160,6 +162,26 @@ def best_of_n(
         ledger=meter.ledger,
         candidate_latents=dict(sorted(search.latents.items())) if keep_latents else None,
     )
+
+
+def _within_memory(search: Search, strategy: Callable[[Search], int]) -> int:
+    """The winner; where memory runs out the search starts anew with half the candidates a batch, which is said."""
+    while True:
+        try:
+            return strategy(search)
+        except torch.OutOfMemoryError:
+            if search.batch_size == 1:
+                raise PrismError(
+                    "Memory ran out with a single candidate a batch; make the video smaller, or offload the pipeline's "
+                    "models (enable_model_cpu_offload)."
+                ) from None
+            smaller = search.batch_size // 2
+            warnings.warn(
+                f"Memory ran out with {search.batch_size} candidates a batch; going on with {smaller}.", stacklevel=4
+            )
+            search.start_anew(smaller)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def _backbone(pipe: Any, judge: Any, strategy: str) -> Backbone:

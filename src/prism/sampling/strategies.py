@@ -42,6 +42,13 @@ class Search:
     def __post_init__(self) -> None:
         self.recordings = {candidate: Recording() for candidate in range(len(self.seeds))}
 
+    def start_anew(self, batch_size: int) -> None:
+        """Forget what was found, and go on with other batches; the ledger keeps what it cost."""
+        self.batch_size = batch_size
+        self.recordings = {candidate: Recording() for candidate in range(len(self.seeds))}
+        self.scores.clear()
+        self.latents.clear()
+
     def chunks(self, candidates: Sequence[int]) -> list[list[int]]:
         """Candidates in batches of at most `batch_size`."""
         size = self.batch_size
