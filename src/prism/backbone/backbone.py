@@ -10,8 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 
 from prism.backbone import layout
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, noisy_name
-from prism.backbone.families import family_of
+from prism.backbone.families import family_named, family_of, is_denoiser
 from prism.backbone.interceptor import StopForward, capture
+from prism.backbone.partial import load_denoiser
 from prism.errors import PrismError
+from prism.files import read_json
 
 _CACHE_BYTES = 256 * 2**20
 _IRRELEVANT = {
@@ -55,7 +59,7 @@ class Backbone:
         self.pipe = pipe
         self.family = family_of(pipe)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        named = {name: part for name, part in parts.items() if name.split("_")[0] in ("transformer", "unet")}
+        named = {name: part for name, part in parts.items() if is_denoiser(name)}
         self.denoisers = tuple(named.values())
         self.reads = next(iter(named), "") if reads is None else reads
         if self.reads not in named:
@@ -67,6 +71,7 @@ class Backbone:
         }
         for module in parts.values():
             module.requires_grad_(False).eval()
+        self.partial = False  # whether the denoiser has its first blocks alone
         self.blocks = self.family.block_list(self.denoiser)
         self.num_blocks = len(self.blocks)
         self.widths = self.family.block_widths(self.denoiser)
@@ -84,13 +89,41 @@ class Backbone:
         return (0.0, 1000.0 * ratio) if self.reads.endswith("_2") else (1000.0 * ratio, 1000.0)
 
     @classmethod
-    def from_pretrained(cls, id_or_folder: str, **kwargs: Any) -> Backbone:
-        """Load a pipeline from a folder or the Hub. Safetensors only; `kwargs` go to diffusers."""
+    def from_pretrained(
+        cls, id_or_folder: str, up_to: int | None = None, reads: str | None = None, **kwargs: Any
+    ) -> Backbone:
+        """Load a pipeline from a folder or the Hub. Safetensors only; `kwargs` go to diffusers.
+
+        Args:
+            up_to: load the denoiser's first blocks alone, as many as a judge that stands by itself reads (folders).
+                Such a backbone can read tokens and encode and decode videos, and cannot sample.
+            reads: as of `Backbone`.
+        """
+        kwargs = {"use_safetensors": True, **kwargs}
         try:
-            return cls(DiffusionPipeline.from_pretrained(str(id_or_folder), **{"use_safetensors": True, **kwargs}))
+            if up_to is None:
+                return cls(DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs), reads)
+            return cls._partial(Path(id_or_folder), up_to, reads, kwargs)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise PrismError(f"No diffusers pipeline could be loaded from {id_or_folder}: {reason}") from error
+
+    @classmethod
+    def _partial(cls, folder: Path, up_to: int, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
+        index = read_json(folder / "model_index.json")
+        family = family_named(index.get("_class_name", ""))
+        names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
+        read = reads or names[0]
+        if read not in names:
+            raise PrismError(f"The pipeline in {folder} has no denoiser {read!r}; it has {', '.join(names)}.")
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+        loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, dtype) for name in names}
+        models = {name: model for name, (model, _) in loaded.items()}
+        kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
+        backbone = cls(kind.from_pretrained(str(folder), **kwargs, **models), read)
+        backbone.num_blocks, backbone.partial = loaded[read][1], True
+        backbone.default_tap = min(up_to, max(1, round(family.tap * backbone.num_blocks)))
+        return backbone
 
     @property
     def device(self) -> torch.device:
@@ -237,6 +270,8 @@ class Backbone:
                 raise PrismError(
                     f"The tap must lie in 1 to {self.num_blocks}, the denoiser's number of blocks; found {number}."
                 )
+        if last > len(self.blocks):
+            raise PrismError(f"Of this backbone {len(self.blocks)} blocks were loaded; load it up to block {last}.")
         if getattr(self.denoiser, "is_cache_enabled", False):
             raise PrismError("The denoiser's cache skips blocks that the head reads; call disable_cache() on it first.")
         visual: dict[int, Tensor] = {}
@@ -388,7 +423,7 @@ class Backbone:
             "denoiser_config": _config_hash(self.denoiser),
             "vae": type(self.pipe.vae).__name__,
             "vae_config": _config_hash(self.pipe.vae),
-            "weights": sample.hexdigest(),
+            "weights": None if self.partial else sample.hexdigest(),
             **({"reads": self.reads} if self.t_range != (0.0, 1000.0) else {}),
         }
 

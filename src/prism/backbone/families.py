@@ -412,10 +412,19 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(pipe: Any) -> Family:
-    """The row of a pipeline, by the name of its class."""
-    name = type(pipe).__name__
+    """The row of a pipeline."""
+    return family_named(type(pipe).__name__)
+
+
+def family_named(name: str) -> Family:
+    """The row of a pipeline by the name of its class."""
     for family in FAMILIES:
         if name in family.pipelines:
             return family
     known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
     raise PrismError(f"The pipeline {name} is not supported yet; use one of {known}.")
+
+
+def is_denoiser(name: str) -> bool:
+    """Whether a pipeline's component of this name is a denoiser: transformer, transformer_2, unet."""
+    return name.split("_")[0] in ("transformer", "unet")

@@ -71,7 +71,7 @@ def check_fingerprint(folder: Path, saved: Mapping[str, Any], found: Mapping[str
             f"The head in {folder} reads the denoiser {saved.get('reads')!r} and this backbone was made to read "
             f"{found.get('reads')!r}; make it with Backbone(pipe, reads={saved.get('reads')!r})."
         )
-    if saved.get("weights") != found.get("weights"):
+    if found.get("weights") is not None and saved.get("weights") != found.get("weights"):
         warnings.warn(
             f"The head in {folder} was trained on other weights of this architecture; "
             "check its accuracy on this backbone before relying on it.",

@@ -152,7 +152,9 @@ class Judge:
 
         Args:
             source: a folder written by ``save_pretrained``, or the id of such a repository on the Hub.
-            pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it.
+            pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or the
+                folder of a pipeline, of which the blocks that the heads read are loaded and no later ones: for a judge
+                that stands by itself.
             revision: branch, tag or commit on the Hub.
 
         Raises:
@@ -160,7 +162,12 @@ class Judge:
                 denoiser or VAE (both are named). Other weights of the same architecture give a warning.
         """
         folder, config, tensors = folders.read(source, revision)
-        backbone = _backbone(pipe, (config.get("backbone") or {}).get("reads"))
+        reads = (config.get("backbone") or {}).get("reads")
+        if isinstance(pipe, str | os.PathLike):
+            taps = [entry.get("tap", 0) for entry in config.get("members", [config])]
+            backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=max(taps), reads=reads)
+        else:
+            backbone = _backbone(pipe, reads)
         folders.check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
         try:
             several = config["schema"] == 2

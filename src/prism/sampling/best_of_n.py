@@ -102,6 +102,8 @@ def best_of_n(
         PrismError: for a call that cannot be carried out; for NaN in a candidate's latents or scores, naming its seed.
     """
     backbone = _backbone(pipe, judge, strategy)
+    if backbone.partial:
+        raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
     for name in sorted(RESERVED.keys() & call.keys()):
         raise PrismError(f"The argument {name!r} is reserved: {RESERVED[name]}.")
     backbone.check_call([prompt or ""], call)
