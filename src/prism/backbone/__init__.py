@@ -2,7 +2,8 @@
 
 from prism.backbone.backbone import Backbone
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens
-from prism.backbone.families import FAMILIES, Family
+from prism.backbone.families import FAMILIES
+from prism.backbone.family import Family
 from prism.backbone.interceptor import Interceptor, Recording
 
 __all__ = ["FAMILIES", "Backbone", "Conditioning", "Family", "Interceptor", "Ragged", "Recording", "Tokens"]

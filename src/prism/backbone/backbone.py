@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +14,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor, nn
 
-from prism.backbone import layout
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, noisy_name
+from prism.backbone import layout, videos
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.families import family_named, family_of, is_denoiser
+from prism.backbone.fingerprint import fingerprint
 from prism.backbone.interceptor import StopForward, capture
 from prism.backbone.partial import load_denoiser
 from prism.errors import PrismError
@@ -150,7 +148,7 @@ class Backbone:
             own = [self.condition([prompt], **{**call, "image": image}) for prompt, image in zip(prompts, images)]
             return Conditioning.cat([part for part in own if isinstance(part, Conditioning)])
         relevant = {name: value for name, value in call.items() if self._is_relevant(name)}
-        key = _key(relevant)
+        key = cache_key(relevant)
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
@@ -307,49 +305,19 @@ class Backbone:
 
     # -- videos
 
-    @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Videos (B, F, H, W, 3) in [0, 1] to normalised float32 latents of the loop: the posterior's mode.
 
         Where tokens span several latent frames (CogVideoX 1.5) the first one is repeated in front to fill them.
         """
-        vae = self.pipe.vae
-        pixels = torch.as_tensor(video).to(self.device, vae.dtype).permute(0, 4, 1, 2, 3) * 2 - 1
-        if self.family.vae_frames:
-            frames = vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
-            latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
-        else:
-            latents = vae.encode(pixels).latent_dist.mode().float()
-        if self.family.token_form != "frames" and (
-            missing := -latents.shape[2] % layout.patches(self.denoiser.config)[0]
-        ):
-            latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
-        return layout.pack(self.family.normalise(self.pipe, latents), self.family.layout).contiguous()
+        return videos.encode(self.pipe, self.family, self.denoiser.config, torch.as_tensor(video).to(self.device))
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor, grid: tuple[int, int, int] | None = None) -> Tensor:
+    def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
         """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
 
         grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
         """
-        vae, family = self.pipe.vae, self.family
-        if layout.is_packed(family.layout) and grid is None:
-            raise PrismError("The latents of this pipeline are packed; give the token grid (T, H, W) to decode them.")
-        latents = layout.unpack(latents.to(self.device, vae.dtype), family.layout, grid)
-        latents = family.denormalise(self.pipe, latents)
-        if family.vae_frames:
-            frames = latents.transpose(1, 2).flatten(0, 1)
-            options: dict[str, Any] = (
-                {"num_frames": latents.shape[2]} if "num_frames" in _parameters(vae.decode) else {}
-            )
-            pixels = vae.decode(frames, return_dict=False, **options)[0].unflatten(0, (len(latents), -1))
-        else:
-            options = {}
-            if vae.config.get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
-                options["temb"] = latents.new_zeros(len(latents))
-            pixels = vae.decode(latents, return_dict=False, **options)[0]
-            pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
-        return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
+        return videos.decode(self.pipe, self.family, latents.to(self.device), grid)
 
     # -- checks
 
@@ -413,44 +381,11 @@ class Backbone:
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
-        sample = hashlib.sha256()
-        for name, value in sorted(self.denoiser.named_parameters()):
-            if not value.is_meta:
-                sample.update(name.encode() + value.detach().flatten()[:16].float().cpu().numpy().tobytes())
-        return {
-            "pipeline": type(self.pipe).__name__,
-            "denoiser": type(self.denoiser).__name__,
-            "denoiser_config": _config_hash(self.denoiser),
-            "vae": type(self.pipe.vae).__name__,
-            "vae_config": _config_hash(self.pipe.vae),
-            "weights": None if self.partial else sample.hexdigest(),
-            **({"reads": self.reads} if self.t_range != (0.0, 1000.0) else {}),
-        }
+        reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
+        return {**fingerprint(self.pipe, self.denoiser, whole=not self.partial), **reads}
 
 
 def _per_row(t: Tensor | float, latents: Tensor) -> Tensor:
     """t as (B,) beside latents (B, ...)."""
     t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     return t.expand(len(latents)) if t.ndim == 0 else t
-
-
-def _parameters(function: Any) -> Any:
-    return inspect.signature(function).parameters
-
-
-def _key(call: dict[str, Any]) -> str | None:
-    """A key of the cache, or None where an argument (a tensor) has no short faithful text."""
-    plain = (str, int, float, bool, type(None))
-    faithful = {}
-    for name, value in call.items():
-        if isinstance(value, Image.Image):
-            value = f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
-        if not isinstance(value, plain):
-            return None
-        faithful[name] = value
-    return repr(sorted(faithful.items()))
-
-
-def _config_hash(module: Any) -> str:
-    public = {name: value for name, value in dict(module.config).items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.families import Family
+from prism.backbone.family import Family
 from prism.errors import PrismError
 
 # Arguments of a denoiser call that carry one row per sample. Rows are taken by name and never by shape alone: a list
@@ -269,3 +271,16 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     plain = getattr(denoiser, "_orig_mod", denoiser)
     bound = inspect.signature(type(plain).forward).bind(plain, *args, **kwargs).arguments
     return {**{name: value for name, value in list(bound.items())[1:] if name != "kwargs"}, **bound.get("kwargs", {})}
+
+
+def cache_key(call: dict[str, Any]) -> str | None:
+    """A key for what a call conditions on, or None where an argument (a tensor) has no short faithful text."""
+    plain = (str, int, float, bool, type(None))
+    faithful = {}
+    for name, value in call.items():
+        if isinstance(value, Image.Image):
+            value = f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+        if not isinstance(value, plain):
+            return None
+        faithful[name] = value
+    return repr(sorted(faithful.items()))

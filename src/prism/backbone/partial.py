@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
-from prism.backbone.families import Family
+from prism.backbone.family import Family
 from prism.errors import PrismError
 from prism.files import read_json
 

@@ -1,0 +1,156 @@
+"""What is known of a family of pipelines: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prism.backbone import clocks, layout
+from prism.backbone.layout import Layout, TokenForm
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts shared by pipelines with one latent layout, clock, VAE normalisation and form of guidance."""
+
+    name: str
+    models: str  # what people call them
+    pipelines: tuple[str, ...]
+    blocks: tuple[str, ...]  # the denoiser's lists of blocks, in the order in which they run
+    cfg: Literal["two_calls", "one_batch"]  # conditional call first | one batch [unconditional, conditional]
+    guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
+    clock: clocks.Clock = "flow"
+    timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
+    layout: Layout = "BCTHW"  # of the latents inside the sampling loop
+    token_form: TokenForm = "BLD"
+    video_output: int = 0  # which output of a block that gives several is the video's
+    widths: str = ""  # the field of the denoiser's configuration that holds D_vis; "": heads times their width
+    without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
+    # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
+    text_embedder: str | None = None
+    text_padding: Literal["zeros", "mask", "unknown"] = "unknown"  # how text rows behind the prompt are known
+    text_mask_argument: str = "encoder_attention_mask"
+    prompts: bool = True  # whether the pipelines take a prompt
+    images: Literal["single", "list"] = "list"  # how one conditioning image is given to a batch, where it is taken
+    negatives: Literal["single", "list"] = "single"  # how a negative prompt is given to a batch
+    first_frame: tuple[str, ...] = ()  # pipelines that keep the first frame as given and say so to the denoiser alone
+    vae_mean_std: bool = False  # normalise by latents_mean and latents_std
+    vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
+    vae_frames: bool = False  # the VAE takes frames one by one
+    vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
+    alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
+    texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
+    counts_calls: bool = False  # steps are told by denoiser calls: the scheduler is copied, or steps twice
+    tap: float = 0.4  # default depth of the tap, as a share of the blocks
+    tap_reason: str = "as in the paper, block 12 of 30"
+
+    # -- the denoiser
+
+    def block_list(self, denoiser: Any) -> list[nn.Module]:
+        """The blocks that carry video tokens, in the order in which they run."""
+        found: list[nn.Module] = []
+        for name in self.blocks:
+            part = denoiser.get_submodule(name)
+            found += list(part) if isinstance(part, nn.ModuleList) else [part]
+        return found[: len(found) - int(denoiser.config[self.without_last] if self.without_last else 0)]
+
+    def block_widths(self, denoiser: Any) -> list[int]:
+        """D_vis after each block."""
+        config = denoiser.config
+        if self.token_form == "frames":
+            down = list(config.block_out_channels)
+            return [*down, down[-1], *reversed(down)]
+        width = config[self.widths] if self.widths else config.num_attention_heads * config.attention_head_dim
+        return [width] * len(self.block_list(denoiser))
+
+    def states(self, output: Any, batch: int) -> Tensor:
+        """A block's output as video tokens (B, L, D_vis), raster order t, h, w."""
+        return layout.tokens(self.video(output), self.token_form, batch)
+
+    def video(self, output: Any) -> Tensor:
+        """A block's output for the video."""
+        return output[self.video_output] if isinstance(output, tuple) else output
+
+    def channels(self, config: Any, noisy: Tensor) -> int:
+        """How many channels of the denoiser's input are latents; conditions follow them."""
+        size = noisy.shape[layout.channel_axis(self.layout)]
+        if layout.is_packed(self.layout):
+            return size
+        found = config.get("out_channels") or config.get("out_visual_dim") or size
+        return min(size, found)
+
+    def grid(self, config: Any, arguments: Mapping[str, Any], noisy: Tensor, output: Tensor | None = None) -> Any:
+        """Token grid (T, H, W) of a denoiser call; a U-Net's is that of a block's output."""
+        if self.token_form == "frames":
+            assert output is not None
+            return len(output) // len(noisy), *output.shape[2:]
+        if "img_shapes" in arguments:
+            return tuple(arguments["img_shapes"][0][0])
+        if "img_ids" in arguments:
+            return tuple(int(extent) + 1 for extent in arguments["img_ids"].reshape(-1, 3).max(0).values)
+        if layout.is_packed(self.layout):
+            return tuple(arguments[name] for name in ("num_frames", "height", "width"))
+        size = dict(zip(self.layout, noisy.shape))
+        return tuple(size.get(axis, 1) // patch for axis, patch in zip("THW", layout.patches(config)))
+
+    def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
+        if self.text_padding == "unknown":
+            return None
+        if self.text_padding == "zeros":
+            return arguments["encoder_hidden_states"].ne(0).any(-1)
+        mask = arguments.get(self.text_mask_argument)
+        return None if mask is None else mask.flatten(1) > 0
+
+    # -- noise levels
+
+    def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.clocks.level`."""
+        alpha, sigma, timestep = clocks.level(self.clock, scheduler, t)
+        return alpha, sigma, timestep * (self.timestep_of_one / 1000)
+
+    def t_of(self, scheduler: Any, timestep: Any) -> float:
+        """The noise level in [0, 1000] at which the model was called with `timestep`."""
+        return clocks.t_of(self.clock, scheduler, float(timestep) * (1000 / self.timestep_of_one))
+
+    # -- the VAE
+
+    def normalise(self, pipe: Any, latents: Tensor) -> Tensor:
+        """VAE latents (B, C, T, H, W) to the scale of the sampling loop."""
+        if self.vae_mean_std:
+            mean, inverse_std = _channel_statistics(pipe.vae, latents)
+            latents = (latents - mean) * inverse_std
+        return (latents - self._shift(pipe)) * self._factor(pipe)
+
+    def denormalise(self, pipe: Any, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`, with the arithmetic of the pipelines."""
+        if self.vae_factor:
+            latents = 1 / self._factor(pipe) * latents + self._shift(pipe)
+        if self.vae_mean_std:
+            mean, inverse_std = _channel_statistics(pipe.vae, latents)
+            latents = latents / inverse_std + mean
+        return latents
+
+    def _factor(self, pipe: Any) -> float:
+        if not self.vae_factor:
+            return 1.0
+        return float((pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae).config[self.vae_factor])
+
+    def _shift(self, pipe: Any) -> float:
+        return float(pipe.vae.config.get("shift_factor") or 0.0)
+
+
+def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
+    config = vae.config
+    names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
+    mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
+    if mean is None or std is None:
+        return like.new_zeros(()), like.new_ones(())
+    frames = like.shape[2]
+    mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
+    return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
