@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,6 +46,12 @@ class Ledger:
     def overhead_seconds(self) -> float:
         """Seconds spent on everything but the denoiser, the head and the VAE."""
         return self.seconds - sum(self.parts[part] for part in ("denoiser", "head", "vae"))
+
+    def with_counts_of(self, others: Iterable[Ledger]) -> Ledger:
+        """What was counted on all processes that shared a run; seconds and memory are this one's own."""
+        counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls")
+        ledgers = list(others)
+        return replace(self, **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in counted})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -200,7 +206,7 @@ def cut_rows(alive: int, keep: int, cfg: CFG, guided: bool, tap_share: float) ->
 
 
 def early_rows(n: int, num_steps: int, schedule: Schedule, cfg: CFG, guided: bool, tap_share: float) -> float:
-    """Denoiser rows of an early run with a resolved schedule, the winner finished from its recording."""
+    """Denoiser rows of an early run with a resolved schedule, the winners finished from their recordings."""
     calls = 2 if guided else 1
     rows, alive, done = 0.0, n, 0
     for step, keep in schedule:
@@ -219,15 +225,16 @@ def expected_rows(
     schedule: Schedule | None = None,
     draft_steps: int = 0,
     num_draws: int = 2,
+    top_k: int = 1,
 ) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form."""
+    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest."""
     calls = 2 if guided else 1
     if strategy in ("none", "random"):
-        return float(calls * num_steps)
+        return float(calls * num_steps * top_k)
     if strategy == "oracle":
         return float(calls * n * num_steps)
     if strategy == "full":
         return calls * n * num_steps + n * num_draws * tap_share
     if strategy == "draft":
-        return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps
+        return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps * top_k
     return early_rows(n, num_steps, schedule or (), cfg, guided, tap_share)
