@@ -23,7 +23,7 @@ PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, "a cat runs"]
 SHARED: dict[str, Any] = {"n": 5, "seed": 3, "batch_size": 1}
 RUNS: dict[str, dict[str, Any]] = {
     "one cut": {"schedule": [(3, 1)]},
-    "cuts that leave candidates on one process": {"schedule": [(2, 3), (4, 2)]},
+    "cuts that leave candidates on one process": {"schedule": [(2, 3), (4, 2)], "seed": 0},
     "the best two": {"schedule": [(2, 4), (3, 2)], "top_k": 2},
     "full": {"strategy": "full", "keep_latents": True},
     "draft": {"strategy": "draft", "draft_steps": 2, "top_k": 2},
@@ -103,6 +103,8 @@ def test_both_find_what_one_finds(two: list[dict[str, Any]]) -> None:
         for each in two:
             assert each["found"][name] == json.loads(json.dumps(told(alone))), name
             assert torch.equal(each["latents"][name], torch.cat([pick.latents for pick in alone.top])), name
+    crowded = two[0]["found"]["cuts that leave candidates on one process"]["scores"][0]["kept"]
+    assert crowded == [0, 2, 4]  # all of process 0: one must have moved, with its recording, or it was computed again
     for prompt in PROMPTS:
         alone = prism.best_of_n(pipe, judge, prompt, **SHARED, **call)
         for each in two:
