@@ -20,7 +20,7 @@ CLOCKS = {
     "euler": "DDPM, between indices",
     "edm": "EDM, ln sigma even",
 }
-GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch, conditional last"}
+GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch, conditional "}
 
 
 def facts() -> str:
@@ -33,6 +33,7 @@ def facts() -> str:
 def _row(family: Family) -> tuple[str, ...]:
     blocks = ", then ".join(f"`{name}`" for name in family.blocks)
     guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
+    place = ("first" if family.conditional_first else "last") if family.cfg == "one_batch" else ""
     text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
     return (
         family.models,
@@ -40,7 +41,7 @@ def _row(family: Family) -> tuple[str, ...]:
         f"{family.tap:g} of {blocks}: {family.tap_reason}",
         CLOCKS[family.clock],
         family.layout,
-        f"{guidance}: {GUIDANCE[family.cfg]}",
+        f"{guidance}: {GUIDANCE[family.cfg]}{place}",
         text,
     )
 

@@ -72,9 +72,9 @@ class Meter:
                 stack.enter_context(around_module(module, partial(self._encode_text, name)))
             if hasattr(pipe, "encode_prompt"):
                 stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt))
-            if getattr(pipe, "vae", None) is not None:
-                stack.enter_context(around(pipe.vae, "decode", partial(self._vae, "vae_decodes")))
-                stack.enter_context(around(pipe.vae, "encode", partial(self._vae, "vae_encodes")))
+            for name in ("decode", "encode"):
+                if hasattr(getattr(pipe, "vae", None), name):
+                    stack.enter_context(around(pipe.vae, name, partial(self._vae, f"vae_{name}s")))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if hasattr(self.judge, "score_tokens"):
@@ -99,7 +99,7 @@ class Meter:
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
-        noisy = arguments[noisy_name(arguments)]
+        noisy = arguments[noisy_name(arguments, self.backbone.family)]
         if self._cuda is None and noisy.is_cuda:  # asked of the latents: a pipeline searches all its modules for it
             self._cuda = noisy.device
             torch.cuda.reset_peak_memory_stats(noisy.device)
