@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prism.backbone import FAMILIES, Family
+from prism.backbone import FAMILIES, OPEN_SORA, Family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
@@ -26,7 +26,7 @@ GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch
 def facts() -> str:
     """The table of families."""
     head = ("backbone", "pipelines", "default tap", "noise levels", "latents in the loop", "guidance", "text tokens")
-    rows = [head, ("---",) * len(head)] + [_row(family) for family in FAMILIES]
+    rows = [head, ("---",) * len(head)] + [_row(family) for family in (*FAMILIES, OPEN_SORA)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from tests import tiny
 from tests.zoo import cosmos_and_more, latte_to_qwen, wan_to_kandinsky
 from tests.zoo.bare import bare
+from tests.zoo.opensora import opensora
 
 MEASURED: dict[str, dict[str, Any]] = {}  # by variant, what the matrix found
 Builder = Callable[[], tuple[Any, dict[str, Any]]]
@@ -22,5 +23,5 @@ VARIANTS |= (
     wan_to_kandinsky.BUILDERS
     | latte_to_qwen.BUILDERS
     | cosmos_and_more.BUILDERS
-    | {"bare_module": bare}
+    | {"opensora": opensora, "bare_module": bare}
 )
