@@ -26,7 +26,7 @@ from prism.errors import PrismError
 from prism.judge import Judge
 
 # (check, variant) -> why the variant is let off.
-EXEMPT: dict[tuple[str, str], str] = {}
+EXEMPT: dict[tuple[str, str], str] = {("encodes_once", "bare_module"): "it has no text encoder"}
 
 GIVEN = {"wan22_5b_i2v", "hunyuan_i2v", "kandinsky5_i2v", "ltx_i2v", "sana_video_i2v", "cosmos2"}  # the first frame
 
@@ -328,6 +328,41 @@ def test_matrix_best_of_n(subject: Subject) -> None:
         for name in judge.dimensions:
             assert cut["scores"][name] == pytest.approx(other["scores"][name], rel=1e-3, abs=1e-4)
     note(subject, one_by_one="to the bit", in_a_batch=error)
+
+
+def test_matrix_encodes_once(subject: Subject) -> None:
+    """Every text and every conditioning image is encoded once, for all candidates, their drafts and the winner."""
+    backbone = Backbone(subject.pipe)  # one that has captured nothing yet
+    judge, vae = Judge.untrained(backbone, dim=16), backbone.pipe.vae
+    asked: list[tuple[Any, ...]] = []
+    plain = vae.encode
+
+    def keep(name: str, args: Any, kwargs: Any) -> None:
+        values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        asked.append((name, len(values[0]), *(value.numpy().tobytes() for value in values)))
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        keep("vae", args, kwargs)
+        return plain(*args, **kwargs)
+
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, kwargs, name=name: keep(name, args, kwargs), with_kwargs=True)
+        for name, module in backbone.encoders.items()
+    ]
+    vae.encode = encode
+    try:
+        for strategy in ("early", "draft"):
+            asked.clear()
+            arguments = {"n": 3, "strategy": strategy, "batch_size": 1, **subject.call, "output_type": "latent"}
+            ledger = prism.best_of_n(subject.pipe, judge, subject.prompts(1)[0], **arguments).ledger
+            assert len(asked) == len(set(asked))
+            assert ledger.vae_encodes == sum(rows for name, rows, *_ in asked if name == "vae")
+            assert ledger.text_encodings == sum(rows for name, rows, *_ in asked if name.startswith("text"))
+            assert ledger.text_encodings > 0 or not backbone.family.prompts
+    finally:
+        del vae.encode
+        for handle in handles:
+            handle.remove()
 
 
 def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:

@@ -40,9 +40,11 @@ def test_a_prompt_outside_the_grammar_is_sampled_all_the_same(tmp_path, monkeypa
     monkeypatch.setattr(shapeworld, "pipeline", lambda: pipe)
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     out = tmp_path / "out"
-    command = ["sample", "--prompt", "a cat runs home", "--strategy", "none", "--n", "2", "--out", str(out)]
-    assert cli.main(command) == 0
+    command = ["sample", "--prompt", "a cat runs home", "--strategy", "none", "--n", "3", "--out", str(out)]
+    assert cli.main([*command, "--top-k", "2"]) == 0
     metrics = files.read_json(out / "metrics.json")
+    assert [(pick["seed"], pick["video"]) for pick in metrics["top"]] == [(0, "winner.mp4"), (1, "winner-2.mp4")]
+    assert (out / "winner-2.mp4").is_file()
     assert metrics["referee"] is None
     assert "“a cat runs home” is outside the grammar" in capsys.readouterr().out
     assert "outside the grammar" in (out / "report.html").read_text()

@@ -67,8 +67,8 @@ class Backbone:
         self.denoiser: Any = named[self.reads]
         self.config = config_of(self.denoiser)
         self.t_range = self._t_range(len(named))
-        self.text_encoders: dict[str, nn.Module] = {
-            name: module for name, module in parts.items() if name.startswith("text_encoder")
+        self.encoders: dict[str, nn.Module] = {  # of texts and of conditioning images
+            name: module for name, module in parts.items() if name.startswith(("text_encoder", "image_encoder"))
         }
         for module in parts.values():
             module.requires_grad_(False).eval()

@@ -60,6 +60,9 @@ def sample(
             show_default="all, or 1 above 0.5 billion parameters",
         ),
     ] = None,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="INT", help="How many of the best to finish: winner-2.mp4, ...")
+    ] = 1,
     backbone: options.Backbone = None,
     head: options.Head = None,
     device: options.Device = None,
@@ -100,7 +103,8 @@ def sample(
 ) -> None:
     """Sample one good video: N seeds in, losers dropped early, one decoded.
 
-    Writes winner.mp4, metrics.json, config.json and the report.
+    Writes winner.mp4, metrics.json, config.json and the report. Under torchrun or
+    accelerate launch the processes share the candidates.
     """
     from prism.cli.printing import show
     from prism.experiments import sample as experiment
@@ -124,6 +128,7 @@ def sample(
         select_by=select_by,
         seed=seed,
         batch_size=batch_size,
+        top_k=top_k,
         backbone=backbone,
         head=head,
         call={name: value for name, value in call.items() if value is not None},
@@ -132,6 +137,8 @@ def sample(
         dtype=dtype,
     )
     metrics = experiment.run(config, out, overwrite)
+    if metrics is None:  # another process of this run writes and tells
+        return
     winner = metrics["winner"]
     print(f"Candidate {winner + 1} of {n} wins (seed {metrics['seeds'][winner]}): {out / 'winner.mp4'}")
     if metrics["referee_note"]:

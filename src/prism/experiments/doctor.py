@@ -7,8 +7,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -45,7 +46,7 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
     if config.steps is not None:
         call["num_inference_steps"] = config.steps
     cuts = schedules.parse(config.schedule) if config.schedule else None
-    seconds = memory = None
+    seconds, memory = None, 0
     trouble = "--no-run"
     if config.run:
         try:
@@ -55,7 +56,7 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
     return [
         ("machine", _machine(backbone)),
         ("backbone", _backbone(backbone, name)),
-        ("one step", _step(backbone, seconds, memory, trouble)),
+        ("one step", _step(backbone, seconds, memory, trouble, backbone.guided(call))),
         (f"best of {config.n}", _costs(backbone, call, config.n, cuts, seconds)),
     ]
 
@@ -63,13 +64,11 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
 def _machine(backbone: Any) -> list[Line]:
     found = [("prism", prism.__version__), ("python", platform.python_version())]
     found += [(name, version(name)) for name in PACKAGES]
-    device = backbone.device
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        found.append(("device", f"{torch.cuda.get_device_name(device)}, {_size(free)} of {_size(total)} free"))
-    else:
-        found.append(("device", f"{device.type}, {torch.get_num_threads()} threads, {_size(_free(device))} free"))
-    return found
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
+    found.append(("cpu", f"{torch.get_num_threads()} threads, {_size(_free(torch.device('cpu')))} free"))
+    return [*found, ("runs on", str(backbone.device))]
 
 
 def _backbone(backbone: Any, name: str) -> list[Line]:
@@ -89,13 +88,26 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
             f"{type(backbone.denoiser).__name__}, {backbone.num_parameters:,} weights, {backbone.dtype}{reads}",
         ),
         ("taps", f"1 to {backbone.num_blocks}, {' or '.join(map(str, widths))} wide; default {backbone.default_tap}"),
+        ("a judge by itself", _alone(backbone)),
         ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
         ("guidance", f"{guidance}, where {family.guidance} turns it on"),
     ]
 
 
-def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int | None]:
-    """Seconds of a denoiser row, and the bytes a further row takes (None where they cannot be told)."""
+def _alone(backbone: Any) -> str:
+    """What a judge that stands by itself holds of the denoiser."""
+    later = {
+        id(value)
+        for block in backbone.blocks[backbone.default_tap :]
+        for value in (*block.parameters(), *block.buffers())
+    }
+    sizes = {id(value): value.nbytes for value in (*backbone.denoiser.parameters(), *backbone.denoiser.buffers())}
+    needed = sum(size for key, size in sizes.items() if key not in later)
+    return f"loads {_size(needed)} of the denoiser's {_size(sum(sizes.values()))}, up to the default tap"
+
+
+def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
+    """Seconds of a denoiser row, and the bytes that a further row takes (0 where they cannot be told)."""
     if backbone.takes("image") and "image" not in call:
         size = [call.get(name) or backbone.default(name) or 512 for name in ("width", "height")]
         call["image"] = Image.new("RGB", size, "gray")
@@ -104,33 +116,33 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int | None]:
     latents = torch.zeros((1, *conditioning.shape), dtype=conditioning.dtype, device=backbone.device)
     t = torch.full((1,), sum(backbone.t_range) / 2, device=latents.device)
     _, _, timestep = backbone.family.level(backbone.pipe.scheduler, t)
-    peaks, took = [], 0.0
-    for rows in (1, 1, 2):  # the first one warms up
-        if rows == 2 and backbone.family.alone:
-            continue
+
+    def denoise(rows: int) -> None:
         some = conditioning[[0] * rows]
         arguments = some.call(latents.expand(rows, *latents.shape[1:]), timestep.expand(rows))
-        before = _peak(backbone.device, reset=True)
-        start = time.perf_counter()
         with torch.no_grad():
             backbone.denoiser(**arguments)
-        after = _peak(backbone.device)
-        took = (time.perf_counter() - start) / rows
-        peaks.append(after - before)
-    grown = peaks[-1] - peaks[-2] if backbone.device.type == "cuda" and len(peaks) == 3 else None
-    return took, grown
+
+    most = 1 if backbone.family.alone else 2
+    peaks = [_peak(backbone.device, partial(denoise, rows)) for rows in (1, most)]
+    start = time.perf_counter()
+    denoise(1)
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
+    return time.perf_counter() - start, peaks[0] if most == 1 else peaks[1] - peaks[0]
 
 
-def _step(backbone: Any, seconds: float | None, memory: int | None, trouble: str) -> list[Line]:
+def _step(backbone: Any, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
     if seconds is None:
         return [("measured", f"no: {trouble}")]
     found = [("a denoiser row", f"{_time(seconds)}, of which a judge at the default tap that stands alone needs "
               f"{backbone.default_tap / backbone.num_blocks:.0%}")]  # fmt: skip
-    if memory:
-        fit = max(1, int(0.9 * _free(backbone.device) / memory))
-        found.append(("rows that fit", f"about {fit}, a row takes {_size(memory)}"))
+    if memory > 0:
+        rows = 2 if guided and backbone.family.cfg != "two_calls" else 1
+        fit = max(1, int(0.9 * _free(backbone.device) / memory / rows))
+        found.append(("candidates that fit", f"about {fit} a batch; a row of the denoiser takes {_size(memory)}"))
     else:
-        found.append(("rows that fit", "not measured: memory is told on CUDA alone"))
+        found.append(("candidates that fit", "not measured: this device does not tell its memory"))
     return found
 
 
@@ -156,27 +168,38 @@ def _costs(backbone: Any, call: dict[str, Any], n: int, cuts: Any, seconds: floa
         time_ = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
         found.append((what, f"{count:.0f} denoiser rows, {count / most:.0%} of full{time_}"))
     if schedule[0][0] == 1:
-        found.append(
-            (
-                "to cut",
-                f"little: of {steps} steps the first cut comes at step 1, which sees pure noise. For a distilled model "
-                "take the strategy full, or drafts where they are much shorter",
-            )
+        cost = rows[2][1] / most
+        said = (
+            f"little: of {steps} steps, as a distilled model takes, the first cut comes at step 1, which sees pure "
+            f"noise. Take the strategy full, or drafts at {cost:.0%} of its cost"
         )
+        found.append(("to cut", said))
     else:
         found.append(("to cut", f"yes: {steps - schedule[0][0]} of {steps} steps come after the first cut"))
     return found
 
 
-def _peak(device: torch.device, reset: bool = False) -> int:
-    """Bytes allocated at most since the last reset; 0 where they are not told."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    if reset:
+def _peak(device: torch.device, work: Callable[[], None]) -> int:
+    """Most bytes that `work` holds at once beyond what was held before; 0 where they are not told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    return torch.cuda.max_memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        work()
+        return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr when it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def _free(device: torch.device) -> int:

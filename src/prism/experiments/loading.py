@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def load_backbone(
     for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # of several processes on a machine
+    device = device or (f"cuda{own}" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class SampleConfig:
     select_by: str = "overall"
     seed: int = 0
     batch_size: int | None = None
+    top_k: int = 1
     backbone: str | None = None
     head: str | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -44,42 +46,34 @@ class SampleConfig:
     dtype: str | None = None
 
 
-def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics."""
+def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any] | None:
+    """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics.
+
+    Under `torchrun` or `accelerate launch` the processes share the candidates; the first one writes, the others return
+    None.
+    """
     from prism.sampling import schedule as schedules
+    from prism.sampling.processes import Team
 
     cuts = None if config.schedule is None else schedules.parse(config.schedule)
     weights = parse_weights(config.select_by)
     _check(config)
+    team = Team(together=int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    distribute = None if team.alone else "candidates"
+    if team.rank > 0:
+        _sample(config, cuts, weights, distribute)
+        return None
     with files.new_folder(out, overwrite) as folder:
-        from prism.experiments.loading import describe, load_backbone, load_judge
-        from prism.sampling import best_of_n
+        from prism.experiments.loading import describe
 
-        backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
-        judged = config.strategy not in ("none", "random")
-        judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
-        call = {**call, **config.call}
-        result = best_of_n(
-            backbone.pipe,
-            judge,
-            config.prompt,
-            n=config.n,
-            schedule=cuts,
-            strategy=config.strategy,
-            draft_steps=config.draft_steps,
-            judge_at=config.judge_at,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            select_by=weights,
-            num_draws=config.num_draws,
-            progress=True,
-            **{**call, "output_type": "np"},
-        )
-        video = np.asarray(result.video)
-        media.write_video(folder / "winner.mp4", video, config.fps)
-        scores, sentence = refereed(video, config.prompt) if config.backbone is None else (None, "")
-        resolved = {**vars(config), "call": call}
-        write_config(folder / "config.json", resolved)
+        backbone, name, judge, call, result = _sample(config, cuts, weights, distribute)
+        videos = [np.asarray(pick.video) for pick in result.top]
+        names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
+        for file, video in zip(names, videos):
+            media.write_video(folder / file, video, config.fps)
+        found = [refereed(video, config.prompt) if config.backbone is None else (None, "") for video in videos]
+        scores, sentence = found[0]
+        write_config(folder / "config.json", {**vars(config), "call": call})
         metrics = document(
             "sample",
             describe(backbone, name),
@@ -89,19 +83,61 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             prompt=config.prompt,
             seeds=list(result.seeds),
             winner=result.index,
+            top=[
+                {"candidate": pick.index, "seed": pick.seed, "video": file, "referee": measured}
+                for pick, file, (measured, _) in zip(result.top, names, found)
+            ],
             referee=scores,
             referee_note=sentence,
             cuts=[cut_entry(cut, config.strategy, weights) for cut in result.scores],
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
-        note = f"seed {result.seed}" + (f", referee {scores['overall']:.2f}" if scores else "")
-        strip = FilmStrip(f"“{config.prompt}”", [FilmRow("winner", video, note, picked=True)])
+        rows = [
+            FilmRow(
+                "winner" if pick is result.top[0] else file.removesuffix(".mp4"),
+                video,
+                f"seed {pick.seed}" + (f", referee {measured['overall']:.2f}" if measured else ""),
+                picked=pick is result.top[0],
+            )
+            for pick, file, video, (measured, _) in zip(result.top, names, videos, found)
+        ]
+        strip = FilmStrip(f"“{config.prompt}”", rows)
         title = f"The best of {config.n}: {config.prompt}"
         config_written = files.read_json(folder / "config.json")
-        notes = (*(NOTES if judged else ()), *([sentence] if sentence else []))
+        notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
     return metrics
+
+
+def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
+    """The backbone, its name, the judge (None where none is asked), the pipeline's call and the result."""
+    from prism.experiments.loading import load_backbone, load_judge
+    from prism.sampling import best_of_n
+
+    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
+    judged = config.strategy not in ("none", "random")
+    judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
+    call = {**call, **config.call}
+    result = best_of_n(
+        backbone.pipe,
+        judge,
+        config.prompt,
+        n=config.n,
+        schedule=cuts,
+        strategy=config.strategy,
+        draft_steps=config.draft_steps,
+        judge_at=config.judge_at,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        top_k=config.top_k,
+        select_by=weights,
+        num_draws=config.num_draws,
+        distribute=distribute,
+        progress=True,
+        **{**call, "output_type": "np"},
+    )
+    return backbone, name, judge, call, result
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""Best-of-N: N seeds in, one video out, for little more than the price of one."""
+"""Best-of-N: N seeds in, the best out, for little more than the price of one."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from prism.backbone.interceptor import state_kept
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
 from prism.sampling.ledger import Ledger, Meter, expected_rows
+from prism.sampling.processes import Team, merged
 from prism.sampling.strategies import STRATEGIES, Search
 
 RESERVED = {
@@ -28,35 +29,72 @@ RESERVED = {
 DEFAULT_N = 8
 DEFAULT_JUDGE_AT = 700.0  # where a head reads finished latents best, in the paper's Table 1 and here
 SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
+PER_PROMPT = ("image", "last_image", "negative_prompt")  # arguments of which there may be one a prompt
 
 
 @dataclass
-class BestOfNResult:
-    """The winner of a Best-of-N run and how it was found.
+class Pick:
+    """A candidate that won.
 
-    video: what the stock pipeline gives for the winner, its output's first row, in the `output_type` of the call.
-    latents: the winner's final latents (1, ...), in the layout of the sampling loop.
-    seed, index: the winner's. seeds: all candidates'.
-    scores: one entry a cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept"}; candidates by index.
-    ledger: what the run cost.
-    candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
+    video: what the stock pipeline gives for it, its output's first row, in the `output_type` of the call.
+    latents: its final latents (1, ...), in the layout of the sampling loop. seed, index: its own.
     """
 
     video: Any
     latents: Tensor
     seed: int
     index: int
+
+
+@dataclass
+class BestOfNResult:
+    """The winners of a Best-of-N run and how they were found.
+
+    top: the `top_k` best, best first; `video`, `latents`, `seed` and `index` are the first one's.
+    seeds: all candidates'.
+    scores: one entry a cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept"}; candidates by index.
+    ledger: what the run cost.
+    candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
+    """
+
+    top: tuple[Pick, ...]
     seeds: tuple[int, ...]
     scores: list[dict[str, Any]]
     ledger: Ledger
     candidate_latents: dict[int, Tensor] | None = None
+
+    @property
+    def video(self) -> Any:
+        return self.top[0].video
+
+    @property
+    def latents(self) -> Tensor:
+        return self.top[0].latents
+
+    @property
+    def seed(self) -> int:
+        return self.top[0].seed
+
+    @property
+    def index(self) -> int:
+        return self.top[0].index
+
+
+@overload
+def best_of_n(pipe: Any, judge: Any, prompt: str | None, n: int | None = None, **options: Any) -> BestOfNResult: ...
+
+
+@overload
+def best_of_n(
+    pipe: Any, judge: Any, prompt: list[str] | tuple[str, ...], n: int | None = None, **options: Any
+) -> list[BestOfNResult]: ...
 
 
 @torch.no_grad()
 def best_of_n(
     pipe: Any,
     judge: Any,
-    prompt: str | None,
+    prompt: str | list[str] | tuple[str, ...] | None,
     n: int | None = None,
     schedule: Sequence[Sequence[int]] | str | None = None,
     strategy: str = "early",
@@ -65,13 +103,15 @@ def best_of_n(
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     batch_size: int | None = None,
+    top_k: int = 1,
     select_by: str | Mapping[str, float] = "overall",
     num_draws: int = 2,
     oracle: Callable[[Any, str], float] | None = None,
     keep_latents: bool = False,
+    distribute: Literal["candidates", "prompts"] | None = None,
     progress: bool = False,
     **call: Any,
-) -> BestOfNResult:
+) -> BestOfNResult | list[BestOfNResult]:
     """Sample n candidates of a prompt, keep the best by the judge, and finish that one alone.
 
     `pipe(prompt, generator=torch.Generator("cpu").manual_seed(result.seed), **call)` gives the same video: to the bit
@@ -80,23 +120,29 @@ def best_of_n(
     Args:
         pipe: a diffusers pipeline of a supported family.
         judge: a `Judge` on this pipeline; None will do for the strategies none, random and oracle.
-        prompt: one text; None where the pipeline takes none (Stable Video Diffusion).
+        prompt: one text, or a list of them, one run and one result each; None where the pipeline takes none (Stable
+            Video Diffusion).
         n: number of candidates, 8 unless `seeds` are given. Candidate i has seed `seed + i`, or `seeds[i]`.
         schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.schedule`.
-            None: one is kept after a fifth of the steps.
-        strategy: none (the first seed), random (a seed drawn from `seed` and the prompt), full (all to the end, judged
+            None: `top_k` are kept after a fifth of the steps.
+        strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
         draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
         judge_at: noise level in (0, 1000] at which full and draft re-noise the latents they judge; None: 700.
         batch_size: candidates a denoiser call; None: all of them up to half a billion parameters, else 1. Halved, with
             a warning, where memory runs out.
+        top_k: how many of the best are finished and returned, from 1 to n.
         select_by: the judge's dimension to rank by, or weights over its dimensions.
         num_draws: noise draws that full and draft average over.
         oracle: `oracle(video, prompt) -> float`; video (T, H, W, 3) float32 in [0, 1].
         keep_latents: also return the final latents of every candidate that was sampled to the end.
+        distribute: under `torchrun` or `accelerate launch`, what the processes share out: the candidates of each
+            prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
+            the same results, tensors in host memory. None: each process for itself.
         progress: show a progress bar on a terminal.
-        **call: the pipeline's own arguments, unchanged. `callback_on_step_end` is called for the winner's run.
+        **call: the pipeline's own arguments, unchanged; with several prompts `image`, `last_image` and
+            `negative_prompt` may be lists with one a prompt. `callback_on_step_end` is called for the winners' runs.
 
     Raises:
         PrismError: for a call that cannot be carried out; for NaN in a candidate's latents or scores, naming its seed.
@@ -106,68 +152,113 @@ def best_of_n(
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
     for name in sorted(RESERVED.keys() & call.keys()):
         raise PrismError(f"The argument {name!r} is reserved: {RESERVED[name]}.")
-    backbone.check_call([prompt or ""], call)
+    several = isinstance(prompt, list | tuple)
+    prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts:
+        raise PrismError("prompt is an empty list; give at least one text.")
+    backbone.check_call([text or "" for text in prompts], call)
+    if distribute not in (None, "candidates", "prompts"):
+        raise PrismError(f'distribute shares out "candidates" or "prompts"; found {distribute!r}.')
     num_steps = _positive("num_inference_steps", backbone.num_inference_steps(call))
     candidate_seeds = _seeds(n, seed, seeds)
-    prompt = prompt or ""
-    search = Search(
-        backbone=backbone,
-        judge=judge,
-        prompt=prompt,
-        call=call,
-        seeds=candidate_seeds,
-        seed=seed,
-        batch_size=_batch_size(backbone, batch_size, len(candidate_seeds)),
-        weights=_weights(judge, select_by) if strategy in ("full", "early", "draft") else {},
-        guided=backbone.guided(call),
-        num_draws=_positive("num_draws", num_draws),
-        oracle=oracle,
-    )
+    if _positive("top_k", top_k) > len(candidate_seeds):
+        raise PrismError(f"top_k is {top_k}, and there are {len(candidate_seeds)} candidates.")
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "judge": judge,
+        "seeds": candidate_seeds,
+        "seed": seed,
+        "batch_size": _batch_size(backbone, batch_size, len(candidate_seeds)),
+        "weights": _weights(judge, select_by) if strategy in ("full", "early", "draft") else {},
+        "top_k": top_k,
+        "guided": backbone.guided(call),
+        "num_draws": _positive("num_draws", num_draws),
+        "oracle": oracle,
+    }
     if strategy == "early":
         cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-        search.schedule = schedules.resolve(
-            schedules.default(num_steps) if cuts is None else cuts, len(candidate_seeds), num_steps
+        options["schedule"] = schedules.resolve(
+            schedules.default(num_steps, top_k) if cuts is None else cuts, len(candidate_seeds), num_steps, top_k
         )
     elif schedule is not None:
         raise PrismError(f'A schedule belongs to the strategy "early", and this run\'s is "{strategy}"; leave it out.')
     if strategy == "oracle" and oracle is None:
         raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
     if strategy == "draft":
-        search.draft_steps = _draft_steps(draft_steps, num_steps, call)
+        options["draft_steps"] = _draft_steps(draft_steps, num_steps, call)
     low, high = backbone.t_range
-    search.judge_at = min(max(DEFAULT_JUDGE_AT, low), high) if judge_at is None else float(judge_at)
-    if not 0 < search.judge_at <= 1000:
+    options["judge_at"] = min(max(DEFAULT_JUDGE_AT, low), high) if judge_at is None else float(judge_at)
+    if not 0 < options["judge_at"] <= 1000:
         raise PrismError(f"judge_at is a noise level in (0, 1000]; found {judge_at}.")
     total = expected_rows(
         strategy,
         len(candidate_seeds),
         num_steps,
         backbone.family.cfg,
-        search.guided,
+        options["guided"],
         getattr(judge, "tap", 0) / backbone.num_blocks,
-        search.schedule,
-        search.draft_steps,
+        options.get("schedule"),
+        options.get("draft_steps", 0),
         num_draws,
+        top_k,
     )
-    with tqdm(total=total, disable=None if progress else True, unit="row", desc=prompt[:30], leave=False) as bar:
-        meter = Meter(backbone, judge, bar.update)
-        with state_kept(pipe), meter.open():
-            winner = _within_memory(search, STRATEGIES[strategy])
-            output = search.finish(winner)
+    team = Team(distribute is not None)
+    told = (strategy, prompts, candidate_seeds, *(options.get(name) for name in ("schedule", "draft_steps", "top_k")))
+    team.same("run", told)
+
+    def run(place: int, among: Team) -> BestOfNResult:
+        text = prompts[place] or ""
+        own = _of_prompt(call, place, len(prompts)) if several else call
+        search = Search(prompt=text, call=own, team=among, **options)
+        hidden = None if progress and team.rank == 0 else True
+        with tqdm(total=total / among.size, disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
+            return _run(search, strategy, Meter(backbone, judge, bar.update), keep_latents)
+
+    places = range(len(prompts))
+    if distribute == "prompts":
+        parts = team.agree(lambda: {place: run(place, Team()) for place in places[team.rank :: team.size]})
+        results = list(merged(parts).values())
+    else:
+        results = [run(place, team) for place in places]
+    return results if several else results[0]
+
+
+def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> BestOfNResult:
+    """One prompt's search, and its winners finished."""
+    with state_kept(search.backbone.pipe), meter.open():
+        winners = _within_memory(search, STRATEGIES[strategy])
+        try:
+            finished = search.finish(winners)
+        except torch.OutOfMemoryError:
+            raise PrismError(
+                "Memory ran out while the winner was finished; let the VAE decode in tiles (pipe.vae.enable_tiling()), "
+                "or offload the pipeline's models (enable_model_cpu_offload)."
+            ) from None
+    latents = merged(search.team.agree(lambda: search.latents)) if keep_latents else None
     return BestOfNResult(
-        video=output[0][0],
-        latents=search.latents[winner][None],
-        seed=candidate_seeds[winner],
-        index=winner,
-        seeds=candidate_seeds,
+        top=tuple(Pick(*finished[winner], search.seeds[winner], winner) for winner in winners),
+        seeds=search.seeds,
         scores=search.scores,
-        ledger=meter.ledger,
-        candidate_latents=dict(sorted(search.latents.items())) if keep_latents else None,
+        ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
+        candidate_latents=latents,
     )
 
 
-def _within_memory(search: Search, strategy: Callable[[Search], int]) -> int:
-    """The winner; where memory runs out the search starts anew with half the candidates a batch, which is said."""
+def _of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, Any]:
+    """The call of one of several prompts: its own of what was given as one a prompt."""
+    own = dict(call)
+    for name in PER_PROMPT:
+        if isinstance(call.get(name), list | tuple):
+            if len(call[name]) != prompts:
+                raise PrismError(
+                    f"{name} has {len(call[name])} entries for {prompts} prompts; give one, or one a prompt."
+                )
+            own[name] = call[name][place]
+    return own
+
+
+def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> list[int]:
+    """The winners; where memory runs out the search starts anew with half the candidates a batch, which is said."""
     while True:
         try:
             return strategy(search)
@@ -179,7 +270,7 @@ def _within_memory(search: Search, strategy: Callable[[Search], int]) -> int:
                 ) from None
             smaller = search.batch_size // 2
             warnings.warn(
-                f"Memory ran out with {search.batch_size} candidates a batch; going on with {smaller}.", stacklevel=4
+                f"Memory ran out with {search.batch_size} candidates a batch; going on with {smaller}.", stacklevel=5
             )
             search.start_anew(smaller)
             if torch.cuda.is_available():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -47,16 +48,22 @@ class Ledger:
         """Seconds spent on everything but the denoiser, the head and the VAE."""
         return self.seconds - sum(self.parts[part] for part in ("denoiser", "head", "vae"))
 
+    def with_counts_of(self, others: Iterable[Ledger]) -> Ledger:
+        """What was counted on all processes that shared a run; seconds and memory are this one's own."""
+        counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls")
+        ledgers = list(others)
+        return replace(self, **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in counted})
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 class Meter:
-    """Counts a run into a ledger while it is open, and encodes each text once."""
+    """Counts a run into a ledger while it is open, and encodes each text and each conditioning image once."""
 
     def __init__(self, backbone: Backbone, judge: Any = None, on_rows: Callable[[float], Any] | None = None):
         self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
-        self._texts: dict[Any, Any] = {}
+        self._encoded: dict[Any, Any] = {}
         self._block_rows = 0
         self._cuda: torch.device | None = None
 
@@ -68,13 +75,13 @@ class Meter:
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
-            for name, module in self.backbone.text_encoders.items():
-                stack.enter_context(around_module(module, partial(self._encode_text, name)))
+            for name, module in self.backbone.encoders.items():
+                stack.enter_context(around_module(module, partial(self._encode, name)))
             if hasattr(pipe, "encode_prompt"):
                 stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt))
-            for name in ("decode", "encode"):
+            for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
                 if hasattr(getattr(pipe, "vae", None), name):
-                    stack.enter_context(around(pipe.vae, name, partial(self._vae, f"vae_{name}s")))
+                    stack.enter_context(around(pipe.vae, name, counted))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if hasattr(self.judge, "score_tokens"):
@@ -118,11 +125,16 @@ class Meter:
             if self.on_rows is not None:
                 self.on_rows(self.ledger.denoiser_rows - done)
 
-    def _vae(self, counter: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()))
-        setattr(self.ledger, counter, getattr(self.ledger, counter) + len(first))
+    def _vae_decode(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        self.ledger.vae_decodes += _rows(args, kwargs)
         with self._timed("vae"):
             return inner(*args, **kwargs)
+
+    def _vae_encode(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The posterior of a conditioning image, which every call asks for; what it samples of it is its own."""
+        known, found = self._once("vae", "vae", inner, *args, **kwargs)
+        self.ledger.vae_encodes += 0 if known else _rows(args, kwargs)
+        return found
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._timed("scheduler"):
@@ -145,21 +157,33 @@ class Meter:
         if given.get("batch_size") == rows:
             given["batch_size"] = 1
         key = ("prompt", repr(sorted(given.items())))
-        if key not in self._texts:
-            self._texts[key] = inner(**given)
-        one = self._texts[key]
+        if key not in self._encoded:
+            self._encoded[key] = inner(**given)
+        one = self._encoded[key]
         if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
             return inner(*args, **kwargs)  # not one row a text: leave it to the pipeline
         return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
 
-    def _encode_text(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A text encoder's output; captures and later chunks ask for the same."""
+    def _encode(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A text or image encoder's output; captures and later chunks ask for the same."""
+        known, found = self._once(name, "text", inner, *args, **kwargs)
+        if name.startswith("text") and not known:
+            self.ledger.text_encodings += _rows(args, kwargs)
+        return found
+
+    def _once(self, name: str, part: str, inner: Any, *args: Any, **kwargs: Any) -> tuple[bool, Any]:
+        """Whether the same was asked before, and the answer."""
         key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
-        if key not in self._texts:
-            self.ledger.text_encodings += len(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
-            with self._timed("text"):
-                self._texts[key] = inner(*args, **kwargs)
-        return self._texts[key]
+        known = key in self._encoded
+        if not known:
+            with self._timed(part):
+                self._encoded[key] = inner(*args, **kwargs)
+        return known, self._encoded[key]
+
+
+def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The batch size of a call: that of its first tensor."""
+    return len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
 
 def _same(values: list[Any]) -> bool:
@@ -170,7 +194,8 @@ def _same(values: list[Any]) -> bool:
 def _faithful(value: Any) -> Any:
     """A hashable stand-in that is equal for equal arguments."""
     if isinstance(value, Tensor):
-        return value.dtype, repr(value.tolist())
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return value.dtype, tuple(value.shape), hashlib.sha256(plain.data).digest()
     return repr(value)
 
 
@@ -200,7 +225,7 @@ def cut_rows(alive: int, keep: int, cfg: CFG, guided: bool, tap_share: float) ->
 
 
 def early_rows(n: int, num_steps: int, schedule: Schedule, cfg: CFG, guided: bool, tap_share: float) -> float:
-    """Denoiser rows of an early run with a resolved schedule, the winner finished from its recording."""
+    """Denoiser rows of an early run with a resolved schedule, the winners finished from their recordings."""
     calls = 2 if guided else 1
     rows, alive, done = 0.0, n, 0
     for step, keep in schedule:
@@ -219,15 +244,16 @@ def expected_rows(
     schedule: Schedule | None = None,
     draft_steps: int = 0,
     num_draws: int = 2,
+    top_k: int = 1,
 ) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form."""
+    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest."""
     calls = 2 if guided else 1
     if strategy in ("none", "random"):
-        return float(calls * num_steps)
+        return float(calls * num_steps * top_k)
     if strategy == "oracle":
         return float(calls * n * num_steps)
     if strategy == "full":
         return calls * n * num_steps + n * num_draws * tap_share
     if strategy == "draft":
-        return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps
+        return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps * top_k
     return early_rows(n, num_steps, schedule or (), cfg, guided, tap_share)

@@ -37,16 +37,17 @@ def halving(n: int, first: int, every: int = 1) -> Schedule:
     return tuple(cuts) or keep_one(first)
 
 
-def default(num_steps: int) -> Schedule:
-    """Keep one candidate after a fifth of the steps (step 10 of 50 in the paper's Table 2)."""
-    return keep_one(max(1, round(0.2 * num_steps)))
+def default(num_steps: int, top_k: int = 1) -> Schedule:
+    """Keep `top_k` candidates after a fifth of the steps (step 10 of 50 in the paper's Table 2)."""
+    return ((max(1, round(0.2 * num_steps)), top_k),)
 
 
-def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int) -> Schedule:
-    """The schedule, checked against n candidates and a run of `num_steps`, and brought down to one candidate.
+def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: int = 1) -> Schedule:
+    """The schedule, checked against n candidates and a run of `num_steps`, and brought down to `top_k` candidates.
 
-    A schedule whose last cut keeps several ends with a cut to one at the last step. Raises PrismError for one that is
-    empty or out of order, cuts before the first or after the last step, or keeps none or more than there are.
+    A schedule whose last cut keeps more ends with a cut to `top_k` at the last step. Raises PrismError for one that is
+    empty or out of order, cuts before the first or after the last step, or keeps fewer than `top_k` or more than there
+    are.
     """
     cuts: list[tuple[int, int]] = []
     for cut in schedule:
@@ -65,9 +66,11 @@ def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int) -> Schedu
             raise PrismError(f"The schedule keeps {keep} candidates at step {step}; keep at least 1.")
         if keep > alive:
             raise PrismError(f"The schedule keeps {keep} candidates at step {step}, and only {alive} are left by then.")
+        if keep < top_k:
+            raise PrismError(f"The schedule keeps {keep} candidates at step {step}, and top_k asks for {top_k}.")
         alive, previous = keep, step
-    if alive > 1 and previous == num_steps:
-        cuts[-1] = (num_steps, 1)
-    elif alive > 1:
-        cuts.append((num_steps, 1))
+    if alive > top_k and previous == num_steps:
+        cuts[-1] = (num_steps, top_k)
+    elif alive > top_k:
+        cuts.append((num_steps, top_k))
     return tuple(cuts)

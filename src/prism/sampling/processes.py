@@ -1,0 +1,116 @@
+"""Candidates of one prompt, or prompts, shared out among the processes of a torch.distributed group."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from prism.errors import PrismError
+
+T = TypeVar("T")
+
+
+class Team:
+    """This process and those it shares work with; alone unless `together`.
+
+    A group that does not exist yet is made from what `torchrun` or `accelerate launch` set, by accelerate's
+    PartialState. What processes tell each other is theirs alone: it comes from no file and no other machine's user.
+    """
+
+    def __init__(self, together: bool = False) -> None:
+        self.rank, self.size = 0, 1
+        if together:
+            if not distributed.is_initialized():
+                from accelerate import PartialState
+
+                # The last steps of a large model run on one process while the others wait for its video.
+                PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+            if distributed.is_initialized():
+                self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def agree(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on each process, by rank. Where it fails on one, it fails on all: nobody waits for ever."""
+        if self.alone:
+            return [work()]
+        value, error = None, None
+        try:
+            value = portable(work())
+        except Exception as found:
+            error = found
+        told: list[Any] = [None] * self.size
+        distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
+        if error is not None:
+            raise error
+        for rank, (_, kind, sentence) in enumerate(told):
+            if kind == "OutOfMemoryError":
+                raise torch.OutOfMemoryError(sentence)
+            if kind is not None:
+                raise PrismError(f"Process {rank} failed: {sentence}")
+        return [value for value, _, _ in told]
+
+    def same(self, what: str, value: Any) -> None:
+        """Raise PrismError unless `value` is the same on all processes."""
+        texts = self.agree(lambda: repr(value))
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise PrismError(
+                    f"Processes that share candidates must be given one call; process 0 has the {what} {texts[0]} and "
+                    f"process {rank} {text}."
+                )
+
+    def owners(self, candidates: Sequence[int], before: Mapping[int, int]) -> dict[int, int]:
+        """The process of each candidate: its own one as far as that leaves all with about as many."""
+        most, found, spare = -(-len(candidates) // self.size), {}, []
+        load: Counter[int] = Counter()
+        for candidate in candidates:
+            rank = before.get(candidate)
+            if rank is None or load[rank] >= most:
+                spare.append(candidate)
+                continue
+            found[candidate] = rank
+            load[rank] += 1
+        for candidate in spare:
+            found[candidate] = min(range(self.size), key=lambda rank: (load[rank], rank))
+            load[found[candidate]] += 1
+        return found
+
+    def move(self, belongings: dict[int, Any], before: Mapping[int, int], after: Mapping[int, int]) -> None:
+        """Hand over what belongs to candidates whose process changed."""
+        for candidate, rank in sorted(after.items()):
+            giver = before.get(candidate, rank)
+            if giver == rank:
+                continue
+            if self.rank == giver:
+                distributed.send_object_list([belongings.pop(candidate)], rank)
+            elif self.rank == rank:
+                box: list[Any] = [None]
+                distributed.recv_object_list(box, giver)
+                belongings[candidate] = box[0]
+
+
+def merged(parts: Iterable[Mapping[int, T]]) -> dict[int, T]:
+    """The parts of several processes as one mapping, by candidate."""
+    return dict(sorted(entry for part in parts for entry in part.items()))
+
+
+def portable(value: Any) -> Any:
+    """The same with its tensors in host memory: another process has other devices."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {name: portable(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(portable(inner) for inner in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: portable(getattr(value, each.name)) for each in fields(value)})
+    return value

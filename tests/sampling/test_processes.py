@@ -1,0 +1,138 @@
+"""Two processes share the candidates of a prompt, or prompts, and find what one finds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests import tiny
+
+import prism
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.sampling.processes import Team
+
+PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, "a cat runs"]
+SHARED: dict[str, Any] = {"n": 5, "seed": 3, "batch_size": 1}
+RUNS: dict[str, dict[str, Any]] = {
+    "one cut": {"schedule": [(3, 1)]},
+    "cuts that leave candidates on one process": {"schedule": [(2, 3), (4, 2)]},
+    "the best two": {"schedule": [(2, 4), (3, 2)], "top_k": 2},
+    "full": {"strategy": "full", "keep_latents": True},
+    "draft": {"strategy": "draft", "draft_steps": 2, "top_k": 2},
+    "random": {"strategy": "random"},
+    "more processes than candidates": {"schedule": [(3, 1)], "n": 1},
+}
+
+
+def subject() -> tuple[Any, Judge, dict[str, Any]]:
+    pipe = tiny.wan("unipc")
+    return pipe, Judge.untrained(pipe, tap=2, dim=16), {**tiny.CALL_WAN, "output_type": "latent"}
+
+
+def told(result: Any) -> dict[str, Any]:
+    """What must be the same on one process and on two."""
+    names = ("denoiser_rows", "head_calls", "vae_decodes")
+    return {
+        "winners": [pick.seed for pick in result.top],
+        "scores": result.scores,
+        "ledger": {name: round(getattr(result.ledger, name), 6) for name in names},
+        "kept": sorted(result.candidate_latents or {}),
+    }
+
+
+def fail(error: Exception, *_: Any) -> None:
+    raise error
+
+
+def work(out: Path) -> None:
+    """What each of the two processes does."""
+    torch.set_num_threads(1)
+    pipe, judge, call = subject()
+    shared: dict[str, Any] = {**SHARED, "distribute": "candidates"}
+    found, latents, errors = {}, {}, {}
+    for name, arguments in RUNS.items():
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**shared, **arguments}, **call)
+        found[name], latents[name] = told(result), torch.cat([pick.latents for pick in result.top])
+    results = prism.best_of_n(pipe, judge, PROMPTS, **{**shared, "distribute": "prompts"}, **call)
+    for prompt, result in zip(PROMPTS, results):
+        found[prompt], latents[prompt] = told(result), result.latents
+    rank = Team(together=True).rank
+
+    for name, failure in {"error": PrismError("The latents hold NaN."), "memory": torch.OutOfMemoryError()}.items():
+        handle = pipe.transformer.register_forward_pre_hook(partial(fail, failure)) if rank == 1 else None
+        try:
+            prism.best_of_n(pipe, judge, tiny.PROMPT, **shared, **call)
+        except PrismError as error:
+            errors[name] = str(error)
+        if handle is not None:
+            handle.remove()
+    try:
+        prism.best_of_n(pipe, judge, PROMPTS[rank], **shared, **call)
+    except PrismError as error:
+        errors["other prompts"] = str(error)
+    save_file(latents, out / f"{rank}.safetensors")
+    (out / f"{rank}.json").write_text(json.dumps({"found": found, "errors": errors}))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("two")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["tests.sampling.test_processes", str(out)]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [
+        {**json.loads((out / f"{rank}.json").read_text()), "latents": load_file(out / f"{rank}.safetensors")}
+        for rank in (0, 1)
+    ]
+
+
+def test_both_find_what_one_finds(two: list[dict[str, Any]]) -> None:
+    pipe, judge, call = subject()
+    for name, arguments in RUNS.items():
+        alone = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**SHARED, **arguments}, **call)
+        for each in two:
+            assert each["found"][name] == json.loads(json.dumps(told(alone))), name
+            assert torch.equal(each["latents"][name], torch.cat([pick.latents for pick in alone.top])), name
+    for prompt in PROMPTS:
+        alone = prism.best_of_n(pipe, judge, prompt, **SHARED, **call)
+        for each in two:
+            assert each["found"][prompt] == json.loads(json.dumps(told(alone)))
+            assert torch.equal(each["latents"][prompt], alone.latents)
+
+
+def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:
+    assert "Process 1 failed: The latents hold NaN." in two[0]["errors"]["error"]
+    assert two[1]["errors"]["error"] == "The latents hold NaN."
+    for each in two:
+        assert "ran out with a single candidate" in each["errors"]["memory"]
+        assert "must be given one call; process 0 has the run" in each["errors"]["other prompts"]
+
+
+def test_candidates_stay_where_they_are_as_far_as_that_is_fair() -> None:
+    team = Team()
+    team.size = 3
+    before = team.owners(range(7), {})
+    assert before == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0}
+    assert team.owners([0, 3, 6], before) == {0: 0, 3: 1, 6: 2}
+    assert team.owners([1, 2, 5], before) == {1: 1, 2: 2, 5: 0}
+
+
+def test_alone_nothing_is_shared() -> None:
+    pipe, judge, call = subject()
+    shared = prism.best_of_n(pipe, judge, tiny.PROMPT, distribute="candidates", **SHARED, **call)
+    alone = prism.best_of_n(pipe, judge, tiny.PROMPT, **SHARED, **call)
+    assert torch.equal(shared.latents, alone.latents)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
