@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prism.backbone import FAMILIES, Family
+from prism.backbone import FAMILIES, OPEN_SORA, Family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
@@ -20,19 +20,20 @@ CLOCKS = {
     "euler": "DDPM, between indices",
     "edm": "EDM, ln sigma even",
 }
-GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch, conditional last"}
+GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch, conditional "}
 
 
 def facts() -> str:
     """The table of families."""
     head = ("backbone", "pipelines", "default tap", "noise levels", "latents in the loop", "guidance", "text tokens")
-    rows = [head, ("---",) * len(head)] + [_row(family) for family in FAMILIES]
+    rows = [head, ("---",) * len(head)] + [_row(family) for family in (*FAMILIES, OPEN_SORA)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(family: Family) -> tuple[str, ...]:
     blocks = ", then ".join(f"`{name}`" for name in family.blocks)
     guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
+    place = ("first" if family.conditional_first else "last") if family.cfg == "one_batch" else ""
     text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
     return (
         family.models,
@@ -40,7 +41,7 @@ def _row(family: Family) -> tuple[str, ...]:
         f"{family.tap:g} of {blocks}: {family.tap_reason}",
         CLOCKS[family.clock],
         family.layout,
-        f"{guidance}: {GUIDANCE[family.cfg]}",
+        f"{guidance}: {GUIDANCE[family.cfg]}{place}",
         text,
     )
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from tests import tiny
 from tests.zoo import cosmos_and_more, latte_to_qwen, wan_to_kandinsky
+from tests.zoo.bare import bare
+from tests.zoo.opensora import opensora
 
 MEASURED: dict[str, dict[str, Any]] = {}  # by variant, what the matrix found
 Builder = Callable[[], tuple[Any, dict[str, Any]]]
@@ -17,4 +19,9 @@ VARIANTS: dict[str, Builder] = {
     "cogvideox_ddim": lambda: (tiny.cogvideox("ddim"), {**tiny.CALL_COGVIDEOX, "width": 48}),
     "cogvideox_dpm": lambda: (tiny.cogvideox("dpm"), {**tiny.CALL_COGVIDEOX, "width": 48}),
 }
-VARIANTS |= wan_to_kandinsky.BUILDERS | latte_to_qwen.BUILDERS | cosmos_and_more.BUILDERS
+VARIANTS |= (
+    wan_to_kandinsky.BUILDERS
+    | latte_to_qwen.BUILDERS
+    | cosmos_and_more.BUILDERS
+    | {"opensora": opensora, "bare_module": bare}
+)

@@ -5,5 +5,8 @@ from prism.backbone.conditioning import Conditioning, Ragged, Tokens
 from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
 from prism.backbone.interceptor import Interceptor, Recording
+from prism.backbone.opensora import OPEN_SORA, OpenSoraPipeline
+from prism.backbone.protocol import Pipeline
 
-__all__ = ["FAMILIES", "Backbone", "Conditioning", "Family", "Interceptor", "Ragged", "Recording", "Tokens"]
+__all__ = ["FAMILIES", "OPEN_SORA", "Backbone", "Conditioning", "Family", "Interceptor"]
+__all__ += ["OpenSoraPipeline", "Pipeline", "Ragged", "Recording", "Tokens"]

@@ -22,6 +22,7 @@ from prism.backbone.families import family_named, family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint
 from prism.backbone.interceptor import StopForward, capture
 from prism.backbone.partial import load_denoiser
+from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.errors import PrismError
 from prism.files import read_json
 
@@ -41,14 +42,14 @@ _IRRELEVANT |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "g
 
 
 class Backbone:
-    """A supported diffusers pipeline, frozen, as a judge and a sampler read it (DESIGN: backbone).
+    """A pipeline, frozen, as a judge and a sampler read it (DESIGN: backbone).
 
-    Attributes: `pipe`; `family`, its row of facts; `denoiser` and its `blocks`; `num_blocks`; `widths`, D_vis
-    after each block; `default_tap`, the number of blocks a head reads after when nothing else is said (paper, section
-    3.2: 12 of 30); `t_range`, the noise levels at which the pipeline uses this denoiser.
+    Attributes: `pipe`; `family`, its row of facts; `denoiser`, its `config` and its `blocks`; `num_blocks`; `widths`,
+    D_vis after each block; `default_tap`, the number of blocks a head reads after when nothing else is said (paper,
+    section 3.2: 12 of 30); `t_range`, the noise levels at which the pipeline uses this denoiser.
 
     Args:
-        pipe: a pipeline of a supported family.
+        pipe: a diffusers pipeline of a supported family, or an object as `prism.backbone.Pipeline` describes it.
         reads: the denoiser to read where the pipeline has two (Wan 2.2 A14B): "transformer", which it uses for the
             noisier levels, or "transformer_2".
     """
@@ -56,6 +57,7 @@ class Backbone:
     def __init__(self, pipe: Any, reads: str | None = None):
         self.pipe = pipe
         self.family = family_of(pipe)
+        check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         named = {name: part for name, part in parts.items() if is_denoiser(name)}
         self.denoisers = tuple(named.values())
@@ -63,6 +65,7 @@ class Backbone:
         if self.reads not in named:
             raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(named) or 'none'}.")
         self.denoiser: Any = named[self.reads]
+        self.config = config_of(self.denoiser)
         self.t_range = self._t_range(len(named))
         self.encoders: dict[str, nn.Module] = {  # of texts and of conditioning images
             name: module for name, module in parts.items() if name.startswith(("text_encoder", "image_encoder"))
@@ -81,7 +84,7 @@ class Backbone:
 
     def _t_range(self, denoisers: int) -> tuple[float, float]:
         """The noise levels of the denoiser that is read: all, or those on its side of `boundary_ratio`."""
-        ratio = self.pipe.config.get("boundary_ratio")
+        ratio = config_of(self.pipe).get("boundary_ratio")
         if ratio is None or denoisers == 1:
             return 0.0, 1000.0
         return (0.0, 1000.0 * ratio) if self.reads.endswith("_2") else (1000.0 * ratio, 1000.0)
@@ -125,11 +128,11 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.pipe._execution_device
+        return device_of(self.pipe, self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.denoiser.dtype
+        return dtype_of(self.denoiser)
 
     # -- reading
 
@@ -178,13 +181,13 @@ class Backbone:
         call = {**call, **spared, "num_inference_steps": 2, "output_type": "latent"}  # one is too few for Mochi
         call |= self.batch(prompts, [0] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
-        batch = len(arguments[noisy_name(arguments)])
+        batch = len(arguments[noisy_name(arguments, self.family)])
         if batch not in (len(prompts), 2 * len(prompts)):
             raise PrismError(
                 f"The pipeline made {batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
-        rows = slice(batch - len(prompts), batch)
-        return Conditioning.of(arguments, rows, self.family, self.denoiser.config, type(self.pipe).__name__)
+        rows = self.family.conditional(batch, len(prompts))
+        return Conditioning.of(arguments, rows, self.family, self.config, type(self.pipe).__name__)
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that make one stock call of several rows: prompts, CPU generators, and the image as often."""
@@ -274,12 +277,12 @@ class Backbone:
             raise PrismError("The denoiser's cache skips blocks that the head reads; call disable_cache() on it first.")
         visual: dict[int, Tensor] = {}
         grids: dict[int, Any] = {}
-        noisy = arguments[noisy_name(arguments)]
+        noisy = arguments[noisy_name(arguments, self.family)]
         text: list[Tensor] = []
 
         def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
             visual[number] = self.family.states(output, len(noisy))
-            grids[number] = self.family.grid(self.denoiser.config, arguments, noisy, self.family.video(output))
+            grids[number] = self.family.grid(self.config, arguments, noisy, self.family.video(output))
             if stop and number == last:
                 raise StopForward(last)
 
@@ -310,7 +313,7 @@ class Backbone:
 
         Where tokens span several latent frames (CogVideoX 1.5) the first one is repeated in front to fill them.
         """
-        return videos.encode(self.pipe, self.family, self.denoiser.config, torch.as_tensor(video).to(self.device))
+        return videos.encode(self.pipe, self.family, self.config, torch.as_tensor(video).to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
         """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
@@ -356,8 +359,9 @@ class Backbone:
         return call.get("num_inference_steps", self.default("num_inference_steps"))
 
     def default(self, name: str) -> Any:
-        """What the pipeline's call takes for an argument that is not given."""
-        return self._call[name].default if name in self._call else None
+        """What the pipeline's call takes for an argument that is not given, or None where it must be given."""
+        found = self._call[name].default if name in self._call else None
+        return None if found is inspect.Parameter.empty else found
 
     def takes(self, name: str) -> bool:
         """Whether the pipeline's call has this argument."""
@@ -366,7 +370,7 @@ class Backbone:
     def main(self, latents: Tensor) -> Tensor:
         """What a pipeline carries through its loop, without the condition that some append to its channels."""
         axis = layout.channel_axis(self.family.layout)
-        return latents.narrow(axis, 0, self.family.channels(self.denoiser.config, latents))
+        return latents.narrow(axis, 0, self.family.channels(self.config, latents))
 
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
@@ -377,7 +381,7 @@ class Backbone:
         if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
             given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
             return scale > 1.0 and any(given)
-        return scale > 1.0
+        return scale is not None and scale > 1.0
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""

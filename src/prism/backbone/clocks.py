@@ -60,7 +60,7 @@ def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tens
 def t_of(clock: Clock, scheduler: Any, timestep: float) -> float:
     """The noise level in [0, 1000] at which the model was called with `timestep`: the inverse of `level`."""
     if clock == "flow":
-        return timestep
+        return min(1000.0, timestep)  # rounding may give a little more
     if clock == "rising_flow":
         return 1000.0 - timestep
     if clock == "edm":

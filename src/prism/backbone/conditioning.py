@@ -16,17 +16,6 @@ from prism.backbone import layout
 from prism.backbone.family import Family
 from prism.errors import PrismError
 
-# Arguments of a denoiser call that carry one row per sample. Rows are taken by name and never by shape alone: a list
-# of rotary positions may happen to be as long as the batch.
-BATCHED = frozenset(
-    [
-        *("hidden_states", "sample", "timestep", "guidance", "pooled_projections", "image_embeds", "added_time_ids"),
-        *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image", "condition_mask"),
-        *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"),
-        *("img_shapes", "txt_seq_lens", "fps"),  # lists
-    ]
-)
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -84,16 +73,17 @@ class Tokens:
 class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
-    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes. `noisy`, `axis`
-    and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser takes, `shape` is that
-    of one row of them. `appended` follows them on that axis (an image's latents, a mask), or is None. Where `given`
-    (bool, beside the latents) or `given_times` (bool, beside the timestep) is True the pipeline shows the denoiser a
-    condition in place of noise: `kept` there, and the template's timestep.
+    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes; `timed` is its
+    name. `noisy`, `axis` and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser
+    takes, `shape` is that of one row of them. `appended` follows them on that axis (an image's latents, a mask), or is
+    None. Where `given` (bool, beside the latents) or `given_times` (bool, beside the timestep) is True the pipeline
+    shows the denoiser a condition in place of noise: `kept` there, and the template's timestep.
     """
 
     arguments: dict[str, Any]
     batched: frozenset[str]
     timestep: Tensor
+    timed: str
     noisy: str
     axis: int
     dtype: torch.dtype
@@ -106,22 +96,21 @@ class Conditioning:
     @classmethod
     def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, config: Any, pipeline: str) -> Conditioning:
         """Keep `rows` of a call's arguments; `config` is the denoiser's, `pipeline` the class of what called it."""
-        taken = take_rows(arguments, rows)
-        name = noisy_name(taken)
+        taken = take_rows(arguments, rows, family)
+        name, timed = noisy_name(taken, family), family.timestep_argument
         batch = len(arguments[name])
-        timestep, latents = taken.pop("timestep"), taken.pop(name)
+        timestep, latents = taken.pop(timed), taken.pop(name)
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
-        batched = frozenset(other for other in taken if has_rows(other, arguments[other], batch))
+        batched = frozenset(other for other in taken if has_rows(other, arguments[other], batch, family))
         axis = layout.channel_axis(family.layout)
         count = family.channels(config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
         latents = latents.narrow(axis, 0, count)
         given, times = _given(taken, timestep, latents, family, config, pipeline)
         kept = None if given is None else latents
-        return cls(
-            taken, batched, timestep, name, axis, latents.dtype, tuple(latents.shape[1:]), appended, kept, given, times
-        )
+        told = (taken, batched, timestep, timed, name, axis, latents.dtype, tuple(latents.shape[1:]))
+        return cls(*told, appended, kept, given, times)
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -183,7 +172,7 @@ class Conditioning:
         timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(latents), *template.shape[1:])
         if self.given_times is not None:
             timestep = torch.where(self.given_times, template, timestep)
-        return {self.noisy: latents, "timestep": timestep, **self.arguments}
+        return {self.noisy: latents, self.timed: timestep, **self.arguments}
 
 
 @dataclass(frozen=True)
@@ -236,22 +225,30 @@ def _given(
     return cells, times
 
 
-def noisy_name(arguments: Mapping[str, Any]) -> str:
+def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
     """The name under which the denoiser takes its latents."""
-    return "hidden_states" if "hidden_states" in arguments else "sample"
+    for name in family.latents_argument:
+        if name in arguments:
+            return name
+    raise PrismError(
+        f"The denoiser was called with {', '.join(arguments)}, none of which is the family's latents_argument, "
+        f"{' or '.join(family.latents_argument)}."
+    )
 
 
-def has_rows(name: str, value: Any, batch: int) -> bool:
+def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
     """Whether an argument of a denoiser call carries one row per sample of the batch."""
-    if name not in BATCHED or not isinstance(value, Tensor | list):
+    if name not in family.batched or not isinstance(value, Tensor | list):
         return False
     return len(value) == batch if isinstance(value, list) or value.ndim > 0 else False
 
 
-def take_rows(arguments: Mapping[str, Any], rows: Any) -> dict[str, Any]:
+def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[str, Any]:
     """The same denoiser call for some rows of its batch (a slice or a list of indices)."""
-    batch = len(arguments[noisy_name(arguments)])
-    return {name: _take(value, rows) if has_rows(name, value, batch) else value for name, value in arguments.items()}
+    batch = len(arguments[noisy_name(arguments, family)])
+    return {
+        name: _take(value, rows) if has_rows(name, value, batch, family) else value for name, value in arguments.items()
+    }
 
 
 def _take(value: Any, rows: Any) -> Any:
@@ -269,8 +266,12 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     if not args:
         return kwargs
     plain = getattr(denoiser, "_orig_mod", denoiser)
-    bound = inspect.signature(type(plain).forward).bind(plain, *args, **kwargs).arguments
-    return {**{name: value for name, value in list(bound.items())[1:] if name != "kwargs"}, **bound.get("kwargs", {})}
+    signature = inspect.signature(type(plain).forward)
+    bound = signature.bind(plain, *args, **kwargs).arguments
+    others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+    found = dict(list(bound.items())[1:])
+    rest = found.pop(others[0], {}) if others else {}
+    return {**found, **rest}
 
 
 def cache_key(call: dict[str, Any]) -> str | None:

@@ -262,8 +262,9 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(pipe: Any) -> Family:
-    """The row of a pipeline."""
-    return family_named(type(pipe).__name__)
+    """The row of a pipeline: the one it carries, or that of its class."""
+    own = getattr(pipe, "family", None)
+    return own if isinstance(own, Family) else family_named(type(pipe).__name__)
 
 
 def family_named(name: str) -> Family:
@@ -272,7 +273,10 @@ def family_named(name: str) -> Family:
         if name in family.pipelines:
             return family
     known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
-    raise PrismError(f"The pipeline {name} is not supported yet; use one of {known}.")
+    raise PrismError(
+        f"The pipeline {name} is not supported yet; use one of {known}, or give it a `family` of facts "
+        "(see prism.backbone.Pipeline)."
+    )
 
 
 def is_denoiser(name: str) -> bool:

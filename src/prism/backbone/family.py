@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone import clocks, layout
-from prism.backbone.layout import Layout, TokenForm
+from prism.backbone.layout import Grid, Layout, TokenForm
+from prism.backbone.protocol import config_of
+from prism.errors import PrismError
+
+# Arguments of a denoiser call in diffusers that carry one row per sample.
+BATCHED = frozenset(
+    [
+        *("hidden_states", "sample", "timestep", "guidance", "pooled_projections", "image_embeds", "added_time_ids"),
+        *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image", "condition_mask"),
+        *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"),
+        *("img_shapes", "txt_seq_lens", "fps"),  # lists
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -21,19 +34,30 @@ class Family:
     models: str  # what people call them
     pipelines: tuple[str, ...]
     blocks: tuple[str, ...]  # the denoiser's lists of blocks, in the order in which they run
-    cfg: Literal["two_calls", "one_batch"]  # conditional call first | one batch [unconditional, conditional]
+    cfg: Literal["two_calls", "one_batch"]  # conditional call first | both groups of rows in one batch
+    conditional_first: bool = False  # in one batch: [conditional, unconditional], not [unconditional, conditional]
     guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
     clock: clocks.Clock = "flow"
     timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
     layout: Layout = "BCTHW"  # of the latents inside the sampling loop
+    # How the denoiser is called: the names of its arguments, and which of them carry one row per sample. Rows are taken
+    # by name and never by shape alone: a list of rotary positions may happen to be as long as the batch.
+    latents_argument: tuple[str, ...] = ("hidden_states", "sample")  # the first of these that is there
+    timestep_argument: str = "timestep"
+    text_argument: str = "encoder_hidden_states"
+    text_mask_argument: str = "encoder_attention_mask"
+    batched: frozenset[str] = BATCHED
+    gives_tensor: bool = False  # the denoiser gives a plain tensor, as those outside diffusers may
+    patch: Grid | None = None  # latent cells (T, H, W) in a token; None: its configuration says
+    pads: bool = False  # latents that no whole number of tokens covers are padded by the denoiser
     token_form: TokenForm = "BLD"
     video_output: int = 0  # which output of a block that gives several is the video's
-    widths: str = ""  # the field of the denoiser's configuration that holds D_vis; "": heads times their width
+    # D_vis, or the field of the denoiser's configuration that holds it; "": heads times their width.
+    widths: str | int = ""
     without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
     # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
     text_embedder: str | None = None
     text_padding: Literal["zeros", "mask", "unknown"] = "unknown"  # how text rows behind the prompt are known
-    text_mask_argument: str = "encoder_attention_mask"
     prompts: bool = True  # whether the pipelines take a prompt
     images: Literal["single", "list"] = "list"  # how one conditioning image is given to a batch, where it is taken
     negatives: Literal["single", "list"] = "single"  # how a negative prompt is given to a batch
@@ -42,6 +66,7 @@ class Family:
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
     vae_frames: bool = False  # the VAE takes frames one by one
     vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
+    vae_told: Callable[[int], int] | None = None  # latent frames -> frames, of a VAE whose decode is given num_frames
     alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
     texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
     counts_calls: bool = False  # steps are told by denoiser calls: the scheduler is copied, or steps twice
@@ -54,17 +79,23 @@ class Family:
         """The blocks that carry video tokens, in the order in which they run."""
         found: list[nn.Module] = []
         for name in self.blocks:
-            part = denoiser.get_submodule(name)
+            try:
+                part = denoiser.get_submodule(name)
+            except AttributeError as error:
+                raise PrismError(f"The denoiser {type(denoiser).__name__} has no blocks {name!r}: {error}.") from error
             found += list(part) if isinstance(part, nn.ModuleList) else [part]
-        return found[: len(found) - int(denoiser.config[self.without_last] if self.without_last else 0)]
+        return found[: len(found) - int(config_of(denoiser)[self.without_last] if self.without_last else 0)]
 
     def block_widths(self, denoiser: Any) -> list[int]:
         """D_vis after each block."""
-        config = denoiser.config
+        config = config_of(denoiser)
         if self.token_form == "frames":
-            down = list(config.block_out_channels)
+            down = list(config["block_out_channels"])
             return [*down, down[-1], *reversed(down)]
-        width = config[self.widths] if self.widths else config.num_attention_heads * config.attention_head_dim
+        width = self.widths
+        if not isinstance(width, int):
+            names = (width,) if width else ("num_attention_heads", "attention_head_dim")
+            width = math.prod(_said(config, name, "widths") for name in names)
         return [width] * len(self.block_list(denoiser))
 
     def states(self, output: Any, batch: int) -> Tensor:
@@ -75,7 +106,18 @@ class Family:
         """A block's output for the video."""
         return output[self.video_output] if isinstance(output, tuple) else output
 
-    def channels(self, config: Any, noisy: Tensor) -> int:
+    def conditional(self, rows: int, samples: int) -> slice:
+        """Where the conditional rows of `samples` lie in a denoiser call of `rows`, a whole number of groups."""
+        return slice(0, samples) if self.conditional_first else slice(rows - samples, rows)
+
+    def patches(self, config: Mapping[str, Any]) -> Grid:
+        """Latent cells (T, H, W) in a token."""
+        if self.patch is not None:
+            return self.patch
+        size = _said(config, "patch_size", "patch")
+        return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
+
+    def channels(self, config: Mapping[str, Any], noisy: Tensor) -> int:
         """How many channels of the denoiser's input are latents; conditions follow them."""
         size = noisy.shape[layout.channel_axis(self.layout)]
         if layout.is_packed(self.layout):
@@ -83,7 +125,9 @@ class Family:
         found = config.get("out_channels") or config.get("out_visual_dim") or size
         return min(size, found)
 
-    def grid(self, config: Any, arguments: Mapping[str, Any], noisy: Tensor, output: Tensor | None = None) -> Any:
+    def grid(
+        self, config: Mapping[str, Any], arguments: Mapping[str, Any], noisy: Tensor, output: Tensor | None = None
+    ) -> Any:
         """Token grid (T, H, W) of a denoiser call; a U-Net's is that of a block's output."""
         if self.token_form == "frames":
             assert output is not None
@@ -95,14 +139,21 @@ class Family:
         if layout.is_packed(self.layout):
             return tuple(arguments[name] for name in ("num_frames", "height", "width"))
         size = dict(zip(self.layout, noisy.shape))
-        return tuple(size.get(axis, 1) // patch for axis, patch in zip("THW", layout.patches(config)))
+        more = [patch - 1 if self.pads else 0 for patch in self.patches(config)]
+        return tuple(
+            (size.get(axis, 1) + extra) // patch for axis, patch, extra in zip("THW", self.patches(config), more)
+        )
+
+    def text(self, arguments: Mapping[str, Any]) -> Tensor:
+        """The text of a denoiser call, before its embedder: (B, Lt, width)."""
+        return arguments[self.text_argument].flatten(1, -2)
 
     def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
         if self.text_padding == "unknown":
             return None
         if self.text_padding == "zeros":
-            return arguments["encoder_hidden_states"].ne(0).any(-1)
+            return self.text(arguments).ne(0).any(-1)
         mask = arguments.get(self.text_mask_argument)
         return None if mask is None else mask.flatten(1) > 0
 
@@ -138,15 +189,15 @@ class Family:
     def _factor(self, pipe: Any) -> float:
         if not self.vae_factor:
             return 1.0
-        return float((pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae).config[self.vae_factor])
+        return float(config_of(pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae)[self.vae_factor])
 
     def _shift(self, pipe: Any) -> float:
-        return float(pipe.vae.config.get("shift_factor") or 0.0)
+        return float(config_of(pipe.vae).get("shift_factor") or 0.0)
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
-    config = vae.config
+    config = config_of(vae)
     names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
     mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
     if mean is None or std is None:
@@ -154,3 +205,10 @@ def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     frames = like.shape[2]
     mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
     return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
+
+
+def _said(config: Mapping[str, Any], name: str, fact: str) -> Any:
+    """A field of the denoiser's configuration, which the fact of a family may say in its place."""
+    if name not in config:
+        raise PrismError(f"The denoiser's configuration has no {name!r}; say it as {fact!r} in the pipeline's family.")
+    return config[name]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 
 def fingerprint(pipe: Any, denoiser: Any, whole: bool) -> dict[str, Any]:
@@ -16,13 +19,22 @@ def fingerprint(pipe: Any, denoiser: Any, whole: bool) -> dict[str, Any]:
     return {
         "pipeline": type(pipe).__name__,
         "denoiser": type(denoiser).__name__,
-        "denoiser_config": _config_hash(denoiser),
+        "denoiser_config": hashlib.sha256(config_text(denoiser)).hexdigest(),
         "vae": type(pipe.vae).__name__,
-        "vae_config": _config_hash(pipe.vae),
+        "vae_config": hashlib.sha256(config_text(pipe.vae)).hexdigest(),
         "weights": sample.hexdigest() if whole else None,
     }
 
 
-def _config_hash(module: Any) -> str:
-    public = {name: value for name, value in dict(module.config).items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode()).hexdigest()
+def config_text(part: Any) -> bytes:
+    """A configuration as diffusers keeps it; of parts without one, of the names and shapes of their parameters.
+
+    Configurations of another kind hold what does not matter, such as the version they were written with.
+    """
+    config = getattr(part, "config", None)
+    if isinstance(config, Mapping):
+        public: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith("_")}
+    else:
+        named = part.named_parameters() if isinstance(part, nn.Module) else ()
+        public = {name: list(value.shape) for name, value in named}
+    return json.dumps(public, sort_keys=True, default=str).encode()

@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
+from prism.backbone.protocol import tensor_of
 from prism.errors import PrismError
 
 if TYPE_CHECKING:
@@ -100,14 +101,19 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], 
     try:
         return pipe(**call)
     except StopCall:
-        pipe.maybe_free_model_hooks()  # the stopped call did not come to its own
+        _free_hooks(pipe)  # the stopped call did not come to its own
         return None
     except BaseException as error:
-        pipe.maybe_free_model_hooks()
+        _free_hooks(pipe)
         if isinstance(error, ValueError | TypeError) and not started():
             reason = " ".join(str(error).split())
             raise PrismError(f"{type(pipe).__name__} refused the call: {reason}") from error
         raise
+
+
+def _free_hooks(pipe: Any) -> None:
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
 
 
 def capture(pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,48 +181,56 @@ class Interceptor:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            call = {name: value for name, value in call.items() if name != "return_dict" or self.backbone.takes(name)}
             return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
 
     # -- the denoiser
 
     def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = by_name(denoiser, args, kwargs)
-        if self.backbone.family.counts_calls and self.index == self.calls_per_step:
+        arguments, family = by_name(denoiser, args, kwargs), self.backbone.family
+        if family.counts_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
         key, self.index = (self.step, self.index), self.index + 1
         probed = self.cuts.get(self.step) if key[1] == 0 else None  # None where nothing is cut
         if probed:
-            conditional = take_rows(arguments, self._rows(arguments, self.alive)[-len(self.alive) :])
+            conditional = take_rows(arguments, self._conditional_rows(arguments), family)
             self._cut(arguments, self._read(denoiser, forward, conditional, stop=True)[0])
         alive = self.alive  # of this call: a cut that listens is decided after it
         recorded = [self.recordings[self.candidates[row]].outputs.get(key) for row in alive]
         if probed is not False and all(value is not None for value in recorded):
-            device = arguments[noisy_name(arguments)].device
+            device = arguments[noisy_name(arguments, family)].device
             sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
         else:
             whole = len(alive) == len(self.candidates)
-            live = arguments if whole else take_rows(arguments, self._rows(arguments, alive))
+            live = arguments if whole else take_rows(arguments, self._rows(arguments, alive), family)
             if probed is False:
                 tokens, output = self._read(denoiser, forward, live, stop=False)
             else:
                 output = forward(**live)
-            sample = output[0] if isinstance(output, tuple) else output.sample
+            sample = tensor_of(output)
             if self.record:
                 self._keep(key, sample)
             if probed is False:
-                self._cut(arguments, tokens[len(tokens) - len(alive) :])
+                self._cut(arguments, tokens[family.conditional(len(tokens), len(alive))])
             if whole:
                 return output
         if len(alive) < len(self.candidates):
-            batch = len(arguments[noisy_name(arguments)])
+            batch = len(arguments[noisy_name(arguments, family)])
             rows = self._rows(arguments, alive).to(sample.device)
             sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows, sample)
+        if family.gives_tensor:
+            return sample
         return (sample,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 
     def _rows(self, arguments: Mapping[str, Any], alive: Sequence[int]) -> Tensor:
-        """Rows of the batch that belong to the living, group by group; the conditional group comes last."""
-        n, batch = len(self.candidates), len(arguments[noisy_name(arguments)])
+        """Rows of the batch that belong to the living, group by group."""
+        n, batch = len(self.candidates), len(arguments[noisy_name(arguments, self.backbone.family)])
         return torch.tensor([row + group * n for group in range(batch // n) for row in alive])
+
+    def _conditional_rows(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Those of them in the conditional group."""
+        rows = self._rows(arguments, self.alive)
+        return rows[self.backbone.family.conditional(len(rows), len(self.alive))]
 
     def _keep(self, key: tuple[int, int], sample: Tensor) -> None:
         by_candidate = sample.detach().unflatten(0, (-1, len(self.alive))).transpose(0, 1)
@@ -229,10 +243,10 @@ class Interceptor:
 
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
-        t = self.backbone.family.t_of(
-            self.backbone.pipe.scheduler, arguments["timestep"].flatten()[-1]
-        )  # the last frame is never given
-        noisy = arguments[noisy_name(arguments)][self._rows(arguments, self.alive)[-len(self.alive) :]]
+        family = self.backbone.family
+        timestep = arguments[family.timestep_argument].flatten()[-1]  # the last frame is never given
+        t = family.t_of(self.backbone.pipe.scheduler, timestep)
+        noisy = arguments[noisy_name(arguments, family)][self._conditional_rows(arguments)]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
         if survivors is None:
@@ -244,7 +258,7 @@ class Interceptor:
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         self.step, self.index = self.step + 1, 0
-        self.latents = output[0] if isinstance(output, tuple) else output.prev_sample
+        self.latents = tensor_of(output, "prev_sample")
         return output
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:

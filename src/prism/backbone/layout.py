@@ -6,7 +6,7 @@ raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -46,14 +46,6 @@ def pack(latents: Tensor, layout: Layout) -> Tensor:
     if layout == "BLC2":
         latents = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)
     return latents.flatten(2).transpose(1, 2)
-
-
-def patches(config: Any) -> Grid:
-    """Latent cells (T, H, W) in a token."""
-    patch = config.patch_size
-    if not isinstance(patch, int):
-        return tuple(patch)
-    return getattr(config, "patch_size_t", None) or 1, patch, patch
 
 
 def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:

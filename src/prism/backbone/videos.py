@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,20 +12,21 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.family import Family
+from prism.backbone.protocol import config_of, dtype_of, tensor_of
 from prism.errors import PrismError
 
 
 @torch.no_grad()
-def encode(pipe: Any, family: Family, config: Any, video: Tensor) -> Tensor:
+def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) -> Tensor:
     """See `Backbone.encode`; `config` is the denoiser's."""
     vae = pipe.vae
-    pixels = video.to(vae.dtype).permute(0, 4, 1, 2, 3) * 2 - 1
+    pixels = video.to(dtype_of(vae)).permute(0, 4, 1, 2, 3) * 2 - 1
     if family.vae_frames:
-        frames = vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
+        frames = _mode(vae, pixels.transpose(1, 2).flatten(0, 1))
         latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
     else:
-        latents = vae.encode(pixels).latent_dist.mode().float()
-    if family.token_form != "frames" and (missing := -latents.shape[2] % layout.patches(config)[0]):
+        latents = _mode(vae, pixels).float()
+    if family.token_form != "frames" and (missing := -latents.shape[2] % family.patches(config)[0]):
         latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
     return layout.pack(family.normalise(pipe, latents), family.layout).contiguous()
 
@@ -34,18 +37,39 @@ def decode(pipe: Any, family: Family, latents: Tensor, grid: layout.Grid | None)
     vae = pipe.vae
     if layout.is_packed(family.layout) and grid is None:
         raise PrismError("The latents of this pipeline are packed; give the token grid (T, H, W) to decode them.")
-    latents = layout.unpack(latents.to(vae.dtype), family.layout, grid)
+    latents = layout.unpack(latents.to(dtype_of(vae)), family.layout, grid)
     latents = family.denormalise(pipe, latents)
     if family.vae_frames:
         frames = latents.transpose(1, 2).flatten(0, 1)
         options: dict[str, Any] = (
             {"num_frames": latents.shape[2]} if "num_frames" in inspect.signature(vae.decode).parameters else {}
         )
-        pixels = vae.decode(frames, return_dict=False, **options)[0].unflatten(0, (len(latents), -1))
+        pixels = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
-        if vae.config.get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
+        if family.vae_told is not None:
+            options["num_frames"] = family.vae_told(latents.shape[2])
+        if config_of(vae).get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
             options["temb"] = latents.new_zeros(len(latents))
-        pixels = vae.decode(latents, return_dict=False, **options)[0]
+        pixels = tensor_of(vae.decode(latents, **options))
         pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
+
+
+def _mode(vae: Any, pixels: Tensor) -> Tensor:
+    """The posterior's mode. A VAE that gives latents instead may draw them: it draws the same of a video each time."""
+    with _seeded(pixels.device):
+        found = vae.encode(pixels)
+    return found if isinstance(found, Tensor) else found.latent_dist.mode()
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """Fixed global generators of CPU and device meanwhile; afterwards they are as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(0)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(0)
+        yield

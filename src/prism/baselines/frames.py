@@ -7,16 +7,16 @@ gives the same latent (the same store, level, seed and draw) finds them, and not
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prism import files
 from prism.backbone import Backbone
+from prism.backbone.fingerprint import config_text
 from prism.errors import PrismError
 
 FORMAT, SCHEMA = "prism-decoded", 1
@@ -102,8 +102,7 @@ class DecodedCache:
 def vae_hash(backbone: Backbone) -> str:
     """Of the configuration and a fixed sample of the weights of what decodes."""
     vae = backbone.pipe.vae
-    public = {name: value for name, value in dict(vae.config).items() if not name.startswith("_")}
-    known = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
-    for name, value in sorted(vae.named_parameters()):
+    known = hashlib.sha256(config_text(vae))
+    for name, value in sorted(vae.named_parameters()) if isinstance(vae, nn.Module) else ():
         known.update(name.encode() + value.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return known.hexdigest()

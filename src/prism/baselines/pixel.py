@@ -58,7 +58,7 @@ class PixelJudge:
     ) -> PixelJudge:
         """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone."""
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
-        width = backbone.condition(["a"])[0].arguments["encoder_hidden_states"].shape[-1]
+        width = backbone.family.text(backbone.condition(["a"])[0].arguments).shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = PixelNetwork(width, len(dimensions), **options)
@@ -72,7 +72,7 @@ class PixelJudge:
         if not isinstance(conditioning, Conditioning):
             raise PrismError("A pixel judge needs texts of one length, and this pipeline trims them; use another one.")
         mask = self.backbone.family.text_mask(conditioning.arguments)
-        return conditioning.arguments["encoder_hidden_states"].float(), mask
+        return self.backbone.family.text(conditioning.arguments).float(), mask
 
     @torch.no_grad()
     def score_videos(self, videos: Tensor, prompts: str | Sequence[str], **call: Any) -> Tensor:

@@ -79,9 +79,9 @@ class Meter:
                 stack.enter_context(around_module(module, partial(self._encode, name)))
             if hasattr(pipe, "encode_prompt"):
                 stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt))
-            if getattr(pipe, "vae", None) is not None:
-                stack.enter_context(around(pipe.vae, "decode", self._vae_decode))
-                stack.enter_context(around(pipe.vae, "encode", self._vae_encode))
+            for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
+                if hasattr(getattr(pipe, "vae", None), name):
+                    stack.enter_context(around(pipe.vae, name, counted))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if hasattr(self.judge, "score_tokens"):
@@ -106,7 +106,7 @@ class Meter:
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = by_name(denoiser, args, kwargs)
-        noisy = arguments[noisy_name(arguments)]
+        noisy = arguments[noisy_name(arguments, self.backbone.family)]
         if self._cuda is None and noisy.is_cuda:  # asked of the latents: a pipeline searches all its modules for it
             self._cuda = noisy.device
             torch.cuda.reset_peak_memory_stats(noisy.device)
