@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -271,6 +272,17 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     plain = getattr(denoiser, "_orig_mod", denoiser)
     bound = inspect.signature(type(plain).forward).bind(plain, *args, **kwargs).arguments
     return {**{name: value for name, value in list(bound.items())[1:] if name != "kwargs"}, **bound.get("kwargs", {})}
+
+
+def trim(cache: OrderedDict[Any, Conditioning], most_bytes: int) -> None:
+    """Drop the entries that were put in first until the rest fits."""
+
+    def size(entry: Conditioning) -> int:
+        return sum(v.nbytes for v in entry.arguments.values() if isinstance(v, Tensor))
+
+    total = sum(size(entry) for entry in cache.values())
+    while total > most_bytes:
+        total -= size(cache.popitem(last=False)[1])
 
 
 def cache_key(call: dict[str, Any]) -> str | None:

@@ -304,9 +304,10 @@ class Judge:
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
-        for _ in range(num_draws):
-            noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
-            draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
+        with self.backbone.freed():  # once, not after each draw
+            for _ in range(num_draws):
+                noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
+                draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
         scores = torch.stack(draws)
         error = scores.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(scores[0], torch.nan)
         return scores.mean(0), error
@@ -321,6 +322,8 @@ class Judge:
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
         """Each member's own scores (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
+        for member in self.members:
+            member.head.to(tokens.visual.device)  # the pipeline may have been moved since
         return torch.stack(
             [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
         )

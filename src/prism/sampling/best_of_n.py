@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prism.backbone import Backbone
 from prism.backbone.interceptor import state_kept
+from prism.backbone.obstacles import check_whole
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
 from prism.sampling.ledger import Ledger, Meter, expected_rows
@@ -106,6 +107,8 @@ def best_of_n(
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
     for name in sorted(RESERVED.keys() & call.keys()):
         raise PrismError(f"The argument {name!r} is reserved: {RESERVED[name]}.")
+    if strategy not in ("none", "random"):
+        check_whole(backbone.denoisers)
     backbone.check_call([prompt or ""], call)
     num_steps = _positive("num_inference_steps", backbone.num_inference_steps(call))
     candidate_seeds = _seeds(n, seed, seeds)
@@ -148,6 +151,7 @@ def best_of_n(
         search.schedule,
         search.draft_steps,
         num_draws,
+        backbone.listens,
     )
     with tqdm(total=total, disable=None if progress else True, unit="row", desc=prompt[:30], leave=False) as bar:
         meter = Meter(backbone, judge, bar.update)

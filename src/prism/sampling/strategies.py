@@ -179,7 +179,8 @@ def early(search: Search) -> int:
     alive, probed = list(range(len(search.seeds))), {}
     left, family = len(alive), search.backbone.family
     for step, keep in search.schedule:
-        probed[step] = cut_rows(left, keep, family.cfg, search.guided, search.judge.tap / search.backbone.num_blocks)[1]
+        share = search.judge.tap / search.backbone.num_blocks
+        probed[step] = cut_rows(left, keep, family.cfg, search.guided, share, search.backbone.listens)[1]
         left = keep
     cuts = list(search.schedule)
     while cuts:
