@@ -19,7 +19,7 @@ from prism.backbone import layout, videos
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name, trim
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
-from prism.backbone.interceptor import StopForward, capture, is_compiled
+from prism.backbone.interceptor import StopForward, around_module, capture, is_compiled
 from prism.backbone.obstacles import check_whole, misfits_told
 from prism.backbone.partial import load_pipeline
 from prism.errors import PrismError
@@ -154,9 +154,7 @@ class Backbone:
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
-            found = {
-                prompt: self._conditionings[key, prompt] for prompt in missing if (key, prompt) in self._conditionings
-            }
+            found = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
             missing = [prompt for prompt in missing if prompt not in found]
         size = 1 if self.family.alone or self.family.texts_alone else 16
         for start in range(0, len(missing), size):
@@ -218,7 +216,7 @@ class Backbone:
 
         latents, noise: (B, ...) in the loop's layout. t: scalar or (B,) in [0, 1000], 0 clean and 1000 noise.
         """
-        alpha, sigma, _ = self.family.level(self.pipe.scheduler, _per_row(t, latents))
+        alpha, sigma, _ = self.family.level(self.pipe.scheduler, layout.per_row(t, latents))
         shape = (-1, *[1] * (latents.ndim - 1))
         return (alpha.view(shape) * latents + sigma.view(shape) * noise).to(latents.dtype)
 
@@ -236,7 +234,7 @@ class Backbone:
         Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
         `block / num_blocks` of the cost.
         """
-        levels = _per_row(t, noisy_latents)
+        levels = layout.per_row(t, noisy_latents)
         low, high = self.t_range
         if not bool(((levels >= low) & (levels <= high)).all()):
             raise PrismError(
@@ -284,24 +282,28 @@ class Backbone:
         noisy = arguments[noisy_name(arguments)]
         text: list[Tensor] = []
 
-        def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             visual[number] = self.family.states(output, len(noisy))
             grids[number] = self.family.grid(self.denoiser.config, arguments, noisy, self.family.video(output))
             if stop and number == last:
                 raise StopForward(last)
+            return output
 
-        def text_tap(_module: nn.Module, _args: Any, output: Any) -> None:
+        def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             text.append(output.flatten(1, -2))
+            return output
 
         output = None
         with ExitStack() as stack:
             if not self.listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for number in blocks:
-                stack.callback(tapped[number - 1].register_forward_hook(partial(tap, number)).remove)
+            for number in blocks:  # not by hooks: those of a compiled block are compiled with it, anew each time
+                stack.enter_context(around_module(tapped[number - 1], partial(tap, number)))
             if self.family.text_embedder is not None:
                 embedder = self.denoiser.get_submodule(self.family.text_embedder)
-                stack.callback(embedder.register_forward_hook(text_tap).remove)
+                stack.enter_context(around_module(embedder, text_tap))
             with suppress(StopForward):
                 output = (forward or self.denoiser)(**arguments)
         if last not in visual:
@@ -394,9 +396,3 @@ class Backbone:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
         reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
         return {**fingerprint(self.pipe, self.denoiser, whole=not self.partial), **reads}
-
-
-def _per_row(t: Tensor | float, latents: Tensor) -> Tensor:
-    """t as (B,) beside latents (B, ...)."""
-    t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
-    return t.expand(len(latents)) if t.ndim == 0 else t

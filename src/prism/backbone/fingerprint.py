@@ -48,7 +48,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
                 if value.is_meta and name in elsewhere and prefix + name in found:
                     found[prefix + name] = elsewhere[name]
         if hasattr(part, "_packed_params") and callable(getattr(part, "weight", None)):
-            found[f"{prefix}weight"] = part.weight()  # torch's dynamic int8 layers hold no parameters
+            packed = {f"{prefix}weight": part.weight(), f"{prefix}bias": part.bias()}  # torch's dynamic int8 layers
+            found |= {name: value for name, value in packed.items() if value is not None}
     return found
 
 

@@ -259,4 +259,9 @@ def _draft_steps(draft_steps: int | None, num_steps: int, call: Mapping[str, Any
     steps = default_draft_steps(num_steps) if draft_steps is None else _positive("draft_steps", draft_steps)
     if steps > num_steps:
         raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; make draft_steps smaller.")
+    if steps == num_steps:
+        warnings.warn(
+            f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or "early".',
+            stacklevel=3,
+        )
     return steps

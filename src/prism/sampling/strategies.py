@@ -92,6 +92,8 @@ class Search:
 
     def rank(self, step: int, t: float, scores: Mapping[int, Sequence[float]], keep: int) -> list[int]:
         """The best `keep` candidates by weighted score, in the candidates' order; the cut is noted down."""
+        if hasattr(self.judge, "check_level"):
+            self.judge.check_level(t)
         names = list(self.judge.dimensions)
         overall = {
             c: sum(self.weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()
