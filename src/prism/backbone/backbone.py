@@ -90,15 +90,17 @@ class Backbone:
         kwargs = {"use_safetensors": True, **kwargs}
         try:
             if up_to is None:
-                return cls(DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs), reads)
-            pipe, read, num_blocks = load_pipeline(Path(id_or_folder), up_to, reads, kwargs)
-            backbone = cls(pipe, read)
-            backbone.num_blocks, backbone.partial = num_blocks, True
-            backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
-            return backbone
-        except (OSError, ValueError) as error:
+                pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs)
+            else:
+                pipe, reads, num_blocks = load_pipeline(Path(id_or_folder), up_to, reads, kwargs)
+        except (OSError, ValueError, AttributeError) as error:  # the last where diffusers has no such class
             reason = str(error).strip().splitlines()[0]
             raise PrismError(f"No diffusers pipeline could be loaded from {id_or_folder}: {reason}") from error
+        backbone = cls(pipe, reads)
+        if up_to is not None:
+            backbone.num_blocks, backbone.partial = num_blocks, True
+            backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
+        return backbone
 
     # Looked up each time: people compile, quantise and replace parts of a pipeline after a judge was put onto it.
 
