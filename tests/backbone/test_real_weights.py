@@ -222,6 +222,7 @@ def test_compiled_as_a_whole(how: str, family: str, first: bool, compiler: Any) 
     if not first:
         WHOLE[how](pipe, compiler)
     assert not torch.equal(stock(pipe, 5), stock(plain, 5))
+    assert judge.backbone.fingerprint() == twin.backbone.fingerprint()
     assert_exact(pipe, judge)
     after: list[Any] = []
 
@@ -264,13 +265,15 @@ def test_other_parts_compiled(compiler: Any) -> None:
 
 
 def test_compiled_blocks_are_heard(compiler: Any) -> None:
-    """Their own compiled states: hooks on them fire, also when they come later."""
+    """Their own compiled states, without compiling them anew for a tap."""
     pipe = SHALLOW["wan"]()
     plain = stock(pipe, 5)
     pipe.transformer.compile_repeated_blocks(backend=compiler)
     assert not torch.equal(stock(pipe, 5), plain)
     judge = prism.Judge.untrained(pipe, tap=2, dim=16)
+    counters.clear()
     assert_exact(pipe, judge)
+    assert not counters["frames"]
     assert_tokens(pipe, 1)
     result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=2, schedule=[(STEP, 1)], batch_size=1, **CALL)
     assert result.ledger.denoiser_rows == expected_rows("early", 2, 5, "two_calls", True, 1.0, ((STEP, 1),))

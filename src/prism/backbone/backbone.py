@@ -301,7 +301,7 @@ class Backbone:
         with ExitStack() as stack:
             if not self.listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for number in blocks:  # not by hooks: those of a compiled block are compiled with it, anew each time
+            for number in blocks:  # not by hooks: torch compiles those of a compiled block, for each tap anew
                 stack.enter_context(around_module(tapped[number - 1], partial(tap, number)))
             if self.family.text_embedder is not None:
                 embedder = self.denoiser.get_submodule(self.family.text_embedder)

@@ -93,7 +93,7 @@ def is_compiled(module: nn.Module) -> bool:
     while isinstance(call, _Around):
         call = call.inner
     compiled = (call, vars(module).get("forward"))
-    return hasattr(module, "_orig_mod") or any(hasattr(each, "_torchdynamo_orig_callable") for each in compiled)
+    return any(hasattr(each, "_torchdynamo_orig_callable") for each in compiled)
 
 
 @contextmanager
