@@ -267,10 +267,9 @@ def test_other_parts_compiled(compiler: Any) -> None:
 def test_compiled_blocks_are_heard(compiler: Any) -> None:
     """Their own compiled states, without compiling them anew for a tap."""
     pipe = SHALLOW["wan"]()
-    plain = stock(pipe, 5)
+    judge, plain = prism.Judge.untrained(pipe, tap=2, dim=16), stock(pipe, 5)
     pipe.transformer.compile_repeated_blocks(backend=compiler)
     assert not torch.equal(stock(pipe, 5), plain)
-    judge = prism.Judge.untrained(pipe, tap=2, dim=16)
     counters.clear()
     assert_exact(pipe, judge)
     assert not counters["frames"]
