@@ -5,40 +5,35 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from prism.backbone import layout, videos
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
-from prism.backbone.families import family_named, family_of, is_denoiser
-from prism.backbone.fingerprint import fingerprint
-from prism.backbone.interceptor import StopForward, capture
-from prism.backbone.partial import load_denoiser
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name, trim
+from prism.backbone.families import family_of, is_denoiser
+from prism.backbone.fingerprint import fingerprint, surroundings, weights
+from prism.backbone.interceptor import StopForward, around_module, capture, is_compiled
+from prism.backbone.obstacles import check_whole, misfits_told
+from prism.backbone.partial import load_pipeline
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.errors import PrismError
-from prism.files import read_json
 
 _CACHE_BYTES = 256 * 2**20
-_IRRELEVANT = {
-    "guidance_scale",
-    "true_cfg_scale",
-    "min_guidance_scale",
-    "max_guidance_scale",
-    "guidance_scale_2",
-    "num_inference_steps",
-    "negative_prompt",
-    "output_type",
-    "negative_prompt_embeds",
-}
-_IRRELEVANT |= {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator", "return_dict"}
+# Call arguments that do not change what the denoiser is told of a prompt.
+_IRRELEVANT = frozenset(
+    [
+        *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
+        *("num_inference_steps", "negative_prompt", "negative_prompt_embeds", "output_type", "return_dict"),
+        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
+    ]
+)
 
 
 class Backbone:
@@ -59,27 +54,22 @@ class Backbone:
         self.family = family_of(pipe)
         check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        named = {name: part for name, part in parts.items() if is_denoiser(name)}
-        self.denoisers = tuple(named.values())
-        self.reads = next(iter(named), "") if reads is None else reads
-        if self.reads not in named:
-            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(named) or 'none'}.")
-        self.denoiser: Any = named[self.reads]
+        self._denoisers = [name for name in parts if is_denoiser(name)]
+        self.reads = next(iter(self._denoisers), "") if reads is None else reads
+        if self.reads not in self._denoisers:
+            raise PrismError(f"The pipeline has no denoiser {reads!r}; it has {', '.join(self._denoisers) or 'none'}.")
+        self.t_range = self._t_range(len(self._denoisers))
         self.config = config_of(self.denoiser)
-        self.t_range = self._t_range(len(named))
-        self.encoders: dict[str, nn.Module] = {  # of texts and of conditioning images
-            name: module for name, module in parts.items() if name.startswith(("text_encoder", "image_encoder"))
-        }
         for module in parts.values():
             module.requires_grad_(False).eval()
         self.partial = False  # whether the denoiser has its first blocks alone
-        self.blocks = self.family.block_list(self.denoiser)
         self.num_blocks = len(self.blocks)
         self.widths = self.family.block_widths(self.denoiser)
         self.default_tap = max(1, round(self.family.tap * self.num_blocks))
-        self.num_parameters = sum(value.numel() for value in self.denoiser.parameters())
+        self.num_parameters = sum(value.numel() for value in weights(self.denoiser).values())
         self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._freeing = False
         self._said: set[str] = set()
 
     def _t_range(self, denoisers: int) -> tuple[float, float]:
@@ -103,28 +93,42 @@ class Backbone:
         kwargs = {"use_safetensors": True, **kwargs}
         try:
             if up_to is None:
-                return cls(DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs), reads)
-            return cls._partial(Path(id_or_folder), up_to, reads, kwargs)
-        except (OSError, ValueError) as error:
+                pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs)
+            else:
+                pipe, reads, num_blocks = load_pipeline(Path(id_or_folder), up_to, reads, kwargs)
+        except (OSError, ValueError, AttributeError) as error:  # the last where diffusers has no such class
             reason = str(error).strip().splitlines()[0]
             raise PrismError(f"No diffusers pipeline could be loaded from {id_or_folder}: {reason}") from error
-
-    @classmethod
-    def _partial(cls, folder: Path, up_to: int, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
-        index = read_json(folder / "model_index.json")
-        family = family_named(index.get("_class_name", ""))
-        names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
-        read = reads or names[0]
-        if read not in names:
-            raise PrismError(f"The pipeline in {folder} has no denoiser {read!r}; it has {', '.join(names)}.")
-        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
-        loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, dtype) for name in names}
-        models = {name: model for name, (model, _) in loaded.items()}
-        kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
-        backbone = cls(kind.from_pretrained(str(folder), **kwargs, **models), read)
-        backbone.num_blocks, backbone.partial = loaded[read][1], True
-        backbone.default_tap = min(up_to, max(1, round(family.tap * backbone.num_blocks)))
+        backbone = cls(pipe, reads)
+        if up_to is not None:
+            backbone.num_blocks, backbone.partial = num_blocks, True
+            backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
         return backbone
+
+    # Looked up each time: people compile, quantise and replace parts of a pipeline after a judge was put onto it.
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.reads)
+
+    @property
+    def denoisers(self) -> tuple[Any, ...]:
+        return tuple(getattr(self.pipe, name) for name in self._denoisers)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return self.family.block_list(self.denoiser)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """Of texts and of conditioning images."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return {name: part for name, part in parts.items() if name.startswith(("text_encoder", "image_encoder"))}
+
+    @property
+    def listens(self) -> bool:
+        """Whether a tap hears the sampler's own pass: code compiled as a whole passes hooks by and must be probed."""
+        return not is_compiled(self.denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -152,12 +156,11 @@ class Backbone:
             return Conditioning.cat([part for part in own if isinstance(part, Conditioning)])
         relevant = {name: value for name, value in call.items() if self._is_relevant(name)}
         key = cache_key(relevant)
+        key = None if key is None else f"{key} {surroundings(self.pipe)}"
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
-            found = {
-                prompt: self._conditionings[key, prompt] for prompt in missing if (key, prompt) in self._conditionings
-            }
+            found = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
             missing = [prompt for prompt in missing if prompt not in found]
         size = 1 if self.family.alone or self.family.texts_alone else 16
         for start in range(0, len(missing), size):
@@ -167,8 +170,19 @@ class Backbone:
                 found[prompt] = captured[row]
                 if key is not None:
                     self._conditionings[key, prompt] = captured[row]
-        self._trim_cache()
+        trim(self._conditionings, _CACHE_BYTES)
         return Conditioning.cat([found[prompt] for prompt in prompts])
+
+    @contextmanager
+    def freed(self) -> Iterator[None]:
+        """Afterwards models that `enable_model_cpu_offload` brought to the accelerator are back, as after a call."""
+        outermost, self._freeing = not self._freeing, True
+        try:
+            yield
+        finally:
+            if outermost:
+                self._freeing = False
+                self.pipe.maybe_free_model_hooks()
 
     def _is_relevant(self, name: str) -> bool:
         """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
@@ -203,20 +217,12 @@ class Backbone:
             found["negative_prompt"] = [negative] * n
         return found
 
-    def _trim_cache(self) -> None:
-        def size(entry: Conditioning) -> int:
-            return sum(v.nbytes for v in entry.arguments.values() if isinstance(v, Tensor))
-
-        total = sum(size(entry) for entry in self._conditionings.values())
-        while total > _CACHE_BYTES:
-            total -= size(self._conditionings.popitem(last=False)[1])
-
     def add_noise(self, latents: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
         """z_t = alpha_t z_0 + sigma_t eps (paper, Eq. 1).
 
         latents, noise: (B, ...) in the loop's layout. t: scalar or (B,) in [0, 1000], 0 clean and 1000 noise.
         """
-        alpha, sigma, _ = self.family.level(self.pipe.scheduler, _per_row(t, latents))
+        alpha, sigma, _ = self.family.level(self.pipe.scheduler, layout.per_row(t, latents))
         shape = (-1, *[1] * (latents.ndim - 1))
         return (alpha.view(shape) * latents + sigma.view(shape) * noise).to(latents.dtype)
 
@@ -234,19 +240,20 @@ class Backbone:
         Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
         `block / num_blocks` of the cost.
         """
-        levels = _per_row(t, noisy_latents)
+        levels = layout.per_row(t, noisy_latents)
         low, high = self.t_range
         if not bool(((levels >= low) & (levels <= high)).all()):
             raise PrismError(
                 f"The denoiser {self.reads!r} is used for t from {low:g} to {high:g}, found {levels.tolist()}; "
                 "read the pipeline's other denoiser there."
             )
-        if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
-            rows = range(len(noisy_latents))
-            one = (self.tokens(noisy_latents[r : r + 1], conditioning[r], levels[r : r + 1], block, stop) for r in rows)
-            return Tokens.cat(list(one))
-        _, _, timestep = self.family.level(self.pipe.scheduler, levels)
-        return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
+        with self.freed(), misfits_told(self.pipe):
+            if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
+                ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
+                read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
+                return Tokens.cat(read)
+            _, _, timestep = self.family.level(self.pipe.scheduler, levels)
+            return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
 
     def read(
         self,
@@ -258,7 +265,8 @@ class Backbone:
     ) -> tuple[Tokens, Any]:
         """Run a denoiser call with a tap after `block` (or several): its tokens and, unless stopped, its output.
 
-        `forward` is the call to make where the denoiser itself is intercepted.
+        `forward` is the call to make where the denoiser itself is intercepted. One that is compiled as a whole runs
+        uncompiled here.
         """
         if denoiser is not None and denoiser is not self.denoiser:
             raise PrismError(
@@ -271,37 +279,43 @@ class Backbone:
                 raise PrismError(
                     f"The tap must lie in 1 to {self.num_blocks}, the denoiser's number of blocks; found {number}."
                 )
-        if last > len(self.blocks):
-            raise PrismError(f"Of this backbone {len(self.blocks)} blocks were loaded; load it up to block {last}.")
-        if getattr(self.denoiser, "is_cache_enabled", False):
-            raise PrismError("The denoiser's cache skips blocks that the head reads; call disable_cache() on it first.")
+        tapped = self.blocks
+        if last > len(tapped):
+            raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
+        check_whole((self.denoiser,))
         visual: dict[int, Tensor] = {}
         grids: dict[int, Any] = {}
         noisy = arguments[noisy_name(arguments, self.family)]
         text: list[Tensor] = []
 
-        def tap(number: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             visual[number] = self.family.states(output, len(noisy))
             grids[number] = self.family.grid(self.config, arguments, noisy, self.family.video(output))
             if stop and number == last:
                 raise StopForward(last)
+            return output
 
-        def text_tap(_module: nn.Module, _args: Any, output: Any) -> None:
+        def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            output = inner(*args, **kwargs)
             text.append(output.flatten(1, -2))
+            return output
 
         output = None
         with ExitStack() as stack:
-            for number in blocks:
-                stack.callback(self.blocks[number - 1].register_forward_hook(partial(tap, number)).remove)
+            if not self.listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for number in blocks:  # not by hooks: torch compiles those of a compiled block, for each tap anew
+                stack.enter_context(around_module(tapped[number - 1], partial(tap, number)))
             if self.family.text_embedder is not None:
                 embedder = self.denoiser.get_submodule(self.family.text_embedder)
-                stack.callback(embedder.register_forward_hook(text_tap).remove)
+                stack.enter_context(around_module(embedder, text_tap))
             with suppress(StopForward):
                 output = (forward or self.denoiser)(**arguments)
         if last not in visual:
             raise PrismError(
-                "The denoiser is compiled as a whole, and compiled code passes the judge's hooks by; "
-                "compile its blocks instead, with compile_repeated_blocks()."
+                "The denoiser is compiled, and compiled code passes the judge's hooks by; compile its blocks alone, "
+                "with compile_repeated_blocks(), or take torch 2.6 or later."
             )
         mask = self.family.text_mask(arguments) if text else None
         return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual), output
@@ -313,14 +327,16 @@ class Backbone:
 
         Where tokens span several latent frames (CogVideoX 1.5) the first one is repeated in front to fill them.
         """
-        return videos.encode(self.pipe, self.family, self.config, torch.as_tensor(video).to(self.device))
+        with self.freed():
+            return videos.encode(self.pipe, self.family, self.config, torch.as_tensor(video).to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
         """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
 
         grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
         """
-        return videos.decode(self.pipe, self.family, latents.to(self.device), grid)
+        with self.freed():
+            return videos.decode(self.pipe, self.family, latents.to(self.device), grid)
 
     # -- checks
 
@@ -387,9 +403,3 @@ class Backbone:
         """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
         reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
         return {**fingerprint(self.pipe, self.denoiser, whole=not self.partial), **reads}
-
-
-def _per_row(t: Tensor | float, latents: Tensor) -> Tensor:
-    """t as (B,) beside latents (B, ...)."""
-    t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
-    return t.expand(len(latents)) if t.ndim == 0 else t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -272,6 +273,17 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     found = dict(list(bound.items())[1:])
     rest = found.pop(others[0], {}) if others else {}
     return {**found, **rest}
+
+
+def trim(cache: OrderedDict[Any, Conditioning], most_bytes: int) -> None:
+    """Drop the entries that were put in first until the rest fits."""
+
+    def size(entry: Conditioning) -> int:
+        return sum(v.nbytes for v in entry.arguments.values() if isinstance(v, Tensor))
+
+    total = sum(size(entry) for entry in cache.values())
+    while total > most_bytes:
+        total -= size(cache.popitem(last=False)[1])
 
 
 def cache_key(call: dict[str, Any]) -> str | None:

@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
+from prism.backbone.obstacles import misfits_told
 from prism.backbone.protocol import tensor_of
 from prism.errors import PrismError
 
@@ -41,6 +42,7 @@ class StopCall(Exception):
 @contextmanager
 def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there."""
+    target = getattr(target, "_orig_mod", target)  # what torch.compile gives hands its attributes on
     found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
 
     @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
@@ -57,6 +59,16 @@ def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None
             delattr(target, name)
 
 
+class _Around:
+    """A wrapper around a module's call, which may itself be wrapped."""
+
+    def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any]):
+        self.wrapper, self.inner = wrapper, inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.inner, *args, **kwargs)
+
+
 @contextmanager
 def around_module(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """While open, `module(...)` is `wrapper(inner, ...)`.
@@ -67,13 +79,22 @@ def around_module(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[No
     found = vars(module).get("_compiled_call_impl", _ABSENT)
     inner = module._compiled_call_impl or module._call_impl
     try:
-        module._compiled_call_impl = partial(wrapper, inner)
+        module._compiled_call_impl = _Around(wrapper, inner)
         yield
     finally:
         if found is not _ABSENT:
             module._compiled_call_impl = found
         else:
             vars(module).pop("_compiled_call_impl", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled as a whole: by `torch.compile(module)`, its `compile()`, or its `forward` alone."""
+    call = vars(module).get("_compiled_call_impl")
+    while isinstance(call, _Around):
+        call = call.inner
+    compiled = (call, vars(module).get("forward"))
+    return any(hasattr(each, "_torchdynamo_orig_callable") for each in compiled)
 
 
 @contextmanager
@@ -99,7 +120,8 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], 
     What the pipeline refuses before its first denoiser call (`started`) is a mistake in the call's arguments.
     """
     try:
-        return pipe(**call)
+        with misfits_told(pipe):
+            return pipe(**call)
     except StopCall:
         _free_hooks(pipe)  # the stopped call did not come to its own
         return None

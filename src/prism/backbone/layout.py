@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
@@ -55,3 +56,9 @@ def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
     if form == "frames":
         return output.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
     return output
+
+
+def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
+    """t as (B,) beside latents (B, ...)."""
+    t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
+    return t.expand(len(latents)) if t.ndim == 0 else t

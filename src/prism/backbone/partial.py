@@ -8,14 +8,35 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
+from prism.backbone.families import family_named, is_denoiser
 from prism.backbone.family import Family
 from prism.errors import PrismError
 from prism.files import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def load_pipeline(
+    folder: Path, up_to: int, reads: str | None, kwargs: dict[str, Any]
+) -> tuple[DiffusionPipeline, str, int]:
+    """The pipeline in `folder` with the first `up_to` blocks of the denoiser that is read: it, its name, its number of
+    blocks when whole. Of another denoiser one block is loaded.
+    """
+    index = read_json(folder / "model_index.json")
+    family = family_named(index.get("_class_name", ""))
+    names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
+    read = reads or names[0]
+    if read not in names:
+        raise PrismError(f"The pipeline in {folder} has no denoiser {read!r}; it has {', '.join(names)}.")
+    dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+    loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, dtype) for name in names}
+    models = {name: model for name, (model, _) in loaded.items()}
+    kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
+    return kind.from_pretrained(str(folder), **kwargs, **models), read, loaded[read][1]
 
 
 def load_denoiser(folder: Path, name: str, family: Family, up_to: int, dtype: torch.dtype | None) -> tuple[Any, int]:

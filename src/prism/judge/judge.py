@@ -19,6 +19,7 @@ from prism.errors import PrismError
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead
 from prism.judge.objective import log_probabilities
+from prism.judge.training import trained_together, warn_outside
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
@@ -78,6 +79,7 @@ class Judge:
         self.backbone, self.members = backbone, tuple(members)
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
+        self._told = False
 
     # -- making one
 
@@ -144,7 +146,13 @@ class Judge:
         members = [
             Member(member.tap, member.head, member.share / len(judges)) for judge in judges for member in judge.members
         ]
-        return cls(first.backbone, members, first.dimensions, first.eta, _trained_together(judges))
+        return cls(
+            first.backbone,
+            members,
+            first.dimensions,
+            first.eta,
+            trained_together([judge.trained_on for judge in judges]),
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None) -> Judge:
@@ -304,9 +312,10 @@ class Judge:
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
-        for _ in range(num_draws):
-            noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
-            draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
+        with self.backbone.freed():  # once, not after each draw
+            for _ in range(num_draws):
+                noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
+                draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
         scores = torch.stack(draws)
         error = scores.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(scores[0], torch.nan)
         return scores.mean(0), error
@@ -321,6 +330,8 @@ class Judge:
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
         """Each member's own scores (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
+        for member in self.members:
+            member.head.to(tokens.visual.device)  # the pipeline may have been moved since
         return torch.stack(
             [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
         )
@@ -358,7 +369,14 @@ class Judge:
         listed = [prompts] * rows if isinstance(prompts, str) else list(prompts)
         if len(listed) != rows:
             raise PrismError(f"Each row of the latents needs its prompt, found {len(listed)} prompts for {rows} rows.")
+        self.check_level(t)
         return self.backbone.tokens(noisy_latents, self.backbone.condition(listed, **call), t, self.taps)
+
+    def check_level(self, t: float | Tensor) -> None:
+        """Warn, once, of noise levels that the heads were not trained at."""
+        if not self._told:
+            levels = torch.as_tensor(t, dtype=torch.float32)
+            self._told = warn_outside(self.trained_on, float(levels.min()), float(levels.max()))
 
     @staticmethod
     def _finite(scores: Tensor) -> Tensor:
@@ -375,16 +393,3 @@ def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
 
 def _head_options() -> list[str]:
     return [name for name in inspect.signature(QueryHead.__init__).parameters if name != "self"]
-
-
-def _trained_together(judges: Sequence[Judge]) -> dict[str, Any]:
-    """What an average was trained on: what its members share, null where they differ, and every prompt of any."""
-    known = [judge.trained_on for judge in judges]
-    keys = {key for trained_on in known for key in trained_on.get("prompt_keys", ())}
-    members = [{name: value for name, value in trained_on.items() if name != "prompt_keys"} for trained_on in known]
-    shared = {
-        name: known[0].get(name) if all(other.get(name) == known[0].get(name) for other in known) else None
-        for name in ("store", "seed", "steps", "prompts", "pairs")
-    }
-    sources = sorted({str(trained_on.get("source", "untrained")) for trained_on in known})
-    return {**shared, "source": "+".join(sources), "members": members, "prompt_keys": sorted(keys)}

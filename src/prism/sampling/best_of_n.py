@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prism.backbone import Backbone
 from prism.backbone.interceptor import state_kept
+from prism.backbone.obstacles import check_whole
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
 from prism.sampling.ledger import Ledger, Meter, expected_rows
@@ -156,6 +157,8 @@ def best_of_n(
     prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts:
         raise PrismError("prompt is an empty list; give at least one text.")
+    if strategy not in ("none", "random"):
+        check_whole(backbone.denoisers)
     backbone.check_call([text or "" for text in prompts], call)
     if distribute not in (None, "candidates", "prompts"):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {distribute!r}.')
@@ -201,6 +204,7 @@ def best_of_n(
         options.get("draft_steps", 0),
         num_draws,
         top_k,
+        backbone.listens,
     )
     team = Team(distribute is not None)
     told = (strategy, prompts, candidate_seeds, *(options.get(name) for name in ("schedule", "draft_steps", "top_k")))
@@ -346,4 +350,9 @@ def _draft_steps(draft_steps: int | None, num_steps: int, call: Mapping[str, Any
     steps = default_draft_steps(num_steps) if draft_steps is None else _positive("draft_steps", draft_steps)
     if steps > num_steps:
         raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; make draft_steps smaller.")
+    if steps == num_steps:
+        warnings.warn(
+            f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or "early".',
+            stacklevel=3,
+        )
     return steps

@@ -211,25 +211,29 @@ def _peak_resident_bytes() -> int:
 # -- closed forms
 
 
-def cut_rows(alive: int, keep: int, cfg: CFG, guided: bool, tap_share: float) -> tuple[float, bool]:
+def cut_rows(
+    alive: int, keep: int, cfg: CFG, guided: bool, tap_share: float, listens: bool = True
+) -> tuple[float, bool]:
     """Rows that the step of a cut from `alive` to `keep` costs, and whether its scores are read by a probe.
 
     Listening to the conditional pass costs that pass for all; a second, unconditional call then runs survivors only. A
     probe runs the conditional rows as far as the tap, `tap_share` = k/L of a row each, and then the survivors in full.
-    The cheaper of the two is taken.
+    The cheaper of the two is taken, or the probe where the denoiser is compiled as a whole (`listens` is false).
     """
     calls = 2 if guided else 1
     listening = alive + (calls - 1) * keep if cfg == "two_calls" else calls * alive
     probing = alive * tap_share + calls * keep
-    return (probing, True) if probing < listening else (float(listening), False)
+    return (probing, True) if probing < listening or not listens else (float(listening), False)
 
 
-def early_rows(n: int, num_steps: int, schedule: Schedule, cfg: CFG, guided: bool, tap_share: float) -> float:
+def early_rows(
+    n: int, num_steps: int, schedule: Schedule, cfg: CFG, guided: bool, tap_share: float, listens: bool = True
+) -> float:
     """Denoiser rows of an early run with a resolved schedule, the winners finished from their recordings."""
     calls = 2 if guided else 1
     rows, alive, done = 0.0, n, 0
     for step, keep in schedule:
-        rows += calls * alive * (step - 1 - done) + cut_rows(alive, keep, cfg, guided, tap_share)[0]
+        rows += calls * alive * (step - 1 - done) + cut_rows(alive, keep, cfg, guided, tap_share, listens)[0]
         alive, done = keep, step
     return rows + calls * alive * (num_steps - done)
 
@@ -245,8 +249,12 @@ def expected_rows(
     draft_steps: int = 0,
     num_draws: int = 2,
     top_k: int = 1,
+    listens: bool = True,
 ) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest."""
+    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest.
+
+    `listens`: see `cut_rows`.
+    """
     calls = 2 if guided else 1
     if strategy in ("none", "random"):
         return float(calls * num_steps * top_k)
@@ -256,4 +264,4 @@ def expected_rows(
         return calls * n * num_steps + n * num_draws * tap_share
     if strategy == "draft":
         return calls * n * draft_steps + n * num_draws * tap_share + calls * num_steps * top_k
-    return early_rows(n, num_steps, schedule or (), cfg, guided, tap_share)
+    return early_rows(n, num_steps, schedule or (), cfg, guided, tap_share, listens)

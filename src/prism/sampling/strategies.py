@@ -117,6 +117,8 @@ class Search:
         `weights` names the columns of `scores` where they are not the judge's. Those kept are shared out evenly among
         the processes, with what was recorded of them.
         """
+        if hasattr(self.judge, "check_level"):
+            self.judge.check_level(t)
         names = list(self.judge.dimensions) if weights is None else list(weights)
         weights = self.weights if weights is None else weights
         overall = {
@@ -222,7 +224,8 @@ def early(search: Search) -> list[int]:
     alive, probed = list(range(len(search.seeds))), {}
     left, family = len(alive), search.backbone.family
     for step, keep in search.schedule:
-        probed[step] = cut_rows(left, keep, family.cfg, search.guided, search.judge.tap / search.backbone.num_blocks)[1]
+        share = search.judge.tap / search.backbone.num_blocks
+        probed[step] = cut_rows(left, keep, family.cfg, search.guided, share, search.backbone.listens)[1]
         left = keep
     cuts = list(search.schedule)
     while cuts:

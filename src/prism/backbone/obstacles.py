@@ -1,0 +1,62 @@
+"""What people do to a pipeline that a judge cannot read through, each said in a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from prism.errors import PrismError
+
+# Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
+_CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
+_SLICES = ("cp_input", "cp_output")
+_MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
+
+
+def check_whole(denoisers: tuple[Any, ...]) -> None:
+    """Raise PrismError where a denoiser's blocks are skipped by a cache, or see a slice of the tokens."""
+    for denoiser in denoisers:
+        hooks = {
+            name
+            for module in denoiser.modules()
+            if "_diffusers_hook" in vars(module)
+            for name in vars(module)["_diffusers_hook"].hooks
+        }
+        if getattr(denoiser, "is_cache_enabled", False) or any(part in name for name in hooks for part in _CACHES):
+            raise PrismError(
+                "The denoiser's cache skips blocks that the head reads and goes by calls that are not made; "
+                "call disable_cache() on it first."
+            )
+        parallel = getattr(denoiser, "_parallel_config", None)
+        sliced = getattr(parallel, "context_parallel_config", None) is not None
+        if sliced or any(name.startswith(_SLICES) for name in hooks):
+            raise PrismError(
+                "The denoiser runs with context parallelism, where each process sees a slice of the tokens and a head "
+                "needs them all; load it without, and give each process candidates of its own."
+            )
+
+
+@contextmanager
+def misfits_told(pipe: Any) -> Iterator[None]:
+    """Where torch finds devices or dtypes that do not fit, and the pipeline's parts have several, they are named."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        floats = {name: (p for p in part.parameters() if p.is_floating_point()) for name, part in parts.items()}
+        firsts = {name: next(values, None) for name, values in floats.items()}
+        places = {name: f"{p.device} {p.dtype}".replace("torch.", "") for name, p in firsts.items() if p is not None}
+        if len(set(places.values())) < 2 or not _MISFIT.search(str(error)):
+            raise
+        told = ", ".join(f"{name} {place}" for name, place in places.items())
+        raise PrismError(
+            f"The parts of {type(pipe).__name__} do not fit together ({told}); bring them to one device and dtype. "
+            f"torch says: {' '.join(str(error).split())[:160]}"
+        ) from error

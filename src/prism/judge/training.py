@@ -1,0 +1,41 @@
+"""What heads were trained on: of an average put together, and told where a score is asked for at another level."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
+    """(t_low, t_high) of a head's training, of an average what its heads share; 0 to 1000 where unknown."""
+    ranges = [trained_range(member) for member in trained_on.get("members", ())]
+    config = trained_on.get("config") or {}
+    ranges.append((config.get("t_low", 0.0), config.get("t_high", 1000.0)))
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
+
+
+def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -> bool:
+    """Warn where noise levels from `lowest` to `highest` leave what a head was trained at; whether they do."""
+    low, high = trained_range(trained_on)
+    outside = lowest < low - 1 or highest > high + 1  # schedulers round
+    if outside:
+        found = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+        warnings.warn(
+            f"The head was trained at t from {low:g} to {high:g} and is asked to score at t = {found}; do not rely on "
+            "its scores there.",
+            stacklevel=4,
+        )
+    return outside
+
+
+def trained_together(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an average was trained on: what its members share, null where they differ, and every prompt of any."""
+    keys = {key for trained_on in known for key in trained_on.get("prompt_keys", ())}
+    members = [{name: value for name, value in trained_on.items() if name != "prompt_keys"} for trained_on in known]
+    shared = {
+        name: known[0].get(name) if all(other.get(name) == known[0].get(name) for other in known) else None
+        for name in ("store", "seed", "steps", "prompts", "pairs")
+    }
+    sources = sorted({str(trained_on.get("source", "untrained")) for trained_on in known})
+    return {**shared, "source": "+".join(sources), "members": members, "prompt_keys": sorted(keys)}
