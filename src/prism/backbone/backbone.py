@@ -19,7 +19,7 @@ from prism.backbone import layout, videos
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name, trim
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
-from prism.backbone.interceptor import StopForward, around_module, capture, is_compiled
+from prism.backbone.interceptor import StopForward, around_module, capture, free_hooks, is_compiled
 from prism.backbone.obstacles import check_whole, misfits_told
 from prism.backbone.partial import load_pipeline
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
@@ -57,7 +57,13 @@ class Backbone:
         self._denoisers = [name for name in parts if is_denoiser(name)]
         self.reads = next(iter(self._denoisers), "") if reads is None else reads
         if self.reads not in self._denoisers:
-            raise PrismError(f"The pipeline has no denoiser {reads!r}; it has {', '.join(self._denoisers) or 'none'}.")
+            known = ", ".join(self._denoisers) or "none"
+            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {known}.")
+        for name in self._denoisers:
+            if not hasattr(pipe, name):
+                raise PrismError(
+                    f"The pipeline {type(pipe).__name__} lacks the member {name!r}, one of its components."
+                )
         self.t_range = self._t_range(len(self._denoisers))
         self.config = config_of(self.denoiser)
         for module in parts.values():
@@ -182,7 +188,7 @@ class Backbone:
         finally:
             if outermost:
                 self._freeing = False
-                self.pipe.maybe_free_model_hooks()
+                free_hooks(self.pipe)
 
     def _is_relevant(self, name: str) -> bool:
         """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""

@@ -123,17 +123,18 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], 
         with misfits_told(pipe):
             return pipe(**call)
     except StopCall:
-        _free_hooks(pipe)  # the stopped call did not come to its own
+        free_hooks(pipe)  # the stopped call did not come to its own
         return None
     except BaseException as error:
-        _free_hooks(pipe)
+        free_hooks(pipe)
         if isinstance(error, ValueError | TypeError) and not started():
             reason = " ".join(str(error).split())
             raise PrismError(f"{type(pipe).__name__} refused the call: {reason}") from error
         raise
 
 
-def _free_hooks(pipe: Any) -> None:
+def free_hooks(pipe: Any) -> None:
+    """What a pipeline does at the end of a call: offloaded models go back to where they wait."""
     if hasattr(pipe, "maybe_free_model_hooks"):
         pipe.maybe_free_model_hooks()
 

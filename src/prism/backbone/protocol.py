@@ -46,8 +46,8 @@ class Pipeline(Protocol):
         family: the row of facts of this denoiser (`prism.backbone.Family`): its lists of blocks, the names of its
             arguments, its clock, its form of guidance.
         components: the parts by name. Among them the denoiser, an `nn.Module` called `transformer` (a second one
-            `transformer_2`) or `unet`; parts whose names begin with `text_encoder` are run once a text. Modules among
-            them are frozen and put into evaluation mode.
+            `transformer_2`) or `unet`, which is an attribute of that name as well; parts whose names begin with
+            `text_encoder` are run once a text. Modules among them are frozen and put into evaluation mode.
         scheduler, vae: as above. Both are also looked up here, by these names, at every use.
 
     The denoiser is called as a module, `self.transformer(...)`, so that hooks run, with its arguments by name or by
