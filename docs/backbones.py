@@ -34,6 +34,7 @@ def _row(family: Family) -> tuple[str, ...]:
     blocks = ", then ".join(f"`{name}`" for name in family.blocks)
     guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
     text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
+    text = f"{text}: {family.text_reason}"
     return (
         family.models,
         ", ".join(f"`{name}`" for name in family.pipelines),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
-from tests.zoo import cosmos_and_more, latte_to_qwen, wan_to_kandinsky
+from tests.zoo import conditioned, cosmos_and_more, latte_to_qwen, wan_to_kandinsky
 
 MEASURED: dict[str, dict[str, Any]] = {}  # by variant, what the matrix found
 Builder = Callable[[], tuple[Any, dict[str, Any]]]
@@ -17,4 +17,4 @@ VARIANTS: dict[str, Builder] = {
     "cogvideox_ddim": lambda: (tiny.cogvideox("ddim"), {**tiny.CALL_COGVIDEOX, "width": 48}),
     "cogvideox_dpm": lambda: (tiny.cogvideox("dpm"), {**tiny.CALL_COGVIDEOX, "width": 48}),
 }
-VARIANTS |= wan_to_kandinsky.BUILDERS | latte_to_qwen.BUILDERS | cosmos_and_more.BUILDERS
+VARIANTS |= wan_to_kandinsky.BUILDERS | latte_to_qwen.BUILDERS | cosmos_and_more.BUILDERS | conditioned.BUILDERS

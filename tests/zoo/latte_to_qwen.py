@@ -368,8 +368,8 @@ def flux() -> tuple[Any, dict[str, Any]]:
         tokenizer_2=tokenizer(),
         transformer=FluxTransformer2DModel(
             in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
+            num_layers=1,  # the tap is a single-stream block's, as in the large model
+            num_single_layers=3,
             attention_head_dim=12,
             num_attention_heads=2,
             joint_attention_dim=TEXT_WIDTH,

@@ -229,9 +229,8 @@ class Interceptor:
 
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
-        t = self.backbone.family.t_of(
-            self.backbone.pipe.scheduler, arguments["timestep"].flatten()[-1]
-        )  # the last frame is never given
+        # frames that are given have lower timesteps than those that are sampled
+        t = self.backbone.family.t_of(self.backbone.pipe.scheduler, arguments["timestep"].max())
         noisy = arguments[noisy_name(arguments)][self._rows(arguments, self.alive)[-len(self.alive) :]]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))

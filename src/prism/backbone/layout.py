@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from prism.errors import PrismError
+
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
 TokenForm = Literal["BLD", "temporal", "frames"]  # plain | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)
 Grid = tuple[int, int, int]
@@ -54,6 +56,27 @@ def patches(config: Any) -> Grid:
     if not isinstance(patch, int):
         return tuple(patch)
     return getattr(config, "patch_size_t", None) or 1, patch, patch
+
+
+def from_squares(states: Tensor, grid: Grid, side: int = 8) -> Tensor:
+    """Tokens (B, L, D) that run square by square, `side` x `side` of them, in raster order."""
+    frames, height, width = grid
+    squares = states.unflatten(1, (frames, height // side, width // side, side, side))
+    return squares.transpose(3, 4).flatten(1, 5)
+
+
+def grid_of(places: Tensor) -> Grid:
+    """The grid (T, H, W) of tokens at `places` (3, L), a coordinate an axis.
+
+    Raises PrismError where they do not run through one in order: a condition's tokens stand before the video's.
+    """
+    grid = tuple(len(axis.unique()) for axis in places)
+    if grid[0] * grid[1] * grid[2] != places.shape[1] or bool((places[0].diff() < 0).any()):
+        raise PrismError(
+            "Conditions at later frames are tokens before the video's own, which a judge cannot tell apart; give "
+            "conditions at frame_index 0."
+        )
+    return grid  # type: ignore[return-value]
 
 
 def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:

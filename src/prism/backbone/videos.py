@@ -18,6 +18,8 @@ def encode(pipe: Any, family: Family, config: Any, video: Tensor) -> Tensor:
     """See `Backbone.encode`; `config` is the denoiser's."""
     vae = pipe.vae
     pixels = video.to(vae.dtype).permute(0, 4, 1, 2, 3) * 2 - 1
+    if dropped := family.dropped_frames(config):
+        pixels = torch.cat([pixels[:, :, :1].expand(-1, -1, dropped, -1, -1), pixels], 2)
     if family.vae_frames:
         frames = vae.encode(pixels.transpose(1, 2).flatten(0, 1)).latent_dist.mode()
         latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
@@ -29,7 +31,7 @@ def encode(pipe: Any, family: Family, config: Any, video: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode(pipe: Any, family: Family, latents: Tensor, grid: layout.Grid | None) -> Tensor:
+def decode(pipe: Any, family: Family, config: Any, latents: Tensor, grid: layout.Grid | None) -> Tensor:
     """See `Backbone.decode`."""
     vae = pipe.vae
     if layout.is_packed(family.layout) and grid is None:
@@ -48,4 +50,5 @@ def decode(pipe: Any, family: Family, latents: Tensor, grid: layout.Grid | None)
             options["temb"] = latents.new_zeros(len(latents))
         pixels = vae.decode(latents, return_dict=False, **options)[0]
         pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
+    pixels = pixels[:, family.dropped_frames(config) :]
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
