@@ -198,8 +198,6 @@ class Backbone:
         negative = call.get("negative_prompt")
         if isinstance(negative, str) and self.family.negatives == "list":
             found["negative_prompt"] = [negative] * n
-        elif isinstance(negative, list | tuple) and self.family.negatives == "single" and len(set(negative)) == 1:
-            found["negative_prompt"] = negative[0]  # one of them may not be taken a candidate: HunyuanVideo's image
         return found
 
     def _trim_cache(self) -> None:

@@ -81,7 +81,7 @@ _MOTIF = Family(
     cfg="two_calls",
     guidance="guider",
     vae_mean_std=True,
-    tap_reason=DEPTH + "the decoder's blocks at the end are not counted",
+    tap_reason=DEPTH + "the decoder's, which begin anew from the patches, are not counted",
     text_reason="T5Gemma's, projected to the video's width before the first block; an image's are left out",
 )
 
