@@ -35,6 +35,7 @@ def _row(family: Family) -> tuple[str, ...]:
     guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
     place = ("first" if family.conditional_first else "last") if family.cfg == "one_batch" else ""
     text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
+    text = f"{text}: {family.text_reason}"
     return (
         family.models,
         ", ".join(f"`{name}`" for name in family.pipelines),
@@ -47,7 +48,7 @@ def _row(family: Family) -> tuple[str, ...]:
 
 
 def measured(found: dict[str, dict[str, Any]]) -> str:
-    """The table of variants, of what `tests.zoo.MEASURED` holds after the matrix."""
+    """The table of variants, of what `tests.zoo.MEASURED` holds after the matrix, and what they were let off."""
     names = ("grid", "tap", "latents", "guidance", "tap_error", "one_by_one", "in_a_batch")
     head = ("variant", "token grid", "tap", "latents", "guidance", "tokens, inside against outside")
     head += ("winner, one by one", "winner, in a batch")
@@ -55,7 +56,13 @@ def measured(found: dict[str, dict[str, Any]]) -> str:
     for variant, values in found.items():
         cells = (values.get(name, "") for name in names)
         rows.append((f"`{variant}`", *(f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in cells)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    exempt = [
+        f"- `{variant}` is {check.replace('_', ' ')}: {reason}."
+        for variant, values in found.items()
+        for check, reason in values.items()
+        if check.startswith("let off")
+    ]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *exempt])
 
 
 def put(text: str, mark: str, table: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel
 from tests import tiny
 
-from prism.backbone import Backbone, layout
-from prism.backbone.families import family_of
+from prism.backbone import FAMILIES, Backbone, layout
+from prism.backbone.families import family_named, family_of
 from prism.errors import PrismError
 
 
@@ -69,6 +73,30 @@ def test_vae_normalisation_inverts(backbone: Backbone) -> None:
     family, pipe = backbone.family, backbone.pipe
     latents = torch.randn(1, 16 if family.name == "wan" else 4, 3, 4, 4)
     torch.testing.assert_close(family.denormalise(pipe, family.normalise(pipe, latents)), latents, atol=1e-5, rtol=1e-5)
+
+
+def test_each_row_says_why_its_text_tokens_and_its_tap() -> None:
+    """The blocks named are those that the tap's share gives."""
+    for family in FAMILIES:
+        assert family.text_reason, family.name
+        assert family.tap_reason, family.name
+        for block, blocks in re.findall(r"(\d+) of (\d+)", family.tap_reason):
+            assert int(block) == max(1, round(family.tap * int(blocks))), family.name
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "denoiser"),
+    [("HunyuanVideoPipeline", HunyuanVideoTransformer3DModel), ("FluxPipeline", FluxTransformer2DModel)],
+)
+def test_the_tap_of_the_large_model_is_its_fourth_single_stream_block(pipeline: str, denoiser: Any) -> None:
+    """By the sizes that diffusers gives these models where none are said."""
+    family = family_named(pipeline)
+    with torch.device("meta"):
+        large = denoiser()
+    blocks = family.block_list(large)
+    tap = round(family.tap * len(blocks))
+    assert tap - len(large.transformer_blocks) == 4
+    assert f"{tap} of {len(blocks)}, the fourth" in family.tap_reason
 
 
 def test_another_pipeline_is_named() -> None:

@@ -26,9 +26,23 @@ from prism.errors import PrismError
 from prism.judge import Judge
 
 # (check, variant) -> why the variant is let off.
-EXEMPT: dict[tuple[str, str], str] = {("encodes_once", "bare_module"): "it has no text encoder"}
+NOISE = (
+    "its given frame gets noise anew at each call, other noise outside; `{}_clean`, without it, is held to the check"
+)
+EXEMPT: dict[tuple[str, str], str] = {
+    ("encodes_once", "bare_module"): "it has no text encoder",
+    ("tap_inside_and_outside", "ltx_condition"): NOISE.format("ltx_condition"),
+    ("tap_inside_and_outside", "cosmos1_v2w"): NOISE.format("cosmos1_v2w"),
+    ("conditional_rows", "wan22_a14b_t2v_low"): "the other denoiser's steps have moved all rows before its first call",
+}
 
-GIVEN = {"wan22_5b_i2v", "hunyuan_i2v", "kandinsky5_i2v", "ltx_i2v", "sana_video_i2v", "cosmos2"}  # the first frame
+# Variants whose first frame is given.
+GIVEN = {"wan22_5b_i2v", "hunyuan_i2v", "kandinsky5_i2v", "ltx_i2v", "sana_video_i2v", "cosmos2"}
+GIVEN |= {"skyreels_v2_df_i2v", "hunyuan_i2v_true_cfg", "ltx_condition", "ltx_condition_clean", "cosmos1_v2w"}
+GIVEN |= {"cosmos1_v2w_clean", "cosmos25_image"}
+
+READS = {"wan22_a14b_t2v_low": "transformer_2"}  # the denoiser that is read, where it is not the first
+SCHEDULES = {"wan22_a14b_t2v_low": [(4, 2), (5, 1)]}  # cuts on its steps
 
 
 @dataclass
@@ -43,7 +57,7 @@ class Subject:
     @property
     def backbone(self) -> Backbone:
         if "backbone" not in self.kept:
-            self.kept["backbone"] = Backbone(self.pipe)
+            self.kept["backbone"] = Backbone(self.pipe, READS.get(self.name))
         return self.kept["backbone"]
 
     def plain(self, seed: int = 0, prompt: str = tiny.PROMPT, **changes: Any) -> Any:
@@ -54,9 +68,17 @@ class Subject:
         return self.pipe(**call)[0]
 
     def latents(self, seed: int = 0) -> Tensor:
+        """What the loop carries at its end: what the call gives, except where that is repacked or lacks a frame."""
         key = ("latents", seed)
         if key not in self.kept:
-            self.kept[key] = self.backbone.main(self.plain(seed, output_type="latent"))
+            last: dict[str, Tensor] = {}
+            watch = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
+            if not self.backbone.takes("callback_on_step_end"):
+                watch = {}
+            latents = self.backbone.main(self.plain(seed, output_type="latent", **watch))
+            if latents.shape[1:] != self.backbone.condition(self.prompts(1), **self.call).shape:
+                latents = self.backbone.main(last["latents"])
+            self.kept[key] = latents
         return self.kept[key]
 
     def prompts(self, count: int) -> list[str]:
@@ -76,7 +98,7 @@ class Subject:
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             batch = len(latest[noisy_name(latest, backbone.family)])
-            seen.append((dict(latest), backbone.family.states(output, batch).clone()))
+            seen.append((dict(latest), backbone.family.states(output, latest, batch).clone()))
 
         handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
         handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))
@@ -174,10 +196,10 @@ def test_matrix_clock(subject: Subject) -> None:
     scheduler = backbone.pipe.scheduler
     with subject.calls() as seen:
         subject.plain(output_type="latent")
-    steps = [float(arguments[family.timestep_argument].flatten()[-1]) for arguments, _ in seen]
+    steps = [float(arguments[family.timestep_argument].max()) for arguments, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     assert levels == sorted(levels, reverse=True)
-    assert levels[0] > 800
+    assert levels[0] > 0.8 * backbone.t_range[1]
     z, noise = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4)
     for step, t in zip(steps, levels):
         alpha, sigma, timestep = family.level(scheduler, torch.tensor([t]))
@@ -279,7 +301,7 @@ def test_matrix_tap_inside_and_outside(subject: Subject) -> None:
     two = backbone.guided(subject.call) and family.cfg == "two_calls"
     worst = 0.0
     for arguments, states in seen[:: 2 if two else 1]:
-        t = family.t_of(backbone.pipe.scheduler, arguments[family.timestep_argument].flatten()[-1])
+        t = family.t_of(backbone.pipe.scheduler, arguments[family.timestep_argument].max())
         if not low <= t <= high:
             continue
         noisy = arguments[noisy_name(arguments, family)]
@@ -304,7 +326,7 @@ def test_matrix_best_of_n(subject: Subject) -> None:
         decoded.append(len(values))
         return plain(values, *args, **kwargs)
 
-    schedule, counts = [(2, 2), (3, 1)], []
+    schedule, counts = SCHEDULES.get(subject.name, [(2, 2), (3, 1)]), []
     backbone.pipe.vae.decode = decode
     try:
         one = prism.best_of_n(
@@ -377,5 +399,5 @@ def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:
         again.score(latents, prompts, t, **subject.call), judge.score(latents, prompts, t, **subject.call)
     )
     foreign = tiny.wan(num_layers=2)
-    with pytest.raises(PrismError, match="load the backbone it was trained on"):
+    with pytest.raises(PrismError, match=r"load the backbone it was trained on|has no denoiser 'transformer_2'"):
         Judge.from_pretrained(tmp_path / "head", foreign)

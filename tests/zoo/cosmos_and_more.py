@@ -52,10 +52,10 @@ def _chat_tokenizer() -> Any:
     return names
 
 
-def easyanimate() -> tuple[Any, dict[str, Any]]:
+def easyanimate(kind: type = EasyAnimatePipeline, in_channels: int = 4) -> tuple[Any, dict[str, Any]]:
     """Latents (4, 3, 4, 6); tokens (18, 32)."""
     torch.manual_seed(0)
-    pipe = EasyAnimatePipeline(
+    pipe = kind(
         vae=AutoencoderKLMagvit(
             latent_channels=4,
             block_out_channels=[8, 8, 8, 8],
@@ -68,7 +68,7 @@ def easyanimate() -> tuple[Any, dict[str, Any]]:
         transformer=EasyAnimateTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=in_channels,
             out_channels=4,
             time_embed_dim=2,
             text_embed_dim=TEXT_WIDTH,
@@ -130,14 +130,14 @@ def _cosmos_transformer(**changes: Any) -> CosmosTransformer3DModel:
     )
 
 
-def cosmos1() -> tuple[Any, dict[str, Any]]:
+def cosmos1(kind: type = CosmosTextToWorldPipeline, in_channels: int = 16) -> tuple[Any, dict[str, Any]]:
     """Latents (16, 2, 4, 6), divided by sqrt(sigma^2 + sigma_data^2) for the network; tokens (12, 32)."""
     _without_torchvision()
     torch.manual_seed(0)
-    pipe = CosmosTextToWorldPipeline(
+    pipe = kind(
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        transformer=_cosmos_transformer(),
+        transformer=_cosmos_transformer(in_channels=in_channels),
         vae=AutoencoderKLCosmos(
             latent_channels=16,
             encoder_block_out_channels=(8, 8, 8, 8),
@@ -188,12 +188,13 @@ def cosmos25() -> tuple[Any, dict[str, Any]]:
     return _quiet(pipe), _call(guidance_scale=3.0, max_sequence_length=16)
 
 
-def motif_video() -> tuple[Any, dict[str, Any]]:
+def motif_video(kind: type = MotifVideoPipeline, **others: Any) -> tuple[Any, dict[str, Any]]:
     """Latents (16, 3, 4, 6) + 16 channels of zeros + 1; tokens (18, 24)."""
     torch.manual_seed(0)
     language = {**_language(), "head_dim": 8, "max_position_embeddings": 128, "dropout_rate": 0.0}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    pipe = MotifVideoPipeline(
+    vision |= {"image_size": 16, "patch_size": 8}
+    pipe = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         vae=_wan_vae(),
         text_encoder=T5Gemma2Encoder(T5Gemma2EncoderConfig(text_config=language, vision_config=vision)),
@@ -201,14 +202,16 @@ def motif_video() -> tuple[Any, dict[str, Any]]:
         transformer=MotifVideoTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=12,
-            num_layers=2,
-            num_single_layers=3,
+            num_layers=1,
+            num_single_layers=4,
             num_decoder_layers=1,
             mlp_ratio=2.0,
             text_embed_dim=TEXT_WIDTH,
             rope_axes_dim=(4, 4, 4),
+            image_embed_dim=8,
         ),
         guider=ClassifierFreeGuidance(guidance_scale=4.0),
+        **others,
     )
     return _quiet(pipe), _call(max_sequence_length=16)
 

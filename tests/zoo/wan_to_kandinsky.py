@@ -40,7 +40,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from PIL import Image
+from PIL import Image, ImageOps
 from tests.tiny import TEXT_WIDTH, text_encoder, tokenizer
 from tokenizers import processors
 from transformers import (
@@ -138,7 +138,7 @@ def _clip_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
 
 
-def wan21_i2v() -> tuple[Any, dict[str, Any]]:
+def wan21_i2v(**changes: Any) -> tuple[Any, dict[str, Any]]:
     """Latents (16, 3, 4, 6) + 4 mask + 16 image channels; tokens (18, 24); its attention assumes 512 text tokens."""
     torch.manual_seed(0)
     pipe = WanImageToVideoPipeline(
@@ -148,9 +148,15 @@ def wan21_i2v() -> tuple[Any, dict[str, Any]]:
         scheduler=_unipc(3.0),
         image_processor=_clip_processor(),
         image_encoder=_clip_vision(),
-        transformer=_wan_transformer(in_channels=36, image_dim=IMAGE_WIDTH, added_kv_proj_dim=24),
+        transformer=_wan_transformer(in_channels=36, image_dim=IMAGE_WIDTH, added_kv_proj_dim=24, **changes),
     )
     return _quiet(pipe), _call(image=_image(32, 48), guidance_scale=4.0, max_sequence_length=512)
+
+
+def wan21_i2v_last_image() -> tuple[Any, dict[str, Any]]:
+    """As `wan21_i2v`, the last frame given too: two rows of image embeddings a video, joined by the denoiser."""
+    pipe, call = wan21_i2v(pos_embed_seq_len=10)
+    return pipe, {**call, "last_image": ImageOps.invert(call["image"])}
 
 
 def wan22_a14b_t2v() -> tuple[Any, dict[str, Any]]:
@@ -225,7 +231,7 @@ def skyreels_v2() -> tuple[Any, dict[str, Any]]:
     return _quiet(pipe), _call(guidance_scale=4.0, max_sequence_length=12)
 
 
-def skyreels_v2_df() -> tuple[Any, dict[str, Any]]:
+def skyreels_v2_df(**changes: Any) -> tuple[Any, dict[str, Any]]:
     """Latents (16, 3, 4, 6), a timestep for each latent frame, `fps` as a list; tokens (18, 24)."""
     torch.manual_seed(0)
     pipe = SkyReelsV2DiffusionForcingPipeline(
@@ -233,7 +239,7 @@ def skyreels_v2_df() -> tuple[Any, dict[str, Any]]:
         text_encoder=text_encoder(),
         vae=_wan_vae(),
         scheduler=_unipc(8.0),
-        transformer=_wan_transformer(SkyReelsV2Transformer3DModel),
+        transformer=_wan_transformer(SkyReelsV2Transformer3DModel, **changes),
     )
     return _quiet(pipe), _call(guidance_scale=4.0, max_sequence_length=12, fps=16)
 
@@ -304,8 +310,8 @@ def _hunyuan_transformer(**changes: Any) -> HunyuanVideoTransformer3DModel:
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=10,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,  # the tap is the first single-stream block's, as it is one of these in the large model
+        num_single_layers=3,
         num_refiner_layers=1,
         mlp_ratio=2.0,
         text_embed_dim=TEXT_WIDTH,
@@ -480,7 +486,7 @@ def cogvideox_i2v(version: str = "1.0") -> tuple[Any, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- Kandinsky 5
 
 
-def _kandinsky5(kind: type) -> Any:
+def _kandinsky5(kind: type, **changes: Any) -> Any:
     torch.manual_seed(0)
     names = _tokenizer()
     # with a token before the text the template is 128 tokens long, which is what the pipeline crops
@@ -509,6 +515,7 @@ def _kandinsky5(kind: type) -> Any:
         num_visual_blocks=3,
         axes_dims=(4, 6, 6),
         visual_cond=True,
+        **changes,
     )
     for parameter in transformer.parameters():
         if not parameter.any():  # the gates of new blocks are closed: they would pass their input on, whatever the text

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from prism.backbone import layout, videos
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name, trim
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name, trim
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.interceptor import StopForward, around_module, capture, free_hooks, is_compiled
@@ -212,12 +212,12 @@ class Backbone:
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that make one stock call of several rows: prompts, CPU generators, and the image as often."""
         n = len(prompts)
-        found: dict[str, Any] = {"generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds]}
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
         if self.family.prompts:
             found["prompt"] = list(prompts)
-        image = call.get("image")
-        if image is not None and self.family.images == "list" and not isinstance(image, list | tuple):
-            found["image"] = [image] * n
+        if self.family.images == "list":
+            found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
         negative = call.get("negative_prompt")
         if isinstance(negative, str) and self.family.negatives == "list":
             found["negative_prompt"] = [negative] * n
@@ -296,7 +296,7 @@ class Backbone:
 
         def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
             output = inner(*args, **kwargs)
-            visual[number] = self.family.states(output, len(noisy))
+            visual[number] = self.family.states(output, arguments, len(noisy))
             grids[number] = self.family.grid(self.config, arguments, noisy, self.family.video(output))
             if stop and number == last:
                 raise StopForward(last)
@@ -331,7 +331,8 @@ class Backbone:
     def encode(self, video: Tensor) -> Tensor:
         """Videos (B, F, H, W, 3) in [0, 1] to normalised float32 latents of the loop: the posterior's mode.
 
-        Where tokens span several latent frames (CogVideoX 1.5) the first one is repeated in front to fill them.
+        Where tokens span several latent frames (CogVideoX 1.5), or the pipeline drops decoded frames in front
+        (HunyuanVideo with latent_concat), the first one is repeated there.
         """
         with self.freed():
             return videos.encode(self.pipe, self.family, self.config, torch.as_tensor(video).to(self.device))
@@ -342,7 +343,7 @@ class Backbone:
         grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
         """
         with self.freed():
-            return videos.decode(self.pipe, self.family, latents.to(self.device), grid)
+            return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid)
 
     # -- checks
 
@@ -353,6 +354,11 @@ class Backbone:
         unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
+        for name, reason in self.family.fixed.items():
+            if call.get(name, self.default(name)) != self.default(name):
+                raise PrismError(
+                    f"{name} = {call[name]!r} is not supported: {reason}. Leave it at {self.default(name)}."
+                )
         if not self.family.prompts:
             if any(prompts):
                 raise PrismError(f"{type(self.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")

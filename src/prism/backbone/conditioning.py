@@ -119,7 +119,10 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        taken = {name: _take(value, rows) if name in self.batched else value for name, value in self.arguments.items()}
+        taken = {
+            name: _take(value, rows, len(self)) if name in self.batched else value
+            for name, value in self.arguments.items()
+        }
         changes: Any = {name: None if value is None else value[rows] for name, value in self._beside().items()}
         return replace(self, arguments=taken, **changes)
 
@@ -206,10 +209,14 @@ def _given(
         return given, None
     if timestep.ndim == 1:
         return None, None
-    last = timestep.flatten(1)[:, -1].view(-1, *[1] * (timestep.ndim - 1))  # the last frame is never a condition
-    times = timestep != last
+    times = timestep != timestep.flatten(1).amax(1).view(-1, *[1] * (timestep.ndim - 1))  # what is sampled is noisier
     if not bool(times.any()):
         return None, None
+    if bool(timestep[times].any()):
+        raise PrismError(
+            f"{pipeline} starts some frames at a noise level of their own, and a judge reads all frames at one; give "
+            "conditions in full strength."
+        )
     if layout.is_packed(family.layout):
         return times[..., None], times
     cells = times
@@ -238,24 +245,28 @@ def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
 
 
 def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
-    """Whether an argument of a denoiser call carries one row per sample of the batch."""
+    """Whether an argument of a denoiser call carries a row per sample of the batch, or several (a first and a last
+    image's embeddings)."""
     if name not in family.batched or not isinstance(value, Tensor | list):
         return False
-    return len(value) == batch if isinstance(value, list) or value.ndim > 0 else False
+    if isinstance(value, list):
+        return len(value) == batch
+    return value.ndim > 0 and len(value) > 0 and len(value) % batch == 0
 
 
 def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[str, Any]:
     """The same denoiser call for some rows of its batch (a slice or a list of indices)."""
     batch = len(arguments[noisy_name(arguments, family)])
     return {
-        name: _take(value, rows) if has_rows(name, value, batch, family) else value for name, value in arguments.items()
+        name: _take(value, rows, batch) if has_rows(name, value, batch, family) else value
+        for name, value in arguments.items()
     }
 
 
-def _take(value: Any, rows: Any) -> Any:
-    if isinstance(value, Tensor) or isinstance(rows, slice):
-        return value[rows]
-    return [value[int(row)] for row in rows]
+def _take(value: Any, rows: Any, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]
 
 
 def _cat(values: Sequence[Any]) -> Any:
@@ -264,15 +275,24 @@ def _cat(values: Sequence[Any]) -> Any:
 
 def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a denoiser call by their names (some pipelines pass them by position)."""
-    if not args:
-        return kwargs
-    plain = getattr(denoiser, "_orig_mod", denoiser)
-    signature = inspect.signature(type(plain).forward)
-    bound = signature.bind(plain, *args, **kwargs).arguments
-    others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
-    found = dict(list(bound.items())[1:])
-    rest = found.pop(others[0], {}) if others else {}
-    return {**found, **rest}
+    if args:
+        plain = getattr(denoiser, "_orig_mod", denoiser)
+        signature = inspect.signature(type(plain).forward)
+        bound = signature.bind(plain, *args, **kwargs).arguments
+        others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+        found = dict(list(bound.items())[1:])
+        rest = found.pop(others[0], {}) if others else {}
+        kwargs = {**found, **rest}
+    if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 gives the call's one rate a row, and reads it at batch 1 only
+        kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
+    return kwargs
+
+
+def is_single(name: str, value: Any) -> bool:
+    """Whether a call's `image` or `video` is one for all rows, not a list with one a row; a video lists its frames."""
+    if name == "video" and isinstance(value, list | tuple) and value:
+        value = value[0]
+    return value is not None and not isinstance(value, list | tuple)
 
 
 def trim(cache: OrderedDict[Any, Conditioning], most_bytes: int) -> None:

@@ -267,8 +267,8 @@ class Interceptor:
     def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
         assert self.on_cut is not None
         family = self.backbone.family
-        timestep = arguments[family.timestep_argument].flatten()[-1]  # the last frame is never given
-        t = family.t_of(self.backbone.pipe.scheduler, timestep)
+        # Frames that are given have lower timesteps than those that are sampled.
+        t = family.t_of(self.backbone.pipe.scheduler, arguments[family.timestep_argument].max())
         noisy = arguments[noisy_name(arguments, family)][self._conditional_rows(arguments)]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prism.errors import PrismError
+
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
 TokenForm = Literal["BLD", "temporal", "frames"]  # plain | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)
 Grid = tuple[int, int, int]
@@ -47,6 +49,27 @@ def pack(latents: Tensor, layout: Layout) -> Tensor:
     if layout == "BLC2":
         latents = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)
     return latents.flatten(2).transpose(1, 2)
+
+
+def from_squares(states: Tensor, grid: Grid, side: int = 8) -> Tensor:
+    """Tokens (B, L, D) that run square by square, `side` x `side` of them, in raster order."""
+    frames, height, width = grid
+    squares = states.unflatten(1, (frames, height // side, width // side, side, side))
+    return squares.transpose(3, 4).flatten(1, 5)
+
+
+def grid_of(places: Tensor) -> Grid:
+    """The grid (T, H, W) of tokens at `places` (3, L), a coordinate an axis.
+
+    Raises PrismError where they do not run through one in order: a condition's tokens stand before the video's.
+    """
+    grid = tuple(len(axis.unique()) for axis in places)
+    if grid[0] * grid[1] * grid[2] != places.shape[1] or bool((places[0].diff() < 0).any()):
+        raise PrismError(
+            "Conditions at later frames are tokens before the video's own, which a judge cannot tell apart; give "
+            "conditions at frame_index 0."
+        )
+    return grid  # type: ignore[return-value]
 
 
 def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:

@@ -47,6 +47,8 @@ OPEN_SORA = Family(
     widths="hidden_size",
     text_embedder="y_embedder",
     text_padding="mask",
+    text_reason="T5's, projected to the video's width before the first block",
+    tap_reason="as deep as the paper's block 12 of 30: 11 of 28, each behind its spatial one",
     vae_told=frames_of,  # it normalises by itself
 )
 

@@ -21,6 +21,8 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
     """See `Backbone.encode`; `config` is the denoiser's."""
     vae = pipe.vae
     pixels = video.to(dtype_of(vae)).permute(0, 4, 1, 2, 3) * 2 - 1
+    if dropped := family.dropped_frames(config):
+        pixels = torch.cat([pixels[:, :, :1].expand(-1, -1, dropped, -1, -1), pixels], 2)
     if family.vae_frames:
         frames = _mode(vae, pixels.transpose(1, 2).flatten(0, 1))
         latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
@@ -32,7 +34,7 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
 
 
 @torch.no_grad()
-def decode(pipe: Any, family: Family, latents: Tensor, grid: layout.Grid | None) -> Tensor:
+def decode(pipe: Any, family: Family, config: Mapping[str, Any], latents: Tensor, grid: layout.Grid | None) -> Tensor:
     """See `Backbone.decode`."""
     vae = pipe.vae
     if layout.is_packed(family.layout) and grid is None:
@@ -53,6 +55,7 @@ def decode(pipe: Any, family: Family, latents: Tensor, grid: layout.Grid | None)
             options["temb"] = latents.new_zeros(len(latents))
         pixels = tensor_of(vae.decode(latents, **options))
         pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
+    pixels = pixels[:, family.dropped_frames(config) :]
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
 
 
