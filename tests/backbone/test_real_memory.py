@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig, apply_first_block_cache
 from tests import tiny
 from tests.machinery import CALL, FAMILIES, RUNS, assert_exact, assert_tokens, blocks, count, seeded, stock
+from tests.zoo import VARIANTS
 
 import prism
 from prism.backbone import Backbone
@@ -133,6 +134,24 @@ def test_offloaded_models_are_freed_on_every_way_out(family: str) -> None:
         for at in (1, 3, 6, 12):  # the text encoder, the first steps, the search
             outcome(run, explode_at=at)
     assert_exact(pipe, judge, ["early"])
+
+
+@pytest.mark.parametrize("how", ["whole models", "layers on meta", "compiled"])
+def test_two_denoisers(how: str) -> None:
+    """Wan 2.2 A14B, whose denoisers take turns: both are treated, and the cut falls on the one that is read."""
+    pipe, call = VARIANTS["wan22_a14b_t2v"]()
+    judge = prism.Judge.untrained(pipe, tap=1, dim=16)
+    if how == "compiled":
+        for denoiser in (pipe.transformer, pipe.transformer_2):
+            denoiser.compile(backend="eager")
+    else:
+        OFFLOADED[how](pipe)
+        if how == "layers on meta":
+            cpu_offload(pipe.transformer_2, CPU)
+    result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=2, schedule=[(1, 1)], batch_size=1, **call)
+    assert judge.backbone.listens is (how != "compiled")
+    plain = pipe(tiny.PROMPT, generator=seeded(result.seed), **call).frames[0]
+    assert (torch.as_tensor(result.video) == torch.as_tensor(plain)).all()
 
 
 # -- what skips or slices
