@@ -94,7 +94,7 @@ def test_a_goal_is_met_on_its_side_of_the_limit(at_least, value, met):
 
 def test_running_out_of_memory_is_a_row_that_says_so():
     def too_large() -> None:
-        raise torch.OutOfMemoryError("no")
+        raise torch.cuda.OutOfMemoryError("no")
 
     bench = Bench(torch.device("cpu"), repeats=1)
     assert list(bench.measure("a", "", fits=lambda: None, too_large=too_large)) == ["fits"]
