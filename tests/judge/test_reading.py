@@ -75,3 +75,13 @@ def test_chunks_are_bounded_by_memory_and_cover_every_token():
     assert len(pieces) > 2
     assert max(piece.nbytes for piece in pieces) <= reading.CPU_BYTES
     assert sum(piece.shape[1] for piece in pieces) == 1007
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reads_the_same_with_the_same_gradients():
+    queries, visual, text, mask = (value.cuda() for value in given(torch.float32, length=5000))
+    inputs = [value.requires_grad_() for value in (queries, visual, text)]
+    ours, expected = reading.read(*inputs, mask), oracle(*inputs, mask)
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    found, wanted = (torch.autograd.grad(value.square().sum(), inputs) for value in (ours, expected))
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
