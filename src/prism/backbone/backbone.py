@@ -6,8 +6,7 @@ import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from prism.backbone import layout, videos
+from prism.backbone import layout, taps, videos
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name, trim
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
-from prism.backbone.interceptor import StopForward, around_module, capture, free_hooks, is_compiled
+from prism.backbone.interceptor import capture, free_hooks, is_compiled
 from prism.backbone.obstacles import check_whole, misfits_told
 from prism.backbone.partial import load_pipeline
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
@@ -289,42 +288,8 @@ class Backbone:
         if last > len(tapped):
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
         check_whole((self.denoiser,))
-        visual: dict[int, Tensor] = {}
-        grids: dict[int, Any] = {}
-        noisy = arguments[noisy_name(arguments, self.family)]
-        text: list[Tensor] = []
-
-        def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
-            output = inner(*args, **kwargs)
-            visual[number] = self.family.states(output, arguments, len(noisy))
-            grids[number] = self.family.grid(self.config, arguments, noisy, self.family.video(output))
-            if stop and number == last:
-                raise StopForward(last)
-            return output
-
-        def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            output = inner(*args, **kwargs)
-            text.append(output.flatten(1, -2))
-            return output
-
-        output = None
-        with ExitStack() as stack:
-            if not self.listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for number in blocks:  # not by hooks: torch compiles those of a compiled block, for each tap anew
-                stack.enter_context(around_module(tapped[number - 1], partial(tap, number)))
-            if self.family.text_embedder is not None:
-                embedder = self.denoiser.get_submodule(self.family.text_embedder)
-                stack.enter_context(around_module(embedder, text_tap))
-            with suppress(StopForward):
-                output = (forward or self.denoiser)(**arguments)
-        if last not in visual:
-            raise PrismError(
-                "The denoiser is compiled, and compiled code passes the judge's hooks by; compile its blocks alone, "
-                "with compile_repeated_blocks(), or take torch 2.6 or later."
-            )
-        mask = self.family.text_mask(arguments) if text else None
-        return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual), output
+        chosen = {number: tapped[number - 1] for number in blocks}
+        return taps.read(self.denoiser, self.family, self.config, arguments, chosen, stop, forward, self.listens)
 
     # -- videos
 

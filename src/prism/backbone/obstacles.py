@@ -46,7 +46,7 @@ def misfits_told(pipe: Any) -> Iterator[None]:
     """Where torch finds devices or dtypes that do not fit, and the pipeline's parts have several, they are named."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}

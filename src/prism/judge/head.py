@@ -10,24 +10,23 @@ With few queries the projections fold into the query. Per attention head h,
     logits = F W_p^T W_k,h^T q_h / sqrt(d)      needs only the vector a_h = W_p^T W_k,h^T q_h / sqrt(d) of size D_vis,
     read_h = W_v,h (W_p (sum_i w_i F_i) + b_p)  applies W_p and W_v to one weighted sum, as the weights sum to one,
 
-so that the cost is that of reading the tokens once, and no (B, L, D) tensor exists. A bias on keys, or in W_p as seen
-by the keys, adds the same number to all logits and cancels in the softmax.
+so that the cost is that of reading the tokens (``prism.judge.reading``), and no (B, L, D) tensor exists. A bias on
+keys, or in W_p as seen by the keys, adds the same number to all logits and cancels in the softmax.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from prism import files
 from prism.errors import PrismError
+from prism.judge import reading
 
 AGGREGATIONS = ("query", "mean", "linear")
 
@@ -44,7 +43,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         mlp_layers: linear layers of the MLP, the last one included. The paper's is 5.
         aggregation: ``"query"`` (the paper's), or an ablation: ``"mean"`` (the mean token instead of the query) or
             ``"linear"`` (a linear probe on the mean token).
-        chunk_size: tokens that are read at a time; bounds the float32 memory of long videos.
+        chunk_size: tokens that are read at a time, which bounds the float32 memory of long videos; None: as many as
+            suit the device.
 
     Raises:
         PrismError: on an aggregation that does not exist, or heads that do not divide ``dim``.
@@ -59,7 +59,7 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         num_heads: int = 8,
         mlp_layers: int = 5,
         aggregation: str = "query",
-        chunk_size: int = 4096,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if aggregation not in AGGREGATIONS:
@@ -67,7 +67,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
                 f"The aggregation {aggregation!r} does not exist; choose one of {', '.join(AGGREGATIONS)}."
             )
         sizes = {"width": width, "dim": dim, "num_dimensions": num_dimensions, "num_queries": num_queries}
-        sizes |= {"num_heads": num_heads, "mlp_layers": mlp_layers, "chunk_size": chunk_size}
+        sizes |= {"num_heads": num_heads, "mlp_layers": mlp_layers}
+        sizes |= {} if chunk_size is None else {"chunk_size": chunk_size}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise PrismError(f"The head's {name} must be a whole number above 0, found {value!r}.")
@@ -114,13 +115,14 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         with torch.autocast(visual.device.type, enabled=False):
             if self.aggregation == "query":
                 return self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
-            mean = self._mean(visual, text, text_mask)
+            none = torch.zeros(1, self.width, device=visual.device)  # a query that looks at all tokens alike
+            mean = reading.read(none, visual, text, text_mask, self.chunk_size)[:, 0]
             return self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
 
     def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
         heads, size = self.num_heads, self.dim // self.num_heads
-        sums = self._attend(self._folded(), visual, text, text_mask)  # (B, N_q * heads, D_vis)
+        sums = reading.read(self._folded(), visual, text, text_mask, self.chunk_size)  # (B, N_q * heads, D_vis)
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
         values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
         values = values.flatten(2) + self.w_v.bias
@@ -134,13 +136,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         """
         if self.aggregation != "query":
             raise PrismError(f"A head with the aggregation {self.aggregation} has no query, and looks at all alike.")
-        folded = self._folded()
-        logits = []
         with torch.autocast(visual.device.type, enabled=False):
-            for tokens, real in self._chunks(visual, text, text_mask):
-                weighed = folded @ F.layer_norm(tokens.float(), (self.width,)).transpose(1, 2)
-                logits.append(weighed if real is None else weighed.masked_fill(~real[:, None], -torch.inf))
-        return torch.cat(logits, -1).softmax(-1)
+            return reading.weights(self._folded(), visual, text, text_mask, self.chunk_size)
 
     def _folded(self) -> Tensor:
         """a_h for each query and head, (N_q * heads, D_vis)."""
@@ -148,58 +145,6 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         query = self.w_q(self.query).view(self.num_queries, heads, size)
         keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
         return (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
-
-    def _chunks(
-        self, visual: Tensor, text: Tensor | None, mask: Tensor | None
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """F_uni piece by piece: the concatenation of Eq. 2 never exists."""
-        for start in range(0, visual.shape[1], self.chunk_size):
-            yield visual[:, start : start + self.chunk_size], None
-        for start in range(0, 0 if text is None else text.shape[1], self.chunk_size):
-            stop = start + self.chunk_size
-            yield text[:, start:stop], None if mask is None else mask[:, start:stop].bool()  # type: ignore[index]
-
-    def _attend(self, folded: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
-        """Softmax-weighted sums of the normalised tokens, one per query and head, by online softmax in float32."""
-        batch, rows = len(visual), len(folded)
-        peak = folded.new_full((batch, rows, 1), -torch.inf)
-        total = folded.new_zeros((batch, rows, 1))
-        sums = folded.new_zeros((batch, rows, self.width))
-        # Without this, autograd would keep a float32 copy of every chunk.
-        recompute = torch.is_grad_enabled() and visual.shape[1] > self.chunk_size
-        for tokens, real in self._chunks(visual, text, mask):
-            if recompute:
-                peak, total, sums = checkpoint(
-                    self._attend_chunk, folded, tokens, real, peak, total, sums, use_reentrant=False
-                )
-            else:
-                peak, total, sums = self._attend_chunk(folded, tokens, real, peak, total, sums)
-        return sums / total
-
-    def _attend_chunk(
-        self, folded: Tensor, tokens: Tensor, real: Tensor | None, peak: Tensor, total: Tensor, sums: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = F.layer_norm(tokens.float(), (self.width,))
-        logits = folded @ tokens.transpose(1, 2)  # (B, rows, chunk)
-        if real is not None:
-            logits = logits.masked_fill(~real[:, None], -torch.inf)
-        # The peak only keeps exp in range: the result does not depend on it, so it carries no gradient.
-        new_peak = torch.maximum(peak, logits.detach().amax(-1, keepdim=True))
-        keep, weights = (peak - new_peak).exp(), (logits - new_peak).exp()
-        return new_peak, total * keep + weights.sum(-1, keepdim=True), sums * keep + weights @ tokens
-
-    def _mean(self, visual: Tensor, text: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The mean normalised token over video and prompt, (B, D_vis) float32."""
-        sums = visual.new_zeros((len(visual), self.width), dtype=torch.float32)
-        counts = torch.zeros(len(visual), 1, device=visual.device)
-        for tokens, real in self._chunks(visual, text, mask):
-            tokens = F.layer_norm(tokens.float(), (self.width,))
-            if real is not None:
-                tokens, counts = tokens * real[..., None], counts + real.sum(1, keepdim=True)
-            else:
-                counts = counts + tokens.shape[1]
-            sums = sums + tokens.sum(1)
-        return sums / counts
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Load exactly this head's weights from a safetensors file.

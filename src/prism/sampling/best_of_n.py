@@ -233,7 +233,7 @@ def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> Bes
         winners = _within_memory(search, STRATEGIES[strategy])
         try:
             finished = search.finish(winners)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise PrismError(
                 "Memory ran out while the winner was finished; let the VAE decode in tiles (pipe.vae.enable_tiling()), "
                 "or offload the pipeline's models (enable_model_cpu_offload)."
@@ -266,7 +266,7 @@ def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> l
     while True:
         try:
             return strategy(search)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             if search.batch_size == 1:
                 raise PrismError(
                     "Memory ran out with a single candidate a batch; make the video smaller, or offload the pipeline's "

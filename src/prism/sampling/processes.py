@@ -53,7 +53,7 @@ class Team:
             raise error
         for rank, (_, kind, sentence) in enumerate(told):
             if kind == "OutOfMemoryError":
-                raise torch.OutOfMemoryError(sentence)
+                raise torch.cuda.OutOfMemoryError(sentence)
             if kind is not None:
                 raise PrismError(f"Process {rank} failed: {sentence}")
         return [value for value, _, _ in told]

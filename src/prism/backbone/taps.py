@@ -1,0 +1,70 @@
+"""Taps: the outputs of blocks, read while a denoiser call runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prism.backbone.conditioning import Tokens, noisy_name
+from prism.backbone.family import Family
+from prism.backbone.interceptor import StopForward, around_module
+from prism.errors import PrismError
+
+
+def read(
+    denoiser: Any,
+    family: Family,
+    config: Mapping[str, Any],
+    arguments: dict[str, Any],
+    blocks: Mapping[int, nn.Module],
+    stop: bool,
+    forward: Callable[..., Any] | None,
+    listens: bool,
+) -> tuple[Tokens, Any]:
+    """Tokens after `blocks` (by 1-based number, rising) of a denoiser call and, unless stopped, its output.
+
+    Args:
+        forward: the call to make where the denoiser itself is intercepted.
+        listens: whether blocks are called as they stand; otherwise the denoiser was compiled as a whole, and runs
+            uncompiled here.
+    """
+    visual: dict[int, Tensor] = {}
+    grids: dict[int, Any] = {}
+    noisy, last = arguments[noisy_name(arguments, family)], max(blocks)
+    text: list[Tensor] = []
+
+    def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        visual[number] = family.states(output, arguments, len(noisy))
+        grids[number] = family.grid(config, arguments, noisy, family.video(output))
+        if stop and number == last:
+            raise StopForward(last)
+        return output
+
+    def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        text.append(output.flatten(1, -2))
+        return output
+
+    output = None
+    with ExitStack() as stack:
+        if not listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for number, block in blocks.items():  # not by hooks: torch compiles those of a compiled block, a tap anew
+            stack.enter_context(around_module(block, partial(tap, number)))
+        if family.text_embedder is not None:
+            stack.enter_context(around_module(denoiser.get_submodule(family.text_embedder), text_tap))
+        with suppress(StopForward):
+            output = (forward or denoiser)(**arguments)
+    if last not in visual:
+        raise PrismError(
+            "The denoiser is compiled, and compiled code passes the judge's hooks by; compile its blocks alone, "
+            "with compile_repeated_blocks(), or take torch 2.6 or later."
+        )
+    mask = family.text_mask(arguments) if text else None
+    return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual), output

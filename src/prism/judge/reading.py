@@ -1,0 +1,146 @@
+"""Softmax reading of normalised tokens in one pass, and its gradient: no float32 copy of all tokens ever exists.
+
+A token x with the mean m and the reciprocal deviation r is normalised to r (x - m). Centring is linear, so it is done
+once on what the tokens are asked and once on what was read; of the norm only the number r a token remains. For a
+centred query a, and for the gradient g of what it read:
+
+    logits = r (a . x)       weights p = softmax(logits)       read = sum_i p_i r_i x_i
+    dp     = r (g . x)       ds = p (dp - g . read)            da   = sum_i ds_i r_i x_i
+
+so that both directions take each chunk of tokens to float32 once and pass two thin products over it. A chunk is as
+large as its float32 copy may be: a core's cache on a CPU; on an accelerator, where launches cost, as few as fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-5  # of the norm, torch's default
+CPU_BYTES = 2**20
+ACCELERATOR_BYTES = 2**28
+
+
+def read(
+    queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
+) -> Tensor:
+    """Softmax-weighted sums of normalised tokens of video and prompt, (B, rows, D_vis) in the queries' dtype.
+
+    Args:
+        queries: (rows, D_vis), float32 or float64; a row of zeros reads the mean token.
+        visual: (B, L, D_vis), any float dtype.
+        text: (B, L_t, D_vis), or None.
+        mask: (B, L_t) bool, True at real tokens; None when all are real.
+        chunk_size: tokens read at a time; None: as many as memory suggests.
+    """
+    return _centred(_Read.apply(_centred(queries), visual, text, mask, chunk_size))
+
+
+def weights(
+    queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
+) -> Tensor:
+    """The weights of ``read``, (B, rows, L + L_t), which sum to one. Arguments as there; not for gradients."""
+    asked = _with_mean(_centred(queries))
+    return torch.cat([_look(asked, *chunk)[1] for chunk in _chunks(visual, text, mask, chunk_size)], -1).softmax(-1)
+
+
+class _Read(torch.autograd.Function):
+    """sum_i p_i r_i x_i, (B, rows, D_vis), for centred queries."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, visual: Tensor, text: Any, mask: Any, chunk_size: int | None) -> Tensor:
+        asked, shape = _with_mean(queries), (len(visual), *queries.shape)
+        peak, sums = queries.new_full((*shape[:2], 1), -torch.inf), _accumulator(queries, shape)
+        seen = []
+        for chunk in _chunks(visual, text, mask, chunk_size):
+            tokens, logits, scale = _look(asked, *chunk)
+            seen.append((logits, scale))
+            before, peak = peak, torch.maximum(peak, logits.amax(-1, keepdim=True))  # the peak keeps exp in range
+            sums.mul_((before - peak).exp_()).add_((logits - peak).exp_().mul_(scale) @ tokens)
+        logits, scales = (torch.cat(parts, -1) for parts in zip(*seen))
+        weights = (logits - peak).exp_()
+        total = weights.sum(-1, keepdim=True)
+        found = sums.div_(total).to(queries.dtype)
+        ctx.chunk_size = chunk_size
+        ctx.save_for_backward(queries, visual, text, mask, weights.div_(total), scales, found)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, visual, text, mask, all_weights, scales, found = ctx.saved_tensors
+        to_visual = torch.empty_like(visual) if any(ctx.needs_input_grad[1:3]) else None
+        to_text = None if text is None or to_visual is None else torch.empty_like(text)
+        targets: Any = repeat((None, None)) if to_visual is None else _chunks(to_visual, to_text, None, ctx.chunk_size)
+        offset, start, to_queries = (grad * found).sum(-1, keepdim=True), 0, _accumulator(queries, found.shape)
+        with torch.autocast(grad.device.type, enabled=False):
+            for (tokens, _), (target, _) in zip(_chunks(visual, text, mask, ctx.chunk_size), targets):
+                tokens, stop = tokens.to(queries.dtype), start + tokens.shape[1]
+                weights, scale = all_weights[..., start:stop], scales[..., start:stop]
+                slopes = (grad @ tokens.transpose(1, 2)).mul_(scale).sub_(offset).mul_(weights)  # ds
+                if target is not None:
+                    target.copy_(_to_tokens(tokens, scale, weights, grad, slopes, queries))
+                to_queries.add_(slopes.mul_(scale) @ tokens)
+                start = stop
+        return to_queries.sum(0).to(queries.dtype), to_visual, to_text, None, None
+
+
+def _chunks(
+    visual: Tensor, text: Tensor | None, mask: Tensor | None, size: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """F_uni piece by piece, each with its mask: the concatenation of Eq. 2 never exists."""
+    if size is None:
+        scratch = CPU_BYTES if visual.device.type == "cpu" else ACCELERATOR_BYTES
+        size = max(1, scratch // (4 * len(visual) * visual.shape[2]))
+    for start in range(0, visual.shape[1], size):
+        yield visual[:, start : start + size], None
+    for start in range(0, 0 if text is None else text.shape[1], size):
+        stop = start + size
+        yield text[:, start:stop], None if mask is None else mask[:, start:stop].bool()  # type: ignore[index]
+
+
+def _look(asked: Tensor, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's tokens in float32, its logits (B, rows, chunk), and r, (B, 1, chunk)."""
+    tokens = tokens.to(asked.dtype)
+    products = asked @ tokens.transpose(1, 2)
+    logits, mean = products[:, :-1], products[:, -1:]
+    logits.mul_(scale := (_variance(tokens, mean) + EPS).rsqrt_())
+    return tokens, logits if real is None else logits.masked_fill(~real[:, None], -torch.inf), scale
+
+
+def _variance(tokens: Tensor, mean: Tensor) -> Tensor:
+    """Of each token over its channels, (B, 1, chunk). `torch.var` takes longer on a CPU than all the rest together."""
+    if tokens.device.type != "cpu":
+        return tokens.var(-1, correction=0)[:, None]
+    square = mean.square()
+    found = torch.linalg.vector_norm(tokens, dim=-1)[:, None].square_().div_(tokens.shape[2]).sub_(square)
+    if bool((found < 0.1 * square).any()):  # a difference of large numbers: too few digits are left
+        return torch.linalg.vector_norm(tokens - mean.transpose(1, 2), dim=-1)[:, None].square_().div_(tokens.shape[2])
+    return found
+
+
+def _to_tokens(tokens: Tensor, scale: Tensor, weights: Tensor, grad: Tensor, slopes: Tensor, queries: Tensor) -> Tensor:
+    """The gradient of a chunk's tokens, through r x and then through r."""
+    outer = weights.transpose(1, 2) @ grad + slopes.transpose(1, 2) @ queries  # of r x
+    scale = scale.transpose(1, 2)
+    along = (outer * tokens).mean(-1, keepdim=True) * scale.square()
+    return scale * (outer - along * _centred(tokens))
+
+
+def _centred(values: Tensor) -> Tensor:
+    return values - values.mean(-1, keepdim=True)
+
+
+def _with_mean(queries: Tensor) -> Tensor:
+    """One row more, so that the product that gives a token's logits gives its mean as well."""
+    return torch.cat([queries, torch.full_like(queries[:1], 1 / queries.shape[1])])
+
+
+def _accumulator(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros to add chunks up in: many of them on a CPU, where float64 costs nothing beside them."""
+    return like.new_zeros(shape, dtype=torch.float64 if like.device.type == "cpu" else like.dtype)
