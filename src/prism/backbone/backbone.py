@@ -7,7 +7,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,8 +90,8 @@ class Backbone:
         """Load a pipeline from a folder or the Hub. Safetensors only; `kwargs` go to diffusers.
 
         Args:
-            up_to: load the denoiser's first blocks alone, as many as a judge that stands by itself reads (folders).
-                Such a backbone can read tokens and encode and decode videos, and cannot sample.
+            up_to: load the denoiser's first blocks alone, as many as a judge that stands by itself reads. Such a
+                backbone can read tokens and encode and decode videos, and cannot sample.
             reads: as of `Backbone`.
         """
         kwargs = {"use_safetensors": True, **kwargs}
@@ -100,7 +99,7 @@ class Backbone:
             if up_to is None:
                 pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs)
             else:
-                pipe, reads, num_blocks = load_pipeline(Path(id_or_folder), up_to, reads, kwargs)
+                pipe, reads, num_blocks = load_pipeline(str(id_or_folder), up_to, reads, kwargs)
         except (OSError, ValueError, AttributeError) as error:  # the last where diffusers has no such class
             reason = str(error).strip().splitlines()[0]
             raise PrismError(f"No diffusers pipeline could be loaded from {id_or_folder}: {reason}") from error

@@ -150,6 +150,7 @@ FAMILIES: tuple[Family, ...] = (
         models="Latte",
         pipelines=("LattePipeline",),
         blocks=("temporal_transformer_blocks",),  # each follows the spatial block of its number
+        beside=("transformer_blocks",),
         token_form="temporal",
         text_embedder="caption_projection",
         cfg="one_batch",

@@ -35,6 +35,7 @@ class Family:
     pipelines: tuple[str, ...]
     blocks: tuple[str, ...]  # the denoiser's lists of blocks, in the order in which they run
     cfg: Literal["two_calls", "one_batch"]  # conditional call first | both groups of rows in one batch
+    beside: tuple[str, ...] = ()  # lists of blocks that run in step with those, and carry other tokens
     conditional_first: bool = False  # in one batch: [conditional, unconditional], not [unconditional, conditional]
     guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
     clock: clocks.Clock = "flow"

@@ -1,7 +1,12 @@
-"""A denoiser's first blocks alone, for a judge that stands by itself: later blocks are neither read nor allocated."""
+"""A denoiser's first blocks alone, for a judge that stands by itself: later blocks are neither read nor allocated, and
+of a repository on the Hub not downloaded.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,8 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 from torch import nn
 
@@ -17,32 +24,62 @@ from prism.backbone.family import Family
 from prism.errors import PrismError
 from prism.files import read_json
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
 
 
 def load_pipeline(
-    folder: Path, up_to: int, reads: str | None, kwargs: dict[str, Any]
+    source: str, up_to: int, reads: str | None, kwargs: dict[str, Any]
 ) -> tuple[DiffusionPipeline, str, int]:
-    """The pipeline in `folder` with the first `up_to` blocks of the denoiser that is read: it, its name, its number of
-    blocks when whole. Of another denoiser one block is loaded.
+    """A pipeline with the first `up_to` blocks of the denoiser that is read: it, that one's name, its number of blocks
+    when whole. Of another denoiser one block is loaded.
+
+    Args:
+        source: a folder, or an id on the Hub, of which the denoisers' shards that are needed are fetched.
+        kwargs: as of diffusers' `from_pretrained`; `variant` names the weights' files.
     """
+    hub: dict[str, Any] | None = None
+    if Path(source).exists():
+        folder = Path(source)
+    else:
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        folder = Path(hf_hub_download(source, "model_index.json", **_known(hf_hub_download, hub))).parent
     index = read_json(folder / "model_index.json")
     family = family_named(index.get("_class_name", ""))
     names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
-    read = reads or names[0]
+    read = reads or next(iter(names), "")
     if read not in names:
-        raise PrismError(f"The pipeline in {folder} has no denoiser {read!r}; it has {', '.join(names)}.")
-    dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
-    loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, dtype) for name in names}
+        raise PrismError(f"The pipeline in {source} has no denoiser {read!r}; it has {', '.join(names) or 'none'}.")
+    fetch = None
+    if hub is not None:
+        given = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        DiffusionPipeline.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
+        known = _known(snapshot_download, hub)
+        folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **known))
+        fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
+    loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, kwargs, fetch) for name in names}
     models = {name: model for name, (model, _) in loaded.items()}
     kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
     return kind.from_pretrained(str(folder), **kwargs, **models), read, loaded[read][1]
 
 
-def load_denoiser(folder: Path, name: str, family: Family, up_to: int, dtype: torch.dtype | None) -> tuple[Any, int]:
+def _known(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that this version of the Hub's client takes."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def load_denoiser(
+    folder: Path,
+    name: str,
+    family: Family,
+    up_to: int,
+    kwargs: Mapping[str, Any],
+    fetch: Callable[[str], Any] | None = None,
+) -> tuple[Any, int]:
     """The denoiser in `folder/name` with its first `up_to` blocks, and how many it has.
 
-    Only the shards that hold what is wanted are opened, so that others may be absent.
+    Only the shards that hold what is wanted are opened, so that others may be absent. `fetch` brings a file of the
+    folder, by its path in it. Weights get the dtype that diffusers would give them.
 
     Raises:
         PrismError: for a tap beyond the model, or where a file or a tensor is missing.
@@ -62,17 +99,30 @@ def load_denoiser(folder: Path, name: str, family: Family, up_to: int, dtype: to
         kept = min(left, len(part))
         del part[kept:]
         left -= kept
-    model.load_state_dict(_tensors(place, list(model.state_dict()), dtype), assign=True)
+    for path in family.beside:
+        del model.get_submodule(path)[up_to:]
+    tensors = _tensors(place, list(model.state_dict()), kwargs.get("variant"), fetch)
+    model.load_state_dict(_cast(model, tensors, kwargs.get("torch_dtype", kwargs.get("dtype")), name), assign=True)
     return model.eval(), total
 
 
-def _tensors(place: Path, names: list[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _tensors(
+    place: Path, names: list[str], variant: str | None, fetch: Callable[[str], Any] | None
+) -> dict[str, torch.Tensor]:
     """These tensors by name, from one file or from the shards that hold them."""
-    index = place / f"{WEIGHTS}.index.json"
-    where = read_json(index)["weight_map"] if index.is_file() else dict.fromkeys(names, WEIGHTS)
+    single, several = (_of_variant(name, variant) for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    index = place / several
+    where = read_json(index)["weight_map"] if index.is_file() else dict.fromkeys(names, single)
     found: dict[str, torch.Tensor] = {}
     for shard in sorted({where[name] for name in names if name in where}):
         path = place / shard
+        try:
+            if fetch is not None:
+                fetch(f"{place.name}/{shard}")
+        except OSError as error:
+            raise PrismError(
+                f"The file {place.name}/{shard}, which the head reads, could not be fetched: {error}"
+            ) from error
         if not path.is_file():
             raise PrismError(f"The file {path} is missing; it holds blocks that the head reads.")
         with safe_open(str(path), framework="pt") as opened:
@@ -83,5 +133,22 @@ def _tensors(place: Path, names: list[str], dtype: torch.dtype | None) -> dict[s
     missing = [name for name in names if name not in found]
     if missing:
         raise PrismError(f"The weights in {place} lack {missing[0]!r}; the download may not be complete.")
-    cast = {name: value.to(dtype) if dtype and value.is_floating_point() else value for name, value in found.items()}
-    return cast
+    return found
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    start, _, kind = name.rpartition(".")
+    return name if variant is None else f"{start}.{variant}.{kind}"
+
+
+def _cast(model: Any, tensors: dict[str, torch.Tensor], dtype: Any, component: str) -> dict[str, torch.Tensor]:
+    """Weights in the dtype that diffusers would load them in: some parts of some models stay in float32."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get(component, dtype.get("default", torch.float32))
+    if dtype is None:
+        return tensors
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: value.to(torch.float32 if wide & set(name.split(".")) else dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }

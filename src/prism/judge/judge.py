@@ -160,9 +160,9 @@ class Judge:
 
         Args:
             source: a folder written by ``save_pretrained``, or the id of such a repository on the Hub.
-            pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or the
-                folder of a pipeline, of which the blocks that the heads read are loaded and no later ones: for a judge
-                that stands by itself.
+            pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or a
+                pipeline's folder or id on the Hub, of which the blocks that the heads read are loaded and no later
+                ones: for a judge that stands by itself.
             revision: branch, tag or commit on the Hub.
 
         Raises:
