@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests import tiny
+from tests.zoo import VARIANTS
 
 from prism.backbone import Backbone, Conditioning, layout
 from prism.errors import PrismError
@@ -194,6 +195,23 @@ def test_a_prompt_too_long_is_said_once(wan: Backbone) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         backbone.condition([prompt], **{**tiny.CALL_WAN, "num_frames": 5})
+
+
+@pytest.mark.parametrize(("variant", "limit"), [("latte", 120), ("easyanimate", 256)])
+def test_a_limit_that_the_call_does_not_name_is_known(variant: str, limit: int) -> None:
+    """The pipeline cuts the prompt off there: what follows does not reach the denoiser."""
+    pipe, call = VARIANTS[variant]()
+    backbone = Backbone(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.condition([" ".join(["red"] * (limit // 2))], **call)
+    prompts = [" ".join(["red"] * 2 * limit + [last]) for last in ("circle", "square")]
+    with pytest.warns(UserWarning, match=f"and the pipeline takes {limit}; it is cut off there. Shorten it\\."):
+        one, other = (backbone.condition([prompt], **call) for prompt in prompts)
+    assert isinstance(one, Conditioning)
+    assert isinstance(other, Conditioning)
+    name = backbone.family.text_argument
+    assert torch.equal(one.arguments[name], other.arguments[name])
 
 
 def test_bad_calls_get_one_sentence(wan: Backbone, tmp_path: Any) -> None:

@@ -330,7 +330,7 @@ class Backbone:
         for prompt in prompts:
             if not isinstance(prompt, str) or not prompt.strip():
                 raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
-        limit = call.get("max_sequence_length", self.default("max_sequence_length"))
+        limit = call.get("max_sequence_length", self.default("max_sequence_length")) or self.family.text_limit
         tokenizer = getattr(self.pipe, "tokenizer", None)
         new = [prompt for prompt in prompts if prompt not in self._said]
         if limit is None or tokenizer is None or not new:
@@ -340,7 +340,8 @@ class Backbone:
             if len(ids) > limit:
                 warnings.warn(
                     f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; it is cut off "
-                    "there. Shorten it, or raise max_sequence_length.",
+                    "there. Shorten it"
+                    + (", or raise max_sequence_length." if self.takes("max_sequence_length") else "."),
                     stacklevel=3,
                 )
 

@@ -59,6 +59,7 @@ _LTX = Family(
 
 _EASYANIMATE = Family(
     name="easyanimate",
+    text_limit=256,
     models="EasyAnimate 5.1",
     pipelines=("EasyAnimatePipeline",),
     negatives="list",
@@ -133,6 +134,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="hunyuan-video-1.5",
+        text_limit=1000,
         models="HunyuanVideo 1.5",
         pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"),
         blocks=("transformer_blocks",),
@@ -147,6 +149,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         name="latte",
+        text_limit=120,
         models="Latte",
         pipelines=("LattePipeline",),
         blocks=("temporal_transformer_blocks",),  # each follows the spatial block of its number

@@ -59,6 +59,7 @@ class Family:
     # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
     text_embedder: str | None = None
     text_padding: Literal["zeros", "mask", "unknown"] = "unknown"  # how text rows behind the prompt are known
+    text_limit: int | None = None  # tokens of a prompt, where the call has no max_sequence_length to say it
     text_reason: str = ""  # why that module, or why none
     prompts: bool = True  # whether the pipelines take a prompt
     images: Literal["single", "list"] = "list"  # how one conditioning image or video is given to a batch
