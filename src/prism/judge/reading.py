@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-5  # of the norm, torch's default
-CPU_BYTES = 2**20
+CPU_BYTES = 2**22
 ACCELERATOR_BYTES = 2**28
 
 
