@@ -8,7 +8,8 @@ centred query a, and for the gradient g of what it read:
     dp     = r (g . x)       ds = p (dp - g . read)            da   = sum_i ds_i r_i x_i
 
 so that both directions take each chunk of tokens to float32 once and pass two thin products over it. A chunk is as
-large as its float32 copy may be: a core's cache on a CPU; on an accelerator, where launches cost, as few as fit.
+large as its float32 copy may be: some of a core's cache on a CPU; on an accelerator, where launches cost, as few as
+fit. The copy is written into the same memory for all chunks: fresh memory costs more than what is done to it.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ def weights(
     queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
 ) -> Tensor:
     """The weights of ``read``, (B, rows, L + L_t), which sum to one. Arguments as there; not for gradients."""
-    asked = _with_mean(_centred(queries))
-    return torch.cat([_look(asked, *chunk)[1] for chunk in _chunks(visual, text, mask, chunk_size)], -1).softmax(-1)
+    asked, widen = _with_mean(_centred(queries)), _Widen(queries.dtype)
+    chunks = _chunks(visual, text, mask, chunk_size)
+    return torch.cat([_look(asked, widen(tokens), real)[0] for tokens, real in chunks], -1).softmax(-1)
 
 
 class _Read(torch.autograd.Function):
@@ -56,9 +58,10 @@ class _Read(torch.autograd.Function):
     def forward(ctx: Any, queries: Tensor, visual: Tensor, text: Any, mask: Any, chunk_size: int | None) -> Tensor:
         asked, shape = _with_mean(queries), (len(visual), *queries.shape)
         peak, sums = queries.new_full((*shape[:2], 1), -torch.inf), _accumulator(queries, shape)
-        seen = []
-        for chunk in _chunks(visual, text, mask, chunk_size):
-            tokens, logits, scale = _look(asked, *chunk)
+        seen, widen = [], _Widen(queries.dtype)
+        for tokens, real in _chunks(visual, text, mask, chunk_size):
+            tokens = widen(tokens)
+            logits, scale = _look(asked, tokens, real)
             seen.append((logits, scale))
             before, peak = peak, torch.maximum(peak, logits.amax(-1, keepdim=True))  # the peak keeps exp in range
             sums.mul_((before - peak).exp_()).add_((logits - peak).exp_().mul_(scale) @ tokens)
@@ -78,9 +81,10 @@ class _Read(torch.autograd.Function):
         to_text = None if text is None or to_visual is None else torch.empty_like(text)
         targets: Any = repeat((None, None)) if to_visual is None else _chunks(to_visual, to_text, None, ctx.chunk_size)
         offset, start, to_queries = (grad * found).sum(-1, keepdim=True), 0, _accumulator(queries, found.shape)
+        widen = _Widen(queries.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             for (tokens, _), (target, _) in zip(_chunks(visual, text, mask, ctx.chunk_size), targets):
-                tokens, stop = tokens.to(queries.dtype), start + tokens.shape[1]
+                tokens, stop = widen(tokens), start + tokens.shape[1]
                 weights, scale = all_weights[..., start:stop], scales[..., start:stop]
                 slopes = (grad @ tokens.transpose(1, 2)).mul_(scale).sub_(offset).mul_(weights)  # ds
                 if target is not None:
@@ -104,13 +108,26 @@ def _chunks(
         yield text[:, start:stop], None if mask is None else mask[:, start:stop].bool()  # type: ignore[index]
 
 
-def _look(asked: Tensor, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk's tokens in float32, its logits (B, rows, chunk), and r, (B, 1, chunk)."""
-    tokens = tokens.to(asked.dtype)
+class _Widen:
+    """Chunks of tokens in another dtype, one at a time, all in the same memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.scratch = dtype, torch.empty(0)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if tokens.dtype == self.dtype:
+            return tokens
+        if self.scratch.numel() < tokens.numel():
+            self.scratch = torch.empty(tokens.numel(), dtype=self.dtype, device=tokens.device)
+        return self.scratch[: tokens.numel()].view(tokens.shape).copy_(tokens)
+
+
+def _look(asked: Tensor, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits (B, rows, chunk) of a chunk of tokens, and r, (B, 1, chunk)."""
     products = asked @ tokens.transpose(1, 2)
     logits, mean = products[:, :-1], products[:, -1:]
     logits.mul_(scale := (_variance(tokens, mean) + EPS).rsqrt_())
-    return tokens, logits if real is None else logits.masked_fill(~real[:, None], -torch.inf), scale
+    return logits if real is None else logits.masked_fill(~real[:, None], -torch.inf), scale
 
 
 def _variance(tokens: Tensor, mean: Tensor) -> Tensor:
