@@ -12,7 +12,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     terminalreporter.section("the matrix, a line a variant")
     for name, found in MEASURED.items():
-        values = (f"{key.replace('_', ' ')} {_text(value)}" for key, value in found.items())
+        values = (
+            f"{key.replace('_', ' ')}{':' if key.startswith('let off') else ''} {_text(value)}"
+            for key, value in found.items()
+        )
         terminalreporter.write_line(f"{name:22} " + " · ".join(values))
 
 

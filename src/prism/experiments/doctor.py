@@ -213,4 +213,7 @@ def _time(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2 ** (power - 2):
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"
