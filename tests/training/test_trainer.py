@@ -18,6 +18,7 @@ from tests import stores, tiny
 
 from prism import files
 from prism.errors import PrismError
+from prism.evaluation import evaluate
 from prism.judge import Judge
 from prism.judge.objective import preference_loss
 from prism.preference import LatentStore
@@ -316,3 +317,19 @@ def test_the_run_writes_what_it_was_asked_for(wan, store, interrupted):
     assert TrainConfig.from_dict(written["train"]) == CONFIG
     assert written["judge"]["backbone"] == judge_for(wan).backbone.fingerprint()
     assert isinstance(store, LatentStore)
+
+
+def test_offloaded_models_are_freed_at_the_end_and_not_after_each_pass(store, tmp_path):
+    pipe, freed = tiny.wan(), []
+    pipe.maybe_free_model_hooks = lambda: freed.append(1)
+    counts = []
+    for steps in (1, 4):
+        judge = judge_for(pipe)
+        judge.backbone.condition([group.prompt for group in store.groups("train")], **store.call)
+        freed.clear()
+        train(store, judge, dataclasses.replace(CONFIG, steps=steps), tmp_path / str(steps), progress=False)
+        counts.append(len(freed))
+        freed.clear()
+        evaluate(judge, store, "train", [900.0, 500.0][: 1 + (steps > 1)], progress=False)
+        counts.append(len(freed))
+    assert counts == [1, 2, 1, 2]  # the evaluation encodes validation prompts first

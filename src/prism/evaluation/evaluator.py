@@ -100,7 +100,8 @@ def measure(
     passes = [(t, draw) for t in timesteps for draw in range(num_draws if t else 1)]
     videos = sum(len(group.videos) for group in everything.values())
     label = f"evaluate {judge.name}"
-    with tqdm(total=len(passes) * videos, desc=label, unit="video", disable=None if progress else True) as bar:
+    shown = None if progress else True
+    with judge.backbone.freed(), tqdm(total=len(passes) * videos, desc=label, unit="video", disable=shown) as bar:
         for t in timesteps:
             draws = num_draws if t else 1
             scores = score_videos(judge, store, list(everything.values()), t, draws, seed, batch_size, bar)

@@ -88,17 +88,18 @@ def train(
     places = range(accelerator.process_index, config.prompts_per_step, accelerator.num_processes)
 
     bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if progress else True)
-    for step in range(start, config.steps):
-        batch = batches.draw(step, places)
-        learner.update(step, read([learner], batch, conditioning, config.max_rows)[0], batch)
-        if validation is not None and _due(step, config.validate_every, config.steps):
-            learner.validate(step, validation)
-        if learner.history and learner.history[-1]["step"] == step + 1:
-            bar.set_postfix(_shown(learner.history[-1]))
-        bar.update()
-        due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-        if due and step + 1 < config.steps and accelerator.is_main_process:
-            save_checkpoint(checkpoints, step + 1, learner)
+    with judge.backbone.freed():  # offloaded models once, not after each step
+        for step in range(start, config.steps):
+            batch = batches.draw(step, places)
+            learner.update(step, read([learner], batch, conditioning, config.max_rows)[0], batch)
+            if validation is not None and _due(step, config.validate_every, config.steps):
+                learner.validate(step, validation)
+            if learner.history and learner.history[-1]["step"] == step + 1:
+                bar.set_postfix(_shown(learner.history[-1]))
+            bar.update()
+            due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+            if due and step + 1 < config.steps and accelerator.is_main_process:
+                save_checkpoint(checkpoints, step + 1, learner)
     bar.close()
 
     learner.finish(store, groups)
@@ -158,13 +159,14 @@ def train_together(
     batches = Batches(store, groups, first.backbone, config)
     conditioning = first.backbone.condition([group.prompt for group in groups], **store.call)
     steps = max(each.steps for each in configs)
-    for step in tqdm(range(steps), desc=desc or "train", disable=None if progress else True):
-        running = [learner for learner in learners if step < learner.config.steps]
-        batch = batches.draw(step, range(config.prompts_per_step))
-        for learner, scores in zip(running, read(running, batch, conditioning, config.max_rows)):
-            learner.update(step, scores, batch)
-            if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
-                learner.validate(step, validation)
+    with first.backbone.freed():  # offloaded models once, not after each step
+        for step in tqdm(range(steps), desc=desc or "train", disable=None if progress else True):
+            running = [learner for learner in learners if step < learner.config.steps]
+            batch = batches.draw(step, range(config.prompts_per_step))
+            for learner, scores in zip(running, read(running, batch, conditioning, config.max_rows)):
+                learner.update(step, scores, batch)
+                if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
+                    learner.validate(step, validation)
     for learner in learners:
         learner.finish(store, groups)
     return [learner.history for learner in learners]
