@@ -35,7 +35,9 @@ def test_later_shards_may_be_absent(variant, tap, tmp_path):
     for shard in needless:
         (place / shard).unlink()
 
-    alone = Judge.from_pretrained(tmp_path / "head", tmp_path / "pipe")
+    with pytest.raises(PrismError, match="loaded already, and 'dtype' says how"):
+        Judge.from_pretrained(tmp_path / "head", pipe, dtype=torch.bfloat16)
+    alone = Judge.from_pretrained(tmp_path / "head", tmp_path / "pipe", dtype=torch.float32)
     held = {name for name, _ in alone.backbone.denoiser.named_parameters()}
     assert held == {name for name, _ in pipe.transformer.named_parameters()} - names
     assert (alone.backbone.num_blocks, len(alone.backbone.blocks)) == (whole.backbone.num_blocks, tap)
@@ -95,17 +97,20 @@ def test_of_a_repository_on_the_hub_later_shards_are_not_asked_for(tmp_path):
         Backbone.from_pretrained("nobody/tiny", up_to=1, **hub)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, {"transformer": torch.bfloat16, "default": torch.float32}])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, {"transformer": torch.bfloat16, "default": torch.float32}])
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_weights_are_those_that_diffusers_loads(dtype, variant, tmp_path):
     """In their dtype too: of Wan norms and timesteps stay in float32 beside blocks in bfloat16."""
-    tiny.wan().save_pretrained(tmp_path / "pipe", max_shard_size="8KB", variant=variant)
+    tiny.wan().to(torch.float16).save_pretrained(tmp_path / "pipe", max_shard_size="8KB", variant=variant)
     options = {"torch_dtype": dtype, "variant": variant}
     whole = Backbone.from_pretrained(str(tmp_path / "pipe"), **options)
     alone = Backbone.from_pretrained(str(tmp_path / "pipe"), up_to=2, **options)
+    if dtype is None:
+        assert whole.dtype == alone.dtype == torch.float32
+    else:
+        assert {value.dtype for value in alone.denoiser.parameters()} == {torch.bfloat16, torch.float32}
     wanted = dict(whole.denoiser.named_parameters())
     found = dict(alone.denoiser.named_parameters())
-    assert {value.dtype for value in found.values()} == {torch.bfloat16, torch.float32}
     for name, value in found.items():
         assert value.dtype == wanted[name].dtype, name
         assert torch.equal(value, wanted[name]), name

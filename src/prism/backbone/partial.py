@@ -145,8 +145,7 @@ def _cast(model: Any, tensors: dict[str, torch.Tensor], dtype: Any, component: s
     """Weights in the dtype that diffusers would load them in: some parts of some models stay in float32."""
     if isinstance(dtype, Mapping):
         dtype = dtype.get(component, dtype.get("default", torch.float32))
-    if dtype is None:
-        return tensors
+    dtype = torch.float32 if dtype is None else dtype
     wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
         name: value.to(torch.float32 if wide & set(name.split(".")) else dtype) if value.is_floating_point() else value

@@ -155,7 +155,9 @@ class Judge:
         )
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None) -> Judge:
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None, **load: Any
+    ) -> Judge:
         """Put a saved judge onto a backbone.
 
         Args:
@@ -163,7 +165,9 @@ class Judge:
             pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or a
                 pipeline's folder or id on the Hub, of which the blocks that the heads read are loaded and no later
                 ones: for a judge that stands by itself.
-            revision: branch, tag or commit on the Hub.
+            revision: branch, tag or commit of the head on the Hub.
+            **load: where ``pipe`` is a folder or an id, arguments of diffusers' ``from_pretrained`` (``dtype``,
+                ``variant``, ``cache_dir``, ...).
 
         Raises:
             PrismError: where a file is missing, truncated, altered or a pickle, or the head was trained on another
@@ -173,7 +177,11 @@ class Judge:
         reads = (config.get("backbone") or {}).get("reads")
         if isinstance(pipe, str | os.PathLike):
             taps = [entry.get("tap", 0) for entry in config.get("members", [config])]
-            backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=max(taps), reads=reads)
+            backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=max(taps), reads=reads, **load)
+        elif load:
+            raise PrismError(
+                f"The pipeline is loaded already, and {next(iter(load))!r} says how to load one; leave it out."
+            )
         else:
             backbone = _backbone(pipe, reads)
         folders.check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
