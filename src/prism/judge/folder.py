@@ -57,6 +57,15 @@ def read(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, di
     return folder, config, tensors
 
 
+def by_member(tensors: Mapping[str, Tensor], several: bool) -> dict[str, dict[str, Tensor]]:
+    """A judge's tensors by the number of the head they belong to, under the head's own names."""
+    places: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        place, _, inner = name.partition(".") if several else ("0", "", name)
+        places.setdefault(place, {})[inner] = value
+    return places
+
+
 def check_fingerprint(folder: Path, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse a backbone of another architecture; warn of one with other weights."""
     for field, part in ARCHITECTURE.items():

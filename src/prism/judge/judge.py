@@ -202,10 +202,7 @@ class Judge:
             raise PrismError(f"The file {folder / 'config.json'} lacks the field {error}.") from error
         except (TypeError, ValueError) as error:
             raise PrismError(f"The file {folder / 'config.json'} holds a value of the wrong type ({error}).") from error
-        places: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            place, _, inner = name.partition(".") if several else ("0", "", name)
-            places.setdefault(place, {})[inner] = value
+        places = folders.by_member(tensors, several)
         for number, member in enumerate(members):
             member.head.load_tensors(places.pop(str(number), {}), folder / "model.safetensors")
             member.head.eval()
