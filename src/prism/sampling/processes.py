@@ -49,13 +49,12 @@ class Team:
             error = found
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
-        if error is not None:
-            raise error
-        for rank, (_, kind, sentence) in enumerate(told):
-            if kind == "OutOfMemoryError":
-                raise torch.cuda.OutOfMemoryError(sentence)
-            if kind is not None:
-                raise PrismError(f"Process {rank} failed: {sentence}")
+        failed = [(kind == "OutOfMemoryError", rank, text) for rank, (_, kind, text) in enumerate(told) if kind]
+        if failed:
+            memory, rank, text = min(failed)  # want of memory comes last: all go on with smaller batches after it
+            if error is not None and rank == self.rank:
+                raise error
+            raise torch.cuda.OutOfMemoryError(text) if memory else PrismError(f"Process {rank} failed: {text}")
         return [value for value, _, _ in told]
 
     def same(self, what: str, value: Any) -> None:
