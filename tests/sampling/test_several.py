@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 from tests import tiny
 from tests.sampling.conftest import Setting
+from tests.zoo import VARIANTS
 
 import prism
+from prism.judge import Judge
 from prism.sampling import expected_rows
 from prism.sampling.schedule import resolve
 
@@ -107,3 +110,19 @@ def test_memory_that_runs_out_in_the_end_is_said(wan: Setting) -> None:
             prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, n=2, **wan.call)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(("variant", "name"), [("svd", "image"), ("cosmos2", "video")])
+def test_each_prompt_has_its_own_image_or_video(variant: str, name: str) -> None:
+    pipe, call = VARIANTS[variant]()
+    judge, call = Judge.untrained(pipe, dim=16), {**call, "output_type": "latent", "n": 2, "batch_size": 2}
+    image = call.pop("image")
+    given = [image, ImageOps.invert(image)]
+    given = [[each] * 5 for each in given] if name == "video" else given
+    prompt = tiny.PROMPT if judge.backbone.family.prompts else None
+    together = prism.best_of_n(pipe, judge, [prompt, prompt], **{name: given}, **call)
+    for own, found in zip(given, together):
+        assert torch.equal(found.video, prism.best_of_n(pipe, judge, prompt, **{name: own}, **call).video)
+    assert not torch.equal(together[0].video, together[1].video)
+    shared = prism.best_of_n(pipe, judge, [prompt, prompt], **{name: given[1]}, **call)
+    assert torch.equal(shared[0].video, together[1].video)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.backbone import Backbone
+from prism.backbone.conditioning import is_single
 from prism.backbone.interceptor import state_kept
 from prism.backbone.obstacles import check_whole
 from prism.errors import PrismError
@@ -30,7 +31,7 @@ RESERVED = {
 DEFAULT_N = 8
 DEFAULT_JUDGE_AT = 700.0  # where a head reads finished latents best, in the paper's Table 1 and here
 SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
-PER_PROMPT = ("image", "last_image", "negative_prompt")  # arguments of which there may be one a prompt
+PER_PROMPT = ("image", "last_image", "video", "negative_prompt")  # arguments of which there may be one a prompt
 
 
 @dataclass
@@ -142,7 +143,7 @@ def best_of_n(
             prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
             the same results, tensors in host memory. None: each process for itself.
         progress: show a progress bar on a terminal.
-        **call: the pipeline's own arguments, unchanged; with several prompts `image`, `last_image` and
+        **call: the pipeline's own arguments, unchanged; with several prompts `image`, `last_image`, `video` and
             `negative_prompt` may be lists with one a prompt. `callback_on_step_end` is called for the winners' runs.
 
     Raises:
@@ -252,7 +253,7 @@ def _of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, A
     """The call of one of several prompts: its own of what was given as one a prompt."""
     own = dict(call)
     for name in PER_PROMPT:
-        if isinstance(call.get(name), list | tuple):
+        if isinstance(call.get(name), list | tuple) and not is_single(name, call[name]):
             if len(call[name]) != prompts:
                 raise PrismError(
                     f"{name} has {len(call[name])} entries for {prompts} prompts; give one, or one a prompt."
