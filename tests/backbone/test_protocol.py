@@ -96,3 +96,10 @@ def test_what_is_said_in_different_ways() -> None:
         def forward(self, a: Any, **rest: Any) -> Any: ...
 
     assert by_name(Free(), (1,), {"b": 2}) == {"a": 1, "b": 2}
+
+
+def test_the_card_of_a_head_names_the_pipeline_and_not_diffusers(tmp_path: Any) -> None:
+    Judge.untrained(BarePipeline(), dim=16).save_pretrained(tmp_path / "head", {"store": "none"})
+    card = (tmp_path / "head" / "README.md").read_text()
+    assert "pipe = BarePipeline(...)" in card
+    assert "from diffusers" not in card

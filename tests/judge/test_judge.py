@@ -106,7 +106,9 @@ def test_the_backbone_is_frozen_and_no_part_of_the_saved_head(wan, judge, saved)
     assert not any(parameter.requires_grad for parameter in wan.transformer.parameters())
     assert load_file(saved / "model.safetensors").keys() == judge.head.state_dict().keys()
     assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    assert "WanTransformer3DModel" in (saved / "README.md").read_text()
+    card = (saved / "README.md").read_text()
+    assert "WanTransformer3DModel" in card
+    assert "from diffusers import WanPipeline\n\npipe = WanPipeline.from_pretrained(...)" in card
 
 
 def test_saved_and_loaded_scores_alike(judge, saved):

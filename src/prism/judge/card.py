@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import diffusers
+
 TEMPLATE = """---
 library_name: prism
 license: apache-2.0
@@ -24,9 +26,7 @@ It holds no part of the backbone ({pipeline}: {denoiser}, {vae}), and is refused
 
 ```python
 import prism
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(...)  # the backbone it was trained on
+{made}  # the backbone it was trained on
 judge = prism.Judge.from_pretrained("path/or/id of this head", pipe)
 result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
 ```
@@ -56,6 +56,8 @@ def model_card(config: Mapping[str, Any]) -> str:
     # The prompts' hashes are for the leak check, not for reading.
     trained_on = {name: value for name, value in config["trained_on"].items() if name != "prompt_keys"}
     backbone = config["backbone"]
+    pipeline = str(backbone.get("pipeline"))
+    of_diffusers = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained(...)"
     members = config.get("members", [config])
     return TEMPLATE.format(
         taps=" and ".join(str(tap) for tap in sorted({member["tap"] for member in members})),
@@ -63,7 +65,8 @@ def model_card(config: Mapping[str, Any]) -> str:
         eta=config["eta"],
         dimensions=", ".join(config["dimensions"]),
         denoiser=backbone.get("denoiser"),
-        pipeline=backbone.get("pipeline"),
+        pipeline=pipeline,
+        made=of_diffusers if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
         vae=backbone.get("vae"),
         trained_on=json.dumps(trained_on, indent=2, ensure_ascii=False),
     )
