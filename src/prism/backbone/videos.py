@@ -43,9 +43,9 @@ def decode(pipe: Any, family: Family, config: Mapping[str, Any], latents: Tensor
     latents = family.denormalise(pipe, latents)
     if family.vae_frames:
         frames = latents.transpose(1, 2).flatten(0, 1)
-        options: dict[str, Any] = (
-            {"num_frames": latents.shape[2]} if "num_frames" in inspect.signature(vae.decode).parameters else {}
-        )
+        # Asked of `forward`, as the pipelines do: some versions of diffusers wrap `decode` and hide its signature.
+        told = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
+        options: dict[str, Any] = {"num_frames": latents.shape[2]} if told else {}
         pixels = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
