@@ -9,7 +9,8 @@ import torch
 from tests.zoo import VARIANTS
 
 from prism import cli
-from prism.experiments.doctor import _peak
+from prism.backbone import Backbone
+from prism.experiments.doctor import _alone, _peak, _size
 from prism.sampling import expected_rows
 
 
@@ -46,6 +47,21 @@ def test_a_distilled_model_has_little_to_cut(capsys):
 def test_memory_is_what_is_held_at_once():
     work = lambda: torch.ones(2**20).add(1).sum()  # noqa: E731  # two tensors of 4 MiB while it adds
     assert _peak(torch.device("cpu"), work) == pytest.approx(8 * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("variant", ["latte", "motif_video", "wan21_t2v_euler"])
+def test_what_a_judge_by_itself_loads_is_what_it_then_holds(variant, tmp_path):
+    """Blocks that run beside those that are read, and blocks of a decoder behind them, are told apart as in loading."""
+    pipe, _ = VARIANTS[variant]()
+    pipe.save_pretrained(tmp_path / "pipe")
+    whole = Backbone(pipe)
+    alone = Backbone.from_pretrained(str(tmp_path / "pipe"), up_to=whole.default_tap)
+    held = sum(value.nbytes for value in (*alone.denoiser.parameters(), *alone.denoiser.buffers()))
+    assert f"loads {_size(held)} of the denoiser's" in _alone(whole)
+
+
+def test_of_a_u_net_no_first_blocks_are_promised():
+    assert "no first blocks can be loaded alone" in _alone(Backbone(VARIANTS["svd"]()[0]))
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path, capsys):

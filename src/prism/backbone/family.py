@@ -93,6 +93,23 @@ class Family:
             found += list(part) if isinstance(part, nn.ModuleList) else [part]
         return found[: len(found) - int(config_of(denoiser)[self.without_last] if self.without_last else 0)]
 
+    def first_blocks(self, denoiser: Any, up_to: int) -> list[tuple[nn.ModuleList, int]]:
+        """The lists of blocks, each with how many of its first ones a read after `up_to` blocks needs.
+
+        Raises PrismError where blocks do not lie in lists, so that the first of them cannot be told apart.
+        """
+        found, left = [], up_to
+        for name in self.blocks:
+            part = denoiser.get_submodule(name)
+            if not isinstance(part, nn.ModuleList):
+                raise PrismError(
+                    f"Of {type(denoiser).__name__} no first blocks can be loaded alone; load the whole pipeline."
+                )
+            kept = min(left, len(part))
+            found.append((part, kept))
+            left -= kept
+        return found + [(denoiser.get_submodule(name), up_to) for name in self.beside]
+
     def block_widths(self, denoiser: Any) -> list[int]:
         """D_vis after each block."""
         config = config_of(denoiser)

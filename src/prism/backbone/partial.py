@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
-from torch import nn
 
 from prism.backbone.families import family_named, is_denoiser
 from prism.backbone.family import Family
@@ -37,25 +36,22 @@ def load_pipeline(
         source: a folder, or an id on the Hub, of which the denoisers' shards that are needed are fetched.
         kwargs: as of diffusers' `from_pretrained`; `variant` names the weights' files.
     """
-    hub: dict[str, Any] | None = None
-    if Path(source).exists():
-        folder = Path(source)
-    else:
-        hub = {name: kwargs[name] for name in HUB if name in kwargs}
-        folder = Path(hf_hub_download(source, "model_index.json", **_known(hf_hub_download, hub))).parent
+    folder, fetch = Path(source), None
+    hub = {name: kwargs[name] for name in HUB if name in kwargs}
+    if not folder.exists():
+        fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
+        folder = Path(fetch("model_index.json")).parent
     index = read_json(folder / "model_index.json")
     family = family_named(index.get("_class_name", ""))
     names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
     read = reads or next(iter(names), "")
     if read not in names:
         raise PrismError(f"The pipeline in {source} has no denoiser {read!r}; it has {', '.join(names) or 'none'}.")
-    fetch = None
-    if hub is not None:
+    if fetch is not None:
         given = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
         DiffusionPipeline.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
         known = _known(snapshot_download, hub)
         folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **known))
-        fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
     loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, kwargs, fetch) for name in names}
     models = {name: model for name, (model, _) in loaded.items()}
     kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
@@ -91,16 +87,8 @@ def load_denoiser(
     total = len(family.block_list(model))
     if not 1 <= up_to <= total:
         raise PrismError(f"The tap must lie in 1 to {total}, the denoiser's number of blocks; found {up_to}.")
-    left = up_to
-    for path in family.blocks:
-        part = model.get_submodule(path)
-        if not isinstance(part, nn.ModuleList):
-            raise PrismError(f"Of {kind.__name__} no first blocks can be loaded alone; load the whole pipeline.")
-        kept = min(left, len(part))
+    for part, kept in family.first_blocks(model, up_to):
         del part[kept:]
-        left -= kept
-    for path in family.beside:
-        del model.get_submodule(path)[up_to:]
     tensors = _tensors(place, list(model.state_dict()), kwargs.get("variant"), fetch)
     model.load_state_dict(_cast(model, tensors, kwargs.get("torch_dtype", kwargs.get("dtype")), name), assign=True)
     return model.eval(), total

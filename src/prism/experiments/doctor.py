@@ -96,11 +96,12 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
 
 def _alone(backbone: Any) -> str:
     """What a judge that stands by itself holds of the denoiser."""
-    later = {
-        id(value)
-        for block in backbone.blocks[backbone.default_tap :]
-        for value in (*block.parameters(), *block.buffers())
-    }
+    try:
+        lists = backbone.family.first_blocks(backbone.denoiser, backbone.default_tap)
+    except PrismError as error:
+        return str(error)
+    blocks = [block for part, kept in lists for block in part[kept:]]
+    later = {id(value) for block in blocks for value in (*block.parameters(), *block.buffers())}
     sizes = {id(value): value.nbytes for value in (*backbone.denoiser.parameters(), *backbone.denoiser.buffers())}
     needed = sum(size for key, size in sizes.items() if key not in later)
     return f"loads {_size(needed)} of the denoiser's {_size(sum(sizes.values()))}, up to the default tap"
