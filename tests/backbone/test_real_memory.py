@@ -310,6 +310,10 @@ def test_a_level_that_the_head_was_not_trained_at_is_said_once() -> None:
     for arguments in RUNS.values():
         with pytest.warns(UserWarning, match="trained at t from 0 to 20 and is asked"):
             prism.best_of_n(pipe, trained(0.0, 20.0), tiny.PROMPT, n=2, **arguments, **CALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an oracle judges, and not the head
+        run = {"strategy": "oracle", "oracle": lambda video, prompt: float(video.mean())}
+        prism.best_of_n(pipe, trained(600.0, 1000.0), tiny.PROMPT, n=2, **run, **{**CALL, "output_type": "np"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

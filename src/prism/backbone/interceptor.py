@@ -204,7 +204,6 @@ class Interceptor:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
-            call = {name: value for name, value in call.items() if name != "return_dict" or self.backbone.takes(name)}
             return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
 
     # -- the denoiser

@@ -57,9 +57,13 @@ class Search:
         self.scores.clear()
         self.latents.clear()
 
+    def own(self, candidates: Iterable[int]) -> list[int]:
+        """Those of the candidates that are this process's, rising."""
+        return [candidate for candidate in sorted(candidates) if self.owners[candidate] == self.team.rank]
+
     def chunks(self, candidates: Iterable[int]) -> list[list[int]]:
         """This process's own of the candidates, in batches of at most `batch_size`."""
-        size, own = self.batch_size, [c for c in sorted(candidates) if self.owners[c] == self.team.rank]
+        size, own = self.batch_size, self.own(candidates)
         return [own[start : start + size] for start in range(0, len(own), size)]
 
     def batch_call(self, candidates: Sequence[int], **changes: Any) -> dict[str, Any]:
@@ -71,13 +75,14 @@ class Search:
         if isinstance(call.get("negative_prompt_embeds"), Tensor):
             call["negative_prompt_embeds"] = call["negative_prompt_embeds"].repeat_interleave(n, 0)
         own = self.backbone.batch([self.prompt] * n, [self.seeds[candidate] for candidate in candidates], call)
-        return {**call, **own, "return_dict": True, **changes}
+        form = {"return_dict": True} if self.backbone.takes("return_dict") else {}
+        return {**call, **own, **form, **changes}
 
     def finish(self, winners: Sequence[int]) -> dict[int, tuple[Any, Tensor]]:
         """Video and final latents (1, ...) of each winner, finished by a stock call of its own."""
         self.share(winners)
-        own = [candidate for candidate in winners if self.owners[candidate] == self.team.rank]
-        return merged(self.team.agree(lambda: {candidate: self._finish(candidate) for candidate in own}))
+        parts = self.team.agree(lambda: {candidate: self._finish(candidate) for candidate in self.own(winners)})
+        return merged(parts)
 
     def _finish(self, candidate: int) -> tuple[Any, Tensor]:
         """The stock call for one candidate, answered from its recording where there is one."""
@@ -117,8 +122,6 @@ class Search:
         `weights` names the columns of `scores` where they are not the judge's. Those kept are shared out evenly among
         the processes, with what was recorded of them.
         """
-        if hasattr(self.judge, "check_level"):
-            self.judge.check_level(t)
         names = list(self.judge.dimensions) if weights is None else list(weights)
         weights = self.weights if weights is None else weights
         overall = {
@@ -138,8 +141,10 @@ class Search:
         before, self.owners = self.owners, self.team.owners(sorted(candidates), self.owners)
         self.team.move(self.recordings, before, self.owners)
 
-    def score(self, candidates: list[int], tokens: Tokens, finite: Tensor) -> dict[int, list[float]]:
+    def score(self, t: float, candidates: list[int], tokens: Tokens, finite: Tensor) -> dict[int, list[float]]:
         """The judge's scores of candidates at a cut, from their tokens; all must have finite latents and scores."""
+        if hasattr(self.judge, "check_level"):
+            self.judge.check_level(t)
         self.check_latents(candidates, finite)
         scores = self.judge.score_tokens(tokens)
         self.check_scores(candidates, scores)
@@ -243,7 +248,7 @@ def _gate(
 
     def on_cut(step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> list[int] | None:
         nonlocal kept
-        kept = search.rank(step, t, search.score(living, tokens, finite), keeps[step])
+        kept = search.rank(step, t, search.score(t, living, tokens, finite), keeps[step])
         return None if step == last else kept
 
     _until_cut(search, candidates, {step: probed[step] for step in keeps}, on_cut)
@@ -256,7 +261,7 @@ def _round(search: Search, candidates: Sequence[int], step: int, keep: int, prob
     levels: list[float] = []
 
     def on_cut(_step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> None:
-        scores.update(search.score(living, tokens, finite))
+        scores.update(search.score(t, living, tokens, finite))
         levels.append(t)
 
     def sample() -> tuple[dict[int, Sequence[float]], list[float]]:
