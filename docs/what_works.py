@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "what-works.md"
 HEAD = """# What works with what people do to pipelines
 
-Each line is shown by a test of the same words: `pytest -q FILE -k TEST` runs it. *exact*: the winner is that of the stock call, to the bit
-with `batch_size=1`, and scores are those of the plain pipeline. *to rounding*: the same up to the arithmetic of the change itself. *warned*: it goes on,
-and a sentence says what to expect. *refused*: one sentence, before any sampling. *works*: there is nothing to compare with.
+Each line is shown by a test: `pytest -q FILE -k TEST` runs it. *exact*: the winner is that of the stock call, to the
+bit with `batch_size=1`, and scores are those of the plain pipeline. *to rounding*: the same up to the arithmetic of the
+change itself. *warned*: it goes on, and a sentence says what to expect. *refused*: one sentence, before any sampling.
+*works*: there is nothing to compare with.
 """
 
 
