@@ -90,7 +90,8 @@ def test_of_a_repository_on_the_hub_later_shards_are_not_asked_for(tmp_path):
     found, expected = (
         each.tokens(latents, each.condition([tiny.PROMPT], **tiny.CALL_WAN), 500.0, 1) for each in (alone, whole)
     )
-    assert torch.equal(found.visual, expected.visual)
+    # Weights mapped from a file lie elsewhere in memory than built ones, and some processors' kernels round by that.
+    torch.testing.assert_close(found.visual, expected.visual, rtol=1e-5, atol=1e-6)
     with pytest.raises(PrismError, match=r"The file transformer/.*safetensors, which the head reads, could not be"):
         Backbone.from_pretrained("someone/tiny", up_to=2, **hub)
     with pytest.raises(PrismError, match="No diffusers pipeline could be loaded from nobody/tiny"):

@@ -77,7 +77,7 @@ def test_every_strategy_and_the_ledger() -> None:
     before = dict(vars(pipe))
     judge = Judge.untrained(pipe, dim=16)
     for strategy, share in (("none", 1), ("early", 0), ("full", 3), ("draft", 2)):  # of 12 rows, at least
-        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, strategy=strategy, **call)
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, strategy=strategy, batch_size=1, **call)
         video = pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(result.seed), **call)[0][0]
         assert (result.video == video).all()
         assert result.ledger.denoiser_rows >= 12 * share
