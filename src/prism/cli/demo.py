@@ -33,6 +33,7 @@ def demo(
         bool, typer.Option("--fresh", help="Sample and label the training candidates anew, not the shipped ones.")
     ] = False,
     seed: options.Seed = 0,
+    device: options.Device = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Show the whole idea on the embedded model in minutes: train a head, judge, pick the best of 8.
@@ -48,4 +49,4 @@ def demo(
     from prism.experiments import demo as experiment
 
     out = out or Path("runs/full" if full else "runs/demo")
-    show(experiment.run(out=out, full=full, fresh=fresh, seed=seed, overwrite=overwrite), out)
+    show(experiment.run(out=out, full=full, fresh=fresh, seed=seed, overwrite=overwrite, device=device), out)

@@ -86,7 +86,7 @@ class Contest:
         assert full.candidate_latents is not None
         self.latents = torch.stack([full.candidate_latents[candidate] for candidate in range(self.n)])
         self.final = self._by_judge(full.scores[-1])
-        self.videos = panel.backbone.decode(self.latents)
+        self.videos = panel.backbone.decode(self.latents).cpu()  # where the referee works
         self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
         steps = sorted({step for name in plans for step, _ in self._cuts(name)})
         if steps:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import prism
 from prism import files, media, shapeworld
 from prism.experiments import bars, compare
-from prism.experiments.loading import EMBEDDED, describe
+from prism.experiments.loading import describe, load_backbone
 from prism.experiments.parts import Clock, Parts
 from prism.experiments.sample import cut_entry
 from prism.report import evidence
@@ -120,6 +120,7 @@ def run(
     fresh: bool = False,
     seed: int = 0,
     overwrite: bool = False,
+    device: str | None = None,
     config: DemoConfig | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
@@ -130,7 +131,7 @@ def run(
     config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
     files.check_new_folder(out, overwrite)
     with _workshop(out, config.full) as place:
-        return _run(out, place, config, overwrite)
+        return _run(out, place, config, overwrite, device)
 
 
 @contextlib.contextmanager
@@ -145,8 +146,7 @@ def _workshop(out: Path, stays: bool) -> Iterator[Path]:
             yield Path(folder) / "parts"
 
 
-def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[str, Any]:
-    from prism.backbone import Backbone
+def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None) -> dict[str, Any]:
     from prism.experiments import films, gaze, judges
     from prism.experiments.contest import Panel
     from prism.preference import LatentStore
@@ -155,7 +155,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
 
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
-    backbone, call = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL)
+    backbone, call, name = load_backbone(device=device)
     own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
     shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
     identity = {
@@ -221,7 +221,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool) -> dict[st
         seconds(name, *prefixes)
     metrics = document(
         "demo",
-        describe(backbone, EMBEDDED),
+        describe(backbone, name),
         seed,
         accuracy=accuracy,
         best_of_n=picks,

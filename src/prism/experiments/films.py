@@ -29,7 +29,8 @@ def candidates(contest: Contest, name: str) -> list[FilmStrip]:
             verb = "kept" if candidate in cut["kept"] else "dropped"
             fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
     backbone = contest.panel.backbone
-    expected = backbone.decode(_expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call))
+    clean = _expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call)
+    expected = backbone.decode(clean).cpu()
     at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
     at_end = [
         FilmRow(f"seed {seeds[c]}", contest.videos[c].numpy(), f"referee {values[c]:.2f}", picked=c == chosen)
@@ -62,7 +63,7 @@ def looks(
         prompts = [record["prompt"]] * len(pair)
         latents = backbone.pipe(prompts, generator=generators, output_type="latent", **call).frames
         attention = gaze.look(judge, latents, record["prompt"], t, call, seed)
-        videos, top = backbone.decode(latents), float(attention.max())
+        videos, top = backbone.decode(latents).cpu(), float(attention.max())
         cells = gaze.object_cells(videos, record["prompt"], attention.shape[1:])
         rows = []
         for which, c, video, weights, share in zip(

@@ -20,8 +20,9 @@ TINT = np.array([1.0, 0.36, 0.10])
 
 def look(judge: Judge, latents: Tensor, prompt: str, t: float, call: Mapping[str, Any], seed: int) -> Tensor:
     """(B, T, H, W) weights on the token grid for finished latents (B, ...), re-noised to t with one draw for all."""
-    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed)).expand_as(latents)
-    return judge.attention(judge.backbone.add_noise(latents, t, noise), prompt, t, **call)
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
+    noisy = judge.backbone.add_noise(latents, t, noise.to(latents).expand_as(latents))
+    return judge.attention(noisy, prompt, t, **call).cpu()
 
 
 def object_cells(videos: Tensor, prompt: str, grid: Sequence[int]) -> Tensor:

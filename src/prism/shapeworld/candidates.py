@@ -136,7 +136,7 @@ def _sample(
         callback_on_step_end=record if trajectories else None,
         **call,
     ).frames
-    scores = [referee.batch(backbone.decode(rows), names) for rows, names in _in_eights(latents, prompts)]
+    scores = [referee.batch(backbone.decode(rows).cpu(), names) for rows, names in _in_eights(latents, prompts)]
     part = {f"score/{name}": torch.cat([score[name] for score in scores]) for name in referee.DIMENSIONS}
     part["latents"] = latents.half().contiguous()
     if trajectories:

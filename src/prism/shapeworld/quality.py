@@ -44,7 +44,7 @@ def measure(
         chunk = work[start : start + BATCH]
         generators = [torch.Generator().manual_seed(candidate_seed(seed, p, i)) for p, i in chunk]
         latents = pipe([p for p, _ in chunk], generator=generators, output_type="latent", **call).frames
-        videos += [backbone.decode(rows) for rows in latents.split(8)]
+        videos += [backbone.decode(rows).cpu() for rows in latents.split(8)]
     seen, names = torch.cat(videos), [p for p, _ in work]
     scores, right = referee.batch(seen, names), referee.correct(seen, names)
     found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
