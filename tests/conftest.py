@@ -9,6 +9,13 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def intervals_of_few(monkeypatch):
+    """Intervals of any number of prompts, for figures that are worked out by hand."""
+    monkeypatch.setattr("prism.evaluation.accuracy.FEWEST_PROMPTS", 1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism.errors import PrismError
-from prism.evaluation.accuracy import NO_TIES, clustered_bootstrap, pairwise_accuracy
+from prism.evaluation.accuracy import FEWEST_PROMPTS, NO_TIES, clustered_bootstrap, pairwise_accuracy, prompt_interval
 
 
 def share_right(labels, margins, threshold):
@@ -138,3 +138,14 @@ def test_bootstrap_of_nothing_is_not_a_number():
     assert np.isnan(clustered_bootstrap([[0.0, 0.0]], ["a"], statistic=lambda s: s[:, 0] / s[:, 1])).all()
     with pytest.raises(PrismError, match="one length"):
         clustered_bootstrap([1.0], [])
+
+
+def test_few_prompts_have_no_interval():
+    """Of one prompt the percentiles would be a point, as if it were known exactly."""
+    enough = np.repeat(np.arange(FEWEST_PROMPTS), 3)
+    values = np.arange(len(enough)) % 2
+    assert prompt_interval(values, enough) == list(clustered_bootstrap(values, enough))
+    few = enough < FEWEST_PROMPTS - 1
+    assert prompt_interval(values[few], enough[few]) is None
+    assert prompt_interval(np.ones(50), ["a"] * 50) is None
+    assert prompt_interval([], []) is None

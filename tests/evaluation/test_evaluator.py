@@ -17,6 +17,8 @@ from prism.judge.objective import tie_margin
 from prism.preference import prompt_key
 from prism.report import metrics
 
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):

@@ -16,6 +16,8 @@ from prism.evaluation import Measurement, compare_judges, measure, score_videos
 from prism.evaluation.measurement import COLUMNS
 from prism.judge import Judge
 
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
+
 SETTINGS = {"split": "test", "num_draws": 1, "seed": 0}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prism.experiments.compare import agreement, over_random, rows
+from prism.evaluation import accuracy
+from prism.experiments.compare import agreement, rows
 
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
 CALL = {"num_inference_steps": 4, "guidance_scale": 2.0}
 PLANS = {
     "random": {"strategy": "random"},
@@ -79,12 +81,10 @@ def test_costs_may_come_from_other_prompts():
     assert table["full"]["denoiser_rows"] == 48.0
 
 
-def test_the_gain_over_random_is_paired():
-    row = over_random(records(1), "early", seed=0)
-    assert row["gain"] == pytest.approx((1 + 3) / 2 / np.sqrt(2))
-    assert row["ci95"] == pytest.approx([1.0, np.sqrt(3)])
-    both = over_random(records(2), "early", seed=0)
-    assert both["gain"] == pytest.approx((1.5 + 3) / 2 / np.sqrt(2))
+def test_few_prompts_have_no_interval(monkeypatch):
+    monkeypatch.setattr(accuracy, "FEWEST_PROMPTS", 3)
+    table = rows(records(1), PLANS, [7], CALL, "test", seed=0)
+    assert {(row["referee_gain_ci95"], row["oracle_share_ci95"]) for row in table} == {(None, None)}
 
 
 def test_runs_by_themselves_are_compared_with_the_shared_one():

@@ -11,7 +11,8 @@ import torch
 from prism import Judge, cli, files, media, shapeworld
 from prism.baselines import PixelJudge
 from prism.errors import PrismError
-from prism.experiments import demo, judges
+from prism.evaluation import accuracy
+from prism.experiments import demo, judges, per_prompt
 from prism.experiments.contest import Contest
 from prism.report.metrics import validate
 from prism.shapeworld import CALL, candidates, grammar, recipe, referee
@@ -87,6 +88,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     candidates.run(shipped, seed=3)
     monkeypatch.setattr(shapeworld, "asset_folder", lambda name: shipped)
     monkeypatch.setattr(judges, "pixel_judges", _another_head)
+    monkeypatch.setattr(accuracy, "FEWEST_PROMPTS", 1)
     settings = {**TINY, "full": True, "judges": 2, "labelled": 2, "unseen": 1}
     config = demo.DemoConfig(**settings)
     whole = demo.run(tmp_path / "whole", config=config)
@@ -123,6 +125,13 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     evidence = (tmp_path / "killed" / "evidence" / "README.md").read_text()
     assert "`prism demo --full --seed 0 --out" in evidence
     assert "| early | step 2 keeps 1 | prism, 2 seeds |" in evidence
+    stated = files.read_json(tmp_path / "killed" / "evidence" / "metrics.json")
+    intervals = list(per_prompt.recomputed(tmp_path / "killed" / "evidence" / "per_prompt", stated))
+    kinds = {place.split("[")[0] for place, _, _ in intervals}
+    assert kinds == {"accuracy", "judge_comparison", "best_of_n", "attention"}
+    assert sum(there is not None for _, there, _ in intervals) > 0.8 * len(intervals)
+    for place, there, again in intervals:
+        assert (there is None and again is None) or again == pytest.approx(there, abs=1e-9), place
     capsys.readouterr()
 
 

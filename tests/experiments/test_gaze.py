@@ -9,6 +9,8 @@ import torch
 from prism.experiments import gaze
 from prism.shapeworld import grammar, world
 
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
+
 GRID = (5, 4, 4)
 
 

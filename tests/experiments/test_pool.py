@@ -8,6 +8,8 @@ import pytest
 from prism.evaluation import Measurement
 from prism.experiments import pool
 
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
+
 
 def measurement(seed, margins, share):
     """Three pairs of two prompts at one level, the last one a tie."""

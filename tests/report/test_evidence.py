@@ -31,7 +31,6 @@ def document():
         bars=[{"bar": "x under 3 %", "reached": "2.1 %", "met": True}, {"bar": "y", "reached": "–", "met": None}],
         agreement={"prompts": 6, "runs": 90, "same_pick": 89, "largest_difference": 1.2e-6},
         attention=[look],
-        over_random=[{"strategy": "early", "gain": 0.5, "ci95": [0.4, 0.6]}],
     )
 
 

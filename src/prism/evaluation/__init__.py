@@ -4,6 +4,7 @@ from prism.evaluation.accuracy import NO_TIES as NO_TIES
 from prism.evaluation.accuracy import PairwiseAccuracy as PairwiseAccuracy
 from prism.evaluation.accuracy import clustered_bootstrap as clustered_bootstrap
 from prism.evaluation.accuracy import pairwise_accuracy as pairwise_accuracy
+from prism.evaluation.accuracy import prompt_interval as prompt_interval
 from prism.evaluation.calibration import calibrate as calibrate
 from prism.evaluation.evaluator import TIMESTEPS as TIMESTEPS
 from prism.evaluation.evaluator import evaluate as evaluate

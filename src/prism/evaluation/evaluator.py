@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.errors import PrismError
-from prism.evaluation.accuracy import clustered_bootstrap, pairwise_accuracy
+from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.judge.objective import tie_margin
 from prism.preference import LatentStore, PromptGroup, prompt_key
@@ -79,7 +79,8 @@ def measure(
         Its ``rows``, one per t and dimension, are the "accuracy" rows of metrics.json: judge, head_seed, source, t,
         log_snr, set, dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on this very split, for
         comparison with published figures), with_ties_validation_threshold, with_ties_model_rule (Eq. 3-4's own rule,
-        untuned), pairs (all labelled, ties included), prompts. None where there is nothing to measure.
+        untuned), pairs and prompts (all labelled, ties included), decided_pairs and decided_prompts (those that
+        without_ties and its interval are of). None where there is nothing to measure; no interval below 10 prompts.
 
     Raises:
         PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
@@ -192,7 +193,6 @@ def _rows(
         y, m, clusters = labels[known, column], margins[known, column], prompts[known]
         tuned = pairwise_accuracy(y, m)
         decided = y != 0
-        low, high = clustered_bootstrap((y * m > 0)[decided], clusters[decided], seed=seed)
         val_known = ~np.isnan(val_labels[:, column]) if len(val_labels) else np.zeros(0, dtype=bool)
         validated = None
         if val_known.any():
@@ -203,12 +203,14 @@ def _rows(
                 **common,
                 "dimension": dimension,
                 "without_ties": _number(tuned.without_ties),
-                "without_ties_ci95": None if math.isnan(low) else [low, high],
+                "without_ties_ci95": prompt_interval((y * m > 0)[decided], clusters[decided], seed=seed),
                 "with_ties": _number(tuned.with_ties),
                 "with_ties_validation_threshold": None if validated is None else _number(validated),
                 "with_ties_model_rule": _number(pairwise_accuracy(y, m, threshold=tie_margin(judge.eta)).with_ties),
                 "pairs": len(y),
                 "prompts": len(set(clusters.tolist())),
+                "decided_pairs": int(decided.sum()),
+                "decided_prompts": len(set(clusters[decided].tolist())),
             }
         )
     return rows

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prism.errors import PrismError
-from prism.evaluation.accuracy import clustered_bootstrap
+from prism.evaluation.accuracy import prompt_interval
 from prism.preference import PromptGroup
 
 COLUMNS = ("judge", "t", "dimension", "prompt", "video_a", "video_b", "label", "margin")
@@ -112,7 +112,8 @@ def compare_judges(
 
     Returns:
         The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
-        dimension, difference (accuracy without ties of `one` minus `other`'s), ci95, pairs (decided), prompts.
+        dimension, difference (accuracy without ties of `one` minus `other`'s), ci95 (None below 10 prompts), pairs
+        (decided), prompts.
 
     Raises:
         PrismError: where the two were not measured alike.
@@ -141,7 +142,6 @@ def compare_judges(
         gain = np.mean([found[key][2] for found in left], 0) - np.mean([found[key][2] for found in right], 0)
         if not len(gain):
             continue
-        low, high = clustered_bootstrap(gain, prompts, seed=seed)
         rows.append(
             {
                 "judge": _name(ours[0]),
@@ -150,7 +150,7 @@ def compare_judges(
                 "t": int(key[0]) if key[0].is_integer() else key[0],
                 "dimension": key[1],
                 "difference": float(gain.mean()),
-                "ci95": [low, high],
+                "ci95": prompt_interval(gain, prompts, seed=seed),
                 "pairs": len(gain),
                 "prompts": len(set(prompts.tolist())),
             }

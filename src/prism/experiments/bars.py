@@ -18,7 +18,7 @@ OVERHEAD = 0.03
 def check(
     comparison: Sequence[Row], picks: Sequence[Row], early: str, draft: str, overhead: float | None
 ) -> list[dict[str, Any]]:
-    """Rows "bar", "reached", "met" (None where it was not measured).
+    """Rows "bar", "reached", "met" (None where it was not measured, or on too few prompts for an interval).
 
     comparison: "judge_comparison" rows. picks: "best_of_n" rows of the test prompts; `early` and `draft` name those
     that were fixed beforehand. overhead: the sampler's share of a run.
@@ -33,16 +33,15 @@ def check(
             ),
             None,
         )
+        interval = None if row is None else row["ci95"]
         text = (
-            ""
-            if row is None
-            else f"{wording.points(row['difference'])} points ({wording.points_interval(row['ci95'])})"
+            "" if row is None else f"{wording.points(row['difference'])} points ({wording.points_interval(interval)})"
         )
         found.append(
             _bar(
                 f"more accurate than the pixel judge trained on clean videos at t = {t}: interval above zero",
                 text,
-                None if row is None else row["ci95"][0] > 0,
+                None if interval is None else interval[0] > 0,
             )
         )
     asked = ((early, "one cut in the first fifth of the steps", EARLY), (draft, "drafts", DRAFT))
@@ -57,10 +56,10 @@ def check(
             continue
         share, interval, cost = row["oracle_share"], row["oracle_share_ci95"], row["denoiser_share_of_full"]
         text = f"{wording.percent(share)} ({wording.percent_interval(interval)}) for {wording.percent(cost)}"
-        met = share >= least and interval[0] >= low and cost <= ROWS
+        met = None if interval is None else share >= least and interval[0] >= low and cost <= ROWS
         cuts = row["schedule"]
-        if row["strategy"] == "early":
-            met = met and len(cuts) == 1 and cuts[0][0] <= FIRST * row["num_inference_steps"]
+        if met and row["strategy"] == "early":
+            met = len(cuts) == 1 and cuts[0][0] <= FIRST * row["num_inference_steps"]
         found.append(_bar(bar, f"{text} ({wording.how(row)})", met))
     bar = f"the sampler’s overhead (neither denoiser, head nor VAE) under {OVERHEAD:.0%} of a run"
     found.append(_bar(bar, "" if overhead is None else wording.percent(overhead), _under(overhead)))

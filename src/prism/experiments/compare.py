@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prism.evaluation import clustered_bootstrap
+from prism.evaluation import prompt_interval
 from prism.experiments.contest import JUDGED
 
 Record = Mapping[str, Any]  # one prompt, as `record` makes it
@@ -30,14 +30,15 @@ def rows(
 
     records: one a prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick a judge}, and, where the plans
     were run by themselves, "alone" {plan: [{"ledger"}, one a judge]}. Costs are those runs' means, and seconds their
-    median, times the number of prompts. Gains are in units of the pooled within-prompt standard deviation of the
-    referee's scores; intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
+    median, times the number of prompts. A gain is the pick's score over the mean of its prompt's candidates, which is
+    what a random pick gets on average, in units of the pooled within-prompt standard deviation of the referee's scores;
+    intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
     given as shares of it.
     measured: records to take costs from, where it is not these.
     """
     values, prompts = _values(records), [record["prompt"] for record in records]
-    variance, best = values.var(1, ddof=1), values.max(1) - values.mean(1)
-    spread = float(np.sqrt(variance.mean()))
+    best = values.max(1) - values.mean(1)
+    spread = float(np.sqrt(values.var(1, ddof=1).mean()))
     ledgers = _ledgers(records if measured is None else measured)
     everything = _mean(ledgers["full"], "denoiser_rows")
     table = []
@@ -48,7 +49,7 @@ def rows(
         if len(several) > 1:
             several.insert(0, (None, gains.mean(0)))
         for head_seed, gain in several:
-            columns = np.stack([gain, variance, best, np.ones(len(gain))], 1)
+            sums = columns(gain, values)
             table.append(
                 {
                     "judge": "prism" if judged else "referee" if plan["strategy"] == "oracle" else None,
@@ -60,9 +61,9 @@ def rows(
                     "set": which,
                     "prompts": len(records),
                     "referee_gain": float(gain.mean() / spread),
-                    "referee_gain_ci95": list(clustered_bootstrap(columns, prompts, _in_spreads, seed)),
+                    "referee_gain_ci95": prompt_interval(sums, prompts, in_spreads, seed),
                     "oracle_share": float(gain.mean() / best.mean()),
-                    "oracle_share_ci95": list(clustered_bootstrap(columns, prompts, _of_oracle, seed)),
+                    "oracle_share_ci95": prompt_interval(sums, prompts, of_oracle, seed),
                     "denoiser_rows": _mean(ledgers[name], "denoiser_rows") * len(records),
                     "denoiser_share_of_full": _mean(ledgers[name], "denoiser_rows") / everything,
                     "vae_decodes": round(_mean(ledgers[name], "vae_decodes") * len(records)),
@@ -72,21 +73,6 @@ def rows(
                 }
             )
     return table
-
-
-def over_random(records: Sequence[Record], name: str, seed: int) -> dict[str, Any]:
-    """The gain of a plan over random selection, paired by prompt, in within-prompt standard deviations, with its
-    interval; of several judges their mean.
-    """
-    values = _values(records)
-    difference = (_gains(records, values, name) - _gains(records, values, "random")).mean(0)
-    variance = values.var(1, ddof=1)
-    columns = np.stack([difference, variance, difference, np.ones(len(difference))], 1)
-    return {
-        "strategy": name,
-        "gain": float(difference.mean() / np.sqrt(variance.mean())),
-        "ci95": list(clustered_bootstrap(columns, [record["prompt"] for record in records], _in_spreads, seed)),
-    }
 
 
 def agreement(records: Sequence[Record]) -> dict[str, Any]:
@@ -142,9 +128,16 @@ def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
     return float(np.mean([ledger[column] for ledger in ledgers]))
 
 
-def _in_spreads(sums: np.ndarray) -> np.ndarray:
+def columns(gain: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(prompts, 4), what `in_spreads` and `of_oracle` take sums of, from gains (prompts,) and values (prompts, n)."""
+    return np.stack([gain, values.var(1, ddof=1), values.max(1) - values.mean(1), np.ones(len(gain))], 1)
+
+
+def in_spreads(sums: np.ndarray) -> np.ndarray:
+    """Mean gain in pooled within-prompt standard deviations."""
     return sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 3])
 
 
-def _of_oracle(sums: np.ndarray) -> np.ndarray:
+def of_oracle(sums: np.ndarray) -> np.ndarray:
+    """Mean gain as a share of what the best candidates gain."""
     return sums[:, 0] / sums[:, 2]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import prism
 from prism import files, media, shapeworld
-from prism.experiments import bars, compare
+from prism.experiments import bars, compare, per_prompt
 from prism.experiments.loading import describe, load_backbone
 from prism.experiments.parts import Clock, Parts
 from prism.experiments.sample import cut_entry
@@ -46,7 +46,6 @@ NOTES = (
 TRAIN = TrainConfig(
     steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
 )
-MAIN = ("full", "early", "draft", "oracle")
 Schedule = tuple[tuple[int, int], ...]
 
 
@@ -175,8 +174,8 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         return LatentStore.open(place / folder)
 
     if shipped is None:
-        prompts, per_prompt = candidates.SHIPPED["train"]
-        shares = {**candidates.SHIPPED, "train": (config.train_prompts or prompts, per_prompt)}
+        prompts, each = candidates.SHIPPED["train"]
+        shares = {**candidates.SHIPPED, "train": (config.train_prompts or prompts, each)}
         store = sampled("data", "candidates", shares, seed + 1 if config.fresh else seed)
     else:
         store = shipped
@@ -192,16 +191,18 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
         shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
         tested = sampled("test-data", "test-store", shares, seed + 3)
-    accuracy, comparison = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
+    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
     panel, played = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
+    contested = {"test": records}
     head_seeds = [judge.trained_on["seed"] for judge in ours]
     picks = compare.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
         strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
-        far, far_comparison = judges.measured(parts, strange, ours, others, "unseen", seed, config.pixel_levels)
+        far = judges.measured(parts, strange, ours, others, "unseen", seed, config.pixel_levels)
         away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
-        accuracy, comparison = accuracy + far, comparison + far_comparison
+        accuracy, comparison, measured = accuracy + far[0], comparison + far[1], measured + far[2]
+        contested["unseen"] = away
         picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)
 
     shown = max(records, key=lambda record: np.std(record["values"]["overall"]))
@@ -228,7 +229,6 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         timings={**timings, "total": sum(timings.values()), "this process": time.perf_counter() - started},
         judge_comparison=comparison,
         training=[summary for _, summary in trained],
-        over_random=[compare.over_random(records, name, seed) for name in MAIN],
         agreement=compare.agreement(records),
         attention=gaze.rows(looked, seed),
         bars=_bars(config, comparison, picks, records),
@@ -244,8 +244,10 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
         write_report(folder / "report.html", metrics, strips, title, NOTES, written, looks=looks)
+        per_prompt.write(folder / "per_prompt", measured, contested, head_seeds)
         if config.full:
             evidence.write(folder / "evidence", metrics, written, _command(out, config))
+            shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")
     return metrics
 
 
@@ -280,8 +282,8 @@ def contests(
 
 
 def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
-    """What is kept of a contest, as JSON: the referee's values, each plan's picks, its runs by itself, and where the
-    first judge's query looks.
+    """What is kept of a contest, as JSON: the referee's values, each plan's picks, each judge's scores of the finished
+    latents, the plans' runs by themselves, and where the first judge's query looks.
     """
     from prism.experiments import gaze
     from prism.experiments.contest import JUDGED
@@ -296,6 +298,7 @@ def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
         "seeds": list(contest.seeds),
         "values": {name: value.tolist() for name, value in contest.values.items()},
         "picks": {name: contest.picks(name) for name in contest.plans},
+        "final": contest.final.tolist(),
         "looks": looks,
     }
     if alone:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism.evaluation import clustered_bootstrap
+from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.shapeworld import grammar, world
 
 SEEN = 0.2  # distance in RGB from the ground from which a pixel is no ground
 CELL = 0.1  # share of a cell's pixels, over its frames, from which the cell is an object's
+CHOSEN = {"best": np.argmax, "worst": np.argmin}  # of a prompt's candidates, by the referee
 TINT = np.array([1.0, 0.36, 0.10])
 
 
@@ -85,12 +86,10 @@ def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
     """
     table = []
     for t in [] if not found else found[0]["looks"]:
-        for which, choose in (("best", np.argmax), ("worst", np.argmin)):
+        for which, choose in CHOSEN.items():
             rows_of = [entry["looks"][t][int(choose(entry["values"]))] for entry in found]
             columns = np.array([[row["attention"], row["area"], row["video"]] for row in rows_of])
-            low, high = clustered_bootstrap(
-                columns, [entry["prompt"] for entry in found], lambda sums: sums[:, 0] / sums[:, 1], seed
-            )
+            prompts = [entry["prompt"] for entry in found]
             mean = columns.mean(0)
             table.append(
                 {
@@ -101,11 +100,15 @@ def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
                     "area_share": float(mean[1]),
                     "video_share": float(mean[2]),
                     "lift": float(mean[0] / mean[1]) if mean[1] else None,
-                    "lift_ci95": None if np.isnan(low) else [low, high],
+                    "lift_ci95": prompt_interval(columns, prompts, ratio, seed),
                     "prompts": len(found),
                 }
             )
     return table
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[:, 0] / sums[:, 1]
 
 
 def choose_value(values: Sequence[float], choose: Any) -> float:

@@ -79,9 +79,9 @@ def measured(
     split: str,
     seed: int,
     levels: Sequence[float] = (),
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows "accuracy" and "judge_comparison" of metrics.json: our judges (of several seeds, pooled first), the others,
-    and ours against each of the others, all on the same pairs under the same noise.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Measurement]]:
+    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them: our judges (of several
+    seeds, pooled first), the others, and ours against each of the others, all on the same pairs under the same noise.
 
     levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
     """
@@ -94,7 +94,7 @@ def measured(
         path.unlink()
     own, rest = found[: len(ours)], found[len(ours) :]
     rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]
-    return rows, [row for each in rest for row in compare_judges(own, each, seed)]
+    return rows, [row for each in rest for row in compare_judges(own, each, seed)], found
 
 
 def _measured(

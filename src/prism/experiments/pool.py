@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prism.evaluation import Measurement, clustered_bootstrap
+from prism.evaluation import Measurement, prompt_interval
 
 MEANS = ("without_ties", "with_ties", "with_ties_validation_threshold", "with_ties_model_rule")
 
@@ -33,6 +33,6 @@ def accuracy(measured: Sequence[Measurement], seed: int = 0) -> list[dict[str, A
             row[name] = float(np.mean(known)) if len(known) == len(group) else None
         if row["without_ties"] is not None:
             right = np.mean([found[key][2] for found in decided], 0)
-            row["without_ties_ci95"] = list(clustered_bootstrap(right, decided[0][key][1], seed=seed))
+            row["without_ties_ci95"] = prompt_interval(right, decided[0][key][1], seed=seed)
         pooled.append(row)
     return pooled + single

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prism import files
 from prism.errors import PrismError
-from prism.evaluation import calibrate, clustered_bootstrap, compare_judges, measure
+from prism.evaluation import calibrate, compare_judges, measure, prompt_interval
 from prism.evaluation.calibration import fit, margins_of, reliability
 from prism.evaluation.evaluator import noised
 from prism.experiments.variants import BASE, Variant
@@ -118,9 +118,9 @@ class Results:
             "set": "validation",
             "dimension": main,
             "accuracy": float(pairs.mean()),
-            "accuracy_ci95": list(clustered_bootstrap(pairs, prompts)),
+            "accuracy_ci95": prompt_interval(pairs, prompts),
             "difference": float((pairs - base).mean()),
-            "difference_ci95": list(clustered_bootstrap(pairs - base, prompts)),
+            "difference_ci95": prompt_interval(pairs - base, prompts),
             "spread": float(single.std(ddof=1)) if len(single) > 1 else None,
             "judges": len(single),
             "by_level": {str(t): float(value) for t, value in zip(LEVELS, right[main].mean((0, 2)))},
@@ -242,7 +242,8 @@ def markdown(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any
 
 def _cells(row: dict[str, Any]) -> list[str]:
     percent = "{:.1f}".format
-    interval = [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in (row["accuracy_ci95"], row["difference_ci95"])]
+    intervals = row["accuracy_ci95"], row["difference_ci95"]
+    interval = ["" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" for ends in intervals]
     sides = [row["by_dimension"].get(dimension) for dimension in HEADER[-3:]]
     numbers = [row["spread"], *row["by_level"].values(), *sides]
     return [

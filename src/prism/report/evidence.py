@@ -13,6 +13,16 @@ from prism.report import wording
 Row = Mapping[str, Any]
 
 
+TIES = "with ties, threshold of validation pairs"
+METHOD = (
+    "Intervals are 95 % bootstrap intervals over prompts; what another training of the judges would change is not in "
+    "them. `per_prompt/` holds the values per prompt that each is recomputed from (`prism.experiments.per_prompt`). "
+    "Accuracy is that of decided pairs, which are no ties. A gain is the referee's overall score of the pick over the "
+    "mean of its prompt's candidates, which is what a random pick gets on average, in pooled within-prompt standard "
+    "deviations. A denoiser row is one evaluation of one sample by the denoiser."
+)
+
+
 def write(folder: Path, metrics: Mapping[str, Any], config: Mapping[str, Any], command: str) -> None:
     """Write README.md, with every table of the run, and metrics.json and config.json to `folder`, which is made."""
     folder.mkdir(parents=True)
@@ -32,9 +42,7 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
         f"`{command}`, {place['date']}, seed {metrics['seed']}, on {place['processor']} with {place['threads']} threads"
         f"{' and ' + place['accelerator'] if place.get('accelerator') else ''}. Minutes: {minutes}. "
         "`config.json` holds every setting, `metrics.json` every number.",
-        "Intervals are 95 % bootstrap intervals over prompts. Accuracy is that of decided pairs; gains are in pooled "
-        "within-prompt standard deviations of the referee's overall score; a denoiser row is one evaluation of one "
-        "sample by the denoiser.",
+        METHOD,
         "## Bars",
         _table(("bar", "reached", "met"), [(row["bar"], row["reached"], _met(row["met"])) for row in metrics["bars"]]),
         "## Accuracy by noise level",
@@ -54,12 +62,6 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
             f"{found['same_pick']} of {found['runs']} runs as in the run that all share; the largest difference of a "
             f"score was {found['largest_difference']:.1e}. Rows and seconds are those runs', scaled to all prompts."
         )
-    if metrics.get("over_random"):
-        cells = [
-            (row["strategy"], wording.signed(row["gain"]), wording.signed_interval(row["ci95"]))
-            for row in metrics["over_random"]
-        ]
-        sections += ["Over a candidate drawn at random, paired:", _table(("strategy", "gain", "95 % interval"), cells)]
     if metrics.get("attention"):
         sections += ["## Where the query looks", _attention(metrics["attention"])]
     if wording.apart(rows):
@@ -69,7 +71,19 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
 
 def _accuracy(rows: Sequence[Row]) -> str:
     names = wording.dimensions(rows)
-    header = ("judge", "set", "t", "overall", "95 % interval", *names, "with ties", "pairs", "prompts")
+    header = (
+        "judge",
+        "set",
+        "t",
+        "overall",
+        "95 % interval",
+        *names,
+        "with ties, threshold of validation pairs",
+        "decided pairs",
+        "prompts",
+        "all pairs",
+        "prompts",
+    )
     lines = []
     for group in wording.by_level(rows):
         row = group["overall"]
@@ -82,8 +96,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
                 wording.percent_interval(row["without_ties_ci95"]),
                 *(wording.percent(group[name]["without_ties"]) if name in group else wording.MISSING for name in names),
                 wording.percent(row["with_ties_validation_threshold"]),
-                str(row["pairs"]),
-                str(row["prompts"]),
+                *(wording.whole(row.get(name)) for name in ("decided_pairs", "decided_prompts", "pairs", "prompts")),
             )
         )
     return _table(header, lines)

@@ -74,8 +74,13 @@ def points(value: float) -> str:
     return _number(100 * value, 1, "+")
 
 
-def points_interval(value: Sequence[float]) -> str:
-    return f"{points(value[0])}{_SPACE}…{_SPACE}{points(value[1])}"
+def clear(interval: Sequence[float] | None) -> bool:
+    """Whether an interval of a difference leaves out zero."""
+    return interval is not None and (interval[0] > 0 or interval[1] < 0)
+
+
+def points_interval(value: Sequence[float] | None) -> str:
+    return MISSING if value is None else f"{points(value[0])}{_SPACE}…{_SPACE}{points(value[1])}"
 
 
 def judge_name(row: Row) -> str:
@@ -136,6 +141,10 @@ def _number(value: float, digits: int, sign: str = "") -> str:
 
 def signed_interval(value: Sequence[float] | None) -> str:
     return MISSING if value is None else f"{signed(value[0])}{_SPACE}…{_SPACE}{signed(value[1])}"
+
+
+def whole(value: int | None) -> str:
+    return MISSING if value is None else str(value)
 
 
 def count(value: float) -> str:
