@@ -300,7 +300,7 @@ def test_bad_input_gets_a_sentence(backbone, judge, store, tmp_path):
             judge.score(broken, tiny.PROMPT, 500, **tiny.CALL_WAN)
     videos = backbone.decode(latents())
     videos[2, 0] = torch.nan
-    with pytest.raises(PrismError, match="Row 2 has no finite score; its frames"):
+    with pytest.raises(PrismError, match="The video of row 2 holds NaN or infinity"):
         judge.score_videos(videos, PROMPTS, **tiny.CALL_WAN)
     (tmp_path / "taken").mkdir()
     with pytest.raises(PrismError, match="exist"):

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from prism import media
 from prism.backbone import layout, taps, videos
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name, trim
 from prism.backbone.families import family_of, is_denoiser
@@ -292,14 +293,16 @@ class Backbone:
 
     # -- videos
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Videos (B, F, H, W, 3) in [0, 1] to normalised float32 latents of the loop: the posterior's mode.
+    def encode(self, video: Any) -> Tensor:
+        """Videos (B, F, H, W, 3), or what else `prism.media.videos` takes, to float32 latents of the loop: the
+        posterior's mode, normalised.
 
         Where tokens span several latent frames (CogVideoX 1.5), or the pipeline drops decoded frames in front
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
+        pixels = torch.from_numpy(media.videos(video))
         with self.freed():
-            return videos.encode(self.pipe, self.family, self.config, torch.as_tensor(video).to(self.device))
+            return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
         """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.

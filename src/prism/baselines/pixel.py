@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files
+from prism import files, media
 from prism.backbone import Backbone, Conditioning
 from prism.baselines.frames import DecodedCache, decode, vae_hash
 from prism.baselines.network import PixelNetwork
@@ -75,17 +75,18 @@ class PixelJudge:
         return self.backbone.family.text(conditioning.arguments).float(), mask
 
     @torch.no_grad()
-    def score_videos(self, videos: Tensor, prompts: str | Sequence[str], **call: Any) -> Tensor:
-        """(B, num_dimensions) of videos (B, T, H, W, 3) in [0, 1]."""
+    def score_videos(self, videos: Any, prompts: str | Sequence[str], **call: Any) -> Tensor:
+        """(B, num_dimensions) of videos (B, T, H, W, 3) in [0, 1], or what else `prism.media.videos` takes."""
+        videos = torch.from_numpy(media.videos(videos))
         names = [prompts] * len(videos) if isinstance(prompts, str) else list(prompts)
         if len(names) != len(videos):
             raise PrismError(f"There must be a prompt for each video; found {len(names)} for {len(videos)}.")
         text, mask = self.text(names, **call)
         self.head.eval()
-        scores = self.head(videos.to(self.backbone.device).float(), text, mask)
+        scores = self.head(videos.to(self.backbone.device), text, mask)
         bad = ~scores.isfinite().all(1)
         if bool(bad.any()):
-            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its frames hold NaN or infinity.")
+            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; the weights of the judge may be damaged.")
         return scores
 
     @torch.no_grad()

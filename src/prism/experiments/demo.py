@@ -240,7 +240,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     )
     with files.new_folder(out, overwrite) as folder:
         _publish(folder, place, config, metrics, {**asdict(config), "call": call})
-        media.write_video(folder / "winner.mp4", np.asarray(result.video), shapeworld.FPS)
+        media.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
         write_report(folder / "report.html", metrics, strips, title, NOTES, written, looks=looks)

@@ -67,7 +67,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
         from prism.experiments.loading import describe
 
         backbone, name, judge, call, result = _sample(config, cuts, weights, distribute)
-        videos = [np.asarray(pick.video) for pick in result.top]
+        videos = [media.frames(pick.video) for pick in result.top]
         names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
             media.write_video(folder / file, video, config.fps)

@@ -1,0 +1,68 @@
+"""Numbers and foreign texts, checked and quoted in one wording."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from prism.errors import PrismError
+
+QUOTED = 300  # characters of a foreign text that a sentence quotes at most
+
+
+def quoted(foreign: Any, limit: int = QUOTED) -> str:
+    """A foreign text, error or value on one line, cut at `limit` characters."""
+    try:
+        text = str(foreign) if isinstance(foreign, str | BaseException) else repr(foreign)
+    except Exception:  # of an object whose own repr fails
+        text = f"a {type(foreign).__name__}"
+    text = " ".join(text.split()) or type(foreign).__name__
+    return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
+
+
+def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -> int:
+    """`value` as an int, where it is a whole number from `low` to `high`, of whatever library (`operator.index`).
+
+    Raises `PrismError` for anything else, True and False included.
+    """
+    try:
+        number = None if str(getattr(value, "dtype", type(value).__name__)).endswith("bool") else operator.index(value)
+    except Exception:  # no TypeError alone: a tensor of several values raises what it likes
+        number = None
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
+    return number
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
+    """`value` as a float, where it is a finite number from `low` (or `above` it) to `high`, of whatever library.
+
+    Raises `PrismError` for anything else: NaN and infinity, texts, True and False.
+    """
+    try:
+        if isinstance(value, str | bytes) or str(getattr(value, "dtype", type(value).__name__)).endswith("bool"):
+            raise TypeError
+        found = float(value)
+    except Exception:
+        found = math.nan
+    if not math.isfinite(found) or not low <= found <= high or (above and found == low):
+        kind = "number" if math.isfinite(low) or math.isfinite(high) else "finite number"
+        raise PrismError(f"{name} must be a {kind}{_bounds(low, high, above)}; found {quoted(value, 80)}.")
+    return found
+
+
+def _bounds(low: float | None, high: float | None, above: bool = False) -> str:
+    upper = high is not None and high != math.inf
+    if low is None or low == -math.inf:
+        return f" of at most {_plain(high)}" if upper else ""
+    if upper:
+        return f" above {_plain(low)}, at most {_plain(high)}" if above else f" from {_plain(low)} to {_plain(high)}"
+    return f" above {_plain(low)}" if above else f" of at least {_plain(low)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and value > 10**15:
+        power = value.bit_length() - (0 if value & (value + 1) == 0 else 1)
+        return f"2**{power} - 1" if value == 2**power - 1 else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
