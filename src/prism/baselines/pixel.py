@@ -86,7 +86,7 @@ class PixelJudge:
         scores = self.head(videos.to(self.backbone.device), text, mask)
         bad = ~scores.isfinite().all(1)
         if bool(bad.any()):
-            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; the weights of the judge may be damaged.")
+            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its weights may be damaged.")
         return scores
 
     @torch.no_grad()
