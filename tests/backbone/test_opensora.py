@@ -184,4 +184,4 @@ def test_another_model_of_the_same_class_is_told_apart(setting: Any) -> None:
     assert Backbone(pipe).fingerprint() == found
     pipe.transformer = TinySTDiT3(depth=2)
     other = Backbone(pipe).fingerprint()
-    assert {name for name in found if found[name] != other[name]} == {"denoiser_config", "weights"}
+    assert {name for name in found if found[name] != other[name]} == {"denoiser_config", "weights", "needs"}

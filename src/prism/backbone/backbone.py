@@ -380,6 +380,7 @@ class Backbone:
         return scale is not None and scale > 1.0
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which backbone this is: class names, hashes of the configurations and of a fixed sample of the weights."""
+        """Which backbone this is, as JSON: classes, what a head needs of them, other settings, and hashes of the
+        configurations and of a fixed sample of the weights."""
         reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
-        return {**fingerprint(self.pipe, self.denoiser, whole=not self.partial), **reads}
+        return {**fingerprint(self), **reads}

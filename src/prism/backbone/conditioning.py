@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.family import Family
+from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
 
 
@@ -276,7 +277,7 @@ def _cat(values: Sequence[Any]) -> Any:
 def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a denoiser call by their names (some pipelines pass them by position)."""
     if args:
-        plain = getattr(denoiser, "_orig_mod", denoiser)
+        plain = unwrapped(denoiser)
         signature = inspect.signature(type(plain).forward)
         bound = signature.bind(plain, *args, **kwargs).arguments
         others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prism.backbone import clocks, layout
 from prism.backbone.layout import Grid, Layout, TokenForm
-from prism.backbone.protocol import config_of
+from prism.backbone.protocol import config_of, unwrapped
 from prism.errors import PrismError
 
 # Arguments of a denoiser call in diffusers that carry one row per sample.
@@ -85,6 +85,7 @@ class Family:
     def block_list(self, denoiser: Any) -> list[nn.Module]:
         """The blocks that carry video tokens, in the order in which they run."""
         found: list[nn.Module] = []
+        denoiser = unwrapped(denoiser)
         for name in self.blocks:
             try:
                 part = denoiser.get_submodule(name)

@@ -1,35 +1,129 @@
-"""Which backbone a head was trained on, told by class names, configurations and a sample of the weights."""
+"""Which backbone a head was trained on, and whether another one will do.
+
+A fingerprint tells classes, what a head cannot do without (`needs`: blocks, widths, channels, latent layout and
+scaling), the other settings that are not their class's defaults, and a sample of the weights. Only the first two decide
+whether a head fits; the rest is warned of. Fingerprints of earlier versions hold a hash of each configuration alone.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, combinations, islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prism.backbone.families import is_denoiser
-from prism.backbone.protocol import config_of
+from prism.backbone.protocol import config_of, unwrapped
+from prism.errors import PrismError
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # what a fingerprint tells of, as sentences call it
+ABSENT = "absent"
+# Fields of configurations whose meaning `needs` holds.
+_NEEDED = frozenset(
+    [
+        *("num_layers", "in_channels", "out_channels", "in_visual_dim", "out_visual_dim", "patch_size", "patch_size_t"),
+        *("z_dim", "latent_channels", "latents_mean", "latents_std", "scaling_factor", "shift_factor"),
+        *("temporal_compression_ratio", "spatial_compression_ratio"),
+        *("scale_factor_temporal", "scale_factor_spatial"),
+    ]
+)
+_ROUNDING = 4e-3  # of a number that was kept in bfloat16
+_TRIES = 5000  # earlier configurations that a hash is compared with
 
 
-def fingerprint(pipe: Any, denoiser: Any, whole: bool) -> dict[str, Any]:
-    """See `Backbone.fingerprint`. Of a denoiser that is not `whole` the weights are not told: None."""
-    denoiser = uncompiled(denoiser)
-    sample = hashlib.sha256()
-    for name, value in sorted(weights(denoiser).items()):
-        for part in _plain(value):
-            sample.update(name.encode() + part.flatten()[:16].float().cpu().numpy().tobytes())
+def fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """See `Backbone.fingerprint`. Of a partial denoiser the weights are not told: None."""
+    parts = _parts(backbone)
+    sample = hashlib.sha256(weights_sample(parts["denoiser"]))
+    of_parts: dict[str, Any] = {}
+    for name, part in parts.items():
+        of_parts[name] = class_name(part)
+        of_parts[f"{name}_config"] = hashlib.sha256(config_text(part)).hexdigest()  # what earlier versions compare
     return {
-        "pipeline": type(pipe).__name__,
-        "denoiser": type(denoiser).__name__,
-        "denoiser_config": hashlib.sha256(config_text(denoiser)).hexdigest(),
-        "vae": type(pipe.vae).__name__,
-        "vae_config": hashlib.sha256(config_text(pipe.vae)).hexdigest(),
-        "weights": sample.hexdigest() if whole else None,
+        "pipeline": type(backbone.pipe).__name__,
+        **of_parts,
+        "weights": None if backbone.partial else sample.hexdigest(),
+        "needs": {"denoiser": _needs_of_denoiser(backbone), "vae": _needs_of_vae(backbone)},
+        "settings": {name: _settings(part) for name, part in parts.items()},
     }
+
+
+def fits(
+    saved: Mapping[str, Any], backbone: Backbone, parts: Sequence[str] = ("denoiser", "vae")
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Whether what was made with the backbone of the fingerprint `saved` goes with this one.
+
+    Args:
+        saved: as of `fingerprint`, or of an earlier version; parts that it does not name are not compared.
+        backbone: the one that is there.
+        parts: "denoiser" and "vae", or one of them (latents need the VAE alone).
+
+    Returns:
+        What cannot be used, as (what it was, what it is here), and what is to be warned of, as clauses that follow "was
+        made with".
+    """
+    present = backbone.fingerprint()
+    refusals: list[tuple[str, str]] = []
+    warnings: list[str] = []
+    for part in parts:
+        if saved.get(part) is None:
+            continue
+        was, found = saved[part], present[part]
+        needs = (saved.get("needs") or {}).get(part)
+        if was != found:
+            refusals.append((f"{PARTS[part]} {was}", f"{found}"))
+        elif needs is None:
+            changed = _changed_since(_parts(backbone)[part], saved.get(f"{part}_config"))
+            vital = [name for name in changed or () if name in _NEEDED]
+            if changed is None and part == "vae":  # nothing else tells what its latents mean
+                hashes = (str(saved.get(f"{part}_config"))[:8], present[f"{part}_config"][:8])
+                refusals.append((f"VAE {was} (configuration {hashes[0]})", f"{found} (configuration {hashes[1]})"))
+            elif changed is None:
+                warnings.append(f"another configuration of the {PARTS[part]}, of which only a hash was kept")
+            elif vital:
+                refusals.append(_both(part, was, vital[0], *changed[vital[0]]))
+            else:
+                warnings += _clause(part, changed)
+        else:
+            other = [name for name, value in needs.items() if not _same(value, present["needs"][part].get(name, value))]
+            refusals += [_both(part, was, name, needs[name], present["needs"][part][name]) for name in other[:1]]
+            before, now = (saved.get("settings") or {}).get(part) or {}, present["settings"][part]
+            names = [name for name in {**before, **now} if before.get(name, ABSENT) != now.get(name, ABSENT)]
+            warnings += _clause(part, {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names})
+    if "denoiser" in parts and saved.get("reads") != present.get("reads"):
+        was, found = (each.get("reads") for each in (saved, present))
+        refusals.append((f"denoiser {was!r} of two", f"{found!r}; make it with Backbone(pipe, reads={was!r})"))
+    if "denoiser" in parts and present["weights"] is not None and saved.get("weights") != present["weights"]:
+        warnings.append("other weights of this architecture")
+    return refusals, warnings
+
+
+def class_name(part: Any) -> str:
+    """The class of a part: diffusers' own, where one was made of it to shard, quantise or extend it."""
+    for kind in type(part).__mro__:
+        if kind.__module__.startswith("diffusers.") and not kind.__name__.endswith("Mixin"):
+            return kind.__name__
+    names = [base.__name__ for base in type(part).__bases__]
+    return names[1] if names[0] == "FSDPModule" and len(names) > 1 else type(part).__name__  # of fully_shard
+
+
+def weights_sample(module: nn.Module) -> bytes:
+    """The first numbers of each weight, with its name."""
+    return b"".join(
+        name.encode() + part.flatten()[:16].float().cpu().numpy().tobytes()
+        for name, value in sorted(weights(module).items())
+        for part in _plain(value)
+    )
 
 
 def config_text(part: Any) -> bytes:
@@ -37,23 +131,144 @@ def config_text(part: Any) -> bytes:
 
     Configurations of another kind hold what does not matter, such as the version they were written with.
     """
+    return _text(_public(part))
+
+
+def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]]:
+    """`config_text` as other versions of diffusers, or another way of loading, would have it, the likeliest first.
+
+    That is without settings that its class does not name or that say nothing new, or with one at its default, or of
+    another depth; with each, the settings that differ: name -> (then, now).
+    """
+    config = _public(part)
+    yield {}, _text(config)
+    if not isinstance(getattr(unwrapped(part), "config", None), Mapping):
+        return
+    defaults = _defaults(part)
+    plain = {name: _json(value) for name, value in config.items()}
+    silent = {name for name, value in plain.items() if value is None or value == defaults.get(name)}
+    extra = [name for name in config if name in silent or name not in defaults]
+    sizes = (combinations(extra, size) for size in range(1, len(extra) + 1))
+    for gone in islice(chain.from_iterable(sizes), _TRIES):
+        changed = {name: (ABSENT, config[name]) for name in gone if name not in silent}
+        yield changed, _text({name: value for name, value in config.items() if name not in gone})
+    for name in sorted(config.keys() & defaults.keys()):
+        if plain[name] != defaults[name]:
+            yield {name: (defaults[name], config[name])}, _text({**config, name: defaults[name]})
+    if isinstance(depth := config.get("num_layers"), int):
+        for layers in range(1, 129):
+            yield {"num_layers": (layers, depth)}, _text({**config, "num_layers": layers})
+
+
+def _parts(backbone: Backbone) -> dict[str, Any]:
+    return {"denoiser": unwrapped(backbone.denoiser), "vae": unwrapped(backbone.pipe.vae)}
+
+
+def _needs_of_denoiser(backbone: Backbone) -> dict[str, Any]:
+    config, widths = backbone.config, list(backbone.widths)
+    try:
+        patch: list[int] | None = list(backbone.family.patches(config))
+    except PrismError:  # a U-Net has none
+        patch = None
+    return {
+        "blocks": backbone.num_blocks,
+        "widths": widths[:1] if len(set(widths)) == 1 else widths,
+        "in_channels": config.get("in_channels", config.get("in_visual_dim")),
+        "out_channels": config.get("out_channels", config.get("out_visual_dim")),
+        "patch": patch,
+    }
+
+
+def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
+    pipe, vae = backbone.pipe, unwrapped(backbone.pipe.vae)
+    config = config_of(vae)
+    statistics = {}
+    for name in ("latents_mean", "latents_std"):  # buffers of LTX-Video's VAE
+        value = config[name] if name in config else getattr(vae, name, None)
+        statistics[name] = None if value is None else torch.as_tensor(value).double().flatten().tolist()
+    time = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    space = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    first = lambda names: next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)  # noqa: E731
+    sigma_data = config_of(pipe.scheduler).get("sigma_data") if backbone.family.vae_factor == "sigma_data" else None
+    return {
+        "layout": backbone.family.layout,
+        "latent_channels": config.get("latent_channels", config.get("z_dim")),
+        **statistics,
+        "scaling_factor": config.get("scaling_factor") or 1.0,
+        "shift_factor": config.get("shift_factor") or 0.0,
+        "sigma_data": sigma_data,
+        "compression_of_time": first(time),
+        "compression_of_space": first(space),
+    }
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """A configuration as JSON, without what `needs` holds and without what says nothing new: its class's defaults."""
+    if not isinstance(getattr(part, "config", None), Mapping):
+        return {}
+    defaults = _defaults(part)
+    config = {name: _json(value) for name, value in _public(part).items() if name not in _NEEDED}
+    return {name: value for name, value in sorted(config.items()) if value != defaults.get(name)}
+
+
+def _defaults(part: Any) -> dict[str, Any]:
+    taken = inspect.signature(type(unwrapped(part)).__init__).parameters
+    return {name: _json(p.default) for name, p in taken.items() if p.default is not p.empty}
+
+
+def _public(part: Any) -> dict[str, Any]:
+    part = unwrapped(part)
     config = getattr(part, "config", None)
     if isinstance(config, Mapping):
-        public: dict[str, Any] = {name: value for name, value in config.items() if not name.startswith("_")}
-    else:
-        named = part.named_parameters() if isinstance(part, nn.Module) else ()
-        public = {name: list(value.shape) for name, value in named}
-    return json.dumps(public, sort_keys=True, default=str).encode()
+        return {name: value for name, value in config.items() if not name.startswith("_")}
+    return {name: list(value.shape) for name, value in part.named_parameters()} if isinstance(part, nn.Module) else {}
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile(module)` gives, or the module itself."""
-    return getattr(module, "_orig_mod", module)
+def _text(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(config, sort_keys=True, default=str).encode()
+
+
+def _json(value: Any) -> Any:
+    """A setting as JSON gives it back: tuples as lists, objects (a way of quantising) by their fields or as text."""
+    plain = lambda obj: obj.to_dict() if hasattr(obj, "to_dict") else str(obj)[:200]  # noqa: E731
+    return json.loads(json.dumps(value, default=plain))
+
+
+def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:
+    """The settings that changed since a configuration was hashed, or None where the hash does not tell."""
+    for changed, text in config_texts(part):
+        if hashlib.sha256(text).hexdigest() == digest:
+            return changed
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    numbers = all(isinstance(value, int | float) for value in (one, other))
+    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-6) if numbers else one == other
+
+
+def _both(part: str, kind: str, name: str, was: Any, found: Any) -> tuple[str, str]:
+    name = name.replace("_", " ")
+    return f"{PARTS[part]} {kind} ({name} {_brief(was)})", f"{kind} ({name} {_brief(found)})"
+
+
+def _clause(part: str, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Names the first settings that differ."""
+    told = [f"{name} was {_brief(was)} and is {_brief(found)}" for name, (was, found) in islice(changed.items(), 3)]
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return [f"another configuration of the {PARTS[part]} ({', '.join(told)}{more})"] if told else []
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """A module's weights by name, wherever they lie: those that accelerate moved away and those packed in a layer."""
-    module = uncompiled(module)
+    module = unwrapped(module)
     found: dict[str, Tensor] = dict(module.named_parameters())
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""

@@ -101,9 +101,27 @@ def check(pipe: Any, family: Family) -> None:
             )
 
 
+def unwrapped(part: Any) -> Any:
+    """The model inside whatever compiles (torch), adapts (peft), shards, replicates or quantises it as a whole."""
+    while (inner := _inside(part)) is not None:
+        part = inner
+    return part
+
+
+def _inside(part: Any) -> Any:
+    held = getattr(part, "__dict__", {})
+    children = held.get("_modules", {})
+    if "base_model" in children and hasattr(part, "get_base_model"):  # of peft
+        return part.get_base_model()
+    if list(children) == ["module"]:  # DistributedDataParallel, DataParallel, DeepSpeed
+        return children["module"]
+    names = ("_orig_mod", "_fsdp_wrapped_module", "_wrapped")  # torch.compile, FSDP, optimum-quanto
+    return next((held.get(name, children.get(name)) for name in names if name in held or name in children), None)
+
+
 def config_of(part: Any) -> Mapping[str, Any]:
     """What a part says of its configuration: a mapping as in diffusers, an object with fields, or nothing."""
-    config = getattr(part, "config", None)
+    config = getattr(unwrapped(part), "config", None)
     if config is None or isinstance(config, Mapping):
         return config or {}
     return config.to_dict() if hasattr(config, "to_dict") else vars(config)

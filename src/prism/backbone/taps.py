@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prism.backbone.conditioning import Tokens, noisy_name
 from prism.backbone.family import Family
 from prism.backbone.interceptor import StopForward, around_module
+from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
 
 
@@ -58,7 +59,7 @@ def read(
         for number, block in blocks.items():  # not by hooks: torch compiles those of a compiled block, a tap anew
             stack.enter_context(around_module(block, partial(tap, number)))
         if family.text_embedder is not None:
-            stack.enter_context(around_module(denoiser.get_submodule(family.text_embedder), text_tap))
+            stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
             output = (forward or denoiser)(**arguments)
     if last not in visual:

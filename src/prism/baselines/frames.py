@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 from prism import files
 from prism.backbone import Backbone
-from prism.backbone.fingerprint import config_text
+from prism.backbone.fingerprint import config_texts, weights_sample
+from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
 
 FORMAT, SCHEMA = "prism-decoded", 1
@@ -53,7 +56,7 @@ class DecodedCache:
             known = files.read_json(label)
             if not isinstance(known, dict) or known.get("format") != FORMAT or known.get("schema") != SCHEMA:
                 raise PrismError(f"The file {label} does not describe decoded frames of schema {SCHEMA}; delete it.")
-            if known != wanted:
+            if {**known, "vae": None} != {**wanted, "vae": None} or str(known.get("vae")) not in vae_hashes(backbone):
                 raise PrismError(f"The frames in {self.folder} were decoded by another VAE; choose another folder.")
             return
         try:
@@ -101,8 +104,13 @@ class DecodedCache:
 
 def vae_hash(backbone: Backbone) -> str:
     """Of the configuration and a fixed sample of the weights of what decodes."""
-    vae = backbone.pipe.vae
-    known = hashlib.sha256(config_text(vae))
-    for name, value in sorted(vae.named_parameters()) if isinstance(vae, nn.Module) else ():
-        known.update(name.encode() + value.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return known.hexdigest()
+    return next(vae_hashes(backbone))
+
+
+def vae_hashes(backbone: Backbone) -> Iterator[str]:
+    """The VAE's hash, then what it was before diffusers added settings to its class."""
+    vae = unwrapped(backbone.pipe.vae)
+    sample = weights_sample(vae) if isinstance(vae, nn.Module) else b""
+    for changed, text in islice(config_texts(vae), 500):
+        if not changed:
+            yield hashlib.sha256(text + sample).hexdigest()

@@ -7,6 +7,7 @@ looks at the frames and at the backbone's own text embeddings of the prompt. It 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from prism import files, media
 from prism.backbone import Backbone, Conditioning
-from prism.baselines.frames import DecodedCache, decode, vae_hash
+from prism.backbone.fingerprint import fits
+from prism.baselines.frames import DecodedCache, decode, vae_hash, vae_hashes
 from prism.baselines.network import PixelNetwork
 from prism.errors import PrismError
 from prism.judge import Judge
 
 FORMAT, SCHEMA = "prism-pixel-judge", 1
 ROWS = 16  # videos that the network looks at together
-_VAE = ("vae", "vae_config")
 
 
 class PixelJudge:
@@ -128,20 +129,7 @@ class PixelJudge:
         config = files.read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("schema") != SCHEMA:
             raise PrismError(f"The file {folder / 'config.json'} does not describe a pixel judge of schema {SCHEMA}.")
-        found = backbone.fingerprint()
-        for field in _VAE:
-            made_with = config.get("backbone") or {}
-            if made_with.get(field) != found[field]:
-                raise PrismError(
-                    f"The pixel judge in {folder} was trained on frames of the VAE {made_with.get('vae')}, "
-                    f"this pipeline has {found['vae']}{' of another configuration' if field == 'vae_config' else ''}; "
-                    "load the backbone it was trained on."
-                )
-        if config.get("vae_weights") != vae_hash(backbone):
-            raise PrismError(
-                f"The pixel judge in {folder} was trained on frames of a VAE with other weights than this pipeline's; "
-                "load the backbone it was trained on."
-            )
+        _check_vae(folder, config, backbone)
         try:
             network = PixelNetwork(**config["network"])
             known = (config["dimensions"], config["eta"], config["trained_on"], config["name"], frames)
@@ -175,6 +163,24 @@ class PixelJudge:
             save_file(half, temporary / "model.safetensors")
             files.write_json(temporary / "config.json", config)
             (temporary / "README.md").write_text(_card(self))
+
+
+def _check_vae(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse another VAE; warn of one with other settings or weights."""
+    refusals, differences = fits(config.get("backbone") or {}, backbone, ("vae",))
+    for was, found in refusals:
+        raise PrismError(
+            f"The pixel judge in {folder} was trained on frames of the {was}, this pipeline has {found}; load the "
+            "backbone it was trained on."
+        )
+    if str(config.get("vae_weights")) not in vae_hashes(backbone):
+        differences.append("a VAE with other weights")
+    for clause in differences:
+        warnings.warn(
+            f"The pixel judge in {folder} was trained on frames of {clause}; check its accuracy on this backbone "
+            "before relying on it.",
+            stacklevel=3,
+        )
 
 
 def _card(judge: PixelJudge) -> str:

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
+from prism.backbone import Backbone
+from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
 from prism.judge.card import model_card
 
 FORMAT, SCHEMAS = "prism-head", (1, 2)
-# What a head cannot do without; other weights, or another pipeline class around the same parts, only make it less sure.
-ARCHITECTURE = {"denoiser": "denoiser", "denoiser_config": "denoiser", "vae": "VAE", "vae_config": "VAE"}
 
 
 def write(
@@ -66,24 +66,17 @@ def by_member(tensors: Mapping[str, Tensor], several: bool) -> dict[str, dict[st
     return places
 
 
-def check_fingerprint(folder: Path, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Refuse a backbone of another architecture; warn of one with other weights."""
-    for field, part in ARCHITECTURE.items():
-        if saved.get(field) != found.get(field):
-            raise PrismError(
-                f"The head in {folder} was trained on the {part} {saved.get(part.lower())} "
-                f"({_short(saved.get(f'{part.lower()}_config'))}), this pipeline has {found.get(part.lower())} "
-                f"({_short(found.get(f'{part.lower()}_config'))}); load the backbone it was trained on."
-            )
-    if saved.get("reads") != found.get("reads"):
+def check_fingerprint(folder: Path, saved: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a backbone that the heads cannot be used on; warn of one that may make them less sure."""
+    refusals, differences = fits(saved, backbone)
+    for was, found in refusals:
         raise PrismError(
-            f"The head in {folder} reads the denoiser {saved.get('reads')!r} and this backbone was made to read "
-            f"{found.get('reads')!r}; make it with Backbone(pipe, reads={saved.get('reads')!r})."
+            f"The head in {folder} was trained on the {was}, this pipeline has {found}; load the backbone it was "
+            "trained on."
         )
-    if found.get("weights") is not None and saved.get("weights") != found.get("weights"):
+    for clause in differences:
         warnings.warn(
-            f"The head in {folder} was trained on other weights of this architecture; "
-            "check its accuracy on this backbone before relying on it.",
+            f"The head in {folder} was trained on {clause}; check its accuracy on this backbone before relying on it.",
             stacklevel=3,
         )
 
@@ -107,7 +100,3 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
         raise PrismError(
             f"There is no folder {folder}, and no head of this name came from the Hub: {reason}"
         ) from error
-
-
-def _short(digest: Any) -> str:
-    return f"configuration {str(digest)[:8]}"

@@ -184,7 +184,7 @@ class Judge:
             )
         else:
             backbone = _backbone(pipe, reads)
-        folders.check_fingerprint(folder, config.get("backbone") or {}, backbone.fingerprint())
+        folders.check_fingerprint(folder, config.get("backbone") or {}, backbone)
         try:
             several = config["schema"] == 2
             entries = config["members"] if several else [config]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from prism import files
+from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
@@ -217,10 +219,10 @@ def _first_difference(known: Any, wanted: Any) -> str:
 
 def _check_backbone(store: LatentStore, judge: Judge) -> None:
     """Latents of another VAE mean nothing to this backbone."""
-    made_with, found = store.meta.get("backbone") or {}, judge.backbone.fingerprint()
-    for field in ("vae", "vae_config"):
-        if field in made_with and made_with[field] != found[field]:
-            raise PrismError(
-                f"The latents in {store.folder} were made with the VAE {made_with.get('vae')}, this backbone has "
-                f"{found['vae']}{' of another configuration' if field == 'vae_config' else ''}; encode them anew."
-            )
+    refusals, differences = fits(store.meta.get("backbone") or {}, judge.backbone, ("vae",))
+    for was, found in refusals:
+        raise PrismError(
+            f"The latents in {store.folder} were made with the {was}, this backbone has {found}; encode them anew."
+        )
+    for clause in differences:
+        warnings.warn(f"The latents in {store.folder} were made with {clause}.", stacklevel=3)
