@@ -77,6 +77,10 @@ class Backbone:
         self._freeing = False
         self._said: set[str] = set()
 
+    def __repr__(self) -> str:
+        partial = ", first blocks alone" if self.partial else ""
+        return f"Backbone({type(self.pipe).__name__}, {self.num_blocks} blocks{partial}, {self.dtype}, {self.device})"
+
     def _t_range(self, denoisers: int) -> tuple[float, float]:
         """The noise levels of the denoiser that is read: all, or those on its side of `boundary_ratio`."""
         ratio = config_of(self.pipe).get("boundary_ratio")

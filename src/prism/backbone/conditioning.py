@@ -37,6 +37,12 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.visual)
 
+    def __repr__(self) -> str:
+        rows, _, width = self.visual.shape
+        text = "no text" if self.text is None else f"{self.text.shape[1]} of text"
+        taps = f", {len(self.lower)} lower taps" if self.lower else ""
+        return f"Tokens({rows} rows of {' x '.join(map(str, self.grid))} tokens {width} wide, {text}{taps})"
+
     def after(self, block: int) -> Tensor:
         """(B, L, D_vis) after one of the blocks that were tapped."""
         return self.lower.get(block, self.visual)

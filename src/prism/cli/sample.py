@@ -139,8 +139,9 @@ def sample(
     metrics = experiment.run(config, out, overwrite)
     if metrics is None:  # another process of this run writes and tells
         return
-    winner = metrics["winner"]
-    print(f"Candidate {winner + 1} of {n} wins (seed {metrics['seeds'][winner]}): {out / 'winner.mp4'}")
+    seeds = metrics["seeds"]
+    among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
+    print(f"The winner is seed {seeds[metrics['winner']]}{among}: {out / 'winner.mp4'}")
     if metrics["referee_note"]:
         print(metrics["referee_note"])
     show(metrics, out)

@@ -168,7 +168,7 @@ def _costs(backbone: Any, call: dict[str, Any], n: int, cuts: Any, seconds: floa
     for what, count in rows:
         time_ = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
         found.append((what, f"{count:.0f} denoiser rows, {count / most:.0%} of full{time_}"))
-    if schedule[0][0] == 1:
+    if schedules.is_blind(schedule):
         cost = rows[2][1] / most
         said = (
             f"little: of {steps} steps, as a distilled model takes, the first cut comes at step 1, which sees pure "

@@ -68,8 +68,7 @@ def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:
         raise PrismError("The embedded head fits the embedded backbone alone; name a head for this one with --head.")
     if head is None:
         return Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
-    of_a_run = Path(head) / "head"  # prism train and prism demo leave it there
-    return Judge.from_pretrained(of_a_run if of_a_run.is_dir() else head, backbone)
+    return Judge.from_pretrained(head, backbone)
 
 
 def open_store(folder: Path | None) -> Any:

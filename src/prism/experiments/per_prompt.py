@@ -41,7 +41,9 @@ def write(
         [row for name, some in records.items() for row in _attention(name, some)],
     )
     for name, rows in zip(NAMES, tables):
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet", compression="zstd")
+        table = pa.Table.from_pylist(rows)
+        small = [field.with_type(pa.float32()) if field.name.startswith("final ") else field for field in table.schema]
+        pq.write_table(table.cast(pa.schema(small)), folder / f"{name}.parquet", compression="zstd")
 
 
 def recomputed(folder: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -124,7 +126,8 @@ def _attention(which: str, records: Contests) -> Iterator[dict[str, Any]]:
         for t, shares in record["looks"].items():
             for name, choose in gaze.CHOSEN.items():
                 share = shares[int(choose(record["values"]["overall"]))]
-                yield {"set": which, "prompt": record["prompt"], "t": float(t), "candidates": name, **share}
+                own = {part: share[part] for part in ("attention", "area")}
+                yield {"set": which, "prompt": record["prompt"], "t": float(t), "candidates": name, **own}
 
 
 def _read(path: Path) -> Rows:

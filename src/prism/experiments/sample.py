@@ -66,7 +66,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
     with files.new_folder(out, overwrite) as folder:
         from prism.experiments.loading import describe
 
-        backbone, name, judge, call, result = _sample(config, cuts, weights, distribute)
+        backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
         videos = [media.frames(pick.video) for pick in result.top]
         names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
@@ -111,14 +111,18 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
 
 
 def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
-    """The backbone, its name, the judge (None where none is asked), the pipeline's call and the result."""
+    """The backbone, its name, the judge (None where none is asked), the pipeline's call, the weights by which it ranks
+    and the result.
+    """
     from prism.experiments.loading import load_backbone, load_judge
-    from prism.sampling import best_of_n
+    from prism.sampling import best_of_n, ranking
 
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
     judged = config.strategy not in ("none", "random")
     judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
     call = {**call, **config.call}
+    if judge and weights == {"overall": 1.0}:
+        weights = ranking(judge, "overall")
     result = best_of_n(
         backbone.pipe,
         judge,
@@ -137,7 +141,7 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
         progress=True,
         **{**call, "output_type": "np"},
     )
-    return backbone, name, judge, call, result
+    return backbone, name, judge, call, weights, result
 
 
 def parse_weights(text: str) -> dict[str, float]:

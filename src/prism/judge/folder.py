@@ -41,6 +41,8 @@ def write(
 def read(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """A judge's folder (or its snapshot from the Hub), its config.json and its tensors.
 
+    A run's folder, in which `prism train` and `prism demo` leave the judge as head/, will do.
+
     Raises PrismError where a file is missing, truncated, altered or a pickle.
     """
     folder = _locate(source, revision)
@@ -85,7 +87,8 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     """The local folder of a head: as given, or its snapshot from the Hub."""
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        own = folder / "head"  # of a run's folder
+        return own if own.is_dir() else folder
     if folder.exists():
         raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

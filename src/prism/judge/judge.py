@@ -19,7 +19,7 @@ from prism.errors import PrismError
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead
 from prism.judge.objective import log_probabilities
-from prism.judge.training import trained_together, warn_outside
+from prism.judge.training import trained_together, versions, warn_outside, warn_untrained
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
@@ -80,6 +80,11 @@ class Judge:
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
         self._told = False
+        self._random: tuple[int, ...] | None = None  # what `versions` gives until something trains the heads
+
+    def __repr__(self) -> str:
+        heads = f"{'untrained, ' if self.is_untrained else ''}{len(self.members)} heads, taps {self.taps}"
+        return f"Judge({heads}, {', '.join(self.dimensions)}, {self.backbone})"
 
     # -- making one
 
@@ -112,7 +117,9 @@ class Judge:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = QueryHead(width, dim, len(dimensions), aggregation=aggregation, **head_options)
-        return cls(backbone, [Member(tap, head)], dimensions)
+        judge = cls(backbone, [Member(tap, head)], dimensions)
+        judge._random = versions([head])
+        return judge
 
     @classmethod
     def average(cls, judges: Sequence[Judge]) -> Judge:
@@ -146,13 +153,16 @@ class Judge:
         members = [
             Member(member.tap, member.head, member.share / len(judges)) for judge in judges for member in judge.members
         ]
-        return cls(
+        together = cls(
             first.backbone,
             members,
             first.dimensions,
             first.eta,
             trained_together([judge.trained_on for judge in judges]),
         )
+        if any(judge.is_untrained for judge in judges):
+            together._random = versions(member.head for member in members)
+        return together
 
     @classmethod
     def from_pretrained(
@@ -261,6 +271,11 @@ class Judge:
     def tap(self) -> int:
         """The number of blocks that are run to score (N_b of the paper): the highest tap."""
         return self.taps[-1]
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether a head still has the random weights that ``Judge.untrained`` gave it."""
+        return self._random is not None and self._random == versions(member.head for member in self.members)
 
     @property
     def head(self) -> QueryHead:
@@ -378,7 +393,9 @@ class Judge:
         return self.backbone.tokens(noisy_latents, self.backbone.condition(listed, **call), t, self.taps)
 
     def check_level(self, t: float | Tensor) -> None:
-        """Warn, once, of noise levels that the heads were not trained at."""
+        """Warn, once, of noise levels that the heads were not trained at, and of heads that were not trained at all."""
+        if not self._told and self.is_untrained:
+            self._told = warn_untrained()
         if not self._told:
             levels = torch.as_tensor(t, dtype=torch.float32)
             self._told = warn_outside(self.trained_on, float(levels.min()), float(levels.max()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 
 def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
@@ -27,6 +29,21 @@ def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -
             stacklevel=4,
         )
     return outside
+
+
+def versions(heads: Iterable[nn.Module]) -> tuple[int, ...]:
+    """How often each weight was written to, which any training changes, by whatever loop."""
+    return tuple(weight._version for head in heads for weight in head.parameters())
+
+
+def warn_untrained() -> bool:
+    """Warn of scores of random weights; True."""
+    warnings.warn(
+        "This judge is untrained: its scores are noise, and a pick by them is random. Train it (prism.train), or load "
+        "a trained one (Judge.from_pretrained).",
+        stacklevel=4,
+    )
+    return True
 
 
 def trained_together(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -98,6 +98,9 @@ class LatentStore:
         self._place = {video: (shard, row) for video, shard, row in zip(*columns)}
         self._shards: dict[Path, Any] = {}
 
+    def __repr__(self) -> str:
+        return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
+
     @classmethod
     def open(cls, folder: str | Path) -> LatentStore:
         """Open and check a store.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from prism.backbone.conditioning import is_single
 from prism.backbone.interceptor import state_kept
 from prism.backbone.obstacles import check_whole
 from prism.errors import PrismError
+from prism.judge import Judge
 from prism.sampling import schedule as schedules
 from prism.sampling.ledger import Ledger, Meter, expected_rows
 from prism.sampling.processes import Team, merged
@@ -47,6 +49,9 @@ class Pick:
     seed: int
     index: int
 
+    def __repr__(self) -> str:
+        return f"Pick(seed {self.seed}, {_size(self.video)})"
+
 
 @dataclass
 class BestOfNResult:
@@ -64,6 +69,11 @@ class BestOfNResult:
     scores: list[dict[str, Any]]
     ledger: Ledger
     candidate_latents: dict[int, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        more = f" and {len(self.top) - 1} more" if len(self.top) > 1 else ""
+        cost = f"{self.ledger.denoiser_rows:.4g} denoiser rows, {self.ledger.seconds:.3g} s"
+        return f"BestOfNResult(seed {self.seed}{more} of {len(self.seeds)} candidates, {_size(self.video)}, {cost})"
 
     @property
     def video(self) -> Any:
@@ -121,7 +131,8 @@ def best_of_n(
 
     Args:
         pipe: a diffusers pipeline of a supported family.
-        judge: a `Judge` on this pipeline; None will do for the strategies none, random and oracle.
+        judge: a `Judge` on this pipeline, or the folder or Hub id of one; None will do for the strategies none, random
+            and oracle.
         prompt: one text, or a list of them, one run and one result each; None where the pipeline takes none (Stable
             Video Diffusion).
         n: number of candidates, 8 unless `seeds` are given. Candidate i has seed `seed + i`, or `seeds[i]`.
@@ -135,7 +146,8 @@ def best_of_n(
         batch_size: candidates a denoiser call; None: all of them up to half a billion parameters, else 1. Halved, with
             a warning, where memory runs out.
         top_k: how many of the best are finished and returned, from 1 to n.
-        select_by: the judge's dimension to rank by, or weights over its dimensions.
+        select_by: the judge's dimension to rank by, or weights over its dimensions. Where a judge has no "overall",
+            that is the mean of its dimensions, which is warned of.
         num_draws: noise draws that full and draft average over.
         oracle: `oracle(video, prompt) -> float`; video (T, H, W, 3) float32 in [0, 1].
         keep_latents: also return the final latents of every candidate that was sampled to the end.
@@ -149,6 +161,8 @@ def best_of_n(
     Raises:
         PrismError: for a call that cannot be carried out; for NaN in a candidate's latents or scores, naming its seed.
     """
+    if isinstance(judge, str | os.PathLike):
+        judge = Judge.from_pretrained(judge, pipe)
     backbone = _backbone(pipe, judge, strategy)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
@@ -173,7 +187,7 @@ def best_of_n(
         "seeds": candidate_seeds,
         "seed": seed,
         "batch_size": _batch_size(backbone, batch_size, len(candidate_seeds)),
-        "weights": _weights(judge, select_by) if strategy in ("full", "early", "draft") else {},
+        "weights": ranking(judge, select_by) if strategy in ("full", "early", "draft") else {},
         "top_k": top_k,
         "guided": backbone.guided(call),
         "num_draws": _positive("num_draws", num_draws),
@@ -184,6 +198,8 @@ def best_of_n(
         options["schedule"] = schedules.resolve(
             schedules.default(num_steps, top_k) if cuts is None else cuts, len(candidate_seeds), num_steps, top_k
         )
+        if call.get("strength") is None:
+            schedules.warn_blind(options["schedule"], num_steps)
     elif schedule is not None:
         raise PrismError(f'A schedule belongs to the strategy "early", and this run\'s is "{strategy}"; leave it out.')
     if strategy == "oracle" and oracle is None:
@@ -282,6 +298,14 @@ def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> l
                 torch.cuda.empty_cache()
 
 
+def _size(video: Any) -> str:
+    """The size of a video or image of any output type, for a line of text."""
+    frames = getattr(video, "shape", None)
+    if frames is not None:
+        return " x ".join(map(str, frames))
+    return f"{len(video)} frames" if isinstance(video, list | tuple) else type(video).__name__
+
+
 def _backbone(pipe: Any, judge: Any, strategy: str) -> Backbone:
     if strategy not in STRATEGIES:
         raise PrismError(f'There is no strategy "{strategy}"; choose one of {", ".join(STRATEGIES)}.')
@@ -329,7 +353,18 @@ def _batch_size(backbone: Backbone, batch_size: int | None, n: int) -> int:
     return n if backbone.num_parameters <= SMALL_DENOISER else 1
 
 
-def _weights(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:
+def ranking(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:
+    """Weights of the judge's dimensions by which candidates are ranked.
+
+    "overall" of a judge that has none is the mean of its dimensions, with a warning. Raises PrismError for a dimension
+    that it has not, or no weight at all.
+    """
+    if select_by == "overall" and "overall" not in judge.dimensions:
+        warnings.warn(
+            f"The judge has no dimension overall; candidates are ranked by the mean of {', '.join(judge.dimensions)}.",
+            stacklevel=3,
+        )
+        return dict.fromkeys(judge.dimensions, 1 / len(judge.dimensions))
     weights = {select_by: 1.0} if isinstance(select_by, str) else dict(select_by)
     for name in weights:
         if name not in judge.dimensions:

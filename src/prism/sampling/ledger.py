@@ -43,6 +43,10 @@ class Ledger:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     peak_memory_bytes: int = 0
 
+    def __repr__(self) -> str:
+        counts = f"{self.denoiser_rows:.4g} denoiser rows, {self.vae_decodes} VAE decodes, {self.head_calls} head calls"
+        return f"Ledger({counts}, {self.seconds:.3g} s)"
+
     @property
     def overhead_seconds(self) -> float:
         """Seconds spent on everything but the denoiser, the head and the VAE."""

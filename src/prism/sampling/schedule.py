@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from prism.errors import PrismError
@@ -40,6 +41,21 @@ def halving(n: int, first: int, every: int = 1) -> Schedule:
 def default(num_steps: int, top_k: int = 1) -> Schedule:
     """Keep `top_k` candidates after a fifth of the steps (step 10 of 50 in the paper's Table 2)."""
     return ((max(1, round(0.2 * num_steps)), top_k),)
+
+
+def is_blind(schedule: Schedule) -> bool:
+    """Whether the first cut comes at step 1, where the latents are pure noise and a judge has nothing to see."""
+    return schedule[0][0] == 1
+
+
+def warn_blind(schedule: Schedule, num_steps: int) -> None:
+    """Warn of a first cut that has nothing to see."""
+    if is_blind(schedule):
+        warnings.warn(
+            f"Of {num_steps} steps the first cut comes at step 1, which sees pure noise: it drops candidates at "
+            "random. Cut later (schedule), or take the strategy full or draft.",
+            stacklevel=3,
+        )
 
 
 def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: int = 1) -> Schedule:
