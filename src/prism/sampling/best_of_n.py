@@ -192,6 +192,7 @@ def best_of_n(
         "guided": backbone.guided(call),
         "num_draws": _positive("num_draws", num_draws),
         "oracle": oracle,
+        "select_by": select_by,
     }
     if strategy == "early":
         cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
@@ -257,7 +258,7 @@ def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> Bes
             ) from None
     latents = merged(search.team.agree(lambda: search.latents)) if keep_latents else None
     return BestOfNResult(
-        top=tuple(Pick(*finished[winner], search.seeds[winner], winner) for winner in winners),
+        top=tuple(Pick(*found, search.seeds[winner], winner) for winner, found in finished.items()),
         seeds=search.seeds,
         scores=search.scores,
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),

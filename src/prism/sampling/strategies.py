@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism import media
 from prism.backbone import Backbone, Interceptor, Recording, Tokens
 from prism.backbone.interceptor import OnCut
 from prism.errors import PrismError
+from prism.sampling import oracles
 from prism.sampling.ledger import cut_rows
 from prism.sampling.processes import Team, merged
 from prism.sampling.schedule import Schedule
@@ -33,6 +37,7 @@ class Search:
     seed: int
     batch_size: int
     weights: Mapping[str, float]  # of the judge's dimensions, for ranking
+    select_by: str | Mapping[str, float] = "overall"  # as it was given, for the dimensions of an oracle
     top_k: int = 1
     team: Team = field(default_factory=Team)
     schedule: Schedule = ()
@@ -40,11 +45,12 @@ class Search:
     draft_steps: int = 0
     judge_at: float = 0.0
     num_draws: int = 2
-    oracle: Callable[[Any, str], float] | None = None
+    oracle: Callable[[Any, Any], Any] | None = None
     scores: list[dict[str, Any]] = field(default_factory=list)
     recordings: dict[int, Recording] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
     owners: dict[int, int] = field(default_factory=dict)  # the process of each candidate
+    reserve: list[int] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
 
     def __post_init__(self) -> None:
         self.start_anew(self.batch_size)
@@ -56,6 +62,7 @@ class Search:
         self.owners = self.team.owners(range(len(self.seeds)), {})
         self.scores.clear()
         self.latents.clear()
+        self.reserve.clear()
 
     def own(self, candidates: Iterable[int]) -> list[int]:
         """Those of the candidates that are this process's, rising."""
@@ -79,35 +86,53 @@ class Search:
         return {**call, **own, **form, **changes}
 
     def finish(self, winners: Sequence[int]) -> dict[int, tuple[Any, Tensor]]:
-        """Video and final latents (1, ...) of each winner, finished by a stock call of its own."""
+        """Video and final latents (1, ...) of each winner, best first, finished by a stock call of its own.
+
+        In place of one whose latents are not finite comes the next of the reserve.
+        """
         self.share(winners)
         parts = self.team.agree(lambda: {candidate: self._finish(candidate) for candidate in self.own(winners)})
-        return merged(parts)
+        finished = {candidate: value for candidate, value in merged(parts).items() if value is not None}
+        failed = [candidate for candidate in winners if candidate not in finished]
+        if failed:
+            substitutes, self.reserve = self.reserve[: len(failed)], self.reserve[len(failed) :]
+            if len(substitutes) < len(failed):
+                raise self.too_few()
+            if self.scores:
+                last = self.scores[-1]
+                kept = {*last["kept"], *substitutes} - {*failed}
+                last["kept"] = sorted(kept.intersection(last["candidates"]))
+                last["dropped"] = sorted({*last["dropped"], *failed})
+            finished |= self.finish(substitutes)
+        return {candidate: finished[candidate] for candidate in [*winners, *finished] if candidate in finished}
 
-    def _finish(self, candidate: int) -> tuple[Any, Tensor]:
-        """The stock call for one candidate, answered from its recording where there is one."""
+    def _finish(self, candidate: int) -> tuple[Any, Tensor] | None:
+        """The stock call for one candidate, answered from its recording where there is one; None: it is dropped."""
+        self.recordings.setdefault(candidate, Recording())
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
         if self.backbone.family.prompts:
             call["prompt"] = self.prompt
         interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False)
         output = interceptor.run(call)
-        self._take_latents([candidate], interceptor)
+        if not self._take_latents([candidate], interceptor):
+            return None
         return output[0][0], self.latents[candidate][None]
 
-    def sample_all(self, record: bool = True, **changes: Any) -> list[tuple[list[int], Any]]:
-        """Every candidate of this process to the end: for each chunk its candidates and the pipeline's output."""
-        outputs = []
+    def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[int, Any]]:
+        """Every candidate of this process to the end: for each chunk the pipeline's output by candidate, without those
+        that are dropped."""
         for chunk in self.chunks(range(len(self.seeds))):
             interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
-            self._take_latents(chunk, interceptor)
-            outputs.append((chunk, output[0]))
-        return outputs
+            fine = self._take_latents(chunk, interceptor)
+            yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
 
-    def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> None:
+    def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> list[int]:
+        """Keep the final latents of candidates; those that are finite are returned, the others dropped."""
         assert interceptor.latents is not None
-        self.check_latents(candidates, interceptor.latents.flatten(1).isfinite().all(1))
-        self.latents.update(zip(candidates, interceptor.latents))
+        fine = self.finite(candidates, interceptor.latents.flatten(1).isfinite().all(1))
+        self.latents.update({c: row for c, row in zip(candidates, interceptor.latents) if c in fine})
+        return fine
 
     def rank(
         self,
@@ -115,24 +140,36 @@ class Search:
         t: float,
         scores: Mapping[int, Sequence[float]],
         keep: int,
+        alive: Iterable[int],
+        names: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
     ) -> list[int]:
         """The best `keep` candidates by weighted score, best first; the cut is noted down, the losers forgotten.
 
-        `weights` names the columns of `scores` where they are not the judge's. Those kept are shared out evenly among
-        the processes, with what was recorded of them.
+        `names` and `weights` are those of the columns of `scores` where they are not the judge's. Those of the `alive`
+        that have no scores were dropped. Those kept are shared out evenly among the processes, with what was recorded
+        of them. Raises PrismError where fewer than `top_k` have scores.
         """
-        names = list(self.judge.dimensions) if weights is None else list(weights)
-        weights = self.weights if weights is None else weights
+        names, weights = names or self.judge.dimensions, self.weights if weights is None else weights
+        if len(scores) < self.top_k:
+            raise self.too_few()
         overall = {
             c: sum(weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()
         }
-        best = sorted(scores, key=lambda candidate: (-overall[candidate], candidate))[:keep]
-        candidates = sorted(scores)
-        for loser in set(candidates) - set(best):
+        order = sorted(scores, key=lambda candidate: (-overall[candidate], candidate))
+        best, candidates, dropped = order[:keep], sorted(scores), sorted(set(alive) - set(scores))
+        if len(scores) > len(best) and len(set(overall.values())) == 1 and self.team.rank == 0:
+            warnings.warn(
+                f"All {len(scores)} candidates have the same score at step {step}, so that the first are kept; see "
+                "whether the judge is trained and select_by names what it tells apart.",
+                stacklevel=2,
+            )
+        self.reserve[:0] = order[keep:]
+        for loser in {*order[keep:], *dropped}:
             self.recordings.pop(loser, None)
         columns = {name: [scores[c][column] for c in candidates] for column, name in enumerate(names)}
-        self.scores.append({"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(best)})
+        entry = {"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(best)}
+        self.scores.append({**entry, "dropped": dropped})
         self.share(best)
         return best
 
@@ -142,48 +179,62 @@ class Search:
         self.team.move(self.recordings, before, self.owners)
 
     def score(self, t: float, candidates: list[int], tokens: Tokens, finite: Tensor) -> dict[int, list[float]]:
-        """The judge's scores of candidates at a cut, from their tokens; all must have finite latents and scores."""
+        """The judge's scores of candidates at a cut, from their tokens, without those that are dropped."""
         if hasattr(self.judge, "check_level"):
             self.judge.check_level(t)
-        self.check_latents(candidates, finite)
-        scores = self.judge.score_tokens(tokens)
-        self.check_scores(candidates, scores)
-        return dict(zip(candidates, scores.tolist()))
+        if len(fine := self.finite(candidates, finite)) < len(candidates):
+            tokens = tokens[[candidates.index(candidate) for candidate in fine]]
+        return self.finite_scores(fine, self.judge.score_tokens(tokens)) if fine else {}
 
-    def check_latents(self, candidates: Sequence[int], finite: Tensor) -> None:
-        """Raise PrismError naming the seed of a candidate whose latents are not finite: (B,) bool."""
+    def finite(self, candidates: Sequence[int], finite: Tensor) -> list[int]:
+        """Those of the candidates with finite latents, (B,) bool; the others are dropped with a warning."""
+        return self._keep(candidates, finite, "its latents hold NaN or infinity (a wider dtype may help)")
+
+    def finite_scores(self, candidates: Sequence[int], scores: Tensor) -> dict[int, list[float]]:
+        """The scores (B, num_dimensions) of candidates, without those that are not finite, which is warned of."""
+        fine = self._keep(candidates, scores.isfinite().all(1), "the judge's score of it is NaN or infinite")
+        return {candidate: row for candidate, row in zip(candidates, scores.tolist()) if candidate in fine}
+
+    def _keep(self, candidates: Sequence[int], finite: Tensor, reason: str) -> list[int]:
         for candidate, fine in zip(candidates, finite.tolist()):
             if not fine:
-                raise PrismError(
-                    f"The latents of the candidate with seed {self.seeds[candidate]} hold NaN or infinity; "
-                    "sample in a wider dtype or leave this seed out."
-                )
+                self.warn_dropped(candidate, reason)
+        return [candidate for candidate, fine in zip(candidates, finite.tolist()) if fine]
 
-    def check_scores(self, candidates: Sequence[int], scores: Tensor) -> None:
-        """Raise PrismError naming the seed of a candidate whose scores (B, num_dimensions) are not finite."""
-        for candidate, fine in zip(candidates, scores.isfinite().all(1).tolist()):
-            if not fine:
-                raise PrismError(
-                    f"The judge's score of the candidate with seed {self.seeds[candidate]} is NaN or infinite; "
-                    "check the head."
-                )
+    def warn_dropped(self, candidate: int, reason: str) -> None:
+        """Say why a candidate is dropped without a score."""
+        warnings.warn(f"The candidate with seed {self.seeds[candidate]} is dropped: {reason}.", stacklevel=2)
+
+    def too_few(self) -> PrismError:
+        """That fewer than `top_k` candidates are left."""
+        few = "No candidate has" if self.top_k == 1 else f"Fewer than the {self.top_k} candidates of top_k have"
+        seeds = ", ".join(map(str, self.seeds[:8])) + (", ..." if len(self.seeds) > 8 else "")
+        return PrismError(
+            f"{few} finite latents and scores, of those with the seeds {seeds}; sample in a wider dtype, and check the "
+            "judge."
+        )
 
 
 def none(search: Search) -> list[int]:
     """The first seeds."""
+    search.reserve = list(range(search.top_k, len(search.seeds)))
     return list(range(search.top_k))
 
 
 def pick_random(search: Search) -> list[int]:
     """Seeds drawn at random, from the run's seed and the prompt."""
-    return random.Random(f"{search.seed} {search.prompt}").sample(range(len(search.seeds)), search.top_k)
+    draws = random.Random(f"{search.seed} {search.prompt}")
+    picked = draws.sample(range(len(search.seeds)), search.top_k)
+    search.reserve = [candidate for candidate in range(len(search.seeds)) if candidate not in picked]
+    return picked
 
 
 def full(search: Search) -> list[int]:
     """Every candidate to the end, judged re-noised; winners are decoded alone, from their recordings."""
 
     def sample() -> dict[int, Tensor]:
-        search.sample_all(output_type="latent")
+        for _ in search.sample_all(output_type="latent"):
+            pass
         return dict(search.latents)
 
     return _judge_clean(search, sample, step=search.backbone.num_inference_steps(search.call))
@@ -193,7 +244,8 @@ def draft(search: Search) -> list[int]:
     """Every candidate to the end in a few coarse steps, judged re-noised; then the winners in full."""
 
     def sample() -> dict[int, Tensor]:
-        search.sample_all(record=False, output_type="latent", num_inference_steps=search.draft_steps)
+        for _ in search.sample_all(record=False, output_type="latent", num_inference_steps=search.draft_steps):
+            pass
         drafts, search.latents = search.latents, {}
         return drafts
 
@@ -205,18 +257,27 @@ def oracle(search: Search) -> list[int]:
     assert search.oracle is not None
     ask = search.oracle
 
-    def look() -> dict[int, float]:
-        values = {}
-        for chunk, videos in search.sample_all(output_type="np"):
-            for candidate, video in zip(chunk, videos):
-                values[candidate] = float(ask(video, search.prompt))
-                if values[candidate] != values[candidate]:
-                    raise PrismError(f"The oracle's score of the candidate with seed {search.seeds[candidate]} is NaN.")
-        return values
+    def look() -> dict[int, dict[str, float]]:
+        answers: dict[int, dict[str, float]] = {}
+        for videos in search.sample_all(output_type="np"):
+            shown: dict[int, Any] = {}
+            for candidate, video in videos.items():
+                try:
+                    shown[candidate] = media.frames(video, "its video")
+                except PrismError as error:  # a VAE that overflows
+                    search.warn_dropped(candidate, str(error).rstrip("."))
+            for candidate, answer in zip(shown, oracles.ask(ask, list(shown.values()), search.prompt)):
+                if all(math.isfinite(value) for value in answer.values()):
+                    answers[candidate] = answer
+                else:
+                    search.warn_dropped(candidate, "the oracle's score of it is NaN or infinite")
+        return answers
 
-    values = merged(search.team.agree(look))
+    answers = merged(search.team.agree(look))
+    names, weights = oracles.columns(list(answers.values()), search.select_by)
+    scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
     step = search.backbone.num_inference_steps(search.call)
-    return search.rank(step, 0.0, {c: [value] for c, value in values.items()}, search.top_k, {"oracle": 1.0})
+    return search.rank(step, 0.0, scores, search.top_k, range(len(search.seeds)), names, weights)
 
 
 def early(search: Search) -> list[int]:
@@ -248,7 +309,7 @@ def _gate(
 
     def on_cut(step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> list[int] | None:
         nonlocal kept
-        kept = search.rank(step, t, search.score(t, living, tokens, finite), keeps[step])
+        kept = search.rank(step, t, search.score(t, living, tokens, finite), keeps[step], living)
         return None if step == last else kept
 
     _until_cut(search, candidates, {step: probed[step] for step in keeps}, on_cut)
@@ -271,7 +332,7 @@ def _round(search: Search, candidates: Sequence[int], step: int, keep: int, prob
 
     parts = search.team.agree(sample)
     level = next(t for _, told in parts for t in told)
-    return search.rank(step, level, merged(part for part, _ in parts), keep)
+    return search.rank(step, level, merged(part for part, _ in parts), keep, candidates)
 
 
 def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
@@ -287,26 +348,37 @@ def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], 
 def _judge_clean(search: Search, sample: Callable[[], Mapping[int, Tensor]], step: int) -> list[int]:
     """The best of the finished latents that `sample` makes, each re-noised to `judge_at` with the same draws."""
 
-    def judge() -> dict[int, list[float]]:
-        latents = sample()
-        scores: dict[int, list[float]] = {}
-        for chunk in search.chunks(latents):
-            stacked = torch.stack([latents[candidate] for candidate in chunk])
-            # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
-            generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
-            prompts, draws = [search.prompt] * len(chunk), search.num_draws
-            try:
-                mean, _ = search.judge.score_clean(
-                    stacked, prompts, search.judge_at, num_draws=draws, generator=generator, **search.call
-                )
-            except PrismError as error:
-                seeds = ", ".join(str(search.seeds[candidate]) for candidate in chunk)
-                raise PrismError(f"{error} (Its rows are the candidates with seeds {seeds}.)") from error
-            search.check_scores(chunk, mean)
-            scores.update(zip(chunk, mean.tolist()))
-        return scores
+    refused: dict[int, str] = {}
 
-    return search.rank(step, search.judge_at, merged(search.team.agree(judge)), search.top_k)
+    def scored(chunk: list[int], latents: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        stacked = torch.stack([latents[candidate] for candidate in chunk])
+        # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
+        generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
+        prompts, draws = [search.prompt] * len(chunk), search.num_draws
+        try:
+            mean, _ = search.judge.score_clean(
+                stacked, prompts, search.judge_at, num_draws=draws, generator=generator, **search.call
+            )
+        except PrismError as error:
+            if len(chunk) == 1:
+                refused[chunk[0]] = str(error)
+                return {}
+            return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
+        return search.finite_scores(chunk, mean)
+
+    def judge() -> tuple[dict[int, list[float]], dict[int, str]]:
+        latents = sample()
+        chunks = search.chunks(latents)
+        return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
+
+    parts = search.team.agree(judge)
+    scores = merged(part for part, _ in parts)
+    for candidate, reason in merged(part for _, part in parts).items():
+        if not scores:  # no fault of a candidate's
+            raise PrismError(reason)
+        if search.owners[candidate] == search.team.rank:
+            search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
+    return search.rank(step, search.judge_at, scores, search.top_k, range(len(search.seeds)))
 
 
 def _generator(seed: int) -> torch.Generator:
