@@ -105,8 +105,8 @@ def test_noise_differs_by_seed_video_level_and_draw():
 def test_a_judge_that_knows_the_answer_is_always_right(judge, store, monkeypatch):
     strength = {row["video"]: row["VQ"] for row in store.videos.to_pylist()}
     monkeypatch.setattr(
-        "prism.evaluation.evaluator.score_videos",
-        lambda judge, store, groups, *rest: {v: np.array([strength[v]] * 2) for g in groups for v in g.videos},
+        "prism.evaluation.evaluator.score_levels",
+        lambda judge, store, groups, *rest: [{v: np.array([strength[v]] * 2) for g in groups for v in g.videos}],
     )
     row = evaluate(judge, store, timesteps=(500,), progress=False)[0]
     assert row["without_ties"] == 1

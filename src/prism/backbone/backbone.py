@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 
 from prism import media
 from prism.backbone import layout, taps, videos
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name, trim
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
+from prism.backbone.kept import ConditioningCache, alone, with_tensors
 from prism.backbone.obstacles import check_whole, misfits_told
 from prism.backbone.partial import load_pipeline
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
@@ -73,7 +73,7 @@ class Backbone:
         self.default_tap = max(1, round(self.family.tap * self.num_blocks))
         self.num_parameters = sum(value.numel() for value in weights(self.denoiser).values())
         self._call = inspect.signature(type(pipe).__call__).parameters
-        self._conditionings: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
+        self._conditionings: ConditioningCache[tuple[str, str], Conditioning] = ConditioningCache()
         self._freeing = False
         self._said: set[str] = set()
 
@@ -154,8 +154,8 @@ class Backbone:
         """What the denoiser is told about each prompt: (B rows), captured from the stock call `pipe(prompts, **call)`.
 
         `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); of `image` there is one for
-        all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache.
-        Raises PrismError for an empty prompt or an unknown argument.
+        all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache of 256 MiB,
+        which drops what was not used for longest. Raises PrismError for an empty prompt or an unknown argument.
         """
         self.check_call(prompts, call)
         prompts = [prompt or "" for prompt in prompts]
@@ -178,9 +178,14 @@ class Backbone:
             for row, prompt in enumerate(chunk):
                 found[prompt] = captured[row]
                 if key is not None:
-                    self._conditionings[key, prompt] = captured[row]
-        trim(self._conditionings, _CACHE_BYTES)
+                    self._conditionings[key, prompt] = with_tensors(captured[row], alone)
+        # What is asked for again and again (a batch at several noise levels) stays, however large it is.
+        self._conditionings.trim(_CACHE_BYTES, spared=len(found))
         return Conditioning.cat([found[prompt] for prompt in prompts])
+
+    def forget(self) -> None:
+        """Drop the conditionings of earlier prompts."""
+        self._conditionings.clear()
 
     @contextmanager
     def freed(self) -> Iterator[None]:

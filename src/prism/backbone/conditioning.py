@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -300,17 +299,6 @@ def is_single(name: str, value: Any) -> bool:
     if name == "video" and isinstance(value, list | tuple) and value:
         value = value[0]
     return value is not None and not isinstance(value, list | tuple)
-
-
-def trim(cache: OrderedDict[Any, Conditioning], most_bytes: int) -> None:
-    """Drop the entries that were put in first until the rest fits."""
-
-    def size(entry: Conditioning) -> int:
-        return sum(v.nbytes for v in entry.arguments.values() if isinstance(v, Tensor))
-
-    total = sum(size(entry) for entry in cache.values())
-    while total > most_bytes:
-        total -= size(cache.popitem(last=False)[1])
 
 
 def cache_key(call: dict[str, Any]) -> str | None:

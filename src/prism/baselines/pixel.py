@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files, media
-from prism.backbone import Backbone, Conditioning
+from prism.backbone import Backbone, Conditioning, Ragged
 from prism.backbone.fingerprint import fits
 from prism.baselines.frames import DecodedCache, decode, vae_hash, vae_hashes
 from prism.baselines.network import PixelNetwork
@@ -55,11 +55,21 @@ class PixelJudge:
 
     @classmethod
     def untrained(
-        cls, pipe: Any, dimensions: Sequence[str], seed: int = 0, name: str = "pixel", **options: Any
+        cls,
+        pipe: Any,
+        dimensions: Sequence[str],
+        seed: int = 0,
+        name: str = "pixel",
+        call: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> PixelJudge:
-        """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone."""
+        """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone.
+
+        call: the pipeline's arguments that videos are made with, without which some refuse to run (an image).
+        """
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
-        width = backbone.family.text(backbone.condition(["a"])[0].arguments).shape[-1]
+        prompt = "a" if backbone.family.prompts else ""
+        width = backbone.family.text(backbone.condition([prompt], **(call or {}))[0].arguments).shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = PixelNetwork(width, len(dimensions), **options)
@@ -69,7 +79,10 @@ class PixelJudge:
 
     def text(self, prompts: Sequence[str], **call: Any) -> tuple[Tensor, Tensor | None]:
         """The backbone's embeddings of prompts (B, Lt, text_width) and which are real (B, Lt), or None for all."""
-        conditioning = self.backbone.condition(prompts, **call)
+        return self.text_of(self.backbone.condition(prompts, **call))
+
+    def text_of(self, conditioning: Conditioning | Ragged) -> tuple[Tensor, Tensor | None]:
+        """The same of conditionings (B rows)."""
         if not isinstance(conditioning, Conditioning):
             raise PrismError("A pixel judge needs texts of one length, and this pipeline trims them; use another one.")
         mask = self.backbone.family.text_mask(conditioning.arguments)

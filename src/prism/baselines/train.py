@@ -10,27 +10,30 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
 from prism import files
 from prism.backbone import Backbone
 from prism.baselines.frames import DecodedCache
-from prism.baselines.pixel import PixelJudge
+from prism.baselines.pixel import ROWS, PixelJudge
 from prism.errors import PrismError
-from prism.evaluation.evaluator import noised, pair_margins
+from prism.evaluation.evaluator import Video, noised, videos_of
+from prism.memory import in_batches
 from prism.preference import LatentStore, PromptGroup
 from prism.training import TrainConfig
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.checkpoint import load_checkpoint, save_checkpoint
-from prism.training.learner import Learner, store_identity
-from prism.training.validation import LEVELS
+from prism.training.conditionings import Conditionings
+from prism.training.learner import Learner, Steps, store_identity
+from prism.training.processes import Processes
+from prism.training.validation import LEVELS, mean_accuracy
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class PixelConfig:
 
 
 def train_pixel(
-    store: LatentStore,
+    store: LatentStore | str | Path,
     backbone: Backbone,
     config: PixelConfig,
     out: str | Path,
@@ -103,7 +106,7 @@ def train_pixel(
     on these and on videos at t = 899, 699 and 499.
 
     Args:
-        store: opened store with training and validation pairs; all of its dimensions are learned.
+        store: opened store, or its folder, with training and validation pairs; all of its dimensions are learned.
         backbone: whose VAE made the latents.
         config: settings.
         out: the judge's folder, which must not exist. Checkpoints, and frames unless `frames` is given, lie in
@@ -120,50 +123,65 @@ def train_pixel(
         PrismError: where `out` exists, or the store has no training or validation pairs.
     """
     started, out = time.perf_counter(), Path(out)
-    files.check_new_folder(out)
-    settings = config.for_learner()
+    processes = Processes(cpu=backbone.device.type == "cpu")
+    processes.on_first(lambda: files.check_new_folder(out))
+    store, settings = LatentStore.of(store), config.for_learner()
     groups = training_groups(store, store.dimensions, settings)
     held_out = store.groups("validation", store.dimensions)
     if not held_out:
         raise PrismError(
             f"The store {store.folder} has no validation pairs, by which a pixel judge's weights are chosen."
         )
-    parts = _parts(out, store, backbone, config, noisy)
+    if processes.size > config.prompts_per_step:
+        raise PrismError(
+            f"The pixel setting prompts_per_step must be at least the number of processes, {processes.size}; found "
+            f"{config.prompts_per_step}."
+        )
+    parts = processes.on_first(lambda: _parts(out, store, backbone, config, noisy))
     frames = DecodedCache(parts / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 
     name = "pixel-noisy" if noisy else "pixel"
     options = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
-    judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, **options)
-    accelerator = Accelerator(cpu=backbone.device.type == "cpu", device_placement=False)
-    learner = Learner(judge, settings, accelerator)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
-    text, mask = judge.text([group.prompt for group in groups], **store.call)
+    judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, store.call, **options)
+    learner = Learner(judge, settings, processes)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
+    conditionings = Conditionings(backbone, store, [group.prompt for group in groups])
     shown = _Shown(store, groups, frames, config, noisy)
     validation = _Validation(store, held_out, frames, (0, *LEVELS) if noisy else (0,))
     batches = Batches(store, groups, backbone, settings)
     low = torch.autocast(backbone.device.type, torch.bfloat16, enabled=_bfloat16(config, backbone))
 
-    first = load_checkpoint(parts / "checkpoints", learner)
-    bar = tqdm(total=config.steps, initial=first, desc=f"train {name}", disable=None if progress else True)
-    for step in range(first, config.steps):
-        batch = batches.draw(step, range(config.prompts_per_step))
-        videos = shown(step, batch).to(backbone.device).float() / 255
+    def forward(step: int, videos: Tensor, part: Batch, _rows: int) -> list[Tensor]:
+        videos = videos[part.start : part.start + len(part.t)].to(backbone.device).float() / 255
+        text, mask = judge.text_of(conditionings.of(part.prompts))
         with torch.random.fork_rng(devices=[]), low:
-            torch.manual_seed(config.seed * 1_000_003 + step)  # of dropout: a resumed run draws the same
-            scores = judge.head(videos, text[batch.prompts], None if mask is None else mask[batch.prompts])
-        learner.update(step, scores, batch)
+            # Of dropout: a resumed run draws the same.
+            torch.manual_seed((config.seed * 1_000_003 + step) * processes.size + processes.rank)
+            return [judge.head(videos, text, mask)]
+
+    first, steps = load_checkpoint(parts / "checkpoints", learner), Steps(processes, settings.max_rows)
+    places = range(processes.rank, config.prompts_per_step, processes.size)
+    hidden = None if progress and processes.first else True
+    for step in tqdm(
+        range(first, config.steps), initial=first, total=config.steps, desc=f"train {name}", disable=hidden
+    ):
+        batch = batches.draw(step, places)
+        videos = shown(step, batch, places)
+        steps.take(step, [learner], batch, partial(forward, step, videos))
         if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
             learner.validate(step, validation)  # type: ignore[arg-type]
             judge.head.train()
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps:
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and processes.first:
             save_checkpoint(parts / "checkpoints", step + 1, learner)
-        bar.update()
-    bar.close()
 
     learner.finish(store, groups)
     judge.trained_on |= {"source": "decoded", "noisy": noisy, "config": asdict(config), "history": learner.history}
-    judge.save_pretrained(out)
-    shutil.rmtree(parts, ignore_errors=True)
+
+    def publish() -> None:
+        judge.save_pretrained(out)
+        shutil.rmtree(parts, ignore_errors=True)
+
+    processes.on_first(publish)
     return {
         "history": learner.history,
         "steps": config.steps,
@@ -185,15 +203,15 @@ class _Shown:
     config: PixelConfig
     noisy: bool
 
-    def __call__(self, step: int, batch: Batch) -> Tensor:
-        """(rows, T, H, W, 3) uint8. A function of (seed, step) and the batch."""
-        rng, latents, start = np.random.default_rng([self.config.seed, step, 1]), [], 0
-        while start < len(batch.prompts):
-            videos = self.groups[batch.prompts[start]].videos
-            rows = slice(start, start + len(videos))
-            is_noisy = self.noisy and rng.uniform() < self.config.noisy_share
-            latents.append(batch.noisy_latents[rows].cpu() if is_noisy else self.store.latents(videos))
-            start = rows.stop
+    def __call__(self, step: int, batch: Batch, places: Sequence[int]) -> Tensor:
+        """(rows, T, H, W, 3) uint8 of a batch that was drawn for some places of a step; a function of (seed, step)."""
+        chances = np.random.default_rng([self.config.seed, step, 1]).uniform(size=self.config.prompts_per_step)
+        latents, start = [], 0
+        for place, (rows, _) in zip(places, batch.groups, strict=True):
+            videos, is_noisy = self.groups[batch.prompts[start]].videos, chances[place] < self.config.noisy_share
+            noisy = batch.noisy_latents[start : start + rows].cpu()
+            latents.append(noisy if self.noisy and is_noisy else self.store.latents(videos))
+            start += rows
         return self.frames(torch.cat(latents))
 
 
@@ -208,16 +226,18 @@ class _Validation:
 
     def accuracy(self, judge: PixelJudge) -> list[float]:
         """By dimension; one without decided pairs counts 0."""
-        shares = []
-        for t in self.levels:
-            scores: dict[str, np.ndarray] = {}
-            for videos, prompts, latents in noised(judge.backbone, self.store, self.groups, t, 1, 0, 16):
-                found = judge.score_videos(self.frames(latents).float() / 255, prompts, **self.store.call)
-                scores.update(zip(videos, found.double().cpu().numpy()))
-            labels, margins, _ = pair_margins(self.groups, scores)
-            decided = np.abs(labels) == 1
-            shares.append(((labels * margins > 0) & decided).sum(0) / np.maximum(decided.sum(0), 1))
-        return np.mean(shares, 0).tolist()
+        scores: dict[float, dict[str, np.ndarray]] = {t: {} for t in self.levels}
+
+        def work(batch: Sequence[Video]) -> None:
+            videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
+            latents = self.store.latents(videos)
+            for t, found in scores.items():
+                frames = self.frames(noised(judge.backbone, latents, videos, t)).float() / 255
+                values = judge.score_videos(frames, prompts, **self.store.call)
+                found.update(zip(videos, values.double().cpu().numpy()))
+
+        in_batches(videos_of(self.groups), ROWS, work, "validating")
+        return mean_accuracy(self.groups, list(scores.values()))
 
 
 def _parts(out: Path, store: LatentStore, backbone: Backbone, config: PixelConfig, noisy: bool) -> Path:

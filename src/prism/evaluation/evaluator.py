@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +17,13 @@ from prism.errors import PrismError
 from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.judge.objective import tie_margin
+from prism.memory import in_batches, ran_out
 from prism.preference import LatentStore, PromptGroup, prompt_key
 
 TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
 """The noise levels of the paper's Table 1."""
+Video = tuple[str, str]
+"""A video and its prompt."""
 
 
 class Scorer(Protocol):
@@ -37,9 +41,9 @@ class Scorer(Protocol):
 
 def evaluate(
     judge: Scorer,
-    store: LatentStore,
+    store: LatentStore | str | Path,
     split: str = "test",
-    timesteps: Sequence[float] = TIMESTEPS,
+    timesteps: Sequence[float] | None = None,
     num_draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -51,9 +55,9 @@ def evaluate(
 
 def measure(
     judge: Scorer,
-    store: LatentStore,
+    store: LatentStore | str | Path,
     split: str = "test",
-    timesteps: Sequence[float] = TIMESTEPS,
+    timesteps: Sequence[float] | None = None,
     num_draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
@@ -67,12 +71,13 @@ def measure(
 
     Args:
         judge: a judge; every one of its dimensions needs a column in the store's pairs.
-        store: opened store.
+        store: opened store, or its folder.
         split: the pairs to measure on. Those of "validation" choose ``with_ties_validation_threshold``'s threshold.
-        timesteps: noise levels in [0, 1000], 0 clean.
+        timesteps: noise levels in [0, 1000], 0 clean; None: those of the paper's Table 1 at which the pipeline uses the
+            denoiser that the judge reads.
         num_draws: noise draws a video's score is averaged over; at t = 0 one is all there is.
         seed: of noise and bootstrap.
-        batch_size: videos in one forward pass.
+        batch_size: videos in one forward pass; halved, with a warning, where memory runs out.
         progress: show a progress bar (on a terminal).
 
     Returns:
@@ -87,8 +92,8 @@ def measure(
     """
     if num_draws < 1 or batch_size < 1:
         raise PrismError(f"num_draws and batch_size must be 1 or more, found {num_draws} and {batch_size}.")
-    if not timesteps:
-        raise PrismError("There is no noise level to evaluate at; give at least one t from 0 to 1000.")
+    store = LatentStore.of(store)
+    levels = _levels(judge, timesteps)
     groups = store.groups(split, judge.dimensions)
     if not groups:
         raise PrismError(f"The store {store.folder} has no labelled pairs in the split {split}.")
@@ -96,23 +101,39 @@ def measure(
     if split != "train":
         _check_leak(judge, [*groups, *validation], store)
 
-    everything = {group.prompt: group for group in [*groups, *validation]}
+    everything = list({group.prompt: group for group in [*groups, *validation]}.values())
+    passes = [(t, num_draws if t else 1) for t in levels]
+    videos = sum(len(group.videos) for group in everything)
+    total, label = sum(draws for _, draws in passes) * videos, f"evaluate {judge.name}"
+    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=None if progress else True) as bar:
+        scored = score_levels(judge, store, everything, passes, seed, batch_size, bar)
     rows, margins = [], []
-    passes = [(t, draw) for t in timesteps for draw in range(num_draws if t else 1)]
-    videos = sum(len(group.videos) for group in everything.values())
-    label = f"evaluate {judge.name}"
-    shown = None if progress else True
-    with judge.backbone.freed(), tqdm(total=len(passes) * videos, desc=label, unit="video", disable=shown) as bar:
-        for t in timesteps:
-            draws = num_draws if t else 1
-            scores = score_videos(judge, store, list(everything.values()), t, draws, seed, batch_size, bar)
-            rows += _rows(judge, groups, validation, scores, t, split, seed)
-            margins.append(pair_margins(groups, scores)[1])
-    table = pair_table(judge.name, groups, judge.dimensions, timesteps, margins)
+    for t, scores in zip(levels, scored):
+        rows += _rows(judge, groups, validation, scores, t, split, seed)
+        margins.append(pair_margins(groups, scores)[1])
+    table = pair_table(judge.name, groups, judge.dimensions, levels, margins)
     return Measurement(rows, table, {"split": split, "num_draws": num_draws, "seed": seed})
 
 
-@torch.no_grad()
+def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:
+    """The levels to evaluate at, all of them such as the denoiser is used at."""
+    low, high = getattr(judge.backbone, "t_range", (0.0, 1000.0))
+    if timesteps is None:
+        return tuple(t for t in TIMESTEPS if low <= t <= high) or ((low + high) / 2,)
+    levels = tuple(timesteps)
+    if not levels:
+        raise PrismError("There is no noise level to evaluate at; give at least one t from 0 to 1000.")
+    for t in levels:
+        if not 0 <= t <= 1000:
+            raise PrismError(f"The noise level t must lie in [0, 1000], found {t}.")
+        if not low <= t <= high:
+            raise PrismError(
+                f"The denoiser that the judge reads is used for t from {low:g} to {high:g}, found the level {t:g}; "
+                "evaluate within."
+            )
+    return levels
+
+
 def score_videos(
     judge: Scorer,
     store: LatentStore,
@@ -121,44 +142,101 @@ def score_videos(
     num_draws: int = 1,
     seed: int = 0,
     batch_size: int = 64,
-    bar: Any = None,
 ) -> dict[str, np.ndarray]:
     """Scores of the groups' videos at level t: video -> (num_dimensions,) float64, the mean over noise draws."""
-    totals: dict[str, np.ndarray] = {}
-    for videos, prompts, noisy in noised(judge.backbone, store, groups, t, num_draws, seed, batch_size):
-        try:
-            scores = judge.score(noisy, prompts, t, **store.call).double().cpu()
-        except PrismError as error:
-            raise PrismError(f"{error} (Its rows at t = {t:g} are the videos {', '.join(videos)}.)") from error
-        bad = ~scores.isfinite().all(1)
-        if bool(bad.any()):
-            raise PrismError(
-                f"The score of video {videos[int(bad.nonzero()[0])]!r} at t = {t:g} is not a finite number."
-            )
-        for video, row in zip(videos, scores.numpy()):
-            totals[video] = totals.get(video, 0.0) + row
-        if bar is not None:
-            bar.update(len(videos))
-    return {video: total / num_draws for video, total in totals.items()}
+    return score_levels(judge, store, groups, [(t, num_draws)], seed, batch_size)[0]
 
 
-def noised(
-    backbone: Any,
+@torch.no_grad()
+def score_levels(
+    judge: Scorer,
     store: LatentStore,
     groups: Sequence[PromptGroup],
-    t: float,
-    num_draws: int,
-    seed: int,
+    passes: Sequence[tuple[float, int]],
+    seed: int = 0,
     batch_size: int = 64,
-) -> Iterator[tuple[list[str], list[str], Tensor]]:
-    """The groups' videos at level t, in batches: (videos, their prompts, noisy latents), each draw a batch."""
-    todo = [(video, group.prompt) for group in groups for video in group.videos]
-    for start in range(0, len(todo), batch_size):
-        videos, prompts = (list(column) for column in zip(*todo[start : start + batch_size]))
-        latents = store.latents(videos)
-        for draw in range(num_draws):
-            noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in videos])
-            yield videos, prompts, backbone.add_noise(latents, t, noise)  # Eq. 1
+    bar: Any = None,
+) -> list[dict[str, np.ndarray]]:
+    """Scores of the groups' videos by level, as of `score_videos`; `passes` are levels and noise draws at each.
+
+    A batch is scored at all levels before the next one: its latents are read and its prompts encoded once.
+    """
+    found: list[dict[str, np.ndarray]] = [{} for _ in passes]
+
+    def work(batch: Sequence[Video]) -> None:
+        videos, latents = [video for video, _ in batch], store.latents(video for video, _ in batch)
+        before = None if bar is None else bar.n
+        scored = []
+        try:
+            for t, draws in passes:
+                total: Any = 0.0
+                for draw in range(draws):
+                    noisy = noised(judge.backbone, latents, videos, t, draw, seed)
+                    total = total + _scores(judge, store, batch, noisy, t)
+                    if bar is not None:
+                        bar.update(len(batch))
+                scored.append(total / draws)
+        except Exception:
+            if bar is not None:
+                bar.update(before - bar.n)  # it may be tried again
+            raise
+        for scores, rows in zip(found, scored):
+            scores.update(zip(videos, rows))
+
+    in_batches(videos_of(groups), batch_size, work, "evaluating")
+    return found
+
+
+def _scores(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Tensor, t: float) -> np.ndarray:
+    """(rows, num_dimensions) float64, all finite."""
+    videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
+    try:
+        scores = judge.score(noisy, prompts, t, **store.call).double().cpu()
+    except PrismError as error:
+        raise PrismError(f"{error} (Its rows at t = {t:g} are the videos {_some(videos)}.)") from error
+    except Exception as error:
+        if not ran_out(error):
+            check_call(judge.backbone, store, prompts[0])
+        raise
+    bad = ~scores.isfinite().all(1)
+    if bool(bad.any()):
+        raise PrismError(f"The score of video {videos[int(bad.nonzero()[0])]!r} at t = {t:g} is not a finite number.")
+    rows: np.ndarray = scores.numpy()
+    return rows
+
+
+def check_call(backbone: Any, store: LatentStore, prompt: str) -> None:
+    """Raise PrismError where the pipeline does not take the store's call, whatever it raises itself."""
+    try:
+        backbone.condition([prompt], **store.call)
+    except PrismError:
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise PrismError(
+            f"The pipeline does not take the call in {store.folder / 'store.json'} ({type(error).__name__}: {reason}); "
+            "mend the call there."
+        ) from error
+
+
+def videos_of(groups: Sequence[PromptGroup]) -> list[Video]:
+    """The videos of groups, one after another."""
+    return [(video, group.prompt) for group in groups for video in group.videos]
+
+
+def noised(backbone: Any, latents: Tensor, videos: Sequence[str], t: float, draw: int = 0, seed: int = 0) -> Tensor:
+    """Latents (B, ...) of some videos at level t, each under a draw of its own (Eq. 1)."""
+    noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in videos])
+    noisy: Tensor = backbone.add_noise(latents, t, noise)
+    return noisy
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, cut short."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:36]} ..." for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 
 def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> Tensor:
@@ -217,7 +295,7 @@ def _rows(
 
 
 def pair_margins(
-    groups: Sequence[PromptGroup], scores: dict[str, np.ndarray]
+    groups: Sequence[PromptGroup], scores: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels and margins (pairs, num_dimensions) and the prompt's number (pairs,), over all groups."""
     if not groups:

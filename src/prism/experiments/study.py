@@ -4,7 +4,7 @@ Variants that read the same batches are trained together, all of their heads on 
 folder:
 
     config.json                    what was asked for; --resume refuses another, apart from --only
-    heads/NAME/seed-S/             a variant's heads, and scores.safetensors, their scores of the validation videos
+    heads/NAME/seed-S/             a variant's heads, then scores.safetensors, their scores of the validation videos
     results/NAME.json              what came of a variant
     confirmed/NAME.json, .parquet  its one measurement on the test split
     metrics.json, report.html, study.md
@@ -73,6 +73,7 @@ def run(
     from prism.experiments.loading import describe, load_backbone, open_store
     from prism.report.metrics import document
     from prism.report.page import write_report
+    from prism.training.validation import levels
 
     for name in ("seeds", "inits", "draws"):
         if getattr(config, name) < 1:
@@ -93,9 +94,10 @@ def run(
     wanted = chosen(everything, [*only, *confirm] if only else ())
     _claim(out, {"command": "study", **_json(config)}, resume)
     started = time.perf_counter()
+    _score_unscored(config, out, store, backbone, wanted)
     _train(config, out, store, backbone, tap, wanted)
     done = [row for row in everything if results.complete(out, row, everything, config)]
-    measured = results.Results(out, store, config)
+    measured = results.Results(out, store, config, levels(backbone))
     rows = [measured.row(row) for row in done]
     for row in rows:
         files.write_json(out / "results" / f"{row['variant']}.json", row)
@@ -152,9 +154,6 @@ def _train_arm(
     seed: int,
     arm: Sequence[tuple[Variant, TrainConfig]],
 ) -> None:
-    from safetensors.torch import save_file
-
-    from prism.experiments.study_results import score_heads
     from prism.judge import Judge
     from prism.training import train_together
 
@@ -168,14 +167,45 @@ def _train_arm(
             judges.append(judge)
             settings.append(train)
     histories = train_together(store, judges, settings, desc=f"{arm[0][0].name} ({len(judges)} heads)")
-    scores = score_heads(judges, store, config)
-    for variant, _ in arm:
-        with files.new_folder(out / "heads" / variant.name / f"seed-{seed}") as folder:
-            mine = [place for place, (name, _) in enumerate(places) if name == variant.name]
-            for place in mine:
-                judges[place].save_pretrained(folder / f"head-{places[place][1]}")
-            save_file({f"head-{places[p][1]}": scores[p].contiguous() for p in mine}, folder / "scores.safetensors")
-            files.write_json(folder / "history.json", {f"head-{places[p][1]}": histories[p] for p in mine})
+    trained: dict[str, dict[str, Judge]] = {variant.name: {} for variant, _ in arm}
+    for (name, init), judge in zip(places, judges):
+        trained[name][f"head-{init}"] = judge
+    for name, heads in trained.items():  # before they are scored: scoring may fail, and training was dear
+        with files.new_folder(out / "heads" / name / f"seed-{seed}") as folder:
+            for head_name, judge in heads.items():
+                judge.save_pretrained(folder / head_name)
+            kept = {f"head-{init}": histories[p] for p, (each, init) in enumerate(places) if each == name}
+            files.write_json(folder / "history.json", kept)
+    _score(config, out, store, [(name, seed, head, judge) for name in trained for head, judge in trained[name].items()])
+
+
+def _score(config: StudyConfig, out: Path, store: Any, heads: Sequence[tuple[str, int, str, Any]]) -> None:
+    """Score heads (variant, seed, name, judge) on the validation videos in one read, and keep it beside them."""
+    from safetensors.torch import save_file
+
+    from prism.experiments.study_results import SCORES, score_heads
+
+    scores: dict[tuple[str, int], dict[str, Any]] = {}
+    for (variant, seed, head, _), values in zip(heads, score_heads([judge for *_, judge in heads], store, config)):
+        scores.setdefault((variant, seed), {})[head] = values.contiguous()
+    for (variant, seed), tensors in scores.items():
+        path = out / "heads" / variant / f"seed-{seed}" / SCORES
+        save_file(tensors, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+
+def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, wanted: Sequence[Variant]) -> None:
+    """Score heads of a run that was ended between their training and their scores."""
+    from prism.experiments.study_results import SCORES
+    from prism.judge import Judge
+
+    for variant in wanted:
+        for seed in range(config.seeds):
+            folder = out / "heads" / variant.name / f"seed-{seed}"
+            if folder.is_dir() and not (folder / SCORES).is_file():
+                names = sorted(path.name for path in folder.glob("head-*"))
+                heads = [(variant.name, seed, name, Judge.from_pretrained(folder / name, backbone)) for name in names]
+                _score(config, out, store, heads)
 
 
 def _named(name: str, done: Sequence[Variant]) -> Variant:

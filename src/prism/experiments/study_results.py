@@ -15,39 +15,47 @@ from prism import files
 from prism.errors import PrismError
 from prism.evaluation import calibrate, compare_judges, measure, prompt_interval
 from prism.evaluation.calibration import fit, margins_of, reliability
-from prism.evaluation.evaluator import noised
+from prism.evaluation.evaluator import Video, noised, videos_of
 from prism.experiments.variants import BASE, Variant
 from prism.judge import Judge
+from prism.memory import in_batches
 from prism.preference import LatentStore
-from prism.training.validation import LEVELS
+from prism.training.conditionings import conditioned
+from prism.training.validation import LEVELS, levels
 
+SCORES = "scores.safetensors"
 SEED = 0  # of the noise that validation videos are scored under
 
 
 @torch.no_grad()
 def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> list[Tensor]:
     """Each judge's scores of the validation videos, (levels, draws, videos, num_dimensions): one read for all."""
-    backbone, dimensions = judges[0].backbone, judges[0].dimensions
+    backbone, store = judges[0].backbone, LatentStore.of(store)
     taps = sorted({tap for judge in judges for tap in judge.taps})
-    groups = store.groups("validation", dimensions)
-    rows: list[list[list[Tensor]]] = [[[] for _ in LEVELS] for _ in judges]
-    for level, t in enumerate(LEVELS):
-        for _, prompts, noisy in noised(backbone, store, groups, t, config.draws, SEED, config.train.max_rows):
-            tokens = backbone.tokens(noisy, backbone.condition(prompts, **store.call), t, taps)
-            for parts, judge in zip(rows, judges):
-                parts[level].append(judge.score_tokens(tokens).cpu())
-    # Batches come video by video, the draws of each batch one after another.
-    draws = config.draws
-    return [
-        torch.stack([torch.stack([torch.cat(level[d::draws]) for d in range(draws)]) for level in parts])
-        for parts in rows
-    ]
+    passes = [(t, draw) for t in levels(backbone) for draw in range(config.draws)]
+    parts: list[list[Tensor]] = []
+
+    def work(batch: Sequence[Video]) -> None:
+        videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
+        latents, conditioning = store.latents(videos), conditioned(backbone, store, prompts)
+        scores: list[list[Tensor]] = [[] for _ in judges]
+        for t, draw in passes:
+            tokens = backbone.tokens(noised(backbone, latents, videos, t, draw, SEED), conditioning, t, taps)
+            for rows, judge in zip(scores, judges):
+                rows.append(judge.score_tokens(tokens).cpu())
+        parts.append([torch.stack(rows) for rows in scores])
+
+    groups = store.groups("validation", judges[0].dimensions)
+    in_batches(videos_of(groups), config.train.max_rows, work, "scoring heads")
+    shape = len(passes) // config.draws, config.draws
+    return [torch.cat(rows, 1).unflatten(0, shape) for rows in zip(*parts)]
 
 
 def complete(out: Path, variant: Variant, everything: Sequence[Variant], config: Any) -> bool:
-    """Whether all the heads that a variant needs are trained."""
+    """Whether all the heads that a variant needs are trained and scored."""
     names = variant.members or ((variant.name,) if variant.trained else (BASE,))
-    return all((out / "heads" / name / f"seed-{s}").is_dir() for name in {*names, BASE} for s in range(config.seeds))
+    folders = (out / "heads" / name / f"seed-{seed}" for name in {*names, BASE} for seed in range(config.seeds))
+    return all((folder / SCORES).is_file() for folder in folders)
 
 
 def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]]:
@@ -64,8 +72,8 @@ def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]
 class Results:
     """Rows of the study's table, from the scores that lie in its folder."""
 
-    def __init__(self, out: Path, store: LatentStore, config: Any) -> None:
-        self.out, self.config, self.dimensions = out, config, store.dimensions
+    def __init__(self, out: Path, store: LatentStore, config: Any, levels: Sequence[float] = LEVELS) -> None:
+        self.out, self.config, self.dimensions, self.levels = out, config, store.dimensions, levels
         groups = store.groups("validation", self.dimensions)
         if not groups:
             raise PrismError(f"The store {store.folder} has no validation pairs, which the study compares on.")
@@ -82,7 +90,7 @@ class Results:
         members = []
         for name, seed, init in heads:
             if (name, seed) not in self._scores:
-                path = self.out / "heads" / name / f"seed-{seed}" / "scores.safetensors"
+                path = self.out / "heads" / name / f"seed-{seed}" / SCORES
                 self._scores[name, seed] = load_file(path)
             scores = self._scores[name, seed][f"head-{init}"].double().numpy()
             margins = scores[:, :, self.first] - scores[:, :, self.second]
@@ -123,7 +131,7 @@ class Results:
             "difference_ci95": prompt_interval(pairs - base, prompts),
             "spread": float(single.std(ddof=1)) if len(single) > 1 else None,
             "judges": len(single),
-            "by_level": {str(t): float(value) for t, value in zip(LEVELS, right[main].mean((0, 2)))},
+            "by_level": {f"{t:g}": float(value) for t, value in zip(self.levels, right[main].mean((0, 2)))},
             "by_dimension": {dimension: float(values.mean()) for dimension, values in right.items()},
             "pairs": len(pairs),
             "prompts": len(set(prompts.tolist())),
@@ -176,7 +184,7 @@ def confirm(
             measured[each.name].append(found)
             if each is variant:
                 found.save(path.with_name(f"{variant.name}-{place}.parquet"))
-                on_validation = measure(judge, store, "validation", LEVELS, num_draws=each.draws)
+                on_validation = measure(judge, store, "validation", levels(backbone), num_draws=each.draws)
                 calibrate(judge, on_validation)
                 judge.save_pretrained(path.with_name(f"{variant.name}-{place}"), overwrite=True)
                 calibration += [
@@ -207,19 +215,8 @@ def accuracy(confirmed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows + [row for row in confirmed[0]["accuracy"] if row["judge"] == BASE] if confirmed else []
 
 
-HEADER = (
-    "variant",
-    "",
-    "accuracy",
-    "95 %",
-    "difference",
-    "95 %",
-    "spread",
-    *map(str, LEVELS),
-    "VQ",
-    "MQ",
-    "TA",
-)
+HEADER = ("variant", "", "accuracy", "95 %", "difference", "95 %", "spread")
+SIDES = ("VQ", "MQ", "TA")
 CALIBRATION = ("judge", "dimension", "temperature", "eta", "NLL before", "after", "error before", "after")
 
 
@@ -227,7 +224,8 @@ def markdown(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any
     """The study's tables as Markdown, by question; shares in percent."""
     lines = []
     for question in dict.fromkeys(row["question"] for row in rows):
-        lines += [f"### {question.capitalize()}", "", *_table(HEADER)]
+        header = (*HEADER, *rows[0]["by_level"], *SIDES)
+        lines += [f"### {question.capitalize()}", "", *_table(header)]
         lines += [_line(_cells(row)) for row in rows if row["question"] == question] + [""]
     if calibration:
         lines += ["### Calibration", "", *_table(CALIBRATION)]
@@ -244,7 +242,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     percent = "{:.1f}".format
     intervals = row["accuracy_ci95"], row["difference_ci95"]
     interval = ["" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" for ends in intervals]
-    sides = [row["by_dimension"].get(dimension) for dimension in HEADER[-3:]]
+    sides = [row["by_dimension"].get(dimension) for dimension in SIDES]
     numbers = [row["spread"], *row["by_level"].values(), *sides]
     return [
         *(f"`{row['variant']}`", row["what"], percent(100 * row["accuracy"]), interval[0]),

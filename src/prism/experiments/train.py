@@ -40,15 +40,20 @@ class TrainRun:
 
 
 def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics."""
+    """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics.
+
+    Of several processes (`torchrun`) the first alone looks at the folder, clears it and writes.
+    """
     from prism.experiments.loading import describe, load_backbone, open_store
     from prism.judge import Judge
     from prism.training import train
+    from prism.training.processes import Processes
 
     if resume and overwrite:
         raise PrismError("--resume continues the run in the folder and --overwrite deletes it; give one of them.")
+    processes = Processes.on(config.device)
     if not resume and not overwrite:
-        files.check_new_folder(out)
+        processes.on_first(lambda: files.check_new_folder(out))
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
     judge = Judge.untrained(
@@ -59,8 +64,8 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         aggregation=config.aggregation,
         seed=config.train.seed,
     )
-    if overwrite and out.exists():
-        _delete_run(out)
+    if overwrite:
+        processes.on_first(lambda: _delete_run(out) if out.exists() else None)
     result = train(store, judge, config.train, out, resume=resume)
     summary = {key: value for key, value in result.items() if key != "history"}
     metrics = document(
@@ -72,11 +77,15 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
+    processes.on_first(lambda: _write(out, metrics, result))
+    return metrics
+
+
+def _write(out: Path, metrics: dict[str, Any], result: dict[str, Any]) -> None:
     files.write_json(out / "metrics.json", metrics)
     settings = files.read_json(out / "config.json")
     title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"
     write_report(out / "report.html", metrics, title=title, notes=NOTES, config=settings)
-    return metrics
 
 
 def _delete_run(out: Path) -> None:

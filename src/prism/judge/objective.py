@@ -33,8 +33,22 @@ def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
     return torch.stack([first, math.log(eta**2 - 1) + first + second, second], dim=-1)
 
 
+def label_counts(labels: Tensor, objective: str = "btt") -> Tensor:
+    """Labels that count in the loss, by dimension: (num_dimensions,) of (pairs, num_dimensions)."""
+    return _counted(labels, objective).sum(0)
+
+
+def _counted(labels: Tensor, objective: str) -> Tensor:
+    return ~labels.isnan() if objective == "btt" else labels.abs() == 1
+
+
 def preference_loss(
-    margins: Tensor, labels: Tensor, eta: float = 5.0, objective: str = "btt", smoothing: float = 0.0
+    margins: Tensor,
+    labels: Tensor,
+    eta: float = 5.0,
+    objective: str = "btt",
+    smoothing: float = 0.0,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of the labels: first over the pairs of each dimension, then over dimensions.
 
@@ -46,13 +60,14 @@ def preference_loss(
         eta: threshold of Eq. 3-4. Unused by ``"bt"``.
         objective: ``"btt"`` (Eq. 3-4) or ``"bt"`` (plain Bradley-Terry, which leaves ties out).
         smoothing: share of each label, in [0, 1), that is spread over all outcomes alike.
+        counts: (num_dimensions,) ``label_counts`` of the whole batch, where these pairs are a part of it: the losses of
+            its parts add up to the whole's, and so do their gradients. None: these pairs are all there is.
     """
     if objective not in OBJECTIVES:
         raise PrismError(f"The objective {objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
-    labelled = ~labels.isnan()
+    labelled = _counted(labels, objective)
     known = torch.where(labelled, labels, torch.zeros_like(labels))
     if objective == "bt":
-        labelled = labelled & (known != 0)
         log_p, outcome = logsigmoid(torch.stack([margins, -margins], -1)), (known < 0).long()
     else:
         log_p, outcome = log_probabilities(margins, eta), (1 - known).long()  # 1, 0, -1 -> columns 0, 1, 2
@@ -61,7 +76,7 @@ def preference_loss(
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
     # where, not a product: an infinite margin of an unlabelled pair must not become NaN.
     losses = torch.where(labelled, losses, torch.zeros_like(losses))
-    counts = labelled.sum(0)
+    counts = labelled.sum(0) if counts is None else counts
     return (losses.sum(0) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 

@@ -13,6 +13,7 @@ Latents are read row by row from memory-mapped files, so a store may be larger t
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class LatentStore:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
 
     @classmethod
-    def open(cls, folder: str | Path) -> LatentStore:
+    def open(cls, folder: str | os.PathLike[str]) -> LatentStore:
         """Open and check a store.
 
         Raises:
@@ -123,6 +124,15 @@ class LatentStore:
         store._check_videos()
         store._check_pairs()
         return store
+
+    @classmethod
+    def of(cls, store: LatentStore | str | os.PathLike[str]) -> LatentStore:
+        """The store itself, or the one in a folder. Raises PrismError for anything else."""
+        if isinstance(store, LatentStore):
+            return store
+        if not isinstance(store, str | os.PathLike):
+            raise PrismError(f"A latent store or its folder is needed, found {type(store).__name__}.")
+        return cls.open(store)
 
     @property
     def dimensions(self) -> tuple[str, ...]:

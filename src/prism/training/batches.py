@@ -32,6 +32,26 @@ class Batch:
     """(pairs,) row of B."""
     labels: Tensor
     """(pairs, num_dimensions) 1, -1, 0 or NaN."""
+    groups: list[tuple[int, int]]
+    """Rows and pairs of each group, in order."""
+    start: int = 0
+    """Of a part: the whole batch's row that it begins at."""
+
+    def parts(self, rows: int) -> list[Batch]:
+        """This batch as several of at most `rows` rows each, and of one whole group at least."""
+        found: list[list[tuple[int, int]]] = [[]]
+        for group in self.groups:
+            if found[-1] and sum(count for count, _ in found[-1]) + group[0] > rows:
+                found.append([])
+            found[-1].append(group)
+        parts, row, pair = [], 0, 0
+        for groups in found:
+            ends = row + sum(count for count, _ in groups), pair + sum(count for _, count in groups)
+            at, of = slice(row, ends[0]), slice(pair, ends[1])
+            pairs = self.first[of] - row, self.second[of] - row, self.labels[of]
+            parts.append(Batch(self.noisy_latents[at], self.t[at], self.prompts[at], *pairs, groups, row))
+            row, pair = ends
+        return parts
 
 
 # Inverse distribution functions on [0, 1]: uniform, and densities that fall linearly away from either end.
@@ -92,16 +112,16 @@ class Batches:
                     "use the source renoised."
                 )
             levels = store.trajectory(groups[0].videos[:1])[1][0]
-            self._states = [i for i, t in enumerate(levels.tolist()) if config.t_low <= t <= config.t_high]
+            low, high = self._levels
+            self._states = [i for i, t in enumerate(levels.tolist()) if low <= t <= high]
             if not self._states:
                 raise PrismError(
-                    f"No recorded state of {store.folder} has t from {config.t_low:g} to {config.t_high:g}; "
-                    "widen t_low and t_high."
+                    f"No recorded state of {store.folder} has t from {low:g} to {high:g}; widen t_low and t_high."
                 )
 
     def draw(self, step: int, places: Sequence[int]) -> Batch:
         """The batch of a step (from 0), of the prompt groups at some of its ``prompts_per_step`` places."""
-        latents, levels, prompts, first, second, labels = [], [], [], [], [], []
+        latents, levels, prompts, first, second, labels, groups = [], [], [], [], [], [], []
         offset = 0
         for place, copy in itertools.product(places, range(self.config.draws_per_step)):
             index, epoch = self._group(step * self.config.prompts_per_step + place)
@@ -117,6 +137,7 @@ class Batches:
             first.append(group.first + offset)
             second.append(group.second + offset)
             labels.append(group.labels)
+            groups.append((len(group.videos), len(group.labels)))
             offset += len(group.videos)
         device = self.backbone.device
         return Batch(
@@ -126,6 +147,7 @@ class Batches:
             torch.from_numpy(np.concatenate(first)).to(device),
             torch.from_numpy(np.concatenate(second)).to(device),
             torch.from_numpy(np.concatenate(labels)).to(device, torch.float32),
+            groups,
         )
 
     def _group(self, position: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ KEEP = 2
 
 def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
     """Publish ``folder/step-<step>``, all that the learner needs to go on, and remove all but the last two."""
-    head, optimizer = learner.judge.head, learner.optimizer.optimizer
+    head, optimizer = learner.judge.head, learner.optimizer
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     for (name, _), values in zip(head.named_parameters(), _per_parameter(optimizer)):
         tensors |= {f"optimizer.{name}.{key}": torch.as_tensor(value) for key, value in values.items()}
@@ -61,7 +61,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int:
 
 
 def _restore(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], learner: Learner) -> None:
-    head, optimizer = learner.judge.head, learner.optimizer.optimizer
+    head, optimizer = learner.judge.head, learner.optimizer
     try:
         head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
         moments = {}

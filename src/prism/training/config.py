@@ -64,7 +64,7 @@ class TrainConfig:
     keep_best: bool = False
     """Whether the saved head is the one of the best validation, in place of the last."""
     max_rows: int = 64
-    """Videos in one forward pass of the backbone; bounds memory, changes nothing else."""
+    """Videos in one forward pass of the backbone; bounds memory, changes nothing else. Halved where memory runs out."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none, and a killed run starts anew."""
     log_every: int = 50
@@ -96,6 +96,9 @@ class TrainConfig:
         self._require("source", self.source in SOURCES, f"one of {', '.join(SOURCES)}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, float):
+                self._require(field.name, math.isfinite(getattr(self, field.name)), "a finite number")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -2,67 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from prism import files
-from prism.backbone import Conditioning, Ragged, Tokens
+from prism.backbone import Tokens
 from prism.errors import PrismError
 from prism.judge import Judge
-from prism.judge.objective import preference_loss
+from prism.judge.objective import label_counts, preference_loss
+from prism.memory import halved, ran_out
 from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.training.batches import Batch
+from prism.training.conditionings import Conditionings
 from prism.training.config import TrainConfig
+from prism.training.processes import Processes
 from prism.training.validation import Validation
 
 
 class Learner:
-    """One head under one configuration. ``copies`` are further sets of its weights, by name: "average", "best"."""
+    """One head under one configuration. ``copies`` are further sets of its weights, by name: "average", "best".
 
-    def __init__(self, judge: Judge, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.judge, self.config, self.accelerator = judge, config, accelerator
-        optimizer = torch.optim.AdamW(
+    A step is `begin`, `backward` on the batch or on part after part of it, and `finish_step`; until then it can be
+    begun anew.
+    """
+
+    def __init__(self, judge: Judge, config: TrainConfig, processes: Processes) -> None:
+        self.judge, self.config, self.processes = judge, config, processes
+        self.optimizer = torch.optim.AdamW(
             judge.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.head, self.optimizer = accelerator.prepare(judge.head, optimizer)
+        processes.share(judge.head.parameters())
         wanted = {"average": bool(config.ema_decay), "best": config.keep_best}
         self.copies = {name: self._weights() for name, is_wanted in wanted.items() if is_wanted}
         self.history: list[dict[str, Any]] = []
         self.window = Window(judge.dimensions)
         self.best = -1.0
+        self._counts = self._sums = torch.zeros(0)
         judge.head.train()
 
     def scores(self, tokens: Tokens) -> Tensor:
         """(rows, num_dimensions), with gradients to the head."""
-        return self.head(tokens.after(self.judge.tap), tokens.text, tokens.text_mask)
+        head: Tensor = self.judge.head(tokens.after(self.judge.tap), tokens.text, tokens.text_mask)
+        return head
 
-    def update(self, step: int, scores: Tensor, batch: Batch) -> None:
-        """One optimiser step (from 0) on the pairs of a batch.
+    def begin(self, labels: Tensor) -> None:
+        """Start a step on a batch of which this process has the pairs with `labels` (pairs, num_dimensions)."""
+        self.optimizer.zero_grad()
+        self._counts = self.processes.total(label_counts(labels, self.config.objective))
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget the parts of the step that were done."""
+        self.optimizer.zero_grad()
+        self._sums = torch.zeros(1 + 2 * len(self.judge.dimensions), dtype=torch.float64)
+
+    def backward(self, scores: Tensor, part: Batch) -> None:
+        """Add the gradients of a part of the batch: its share of the loss over all pairs of all processes."""
+        config, margins = self.config, scores[part.first] - scores[part.second]
+        how = config.eta, config.objective, config.label_smoothing
+        loss = preference_loss(margins, part.labels, *how, self._counts)
+        loss.backward()
+        self._sums += _sums(loss, margins, part.labels)
+
+    def finish_step(self, step: int) -> None:
+        """The optimiser's step (from 0), on what all parts and all processes came to.
 
         Raises:
             PrismError: on a loss that is not finite.
         """
-        config, margins = self.config, scores[batch.first] - scores[batch.second]
-        loss = preference_loss(margins, batch.labels, config.eta, config.objective, config.label_smoothing)
-        if not bool(loss.isfinite()):
+        config, sums = self.config, self.processes.total(self._sums).tolist()
+        if not math.isfinite(sums[0]):
             raise PrismError(
                 f"The loss of step {step + 1} is not finite; lower the learning rate or check the latents."
             )
-        self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        self.processes.add_up([value.grad for value in self.judge.head.parameters() if value.grad is not None])
         if config.max_gradient_norm:
-            self.accelerator.clip_grad_norm_(self.head.parameters(), config.max_gradient_norm)
+            torch.nn.utils.clip_grad_norm_(self.judge.head.parameters(), config.max_gradient_norm)
         rate = config.learning_rate_at(step)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         self.optimizer.step()
         if "average" in self.copies:
             self._move_average(min(config.ema_decay, (1 + step) / (10 + step)))
-        self.window.add(loss, margins, batch.labels)
+        self.window.add(sums)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             self.history.append({"step": step + 1, **self.window.close(), "learning_rate": rate})
 
@@ -111,16 +137,54 @@ class Learner:
                 self.copies["average"][name].lerp_(value, 1 - decay)
 
 
-def read(learners: Sequence[Learner], batch: Batch, conditioning: Conditioning | Ragged, max_rows: int) -> list[Tensor]:
+def read(learners: Sequence[Learner], batch: Batch, conditionings: Conditionings, max_rows: int) -> list[Tensor]:
     """Each learner's scores (rows, num_dimensions) of a batch: one truncated forward pass per row feeds them all."""
     backbone, taps = learners[0].judge.backbone, sorted({learner.judge.tap for learner in learners})
     scores: list[list[Tensor]] = [[] for _ in learners]
     for start in range(0, len(batch.t), max_rows):
         rows = slice(start, start + max_rows)
-        tokens = backbone.tokens(batch.noisy_latents[rows], conditioning[batch.prompts[rows]], batch.t[rows], taps)
+        conditioning = conditionings.of(batch.prompts[rows])
+        tokens = backbone.tokens(batch.noisy_latents[rows], conditioning, batch.t[rows], taps)
         for part, learner in zip(scores, learners):
             part.append(learner.scores(tokens))
     return [torch.cat(part) for part in scores]
+
+
+class Steps:
+    """Takes steps of several learners on the same batches, in smaller parts once memory has run out.
+
+    Losses are shares of the whole batch's, so that parts add up to the same step, to rounding.
+    """
+
+    def __init__(self, processes: Processes, rows: int) -> None:
+        self.processes, self.rows = processes, rows
+        self._in_parts = False
+
+    def take(
+        self, step: int, learners: Sequence[Learner], batch: Batch, forward: Callable[[Batch, int], Sequence[Tensor]]
+    ) -> None:
+        """One step (from 0). `forward` gives each learner's scores of a part, so many rows of it at a time."""
+        for learner in learners:
+            learner.begin(batch.labels)
+        while self.processes.any(not self._fits(learners, batch, forward)):
+            self.rows, self._in_parts = halved(min(self.rows, len(batch.t)), "training"), True
+            for learner in learners:
+                learner.begin_again()
+        for learner in learners:
+            learner.finish_step(step)
+
+    def _fits(
+        self, learners: Sequence[Learner], batch: Batch, forward: Callable[[Batch, int], Sequence[Tensor]]
+    ) -> bool:
+        try:
+            for part in batch.parts(self.rows) if self._in_parts else [batch]:
+                for learner, scores in zip(learners, forward(part, self.rows)):
+                    learner.backward(scores, part)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            return False
+        return True
 
 
 class Window:
@@ -134,9 +198,11 @@ class Window:
         zeros = [0] * len(self.dimensions)
         return {"loss": 0.0, "steps": 0, "right": zeros, "decided": zeros}
 
-    def add(self, loss: Tensor, margins: Tensor, labels: Tensor) -> None:
-        right, decided = (margins.detach() * labels > 0).sum(0).tolist(), (labels.abs() == 1).sum(0).tolist()
-        self.state["loss"] += loss.item()
+    def add(self, sums: Sequence[float]) -> None:
+        """Add a step's `_sums`."""
+        count = len(self.dimensions)
+        right, decided = map(int, sums[1 : 1 + count]), map(int, sums[1 + count :])
+        self.state["loss"] += sums[0]
         self.state["steps"] += 1
         self.state["right"] = [a + b for a, b in zip(self.state["right"], right)]
         self.state["decided"] = [a + b for a, b in zip(self.state["decided"], decided)]
@@ -145,6 +211,12 @@ class Window:
         done, self.state = self.state, self._empty()
         shares = (right / decided if decided else None for right, decided in zip(done["right"], done["decided"]))
         return {"loss": done["loss"] / done["steps"], "accuracy": dict(zip(self.dimensions, shares))}
+
+
+def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
+    """(1 + 2 num_dimensions,) float64: the loss, pairs judged right and pairs decided, by dimension."""
+    right, decided = (margins.detach() * labels > 0).sum(0), (labels.abs() == 1).sum(0)
+    return torch.cat([loss.detach()[None].double().cpu(), right.double().cpu(), decided.double().cpu()])
 
 
 def store_identity(store: LatentStore) -> dict[str, Any]:

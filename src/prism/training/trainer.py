@@ -1,4 +1,4 @@
-"""The training loop: accelerate for devices and processes, batches by prompt group, resumable to the bit.
+"""The training loop: batches by prompt group, shared among processes, resumable to the bit.
 
 A run's folder:
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from prism import files
@@ -25,10 +25,12 @@ from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.training.batches import Batches, training_groups
+from prism.training.batches import Batch, Batches, training_groups
 from prism.training.checkpoint import load_checkpoint, save_checkpoint
+from prism.training.conditionings import Conditionings
 from prism.training.config import TrainConfig
-from prism.training.learner import Learner, read, store_identity
+from prism.training.learner import Learner, Steps, read, store_identity
+from prism.training.processes import Processes
 from prism.training.validation import Validation
 
 # What decides which rows a step reads, and in which batches; `train_together` needs it alike.
@@ -39,7 +41,7 @@ SHARED = (
 
 
 def train(
-    store: LatentStore,
+    store: LatentStore | str | Path,
     judge: Judge,
     config: TrainConfig,
     out: str | Path,
@@ -48,8 +50,11 @@ def train(
 ) -> dict[str, Any]:
     """Train a judge's head on the store's training pairs; the judge ends up trained, and saved as ``out/head``.
 
+    Several processes (``torchrun``, ``accelerate launch``) share the prompts of a step and take the step that one would
+    take alone; the first of them writes.
+
     Args:
-        store: opened store; its pairs need a column per dimension of the judge.
+        store: opened store, or its folder; its pairs need a column per dimension of the judge.
         judge: its head is trained from the weights it has, on its device. The backbone is frozen.
         config: settings.
         out: the run's folder; refused where it holds something, unless ``resume``.
@@ -65,42 +70,35 @@ def train(
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
     """
     started, out = time.perf_counter(), Path(out)
+    store = LatentStore.of(store)
     groups = training_groups(store, judge.dimensions, config)
     _check_backbone(store, judge)
-    # The head lies where the backbone is; accelerate need not move it.
-    accelerator = Accelerator(cpu=judge.backbone.device.type == "cpu", device_placement=False)
-    if accelerator.num_processes > config.prompts_per_step:
-        raise PrismError(
-            f"The training setting prompts_per_step must be at least the number of processes, "
-            f"{accelerator.num_processes}; found {config.prompts_per_step}."
-        )
+    processes = _processes(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
-    if accelerator.is_main_process:
-        _claim(out, _resolved(store, judge, config), resume)
-    accelerator.wait_for_everyone()
+    processes.on_first(lambda: _claim(out, _resolved(store, judge, config), resume))
     if (out / "head").is_dir():  # resumed after its end
         judge.head.load_weights(out / "head" / "model.safetensors")
         return files.read_json(out / "history.json")
 
     batches = Batches(store, groups, judge.backbone, config)
-    conditioning = judge.backbone.condition([group.prompt for group in groups], **store.call)
-    learner = Learner(judge, config, accelerator)
+    conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
+    learner, steps = Learner(judge, config, processes), Steps(processes, config.max_rows)
     checkpoints = out / "checkpoints"
     start = load_checkpoint(checkpoints, learner)
-    places = range(accelerator.process_index, config.prompts_per_step, accelerator.num_processes)
+    places = range(processes.rank, config.prompts_per_step, processes.size)
 
-    bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if progress else True)
+    bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if progress and processes.first else True)
     with judge.backbone.freed():  # offloaded models once, not after each step
         for step in range(start, config.steps):
             batch = batches.draw(step, places)
-            learner.update(step, read([learner], batch, conditioning, config.max_rows)[0], batch)
+            steps.take(step, [learner], batch, lambda part, rows: read([learner], part, conditionings, rows))
             if validation is not None and _due(step, config.validate_every, config.steps):
                 learner.validate(step, validation)
             if learner.history and learner.history[-1]["step"] == step + 1:
                 bar.set_postfix(_shown(learner.history[-1]))
             bar.update()
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-            if due and step + 1 < config.steps and accelerator.is_main_process:
+            if due and step + 1 < config.steps and processes.first:
                 save_checkpoint(checkpoints, step + 1, learner)
     bar.close()
 
@@ -112,16 +110,22 @@ def train(
         "prompts": len(groups),
         "pairs": judge.trained_on["pairs"],
     }
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def publish() -> None:
         files.write_json(out / "history.json", result)
         judge.save_pretrained(out / "head")
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+    processes.on_first(publish)
     return result
 
 
 def train_together(
-    store: LatentStore, judges: Sequence[Judge], configs: Sequence[TrainConfig], progress: bool = True, desc: str = ""
+    store: LatentStore | str | Path,
+    judges: Sequence[Judge],
+    configs: Sequence[TrainConfig],
+    progress: bool = True,
+    desc: str = "",
 ) -> list[list[dict[str, Any]]]:
     """Train several heads on the same batches: each pass of the backbone feeds them all.
 
@@ -151,27 +155,43 @@ def train_together(
                 )
         if judge.backbone is not first.backbone or judge.dimensions != first.dimensions:
             raise PrismError("Heads trained together need one backbone and the same dimensions; train them apart.")
+    store = LatentStore.of(store)
     groups = training_groups(store, first.dimensions, config)
     _check_backbone(store, first)
-    accelerator = Accelerator(cpu=first.backbone.device.type == "cpu", device_placement=False)
-    learners = [Learner(judge, each, accelerator) for judge, each in zip(judges, configs)]
+    processes = _processes(first, config)
+    learners = [Learner(judge, each, processes) for judge, each in zip(judges, configs)]
     taps = tuple(sorted({judge.tap for judge in judges}))
     validated = any(each.validate_every for each in configs)
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
-    conditioning = first.backbone.condition([group.prompt for group in groups], **store.call)
-    steps = max(each.steps for each in configs)
+    conditionings = Conditionings(first.backbone, store, [group.prompt for group in groups])
+    places, steps = range(processes.rank, config.prompts_per_step, processes.size), Steps(processes, config.max_rows)
+    last, hidden = max(each.steps for each in configs), None if progress and processes.first else True
     with first.backbone.freed():  # offloaded models once, not after each step
-        for step in tqdm(range(steps), desc=desc or "train", disable=None if progress else True):
+        for step in tqdm(range(last), desc=desc or "train", disable=hidden):
             running = [learner for learner in learners if step < learner.config.steps]
-            batch = batches.draw(step, range(config.prompts_per_step))
-            for learner, scores in zip(running, read(running, batch, conditioning, config.max_rows)):
-                learner.update(step, scores, batch)
+
+            def forward(part: Batch, rows: int, running: Sequence[Learner] = running) -> list[Tensor]:
+                return read(running, part, conditionings, rows)
+
+            steps.take(step, running, batches.draw(step, places), forward)
+            for learner in running:
                 if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
                     learner.validate(step, validation)
     for learner in learners:
         learner.finish(store, groups)
     return [learner.history for learner in learners]
+
+
+def _processes(judge: Judge, config: TrainConfig) -> Processes:
+    """The processes that share a step's prompts, of which each needs one."""
+    processes = Processes(cpu=judge.backbone.device.type == "cpu")
+    if processes.size > config.prompts_per_step:
+        raise PrismError(
+            f"The training setting prompts_per_step must be at least the number of processes, "
+            f"{processes.size}; found {config.prompts_per_step}."
+        )
+    return processes
 
 
 def _due(step: int, every: int, steps: int) -> bool:

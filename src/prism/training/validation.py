@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 
 from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
-from prism.evaluation.evaluator import noised, pair_margins
+from prism.evaluation.evaluator import Video, noised, pair_margins, videos_of
 from prism.judge import Judge
-from prism.preference import LatentStore
+from prism.memory import in_batches
+from prism.preference import LatentStore, PromptGroup
+from prism.training.conditionings import conditioned
 
 LEVELS = (899, 699, 499)
 """Where candidates are judged on the way: accuracy is averaged over these t."""
@@ -33,30 +37,44 @@ class Validation:
                 f"The store {store.folder} has no validation pairs labelled {', '.join(dimensions)}; "
                 "set validate_every to 0."
             )
-        self._kept: dict[tuple[float, str], Tokens] = {}
+        self._kept: dict[tuple[float, tuple[Video, ...]], Tokens] = {}
         self._bytes = 0
 
     @torch.no_grad()
     def accuracy(self, judge: Judge) -> list[float]:
         """Accuracy without ties by dimension, averaged over the levels; a dimension without decided pairs counts 0."""
-        shares = []
-        for t in levels(judge.backbone):
-            scores: dict[str, np.ndarray] = {}
-            for videos, prompts, noisy in noised(judge.backbone, self.store, self.groups, t, 1, 0, self.batch):
-                tokens = self._kept.get((t, videos[0]))
-                if tokens is None:
-                    conditioning = judge.backbone.condition(prompts, **self.store.call)
-                    tokens = judge.backbone.tokens(noisy, conditioning, t, self.taps)
-                    self._keep((t, videos[0]), tokens)
-                scores.update(zip(videos, judge.score_tokens(tokens).double().cpu().numpy()))
-            labels, margins, _ = pair_margins(self.groups, scores)
-            decided = np.abs(labels) == 1
-            shares.append(((labels * margins > 0) & decided).sum(0) / np.maximum(decided.sum(0), 1))
-        return np.mean(shares, 0).tolist()
+        scores: dict[float, dict[str, np.ndarray]] = {t: {} for t in levels(judge.backbone)}
 
-    def _keep(self, key: tuple[float, str], tokens: Tokens) -> None:
+        def work(batch: Sequence[Video]) -> None:
+            videos, latents, conditioning = [video for video, _ in batch], None, None
+            for t, found in scores.items():
+                tokens = self._kept.get((t, tuple(batch)))
+                if tokens is None:
+                    latents = self.store.latents(videos) if latents is None else latents
+                    if conditioning is None:
+                        conditioning = conditioned(judge.backbone, self.store, [prompt for _, prompt in batch])
+                    noisy = noised(judge.backbone, latents, videos, t)
+                    tokens = judge.backbone.tokens(noisy, conditioning, t, self.taps)
+                    self._keep((t, tuple(batch)), tokens)
+                found.update(zip(videos, judge.score_tokens(tokens).double().cpu().numpy()))
+
+        self.batch = in_batches(videos_of(self.groups), self.batch, work, "validating")
+        return mean_accuracy(self.groups, list(scores.values()))
+
+    def _keep(self, key: tuple[float, tuple[Video, ...]], tokens: Tokens) -> None:
         parts = [tokens.visual, tokens.text, tokens.text_mask, *tokens.lower.values()]
         size = sum(part.nbytes for part in parts if part is not None)
         if self._bytes + size <= KEPT_BYTES:
             self._bytes += size
             self._kept[key] = tokens
+
+
+def mean_accuracy(groups: Sequence[PromptGroup], scores: Sequence[Mapping[str, np.ndarray]]) -> list[float]:
+    """Accuracy without ties by dimension, averaged over scores at several levels."""
+    shares = []
+    for found in scores:
+        labels, margins, _ = pair_margins(groups, found)
+        decided = np.abs(labels) == 1
+        shares.append(((labels * margins > 0) & decided).sum(0) / np.maximum(decided.sum(0), 1))
+    means: list[float] = np.mean(shares, 0).tolist()
+    return means
