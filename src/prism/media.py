@@ -53,10 +53,11 @@ def videos(batch: Any, name: str = "The video") -> np.ndarray:
     return np.stack(found)
 
 
-def write_video(path: str | os.PathLike[str], video: Any, fps: float) -> None:
-    """Write a video, as `frames` takes it, as an H.264 mp4 that browsers play (yuv420p, near-lossless).
+def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int = 10) -> None:
+    """Write a video, as `frames` takes it, as an H.264 mp4 that browsers play (yuv420p, near-lossless by default).
 
     H and W that are odd lose their last row or column: yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
+    crf: x264's constant rate factor, 0 (lossless) to 51.
     Raises `PrismError` where `frames` does, for another fps, or where the file cannot be written.
     """
     import av
@@ -74,7 +75,7 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float) -> None:
             stream = container.add_stream("libx264", rate=rate)
             stream.height, stream.width = pixels.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "10", "preset": "medium"}
+            stream.options = {"crf": str(crf), "preset": "medium"}
             for picture in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())

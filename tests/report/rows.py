@@ -26,6 +26,8 @@ def accuracy(**changes: Any) -> list[dict[str, Any]]:
                 "with_ties_model_rule": value - 0.1,
                 "pairs": 1203,
                 "prompts": 60,
+                "decided_pairs": 871,
+                "decided_prompts": 58,
             }
             rows.append({**row, **changes})
     return rows

@@ -42,20 +42,20 @@ def test_every_table_is_there_and_whole(document):
         "| x under 3 % | 2.1 % | yes |",
         "| y | – | – |",
         "| prism, 2 seeds | test | 989 | 52.0\u00a0% |",
-        "| pixel #0 | test | 989 |",
+        "| pixel, seed 0 | test | 989 |",
         "| test | pixel | 899 | overall | +4.1 | −0.3\u00a0…\u00a0+8.5 | 1100 | 60 |",
         "| early | step 4 keeps 1 | prism, 2 seeds | +0.60 |",
         "## Best-of-8 on 40 prompts of the split unseen",
         "89 of 90 runs",
         "1.2e-06",
         "| 899 | best | 0.90 | 40.0\u00a0% | 20.0\u00a0% | 2.00 | 1.80 … 2.20 |",
-        "| prism #1 | test | 989 |",
+        "| prism, seed 1 | test | 989 |",
         '"prompts": 200',
     ):
         assert needle in text, needle
     pooled, by_seed = text.split("## By the seed of the head")
-    assert "| prism #1 |" not in pooled
-    assert "| pixel #0 |" not in by_seed
+    assert "| prism, seed 1 |" not in pooled
+    assert "| pixel, seed 0 |" not in by_seed
     for block in text.split("\n\n"):
         if block.startswith("|"):
             assert len({line.count("|") for line in block.splitlines()}) == 1, block

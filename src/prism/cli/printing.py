@@ -12,7 +12,7 @@ def show(metrics: Mapping[str, Any], out: Path) -> None:
     from rich.console import Console
 
     from prism.report import wording
-    from prism.report.tables import accuracy_table, best_of_n_table, judges_table
+    from prism.report.tables import accuracy_table, beside_table, best_of_n_table, judges_table
 
     console = Console(highlight=False)
     if metrics["accuracy"]:
@@ -21,4 +21,6 @@ def show(metrics: Mapping[str, Any], out: Path) -> None:
             console.print(judges_table(rows, f"Judges on {name} prompts") if several else accuracy_table(rows))
     for rows in wording.by_set(wording.in_order(wording.pooled(metrics["best_of_n"]))).values():
         console.print(best_of_n_table(rows))
+    if metrics.get("beside"):
+        console.print(beside_table(metrics["beside"]))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

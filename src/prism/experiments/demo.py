@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import prism
 from prism import files, media, shapeworld
-from prism.experiments import bars, compare, per_prompt
+from prism.experiments import bars, compare, conclusions, per_prompt
 from prism.experiments.loading import describe, load_backbone
 from prism.experiments.parts import Clock, Parts
 from prism.experiments.sample import cut_entry
@@ -29,20 +29,6 @@ from prism.report.metrics import document, write_config
 from prism.report.page import write_report
 from prism.training.config import TrainConfig
 
-NOTES = (
-    "It shows that a small head on the hidden states of a frozen video diffusion model learns to tell its better "
-    "samples from its worse ones, from noisy latents, on prompts it never saw; and that this is enough to drop most "
-    "candidates early at a fraction of the cost. The pixel judges learned by the same objective, in a full run from "
-    "the same pairs (those that ship come from one, and saw more prompts than a short demo trains on), and were "
-    "measured on the same pairs under the same noise; what they are shown of a noisy latent is what the VAE makes of "
-    "it.",
-    "It does not show that the same numbers hold for large models and human raters: the model, its world and the "
-    "referee are small, and the referee is a program. Nor does it show what makes the query look where it looks; a map "
-    "of attention is what was read, not why. All that was run here runs unchanged on a real pipeline with real pairs.",
-    "Schedules, noise levels and the settings of heads and pixel judges were fixed on validation prompts before the "
-    "test prompts were looked at. Strategies share what is common to them, and picks are worked out from it; on some "
-    "prompts each was also run by itself, and costs and seconds are those runs’.",
-)
 TRAIN = TrainConfig(
     steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
 )
@@ -205,10 +191,13 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         contested["unseen"] = away
         picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)
 
-    shown = max(records, key=lambda record: np.std(record["values"]["overall"]))
-    contest = make_contest(panel, config, shown["prompt"], shown["seeds"], call)
+    strips, played_again = [], []
+    for which, entry in films.chosen_prompts(records, "early"):
+        contest = make_contest(panel, config, entry["prompt"], entry["seeds"], call, ("early", "full"))
+        strips += films.candidates(contest, "early", which)
+        played_again.append((entry, contest))
+    shown, contest = played_again[len(played_again) // 2]  # the median gain's video is the run's
     result = contest.play("early", 0)
-    strips = films.candidates(contest, "early")
     looked = [{**record, "values": record["values"]["overall"]} for record in records]
     level = sorted(config.look_at)[len(config.look_at) // 2]
     looks = films.looks(ours[0], _telling(records, config.strips), level, call, seed)
@@ -238,12 +227,13 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         cuts=[cut_entry(cut, "early", {"overall": 1.0}) for cut in result.scores],
         ledger=result.ledger.to_dict(),
     )
+    metrics["beside"] = None if config.full else conclusions.beside(metrics)
     with files.new_folder(out, overwrite) as folder:
         _publish(folder, place, config, metrics, {**asdict(config), "call": call})
         media.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
-        write_report(folder / "report.html", metrics, strips, title, NOTES, written, looks=looks)
+        write_report(folder / "report.html", metrics, strips, title, conclusions.notes(metrics), written, looks=looks)
         per_prompt.write(folder / "per_prompt", measured, contested, head_seeds)
         if config.full:
             evidence.write(folder / "evidence", metrics, written, _command(out, config))
@@ -251,11 +241,20 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     return metrics
 
 
-def make_contest(panel: Any, config: DemoConfig, prompt: str, seeds: Sequence[int], call: dict[str, Any]) -> Any:
+def make_contest(
+    panel: Any,
+    config: DemoConfig,
+    prompt: str,
+    seeds: Sequence[int],
+    call: dict[str, Any],
+    names: Sequence[str] | None = None,
+) -> Any:
+    """The contest of a prompt, with all plans or those of `names`."""
     from prism.experiments.contest import Contest
     from prism.shapeworld import referee
 
-    return Contest(panel, referee.batch, prompt, seeds, plans(config), call, config.seed)
+    played = {name: plan for name, plan in plans(config).items() if names is None or name in names}
+    return Contest(panel, referee.batch, prompt, seeds, played, call, config.seed)
 
 
 def contests(

@@ -16,9 +16,12 @@ from prism.report import wording
 from prism.report.page import FilmRow, FilmStrip
 
 
-def candidates(contest: Contest, name: str) -> list[FilmStrip]:
-    """All candidates of a prompt, the pick of the early plan `name` first, then the later dropped before the earlier:
-    what the model expected at the first cut, and the finished videos.
+def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
+    """All candidates of a prompt for the page: the pick of the early plan `name` and the last by the referee as videos,
+    then, the pick first and the later dropped before the earlier, the model's expectation at the first cut and the
+    finished videos.
+
+    which: how the prompt was chosen, for the title.
     """
     cuts, seeds, values = contest.fate(name, 0), contest.seeds, contest.values["overall"]
     first, chosen = cuts[0], cuts[-1]["kept"][0]
@@ -29,26 +32,43 @@ def candidates(contest: Contest, name: str) -> list[FilmStrip]:
             verb = "kept" if candidate in cut["kept"] else "dropped"
             fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
     backbone = contest.panel.backbone
-    clean = _expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call)
-    expected = backbone.decode(clean).cpu()
+    expected = backbone.decode(_expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call))
+    videos = [video.numpy() for video in contest.videos]
     at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
-    at_end = [
-        FilmRow(f"seed {seeds[c]}", contest.videos[c].numpy(), f"referee {values[c]:.2f}", picked=c == chosen)
-        for c in fate
-    ]
+    at_end = [FilmRow(f"seed {seeds[c]}", videos[c], f"referee {values[c]:.2f}", picked=c == chosen) for c in fate]
+    worst = int(np.argmin(values))
+    shown = [(f"The pick, seed {seeds[chosen]}:", chosen)]
+    if worst != chosen:
+        shown.append((f"The worst of the {len(seeds)}, seed {seeds[worst]}:", worst))
+    clips = [FilmRow(label, videos[c], f"referee {values[c]:.2f}, {fate[c]}", picked=c == chosen) for label, c in shown]
+    gain = f"The pick is at {values[chosen]:.2f} by the referee, its {len(seeds)} candidates at {values.mean():.2f} on "
+    gain += f"average and at {values.max():.2f} at best."
     steps = contest.call["num_inference_steps"]
     return [
+        FilmStrip(f"{which}: “{contest.prompt}”", caption=gain, clips=clips),
         FilmStrip(
-            f"“{contest.prompt}”: at the first cut, step {first['step']} of {steps}",
+            f"The same at the first cut, step {first['step']} of {steps}",
             at_cut,
-            "What the model expects each video to become, decoded for this page alone: the judge reads hidden states.",
+            "How the model expects each to end, decoded for this page alone: the judge reads hidden states.",
         ),
         FilmStrip(
-            f"“{contest.prompt}”: had all been finished",
+            "If all candidates had been finished",
             at_end,
-            "The early strategy finishes the first of these alone. The prompt is the one whose candidates differ most.",
+            "The strategy early finishes the first of these and no other.",
         ),
     ]
+
+
+def chosen_prompts(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The prompts with the largest, the median and the smallest gain of a plan's first judge, with how to call each."""
+    gains = [record["values"]["overall"][record["picks"][name][0]] - np.mean(record["values"]["overall"])
+             for record in records]  # fmt: skip
+    order = sorted(range(len(records)), key=lambda place: -gains[place])
+    places = {"The largest gain": 0, "The median gain": len(order) // 2, "The smallest gain": len(order) - 1}
+    shown: dict[int, str] = {}
+    for which, place in places.items():
+        shown.setdefault(order[place], f"{which} of {len(order)} prompts")
+    return [(which, records[place]) for place, which in shown.items()]
 
 
 def looks(

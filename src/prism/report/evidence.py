@@ -70,12 +70,12 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
 
 
 def _accuracy(rows: Sequence[Row]) -> str:
-    names = wording.dimensions(rows)
+    main, names = wording.main_dimension(rows), wording.dimensions(rows)
     header = (
         "judge",
         "set",
         "t",
-        "overall",
+        main,
         "95 % interval",
         *names,
         "with ties, threshold of validation pairs",
@@ -86,7 +86,7 @@ def _accuracy(rows: Sequence[Row]) -> str:
     )
     lines = []
     for group in wording.by_level(rows):
-        row = group["overall"]
+        row = group.get(main) or next(iter(group.values()))
         lines.append(
             (
                 wording.judge_name(row),
@@ -123,7 +123,7 @@ def _comparison(rows: Sequence[Row]) -> str:
 
 def _picks(rows: Sequence[Row]) -> str:
     header = (
-        *("strategy", "how", "judge", "gain", "95 % interval", "of the oracle's gain", "95 % interval"),
+        *("strategy", "how", "judge", "gain", "95 % interval", "share of the oracle's gain", "95 % interval"),
         *("denoiser rows", "of full", "VAE decodes", "head calls", "seconds"),
     )
     lines = [

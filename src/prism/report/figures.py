@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from prism.report import wording
 
@@ -37,6 +40,17 @@ class _Line(NamedTuple):
     main: bool
 
 
+class Label(NamedTuple):
+    """A name at a point of a plot, in data coordinates; `size` in points."""
+
+    x: float
+    y: float
+    text: str
+    colour: str
+    size: float
+    bold: bool
+
+
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.unicode_minus": True, "path.simplify": False}
 
 
@@ -51,7 +65,7 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
     figure, axes = _figure(4.9, 4.2 if sum(line.main for line in lines) > 1 else 3.5)
     axes.axhline(50, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=_MUTED, ha="right", fontsize=9)
-    ends = []
+    ends, levels = [], {row["t"] for line in lines for row in line.rows}
     for line in lines:
         t = [row["t"] for row in line.rows]
         value = [100 * row["without_ties"] for row in line.rows]
@@ -61,7 +75,11 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
             axes.fill_between(
                 t, low, high, color=line.colour, alpha=0.14 if line.colour == _ACCENT else 0.09, linewidth=0
             )
-        axes.plot(t, value, color=line.colour, linewidth=width, marker="o", markersize=size, markeredgecolor=_PAPER)
+        for (x0, x1), (y0, y1) in zip(pairwise(t), pairwise(value)):
+            skipped = any(x0 < level < x1 for level in levels)  # others were measured in between, this one was not
+            style: Any = {"linestyle": (0, (2, 2.5)), "alpha": 0.7} if skipped else {}
+            axes.plot([x0, x1], [y0, y1], color=line.colour, linewidth=width, solid_capstyle="round", **style)
+        axes.plot(t, value, "o", color=line.colour, markersize=size, markeredgecolor=_PAPER)
         ends.append((value[0], line))
     axes.set_xlim(1005, -15)  # as sampling goes: from noise on the left to clean on the right
     axes.set_xticks([1000, 800, 600, 400, 200, 0], ["1000\nnoise", "800", "600", "400", "200", "0\nclean"])
@@ -79,14 +97,15 @@ def _accuracy_lines(rows: Sequence[Row]) -> list[_Line]:
     for row in rows:
         if row["without_ties"] is not None:
             series.setdefault((wording.judge_name(row), row["set"], row["dimension"]), []).append(row)
-    mains = [key for key in series if key[2] == "overall"] or list(series)[:1]
+    main, short = wording.main_dimension(rows), wording.short_names(rows)
+    mains = [key for key in series if key[2] == main]
     sets = {key[1] for key in mains}
     lines = []
     if len(mains) == 1:
         others = [key for key in series if key not in mains]
         lines = [_Line(key[2], series[key], _SERIES[i % len(_SERIES)], False) for i, key in enumerate(others)]
     for i, key in enumerate(mains):
-        judge = key[0] if len({other[0].split(" #")[0] for other in mains}) < len(mains) else key[0].split(" #")[0]
+        judge = short[key[0]]
         name = key[2] if len(mains) == 1 else judge if len(sets) == 1 else f"{judge}, {key[1]}"
         lines.append(_Line(name, series[key], _ACCENT if i == 0 else _SERIES[(i - 1) % len(_SERIES)], True))
     return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
@@ -120,11 +139,11 @@ def cost_plot(rows: Sequence[Row]) -> str:
         line = sorted(several, key=lambda row: row["denoiser_share_of_full"])
         x, y = ([row[name] for row in line] for name in ("denoiser_share_of_full", "referee_gain"))
         axes.plot([100 * value for value in x], y, color=_colour(line[0]), linewidth=1.3, alpha=0.7)
-    labels = []
+    labels: list[Label] = []
     for row in points:
         x, y, colour = 100 * row["denoiser_share_of_full"], row["referee_gain"], _colour(row)
         ours, main = row["strategy"] in ("early", "draft"), wording.is_main(row)
-        if row["referee_gain_ci95"]:
+        if row["referee_gain_ci95"] and row["strategy"] not in ("none", "random"):  # theirs is luck around zero
             width, alpha = (1.4, 0.55) if main else (0.8, 0.3)
             axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=width, alpha=alpha)
         size = 4.5 if not main else 8 if ours else 6.5
@@ -132,25 +151,16 @@ def cost_plot(rows: Sequence[Row]) -> str:
         fill = colour if main or one else "none"
         axes.plot(x, y, "o", color=colour, markersize=size, markerfacecolor=fill, markeredgewidth=1)
         if main:
-            labels.append((x, y, wording.strategy_name(row), colour, ours))
+            labels.insert(0, Label(x, y, wording.strategy_name(row), colour, 10.5 if ours else 10, ours))
         elif one:
-            above = (0, 6) if row["strategy"] == "draft" else (0, -12)
-            axes.annotate(
-                str(row["draft_steps"] or row["schedule"][0][0]),
-                (x, y),
-                xytext=above,
-                textcoords="offset points",
-                ha="center",
-                color=colour,
-                fontsize=8,
-            )
+            labels.append(Label(x, y, str(row["draft_steps"] or row["schedule"][0][0]), colour, 8, False))
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
     sizes = "/".join(str(n) for n in sorted({int(row["n"]) for row in points}))
     axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
     _oracle_axis(axes, points)
-    _point_labels(axes, labels, right)
+    place_labels(figure, axes, labels)
     return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
 
 
@@ -216,37 +226,46 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
         )
 
 
-def _point_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str, bool]], right: float) -> None:
-    """Names beside their points, to the left for points in the right third; neighbours are pushed apart vertically."""
-    low, high = axes.get_ylim()
-    gap = (high - low) * 0.07
-    for on_left in (False, True):
-        side = [label for label in labels if (label[0] > 0.8 * right) == on_left]
-        for cluster in _clusters(side, reach=0.22 * right):
-            heights = _spread([label[1] for label in cluster], gap, low, high)
-            for (x, _, name, colour, ours), height in zip(cluster, heights):
-                axes.annotate(
-                    name,
-                    (x, height),
-                    xytext=(-9 if on_left else 9, 0),
-                    textcoords="offset points",
-                    ha="right" if on_left else "left",
-                    va="center",
-                    color=colour,
-                    fontsize=10.5 if ours else 10,
-                    fontweight="bold" if ours else "normal",
-                )
+def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
+    """Names beside their points, each where it lies on the fewest points, bars, lines and names placed before it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
 
-
-def _clusters(labels: Sequence[tuple[Any, ...]], reach: float) -> list[list[tuple[Any, ...]]]:
-    """Labels whose points lie within `reach` of their left neighbour, so that their texts could meet."""
-    clusters: list[list[tuple[Any, ...]]] = []
-    for label in sorted(labels, key=lambda label: label[0]):
-        if clusters and label[0] - clusters[-1][-1][0] < reach:
-            clusters[-1].append(label)
-        else:
-            clusters.append([label])
-    return clusters
+    FigureCanvasAgg(figure).draw()  # the layout is settled, and lengths in pixels are known
+    unit = figure.dpi / 72
+    taken = []
+    for line in axes.get_lines():
+        ends = line.get_transform().transform(line.get_xydata())
+        reach = (line.get_markersize() / 2 + 1 if line.get_marker() not in ("None", None, "") else 1) * unit
+        steps = [ends] if len(ends) == 1 else [np.linspace(a, b, 40) for a, b in pairwise(ends)]
+        taken += [(x - reach, y - reach, x + reach, y + reach) for x, y in np.concatenate(steps)]
+    frame = axes.get_window_extent()
+    for label in labels:
+        x, y = axes.transData.transform((label.x, label.y))
+        width, height = 0.6 * label.size * len(label.text) * unit, 1.1 * label.size * unit
+        best = None
+        for away in (6, 11, 17):
+            for across, up in ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 1), (-1, -1), (-1, 0)):
+                middle = x + across * (away * unit + width / 2), y + up * (away * unit + height / 2 * (across == 0))
+                box = Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+                hits = sum(a < box.x1 and c > box.x0 and b < box.y1 and d > box.y0 for a, b, c, d in taken)
+                outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+                cost = hits + 0.2 * away + 1000 * outside
+                if best is None or cost < best[0]:
+                    best = cost, middle, box
+        assert best is not None
+        _, middle, box = best
+        taken += [(box.x0, box.y0, box.x1, box.y1)] * 20
+        axes.annotate(
+            label.text,
+            tuple(axes.transData.inverted().transform(middle)),
+            ha="center",
+            va="center",
+            color=label.colour,
+            fontsize=label.size,
+            fontweight="bold" if label.bold else "normal",
+            annotation_clip=False,
+        )
 
 
 def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:

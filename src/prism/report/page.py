@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from prism import media
 from prism.report import figures as plots
 from prism.report import wording
 from prism.report.metrics import validate
@@ -21,7 +23,7 @@ from prism.report.metrics import validate
 
 @dataclasses.dataclass(frozen=True)
 class FilmRow:
-    """One video of a film strip: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
+    """One video of a page: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
 
     label: str
     frames: np.ndarray
@@ -31,11 +33,15 @@ class FilmRow:
 
 @dataclasses.dataclass(frozen=True)
 class FilmStrip:
-    """Videos of one prompt, one below the other: all candidates at a cut, say, or winner and losers finished."""
+    """Videos of one prompt: `clips` play side by side, at `fps` frames per second, and `rows` are film strips one below
+    the other: all candidates at a cut, say, or winner and losers finished.
+    """
 
     title: str
-    rows: Sequence[FilmRow]
+    rows: Sequence[FilmRow] = ()
     caption: str = ""
+    clips: Sequence[FilmRow] = ()
+    fps: float = 8.0
 
 
 def write_report(
@@ -66,6 +72,8 @@ def write_report(
         training_plot=plots.training_plot(metrics.get("history", [])),
         accuracy_groups=wording.by_level(accuracy),
         dimensions=wording.dimensions(accuracy),
+        main_dimension=wording.main_dimension(accuracy),
+        has_gaps=len({len(some) for some in _levels(near[0] if near else []).values()}) > 1,
         several_judges=len({wording.judge_name(row) for row in accuracy}) > 1,
         several_sets=len({row["set"] for row in accuracy}) > 1,
         has_curves=any(not wording.is_main(row) for row in picks),
@@ -80,6 +88,7 @@ def write_report(
         looks=[_embedded(strip) for strip in looks],
         measured=any(row["referee_gain"] is not None for row in picks),
         strips=[_embedded(strip) for strip in figures],
+        beside=metrics.get("beside"),
         cuts=[] if looks else metrics.get("cuts", []),
         seeds=metrics.get("seeds", []),
         notes=[notes] if isinstance(notes, str) else notes,
@@ -106,6 +115,16 @@ def film(frames: np.ndarray, count: int = 9, gap: int = 2) -> np.ndarray:
     return strip
 
 
+def clip(video: np.ndarray, fps: float) -> bytes:
+    """A video (T, H, W, 3) as the bytes of an mp4 for a page: at most 480 pixels wide or high."""
+    height, width = np.shape(video)[1:3]
+    step = -(-max(height, width) // SIDE)  # whole pixels are left out, which is quick and good enough to look at
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        media.write_video(path, video[:, ::step, ::step], fps, crf=10 if step == 1 else 20)
+        return path.read_bytes()
+
+
 def png(picture: np.ndarray) -> bytes:
     """An (H, W, 3 or 4) uint8 picture as the bytes of a PNG file."""
     from PIL import Image
@@ -115,23 +134,32 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-HEADLINE = "early"  # the strategy of the headline numbers, fixed beforehand
+# the headline numbers' strategy and noise level, fixed before any run; the levels of the project's bars beside it
+HEADLINE, LEVEL, BARS = "early", 699, {899, 699, 499}
+SIDE = 480  # most pixels of a page's clip
 
 
 def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """The few numbers a reader should take away, each with its name and what it is measured in or against."""
     cards = []
     shown = wording.pooled(metrics["accuracy"])
-    overall = [row for row in shown if row["dimension"] == "overall" and row["without_ties"] is not None]
+    main = wording.main_dimension(shown)
+    overall = [row for row in shown if row["dimension"] == main and row["without_ties"] is not None]
     if overall:
-        # t = 699 is where the project's bar stands; elsewhere the level nearest to it.
-        row = min(overall, key=lambda row: abs(row["t"] - 699))
+        row = min(overall, key=lambda row: abs(row["t"] - LEVEL))
         interval = row["without_ties_ci95"]
         between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
-        text = f"of pairs ordered rightly at t = {row['t']:g}{between}"
-        beside = [other for other in overall if (other["judge"], other["t"]) == ("pixel", row["t"])]
-        if beside and row["judge"] != "pixel":
-            text += f"; a pixel judge {wording.percent(beside[0]['without_ties'])}"
+        others = [other for other in overall if (other["judge"], other["set"]) == (row["judge"], row["set"])]
+        beside = [
+            f"{other['t']:g}: {wording.percent(other['without_ties'])}"
+            for other in others
+            if other["t"] in BARS - {row["t"]}
+        ]
+        text = f"of decided pairs ordered rightly at t\u00a0=\u00a0{row['t']:g}{between}"
+        text += f"; at t\u00a0=\u00a0{', '.join(beside)}" if beside else ""
+        pixel = [other for other in overall if (other["judge"], other["t"]) == ("pixel", row["t"])]
+        if pixel and row["judge"] != "pixel":
+            text += f"; a pixel judge at {row['t']:g}: {wording.percent(pixel[0]['without_ties'])}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     picks = [row for row in wording.pooled(metrics["best_of_n"]) if wording.is_main(row)]
     # one strategy, named before the run: the better of several would be chosen by its luck
@@ -179,7 +207,23 @@ def _embedded(strip: FilmStrip) -> dict[str, Any]:
         rows.append(
             {"label": row.label, "note": row.note, "picked": row.picked, "uri": f"data:image/png;base64,{data}", **size}
         )
-    return {"title": strip.title, "caption": strip.caption, "rows": rows}
+    clips = []
+    for row in strip.clips:
+        height, width = np.shape(row.frames)[1:3]
+        data = base64.b64encode(clip(row.frames, strip.fps)).decode("ascii")
+        size = {"width": width, "height": height, "pixelated": height <= 96}
+        clips.append(
+            {"label": row.label, "note": row.note, "picked": row.picked, "uri": f"data:video/mp4;base64,{data}", **size}
+        )
+    return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips}
+
+
+def _levels(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[float]]:
+    """Judge -> the noise levels it was measured at."""
+    levels: dict[str, set[float]] = {}
+    for row in rows:
+        levels.setdefault(wording.judge_name(row), set()).add(row["t"])
+    return levels
 
 
 def _details(metrics: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, dict[str, str]]:

@@ -10,59 +10,70 @@ from rich.table import Table
 
 from prism.report import wording
 
+Row = Mapping[str, Any]
 
-def accuracy_table(rows: Sequence[Mapping[str, Any]], title: str = "Judge: pairwise accuracy by noise level") -> Table:
-    """`rows` as in metrics.json's "accuracy": one line a judge and noise level, noisiest first."""
-    dimensions = wording.dimensions(rows)
-    table = _table(title, "without ties, 95 % interval over prompts; t = 1000 is pure noise, 0 is clean")
+
+def accuracy_table(rows: Sequence[Row], title: str = "Judge: pairwise accuracy by noise level") -> Table:
+    """`rows` as in metrics.json's "accuracy": one line per judge and noise level, noisiest first; fits 80 columns."""
+    main, others = wording.main_dimension(rows), wording.dimensions(rows)
+    caption = (
+        "without ties: of the decided pairs, with its 95 % interval over prompts; with ties: of all pairs, the "
+        "threshold chosen on validation pairs. t = 1000 is pure noise, 0 is clean"
+    )
+    table = _table(title, caption)
     judges = {(row["judge"], row["head_seed"], row["source"], row["set"]) for row in rows}
     if len(judges) > 1:
         table.add_column("judge")
         table.add_column("set")
     table.add_column("t", justify="right")
-    table.add_column("overall", justify="right", style="bold")
+    table.add_column(main, justify="right", style="bold")
     table.add_column("95 %\ninterval", justify="right", style="dim")
-    for dimension in dimensions:
+    table.add_column("decided\npairs", justify="right", style="dim")
+    for dimension in others:
         table.add_column(dimension, justify="right")
-    table.add_column("with ties", justify="right")
-    table.add_column("pairs", justify="right", style="dim")
+    table.add_column(f"{main}\nwith ties", justify="right")
+    table.add_column("all\npairs", justify="right", style="dim")
     for group in wording.by_level(rows):
-        main = group.get("overall") or next(iter(group.values()))
-        lead = [wording.judge_name(main), main["set"]] if len(judges) > 1 else []
+        row = group.get(main) or next(iter(group.values()))
+        lead = [wording.judge_name(row), row["set"]] if len(judges) > 1 else []
         cells = [
-            f"{main['t']:g}",
-            wording.percent(main["without_ties"]),
-            wording.percent_interval(main["without_ties_ci95"]),
-            *(wording.percent(group[name]["without_ties"] if name in group else None) for name in dimensions),
-            wording.percent(main["with_ties_validation_threshold"]),
-            str(main["pairs"]),
+            f"{row['t']:g}",
+            wording.percent(row["without_ties"]),
+            wording.percent_interval(row["without_ties_ci95"]),
+            wording.whole(row.get("decided_pairs")),
+            *(wording.percent(group[name]["without_ties"] if name in group else None) for name in others),
+            wording.percent(row["with_ties_validation_threshold"]),
+            str(row["pairs"]),
         ]
         table.add_row(*lead, *cells)
     return table
 
 
-def judges_table(rows: Sequence[Mapping[str, Any]], title: str = "Judges: pairwise accuracy by noise level") -> Table:
-    """The overall accuracy of several judges side by side, one line a noise level, noisiest first; fits 80 columns."""
-    table = _table(title, "overall, without ties, 95 % interval over prompts; t = 1000 is pure noise, 0 is clean")
-    groups = wording.by_level(rows)
+def judges_table(rows: Sequence[Row], title: str = "Judges: pairwise accuracy by noise level") -> Table:
+    """The main accuracy of several judges side by side, one line per noise level, noisiest first; fits 80 columns."""
+    main, groups = wording.main_dimension(rows), wording.by_level(rows)
+    short = wording.short_names(rows)
     names = list(dict.fromkeys(wording.judge_name(next(iter(group.values()))) for group in groups))
-    table.add_column("t", justify="right")
-    for name in names:
-        table.add_column(name, justify="right", style="bold")
-        table.add_column("95 %\ninterval", justify="right", style="dim")
     cells: dict[float, dict[str, tuple[str, str]]] = {}
     for group in groups:
-        row = group.get("overall") or next(iter(group.values()))
+        row = group.get(main) or next(iter(group.values()))
         pair = wording.percent(row["without_ties"]), wording.percent_interval(row["without_ties_ci95"], 0)
         cells.setdefault(row["t"], {})[wording.judge_name(row)] = pair
+    missing = f"; {wording.MISSING}: not measured" if any(len(some) < len(names) for some in cells.values()) else ""
+    of = next((f" of {row['decided_pairs']} decided pairs" for row in rows if row.get("decided_pairs")), "")
+    table = _table(title, f"{main}, without ties{of}, 95 % interval over prompts; t = 1000 is noise, 0 clean{missing}")
+    table.add_column("t", justify="right")
+    for name in names:
+        table.add_column(short[name], justify="right", style="bold")
+        table.add_column("95 %\ninterval", justify="right", style="dim")
     for t in sorted(cells, reverse=True):
-        found = [cells[t].get(name, (wording.MISSING, wording.MISSING)) for name in names]
-        table.add_row(f"{t:g}", *(cell for pair in found for cell in pair))
+        line = [cells[t].get(name, (wording.MISSING, wording.MISSING)) for name in names]
+        table.add_row(f"{t:g}", *(cell for pair in line for cell in pair))
     return table
 
 
-def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """`rows` as in metrics.json's "best_of_n": one line a strategy, as given; fits 80 columns.
+def best_of_n_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """`rows` as in metrics.json's "best_of_n": one line per strategy, as given; fits 80 columns.
 
     The columns of what a pick gains are left out where no referee measured it.
     """
@@ -71,18 +82,19 @@ def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None)
     main = [row for row in rows if wording.is_main(row) and row["strategy"] != "none"]
     settings = list(dict.fromkeys(f"{wording.strategy_name(row)}: {wording.how(row)}" for row in main))
     prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
-    unit = [f"{prompts} prompts; gain over a random pick in within-prompt standard deviations"] if measured else []
+    unit = f"{prompts} prompts; gain: over a random pick on average, in within-prompt standard deviations"
     name = f"Best-of-{sizes}: {'what each strategy picks and what it costs' if measured else 'what it cost'}"
-    table = _table(title or name, "\n".join([*unit, "; ".join(settings)]))
-    table.add_column("strategy", style="bold")
+    table = _table(title or name, "\n".join([*([unit] if measured else []), "; ".join(settings)]))
+    table.add_column("strategy", style="bold", no_wrap=True)
     if measured:
-        table.add_column("gain", justify="right")
-        table.add_column("95 %\ninterval", justify="right", style="dim")
-        table.add_column("share of\noracle", justify="right")
-    table.add_column("denoiser\nrows", justify="right")
-    table.add_column("share of\nfull", justify="right")
-    table.add_column("VAE\ndecodes", justify="right")
-    table.add_column("seconds", justify="right", style="dim")
+        table.add_column("gain", justify="right", no_wrap=True)
+        table.add_column("95 %\ninterval", justify="right", style="dim", no_wrap=True)
+        table.add_column("share of\noracle", justify="right", no_wrap=True)
+    table.add_column("denoiser\nrows", justify="right", no_wrap=True)
+    table.add_column("share of\nfull", justify="right", no_wrap=True)
+    table.add_column("VAE\ndecodes", justify="right", no_wrap=True)
+    if not measured:
+        table.add_column("seconds", justify="right", style="dim", no_wrap=True)
     for row in rows:
         gain = [
             wording.signed(row["referee_gain"]),
@@ -95,8 +107,22 @@ def best_of_n_table(rows: Sequence[Mapping[str, Any]], title: str | None = None)
             wording.count(row["denoiser_rows"]),
             wording.percent(row["denoiser_share_of_full"]),
             wording.count(row["vae_decodes"]),
-            f"{row['seconds']:.1f}",
+            *([] if measured else [f"{row['seconds']:.1f}"]),
         )
+    return table
+
+
+def beside_table(beside: Mapping[str, Any]) -> Table:
+    """A run's main numbers beside the full run's; fits 80 columns."""
+    many = f"{beside['full_prompts']} prompts, {beside['full_judges']} judges"
+    few = f"{beside['prompts']} prompt{'' if beside['prompts'] == 1 else 's'}"
+    caption = f"full run: docs/evidence, {many}; this one: {few}. 95 % intervals over prompts"
+    table = _table("This run beside the full run", caption)
+    for name in ("", "this run", "95 %\ninterval", "full run", "95 %\ninterval"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in beside["rows"]:
+        here = wording.percent(row["value"]), wording.percent_interval(row["ci95"], 0)
+        table.add_row(row["what"], *here, wording.percent(row["full"]), wording.percent_interval(row["full_ci95"], 0))
     return table
 
 

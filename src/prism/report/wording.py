@@ -10,9 +10,16 @@ _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
 
 
+def main_dimension(rows: Sequence[Row]) -> str:
+    """The dimension that leads a table of accuracy rows: overall, or the first of a judge that has no overall."""
+    names = [row["dimension"] for row in rows]
+    return "overall" if "overall" in names or not names else names[0]
+
+
 def dimensions(rows: Sequence[Row]) -> list[str]:
-    """The dimensions of accuracy rows besides the overall one, in order of appearance."""
-    return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != "overall"]
+    """The dimensions of accuracy rows besides the main one, in order of appearance."""
+    main = main_dimension(rows)
+    return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != main]
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
@@ -85,11 +92,17 @@ def points_interval(value: Sequence[float] | None) -> str:
 
 def judge_name(row: Row) -> str:
     """The judge with its head's seed and training source where it has them."""
-    seed = "" if row.get("head_seed") is None else f" #{row['head_seed']}"
+    seed = "" if row.get("head_seed") is None else f", seed {row['head_seed']}"
     if row.get("head_seeds"):
         seed = f", {len(row['head_seeds'])} seeds"
     source = "" if row.get("source") in (None, "renoised", "decoded") else f" ({row['source']})"
     return f"{row['judge']}{seed}{source}"
+
+
+def short_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Names of judges without seeds where they are told apart without: name -> short name."""
+    names = {judge_name(row): row["judge"] for row in rows}
+    return {name: short if list(names.values()).count(short) == 1 else name for name, short in names.items()}
 
 
 def by_level(rows: Sequence[Row]) -> list[dict[str, Row]]:
