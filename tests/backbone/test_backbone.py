@@ -172,10 +172,7 @@ def test_decode_is_the_pipeline_decode_and_encode_its_inverse(setting: Any) -> N
     torch.testing.assert_close(mode, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_everything_is_frozen(wan: Backbone) -> None:
-    modules = [value for value in wan.pipe.components.values() if isinstance(value, torch.nn.Module)]
-    assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
-    assert not any(module.training for module in modules)
+def test_widths_and_taps(wan: Backbone) -> None:
     assert (wan.widths, wan.num_blocks, wan.default_tap) == ([24, 24, 24], 3, 1)
 
 

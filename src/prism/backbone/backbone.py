@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from prism.backbone import layout, taps, videos
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name
 from prism.backbone.families import family_of, is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
+from prism.backbone.holding import held
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
 from prism.backbone.kept import ConditioningCache, alone, with_tensors
-from prism.backbone.obstacles import check_whole, misfits_told
+from prism.backbone.obstacles import check_whole, misfits_told, warn_cut_off
 from prism.backbone.partial import load_pipeline
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.errors import PrismError
@@ -36,7 +36,7 @@ _IRRELEVANT = frozenset(
 
 
 class Backbone:
-    """A pipeline, frozen, as a judge and a sampler read it (DESIGN: backbone).
+    """A pipeline as a judge and a sampler read it, frozen to them: nothing on it is changed or trained.
 
     Attributes: `pipe`; `family`, its row of facts; `denoiser`, its `config` and its `blocks`; `num_blocks`; `widths`,
     D_vis after each block; `default_tap`, the number of blocks a head reads after when nothing else is said (paper,
@@ -65,8 +65,6 @@ class Backbone:
                 )
         self.t_range = self._t_range(len(self._denoisers))
         self.config = config_of(self.denoiser)
-        for module in parts.values():
-            module.requires_grad_(False).eval()
         self.partial = False  # whether the denoiser has its first blocks alone
         self.num_blocks = len(self.blocks)
         self.widths = self.family.block_widths(self.denoiser)
@@ -75,7 +73,7 @@ class Backbone:
         self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: ConditioningCache[tuple[str, str], Conditioning] = ConditioningCache()
         self._freeing = False
-        self._said: set[str] = set()
+        self._measured: dict[str, None] = {}  # prompts whose length was looked at
 
     def __repr__(self) -> str:
         partial = ", first blocks alone" if self.partial else ""
@@ -157,6 +155,10 @@ class Backbone:
         all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache of 256 MiB,
         which drops what was not used for longest. Raises PrismError for an empty prompt or an unknown argument.
         """
+        with self.held():
+            return self._condition(prompts, call)
+
+    def _condition(self, prompts: Sequence[str], call: dict[str, Any]) -> Conditioning | Ragged:
         self.check_call(prompts, call)
         prompts = [prompt or "" for prompt in prompts]
         images = call.get("image")
@@ -187,6 +189,10 @@ class Backbone:
         """Drop the conditionings of earlier prompts."""
         self._conditionings.clear()
 
+    def held(self) -> AbstractContextManager[None]:
+        """While open the pipeline is this thread's, see `prism.backbone.holding.held`; whatever reads asks for it."""
+        return held(self.pipe)
+
     @contextmanager
     def freed(self) -> Iterator[None]:
         """Afterwards models that `enable_model_cpu_offload` brought to the accelerator are back, as after a call."""
@@ -196,7 +202,8 @@ class Backbone:
         finally:
             if outermost:
                 self._freeing = False
-                free_hooks(self.pipe)
+                with self.held():
+                    free_hooks(self.pipe)
 
     def _is_relevant(self, name: str) -> bool:
         """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
@@ -261,7 +268,7 @@ class Backbone:
                 f"The denoiser {self.reads!r} is used for t from {low:g} to {high:g}, found {levels.tolist()}; "
                 "read the pipeline's other denoiser there."
             )
-        with self.freed(), misfits_told(self.pipe):
+        with self.held(), self.freed(), misfits_told(self.pipe):
             if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
                 ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
                 read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
@@ -298,7 +305,8 @@ class Backbone:
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
         check_whole((self.denoiser,))
         chosen = {number: tapped[number - 1] for number in blocks}
-        return taps.read(self.denoiser, self.family, self.config, arguments, chosen, stop, forward, self.listens)
+        with self.held():
+            return taps.read(self.denoiser, self.family, self.config, arguments, chosen, stop, forward, self.listens)
 
     # -- videos
 
@@ -310,7 +318,7 @@ class Backbone:
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
         pixels = torch.from_numpy(media.videos(video))
-        with self.freed():
+        with self.held(), self.freed():
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
@@ -318,7 +326,7 @@ class Backbone:
 
         grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
         """
-        with self.freed():
+        with self.held(), self.freed():
             return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid)
 
     # -- checks
@@ -344,18 +352,9 @@ class Backbone:
                 raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
         limit = call.get("max_sequence_length", self.default("max_sequence_length")) or self.family.text_limit
         tokenizer = getattr(self.pipe, "tokenizer", None)
-        new = [prompt for prompt in prompts if prompt not in self._said]
-        if limit is None or tokenizer is None or not new:
-            return
-        self._said.update(new)
-        for prompt, ids in zip(new, tokenizer(new).input_ids):
-            if len(ids) > limit:
-                warnings.warn(
-                    f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; it is cut off "
-                    "there. Shorten it"
-                    + (", or raise max_sequence_length." if self.takes("max_sequence_length") else "."),
-                    stacklevel=3,
-                )
+        if limit is not None and tokenizer is not None:
+            with self.held():
+                warn_cut_off(prompts, tokenizer, limit, self.takes("max_sequence_length"), self._measured)
 
     def num_inference_steps(self, call: dict[str, Any]) -> int:
         """The number of steps that `pipe(**call)` is going to make."""

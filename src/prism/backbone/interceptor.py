@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
+from prism.backbone.holding import here
 from prism.backbone.obstacles import misfits_told
 from prism.backbone.protocol import tensor_of
 from prism.errors import PrismError
@@ -40,14 +42,19 @@ class StopCall(Exception):
 
 
 @contextmanager
-def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there."""
+def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
+    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there.
+
+    Calls that another thread makes meanwhile go straight to `inner`, and unless `reads` so do those of a judge that
+    reads inside the call that is watched, from the user's callback.
+    """
     target = getattr(target, "_orig_mod", target)  # what torch.compile gives hands its attributes on
     found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
+    wrapper = _Around(wrapper, inner, reads)
 
     @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
     def call(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(inner, *args, **kwargs)
+        return wrapper(*args, **kwargs)
 
     try:
         setattr(target, name, call)
@@ -60,18 +67,21 @@ def around(target: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None
 
 
 class _Around:
-    """A wrapper around a module's call, which may itself be wrapped."""
+    """A wrapper around a call, which may itself be wrapped; see `around` for the calls that it lets pass."""
 
-    def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any]):
-        self.wrapper, self.inner = wrapper, inner
+    def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any], reads: bool):
+        self.wrapper, self.inner, self.reads, self.place = wrapper, inner, reads, here.place
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (thread, depth), place = self.place, here.place
+        if place[0] != thread or not (self.reads or place[1] == depth):
+            return self.inner(*args, **kwargs)
         return self.wrapper(self.inner, *args, **kwargs)
 
 
 @contextmanager
-def around_module(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """While open, `module(...)` is `wrapper(inner, ...)`.
+def around_module(module: nn.Module, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
+    """While open, `module(...)` is `wrapper(inner, ...)`; see `around`.
 
     This stands where `Module.compile` stands, outside `forward` and all hooks: an answered call moves no offloaded
     weights, accelerate may remove and re-add its hooks meanwhile, and compiled modules stay compiled.
@@ -79,7 +89,7 @@ def around_module(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[No
     found = vars(module).get("_compiled_call_impl", _ABSENT)
     inner = module._compiled_call_impl or module._call_impl
     try:
-        module._compiled_call_impl = _Around(wrapper, inner)
+        module._compiled_call_impl = _Around(wrapper, inner, reads)
         yield
     finally:
         if found is not _ABSENT:
@@ -99,28 +109,51 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def state_kept(pipe: Any) -> Iterator[None]:
-    """Restores the scheduler's state and what a call leaves on the pipeline; progress bars are off meanwhile."""
-    scheduler, before = dict(vars(pipe.scheduler)), dict(vars(pipe))
+    """Restores what a call leaves on the pipeline and on its parts that are no modules (scheduler, guider), so that
+    the next call starts as this one did; progress bars are off meanwhile.
+    """
+    parts = {id(part): part for part in (*pipe.components.values(), pipe.scheduler) if _has_state(part)}
+    before = {key: (dict(vars(part)), _contents(vars(part))) for key, part in parts.items()}
+    own = dict(vars(pipe))
     try:
         pipe._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         yield
     finally:
-        vars(pipe.scheduler).clear()
-        vars(pipe.scheduler).update(scheduler)
+        for key, part in parts.items():
+            attributes, contents = before[key]
+            vars(part).clear()
+            vars(part).update(attributes)
+            for name, content in contents.items():
+                _refill(attributes[name], content)
         for name in [name for name in vars(pipe) if name.startswith("_") and name not in _OFFLOADING]:
-            if name not in before:
+            if name not in own:
                 delattr(pipe, name)
-            elif vars(pipe)[name] is not before[name]:
-                setattr(pipe, name, before[name])
+            elif vars(pipe)[name] is not own[name]:
+                setattr(pipe, name, own[name])
+
+
+def _has_state(part: Any) -> bool:
+    """Whether a call may leave something on a part: modules keep nothing, and tokenizers hold much and keep nothing."""
+    return hasattr(part, "__dict__") and not isinstance(part, nn.Module | PreTrainedTokenizerBase | type)
+
+
+def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the plain containers among them, which a call may change in place."""
+    return {name: value.copy() for name, value in attributes.items() if type(value) in (list, dict, set)}
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], bool] = lambda: False) -> Any:
-    """The stock call's result, or None where it was ended by `StopCall`.
+    """The stock call's result, or None where it was ended by `StopCall`. It leaves the pipeline as it found it.
 
     What the pipeline refuses before its first denoiser call (`started`) is a mistake in the call's arguments.
     """
     try:
-        with misfits_told(pipe):
+        with misfits_told(pipe), state_kept(pipe):
             return pipe(**call)
     except StopCall:
         free_hooks(pipe)  # the stopped call did not come to its own
@@ -148,7 +181,6 @@ def capture(pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any]) 
         raise StopCall
 
     with ExitStack() as stack:
-        stack.enter_context(state_kept(pipe))
         for denoiser in denoisers:
             stack.enter_context(around_module(denoiser, partial(keep, denoiser)))
         run_until_stopped(pipe, call)

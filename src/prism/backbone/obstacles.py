@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from prism.errors import PrismError
 # Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
+_MEASURED_PROMPTS = 10_000  # whose length is remembered
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 
 
@@ -60,3 +62,18 @@ def misfits_told(pipe: Any) -> Iterator[None]:
             f"The parts of {type(pipe).__name__} do not fit together ({told}); bring them to one device and dtype. "
             f"torch says: {' '.join(str(error).split())[:160]}"
         ) from error
+
+
+def warn_cut_off(prompts: Sequence[str], tokenizer: Any, limit: int, raisable: bool, measured: dict[str, None]) -> None:
+    """Warn, once each, of prompts that have more tokens than the pipeline takes; `measured` are those seen before."""
+    new = [prompt for prompt in prompts if prompt not in measured]
+    for prompt, ids in zip(new, tokenizer(new).input_ids if new else ()):
+        if len(ids) > limit:
+            warnings.warn(
+                f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; it is cut off "
+                "there. Shorten it" + (", or raise max_sequence_length." if raisable else "."),
+                stacklevel=4,
+            )
+    measured.update(dict.fromkeys(new))
+    for old in list(measured)[:-_MEASURED_PROMPTS]:
+        del measured[old]

@@ -47,7 +47,7 @@ class Pipeline(Protocol):
             arguments, its clock, its form of guidance.
         components: the parts by name. Among them the denoiser, an `nn.Module` called `transformer` (a second one
             `transformer_2`) or `unet`, which is an attribute of that name as well; parts whose names begin with
-            `text_encoder` are run once a text. Modules among them are frozen and put into evaluation mode.
+            `text_encoder` are run once a text. Modules among them are in evaluation mode while PRISM calls.
         scheduler, vae: as above. Both are also looked up here, by these names, at every use.
 
     The denoiser is called as a module, `self.transformer(...)`, so that hooks run, with its arguments by name or by

@@ -300,7 +300,8 @@ class Judge:
         Raises:
             PrismError: where a row's latents give no finite score.
         """
-        return self._finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)))
+        with self.backbone.held():
+            return self._finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)))
 
     @torch.no_grad()
     def score_clean(
@@ -332,7 +333,7 @@ class Judge:
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
-        with self.backbone.freed():  # once, not after each draw
+        with self.backbone.held(), self.backbone.freed():  # once, not after each draw
             for _ in range(num_draws):
                 noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
                 draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
@@ -374,7 +375,8 @@ class Judge:
 
         With the share that the prompt's tokens get they sum to one. Arguments as of ``score``.
         """
-        tokens = self._tokens(noisy_latents, prompts, t, call)
+        with self.backbone.held():
+            tokens = self._tokens(noisy_latents, prompts, t, call)
         count = tokens.visual.shape[1]
         maps = [
             member.head.attention(tokens.after(member.tap), tokens.text, tokens.text_mask)[..., :count].mean(1)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from prism.backbone import Backbone
 from prism.backbone.conditioning import is_single
-from prism.backbone.interceptor import state_kept
 from prism.backbone.obstacles import check_whole
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -247,7 +246,7 @@ def best_of_n(
 
 def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> BestOfNResult:
     """One prompt's search, and its winners finished."""
-    with state_kept(search.backbone.pipe), meter.open():
+    with search.backbone.held(), meter.open():
         winners = _within_memory(search, STRATEGIES[strategy])
         try:
             finished = search.finish(winners)

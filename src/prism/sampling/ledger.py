@@ -78,18 +78,18 @@ class Meter:
         start = time.perf_counter()
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
-                stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
+                stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser), reads=True))
             for name, module in self.backbone.encoders.items():
-                stack.enter_context(around_module(module, partial(self._encode, name)))
+                stack.enter_context(around_module(module, partial(self._encode, name), reads=True))
             if hasattr(pipe, "encode_prompt"):
-                stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt))
+                stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt, reads=True))
             for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
                 if hasattr(getattr(pipe, "vae", None), name):
-                    stack.enter_context(around(pipe.vae, name, counted))
+                    stack.enter_context(around(pipe.vae, name, counted, reads=True))
             if not self.backbone.family.counts_calls:
-                stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+                stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step, reads=True))
             if hasattr(self.judge, "score_tokens"):
-                stack.enter_context(around(self.judge, "score_tokens", self._score))
+                stack.enter_context(around(self.judge, "score_tokens", self._score, reads=True))
             try:
                 yield self.ledger
             finally:
