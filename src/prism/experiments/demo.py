@@ -136,20 +136,13 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     from prism.experiments.contest import Panel
     from prism.preference import LatentStore
     from prism.shapeworld import candidates
-    from prism.training.learner import store_identity
 
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
     backbone, call, name = load_backbone(device=device)
     own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
     shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
-    identity = {
-        "config": _plain({**asdict(config), "call": call}),
-        "backbone": backbone.fingerprint(),
-        "store": None if shipped is None else store_identity(shipped),
-        "version": prism.__version__,
-    }
-    parts = Parts(place, identity, restart=overwrite)
+    parts = Parts(place, identity(config, backbone, call, shipped), restart=overwrite)
 
     def seconds(name: str, *prefixes: str) -> None:
         paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
@@ -239,6 +232,18 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
             evidence.write(folder / "evidence", metrics, written, _command(out, config))
             shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")
     return metrics
+
+
+def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: Any) -> dict[str, Any]:
+    """What the parts of a demo depend on. `shipped`: the store that it trains on, or None where it samples its own."""
+    from prism.training.learner import store_identity
+
+    return {
+        "config": _plain({**asdict(config), "call": call}),
+        "backbone": backbone.fingerprint(),
+        "store": None if shipped is None else store_identity(shipped),
+        "version": prism.__version__,
+    }
 
 
 def make_contest(

@@ -49,11 +49,14 @@ def run(
     backbone: Backbone | None = None,
     overwrite: bool = False,
     command: str = "",
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Sample candidates of the first prompts of `splits` with `CALL`, and write a latent store to `out`.
 
     splits: name -> prompts, candidates of each. With `trajectories`, the states after each step but the last are kept
     too, with their noise level. Parts go to `<out>.parts` as they are done, so that a killed run goes on where it was.
+    share: (i, n) with n > 1 makes the parts i, i + n, ... alone, so that n processes work side by side; a run without
+    it then joins them.
     """
     files.check_new_folder(out, overwrite)
     if backbone is None:
@@ -80,12 +83,16 @@ def run(
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
     for number, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
+        if number % share[1] != share[0]:
+            continue
         path = parts / f"{number:05d}.safetensors"
         if not path.is_file():
             part = _sample(backbone, call, chunk, trajectories)
             save_file(part, path.with_suffix(".partial"))
             path.with_suffix(".partial").replace(path)
         done.append(load_file(path))
+    if share[1] > 1:
+        return
     joined = {name: torch.cat([part[name] for part in done]) for name in done[0]}
     columns: dict[str, Any] = {
         "video": [f"{split}-{s}" for split, _, s in work],
