@@ -32,7 +32,8 @@ def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
             verb = "kept" if candidate in cut["kept"] else "dropped"
             fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
     backbone = contest.panel.backbone
-    expected = backbone.decode(_expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call))
+    clean = _expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call)
+    expected = backbone.decode(clean).cpu()
     videos = [video.numpy() for video in contest.videos]
     at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
     at_end = [FilmRow(f"seed {seeds[c]}", videos[c], f"referee {values[c]:.2f}", picked=c == chosen) for c in fate]
