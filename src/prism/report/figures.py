@@ -252,14 +252,16 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
                 cost = hits + 0.2 * away + 1000 * outside
                 if best is None or cost < best[0]:
-                    best = cost, middle, box
+                    best = cost, across, box
         assert best is not None
-        _, middle, box = best
+        _, across, box = best
         taken += [(box.x0, box.y0, box.x1, box.y1)] * 20
+        place = {1: box.x0, 0: (box.x0 + box.x1) / 2, -1: box.x1}[across]
         axes.annotate(
             label.text,
-            tuple(axes.transData.inverted().transform(middle)),
-            ha="center",
+            # anchored where it is next to its point, so that a page may write it larger
+            tuple(axes.transData.inverted().transform((place, (box.y0 + box.y1) / 2))),
+            ha={1: "left", 0: "center", -1: "right"}[across],
             va="center",
             color=label.colour,
             fontsize=label.size,
