@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from prism.errors import PrismError
-from prism.preference import check_disjoint, group_by_prompt, pairs_from_scores
+from prism.preference import check_disjoint, group_by_prompt, pairs_from_scores, prompt_key
 
 MARGINS = {"VQ": 0.3, "MQ": 0.4, "TA": 0.2}
 
@@ -54,6 +54,32 @@ def test_pairs_from_scores_refuses():
         pairs_from_scores(videos(), {"VQ": -0.1})
     with pytest.raises(PrismError, match="overall"):
         pairs_from_scores(videos(), {"overall": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.set_column(0, "video", pa.array(range(20))), "column video .* must hold texts, found 0 in row 0"),
+        (lambda t: t.set_column(1, "prompt", pa.array([None] * 20)), "column prompt .* must hold texts, found None"),
+        (
+            lambda t: t.set_column(3, "VQ", pa.array(["good"] * 20)),
+            "scores VQ of the videos must be numbers, found string",
+        ),
+        (lambda t: t.drop_columns(["split"]), "need one column split"),
+        (lambda t: t.to_pylist(), "must be a table of pyarrow, found list"),
+    ],
+)
+def test_pairs_from_scores_refuses_odd_tables(change, sentence):
+    with pytest.raises(PrismError, match=sentence):
+        pairs_from_scores(change(videos()), MARGINS)
+    with pytest.raises(PrismError, match=r"tie margin of VQ must be a finite number; found 0\.3x"):
+        pairs_from_scores(videos(), {"VQ": "0.3x"})
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a cat"], b"a cat", {"text": "a cat"}])
+def test_a_prompt_that_is_no_text_is_named(prompt):
+    with pytest.raises(PrismError, match=r"A prompt must be a text, found .*(None|3|a cat)"):
+        prompt_key(prompt)
 
 
 def test_groups_hold_every_labelled_pair_of_their_split():

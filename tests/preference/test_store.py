@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import pyarrow as pa
@@ -95,6 +96,20 @@ def last(path, column, value):
     edit(path, column, [*pq.read_table(path)[column].to_pylist()[:-1], value])
 
 
+def twice(path, column):
+    table = pq.read_table(path)
+    pq.write_table(pa.Table.from_arrays([*table.columns, table[column]], [*table.column_names, column]), path)
+
+
+def meta(folder, **changes):
+    files.write_json(folder / "store.json", {**files.read_json(folder / "store.json"), **changes})
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 BREAKAGES = {
     "no store.json": (lambda f: (f / "store.json").unlink(), "store.json does not exist"),
     "other schema": (lambda f: files.write_json(f / "store.json", {"schema": 9}), "schema 9"),
@@ -122,6 +137,43 @@ BREAKAGES = {
     "leak in pairs": (lambda f: last(f / "pairs.parquet", "prompt", "prompt 0"), "in the splits train and test"),
     "leak in videos": (lambda f: last(f / "videos.parquet", "prompt", "prompt 0"), "in the splits train and test"),
     "label": (lambda f: edit(f / "pairs.parquet", "VQ", [5] * 9), "found 5"),
+    "labels in words": (
+        lambda f: edit(f / "pairs.parquet", "VQ", ["1"] * 9),
+        "VQ must be 1, -1, 0 or null, found string",
+    ),
+    "a null prompt": (lambda f: first(f / "pairs.parquet", "prompt", None), "prompt of .* found none in row 0"),
+    "videos in numbers": (
+        lambda f: edit(f / "videos.parquet", "video", list(range(9))),
+        "must hold texts, found int64",
+    ),
+    "rows in words": (lambda f: edit(f / "videos.parquet", "row", ["0"] * 9), "must hold whole numbers from 0"),
+    "column twice": (lambda f: twice(f / "videos.parquet", "prompt"), "has the column prompt twice"),
+    "call is a list": (lambda f: meta(f, call=[1, 2]), "field call of .* must be an object"),
+    "checksums are a text": (lambda f: meta(f, sha256="00"), "field sha256 of .* must be an object"),
+    "backbone is a text": (lambda f: meta(f, backbone="vae"), "field backbone of .* must be an object"),
+    "nested": (lambda f: (f / "store.json").write_text("[" * 100_000), "nested too deeply"),
+    "a pipe": (lambda f: pipe(f / "store.json"), "is no regular file"),
+    "a pipe of latents": (lambda f: pipe(f / "latents-00000.safetensors"), "is no regular file"),
+    "float8": (
+        lambda f: save_file(
+            {"latents": torch.zeros(9, *SHAPE).to(torch.float8_e4m3fn)}, f / "latents-00000.safetensors"
+        ),
+        "latents in .* must be of F16, BF16, F32, F64, I8; found F8_E4M3",
+    ),
+    "one number": (
+        lambda f: save_file({"latents": torch.zeros(9)}, f / "latents-00000.safetensors"),
+        "found the shape",
+    ),
+    "no scale": (
+        lambda f: save_file({"latents": torch.zeros(9, *SHAPE).to(torch.int8)}, f / "latents-00000.safetensors"),
+        "no tensor 'scale'",
+    ),
+    "states of another shape": (
+        lambda f: save_file(
+            {"states": torch.zeros(9, 4, 2), "t": torch.zeros(9, 4)}, f / "trajectory-00000.safetensors"
+        ),
+        r"must be states \(rows, S, ...\)",
+    ),
 }
 
 
@@ -130,8 +182,10 @@ def test_broken_stores_are_refused(tmp_path, name):
     folder, _, _ = make(tmp_path / "store")
     damage, sentence = BREAKAGES[name]
     damage(folder)
-    with pytest.raises(PrismError, match=sentence):
+    with pytest.raises(PrismError, match=sentence) as refused:
         LatentStore.open(folder)
+    assert len(str(refused.value)) <= 500
+    assert str(refused.value).isprintable()
 
 
 def test_a_missing_folder_or_video_is_named(tmp_path):
@@ -143,15 +197,82 @@ def test_a_missing_folder_or_video_is_named(tmp_path):
 
 
 def test_latents_that_are_not_numbers_are_named(tmp_path):
-    folder, _, _ = make(tmp_path / "store")
-    path = folder / "latents-00000.safetensors"
-    latents = load_file(path)["latents"].clone()
+    latents = torch.randn(9, *SHAPE)
     latents[4, 0, 0, 0, 0] = float("nan")
-    save_file({"latents": latents}, path)
+    folder, _, _ = make(tmp_path / "store", latents=latents)
     store = LatentStore.open(folder)
     store.latents(["v3"])
     with pytest.raises(PrismError, match=r"'v4'.*NaN"):
         store.latents(["v3", "v4"])
+
+
+@pytest.mark.parametrize("kind", ["latents", "trajectory"])
+def test_a_flipped_bit_is_noticed_when_its_file_is_read(tmp_path, kind):
+    folder, latents, _ = make(tmp_path / "store", shard_bytes=4 * 24 * 2)
+    path = folder / f"{kind}-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    store = LatentStore.open(folder)
+    assert torch.equal(store.latents(["v0", "v8"]), latents[[0, 8]].float())  # of other files
+    read = store.latents if kind == "latents" else store.trajectory
+    for _ in range(2):  # not the first time alone
+        with pytest.raises(PrismError, match=f"{path.name} is not the one that was written"):
+            read(["v5"])
+    meta = files.read_json(folder / "store.json")
+    del meta["sha256"][path.name]  # changed on purpose; stores of earlier versions have no checksums at all
+    files.write_json(folder / "store.json", meta)
+    read = LatentStore.open(folder).latents if kind == "latents" else LatentStore.open(folder).trajectory
+    read(["v5"])
+
+
+def test_a_table_that_was_changed_is_noticed_when_the_store_is_opened(tmp_path):
+    folder, _, _ = make(tmp_path / "store")
+    edit(folder / "pairs.parquet", "VQ", [1] * 9)
+    with pytest.raises(PrismError, match=r"pairs\.parquet is not the one that was written"):
+        LatentStore.open(folder)
+
+
+def test_many_videos_are_checked_once_each(tmp_path):
+    """A count of comparisons, for no clock can be trusted: names are looked up, not searched for."""
+
+    class Name(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    folder, _, _ = make(tmp_path / "store", per_prompt=40, trajectories=False)
+    store = LatentStore.open(folder)
+    ids = [Name(f"v{i}") for i in range(119)]
+
+    class Column:
+        def to_pylist(self):
+            return [*ids, Name("v118")]
+
+    videos = {"video": Column(), "split": store.videos["split"]}
+    store.videos = videos
+    with pytest.raises(PrismError, match=r"'v118' is in .* twice"):
+        store._check_videos()
+    assert Name.compared <= 3 * len(ids)
+
+
+def test_a_folder_named_like_a_column_adds_none(tmp_path):
+    (tmp_path / "split=dev").mkdir()
+    folder, _, _ = make(tmp_path / "split=dev" / "prompt=a")
+    assert LatentStore.open(folder).videos["prompt"][0].as_py() == "prompt 0"
+
+
+def test_a_store_is_its_folder_too(tmp_path):
+    folder, _, _ = make(tmp_path / "store")
+    store = LatentStore.open(folder)
+    assert LatentStore.of(store) is store
+    assert LatentStore.of(str(folder)).folder == folder
+    with pytest.raises(PrismError, match="latent store or its folder is needed, found NoneType"):
+        LatentStore.of(None)
 
 
 def test_a_store_that_cannot_be_opened_is_not_written(tmp_path):

@@ -9,7 +9,8 @@ import random
 import pytest
 import torch
 
-from prism.shapeworld import grammar, referee, world
+from prism.errors import PrismError
+from prism.shapeworld import candidates, grammar, referee, world
 
 
 def scenes(count: int, seed: int = 0, kind: str | None = None) -> list[grammar.Scene]:
@@ -114,6 +115,35 @@ def test_a_longer_list_starts_with_the_shorter():
         grammar.prompts("practice")
     with pytest.raises(ValueError, match="triple"):
         grammar.prompts("train", 1, "triple")
+
+
+def test_a_split_that_has_fewer_prompts_than_asked_says_so():
+    everything = {scene.prompt for scene in grammar._every_scene("single") if grammar.split_of(scene) == "validation"}
+    assert set(grammar.prompts("validation", len(everything), "single")) == everything
+    with pytest.raises(PrismError, match=f"validation has {len(everything)} different prompts of the kind single"):
+        grammar.prompts("validation", len(everything) + 1, "single")
+    with pytest.raises(PrismError, match=f"validation has {2 * len(everything)} different prompts, found 1300 asked"):
+        grammar.prompts("validation", 1300)
+    for count in (-1, 2.5, "three", True):
+        with pytest.raises(PrismError, match="number of prompts must be a whole number"):
+            grammar.prompts("test", count)
+
+
+@pytest.mark.parametrize("kind", grammar.KINDS)
+def test_what_is_counted_is_what_is_drawn(monkeypatch, kind):
+    """In a smaller world, every scene of which is drawn soon."""
+    monkeypatch.setattr(grammar, "COLOURS", {name: grammar.COLOURS[name] for name in ("red", "blue")})
+    monkeypatch.setattr(grammar, "SHAPES", ("circle",))
+    monkeypatch.setattr(grammar, "GROUNDS", {"dark": grammar.GROUNDS["dark"]})
+    chance = random.Random(0)
+    drawn = {grammar.draw_scene(chance, kind).prompt for _ in range(4000)}
+    assert drawn == {scene.prompt for scene in grammar._every_scene(kind)}
+
+
+def test_candidates_of_more_prompts_than_there_are_are_refused_before_work(tmp_path):
+    with pytest.raises(PrismError, match="validation has 1204 different prompts"):
+        candidates.run(tmp_path / "out", dict([candidates.parse_share("validation:1300x2")]))
+    assert not list(tmp_path.iterdir())
 
 
 # -- shapes and paths

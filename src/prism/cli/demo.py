@@ -32,6 +32,7 @@ def demo(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Sample and label the training candidates anew, not the shipped ones.")
     ] = False,
+    batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
     device: options.Device = None,
     overwrite: options.Overwrite = False,
@@ -49,4 +50,7 @@ def demo(
     from prism.experiments import demo as experiment
 
     out = out or Path("runs/full" if full else "runs/demo")
-    show(experiment.run(out=out, full=full, fresh=fresh, seed=seed, overwrite=overwrite, device=device), out)
+    metrics = experiment.run(
+        out=out, full=full, fresh=fresh, seed=seed, overwrite=overwrite, device=device, batch_size=batch_size
+    )
+    show(metrics, out)

@@ -23,6 +23,7 @@ def evaluate(
     num_draws: Annotated[
         int, typer.Option("--num-draws", metavar="INT", help="Noise draws averaged over at each level.")
     ] = 1,
+    batch_size: options.BatchSize = 64,
     seed: options.Seed = 0,
     backbone: options.Backbone = None,
     device: options.Device = None,
@@ -43,6 +44,7 @@ def evaluate(
         split=split,
         timesteps=timesteps,
         num_draws=num_draws,
+        batch_size=batch_size,
         seed=seed,
         backbone=backbone,
         device=device,

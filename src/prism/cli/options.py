@@ -22,6 +22,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT)
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of everything random.")]
+BatchSize = Annotated[
+    int,
+    typer.Option("--batch-size", metavar="INT", help="Videos per denoiser call; halved where memory runs out."),
+]
 Data = Annotated[
     Path | None,
     typer.Option(

@@ -56,6 +56,7 @@ def study(
         int, typer.Option("--inits", metavar="INT", help="Heads of different first weights in each training.")
     ] = 2,
     draws: Annotated[int, typer.Option("--draws", metavar="INT", help="Noise draws scored at each level.")] = 8,
+    batch_size: options.BatchSize = 64,
     backbone: options.Backbone = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -76,6 +77,7 @@ def study(
         steps=steps,
         prompts_per_step=prompts_per_step,
         max_prompts=max_prompts,
+        max_rows=batch_size,
         learning_rate=learning_rate,
     )
     config = experiment.StudyConfig(

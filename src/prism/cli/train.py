@@ -64,6 +64,7 @@ def train(
             rich_help_panel=_TRAINING,
         ),
     ] = 8,
+    batch_size: options.BatchSize = 64,
     learning_rate: Annotated[
         float,
         typer.Option("--learning-rate", metavar="NUMBER", help="AdamW's step size.", rich_help_panel=_TRAINING),
@@ -171,6 +172,7 @@ def train(
     settings = TrainConfig(
         steps=steps,
         prompts_per_step=prompts_per_step,
+        max_rows=batch_size,
         learning_rate=learning_rate,
         schedule=schedule,
         objective=objective,

@@ -106,6 +106,7 @@ def run(
     seed: int = 0,
     overwrite: bool = False,
     device: str | None = None,
+    batch_size: int | None = None,
     config: DemoConfig | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
@@ -114,6 +115,8 @@ def run(
     A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
     """
     config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
+    if batch_size is not None:
+        config = replace(config, train=replace(config.train, max_rows=batch_size))
     files.check_new_folder(out, overwrite)
     with _workshop(out, config.full) as place:
         return _run(out, place, config, overwrite, device)
@@ -170,7 +173,8 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
         shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
         tested = sampled("test-data", "test-store", shares, seed + 3)
-    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, config.pixel_levels)
+    asked = config.pixel_levels, config.train.max_rows
+    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *asked)
     panel, played = Panel(ours), plans(config)
     records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
     contested = {"test": records}
@@ -178,7 +182,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     picks = compare.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
         strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
-        far = judges.measured(parts, strange, ours, others, "unseen", seed, config.pixel_levels)
+        far = judges.measured(parts, strange, ours, others, "unseen", seed, *asked)
         away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
         accuracy, comparison, measured = accuracy + far[0], comparison + far[1], measured + far[2]
         contested["unseen"] = away

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files
+from prism.checks import whole
 from prism.errors import PrismError
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
@@ -19,19 +20,24 @@ NOTES = (
     "picking by it gains: that takes Best-of-N.",
 )
 
+TIMESTEPS = "989,949,899,699,499,299,99,0"
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Options of `prism eval`. `timesteps` are levels in 0 to 1000, apart by commas.
+    """Options of `prism eval`.
 
+    timesteps: levels in 0 to 1000, apart by commas; of the default ones those are taken at which the pipeline uses the
+    denoiser that the head reads. batch_size: videos per denoiser call.
     data: a latent store; None for the labelled candidates that ship with the package.
     """
 
     data: Path | None = None
     head: str | None = None
     split: str = "test"
-    timesteps: str = "989,949,899,699,499,299,99,0"
+    timesteps: str = TIMESTEPS
     num_draws: int = 1
+    batch_size: int = 64
     seed: int = 0
     backbone: str | None = None
     device: str | None = None
@@ -40,7 +46,9 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Evaluate and write metrics.json, config.json and report.html to `out`; returns the metrics."""
-    levels = _levels(config.timesteps)
+    levels = None if config.timesteps == TIMESTEPS else _levels(config.timesteps)
+    whole("--batch-size", config.batch_size)
+    whole("--num-draws", config.num_draws)
     with files.new_folder(out, overwrite) as folder:
         from prism.evaluation import evaluate
         from prism.experiments.loading import describe, load_backbone, load_judge, open_store
@@ -49,7 +57,7 @@ def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str,
         backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
         judge = load_judge(config.head, backbone, embedded=config.backbone is None)
         start = time.perf_counter()
-        rows = evaluate(judge, store, config.split, levels, num_draws=config.num_draws, seed=config.seed)
+        rows = evaluate(judge, store, config.split, levels, config.num_draws, config.seed, config.batch_size)
         timings = {"evaluate": time.perf_counter() - start}
         metrics = document("eval", describe(backbone, name), config.seed, accuracy=rows, timings=timings)
         files.write_json(folder / "metrics.json", metrics)

@@ -79,17 +79,22 @@ def measured(
     split: str,
     seed: int,
     levels: Sequence[float] = (),
+    batch_size: int = 64,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Measurement]]:
     """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them: our judges (of several
     seeds, pooled first), the others, and ours against each of the others, all on the same pairs under the same noise.
 
     levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
+    batch_size: videos per denoiser call.
     """
     named: list[tuple[str, Any, Sequence[float]]] = [
         (f"prism-{judge.trained_on['seed']}", judge, TIMESTEPS) for judge in ours
     ]
     named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
-    found = [_measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t) for name, judge, t in named]
+    found = [
+        _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
+        for name, judge, t in named
+    ]
     for path in (parts.folder / "frames").glob("*.npy"):  # of use to the others of this split alone
         path.unlink()
     own, rest = found[: len(ours)], found[len(ours) :]
@@ -98,13 +103,20 @@ def measured(
 
 
 def _measured(
-    parts: Parts, name: str, store: LatentStore, judge: Any, split: str, seed: int, timesteps: Sequence[float]
+    parts: Parts,
+    name: str,
+    store: LatentStore,
+    judge: Any,
+    split: str,
+    seed: int,
+    timesteps: Sequence[float],
+    batch_size: int,
 ) -> Measurement:
     path = parts.folder / f"{name}.parquet"
 
     def make() -> None:
         partial = path.with_suffix(".partial")
-        measure(judge, store, split, timesteps, seed=seed).save(partial)
+        measure(judge, store, split, timesteps, seed=seed, batch_size=batch_size).save(partial)
         partial.replace(path)
 
     parts.once(name, make)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from prism.checks import number, quoted
 from prism.errors import PrismError
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
@@ -49,6 +50,7 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
     Raises:
         PrismError: where a score column is missing or a margin is negative.
     """
+    columns = _checked_columns(videos)
     for dimension, margin in margins.items():
         if dimension == "overall":
             raise PrismError("The overall label follows from the other dimensions; leave it out of the margins.")
@@ -56,13 +58,11 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
             raise PrismError(
                 f"The videos have no score column {dimension}; they have {', '.join(videos.column_names)}."
             )
-        if not margin >= 0:
+        if not number(f"The tie margin of {dimension}", margin) >= 0:
             raise PrismError(f"The tie margin of {dimension} must be 0 or more, found {margin}.")
-    ids = np.array(videos["video"].to_pylist(), dtype=object)
-    prompts = np.array(videos["prompt"].to_pylist(), dtype=object)
-    splits = np.array(videos["split"].to_pylist(), dtype=object)
+    ids, prompts, splits = columns
     first, second = _within(prompts)
-    columns: dict[str, pa.Array] = {
+    labelled: dict[str, pa.Array] = {
         "prompt": pa.array(prompts[first], pa.string()),
         "video_a": pa.array(ids[first], pa.string()),
         "video_b": pa.array(ids[second], pa.string()),
@@ -70,12 +70,38 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
     }
     votes = []
     for dimension, margin in margins.items():
-        score = videos[dimension].to_numpy().astype(np.float64)
+        score = _scores(videos, dimension)
         difference = score[first] - score[second]
         votes.append(np.where(np.abs(difference) <= margin, 0, np.sign(difference)))  # NaN stays NaN
-        columns[dimension] = _labels(votes[-1])
-    columns["overall"] = _labels(overall(np.stack(votes, 1)) if votes else np.full(len(first), np.nan))
-    return pa.table(columns)
+        labelled[dimension] = _labels(votes[-1])
+    labelled["overall"] = _labels(overall(np.stack(votes, 1)) if votes else np.full(len(first), np.nan))
+    return pa.table(labelled)
+
+
+def _checked_columns(videos: pa.Table) -> list[np.ndarray]:
+    """Videos, prompts and splits, each (n,) of texts."""
+    if not isinstance(videos, pa.Table):
+        raise PrismError(f"The videos must be a table of pyarrow, found {type(videos).__name__}; take pa.table(...).")
+    found = []
+    for name in ("video", "prompt", "split"):
+        if videos.column_names.count(name) != 1:
+            raise PrismError(f"The videos need one column {name}; they have {', '.join(videos.column_names)}.")
+        column = videos[name].to_pylist()
+        for row, text in enumerate(column):
+            if not isinstance(text, str):
+                raise PrismError(
+                    f"The column {name} of the videos must hold texts, found {quoted(text, 80)} in row {row}."
+                )
+        found.append(np.array(column, dtype=object))
+    return found
+
+
+def _scores(videos: pa.Table, dimension: str) -> np.ndarray:
+    """(n,) float64, NaN where null."""
+    kind = videos[dimension].type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise PrismError(f"The scores {dimension} of the videos must be numbers, found {quoted(str(kind), 80)}.")
+    return videos[dimension].cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
 def overall(votes: np.ndarray) -> np.ndarray:
@@ -110,16 +136,21 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
     for dimension in dimensions:
         if dimension not in pairs.column_names:
             known = [name for name in pairs.column_names if name not in PAIR_COLUMNS]
-            raise PrismError(f"The pairs have no labels for {dimension}; they have {', '.join(known) or 'none'}.")
-        try:
-            column = pairs[dimension].cast(pa.float64()).to_numpy(zero_copy_only=False)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise PrismError(
-                f"The labels of {dimension} must be 1, -1, 0 or null, found {pairs[dimension].type}."
-            ) from error
+                f"The pairs have no labels for {quoted(dimension, 80)}; they have "
+                f"{quoted(', '.join(known), 200) if known else 'none'}."
+            )
+        kind = pairs[dimension].type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+            raise PrismError(
+                f"The labels of {quoted(dimension, 80)} must be 1, -1, 0 or null, found {quoted(str(kind), 80)}."
+            )
+        column = pairs[dimension].cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         strange = ~np.isnan(column) & ~np.isin(column, (-1, 0, 1))
         if strange.any():
-            raise PrismError(f"The labels of {dimension} must be 1, -1, 0 or null, found {column[strange][0]:g}.")
+            raise PrismError(
+                f"The labels of {quoted(dimension, 80)} must be 1, -1, 0 or null, found {column[strange][0]:g}."
+            )
         columns.append(column)
     return np.stack(columns, 1) if columns else np.zeros((len(pairs), 0))
 
@@ -147,7 +178,15 @@ def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> l
 
 def prompt_key(prompt: str) -> str:
     """What makes two prompts the same prompt: their words, not their case or spacing. A short hash of these."""
-    return hashlib.sha256(" ".join(prompt.casefold().split()).encode()).hexdigest()[:16]
+    if not isinstance(prompt, str):
+        raise PrismError(f"A prompt must be a text, found {quoted(prompt, 80)}.")
+    return hashlib.sha256(" ".join(prompt.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def cut(name: str, limit: int = 60) -> str:
+    """A name or prompt in quotes, on one line, cut where it is long."""
+    text = repr(name)
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
 def check_disjoint(pairs: pa.Table) -> None:
@@ -167,6 +206,6 @@ def check_disjoint(pairs: pa.Table) -> None:
             other = seen.setdefault((kind, key), split)
             if other != split:
                 raise PrismError(
-                    f"The {kind} {name!r} is in the splits {other} and {split}; "
+                    f"The {kind} {cut(name, 200)} is in the splits {quoted(other, 40)} and {quoted(split, 40)}; "
                     "a split must share no prompt and no video with another, or accuracy means nothing."
                 )

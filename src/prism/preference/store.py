@@ -1,6 +1,7 @@
 """The latent store: a folder of finished videos as latents, with prompts, scores and labelled pairs. I/O only.
 
-    store.json                    schema, pipeline call, backbone fingerprint, command, seed, dimensions
+    store.json                    schema, pipeline call, backbone fingerprint, command, seed, dimensions, and the sha256
+                                  of each other file
     videos.parquet                video, prompt, seed, split, shard, row, and any score columns
     pairs.parquet                 see ``prism.preference.pairs``
     latents-00000.safetensors     "latents" (rows, ...) in the layout of the sampling loop, float16 or float32; or int8
@@ -12,8 +13,8 @@ Latents are read row by row from memory-mapped files, so a store may be larger t
 
 from __future__ import annotations
 
-import contextlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
+from prism.checks import quoted
 from prism.errors import PrismError
+from prism.preference import tables
 from prism.preference.pairs import (
     PAIR_COLUMNS,
     SPLITS,
     PromptGroup,
     check_disjoint,
+    cut,
     group_by_prompt,
     label_matrix,
 )
 
 SCHEMA = 1
-VIDEO_COLUMNS = ("video", "prompt", "seed", "split", "shard", "row")
 SHARD_BYTES = 1 << 30
 
 
@@ -81,7 +84,9 @@ def write_store(
             save_file(states, folder / f"trajectory-{shard:05d}.safetensors")
     pq.write_table(videos, folder / "videos.parquet")
     pq.write_table(pairs, folder / "pairs.parquet")
-    files.write_json(folder / "store.json", {"schema": SCHEMA, **meta})
+    written = [path for kind in ("parquet", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
+    seals = {path.name: files.sha256(path) for path in written}
+    files.write_json(folder / "store.json", {"schema": SCHEMA, **meta, "sha256": seals})
     LatentStore.open(folder)
 
 
@@ -98,6 +103,7 @@ class LatentStore:
         columns = (videos[name].to_pylist() for name in ("video", "shard", "row"))
         self._place = {video: (shard, row) for video, shard, row in zip(*columns)}
         self._shards: dict[Path, Any] = {}
+        self._unread = {folder / name for name in meta.get("sha256") or {}}
 
     def __repr__(self) -> str:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
@@ -112,17 +118,22 @@ class LatentStore:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise PrismError(f"The store {folder} does not exist.")
-        meta = files.read_json(folder / "store.json")
-        if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-            found = meta.get("schema") if isinstance(meta, dict) else type(meta).__name__
-            raise PrismError(f"The store {folder} has schema {found}; this version reads schema {SCHEMA}.")
-        videos = _read_table(folder / "videos.parquet", VIDEO_COLUMNS)
-        pairs = _read_table(folder / "pairs.parquet", PAIR_COLUMNS)
+            raise PrismError(f"The store {tables.named(folder)} does not exist.")
+        meta = tables.read_meta(folder / "store.json")
+        if meta.get("schema") != SCHEMA:
+            found = quoted(meta.get("schema"), 80)
+            raise PrismError(
+                f"The store {tables.named(folder)} has schema {found}; this version reads schema {SCHEMA}."
+            )
+        texts, others = ("video", "prompt", "split"), ("seed",)
+        videos = tables.read_table(folder / "videos.parquet", texts, ("shard", "row"), others)
+        pairs = tables.read_table(folder / "pairs.parquet", PAIR_COLUMNS)
         store = cls(folder, meta, videos, pairs)
         check_disjoint(pairs)
         store._check_videos()
         store._check_pairs()
+        for name in ("videos.parquet", "pairs.parquet"):
+            store._check_seal(folder / name)
         return store
 
     @classmethod
@@ -160,68 +171,119 @@ class LatentStore:
         """Recorded states (n, S, ...) and their t (n, S), both float32; of one ``index``: (n, ...) and (n,)."""
         if not self.has_trajectories:
             raise PrismError(f"The store {self.folder} holds no trajectories; make it anew with trajectories recorded.")
-        ids = list(ids)
-        return self._read("trajectory", "states", ids, index), self._read("trajectory", "t", ids, index)
+        ids, count = list(ids), self.num_states()
+        if index is not None and not -count <= index < count:
+            raise PrismError(f"The store {self.folder} has {count} states of each video, found the index {index}.")
+        index = None if index is None else index % count
+        states, t = self._read("trajectory", "states", ids, index), self._read("trajectory", "t", ids, index)
+        if not bool(((t >= 0) & (t <= 1000)).all()):
+            raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file is altered.")
+        return states, t
 
     def num_states(self) -> int:
         """S, the number of recorded states per video; 0 without trajectories."""
         if not self.has_trajectories:
             return 0
-        return int(self._slice(self.folder / "trajectory-00000.safetensors", "t").get_shape()[1])
+        return int(self._tensor(self._path("trajectory", 0), "t").get_shape()[1])
 
     def _read(self, kind: str, name: str, ids: Iterable[str], index: int | None = None) -> Tensor:
         rows = []
         for video in ids:
             if video not in self._place:
-                raise PrismError(f"The store {self.folder} has no video {video!r}.")
+                raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
             shard, row = self._place[video]
-            view = self._slice(self.folder / f"{kind}-{shard:05d}.safetensors", name)
-            value = (view[row : row + 1] if index is None else view[row : row + 1, index : index + 1]).float()
-            if view.get_dtype() == "I8":
-                value = value * self._slice(self.folder / f"{kind}-{shard:05d}.safetensors", "scale")[:]
+            path = self._path(kind, shard)
+            self._check_seal(path)
+            view = self._tensor(path, name, tables.NUMBERS)
+            try:
+                value = (view[row : row + 1] if index is None else view[row : row + 1, index : index + 1]).float()
+                if view.get_dtype() == "I8":
+                    value = value * self._scale(path)
+            except (SafetensorError, OSError, RuntimeError, IndexError, ValueError) as error:
+                raise PrismError(
+                    f"The {name} of row {row} cannot be read from {tables.named(path)} ({quoted(error, 150)})."
+                ) from error
             if not bool(torch.isfinite(value).all()):
-                raise PrismError(f"The {name} of video {video!r} in {self.folder} hold NaN or infinity.")
+                raise PrismError(f"The {name} of video {cut(video)} in {self.folder} hold NaN or infinity.")
             rows.append(value[0] if index is None else value[0, 0])
         if not rows:
             raise PrismError(f"No videos were asked for in the store {self.folder}.")
         return torch.stack(rows)
 
-    def _slice(self, path: Path, name: str) -> Any:
+    def _scale(self, path: Path) -> Tensor:
+        scale: Tensor = self._tensor(path, "scale")[:].float()
+        if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
+            raise PrismError(
+                f"The tensor scale in {tables.named(path)} must hold finite numbers from 0; the file is altered."
+            )
+        return scale
+
+    def _path(self, kind: str, shard: int) -> Path:
+        return self.folder / f"{kind}-{shard:05d}.safetensors"
+
+    def _tensor(self, path: Path, name: str, kinds: Sequence[str] = tables.FLOATS) -> Any:
         if path not in self._shards:
-            if not path.is_file():
-                raise PrismError(f"The file {path} does not exist, though the store's videos refer to it.")
-            try:
-                self._shards[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError, ValueError):
-                files.load_safetensors(path)  # says what is wrong: truncated, a pickle, no safetensors at all
-                raise
-        with contextlib.suppress(SafetensorError):
-            return self._shards[path].get_slice(name)
-        raise PrismError(f"The file {path} holds no tensor {name!r}.")
+            self._shards[path] = tables.open_shard(path)
+        return tables.tensor(self._shards[path], path, name, kinds)
+
+    def _check_seal(self, path: Path) -> None:
+        """Compare a file with its checksum, the first time it is read; stores of earlier versions have none."""
+        if path not in self._unread:
+            return
+        if files.sha256(path) != self.meta["sha256"][path.name]:
+            raise PrismError(
+                f"The file {tables.named(path)} is not the one that was written: store.json has another SHA-256. "
+                "Copy or write the store anew; if it was changed on purpose, delete its line under sha256 there."
+            )
+        self._unread.discard(path)
 
     def _check_videos(self) -> None:
         table = self.folder / "videos.parquet"
-        ids, splits, shards = (self.videos[name].to_pylist() for name in ("video", "split", "shard"))
+        ids, splits = (self.videos[name].to_pylist() for name in ("video", "split"))
         if len(set(ids)) != len(ids):
-            twice = next(video for video in ids if ids.count(video) > 1)
-            raise PrismError(f"The video {twice!r} is in {table} twice.")
+            twice = next(video for video, count in Counter(ids).items() if count > 1)
+            raise PrismError(f"The video {cut(twice)} is in {table} twice.")
         _check_splits(splits, table)
         as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
         check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))  # videos without pairs leak as well
         needed: dict[int, int] = {}
         for shard, row in self._place.values():
-            if not isinstance(shard, int) or not isinstance(row, int) or shard < 0 or row < 0:
-                raise PrismError(f"The columns shard and row of {table} must be whole numbers from 0.")
             needed[shard] = max(needed.get(shard, 0), row + 1)
-        for shard in sorted(set(shards)):
-            path = self.folder / f"latents-{shard:05d}.safetensors"
-            names = {path: "latents"}
-            if self.has_trajectories:
-                names[self.folder / f"trajectory-{shard:05d}.safetensors"] = "states"
-            for path, name in names.items():
-                rows = self._slice(path, name).get_shape()[0]
-                if rows < needed[shard]:
-                    raise PrismError(f"The file {path} holds {rows} videos where {table} refers to {needed[shard]}.")
+        recorded = self.has_trajectories
+        shapes: dict[str, tuple[int, ...]] = {}
+        for shard in sorted({*needed, 0} if recorded and needed else needed):
+            path = self._path("latents", shard)
+            latents = self._tensor(path, "latents", tables.NUMBERS)
+            self._check_shape(shapes, path, "latents", latents, needed.get(shard, 0))
+            if recorded:
+                path = self._path("trajectory", shard)
+                states, t = self._tensor(path, "states", tables.NUMBERS), self._tensor(path, "t")
+                self._check_shape(shapes, path, "states", states, needed.get(shard, 0))
+                self._check_shape(shapes, path, "t", t, needed.get(shard, 0))
+        if recorded and needed and shapes["states"] != shapes["t"] + shapes["latents"]:
+            raise PrismError(
+                f"The trajectories of {self.folder} must be states (rows, S, ...) and t (rows, S) of its latents; "
+                f"found (rows, {_listed(shapes['states'])}) and (rows, {_listed(shapes['t'])})."
+            )
+
+    def _check_shape(self, shapes: dict[str, tuple[int, ...]], path: Path, name: str, view: Any, needed: int) -> None:
+        """A tensor must have the rows that are needed, and the shape behind them that it has in the other shards."""
+        rows, *shape = view.get_shape()
+        if rows < needed:
+            table = self.folder / "videos.parquet"
+            raise PrismError(f"The file {path} holds {rows} videos where {table} refers to {needed}.")
+        if shapes.setdefault(name, tuple(shape)) != tuple(shape):
+            raise PrismError(
+                f"The {name} in {tables.named(path)} have the shape (rows, {_listed(shape)}), those of other files "
+                f"(rows, {_listed(shapes[name])})."
+            )
+        if view.get_dtype() == "I8":
+            scale, wanted = self._tensor(path, "scale").get_shape(), [1, *shape]
+            if list(scale) != wanted:
+                raise PrismError(
+                    f"The tensor scale in {tables.named(path)} must have the shape ({_listed(wanted)}), found "
+                    f"({_listed(scale)})."
+                )
 
     def _check_pairs(self) -> None:
         table = self.folder / "pairs.parquet"
@@ -230,30 +292,23 @@ class LatentStore:
         known = {video: (prompt, split) for video, prompt, split in zip(*columns)}
         for prompt, video_a, video_b, split in zip(*(self.pairs[name].to_pylist() for name in PAIR_COLUMNS)):
             for video in (video_a, video_b):
+                if known.get(video) == (prompt, split):
+                    continue
+                pair = f"The pair ({cut(video_a)}, {cut(video_b)}) in {tables.named(table)}"
                 if video not in known:
-                    raise PrismError(f"The pair ({video_a!r}, {video_b!r}) in {table} names no video of the store.")
-                if known[video] != (prompt, split):
-                    raise PrismError(
-                        f"The pair ({video_a!r}, {video_b!r}) in {table} is of {prompt!r} ({split}), but its video "
-                        f"{video!r} of {known[video][0]!r} ({known[video][1]})."
-                    )
+                    raise PrismError(f"{pair} names no video of the store.")
+                raise PrismError(
+                    f"{pair} is of {cut(prompt)} ({split}), but its video {cut(video)} of "
+                    f"{cut(known[video][0])} ({known[video][1]})."
+                )
         label_matrix(self.pairs, self.dimensions)
 
 
-def _read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    if not path.is_file():
-        raise PrismError(f"The file {path} does not exist.")
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise PrismError(f"The file {path} is not a whole Parquet file ({error}).") from error
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise PrismError(f"The file {path} lacks the column {missing[0]}.")
-    return table
+def _listed(shape: Sequence[int]) -> str:
+    return quoted(", ".join(map(str, shape)), 60)
 
 
 def _check_splits(splits: Iterable[str], table: Path) -> None:
     strange = set(splits) - set(SPLITS)
     if strange:
-        raise PrismError(f"The split {min(map(str, strange))!r} in {table} is none of {', '.join(SPLITS)}.")
+        raise PrismError(f"The split {cut(min(strange))} in {table} is none of {', '.join(SPLITS)}.")

@@ -9,8 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from prism.checks import whole
+from prism.errors import PrismError
 
 COLOURS = {
     "red": (0.90, 0.13, 0.13),
@@ -185,18 +190,63 @@ def prompts(split: str, count: int | None = None, kind: str | None = None) -> li
     (combinations of colour and shape that neither the generator nor a head was trained on).
 
     `count` defaults to `SPLITS`; a longer list starts with the shorter. Half have one shape, half two; `kind` asks for
-    one sort only."""
+    one sort only. Raises PrismError where there are not as many."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
-    chance = random.Random(f"{split} {kind or ''}")
-    wanted, found = SPLITS[split] if count is None else count, dict[str, None]()
+    wanted = whole("The number of prompts", SPLITS[split] if count is None else count, 0)
+    _check_there_are(split, wanted, kind)
+    chance, found = random.Random(f"{split} {kind or ''}"), dict[str, None]()
     while len(found) < wanted:
         scene = draw_scene(chance, kind or KINDS[len(found) % 2])
         if split_of(scene) == split:
             found[scene.prompt] = None
     return list(found)
+
+
+def _check_there_are(split: str, wanted: int, kind: str | None) -> None:
+    """Refuse more prompts than a split has: of one sort, or, where they alternate, of the scarcer one's."""
+    shares = {kind: wanted} if kind else {KINDS[0]: (wanted + 1) // 2, KINDS[1]: wanted // 2}
+    for name, share in shares.items():
+        if share > _AT_LEAST[name]:  # counting takes a moment
+            supply = _supply(name)[split]
+            if share > supply:
+                most = supply if kind else 2 * supply + (name == KINDS[1])
+                raise PrismError(
+                    f"The split {split} has {most} different prompts{f' of the kind {kind}' if kind else ''}, found "
+                    f"{wanted} asked for; ask for fewer."
+                )
+
+
+_AT_LEAST = {"single": 600, "pair": 10_000}  # every split has as many
+
+
+@cache
+def _supply(kind: str) -> dict[str, int]:
+    """Different prompts of a kind by split."""
+    found = dict.fromkeys(SPLITS, 0)
+    for scene in {scene.prompt: scene for scene in _every_scene(kind)}.values():
+        found[split_of(scene)] += 1
+    return found
+
+
+def _every_scene(kind: str) -> Iterator[Scene]:
+    """Every scene that `draw_scene` may give."""
+    nouns = list(product(COLOURS, SHAPES))
+    ways = [f"moves {way}" for way in DIRECTIONS]
+    if kind == "single":
+        for ground, noun, motion, size in product(GROUNDS, nouns, SINGLE_MOTIONS, ("", "small", "large")):
+            scene = Scene((Thing(*noun, motion, size),), ground=ground)
+            if _sensible(scene):
+                yield scene
+        return
+    for ground, first, second, relation, way in product(GROUNDS, nouns, nouns, RELATIONS, ways):
+        others = [STILL] if relation in (*PLACES, *DEPTHS) else ways if relation in TIMES else ["passes"]
+        for other in others:
+            scene = Scene((Thing(*first, way), Thing(*second, other)), relation, ground)
+            if _sensible(scene):
+                yield scene
 
 
 def words() -> list[str]:
