@@ -135,7 +135,7 @@ def test_json_round_trip_and_its_errors(tmp_path):
 def test_sha256_of_known_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 1_000_000)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
-    with pytest.raises(PrismError, match="cannot be read"):
+    with pytest.raises(PrismError, match="does not exist"):
         files.sha256(tmp_path / "none")
 
 

@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prism.checks import quoted
 from prism.errors import PrismError
 
 if TYPE_CHECKING:
@@ -125,20 +127,34 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises `PrismError` where it is missing, unreadable or not JSON."""
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse, before it is opened, what is no regular file: a reader of a pipe or of a device may never come back."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         raise PrismError(f"The file {path} does not exist.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null in the name
+        raise PrismError(f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
+        raise PrismError(f"The file {path} cannot be read: it is a {kind}.")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. Raises `PrismError` where it is missing, unreadable or not JSON."""
+    check_regular(path)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PrismError(f"The file {path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise PrismError(f"The file {path} is not valid JSON ({error}); it may be truncated or altered.") from error
+    except (ValueError, RecursionError) as error:
+        reason = quoted(error, 120)
+        raise PrismError(f"The file {path} is not valid JSON ({reason}); it may be truncated or altered.") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal. Raises `PrismError` where it cannot be read."""
+    check_regular(path)
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as stream:
@@ -156,30 +172,54 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Nothing is ever unpickled.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = Path(path)
-    if not file.is_file():
-        raise PrismError(f"The file {file} does not exist.")
+    check_regular(path)
+    with safetensors_told(Path(path)):
+        tensors = load_file(path)
+    for name, tensor in tensors.items():
+        numbers = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor  # float8
+        if not bool(torch.isfinite(numbers).all()):
+            raise PrismError(
+                f"The tensor {quoted(name, 80)} in {path} holds NaN or infinity; the file is damaged or its training "
+                "diverged."
+            )
+    return tensors
+
+
+def safetensors_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The dtype ("F32", "BF16", ...) and shape of every tensor of a safetensors file, which is not loaded.
+
+    Raises `PrismError` as `load_safetensors` does, but for the numbers.
+    """
+    from safetensors import safe_open
+
+    check_regular(path)
+    found = {}
+    with safetensors_told(Path(path)), safe_open(path, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118  # no dict
+            view = opened.get_slice(name)
+            found[name] = (str(view.get_dtype()), tuple(view.get_shape()))
+    return found
+
+
+@contextlib.contextmanager
+def safetensors_told(file: Path) -> Iterator[None]:
+    """What is wrong with a safetensors file that is read in the block, said in a sentence."""
     try:
-        tensors = load_file(file)
+        yield
+    except MemoryError:
+        raise
     except OSError as error:
         raise PrismError(f"The file {file} cannot be read: {error.strerror or error}.") from error
-    except (SafetensorError, ValueError, KeyError) as error:
+    except Exception as error:  # SafetensorError, and others where a header says what no writer would
         if _looks_like_pickle(file):
             raise PrismError(
                 f"The file {file} is a pickle, which is never loaded; convert it to safetensors first."
             ) from error
         raise PrismError(
-            f"The file {file} is not a whole safetensors file ({error}); it is truncated or altered."
+            f"The file {file} is not a whole safetensors file ({quoted(error, 120)}); it is truncated or altered."
         ) from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise PrismError(
-                f"The tensor {name} in {file} holds NaN or infinity; the file is damaged or its training diverged."
-            )
-    return tensors
 
 
 def _looks_like_pickle(path: Path) -> bool:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.zoo import VARIANTS
 
 from prism import files
+from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
 from prism.judge import Judge
 
@@ -152,3 +154,43 @@ def test_judges_that_do_not_fit_together_are_refused(wan, judges, average):
         Judge.average([judges[0], other])
     with pytest.raises(PrismError, match="averages 3 heads"):
         _ = average.head
+
+
+def test_heads_of_two_denoisers_are_refused():
+    pipe, _ = VARIANTS["wan22_a14b_t2v"]()
+    judges = [Judge.untrained(Backbone(pipe, reads), tap=1, dim=16) for reads in ("transformer", "transformer_2")]
+    with pytest.raises(PrismError, match="different denoisers cannot be averaged, found 'transformer' and 'transf"):
+        Judge.average(judges)
+
+
+def test_tokens_after_a_block_that_was_not_tapped_are_refused(wan):
+    backbone = Backbone(wan)
+    conditioning = backbone.condition(PROMPTS, **tiny.CALL_WAN)
+    one, two = (backbone.tokens(latents(), conditioning, 500.0, blocks) for blocks in (1, (1, 3)))
+    assert torch.equal(one.after(1), two.after(1))
+    assert torch.equal(two.after(3), two.visual)
+    for tokens in (one, one[:1], Tokens.cat([one, one])):
+        with pytest.raises(PrismError, match="are those after block 1, and not after 3; tap that one as well"):
+            tokens.after(3)
+    with pytest.raises(PrismError, match="after block 1, 3, and not after 2"):
+        two.after(2)
+    with pytest.raises(PrismError, match="not after 3"):  # a judge is not given another block's tokens
+        Judge.untrained(wan, tap=3).score_tokens(one)
+
+
+def test_one_head_twice_is_saved(wan, judges, tmp_path):
+    """As when folds of one run are averaged with the run itself."""
+    twice = Judge.average([judges[0], judges[0]])
+    twice.save_pretrained(tmp_path / "head")
+    loaded = Judge.from_pretrained(tmp_path / "head", wan)
+    assert torch.equal(*(each.score(latents(), PROMPTS, 300, **tiny.CALL_WAN) for each in (twice, loaded)))
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 2, "0.5", None, float("nan"), [0.5]])
+def test_a_share_that_makes_no_sense_is_refused(wan, average, tmp_path, share):
+    average.save_pretrained(tmp_path / "head")
+    config = json.loads((tmp_path / "head" / "config.json").read_text())
+    config["members"][0]["share"] = share
+    (tmp_path / "head" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PrismError, match=r"config\.json"):
+        Judge.from_pretrained(tmp_path / "head", wan)

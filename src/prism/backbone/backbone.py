@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from prism import media
@@ -20,7 +19,7 @@ from prism.backbone.holding import held
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
 from prism.backbone.kept import ConditioningCache, alone, with_tensors
 from prism.backbone.obstacles import check_whole, misfits_told, warn_cut_off
-from prism.backbone.partial import load_pipeline
+from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.errors import PrismError
 
@@ -97,20 +96,14 @@ class Backbone:
                 backbone can read tokens and encode and decode videos, and cannot sample.
             reads: as of `Backbone`.
         """
-        kwargs = {"use_safetensors": True, **kwargs}
-        try:
-            if up_to is None:
-                pipe = DiffusionPipeline.from_pretrained(str(id_or_folder), **kwargs)
-            else:
-                pipe, reads, num_blocks = load_pipeline(str(id_or_folder), up_to, reads, kwargs)
-        except (OSError, ValueError, AttributeError) as error:  # the last where diffusers has no such class
-            reason = str(error).strip().splitlines()[0]
-            raise PrismError(f"No diffusers pipeline could be loaded from {id_or_folder}: {reason}") from error
-        backbone = cls(pipe, reads)
-        if up_to is not None:
-            backbone.num_blocks, backbone.partial = num_blocks, True
-            backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
-        return backbone
+        return load(cls, str(id_or_folder), up_to, reads, {"use_safetensors": True, **kwargs})
+
+    def __reduce__(self) -> Any:
+        told = {name: getattr(self, name) for name in ("num_blocks", "partial", "default_tap")}
+        return make, (type(self), self.pipe, self.reads, told)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        return self  # no copy of a judge copies a pipeline
 
     # Looked up each time: people compile, quantise and replace parts of a pipeline after a judge was put onto it.
 

@@ -24,7 +24,8 @@ class Tokens:
 
     visual: (B, L, D_vis), L = T * H * W. grid: (T, H, W). text: (B, Lt, D_vis), or None where the family has none.
     text_mask: (B, Lt) bool, True for a real token, or None where all of them count.
-    lower: where several blocks were tapped, those below the last by number, (B, L, D_vis) each.
+    lower: where several blocks were tapped, those below the last by number, (B, L, D_vis) each. block: the last one's
+    number (1-based), or None where it is not told: then `visual` goes for any.
     """
 
     visual: Tensor
@@ -32,6 +33,7 @@ class Tokens:
     text: Tensor | None = None
     text_mask: Tensor | None = None
     lower: Mapping[int, Tensor] = field(default_factory=dict)
+    block: int | None = None
 
     def __len__(self) -> int:
         return len(self.visual)
@@ -43,13 +45,18 @@ class Tokens:
         return f"Tokens({rows} rows of {' x '.join(map(str, self.grid))} tokens {width} wide, {text}{taps})"
 
     def after(self, block: int) -> Tensor:
-        """(B, L, D_vis) after one of the blocks that were tapped."""
-        return self.lower.get(block, self.visual)
+        """(B, L, D_vis) after one of the blocks that were tapped. Raises PrismError for any other block."""
+        if block in self.lower:
+            return self.lower[block]
+        if self.block in (block, None):
+            return self.visual
+        tapped = ", ".join(map(str, [*sorted(self.lower), self.block]))
+        raise PrismError(f"The tokens are those after block {tapped}, and not after {block}; tap that one as well.")
 
     def __getitem__(self, rows: Any) -> Tokens:
         take = lambda value: None if value is None else value[rows]  # noqa: E731
         lower = {block: value[rows] for block, value in self.lower.items()}
-        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower)
+        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower, self.block)
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
@@ -73,6 +80,7 @@ class Tokens:
             torch.cat(texts) if texts else None,
             torch.cat(masks) if texts and keep_mask else None,
             lower,
+            first.block,
         )
 
 

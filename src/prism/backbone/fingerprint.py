@@ -72,14 +72,14 @@ def fits(
         What cannot be used, as (what it was, what it is here), and what is to be warned of, as clauses that follow "was
         made with".
     """
-    present = backbone.fingerprint()
+    present, saved = backbone.fingerprint(), _table(saved)
     refusals: list[tuple[str, str]] = []
     warnings: list[str] = []
     for part in parts:
         if saved.get(part) is None:
             continue
         was, found = saved[part], present[part]
-        needs = (saved.get("needs") or {}).get(part)
+        needs = _table(saved.get("needs")).get(part)
         if was != found:
             refusals.append((f"{PARTS[part]} {was}", f"{found}"))
         elif needs is None:
@@ -95,9 +95,10 @@ def fits(
             else:
                 warnings += _clause(part, changed)
         else:
+            needs = _table(needs)
             other = [name for name, value in needs.items() if not _same(value, present["needs"][part].get(name, value))]
             refusals += [_both(part, was, name, needs[name], present["needs"][part][name]) for name in other[:1]]
-            before, now = (saved.get("settings") or {}).get(part) or {}, present["settings"][part]
+            before, now = _table(_table(saved.get("settings")).get(part)), present["settings"][part]
             names = [name for name in {**before, **now} if before.get(name, ABSENT) != now.get(name, ABSENT)]
             warnings += _clause(part, {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names})
     if "denoiser" in parts and saved.get("reads") != present.get("reads"):
@@ -158,6 +159,10 @@ def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]
     if isinstance(depth := config.get("num_layers"), int):
         for layers in range(1, 129):
             yield {"num_layers": (layers, depth)}, _text({**config, "num_layers": layers})
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _parts(backbone: Backbone) -> dict[str, Any]:
@@ -245,7 +250,7 @@ def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
-    numbers = all(isinstance(value, int | float) for value in (one, other))
+    numbers = all(isinstance(value, int | float) and abs(value) < 1e300 for value in (one, other))
     return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-6) if numbers else one == other
 
 

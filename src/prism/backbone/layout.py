@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prism.checks import quoted
 from prism.errors import PrismError
 
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
@@ -82,6 +83,21 @@ def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
 
 
 def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
-    """t as (B,) beside latents (B, ...)."""
-    t = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
-    return t.expand(len(latents)) if t.ndim == 0 else t
+    """t as (B,) beside latents (B, ...). Raises PrismError unless it is a number in [0, 1000], or one a row."""
+    if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 2:
+        shape = f" {tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else ""
+        raise PrismError(
+            f"The latents must be a tensor (B, ...) of floating-point numbers; found a {type(latents).__name__}{shape}."
+        )
+    try:
+        levels = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        levels = latents.new_full((), torch.nan)
+    if levels.ndim > 1 or len(levels.expand(1) if levels.ndim == 0 else levels) not in (1, len(latents)):
+        raise PrismError(
+            f"The noise level t must be a number, or one for each of the {len(latents)} rows of the latents; found the "
+            f"shape {tuple(levels.shape)}."
+        )
+    if not bool(((levels >= 0) & (levels <= 1000)).all()):  # NaN is not either
+        raise PrismError(f"The noise level t must be from 0 (clean) to 1000 (noise); found {quoted(t, 80)}.")
+    return levels.expand(len(latents)) if levels.numel() == 1 else levels

@@ -5,10 +5,11 @@ of a repository on the Hub not downloaded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -20,10 +21,90 @@ from safetensors import safe_open
 
 from prism.backbone.families import family_named, is_denoiser
 from prism.backbone.family import Family
+from prism.checks import quoted
 from prism.errors import PrismError
-from prism.files import read_json
+from prism.files import check_regular, read_json, safetensors_told
+from prism.memory import ran_out
 
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+# The largest numbers that configurations may hold: diffusers and transformers make blocks, and tables of positions or
+# timesteps, before they look at a weight. Angles (rope_theta) are free.
+_MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks"), ("theta", "base")
 HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
+
+
+@contextmanager
+def folder_told(source: Any) -> Iterator[None]:
+    """Whatever diffusers and transformers raise of a folder is said in a sentence that names it."""
+    try:
+        yield
+    except PrismError:
+        raise
+    except Exception as error:  # they raise all kinds, and a folder may hold anything
+        if ran_out(error):
+            raise
+        raise PrismError(f"No diffusers pipeline could be loaded from {source}: {quoted(error)}") from error
+
+
+def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
+    """See `Backbone.from_pretrained`."""
+    with folder_told(source):
+        if up_to is None:
+            return kind(load_whole(source, kwargs), reads)
+        pipe, reads, num_blocks = load_pipeline(source, up_to, reads, kwargs)
+        backbone = make(kind, pipe, reads, {"num_blocks": num_blocks, "partial": True})
+        backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
+        return backbone
+
+
+def make(kind: type[Backbone], pipe: Any, reads: str | None, told: Mapping[str, Any]) -> Backbone:
+    """A backbone of whose attributes some were found out before: where it was partly loaded, or pickled."""
+    backbone = kind(pipe, reads or None)
+    vars(backbone).update(told)
+    return backbone
+
+
+def load_whole(source: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
+    """A pipeline from a folder or the Hub."""
+    if Path(source).exists():
+        check_folder(Path(source))
+    return DiffusionPipeline.from_pretrained(source, **kwargs)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json, once nothing in its folder would keep a loader from coming back.
+
+    Raises PrismError for what is no regular file, and for configurations that ask for what no machine holds.
+    """
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise PrismError(f"The file {folder / 'model_index.json'} does not name a pipeline's class (_class_name).")
+    places = [folder, *(folder / name for name in index if not name.startswith("_"))]
+    for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
+        if path.is_dir() and path.suffix not in (".json", ".safetensors"):
+            continue
+        if path.exists() or path.is_symlink():
+            check_regular(path)
+        if path.name in ("config.json", "scheduler_config.json"):
+            for name, value in _numbers(read_json(path)):
+                most = _MOST_BLOCKS if any(word in name for word in _DEPTHS) else _MOST
+                if value > most and not any(word in name for word in _FREE):
+                    raise PrismError(f"The file {path} says {quoted(name, 80)} = {value:g}; no model is so large.")
+    return index
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number in a configuration, with the name of its field."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
 
 
 def load_pipeline(
@@ -41,8 +122,8 @@ def load_pipeline(
     if not folder.exists():
         fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
         folder = Path(fetch("model_index.json")).parent
-    index = read_json(folder / "model_index.json")
-    family = family_named(index.get("_class_name", ""))
+    index = check_folder(folder)
+    family = family_named(index["_class_name"])
     names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
     read = reads or next(iter(names), "")
     if read not in names:
@@ -100,7 +181,7 @@ def _tensors(
     """These tensors by name, from one file or from the shards that hold them."""
     single, several = (_of_variant(name, variant) for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     index = place / several
-    where = read_json(index)["weight_map"] if index.is_file() else dict.fromkeys(names, single)
+    where = _weight_map(index) if index.exists() else dict.fromkeys(names, single)
     found: dict[str, torch.Tensor] = {}
     for shard in sorted({where[name] for name in names if name in where}):
         path = place / shard
@@ -113,7 +194,8 @@ def _tensors(
             ) from error
         if not path.is_file():
             raise PrismError(f"The file {path} is missing; it holds blocks that the head reads.")
-        with safe_open(str(path), framework="pt") as opened:
+        check_regular(path)
+        with safetensors_told(path), safe_open(str(path), framework="pt") as opened:
             held = set(opened.keys())
             for name in names:
                 if where.get(name) == shard and name in held:
@@ -122,6 +204,16 @@ def _tensors(
     if missing:
         raise PrismError(f"The weights in {place} lack {missing[0]!r}; the download may not be complete.")
     return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the shard beside `index` that holds it."""
+    content = read_json(index)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(where.values()) if isinstance(where, dict) else [None]
+    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise PrismError(f"The 'weight_map' of {index} does not name files beside it.")
+    return where
 
 
 def _of_variant(name: str, variant: str | None) -> str:

@@ -68,4 +68,4 @@ def read(
             "with compile_repeated_blocks(), or take torch 2.6 or later."
         )
     mask = family.text_mask(arguments) if text else None
-    return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual), output
+    return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual, last), output

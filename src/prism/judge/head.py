@@ -25,6 +25,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from prism import files
+from prism.checks import quoted
 from prism.errors import PrismError
 from prism.judge import reading
 
@@ -155,16 +156,22 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         self.load_tensors(files.load_safetensors(path), path)
 
     def load_tensors(self, found: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-        """Load exactly this head's weights; ``path`` is the file they came from, for errors."""
+        """Load exactly this head's weights, as float32; ``path`` is the file they came from, for errors."""
+        self.check_shapes({name: tuple(value.shape) for name, value in found.items()}, path)
+        # Copies, which torch aligns: sums over memory as a file maps it round otherwise.
+        weights = {name: value.to(torch.float32, copy=True) for name, value in found.items()}
+        self.load_state_dict(weights, assign=True)
+
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]) -> None:
+        """Refuse tensors that are not exactly this head's; ``path`` is the file they lie in."""
         wanted = self.state_dict()
         for name in sorted(found.keys() ^ wanted.keys()):
             side = "lacks" if name in wanted else "has, beyond this head's,"
-            raise PrismError(f"The file {path} {side} the tensor {name}; it belongs to another head.")
+            raise PrismError(f"The file {path} {side} the tensor {quoted(name, 80)}; it belongs to another head.")
         for name, value in wanted.items():
-            if found[name].shape != value.shape:
-                sizes = f"{tuple(found[name].shape)} where this head's is {tuple(value.shape)}"
+            if found[name] != tuple(value.shape):
+                sizes = f"{quoted(found[name], 80)} where this head's is {tuple(value.shape)}"
                 raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
-        self.load_state_dict(dict(found))
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:

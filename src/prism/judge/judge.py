@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Backbone, Tokens
+from prism.backbone.layout import per_row
 from prism.errors import PrismError
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead
@@ -86,6 +87,14 @@ class Judge:
         heads = f"{'untrained, ' if self.is_untrained else ''}{len(self.members)} heads, taps {self.taps}"
         return f"Judge({heads}, {', '.join(self.dimensions)}, {self.backbone})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. A deep copy has heads of its own and shares the backbone; a pickle holds it all."""
+        return {**vars(self), "_random": self.is_untrained}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._random = versions(member.head for member in self.members) if state["_random"] else None
+
     # -- making one
 
     @classmethod
@@ -143,6 +152,11 @@ class Judge:
         for other in judges[1:]:
             if other.backbone.pipe is not first.backbone.pipe:
                 raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
+            if other.backbone.reads != first.backbone.reads:
+                raise PrismError(
+                    f"Judges that read different denoisers cannot be averaged, found {first.backbone.reads!r} and "
+                    f"{other.backbone.reads!r}; use each at the noise levels of its own."
+                )
             if other.dimensions != first.dimensions or other.eta != first.eta:
                 raise PrismError(
                     f"Judges must have the same dimensions and eta to be averaged, found {', '.join(first.dimensions)} "
@@ -183,45 +197,19 @@ class Judge:
             PrismError: where a file is missing, truncated, altered or a pickle, or the head was trained on another
                 denoiser or VAE (both are named). Other weights of the same architecture give a warning.
         """
-        folder, config, tensors = folders.read(source, revision)
-        reads = (config.get("backbone") or {}).get("reads")
+        saved = folders.read(source, revision)
+        reads = saved.backbone.get("reads")
         if isinstance(pipe, str | os.PathLike):
-            taps = [entry.get("tap", 0) for entry in config.get("members", [config])]
-            backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=max(taps), reads=reads, **load)
+            backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=saved.last_tap, reads=reads, **load)
         elif load:
             raise PrismError(
                 f"The pipeline is loaded already, and {next(iter(load))!r} says how to load one; leave it out."
             )
         else:
             backbone = _backbone(pipe, reads)
-        folders.check_fingerprint(folder, config.get("backbone") or {}, backbone)
-        try:
-            several = config["schema"] == 2
-            entries = config["members"] if several else [config]
-            members = [
-                Member(
-                    entry["tap"],
-                    QueryHead(**{name: entry[name] for name in _head_options()}),
-                    float(entry["share"]) if several else 1.0,
-                )
-                for entry in entries
-            ]
-            known = (config["dimensions"], config["eta"], config["trained_on"], config.get("calibration"))
-            judge = cls(backbone, members, *known)
-        except KeyError as error:
-            raise PrismError(f"The file {folder / 'config.json'} lacks the field {error}.") from error
-        except (TypeError, ValueError) as error:
-            raise PrismError(f"The file {folder / 'config.json'} holds a value of the wrong type ({error}).") from error
-        places = folders.by_member(tensors, several)
-        for number, member in enumerate(members):
-            member.head.load_tensors(places.pop(str(number), {}), folder / "model.safetensors")
-            member.head.eval()
-        if places:
-            raise PrismError(
-                f"The file {folder / 'model.safetensors'} holds tensors of a member {min(places)}, which its "
-                "config.json does not list."
-            )
-        return judge
+        folders.check_fingerprint(saved, backbone)
+        members = [Member(tap, head, share) for tap, head, share in saved.heads]
+        return cls(backbone, members, saved.dimensions, saved.eta, saved.trained_on, saved.calibration)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], trained_on: Mapping[str, Any] | None = None, overwrite: bool = False
@@ -387,7 +375,7 @@ class Judge:
     def _tokens(
         self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, call: dict[str, Any]
     ) -> Tokens:
-        rows = len(noisy_latents)
+        rows = len(per_row(t, noisy_latents))
         listed = [prompts] * rows if isinstance(prompts, str) else list(prompts)
         if len(listed) != rows:
             raise PrismError(f"Each row of the latents needs its prompt, found {len(listed)} prompts for {rows} rows.")

@@ -13,7 +13,8 @@ def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
     """(t_low, t_high) of a head's training, of an average what its heads share; 0 to 1000 where unknown."""
     ranges = [trained_range(member) for member in trained_on.get("members", ())]
     config = trained_on.get("config") or {}
-    ranges.append((config.get("t_low", 0.0), config.get("t_high", 1000.0)))
+    low, high = config.get("t_low"), config.get("t_high")
+    ranges.append((0.0 if low is None else low, 1000.0 if high is None else high))
     return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
