@@ -26,7 +26,7 @@ GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch
 def facts() -> str:
     """The table of families."""
     head = ("backbone", "pipelines", "default tap", "noise levels", "latents in the loop", "guidance", "text tokens")
-    rows = [head, ("---",) * len(head)] + [_row(family) for family in (*FAMILIES, OPEN_SORA)]
+    rows = [head, ("---",) * len(head)] + [_row(family) for family in (*FAMILIES.values(), OPEN_SORA)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -40,7 +40,7 @@ def _row(family: Family) -> tuple[str, ...]:
         family.models,
         ", ".join(f"`{name}`" for name in family.pipelines),
         f"{family.tap:g} of {blocks}: {family.tap_reason}",
-        CLOCKS[family.clock],
+        CLOCKS[family.clock] if isinstance(family.clock, str) else "its own",
         family.layout,
         f"{guidance}: {GUIDANCE[family.cfg]}{place}",
         text,

@@ -19,3 +19,18 @@ torch.set_num_threads(1)
 def intervals_of_few(monkeypatch):
     """Intervals of any number of prompts, for figures that are worked out by hand."""
     monkeypatch.setattr("prism.evaluation.accuracy.FEWEST_PROMPTS", 1)
+
+
+@pytest.fixture
+def families_put_back():
+    """Whatever a test registers is gone afterwards."""
+    from prism.backbone import FAMILIES, registry
+
+    tables = (FAMILIES, registry._rows, registry._classes)
+    before = [dict(table) for table in tables]
+    registry._register_entry_points.cache_clear()
+    yield
+    registry._register_entry_points.cache_clear()
+    for table, old in zip(tables, before):
+        table.clear()
+        table.update(old)

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel
 from tests import tiny
 
 from prism.backbone import FAMILIES, Backbone, layout
-from prism.backbone.families import family_named, family_of
+from prism.backbone.registry import family_named, family_of
 from prism.errors import PrismError
 
 
@@ -77,7 +77,7 @@ def test_vae_normalisation_inverts(backbone: Backbone) -> None:
 
 def test_each_row_says_why_its_text_tokens_and_its_tap() -> None:
     """The blocks named are those that the tap's share gives."""
-    for family in FAMILIES:
+    for family in FAMILIES.values():
         assert family.text_reason, family.name
         assert family.tap_reason, family.name
         for block, blocks in re.findall(r"(\d+) of (\d+)", family.tap_reason):

@@ -7,6 +7,7 @@ from prism.backbone.family import Family
 from prism.backbone.interceptor import Interceptor, Recording
 from prism.backbone.opensora import OPEN_SORA, OpenSoraPipeline
 from prism.backbone.protocol import Pipeline
+from prism.backbone.registry import register
 
 __all__ = ["FAMILIES", "OPEN_SORA", "Backbone", "Conditioning", "Family", "Interceptor"]
-__all__ += ["OpenSoraPipeline", "Pipeline", "Ragged", "Recording", "Tokens"]
+__all__ += ["OpenSoraPipeline", "Pipeline", "Ragged", "Recording", "Tokens", "register"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from prism import media
 from prism.backbone import layout, taps, videos
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, is_single, noisy_name
-from prism.backbone.families import family_of, is_denoiser
+from prism.backbone.calls import batch_of, finished
+from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
+from prism.backbone.families import is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.holding import held
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
@@ -21,6 +22,7 @@ from prism.backbone.kept import ConditioningCache, alone, with_tensors
 from prism.backbone.obstacles import check_whole, misfits_told, warn_cut_off
 from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
+from prism.backbone.registry import family_of
 from prism.errors import PrismError
 
 _CACHE_BYTES = 256 * 2**20
@@ -28,7 +30,7 @@ _CACHE_BYTES = 256 * 2**20
 _IRRELEVANT = frozenset(
     [
         *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
-        *("num_inference_steps", "negative_prompt", "negative_prompt_embeds", "output_type", "return_dict"),
+        *("num_inference_steps", "output_type", "return_dict"),
         *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
     ]
 )
@@ -202,7 +204,7 @@ class Backbone:
         """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
         if name == "guidance_scale" and self.family.guidance == "true_cfg_scale":
             return True
-        return name not in _IRRELEVANT
+        return name not in _IRRELEVANT and not name.startswith("negative_")
 
     def _capture(self, prompts: list[str], call: dict[str, Any]) -> Conditioning:
         spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
@@ -215,21 +217,11 @@ class Backbone:
                 f"The pipeline made {batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
         rows = self.family.conditional(batch, len(prompts))
-        return Conditioning.of(arguments, rows, self.family, self.config, type(self.pipe).__name__)
+        return Conditioning.of(arguments, rows, self.family, self.config, type(self.pipe))
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that make one stock call of several rows: prompts, CPU generators, and the image as often."""
-        n = len(prompts)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
-        if self.family.prompts:
-            found["prompt"] = list(prompts)
-        if self.family.images == "list":
-            found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
-        negative = call.get("negative_prompt")
-        if isinstance(negative, str) and self.family.negatives == "list":
-            found["negative_prompt"] = [negative] * n
-        return found
+        """The arguments that make one stock call of several rows, see `prism.backbone.calls`."""
+        return batch_of(self.family, prompts, seeds, call)
 
     def add_noise(self, latents: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
         """z_t = alpha_t z_0 + sigma_t eps (paper, Eq. 1).
@@ -314,13 +306,15 @@ class Backbone:
         with self.held(), self.freed():
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
-    def decode(self, latents: Tensor, grid: layout.Grid | None = None) -> Tensor:
+    def decode(self, latents: Tensor, grid: layout.Grid | None = None, num_frames: int | None = None) -> Tensor:
         """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
 
         grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
+        num_frames: the call's own, by which latent frames are dropped that its loop carries beside the video's
+            (CogVideoX 1.5; SkyReels-V2 diffusion forcing with last_image); None decodes all.
         """
         with self.held(), self.freed():
-            return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid)
+            return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid, num_frames)
 
     # -- checks
 
@@ -365,9 +359,19 @@ class Backbone:
         return name in self._call
 
     def main(self, latents: Tensor) -> Tensor:
-        """What a pipeline carries through its loop, without the condition that some append to its channels."""
+        """What a pipeline carries through its loop as the denoiser is given it, without the condition that some append
+        to its channels."""
+        if self.family.carried is not None:
+            latents = layout.pack(layout.unpack(latents, self.family.carried), self.family.layout)
         axis = layout.channel_axis(self.family.layout)
         return latents.narrow(axis, 0, self.family.channels(self.config, latents))
+
+    def finished(self, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """What the pipeline makes of the latents (B, ...) that its loop ended with: those that it decodes.
+
+        arguments: of a denoiser call with the same rows, by name.
+        """
+        return finished(self.pipe, self.family, self.config, latents, arguments)
 
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""

@@ -8,6 +8,8 @@ sigma are divided too: a noisy latent is always what the denoiser takes, and nee
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,19 @@ from prism.errors import PrismError
 Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]
 
 
-def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class OwnClock:
+    """A map of one's own.
+
+    level: (scheduler, t in [0, 1000], float32) -> (alpha, sigma, model timestep), float32 and shaped like t.
+    t_of: (scheduler, model timestep) -> t, its inverse.
+    """
+
+    level: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
+    t_of: Callable[[Any, float], float]
+
+
+def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Noise level `t` in [0, 1000] as (alpha, sigma, model timestep), each float32 and shaped like `t`.
 
     flow (paper, Eq. 1): alpha = 1 - t/1000, sigma = t/1000, timestep = t; rising_flow counts timesteps from noise.
@@ -34,6 +48,8 @@ def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tens
     t = t.to(torch.float32)
     if not bool(((t >= 0) & (t <= 1000)).all()):
         raise PrismError(f"t must lie in [0, 1000], 0 clean and 1000 noise; found {t.tolist()}.")
+    if isinstance(clock, OwnClock):
+        return clock.level(scheduler, t)
     if clock == "flow":
         return 1 - t / 1000, t / 1000, t
     if clock == "rising_flow":
@@ -57,8 +73,10 @@ def level(clock: Clock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tens
     return kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32)
 
 
-def t_of(clock: Clock, scheduler: Any, timestep: float) -> float:
+def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
     """The noise level in [0, 1000] at which the model was called with `timestep`: the inverse of `level`."""
+    if isinstance(clock, OwnClock):
+        return min(1000.0, max(0.0, float(clock.t_of(scheduler, timestep))))
     if clock == "flow":
         return min(1000.0, timestep)  # rounding may give a little more
     if clock == "rising_flow":

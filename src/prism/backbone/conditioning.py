@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.family import Family
+from prism.backbone.family import Family, noisy_name
 from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
 
@@ -109,7 +109,7 @@ class Conditioning:
     given_times: Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, config: Any, pipeline: str) -> Conditioning:
+    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, config: Any, pipeline: type) -> Conditioning:
         """Keep `rows` of a call's arguments; `config` is the denoiser's, `pipeline` the class of what called it."""
         taken = take_rows(arguments, rows, family)
         name, timed = noisy_name(taken, family), family.timestep_argument
@@ -117,7 +117,8 @@ class Conditioning:
         timestep, latents = taken.pop(timed), taken.pop(name)
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
-        batched = frozenset(other for other in taken if has_rows(other, arguments[other], batch, family))
+        flat = {path: value for path, value in _flat(arguments).items() if path not in (name, timed)}
+        batched = frozenset(path for path, value in flat.items() if has_rows(path, value, batch, family))
         axis = layout.channel_axis(family.layout)
         count = family.channels(config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
@@ -133,10 +134,12 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        taken = {
-            name: _take(value, rows, len(self)) if name in self.batched else value
-            for name, value in self.arguments.items()
-        }
+        taken = _nested(
+            {
+                path: _take(value, rows, len(self)) if path in self.batched else value
+                for path, value in _flat(self.arguments).items()
+            }
+        )
         changes: Any = {name: None if value is None else value[rows] for name, value in self._beside().items()}
         return replace(self, arguments=taken, **changes)
 
@@ -150,10 +153,13 @@ class Conditioning:
         first = parts[0]
         if any(part.shapes() != first.shapes() for part in parts[1:]):
             return Ragged(tuple(part[row] for part in parts for row in range(len(part))))
-        joined = {
-            name: _cat([part.arguments[name] for part in parts]) if name in first.batched else value
-            for name, value in first.arguments.items()
-        }
+        every = [_flat(part.arguments) for part in parts]
+        joined = _nested(
+            {
+                path: _cat([flat[path] for flat in every]) if path in first.batched else value
+                for path, value in every[0].items()
+            }
+        )
         beside: Any = [part._beside() for part in parts]
         changes: Any = {
             name: None if value is None else torch.cat([each[name] for each in beside])
@@ -164,8 +170,8 @@ class Conditioning:
     def shapes(self) -> dict[str, Any]:
         """What two conditionings must share to be run in one batch."""
         return {
-            name: value.shape[1:] if name in self.batched else value.shape
-            for name, value in self.arguments.items()
+            path: value.shape[1:] if path in self.batched else value.shape
+            for path, value in _flat(self.arguments).items()
             if isinstance(value, Tensor)
         }
 
@@ -208,7 +214,7 @@ class Ragged:
 
 
 def _given(
-    arguments: Mapping[str, Any], timestep: Tensor, latents: Tensor, family: Family, config: Any, pipeline: str
+    arguments: Mapping[str, Any], timestep: Tensor, latents: Tensor, family: Family, config: Any, pipeline: type
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which latents and which timesteps of a captured call are a condition's, or None where none is."""
     mask = arguments.get("condition_mask")
@@ -216,7 +222,9 @@ def _given(
         given = mask.bool() if bool(mask.any()) else None
         times = None if given is None or timestep.ndim < 5 else given.flatten(3).any(3)[..., None, None]
         return given, times
-    if pipeline in family.first_frame and config.get("image_condition_type") != "latent_concat":
+    if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame) and config.get(
+        "image_condition_type"
+    ) != "latent_concat":
         axis = family.layout.index("T")
         given = torch.zeros_like(latents, dtype=torch.bool)
         given.narrow(axis, 0, 1).fill_(True)
@@ -228,8 +236,8 @@ def _given(
         return None, None
     if bool(timestep[times].any()):
         raise PrismError(
-            f"{pipeline} starts some frames at a noise level of their own, and a judge reads all frames at one; give "
-            "conditions in full strength."
+            f"{pipeline.__name__} starts some frames at a noise level of their own, and a judge reads all frames at "
+            "one; give conditions in full strength."
         )
     if layout.is_packed(family.layout):
         return times[..., None], times
@@ -247,21 +255,16 @@ def _given(
     return cells, times
 
 
-def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
-    """The name under which the denoiser takes its latents."""
-    for name in family.latents_argument:
-        if name in arguments:
-            return name
-    raise PrismError(
-        f"The denoiser was called with {', '.join(arguments)}, none of which is the family's latents_argument, "
-        f"{' or '.join(family.latents_argument)}."
-    )
-
-
 def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
     """Whether an argument of a denoiser call carries a row per sample of the batch, or several (a first and a last
-    image's embeddings)."""
-    if name not in family.batched or not isinstance(value, Tensor | list):
+    image's embeddings). What stands in a dictionary is named "argument.key"; a dictionary does where any in it does.
+    """
+    if isinstance(value, dict):
+        return any(has_rows(f"{name}.{key}", inner, batch, family) for key, inner in value.items())
+    named = name in family.batched or any(
+        name.startswith(f"{other}.") for other in family.batched if len(other) < len(name)
+    )
+    if not named or not isinstance(value, Tensor | list):
         return False
     if isinstance(value, list):
         return len(value) == batch
@@ -269,12 +272,37 @@ def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
 
 
 def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[str, Any]:
-    """The same denoiser call for some rows of its batch (a slice or a list of indices)."""
+    """The same denoiser call for some rows of its batch (a slice or a list of indices), in dictionaries too."""
     batch = len(arguments[noisy_name(arguments, family)])
-    return {
-        name: _take(value, rows, batch) if has_rows(name, value, batch, family) else value
-        for name, value in arguments.items()
-    }
+    return _nested(
+        {
+            path: _take(value, rows, batch) if has_rows(path, value, batch, family) else value
+            for path, value in _flat(arguments).items()
+        }
+    )
+
+
+def _flat(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Arguments by name, what stands in dictionaries by "argument.key"."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
+            found |= _flat(value, f"{before}{name}.")
+        else:
+            found[before + name] = value
+    return found
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flat`."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *outer, name = path.split(".")
+        place = found
+        for each in outer:
+            place = place.setdefault(each, {})
+        place[name] = value
+    return found
 
 
 def _take(value: Any, rows: Any, batch: int) -> Any:

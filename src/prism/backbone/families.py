@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from prism.backbone.family import Family
-from prism.errors import PrismError
 
 DEPTH = "as deep as the paper's block 12 of 30: "
 PROJECTED = "{}'s, projected to the video's width before the first block"
@@ -20,6 +18,7 @@ _WAN = Family(
     text_padding="zeros",  # no mask is passed: the padding is found as zero rows
     cfg="two_calls",
     images="single",
+    given_back=True,  # in Wan 2.2 5B; the others show it on channels of its own
     vae_mean_std=True,
     tap_reason=DEPTH + "12 of 30 in 1.3B and 5B, 16 of 40 in 14B",
     text_reason=PROJECTED.format("T5"),
@@ -30,6 +29,7 @@ _SKYREELS_DF = replace(
     name="skyreels-v2-df",
     models="SkyReels-V2 diffusion forcing",
     pipelines=("SkyReelsV2DiffusionForcingPipeline",),
+    frames_more="behind",
     counts_calls=True,
     fixed={
         "ar_step": "frames would be denoised one after another, and a judge reads all frames at one noise level",
@@ -86,7 +86,7 @@ _MOTIF = Family(
     text_reason="T5Gemma's, projected to the video's width before the first block; an image's are left out",
 )
 
-FAMILIES: tuple[Family, ...] = (
+_ROWS: tuple[Family, ...] = (
     _WAN,
     replace(
         _WAN,
@@ -144,6 +144,7 @@ FAMILIES: tuple[Family, ...] = (
         guidance="guider",
         images="single",
         vae_factor="scaling_factor",
+        vae_alone=True,
         tap_reason=DEPTH + "22 of 54",
         text_reason="Qwen's, projected to the video's width; the refiner that follows sees the timestep",
     ),
@@ -276,6 +277,7 @@ FAMILIES: tuple[Family, ...] = (
         cfg="two_calls",
         layout="BTHWC",
         first_frame=("Kandinsky5I2VPipeline",),
+        after_loop="normalize_first_frame",
         vae_factor="scaling_factor",
         tap_reason=DEPTH + "13 of 32 in Lite, 24 of 60 in Pro",
         text_reason="Qwen's, projected to the video's width; the text blocks that follow see the timestep",
@@ -312,6 +314,7 @@ FAMILIES: tuple[Family, ...] = (
         cfg="one_batch",
         layout="BCHW",
         vae_factor="scaling_factor",
+        vae_shift=True,
         vae_frames=True,
         tap_reason=DEPTH + "10 of 24 in medium",
         text_reason="CLIP's and T5's, projected to the image's width before the first block",
@@ -328,6 +331,7 @@ FAMILIES: tuple[Family, ...] = (
         timestep_of_one=1.0,
         layout="BLC2",
         vae_factor="scaling_factor",
+        vae_shift=True,
         vae_frames=True,
         tap_reason=DEPTH + "23 of 57, the fourth that mixes text and image in one stream",
         text_reason="T5's, projected to the image's width before the first block",
@@ -352,23 +356,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
 )
 
-
-def family_of(pipe: Any) -> Family:
-    """The row of a pipeline: the one it carries, or that of its class."""
-    own = getattr(pipe, "family", None)
-    return own if isinstance(own, Family) else family_named(type(pipe).__name__)
-
-
-def family_named(name: str) -> Family:
-    """The row of a pipeline by the name of its class."""
-    for family in FAMILIES:
-        if name in family.pipelines:
-            return family
-    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
-    raise PrismError(
-        f"The pipeline {name} is not supported yet; use one of {known}, or give it a `family` of facts "
-        "(see prism.backbone.Pipeline)."
-    )
+FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}  # by name; see `prism.backbone.register`
 
 
 def is_denoiser(name: str) -> bool:

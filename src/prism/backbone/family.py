@@ -15,6 +15,7 @@ from prism.backbone.layout import Grid, Layout, TokenForm
 from prism.backbone.protocol import config_of, unwrapped
 from prism.errors import PrismError
 
+TokenCount = int | Literal["text"] | Callable[[Mapping[str, Any]], int]
 # Arguments of a denoiser call in diffusers that carry one row per sample.
 BATCHED = frozenset(
     [
@@ -22,6 +23,7 @@ BATCHED = frozenset(
         *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image", "condition_mask"),
         *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"),
         *("inpaint_latents", "video_coords", "img_shapes", "txt_seq_lens"),  # the last two are lists
+        "added_cond_kwargs",  # a dict
     ]
 )
 
@@ -31,54 +33,116 @@ class Family:
     """Facts shared by pipelines with one latent layout, clock, VAE normalisation and form of guidance."""
 
     name: str
-    models: str  # what people call them
+    """its key in `FAMILIES`"""
+    models: str
+    """what people call them"""
     pipelines: tuple[str, ...]
-    blocks: tuple[str, ...]  # the denoiser's lists of blocks, in the order in which they run
-    cfg: Literal["two_calls", "one_batch"]  # conditional call first | both groups of rows in one batch
-    beside: tuple[str, ...] = ()  # lists of blocks that run in step with those, and carry other tokens
-    conditional_first: bool = False  # in one batch: [conditional, unconditional], not [unconditional, conditional]
-    guidance: str = "guidance_scale"  # the argument that turns guidance on above 1; "guider": the pipeline's own
-    clock: clocks.Clock = "flow"
-    timestep_of_one: float = 1000.0  # the model timestep at which a flow is pure noise
-    layout: Layout = "BCTHW"  # of the latents inside the sampling loop
-    # How the denoiser is called: the names of its arguments, and which of them carry one row per sample. Rows are taken
-    # by name and never by shape alone: a list of rotary positions may happen to be as long as the batch.
-    latents_argument: tuple[str, ...] = ("hidden_states", "sample")  # the first of these that is there
+    """class names of its pipelines; pipelines derived from these are of the family too"""
+    blocks: tuple[str, ...]
+    """the denoiser's lists of blocks, in the order in which they run"""
+    cfg: Literal["two_calls", "one_batch"]
+    """guidance: a conditional call, then an unconditional one; or both groups of rows in one batch"""
+    beside: tuple[str, ...] = ()
+    """lists of blocks that run in step with those, and carry other tokens"""
+    conditional_first: bool = False
+    """in one batch: conditional rows first, not last"""
+    guidance: str = "guidance_scale"
+    """the argument that turns guidance on above 1; "guider": the pipeline's own"""
+    clock: clocks.Clock | clocks.OwnClock = "flow"
+    """how a noise level becomes alpha, sigma and the model's timestep: a name, or functions of one's own"""
+    timestep_of_one: float = 1000.0
+    """the model timestep at which a flow is pure noise"""
+    layout: Layout = "BCTHW"
+    """of the latents that the denoiser is given"""
+    carried: Layout | None = None
+    """of the latents that the loop carries and the scheduler steps; None: the same (no packed one)"""
+    latents_argument: tuple[str, ...] = ("hidden_states", "sample")
+    """the denoiser's argument with the latents: the first of these names that is there"""
     timestep_argument: str = "timestep"
+    """its argument with the timestep"""
     text_argument: str = "encoder_hidden_states"
+    """its argument with the text"""
     text_mask_argument: str = "encoder_attention_mask"
+    """its argument that says which text rows are real"""
+    # Rows are taken by name and never by shape alone: a list of rotary positions may happen to be as long as the batch.
     batched: frozenset[str] = BATCHED
-    gives_tensor: bool = False  # the denoiser gives a plain tensor, as those outside diffusers may
-    patch: Grid | None = None  # latent cells (T, H, W) in a token; None: its configuration says
-    pads: bool = False  # latents that no whole number of tokens covers are padded by the denoiser
+    """arguments with a row per sample; of one that holds a dict all tensors in it, or "name.key" for one of them"""
+    gives_tensor: bool = False
+    """the denoiser gives a plain tensor, as those outside diffusers may"""
+    patch: Grid | None = None
+    """latent cells (T, H, W) in a token; None: the denoiser's configuration says"""
+    pads: bool = False
+    """latents that no whole number of tokens covers are padded by the denoiser"""
     token_form: TokenForm = "BLD"
-    video_output: int = 0  # which output of a block that gives several is the video's
-    # D_vis, or the field of the denoiser's configuration that holds it; "": heads times their width.
+    """a block's output: plain (B, L, D); "temporal": (B H W, T, D); "frames": a U-Net's (B T, D, H, W)"""
+    tokens_before: TokenCount = 0
+    """tokens before the video's in a block's output: how many, "text": as many as the text has, or a function of the
+    denoiser's arguments"""
+    tokens_behind: TokenCount = 0
+    """tokens behind the video's, likewise"""
+    video_output: int = 0
+    """which output of a block that gives several is the video's"""
     widths: str | int = ""
-    without_last: str = ""  # the field with the number of last blocks that do not carry video tokens
-    # The denoiser's own text embedding: its output is D_vis wide and does not see the timestep. None: no such thing.
+    """D_vis, or the field of the denoiser's configuration that holds it; "": heads times their width"""
+    without_last: str = ""
+    """the field with the number of last blocks that do not carry video tokens"""
     text_embedder: str | None = None
-    text_padding: Literal["zeros", "mask", "unknown"] = "unknown"  # how text rows behind the prompt are known
-    text_limit: int | None = None  # tokens of a prompt, where the call has no max_sequence_length to say it
-    text_reason: str = ""  # why that module, or why none
-    prompts: bool = True  # whether the pipelines take a prompt
-    images: Literal["single", "list"] = "list"  # how one conditioning image or video is given to a batch
-    negatives: Literal["single", "list"] = "single"  # how a negative prompt is given to a batch
-    # arguments that must stay at their defaults, with the reason: what they ask for a judge cannot read
+    """the denoiser's own text embedding: its output is D_vis wide and does not see the timestep; None: no such thing"""
+    text_padding: Literal["zeros", "mask", "unknown"] = "unknown"
+    """how text rows behind the prompt are known"""
+    text_limit: int | None = None
+    """tokens of a prompt, where the call has no max_sequence_length to say it"""
+    text_reason: str = ""
+    """why that module, or why none (for the page)"""
+    prompts: bool = True
+    """whether the pipelines take a prompt"""
+    one_text: bool = False
+    """the prompt is one text and never a list: everything runs at batch size 1"""
+    images: Literal["single", "list"] = "list"
+    """how one conditioning image or video is given to a batch"""
+    negatives: Literal["single", "list"] = "single"
+    """how one negative prompt is given to a batch"""
     fixed: Mapping[str, str] = field(default_factory=dict)
-    first_frame: tuple[str, ...] = ()  # pipelines that keep the first frame as given and say so to the denoiser alone
-    vae_mean_std: bool = False  # normalise by latents_mean and latents_std
-    vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""  # and by this
-    vae_frames: bool = False  # the VAE takes frames one by one
-    # Pixel frames that a pipeline drops from the front of what its VAE decodes, by the denoiser's image_condition_type.
+    """arguments that must stay at their defaults, with the reason: what they ask for a judge cannot read"""
+    first_frame: tuple[str, ...] = ()
+    """pipelines that keep the first frame as given and say so to the denoiser alone"""
+    given_back: bool = False
+    """what is given is put into the latents after the loop alone, which ends with what was sampled there"""
+    after_loop: str = ""
+    """a method of the pipeline that changes the latents (1, ...) after the loop"""
+    frames_more: Literal["before", "behind"] = "before"
+    """where latent frames stand that the loop carries beside the video's"""
+    vae_mean_std: bool = False
+    """latents are normalised by the VAE's latents_mean and latents_std"""
+    vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""
+    """and by this"""
+    vae_shift: bool = False
+    """and by the VAE's shift_factor"""
+    vae_frames: bool = False
+    """the VAE takes frames one by one"""
+    vae_alone: bool = False
+    """the VAE takes one video at a time"""
     vae_drops: Mapping[str, int] = field(default_factory=dict)
-    vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"  # its decoded videos
-    vae_told: Callable[[int], int] | None = None  # latent frames -> frames, of a VAE whose decode is given num_frames
-    alone: bool = False  # a batch of one gets other text than a larger batch: everything runs at batch size 1
-    texts_alone: bool = False  # a prompt's text depends on those encoded beside it: each is captured by itself
-    counts_calls: bool = False  # steps are told by denoiser calls: the scheduler is copied, or steps twice
-    tap: float = 0.4  # default depth of the tap, as a share of the blocks
+    """pixel frames that the pipeline drops from the front of what its VAE decodes, by the denoiser's
+    image_condition_type"""
+    vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"
+    """the VAE's decoded videos"""
+    vae_told: Callable[[int], int] | None = None
+    """latent frames to frames, of a VAE whose decode is given num_frames"""
+    alone: bool = False
+    """rows of a batch get other inputs than a row alone: everything runs at batch size 1"""
+    texts_alone: bool = False
+    """a prompt's text depends on those encoded beside it: each is captured by itself"""
+    counts_calls: bool = False
+    """steps are told by denoiser calls: the scheduler is copied, or steps twice"""
+    tap: float = 0.4
+    """default depth of the tap, as a share of the blocks"""
     tap_reason: str = ""
+    """why there (for the page)"""
+
+    def __post_init__(self) -> None:
+        if self.one_text and not self.alone:
+            object.__setattr__(self, "alone", True)
 
     # -- the denoiser
 
@@ -123,11 +187,30 @@ class Family:
             width = math.prod(_said(config, name, "widths") for name in names)
         return [width] * len(self.block_list(denoiser))
 
-    def states(self, output: Any, arguments: Mapping[str, Any], batch: int) -> Tensor:
-        """A block's output in the denoiser call of `arguments` as video tokens (B, L, D_vis), raster order t, h, w."""
-        states = layout.tokens(self.video(output), self.token_form, batch)
+    def states(self, output: Any, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
+        """A block's output in the denoiser call of `arguments` as video tokens (B, L, D_vis), raster order t, h, w.
+
+        Raises PrismError where they are not as many as `grid` has cells: something stands before or behind them.
+        """
+        states = layout.tokens(self.video(output), self.token_form, len(noisy_of(arguments, self)))
+        cells = math.prod(grid)
+        if states.shape[1] != cells:  # some blocks of a denoiser may give the video's alone
+            before, behind = (self._count(count, arguments) for count in (self.tokens_before, self.tokens_behind))
+            if states.shape[1] != before + cells + behind:
+                raise PrismError(
+                    f"A block of the family {self.name!r} gives {states.shape[1]} tokens, and the video has "
+                    f"{' x '.join(map(str, grid))} = {cells}; say in the family what stands before and behind them "
+                    f"(tokens_before, tokens_behind: now {before} and {behind}), what a token covers (patch), or the "
+                    "latents' layout."
+                )
+            states = states[:, before : before + cells]
         sparse = arguments.get("sparse_params")  # Kandinsky 5 with nabla attention
         return layout.from_squares(states, sparse["visual_shape"]) if sparse and sparse["to_fractal"] else states
+
+    def _count(self, count: TokenCount, arguments: Mapping[str, Any]) -> int:
+        if count == "text":
+            return self.text(arguments).shape[1]
+        return int(count(arguments)) if callable(count) else int(count)
 
     def video(self, output: Any) -> Tensor:
         """A block's output for the video."""
@@ -195,11 +278,14 @@ class Family:
     def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.clocks.level`."""
         alpha, sigma, timestep = clocks.level(self.clock, scheduler, t)
+        if isinstance(self.clock, clocks.OwnClock):
+            return alpha, sigma, timestep
         return alpha, sigma, timestep * (self.timestep_of_one / 1000)
 
     def t_of(self, scheduler: Any, timestep: Any) -> float:
         """The noise level in [0, 1000] at which the model was called with `timestep`."""
-        return clocks.t_of(self.clock, scheduler, float(timestep) * (1000 / self.timestep_of_one))
+        own = isinstance(self.clock, clocks.OwnClock)
+        return clocks.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.timestep_of_one))
 
     # -- the VAE
 
@@ -225,7 +311,23 @@ class Family:
         return float(config_of(pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae)[self.vae_factor])
 
     def _shift(self, pipe: Any) -> float:
-        return float(config_of(pipe.vae).get("shift_factor") or 0.0)
+        return float(config_of(pipe.vae).get("shift_factor") or 0.0) if self.vae_shift else 0.0
+
+
+def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
+    """The name under which the denoiser takes its latents."""
+    for name in family.latents_argument:
+        if name in arguments:
+            return name
+    raise PrismError(
+        f"The denoiser was called with {', '.join(arguments)}, none of which is the family's latents_argument, "
+        f"{' or '.join(family.latents_argument)}."
+    )
+
+
+def noisy_of(arguments: Mapping[str, Any], family: Family) -> Tensor:
+    """The latents that a denoiser call is given."""
+    return arguments[noisy_name(arguments, family)]
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -187,6 +188,13 @@ def capture(pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any]) 
     return kept
 
 
+def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A VAE's decode that is given one row at a time."""
+    outputs = [decode(row[None], *args, **kwargs) for row in latents]
+    rows = torch.cat([tensor_of(output) for output in outputs])
+    return (rows,) if isinstance(outputs[0], tuple) else DecoderOutput(sample=rows)
+
+
 class Recording:
     """A candidate's denoiser outputs by (step, call within it), each (groups, ...): 2 groups for CFG in one batch."""
 
@@ -226,6 +234,7 @@ class Interceptor:
         self.alive = list(range(len(self.candidates)))  # positions in the batch
         self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
         self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
+        self.told: Mapping[str, Any] = {}  # the first denoiser call, where what it is shown is put back in the end
 
     def run(self, call: Mapping[str, Any]) -> Any:
         """The stock call's result, or None where a cut ended it."""
@@ -236,12 +245,21 @@ class Interceptor:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            if self.backbone.family.vae_alone and len(self.candidates) > 1:
+                stack.enter_context(around(pipe.vae, "decode", _one_by_one))
             return run_until_stopped(pipe, self._with_callback(call), lambda: (self.step, self.index) > (1, 0))
+
+    def finished(self) -> Tensor:
+        """The latents at the end of the call, as the pipeline decodes them: (len(candidates), ...)."""
+        assert self.latents is not None
+        return self.backbone.finished(self.latents, self.told)
 
     # -- the denoiser
 
     def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         arguments, family = by_name(denoiser, args, kwargs), self.backbone.family
+        if family.given_back and not self.told:
+            self.told = dict(arguments)
         if family.counts_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
         key, self.index = (self.step, self.index), self.index + 1
@@ -312,7 +330,7 @@ class Interceptor:
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         self.step, self.index = self.step + 1, 0
-        self.latents = tensor_of(output, "prev_sample")
+        self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
         return output
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:

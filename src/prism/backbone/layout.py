@@ -34,7 +34,8 @@ def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
         return latents.unsqueeze(2)
     if not is_packed(layout):
         return latents.permute(*[layout.index(axis) for axis in STANDARD])
-    assert grid is not None
+    if grid is None:
+        raise PrismError("Packed latents do not tell their grid (T, H, W) in tokens; give it.")
     cells = latents.unflatten(1, grid)  # (B, T, H, W, C')
     if layout == "BLC":
         return cells.permute(0, 4, 1, 2, 3)

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -19,8 +18,9 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 
-from prism.backbone.families import family_named, is_denoiser
+from prism.backbone.families import is_denoiser
 from prism.backbone.family import Family
+from prism.backbone.registry import component_class, family_named, loader
 from prism.checks import quoted
 from prism.errors import PrismError
 from prism.files import check_regular, read_json, safetensors_told
@@ -67,10 +67,13 @@ def make(kind: type[Backbone], pipe: Any, reads: str | None, told: Mapping[str, 
 
 
 def load_whole(source: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
-    """A pipeline from a folder or the Hub."""
-    if Path(source).exists():
-        check_folder(Path(source))
-    return DiffusionPipeline.from_pretrained(source, **kwargs)
+    """A pipeline from a folder or the Hub; one without facts is refused before gigabytes are loaded or fetched."""
+    known: Any = check_folder(Path(source)) if Path(source).exists() else None
+    kind: Any = DiffusionPipeline
+    if "custom_pipeline" not in kwargs:
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        kind = loader(str((known or kind.load_config(source, **hub)).get("_class_name")))
+    return kind.from_pretrained(source, **kwargs)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
@@ -123,6 +126,7 @@ def load_pipeline(
         fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
         folder = Path(fetch("model_index.json")).parent
     index = check_folder(folder)
+    kind = loader(index["_class_name"])  # which knows, unlike its base class, that denoisers are components
     family = family_named(index["_class_name"])
     names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
     read = reads or next(iter(names), "")
@@ -130,12 +134,11 @@ def load_pipeline(
         raise PrismError(f"The pipeline in {source} has no denoiser {read!r}; it has {', '.join(names) or 'none'}.")
     if fetch is not None:
         given = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
-        DiffusionPipeline.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
+        kind.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
         known = _known(snapshot_download, hub)
         folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **known))
     loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, kwargs, fetch) for name in names}
     models = {name: model for name, (model, _) in loaded.items()}
-    kind = getattr(diffusers, index["_class_name"])  # which knows, unlike its base class, that these are components
     return kind.from_pretrained(str(folder), **kwargs, **models), read, loaded[read][1]
 
 
@@ -162,7 +165,8 @@ def load_denoiser(
         PrismError: for a tap beyond the model, or where a file or a tensor is missing.
     """
     place = folder / name
-    kind = getattr(diffusers, str(read_json(folder / "model_index.json")[name][1]))
+    index = read_json(folder / "model_index.json")
+    kind = component_class(index[name][0], index[name][1], index["_class_name"])
     with init_empty_weights():
         model = kind.from_config(kind.load_config(str(place)))
     total = len(family.block_list(model))

@@ -41,8 +41,8 @@ def read(
 
     def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
-        visual[number] = family.states(output, arguments, len(noisy))
         grids[number] = family.grid(config, arguments, noisy, family.video(output))
+        visual[number] = family.states(output, arguments, grids[number])
         if stop and number == last:
             raise StopForward(last)
         return output

@@ -19,6 +19,8 @@ from prism.errors import PrismError
 @torch.no_grad()
 def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) -> Tensor:
     """See `Backbone.encode`; `config` is the denoiser's."""
+    if family.vae_alone and len(video) > 1:
+        return torch.cat([encode(pipe, family, config, row[None]) for row in video])
     vae = pipe.vae
     pixels = video.to(dtype_of(vae)).permute(0, 4, 1, 2, 3) * 2 - 1
     if dropped := family.dropped_frames(config):
@@ -34,12 +36,26 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
 
 
 @torch.no_grad()
-def decode(pipe: Any, family: Family, config: Mapping[str, Any], latents: Tensor, grid: layout.Grid | None) -> Tensor:
+def decode(
+    pipe: Any,
+    family: Family,
+    config: Mapping[str, Any],
+    latents: Tensor,
+    grid: layout.Grid | None,
+    num_frames: int | None = None,
+) -> Tensor:
     """See `Backbone.decode`."""
+    if family.vae_alone and len(latents) > 1:
+        return torch.cat([decode(pipe, family, config, row[None], grid, num_frames) for row in latents])
     vae = pipe.vae
     if layout.is_packed(family.layout) and grid is None:
         raise PrismError("The latents of this pipeline are packed; give the token grid (T, H, W) to decode them.")
     latents = layout.unpack(latents.to(dtype_of(vae)), family.layout, grid)
+    ratio = getattr(pipe, "vae_scale_factor_temporal", None)
+    if num_frames is not None and ratio is not None:
+        more = latents.shape[2] - ((num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio))
+        kept = latents.shape[2] - max(0, more)
+        latents = latents[:, :, -kept:] if family.frames_more == "before" else latents[:, :, :kept]
     latents = family.denormalise(pipe, latents)
     if family.vae_frames:
         frames = latents.transpose(1, 2).flatten(0, 1)
@@ -63,7 +79,19 @@ def _mode(vae: Any, pixels: Tensor) -> Tensor:
     """The posterior's mode. A VAE that gives latents instead may draw them: it draws the same of a video each time."""
     with _seeded(pixels.device):
         found = vae.encode(pixels)
-    return found if isinstance(found, Tensor) else found.latent_dist.mode()
+    if isinstance(found, tuple):
+        found = found[0]
+    for name in ("latent_dist", "latents", "latent", "sample"):
+        if not isinstance(found, Tensor) and not hasattr(found, "mode"):
+            found = getattr(found, name, found)
+    if isinstance(found, Tensor):
+        return found
+    if not hasattr(found, "mode"):
+        raise PrismError(
+            f"{type(vae).__name__}.encode gives {type(found).__name__}; latents are needed, themselves, first in a "
+            "tuple, as .latents, or as a posterior .latent_dist with a .mode()."
+        )
+    return found.mode()
 
 
 @contextmanager

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from prism.cli import options
+
+CHECKS = "A family of one's own"
+
+
+def _checked(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar="INT", help=f"{what} of the checked calls.", min=1, rich_help_panel=CHECKS,
+                        show_default="call.json beside the pipeline, else its own")  # fmt: skip
 
 
 def doctor(
@@ -25,18 +33,37 @@ def doctor(
     run: Annotated[bool, typer.Option("--run/--no-run", help="Run the denoiser to time a step.")] = True,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    family: Annotated[
+        Path | None,
+        typer.Option("--family", metavar="FILE", help="Check the `family` that this Python file defines on the "
+                     "pipeline. The file is run: it is your own code.", rich_help_panel=CHECKS),
+    ] = None,
+    height: Annotated[int | None, _checked("--height", "Height in pixels")] = None,
+    width: Annotated[int | None, _checked("--width", "Width in pixels")] = None,
+    num_frames: Annotated[int | None, _checked("--num-frames", "Frames")] = None,
 ) -> None:  # fmt: skip
     """Say what a machine and a backbone are good for, before anything long is started.
 
     Versions, devices, what the pipeline is and which taps it has, how many rows
     fit, what Best-of-N would cost, and whether there is anything to cut.
+
+    With --family: whether a row of facts of your own fits a pipeline, a line
+    a check; exit code 1 where one does not hold. Choose small sizes.
     """
     from rich.console import Console
 
     from prism.experiments import doctor as experiment
 
-    config = experiment.DoctorConfig(backbone, n, schedule, steps, run, device, dtype)
+    sizes = {"family": family, "height": height, "width": width, "num_frames": num_frames}
+    config = experiment.DoctorConfig(backbone, n, schedule, steps, run, device, dtype, **sizes)  # type: ignore[arg-type]
     console = Console(highlight=False)
+    if family is not None:
+        checked = experiment.check_family(config)
+        for what, holds, found in checked:
+            console.print(f"  {'holds' if holds else 'FAILS':8}{what:22}{found}", soft_wrap=True, markup=False)
+        if not all(holds for _, holds, _ in checked):
+            raise typer.Exit(1)
+        return
     for title, lines in experiment.run(config):
         console.print(f"[bold]{title}[/bold]")
         for what, found in lines:

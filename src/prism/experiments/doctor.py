@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 import prism
-from prism import files, shapeworld
+from prism.backbone import Family
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
 from prism.sampling.best_of_n import DEFAULT_N, default_draft_steps
@@ -25,8 +28,6 @@ from prism.sampling.ledger import expected_rows
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROMPT = "a red circle moves right"
-PROMPTS = 800  # that the study's judges took, with four videos each (docs/study.md)
-MANY = 256  # candidates in a batch beyond which the number says nothing
 Line = tuple[str, str]
 
 
@@ -39,6 +40,59 @@ class DoctorConfig:
     run: bool = True
     device: str | None = None
     dtype: str | None = None
+    family: Path | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+
+
+def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
+    """Every check of `prism.experiments.checks` on the pipeline in a folder with the row of facts of a file: its name,
+    whether it holds, and what was found or what to do.
+
+    Raises PrismError for a file without a family, which is run as Python, and for a folder that cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    from prism.backbone import register
+    from prism.experiments import checks
+    from prism.experiments.loading import load_backbone
+    from prism.experiments.subject import Subject
+
+    if config.backbone is None or config.family is None:
+        raise PrismError("--family takes a file and the folder of a pipeline: prism doctor --family FILE FOLDER.")
+    names = _run_file(config.family)
+    family = names.get("family")
+    if not isinstance(family, Family):
+        raise PrismError(f"The file {config.family} defines no `family`, a prism.backbone.Family.")
+    try:
+        kind = str(DiffusionPipeline.load_config(config.backbone).get("_class_name"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PrismError(f"No diffusers pipeline could be loaded from {config.backbone}: {reason}") from error
+    own = names.get(kind)
+    others = [name for name in family.pipelines if name != kind]
+    register(family, pipeline=[own if isinstance(own, type) else kind, *others], replace=True)
+    backbone, call, _ = load_backbone(config.backbone, config.device, config.dtype)
+    sizes = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
+    call |= {name: value for name, value in sizes.items() if value is not None}
+    call["num_inference_steps"] = config.steps or call.get("num_inference_steps", 5)
+    if backbone.takes("image") and "image" not in call:
+        call["image"] = _noise_image(backbone, call)
+    return checks.run_all(Subject(backbone, call))
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PrismError(f"The file {path} could not be run: {type(error).__name__}: {reason}") from error
+
+
+def _noise_image(backbone: Any, call: dict[str, Any]) -> Image.Image:
+    width, height = (call.get(name) or backbone.default(name) or 512 for name in ("width", "height"))
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
@@ -55,16 +109,12 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
         try:
             seconds, memory = _measured(backbone, call)
         except (PrismError, RuntimeError) as error:
-            sizes = {name: call.get(name) or backbone.default(name) for name in ("height", "width", "num_frames")}
-            tried = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
-            reason = str(error).strip().splitlines()[0][:300]
-            trouble = f"{reason}{f' (tried {tried}; another size goes into call.json beside it)' if tried else ''}"
-    tap, judge = _judge(backbone, config.backbone)
+            trouble = str(error).strip().splitlines()[0]
     return [
         ("machine", _machine(backbone)),
-        ("backbone", [*_backbone(backbone, name), ("judge", judge)]),
-        ("one step", _step(backbone, tap, seconds, memory, trouble, backbone.guided(call))),
-        (f"best of {config.n}", _costs(backbone, tap, call, config.n, cuts, seconds)),
+        ("backbone", _backbone(backbone, name)),
+        ("one step", _step(backbone, seconds, memory, trouble, backbone.guided(call))),
+        (f"best of {config.n}", _costs(backbone, call, config.n, cuts, seconds)),
     ]
 
 
@@ -74,8 +124,7 @@ def _machine(backbone: Any) -> list[Line]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         found.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
-    threads = torch.get_num_threads()
-    found.append(("cpu", f"{threads} thread{'' if threads == 1 else 's'}, {_size(_free(torch.device('cpu')))} free"))
+    found.append(("cpu", f"{torch.get_num_threads()} threads, {_size(_free(torch.device('cpu')))} free"))
     return [*found, ("runs on", str(backbone.device))]
 
 
@@ -100,16 +149,6 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
         ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
         ("guidance", f"{guidance}, where {family.guidance} turns it on"),
     ]
-
-
-def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
-    """The block a judge reads after here, and which judge that is: the one that ships, or one to be trained."""
-    if folder is not None:
-        advice = f"none ships for this model; train one (prism train) on labelled pairs of about {PROMPTS} prompts"
-        return backbone.default_tap, advice
-    config = files.read_json(shapeworld.asset_folder("head") / "config.json")
-    tap = max(member["tap"] for member in config.get("members", [config]))
-    return tap, f"the one that ships, after block {tap}"
 
 
 def _alone(backbone: Any) -> str:
@@ -151,24 +190,23 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
     return time.perf_counter() - start, peaks[0] if most == 1 else peaks[1] - peaks[0]
 
 
-def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
+def _step(backbone: Any, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
     if seconds is None:
         return [("measured", f"no: {trouble}")]
-    found = [("a denoiser row", f"{_time(seconds)}, of which a judge after block {tap} that stands alone needs "
-              f"{tap / backbone.num_blocks:.0%}")]  # fmt: skip
+    found = [("a denoiser row", f"{_time(seconds)}, of which a judge at the default tap that stands alone needs "
+              f"{backbone.default_tap / backbone.num_blocks:.0%}")]  # fmt: skip
     if memory > 0:
         rows = 2 if guided and backbone.family.cfg != "two_calls" else 1
         fit = max(1, int(0.9 * _free(backbone.device) / memory / rows))
-        many = f"about {fit}" if fit <= MANY else f"more than {MANY}"
-        found.append(("candidates that fit", f"{many} per batch; a row of the denoiser takes {_size(memory)}"))
+        found.append(("candidates that fit", f"about {fit} a batch; a row of the denoiser takes {_size(memory)}"))
     else:
         found.append(("candidates that fit", "not measured: this device does not tell its memory"))
     return found
 
 
-def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+def _costs(backbone: Any, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
     steps, guided = backbone.num_inference_steps(call), backbone.guided(call)
-    share, cfg = tap / backbone.num_blocks, backbone.family.cfg
+    share, cfg = backbone.default_tap / backbone.num_blocks, backbone.family.cfg
     schedule = schedules.resolve(cuts or schedules.default(steps), n, steps)
     draft = default_draft_steps(steps)
     plans: Sequence[tuple[str, dict[str, Any]]] = (

@@ -77,10 +77,6 @@ class Search:
         """The user's call for several candidates at once, without the user's callback."""
         n = len(candidates)
         call = {k: v for k, v in self.call.items() if not k.startswith("callback_on_step_end")}
-        if isinstance(call.get("negative_prompt"), list | tuple):
-            call["negative_prompt"] = list(call["negative_prompt"]) * n
-        if isinstance(call.get("negative_prompt_embeds"), Tensor):
-            call["negative_prompt_embeds"] = call["negative_prompt_embeds"].repeat_interleave(n, 0)
         own = self.backbone.batch([self.prompt] * n, [self.seeds[candidate] for candidate in candidates], call)
         form = {"return_dict": True} if self.backbone.takes("return_dict") else {}
         return {**call, **own, **form, **changes}
@@ -129,9 +125,9 @@ class Search:
 
     def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> list[int]:
         """Keep the final latents of candidates; those that are finite are returned, the others dropped."""
-        assert interceptor.latents is not None
-        fine = self.finite(candidates, interceptor.latents.flatten(1).isfinite().all(1))
-        self.latents.update({c: row for c, row in zip(candidates, interceptor.latents) if c in fine})
+        latents = interceptor.finished()
+        fine = self.finite(candidates, latents.flatten(1).isfinite().all(1))
+        self.latents.update({c: row for c, row in zip(candidates, latents) if c in fine})
         return fine
 
     def rank(

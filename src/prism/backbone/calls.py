@@ -1,0 +1,62 @@
+"""Stock calls of several rows: what a pipeline does not repeat by itself, and what it does to latents in the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prism.backbone.conditioning import Conditioning, is_single, noisy_name
+from prism.backbone.family import Family
+from prism.backbone.protocol import tensor_of
+from prism.errors import PrismError
+
+# Arguments with a row per prompt: prompt_2, prompt_embeds, prompt_embeds_mask, negative_pooled_prompt_embeds, ...
+_OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention_mask\w*|_mask\w*|_cu_seqlens)?$")
+
+
+def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that make one stock call of several rows: prompts, CPU generators, and once a row whatever `call`
+    holds for one: the image, negative prompts, and prompts' embeddings with their masks and pooled vectors.
+
+    Raises PrismError for an argument with some other number of rows than one.
+    """
+    n = len(prompts)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
+    if family.prompts:
+        found["prompt"] = prompts[0] if family.one_text else list(prompts)
+    if family.images == "list":
+        found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
+    for name, value in call.items():
+        if name.startswith("negative_prompt") and isinstance(value, str):
+            found |= {name: [value] * n} if family.negatives == "list" else {}
+        elif n > 1 and _OF_A_PROMPT.match(name) and isinstance(value, str | Tensor | list | tuple):
+            found[name] = _repeated(name, [value] if isinstance(value, str) else value, n)
+    return found
+
+
+def _repeated(name: str, value: Any, n: int) -> Any:
+    """One row, n times."""
+    if name.endswith("cu_seqlens"):  # of Kandinsky 5: where texts that lie one after another begin, and the last ends
+        if len(value) == 2:
+            return value[-1] * torch.arange(n + 1, device=value.device, dtype=value.dtype)
+    elif len(value) == 1:
+        return value.repeat_interleave(n, 0) if isinstance(value, Tensor) else [value[0]] * n
+    raise PrismError(f"{name} holds {len(value)} rows for a prompt's candidates; give one, which all of them share.")
+
+
+def finished(pipe: Any, family: Family, config: Any, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """See `Backbone.finished`; `config` is the denoiser's."""
+    if family.given_back:
+        rows = family.conditional(len(arguments[noisy_name(arguments, family)]), len(latents))
+        shown = Conditioning.of(arguments, rows, family, config, type(pipe))
+        if shown.given is not None and shown.kept is not None:
+            latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
+    if family.after_loop and hasattr(pipe, family.after_loop):
+        change = getattr(pipe, family.after_loop)
+        latents = torch.cat([tensor_of(change(row[None])) for row in latents])
+    return latents

@@ -1,0 +1,174 @@
+"""Which row of facts a pipeline has: by its class or the classes it comes from, of PRISM's table or of the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+import diffusers
+from torch import nn
+
+from prism.backbone.families import FAMILIES, is_denoiser
+from prism.backbone.family import Family
+from prism.errors import PrismError
+
+ENTRY_POINTS = "prism.families"  # the group of entry points under which an installed package gives rows
+PAGE = "docs/backbones.md"
+Names = str | type | Iterable[str | type]
+
+_rows = {pipeline: family for family in FAMILIES.values() for pipeline in family.pipelines}
+_classes: dict[str, type] = {}  # of registered pipelines: diffusers cannot load those of others from a folder
+
+
+def register(family: Family, pipeline: Names | None = None, *, replace: bool = False) -> Family:
+    """Make a row of facts known: to `Backbone`, to folders whose `model_index.json` names its pipelines, to commands.
+
+    An installed package does so for every process, commands too, by an entry point of the group "prism.families" that
+    names a `Family`, a dict of pipelines to families, a list of families, or a function that gives one of these.
+
+    Args:
+        family: the row; it is known as `FAMILIES[family.name]` afterwards.
+        pipeline: the pipelines it is of, as classes or their names; None takes `family.pipelines`. A pipeline outside
+            diffusers has to be given as its class, or it cannot be loaded from a folder.
+        replace: take the place of a row of that name, or of those pipelines.
+
+    Returns:
+        The row, with its pipelines' names.
+
+    Raises:
+        PrismError: where `family` is none, or the name or a pipeline is known and `replace` is not given.
+    """
+    if not isinstance(family, Family):
+        raise PrismError(f"register takes a prism.backbone.Family; found {type(family).__name__}.")
+    given = family.pipelines if pipeline is None else pipeline
+    kinds = [given] if isinstance(given, str | type) else list(given)
+    if not kinds or not all(isinstance(kind, str | type) for kind in kinds):
+        raise PrismError(f"The family {family.name!r} is of no pipeline; give `pipeline`, a class or its name.")
+    names = tuple(kind if isinstance(kind, str) else kind.__name__ for kind in kinds)
+    family = dataclasses.replace(family, pipelines=names)
+    if not replace:
+        if FAMILIES.get(family.name, family) != family:
+            raise PrismError(f"There is a family {family.name!r} already; give yours another name, or replace=True.")
+        for name in names:
+            if _rows.get(name, family) != family:
+                raise PrismError(f"{name} is of the family {_rows[name].name!r} already; give replace=True.")
+    FAMILIES[family.name] = family
+    _rows.update(dict.fromkeys(names, family))
+    _classes.update({kind.__name__: kind for kind in kinds if isinstance(kind, type)})
+    return family
+
+
+def family_of(pipe: Any) -> Family:
+    """The row of a pipeline: the one it carries, or that of its class or the nearest class that this one comes from."""
+    own = getattr(pipe, "family", None)
+    return own if isinstance(own, Family) else _of_class(type(pipe)) or _refuse(type(pipe).__name__, pipe)
+
+
+def family_named(name: str) -> Family:
+    """The row of a pipeline by the name of its class, as a folder gives it."""
+    kind = pipeline_class(name)
+    if kind is None:
+        return _rows.get(name) or _refuse(name)
+    own = getattr(kind, "family", None)
+    return own if isinstance(own, Family) else _of_class(kind) or _refuse(name)
+
+
+def pipeline_class(name: str) -> type | None:
+    """The class of that name: the registered one, or diffusers'. None where neither has one."""
+    if name not in _rows:
+        _register_entry_points()
+    found = _classes.get(name) or getattr(diffusers, name, None)
+    return found if isinstance(found, type) else None
+
+
+def loader(name: str) -> Any:
+    """The class that loads the folder of a supported pipeline.
+
+    Raises PrismError for one without facts, and for one outside diffusers that was registered by its name alone.
+    """
+    family_named(name)
+    kind = pipeline_class(name)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise PrismError(
+            f"The pipeline {name[:60]} is none of diffusers', which cannot load it from a folder; register its family "
+            "with the class itself, one that has from_pretrained."
+        )
+    return kind
+
+
+def component_class(library: str, name: str, pipeline: str) -> Any:
+    """The class of a component as a folder names it: of diffusers, or of an installed library that is imported for a
+    pipeline whose class was registered."""
+    return getattr(importlib.import_module(library) if pipeline in _classes else diffusers, name)
+
+
+def _of_class(kind: type) -> Family | None:
+    names = [base.__name__ for base in kind.__mro__]
+    if names[0] not in _rows:
+        _register_entry_points()
+    return next((_rows[name] for name in names if name in _rows), None)
+
+
+@cache
+def _register_entry_points() -> None:
+    """Register what installed packages bring, once; what cannot be is warned of and left out."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            given = point.load()
+            if callable(given) and not isinstance(given, Family):
+                given = given()
+            if isinstance(given, Mapping):
+                for pipeline, family in given.items():
+                    register(family, pipeline)
+            elif given is not None:  # a function may have registered by itself
+                for family in [given] if isinstance(given, Family) else given:
+                    register(family)
+        except Exception as error:
+            package = point.dist.name if point.dist else "an installed package"
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"The entry point {point.name!r} of {package} in the group {ENTRY_POINTS!r} gives no family "
+                f"({type(error).__name__}: {reason}); it is left out.",
+                stacklevel=2,
+            )
+
+
+def _refuse(name: str, pipe: Any = None) -> Any:
+    """Raise PrismError, short, with the nearest known family."""
+    near = _nearest(name, pipe)
+    told = f" Nearest is {near.name!r} ({near.models[:40]})." if near else ""
+    raise PrismError(
+        f"The pipeline {name[:60]} is not supported yet.{told} Give PRISM a row of facts with "
+        f"prism.backbone.register, and check it with `prism doctor --family`: {PAGE}."
+    )
+
+
+def _nearest(name: str, pipe: Any) -> Family | None:
+    """By the denoiser's lists of blocks and text embedder, where there is one, and by the names of classes."""
+    parts = getattr(pipe, "components", None)
+    parts = parts if isinstance(parts, Mapping) else {}
+    denoiser = next((p for n, p in parts.items() if is_denoiser(n) and isinstance(p, nn.Module)), None)
+    paths = set() if denoiser is None else {path for path, _ in denoiser.named_modules()}
+    names = [name, *(base.__name__ for base in type(denoiser).__mro__[:3] if denoiser is not None)]
+
+    def nearness(family: Family) -> tuple[bool, int, float]:
+        blocks = all(path in paths for path in family.blocks)
+        common = max(len(_common(one, other)) for one in names for other in family.pipelines)
+        alike = max(difflib.SequenceMatcher(None, name, other).ratio() for other in family.pipelines)
+        return blocks and family.text_embedder in paths, common if common > 2 else 0, alike
+
+    best = max(FAMILIES.values(), key=nearness)
+    embedded, common, alike = nearness(best)
+    return best if embedded or common or alike > 0.7 else None
+
+
+def _common(one: str, other: str) -> str:
+    """What two names begin with alike."""
+    size = next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    return one[:size]
