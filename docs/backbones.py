@@ -57,7 +57,7 @@ def measured(found: dict[str, dict[str, Any]]) -> str:
         cells = (values.get(name, "") for name in names)
         rows.append((f"`{variant}`", *(f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in cells)))
     exempt = [
-        f"- `{variant}` is {check.replace('_', ' ')}: {reason}."
+        f"- `{variant}` is not tested for {check.removeprefix('let off').strip().replace('_', ' ')}, because {reason}."
         for variant, values in found.items()
         for check, reason in values.items()
         if check.startswith("let off")

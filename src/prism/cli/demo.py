@@ -25,7 +25,7 @@ def demo(
         bool,
         typer.Option(
             "--full",
-            help="200 prompts, three seeds of every head, prompts out of the domain, evidence/: an hour or more. "
+            help="200 prompts, three judges of different training seeds, prompts out of the domain, evidence/: an hour or more. "
             "Run it again after a kill, and it goes on where it was.",
         ),
     ] = False,
