@@ -25,8 +25,8 @@ def demo(
         bool,
         typer.Option(
             "--full",
-            help="200 prompts, three judges of different training seeds, prompts out of the domain, evidence/: an hour or more. "
-            "Run it again after a kill, and it goes on where it was.",
+            help="200 prompts, three judges of different training seeds, prompts out of the domain, evidence/: an hour "
+            "or more. Run it again after a kill, and it goes on where it was.",
         ),
     ] = False,
     fresh: Annotated[
