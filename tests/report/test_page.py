@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tests.report import rows
 
+from prism import media
 from prism.errors import PrismError
 from prism.report import figures, metrics, page, tables, wording
 
@@ -285,3 +286,89 @@ def test_judges_stand_side_by_side_on_the_terminal():
     assert line.count("64.0\u00a0%") == line.count("60\u00a0…\u00a069") == 2
     (line,) = [line for line in text.splitlines() if line.lstrip().startswith("699")]
     assert line.rstrip().endswith("–")
+
+
+def test_videos_play_in_the_page(document, tmp_path):
+    clips = [page.FilmRow("The pick", video(200), "referee 0.96", True), page.FilmRow("The worst", video(9))]
+    page.write_report(tmp_path / "r.html", document, [page.FilmStrip("p", caption="c", clips=clips, fps=4)])
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    players = re.findall(r"<video [^>]*>", source)
+    assert len(players) == 2
+    assert all(re.search(r"\bloop muted controls playsinline>$", player) for player in players)
+    data = re.search(r'src="data:video/mp4;base64,([^"]+)"', players[0])
+    (tmp_path / "clip.mp4").write_bytes(base64.b64decode(data.group(1)))
+    assert np.abs(media.read_video(tmp_path / "clip.mp4") * 255 - video(200)).mean() < 6
+    assert sum(link.startswith("data:video/mp4") for link in read(tmp_path / "r.html")[0].links) == 2
+
+
+def test_a_large_video_becomes_a_small_clip(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (9, 90, 160, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+    (tmp_path / "clip.mp4").write_bytes(page.clip(frames, 8))
+    assert media.read_video(tmp_path / "clip.mp4").shape == (9, 240, 426, 3)
+
+
+def test_the_ledger_has_gain_and_cost_beside_the_name_and_how_at_the_end(document, tmp_path):
+    """On a phone each row becomes a block whose cells name themselves; in print nothing is cut off."""
+    page.write_report(tmp_path / "r.html", document)
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    (row,) = re.findall(r"<tr[^>]*><th class=\"left\">early</th>.*?</tr>", source)
+    names = re.findall(r'data-name="([^"]+)"', row)
+    assert names[:3] == ["gain", "95 % interval", "rows, of full"]
+    assert row.endswith('<td class="left soft how">step 5 keeps 1</td></tr>')
+    style = source[source.index("<style>") : source.index("</style>")]
+    phone, printed_style = style[style.index("@media (max-width: 620px)") :].split("@media print")
+    assert "content: attr(data-name)" in phone
+    assert ".panel { overflow: visible; }" in printed_style
+
+
+def test_the_main_dimension_is_named_where_a_judge_has_no_overall(tmp_path):
+    """A judge of VQ and MQ has no column that is called overall."""
+    found = rows.accuracy(dimension="VQ")[:5] + rows.accuracy(dimension="MQ")[5:]
+    text = printed(tables.accuracy_table(found))
+    assert "overall" not in text
+    assert re.search(r"t +VQ ", text)
+    assert "overall" not in printed(tables.judges_table(found + [row | {"judge": "pixel"} for row in found]))
+    page.write_report(tmp_path / "r.html", metrics.document("eval", {}, 0, found))
+    text = read(tmp_path / "r.html")[1]
+    assert "overall" not in text
+    assert "71.0\u00a0%" in text
+
+
+def test_no_interval_is_a_dash():
+    found = rows.accuracy(without_ties_ci95=None)
+    assert re.search(r"699 +74\.0\u00a0% +– +871", printed(tables.accuracy_table(found)))
+
+
+def test_a_table_of_many_strategies_fits_80_columns_a_line_each():
+    extreme = {"referee_gain_ci95": [-0.61, -0.02], "oracle_share": -0.31, "denoiser_rows": 68_000.0}
+    many = [rows.pick("early", -0.3, 0.274, schedule=[[3, 4], [6, 1]], name="early 3:4,6:1", **extreme)]
+    many += [rows.pick("draft", 0.2, 1.0, draft_steps=3, judge_at=700, name=f"draft {n}", **extreme) for n in (3, 4)]
+    lines = printed(tables.best_of_n_table(many)).splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert sum(line.lstrip().startswith(("early 3:4,6:1 ", "draft 3 ", "draft 4 ")) for line in lines) == 3
+    assert sum("−0.61\u00a0…\u00a0−0.02" in line for line in lines) == 3
+
+
+def test_what_lies_between_levels_that_were_not_measured_is_dashed():
+    whole, some = rows.accuracy(), [row for row in rows.accuracy(judge="pixel") if row["t"] in (899, 699, 0)]
+    dashed = figures.accuracy_plot(whole + some).count("stroke-dasharray")
+    assert dashed == figures.accuracy_plot(whole + rows.accuracy(judge="pixel")).count("stroke-dasharray") + 1
+
+
+def test_labels_of_points_keep_off_points_and_each_other():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.9, 3.5))
+    axes = figure.add_subplot()
+    points = [(12.0, 0.05), (12.0, 0.02), (26.0, 0.4), (32.0, 0.3), (100.0, 0.6)]
+    for x, y in points:
+        axes.plot(x, y, "o")
+        axes.plot([x, x], [y - 0.1, y + 0.1])
+    axes.set_xlim(0, 105)
+    names = ("a", "bb", "ccc", "dd", "e")
+    named = [figures.Label(x, y, name, "#000000", 10, False) for (x, y), name in zip(points, names)]
+    figures.place_labels(figure, axes, named)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    spots = [axes.transData.transform(point) for point in points]
+    assert not any(box.contains(*spot) for box in boxes for spot in spots)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

@@ -60,8 +60,8 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
         sections.append(
             f"Run by itself on {found['prompts']} prompts, each strategy picked the same candidate in "
             f"{found['same_pick']} of {found['runs']} runs as in the run that all share; the largest difference of a "
-            f"score was {found['largest_difference']:.1e}. Rows and seconds come from these separate runs, scaled to all "
-            "prompts."
+            f"score was {found['largest_difference']:.1e}. Rows and seconds come from these separate runs, "
+            "scaled to all prompts."
         )
     if metrics.get("attention"):
         sections += ["## Where the query looks", _attention(metrics["attention"])]
