@@ -112,6 +112,7 @@ def pipe(path):
 
 BREAKAGES = {
     "no store.json": (lambda f: (f / "store.json").unlink(), "store.json does not exist"),
+    "a folder of videos": (lambda f: (f / "store.json").rename(f / "clip.mp4"), "is no store: .*write_store"),
     "other schema": (lambda f: files.write_json(f / "store.json", {"schema": 9}), "schema 9"),
     "no latents": (lambda f: (f / "latents-00000.safetensors").unlink(), "latents-00000.safetensors does not exist"),
     "truncated latents": (lambda f: truncate(f / "latents-00000.safetensors"), "latents-00000.*truncated"),

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from tests import tiny
+from tests.works import works
 
 from prism import Judge
 from prism.errors import PrismError
@@ -59,6 +60,12 @@ def test_a_judge_may_be_the_folder_of_its_run(wan, tmp_path):
         search(wan, tmp_path / "no")
 
 
+@works(
+    "Schedulers and steps",
+    "Few steps, so that the first cut comes at step 1",
+    "warned",
+    "step 1 sees pure noise, so that candidates are dropped at random: cut later, or take the strategy full or draft",
+)
 def test_a_first_cut_at_step_one_is_told(wan):
     judge = wan.judge()
     for schedule in ([(1, 1)], "1:2,3:1"):

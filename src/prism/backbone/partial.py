@@ -171,7 +171,10 @@ def load_denoiser(
         model = kind.from_config(kind.load_config(str(place)))
     total = len(family.block_list(model))
     if not 1 <= up_to <= total:
-        raise PrismError(f"The tap must lie in 1 to {total}, the denoiser's number of blocks; found {up_to}.")
+        raise PrismError(
+            f"Blocks up to {up_to} are asked for, and this denoiser, {type(model).__name__}, has {total}; a head that "
+            "reads after more is one of another model."
+        )
     for part, kept in family.first_blocks(model, up_to):
         del part[kept:]
     tensors = _tensors(place, list(model.state_dict()), kwargs.get("variant"), fetch)

@@ -60,6 +60,7 @@ def rows(
                     "n": values.shape[1],
                     "set": which,
                     "prompts": len(records),
+                    "referee_score": float(values.mean() + gain.mean()),
                     "referee_gain": float(gain.mean() / spread),
                     "referee_gain_ci95": prompt_interval(sums, prompts, in_spreads, seed),
                     "oracle_share": float(gain.mean() / best.mean()),

@@ -23,6 +23,9 @@ NOTES = (
 )
 
 
+FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are shares of, as in the demo
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone."""
@@ -194,7 +197,8 @@ def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any
     ledger = result.ledger
     steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
     share = judge.tap / backbone.num_blocks if judge else 0.0
-    everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=config.num_draws)
+    draws = config.num_draws if config.strategy in ("full", "draft") else FULL_DRAWS
+    everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=draws)
     return {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,

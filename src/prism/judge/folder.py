@@ -273,7 +273,8 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
             f"The head folder {quoted(source, 80)} cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from error
     if is_folder:
-        return folder
+        own = folder / "head"  # of a run's folder
+        return own if own.is_dir() else folder
     if exists:
         raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

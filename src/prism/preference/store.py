@@ -118,7 +118,15 @@ class LatentStore:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise PrismError(f"The store {tables.named(folder)} does not exist.")
+            found = "is a file" if folder.exists() else "does not exist"
+            raise PrismError(
+                f"The store {tables.named(folder)} {found}; it is a folder that prism.preference.write_store writes."
+            )
+        if not (folder / "store.json").exists():
+            raise PrismError(
+                f"The folder {tables.named(folder)} is no store: its store.json does not exist. Latents and labels "
+                "become one by prism.preference.write_store."
+            )
         meta = tables.read_meta(folder / "store.json")
         if meta.get("schema") != SCHEMA:
             found = quoted(meta.get("schema"), 80)

@@ -20,6 +20,8 @@ def accuracy_table(rows: Sequence[Row], title: str = "Judge: pairwise accuracy b
         "without ties: of the decided pairs, with its 95 % interval over prompts; with ties: of all pairs, the "
         "threshold chosen on validation pairs. t = 1000 is pure noise, 0 is clean"
     )
+    if all(row["with_ties_validation_threshold"] is None for row in rows):
+        caption = caption.replace("the threshold chosen on validation pairs", "not told, for want of validation pairs")
     table = _table(title, caption)
     judges = {(row["judge"], row["head_seed"], row["source"], row["set"]) for row in rows}
     if len(judges) > 1:
