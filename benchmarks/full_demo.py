@@ -137,7 +137,9 @@ class Work:
 
                 def job(split: str = split, data: str = data, name: str = name, make: Any = make) -> None:
                     part = f"accuracy/{split}-{name}"
-                    judges._measured(self.parts, part, self._store(data), make(), split, self.seed, TIMESTEPS)
+                    judges._measured(
+                        self.parts, part, self._store(data), make(), split, self.seed, TIMESTEPS, self.config.batch_size
+                    )
 
                 jobs.append(job)
         self.mine(jobs)
