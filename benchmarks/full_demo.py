@@ -137,9 +137,8 @@ class Work:
 
                 def job(split: str = split, data: str = data, name: str = name, make: Any = make) -> None:
                     part = f"accuracy/{split}-{name}"
-                    judges._measured(
-                        self.parts, part, self._store(data), make(), split, self.seed, TIMESTEPS, self.config.batch_size
-                    )
+                    store, rows = self._store(data), self.config.train.max_rows
+                    judges._measured(self.parts, part, store, make(), split, self.seed, TIMESTEPS, rows)
 
                 jobs.append(job)
         self.mine(jobs)
