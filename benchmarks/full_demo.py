@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prism.experiments.parts import Parts
 
 from prism import files, media, shapeworld
 from prism.evaluation import TIMESTEPS
 from prism.experiments import demo, judges
 from prism.experiments.contest import Panel
 from prism.experiments.loading import load_backbone
-from prism.experiments.parts import Parts
 from prism.preference import LatentStore
 from prism.shapeworld import candidates
 

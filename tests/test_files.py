@@ -43,6 +43,7 @@ def test_new_folder_leaves_nothing_after_an_exception(tmp_path, error):
 
 def test_new_folder_refuses_an_existing_one_before_any_work(tmp_path):
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
     with pytest.raises(PrismError, match=r"a exists already.*--overwrite"), files.new_folder(tmp_path / "a"):
         pytest.fail("the block ran")
     (tmp_path / "file").write_text("")
@@ -110,7 +111,7 @@ def test_nothing_half_written_after_kill(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "a").exists()
-    assert all(name.startswith(".a-") for name in names(tmp_path))
+    assert all(name.startswith(".a.prism-") for name in names(tmp_path))
 
 
 def test_json_round_trip_and_its_errors(tmp_path):

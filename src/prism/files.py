@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prism import temporary
 from prism.checks import quoted
 from prism.errors import PrismError
 
@@ -21,71 +21,170 @@ if TYPE_CHECKING:
 
 
 def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Refuse an output folder that exists (unless `overwrite`) or whose parent cannot be written; return it as a path.
+    """Refuse an output folder that holds something (unless `overwrite`) or cannot be made; return it as a path.
 
-    Commands call this before the first expensive step, so that a run is not lost to a typo at its end.
+    Commands call this before the first expensive step, so that a run is not lost to a typo at its end. An empty folder
+    is as good as none. What dead processes left of earlier attempts at this name is removed.
     """
-    target = Path(path)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise PrismError(f"The output path {target} exists and is not a folder; choose another --out.")
-    if target.exists() and not overwrite:
-        raise PrismError(
-            f"The output folder {target} exists already; choose another --out, or replace it with --overwrite."
-        )
-    if target.exists() and (target.resolve() == Path.cwd() or target.resolve() in Path.cwd().parents):
-        raise PrismError(
-            f"The output folder {target} holds the current directory and cannot be replaced; choose another --out."
-        )
-    parent = target.absolute().parent
+    target = check_place(path)
+    if target.exists():
+        if not overwrite and not is_empty(target):
+            raise PrismError(
+                f"The output folder {shown(target)} exists already; choose another --out, or replace it with "
+                "--overwrite."
+            )
+        if target.resolve() == Path.cwd() or target.resolve() in Path.cwd().parents:
+            raise PrismError(
+                f"The output folder {shown(target)} holds the current directory and cannot be replaced; choose another "
+                "--out."
+            )
+        if os.path.ismount(target):
+            raise PrismError(
+                f"The output folder {shown(target)} is a mount point and cannot be replaced; name a folder inside it "
+                "with --out."
+            )
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-"):
+        with temporary.scratch(target):
             pass
     except OSError as error:
-        raise PrismError(
-            f"The output folder {target} cannot be made in {parent}: {error.strerror or error}."
-        ) from error
+        raise _unmakeable(target, error) from error
     return target
 
 
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """Refuse a path that no folder can have or that is something else than a folder; make its parent; return it.
+
+    What dead processes left beside and in it is removed (`sweep`).
+    """
+    target = Path(path)
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:
+        raise _unmakeable(target, error) from error
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise PrismError(f"The output path {shown(target)} exists and is not a folder; choose another --out.")
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unmakeable(target, error) from error
+    temporary.sweep(target)
+    return target
+
+
+def _unmakeable(target: Path, error: OSError | ValueError) -> PrismError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return PrismError(
+        f"The output folder {shown(target)} cannot be made in {shown(target.absolute().parent)}: {reason}."
+    )
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for a sentence: its middle is left out where it is longer than 120 characters."""
+    text = "".join(character if character.isprintable() else "?" for character in os.fspath(path))
+    return text if len(text) <= 120 else f"{text[:70]}...{text[-45:]}"
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or cannot be listed because it is not there."""
+    try:
+        return next(os.scandir(folder), None) is None
+    except FileNotFoundError:
+        return True
+
+
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, discard: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that takes its name, synced to disk, once the block ends well.
 
     On any exception (Ctrl-C included) the temporary folder is removed, and what stood at `path` before stays.
-    An existing folder is refused unless `overwrite`, and then replaced only at the very end.
-    Raises `PrismError` on entry, before any work.
+    An existing folder that holds something is refused unless `overwrite`, and then replaced only at the very end, in
+    one step where the system can exchange two names (Linux), so that even a kill leaves the old or the new there.
+    Files get the permissions that the user's umask gives. Raises `PrismError` on entry, before any work.
+
+    discard: removes the folder that was replaced; None: with all that is in it.
     """
     target = check_new_folder(path, overwrite)
-    parent = target.absolute().parent
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{target.name}-"))
+    work, lock = temporary.folder_beside(target)
+    inode = work.stat().st_ino
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        sync_tree(temporary)
-        _publish(temporary, target, overwrite)
-        _sync(parent)
+        yield work
+        open_to_readers(work)
+        sync_tree(work)
+        _publish(work, target, overwrite, discard)
+        _sync(target.absolute().parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            if work.stat().st_ino == inode:
+                shutil.rmtree(work, ignore_errors=True)
+            else:  # exchanged: it is the old one
+                (discard or _remove)(work)
+        temporary.release(lock)
 
 
-def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
-    if overwrite and target.exists():
-        old = Path(tempfile.mkdtemp(dir=temporary.parent, prefix=f".{target.name}-old-"))
-        os.replace(target, old)
+def publish(folder: Path, target: Path, discard: Callable[[Path], object] | None = None) -> None:
+    """Put a finished folder beside `target` in the place of `target`, of which a kill leaves the old or the new."""
+    open_to_readers(folder)
+    sync_tree(folder)
+    _publish(folder, target, True, discard)
+    if folder.exists():  # exchanged: it is the old one
+        (discard or _remove)(folder)
+    _sync(target.absolute().parent)
+
+
+def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path], object] | None) -> None:
+    if not overwrite or is_empty(target):
+        with contextlib.suppress(OSError):
+            if os.name == "nt":  # elsewhere an empty folder is replaced
+                target.rmdir()
         try:
-            os.replace(temporary, target)
-        except BaseException:
-            os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+            os.replace(work, target)
+        except OSError as error:
+            if is_empty(target):
+                raise
+            raise PrismError(  # another process made a non-empty folder of this name meanwhile
+                f"The output folder {shown(target)} appeared while this run was working; choose another --out."
+            ) from error
         return
+    if temporary.exchange(work, target):
+        return
+    old = temporary.name_beside(target, temporary.OLD)
+    os.replace(target, old)  # a kill here leaves neither at the name: the next run puts the old one back (sweep)
     try:
-        os.replace(temporary, target)
-    except OSError as error:  # another process made a non-empty folder of this name meanwhile
-        raise PrismError(
-            f"The output folder {target} appeared while this run was working; choose another --out."
-        ) from error
+        os.replace(work, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    (discard or _remove)(old)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path of the same name that replaces `path` once the block ends well: a reader never sees half
+    a file. It gets the permissions that the user's umask gives (safetensors' writer makes files for their owner alone).
+    """
+    target = Path(path)
+    with temporary.scratch(target) as work:
+        yield work / target.name
+        open_to_readers(work)
+        os.replace(work / target.name, target)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give every file below `folder` the permissions that a plain new file gets under the user's umask."""
+    mode = 0o666 & ~_umask()
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root) / name
+            if not path.is_symlink() and (found := stat.S_IMODE(path.stat().st_mode)) | mode != found:
+                path.chmod(found | mode)
 
 
 def sync_tree(folder: Path) -> None:
@@ -107,6 +206,9 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
+    with contextlib.suppress(OSError, StopIteration):  # Linux tells it; elsewhere it can only be set, for all threads
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -117,14 +219,9 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
     NaN and infinity are refused (`ValueError`): they are not JSON, and a metric that is not a number is a bug.
     """
-    target = Path(path)
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

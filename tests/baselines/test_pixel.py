@@ -303,6 +303,7 @@ def test_bad_input_gets_a_sentence(backbone, judge, store, tmp_path):
     with pytest.raises(PrismError, match="The video of row 2 holds NaN or infinity"):
         judge.score_videos(videos, PROMPTS, **tiny.CALL_WAN)
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("1")
     with pytest.raises(PrismError, match="exist"):
         train_pixel(store, backbone, CONFIG, tmp_path / "taken", progress=False)
     with pytest.raises(PrismError, match="no validation pairs"):

@@ -132,10 +132,9 @@ def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert cli.main(["train", *common, "--out", str(run), *steps, "--resume"]) == 0
     assert cli.main(["train", *common, "--out", str(run), *steps, "--overwrite"]) == 0
-    assert f"deleting the training run in {run}" in capsys.readouterr().err
     assert files.sha256(run / "head" / "model.safetensors") == weights
     assert cli.main(["train", *common, "--out", str(place / "store"), *steps, "--overwrite"]) == 2
-    assert "holds no training run" in capsys.readouterr().err
+    assert "holds a latent store, so it is not replaced" in capsys.readouterr().err
     assert (place / "store" / "store.json").exists()
 
 
@@ -231,9 +230,16 @@ def test_an_existing_folder_is_refused_and_kept(place, tmp_path, capsys):
     (tmp_path / "out" / "mine").write_text("1")
     assert sample(place, tmp_path / "out") == 2
     assert "exists already" in capsys.readouterr().err
+    assert sample(place, tmp_path / "out", "--overwrite") == 2
+    assert "nothing that PRISM made" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "1"
-    assert sample(place, tmp_path / "out", "--overwrite") == 0
-    assert not (tmp_path / "out" / "mine").exists()
+    assert sample(place, tmp_path / "new") == 0
+    assert sample(place, tmp_path / "new", "--overwrite") == 0
+    (tmp_path / "new" / "mine").write_text("1")
+    capsys.readouterr()
+    assert sample(place, tmp_path / "new", "--overwrite") == 2
+    assert "holds mine, which no run made" in capsys.readouterr().err
+    assert (tmp_path / "new" / "mine").read_text() == "1"
 
 
 def test_an_unwritable_folder_is_refused(place, tmp_path, capsys):

@@ -88,13 +88,10 @@ class DecodedCache:
                 path.unlink(missing_ok=True)
         frames = decode(self.backbone, latent[None])[0]
         self.decoded += 1
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            with partial.open("wb") as stream:
+            with files.new_file(path) as whole, whole.open("wb") as stream:
                 np.save(stream, frames.numpy(), allow_pickle=False)
-            partial.replace(path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise PrismError(
                 f"Decoded frames cannot be kept in {self.folder}: {error.strerror or error}; make room and start "
                 "again, what is decoded already is found again."

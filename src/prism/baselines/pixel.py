@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files, media
+from prism import files, media, runs
 from prism.backbone import Backbone, Conditioning, Ragged
 from prism.backbone.fingerprint import fits
 from prism.baselines.frames import DecodedCache, decode, vae_hash, vae_hashes
@@ -171,7 +171,7 @@ class PixelJudge:
             "vae_weights": vae_hash(self.backbone),
             "trained_on": self.trained_on,
         }
-        with files.new_folder(Path(folder), overwrite) as temporary:
+        with runs.new(folder, overwrite, FORMAT) as temporary:
             half = {name: value.detach().half().contiguous() for name, value in self.head.state_dict().items()}
             save_file(half, temporary / "model.safetensors")
             files.write_json(temporary / "config.json", config)

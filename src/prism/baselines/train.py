@@ -6,7 +6,6 @@ noisy video is one of a few re-noised copies, which come up again epoch by epoch
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prism import files
+from prism import runs
 from prism.backbone import Backbone
 from prism.baselines.frames import DecodedCache
-from prism.baselines.pixel import ROWS, PixelJudge
+from prism.baselines.pixel import FORMAT, ROWS, PixelJudge
 from prism.errors import PrismError
 from prism.evaluation.evaluator import Video, noised, videos_of
 from prism.memory import in_batches
@@ -120,11 +119,12 @@ def train_pixel(
         `prism.training.train`, and `decoded` counts the videos that had to be decoded.
 
     Raises:
-        PrismError: where `out` exists, or the store has no training or validation pairs.
+        PrismError: where `out` exists, another run's parts lie beside it, or the store has no training or validation
+            pairs.
     """
     started, out = time.perf_counter(), Path(out)
     processes = Processes(cpu=backbone.device.type == "cpu")
-    processes.on_first(lambda: files.check_new_folder(out))
+    processes.on_first(lambda: runs.check(out, False, FORMAT))
     store, settings = LatentStore.of(store), config.for_learner()
     groups = training_groups(store, store.dimensions, settings)
     held_out = store.groups("validation", store.dimensions)
@@ -137,8 +137,12 @@ def train_pixel(
             f"The pixel setting prompts_per_step must be at least the number of processes, {processes.size}; found "
             f"{config.prompts_per_step}."
         )
-    parts = processes.on_first(lambda: _parts(out, store, backbone, config, noisy))
-    frames = DecodedCache(parts / "frames", backbone) if frames is None else frames
+    identity = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
+    identity["backbone"] = backbone.fingerprint()
+    place = runs.parts_of(out)
+    parts: list[runs.Parts] = []  # the first process holds them
+    processes.on_first(lambda: parts.append(runs.Parts(place, identity)))
+    frames = DecodedCache(place / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 
     name = "pixel-noisy" if noisy else "pixel"
@@ -159,7 +163,7 @@ def train_pixel(
             torch.manual_seed((config.seed * 1_000_003 + step) * processes.size + processes.rank)
             return [judge.head(videos, text, mask)]
 
-    first, steps = load_checkpoint(parts / "checkpoints", learner), Steps(processes, settings.max_rows)
+    first, steps = load_checkpoint(place / "checkpoints", learner), Steps(processes, settings.max_rows)
     places = range(processes.rank, config.prompts_per_step, processes.size)
     hidden = None if progress and processes.first else True
     for step in tqdm(
@@ -172,14 +176,14 @@ def train_pixel(
             learner.validate(step, validation)  # type: ignore[arg-type]
             judge.head.train()
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and processes.first:
-            save_checkpoint(parts / "checkpoints", step + 1, learner)
+            save_checkpoint(place / "checkpoints", step + 1, learner)
 
     learner.finish(store, groups)
     judge.trained_on |= {"source": "decoded", "noisy": noisy, "config": asdict(config), "history": learner.history}
 
     def publish() -> None:
         judge.save_pretrained(out)
-        shutil.rmtree(parts, ignore_errors=True)
+        parts[0].remove()
 
     processes.on_first(publish)
     return {
@@ -238,19 +242,6 @@ class _Validation:
 
         in_batches(videos_of(self.groups), ROWS, work, "validating")
         return mean_accuracy(self.groups, list(scores.values()))
-
-
-def _parts(out: Path, store: LatentStore, backbone: Backbone, config: PixelConfig, noisy: bool) -> Path:
-    """The folder of an unfinished run; checkpoints of another one in it are removed, frames stay good."""
-    parts = out.absolute().with_name(f"{out.name}.parts")
-    wanted = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
-    wanted["backbone"] = backbone.fingerprint()
-    known = parts / "config.json"
-    if not known.is_file() or files.read_json(known) != wanted:
-        shutil.rmtree(parts / "checkpoints", ignore_errors=True)
-        parts.mkdir(parents=True, exist_ok=True)
-        files.write_json(known, wanted)
-    return parts
 
 
 def _bfloat16(config: PixelConfig, backbone: Backbone) -> bool:

@@ -19,7 +19,8 @@ Out = Annotated[
     typer.Option("--out", metavar="FOLDER", help="Folder to write; it appears whole.", rich_help_panel=OUTPUT),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the folder if it exists.", rich_help_panel=OUTPUT)
+    bool,
+    typer.Option("--overwrite", help="Replace the folder if a run of this command made it.", rich_help_panel=OUTPUT),
 ]
 Seed = Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of everything random.")]
 BatchSize = Annotated[

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ import numpy as np
 from tqdm import tqdm
 
 import prism
-from prism import files, media, shapeworld
+from prism import files, media, runs, shapeworld, temporary
 from prism.experiments import bars, compare, conclusions, per_prompt
 from prism.experiments.loading import describe, load_backbone
-from prism.experiments.parts import Clock, Parts
 from prism.experiments.sample import cut_entry
 from prism.report import evidence
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
+from prism.runs import Clock, Parts
 from prism.training.config import TrainConfig
 
 TRAIN = TrainConfig(
@@ -117,21 +116,10 @@ def run(
     config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
     if batch_size is not None:
         config = replace(config, train=replace(config.train, max_rows=batch_size))
-    files.check_new_folder(out, overwrite)
-    with _workshop(out, config.full) as place:
+    runs.check(out, overwrite, "demo")
+    with contextlib.nullcontext() if config.full else temporary.scratch(out) as scratch:
+        place = runs.parts_of(out) if scratch is None else scratch / "parts"
         return _run(out, place, config, overwrite, device)
-
-
-@contextlib.contextmanager
-def _workshop(out: Path, stays: bool) -> Iterator[Path]:
-    """Where parts lie while the demo runs; one that stays is deleted when all is well, and else kept."""
-    if stays:
-        place = out.absolute().with_name(f"{out.name}.parts")
-        yield place
-        shutil.rmtree(place)
-    else:
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-parts-") as folder:
-            yield Path(folder) / "parts"
 
 
 def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None) -> dict[str, Any]:
@@ -152,7 +140,11 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
 
     def sampled(name: str, folder: str, shares: dict[str, tuple[int, int]], seed: int) -> LatentStore:
-        parts.once(name, lambda: candidates.run(place / folder, shares, seed=seed, backbone=backbone))
+        def make() -> None:
+            if not (place / folder).is_dir():  # else killed between its end and the note of it
+                candidates.run(place / folder, shares, seed=seed, backbone=backbone)
+
+        parts.once(name, make)
         return LatentStore.open(place / folder)
 
     if shipped is None:
@@ -225,7 +217,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         ledger=result.ledger.to_dict(),
     )
     metrics["beside"] = None if config.full else conclusions.beside(metrics)
-    with files.new_folder(out, overwrite) as folder:
+    with runs.new(out, overwrite, "demo") as folder:
         _publish(folder, place, config, metrics, {**asdict(config), "call": call})
         media.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
@@ -235,6 +227,8 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
         if config.full:
             evidence.write(folder / "evidence", metrics, written, _command(out, config))
             shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")
+    if config.full:
+        parts.remove()
     return metrics
 
 

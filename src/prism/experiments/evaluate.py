@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prism import files
+from prism import files, runs
 from prism.checks import whole
 from prism.errors import PrismError
 from prism.report.metrics import document, write_config
@@ -49,7 +49,7 @@ def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str,
     levels = None if config.timesteps == TIMESTEPS else _levels(config.timesteps)
     whole("--batch-size", config.batch_size)
     whole("--num-draws", config.num_draws)
-    with files.new_folder(out, overwrite) as folder:
+    with runs.new(out, overwrite, "eval") as folder:
         from prism.evaluation import evaluate
         from prism.experiments.loading import describe, load_backbone, load_judge, open_store
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prism import shapeworld
+from prism import files, shapeworld
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, compare_judges, measure
 from prism.experiments import pool
-from prism.experiments.parts import Parts
 from prism.judge import Judge
 from prism.preference import LatentStore
+from prism.runs import Parts
 from prism.training import TrainConfig, train_together
 
 PIXEL = {"pixel": False, "pixel-noisy": True}  # name, as of the asset -> whether it trains on noisy videos too
@@ -115,9 +115,9 @@ def _measured(
     path = parts.folder / f"{name}.parquet"
 
     def make() -> None:
-        partial = path.with_suffix(".partial")
-        measure(judge, store, split, timesteps, seed=seed, batch_size=batch_size).save(partial)
-        partial.replace(path)
+        measurement = measure(judge, store, split, timesteps, seed=seed, batch_size=batch_size)
+        with files.new_file(path) as whole:
+            measurement.save(whole)
 
     parts.once(name, make)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prism import files, media
+from prism import files, media, runs
 from prism.errors import PrismError
 from prism.report.metrics import document, write_config
 from prism.report.page import FilmRow, FilmStrip, write_report
@@ -66,7 +66,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
     if team.rank > 0:
         _sample(config, cuts, weights, distribute)
         return None
-    with files.new_folder(out, overwrite) as folder:
+    with runs.new(out, overwrite, "sample") as folder:
         from prism.experiments.loading import describe
 
         backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism import files
+from prism import files, runs
 from prism.errors import PrismError
 from prism.experiments.variants import BASE, BASE_HEADS, Variant, chosen, table
 from prism.training.config import TrainConfig
@@ -92,13 +92,14 @@ def run(
     )
     everything = [row for row in everything if row.draws <= config.draws and (not row.across or config.seeds > 1)]
     wanted = chosen(everything, [*only, *confirm] if only else ())
-    _claim(out, {"command": "study", **_json(config)}, resume)
+    claim = runs.claim(out, {"command": "study", **_json(config)}, resume)
     started = time.perf_counter()
     _score_unscored(config, out, store, backbone, wanted)
     _train(config, out, store, backbone, tap, wanted)
     done = [row for row in everything if results.complete(out, row, everything, config)]
     measured = results.Results(out, store, config, levels(backbone))
     rows = [measured.row(row) for row in done]
+    (out / "results").mkdir(exist_ok=True)
     for row in rows:
         files.write_json(out / "results" / f"{row['variant']}.json", row)
     for variant in confirm:
@@ -118,6 +119,7 @@ def run(
     (out / "study.md").write_text(results.markdown(rows, metrics["calibration"]), encoding="utf-8")
     settings = files.read_json(out / "config.json")
     write_report(out / "report.html", metrics, title="What makes the judge better", notes=NOTES, config=settings)
+    claim.release()
     return metrics
 
 
@@ -213,25 +215,6 @@ def _named(name: str, done: Sequence[Variant]) -> Variant:
         if variant.name == name:
             return variant
     raise PrismError(f"There is no finished variant {name!r} to confirm; there are {', '.join(v.name for v in done)}.")
-
-
-def _claim(out: Path, resolved: dict[str, Any], resume: bool) -> None:
-    """Make the run's folder, or check that it is this run's."""
-    if not resume:
-        files.check_new_folder(out)
-        out.mkdir(parents=True)
-        (out / "results").mkdir()
-        files.write_json(out / "config.json", resolved)
-        return
-    if not (out / "config.json").is_file():
-        raise PrismError(f"There is no study to resume in {out}; leave --resume out to start one.")
-    known = files.read_json(out / "config.json")
-    for name, value in resolved.items():
-        if known.get(name) != value:
-            raise PrismError(
-                f"The study in {out} differs in {name}: it was {known.get(name)!r} and is now {value!r}; resume it as "
-                "it was started."
-            )
 
 
 def _json(config: StudyConfig) -> dict[str, Any]:

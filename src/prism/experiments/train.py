@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prism import files
+from prism import files, runs
 from prism.errors import PrismError
 from prism.report.metrics import document
 from prism.report.page import write_report
@@ -42,7 +40,9 @@ class TrainRun:
 def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics.
 
-    Of several processes (`torchrun`) the first alone looks at the folder, clears it and writes.
+    With `overwrite` the work is done in `<out>.parts`, which takes the name `out` at the end; a run of the same
+    configuration that lies there goes on. What stood at `out` stays until then. Of several processes (`torchrun`) the
+    first alone looks at folders and writes.
     """
     from prism.experiments.loading import describe, load_backbone, open_store
     from prism.judge import Judge
@@ -50,10 +50,11 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     from prism.training.processes import Processes
 
     if resume and overwrite:
-        raise PrismError("--resume continues the run in the folder and --overwrite deletes it; give one of them.")
+        raise PrismError("--resume continues the run in the folder and --overwrite replaces it; give one of them.")
     processes = Processes.on(config.device)
-    if not resume and not overwrite:
-        processes.on_first(lambda: files.check_new_folder(out))
+    if not resume:
+        processes.on_first(lambda: runs.check(out, overwrite, "train"))
+    place = runs.parts_of(out) if overwrite else out
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
     judge = Judge.untrained(
@@ -64,9 +65,12 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         aggregation=config.aggregation,
         seed=config.train.seed,
     )
-    if overwrite:
-        processes.on_first(lambda: _delete_run(out) if out.exists() else None)
-    result = train(store, judge, config.train, out, resume=resume)
+    try:
+        result = train(store, judge, config.train, place, resume=resume, restart=overwrite)
+    except BaseException:
+        if processes.first:
+            runs.abandon(place)
+        raise
     summary = {key: value for key, value in result.items() if key != "history"}
     metrics = document(
         "train",
@@ -77,23 +81,14 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
-    processes.on_first(lambda: _write(out, metrics, result))
+    processes.on_first(lambda: _write(place, out, metrics, result))
     return metrics
 
 
-def _write(out: Path, metrics: dict[str, Any], result: dict[str, Any]) -> None:
-    files.write_json(out / "metrics.json", metrics)
-    settings = files.read_json(out / "config.json")
+def _write(place: Path, out: Path, metrics: dict[str, Any], result: dict[str, Any]) -> None:
+    files.write_json(place / "metrics.json", metrics)
+    settings = files.read_json(place / "config.json")
     title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"
-    write_report(out / "report.html", metrics, title=title, notes=NOTES, config=settings)
-
-
-def _delete_run(out: Path) -> None:
-    """Delete the training run in `out`, saying so first; anything else that lies there is left alone."""
-    config = files.read_json(out / "config.json") if (out / "config.json").is_file() else None
-    if not isinstance(config, dict) or config.get("command") != "train":
-        raise PrismError(
-            f"The folder {out} holds no training run, so --overwrite leaves it alone; choose another --out."
-        )
-    print(f"prism: deleting the training run in {out}", file=sys.stderr)
-    shutil.rmtree(out)
+    write_report(place / "report.html", metrics, title=title, notes=NOTES, config=settings)
+    if place != out:
+        runs.publish(place, out)

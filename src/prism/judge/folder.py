@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files
+from prism import files, runs
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import fits
 from prism.checks import number, quoted, whole
@@ -57,10 +57,10 @@ class SavedJudge:
 def write(
     folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool
 ) -> None:
-    """Write a judge's folder, which appears whole; an existing one is refused unless `overwrite`."""
+    """Write a judge's folder, which appears whole; one that exists is refused, but a judge's with `overwrite`."""
     _check_plain(config, "What the judge was trained on")
     _check_trained_on(config["trained_on"], "what the judge was trained on")
-    with files.new_folder(folder, overwrite) as temporary:
+    with runs.new(folder, overwrite, FORMAT) as temporary:
         weights = temporary / "model.safetensors"
         # Copies: an average may hold a head twice, and files do not share memory.
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, weights)

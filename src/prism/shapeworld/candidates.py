@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from prism import files
+from prism import files, runs
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import pairs_from_scores, write_store
@@ -56,9 +56,9 @@ def run(
     splits: name -> prompts, candidates of each. With `trajectories`, the states after each step but the last are kept
     too, with their noise level. Parts go to `<out>.parts` as they are done, so that a killed run goes on where it was.
     share: (i, n) with n > 1 makes the parts i, i + n, ... alone, so that n processes work side by side; a run without
-    it then joins them.
+    it then joins them. Raises PrismError where another run's parts lie there, unless `overwrite`.
     """
-    files.check_new_folder(out, overwrite)
+    runs.check(out, overwrite, "store")
     if backbone is None:
         from . import pipeline
 
@@ -79,17 +79,18 @@ def run(
         "tie_margins": referee.TIE_MARGINS,
     }
     shares = {split: list(share) for split, share in splits.items()}
-    parts = _parts_folder(Path(out), {**meta, "splits": shares, "trajectories": trajectories})
+    identity = {**meta, "splits": shares, "trajectories": trajectories}
+    parts = runs.Parts(runs.parts_of(out), identity, restart=overwrite, shared=share[1] > 1)
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
     for number, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
         if number % share[1] != share[0]:
             continue
-        path = parts / f"{number:05d}.safetensors"
+        path = parts.folder / f"{number:05d}.safetensors"
         if not path.is_file():
             part = _sample(backbone, call, chunk, trajectories)
-            save_file(part, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
+            with files.new_file(path) as whole:
+                save_file(part, whole)
         done.append(load_file(path))
     if share[1] > 1:
         return
@@ -103,24 +104,10 @@ def run(
     columns |= {name: joined[f"score/{name}"].tolist() for name in referee.DIMENSIONS}
     videos = pa.table(columns)
     recorded = {name: joined[name] for name in ("states", "t")} if trajectories else None
-    with files.new_folder(out, overwrite) as folder:
+    with runs.new(out, overwrite, "store") as folder:
         pairs = pairs_from_scores(videos, referee.TIE_MARGINS)
         write_store(folder, videos, joined["latents"], pairs, meta, recorded, eight_bits=True)
-    for path in parts.iterdir():
-        path.unlink()
-    parts.rmdir()
-
-
-def _parts_folder(out: Path, identity: dict[str, Any]) -> Path:
-    """The folder of finished parts; one left by another configuration is emptied."""
-    parts = out.absolute().with_name(f"{out.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    known = parts / "config.json"
-    if not known.is_file() or files.read_json(known) != identity:
-        for path in parts.iterdir():
-            path.unlink()
-        files.write_json(known, identity)
-    return parts
+    parts.remove()
 
 
 def _sample(

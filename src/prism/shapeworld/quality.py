@@ -14,7 +14,7 @@ import torch
 from diffusers import WanPipeline
 from tqdm import tqdm
 
-from prism import files
+from prism import files, runs
 from prism.backbone import Backbone
 from prism.errors import PrismError
 
@@ -109,7 +109,7 @@ def run(
         raise PrismError(f'The --split is "{split}"; choose one of {", ".join(grammar.SPLITS)}.')
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
     chosen = [prompt for kind in grammar.KINDS for prompt in grammar.prompts(split, prompts, kind)]
-    with files.new_folder(out, overwrite) as folder:
+    with runs.new(out, overwrite, "quality") as folder:
         found = []
         wanted: Sequence[int | None] = steps or (None,)
         for step in wanted:
@@ -145,7 +145,7 @@ def save_weaker(run: Path, folder: Path, step: int | None = None, overwrite: boo
     """
     source = run / "transformer"
     pipe = _of_run(run, step)
-    with files.new_folder(folder, overwrite) as temporary:
+    with runs.new(folder, overwrite, "weaker") as temporary:
         recipe.save_weaker(pipe, temporary)
         files.write_json(temporary / "training.json", {"step": step, **files.read_json(source / "config.json")})
         shutil.copy(source / "log.jsonl", temporary / "log.jsonl")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-from prism import files
+from prism import files, runs
 from prism.errors import PrismError
 
 from . import CALL, recipe, world
@@ -134,14 +134,15 @@ def fit(
             print(json.dumps(row), file=log, flush=True)
             losses = []
         if step + 1 in snapshots:
-            save_file(averages, folder / f"step-{step + 1}.safetensors")
+            with files.new_file(folder / f"step-{step + 1}.safetensors") as path:
+                save_file(averages, path)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             state = {"step": torch.tensor(step + 1)}
             for name, p in weights.items():
                 state |= {f"weight/{name}": p.detach(), f"average/{name}": averages[name]}
                 state |= {f"moment/{key}/{name}": states[name][p][key] for key in moments[name]}
-            save_file({key: value.contiguous() for key, value in state.items()}, folder / "checkpoint.part")
-            (folder / "checkpoint.part").replace(checkpoint)
+            with files.new_file(checkpoint) as path:
+                save_file({key: value.contiguous() for key, value in state.items()}, path)
     for name, p in weights.items():
         p.data.copy_(averages[name])
     if log is not None:
@@ -192,7 +193,7 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
 
     fit({"decoder": decoder}, loss_at, folder, config.steps, config.learning_rate)
     if _team()[0] == 0:
-        vae.to("cpu").save_pretrained(folder / "vae")
+        _save(vae.to("cpu"), folder / "vae")
 
 
 def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
@@ -205,8 +206,7 @@ def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
         else:
             vae = video_vae.build()
             print(f"The linear code loses {video_vae.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
-        vae.save_pretrained(folder / "fitted.part")
-        (folder / "fitted.part").replace(fitted)
+        _save(vae, fitted)
     return AutoencoderKLWan.from_pretrained(fitted)
 
 
@@ -225,8 +225,8 @@ def _latent_pool(folder: Path, code: video_vae.LinearCode, videos: int, seed: in
         latents.append(code(video).half())
         prompts += names
     pool = torch.cat(latents).contiguous()
-    save_file({"latents": pool}, path.with_suffix(".part"), metadata={"prompts": json.dumps(prompts)})
-    path.with_suffix(".part").replace(path)  # a kill while it is written must not leave half a pool
+    with files.new_file(path) as whole:  # a kill while it is written must not leave half a pool
+        save_file({"latents": pool}, whole, metadata={"prompts": json.dumps(prompts)})
     return pool, prompts
 
 
@@ -277,8 +277,13 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     modules = {"transformer": transformer, "text_encoder": text_encoder}
     fit(modules, loss_at, folder, config.steps, config.learning_rate, config.matrix_rate, config.snapshots)
     if _team()[0] == 0:
-        transformer.to("cpu").save_pretrained(folder / "transformer")
-        text_encoder.to("cpu").save_pretrained(folder / "text_encoder")
+        _save(transformer.to("cpu"), folder / "transformer")
+        _save(text_encoder.to("cpu"), folder / "text_encoder")
+
+
+def _save(model: Any, folder: Path) -> None:
+    with files.new_folder(folder, overwrite=True) as temporary:
+        model.save_pretrained(temporary)
 
 
 PARTS = ("vae", "transformer")
@@ -324,7 +329,7 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
     if distributed.is_torchelastic_launched() and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    configs = {}
+    configs, claims = {}, []  # held until both are trained
     for name in PARTS if part == "all" else (part,):
         config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
         for key in ("steps", "batch_size", "learning_rate", "layers", "heads", "videos"):
@@ -338,7 +343,7 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         configs[name] = config
         with _first_before_others():
             if _team()[0] == 0:
-                _claim(out / name, config, resume)
+                claims.append(_claim(out / name, config, resume))
     if "vae" in configs:
         train_vae(out / "vae", configs["vae"], device)
     if "transformer" in configs:
@@ -348,29 +353,22 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         save_pipeline(out, out / "pipeline")
 
 
-def _claim(folder: Path, config: PartConfig, resume: bool) -> None:
-    """Refuse a folder of another run; write down the settings of a new one."""
-    known = folder / "config.json"
-    if known.is_file():
-        if not resume:
-            raise PrismError(
-                f"The folder {folder} holds a training run; continue it with --resume or choose another --out."
-            )
-        found, wanted = files.read_json(known), json.loads(json.dumps(asdict(config)))
-        if {**found, "steps": config.steps} != wanted:
-            raise PrismError(
-                f"The run in {folder} has other settings (see {known}); resume it with those or choose another --out."
-            )
+def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Claim:
+    """Refuse a folder of another run; write down the settings of a new one, and those of one that goes on longer."""
+    known, settings = folder / "config.json", {"command": "shapeworld train", **asdict(config)}
+    claim = runs.claim(folder, settings, resume, changeable=("steps",))
+    if claim.resumed:
+        steps = files.read_json(known)["steps"]
         checkpoint = folder / "checkpoint.safetensors"
-        if found["steps"] != config.steps and checkpoint.is_file():
+        if steps != config.steps and checkpoint.is_file():
             done = int(files.load_safetensors(checkpoint)["step"])
-            if done > (1 - DECAY) * min(found["steps"], config.steps):
+            if done > (1 - DECAY) * min(steps, config.steps):
                 raise PrismError(
-                    f"The run in {folder} is at step {done} of {found['steps']}, where the step size falls already; "
-                    f"it cannot go on to {config.steps} steps. Resume it with --steps {found['steps']}."
+                    f"The run in {folder} is at step {done} of {steps}, where the step size falls already; "
+                    f"it cannot go on to {config.steps} steps. Resume it with --steps {steps}."
                 )
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(known, asdict(config))
+        files.write_json(known, settings)
+    return claim
 
 
 def save_pipeline(out: Path, folder: Path) -> None:

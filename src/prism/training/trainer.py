@@ -10,7 +10,6 @@ A run's folder:
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from prism import files
+from prism import files, runs
 from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -47,6 +46,7 @@ def train(
     out: str | Path,
     resume: bool = False,
     progress: bool = True,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Train a judge's head on the store's training pairs; the judge ends up trained, and saved as ``out/head``.
 
@@ -58,8 +58,10 @@ def train(
         judge: its head is trained from the weights it has, on its device. The backbone is frozen.
         config: settings.
         out: the run's folder; refused where it holds something, unless ``resume``.
-        resume: continue the run in ``out`` from its last checkpoint. On CPU the result is the same to the bit.
+        resume: continue the run in ``out`` from its last checkpoint, or start it where there is none. On CPU the result
+            is the same to the bit.
         progress: show a progress bar (on a terminal).
+        restart: as ``resume``; but a run of another configuration in ``out`` is deleted, and this one starts anew.
 
     Returns:
         {"history": [...], "steps": int, "seconds": float, "pairs": int, "prompts": int}; each entry of the history has
@@ -70,20 +72,22 @@ def train(
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
     """
     started, out = time.perf_counter(), Path(out)
-    store = LatentStore.of(store)
+    store, checkpoints = LatentStore.of(store), out / "checkpoints"
     groups = training_groups(store, judge.dimensions, config)
     _check_backbone(store, judge)
     processes = _processes(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
-    processes.on_first(lambda: _claim(out, _resolved(store, judge, config), resume))
+    held: list[runs.Claim] = []  # by the first process
+    resolved = _resolved(store, judge, config)
+    processes.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart)))
     if (out / "head").is_dir():  # resumed after its end
-        judge.head.load_weights(out / "head" / "model.safetensors")
+        _take_over(judge, Judge.from_pretrained(out / "head", judge.backbone))
+        processes.on_first(lambda: runs.discard(checkpoints))
         return files.read_json(out / "history.json")
 
     batches = Batches(store, groups, judge.backbone, config)
     conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
     learner, steps = Learner(judge, config, processes), Steps(processes, config.max_rows)
-    checkpoints = out / "checkpoints"
     start = load_checkpoint(checkpoints, learner)
     places = range(processes.rank, config.prompts_per_step, processes.size)
 
@@ -114,7 +118,8 @@ def train(
     def publish() -> None:
         files.write_json(out / "history.json", result)
         judge.save_pretrained(out / "head")
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        runs.discard(checkpoints)
+        held[0].release()
 
     processes.on_first(publish)
     return result
@@ -210,31 +215,12 @@ def _resolved(store: LatentStore, judge: Judge, config: TrainConfig) -> dict[str
     return {"command": "train", "train": config.to_dict(), "judge": judge.config(), "store": store_identity(store)}
 
 
-def _claim(out: Path, resolved: dict[str, Any], resume: bool) -> None:
-    """Make the run's folder, or check that it is this run's."""
-    if resume:
-        if not (out / "config.json").is_file():
-            raise PrismError(f"There is no run to resume in {out}; leave --resume out to start one.")
-        known = files.read_json(out / "config.json")
-        for part in resolved:
-            if known.get(part) != resolved[part]:
-                changed = _first_difference(known.get(part), resolved[part])
-                raise PrismError(f"The run in {out} differs in {part}: {changed}; resume it as it was started.")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PrismError(f"The output folder {out} exists already; choose another --out, or continue with --resume.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / "config.json", resolved)
-    except OSError as error:
-        raise PrismError(f"The output folder {out} cannot be written: {error.strerror or error}.") from error
-
-
-def _first_difference(known: Any, wanted: Any) -> str:
-    if isinstance(known, dict) and isinstance(wanted, dict):
-        name = next(name for name in {**wanted, **known} if known.get(name) != wanted.get(name))
-        return f"{name} was {known.get(name)!r} and is now {wanted.get(name)!r}"
-    return f"it was {known!r} and is now {wanted!r}"
+def _take_over(judge: Judge, saved: Judge) -> None:
+    """Make a judge what a saved one of the same heads is: weights, and what it knows of its training."""
+    for member, its in zip(judge.members, saved.members, strict=True):
+        member.head.load_state_dict(its.head.state_dict())
+        member.head.eval()
+    judge.eta, judge.trained_on, judge.calibration = saved.eta, saved.trained_on, saved.calibration
 
 
 def _check_backbone(store: LatentStore, judge: Judge) -> None:

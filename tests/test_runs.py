@@ -6,7 +6,7 @@ import pytest
 
 from prism import files
 from prism.errors import PrismError
-from prism.experiments.parts import Clock, Parts
+from prism.runs import Clock, Parts
 
 
 def test_a_piece_is_made_once(tmp_path):
@@ -29,7 +29,7 @@ def test_a_piece_that_fails_leaves_nothing(tmp_path):
 
 def test_another_configuration_is_named_and_never_mixed(tmp_path, capsys):
     Parts(tmp_path / "p", {"seed": 1, "n": 8}).once("a", dict)
-    with pytest.raises(PrismError, match=r"whose n was 8 and is now 4.*--overwrite"):
+    with pytest.raises(PrismError, match=r"differs in n: it was 8 and is now 4.*--overwrite"):
         Parts(tmp_path / "p", {"seed": 1, "n": 4})
     assert Parts(tmp_path / "p", {"seed": 1, "n": 8}, restart=True).has("a")
     assert not Parts(tmp_path / "p", {"seed": 1, "n": 4}, restart=True).has("a")
@@ -38,7 +38,7 @@ def test_another_configuration_is_named_and_never_mixed(tmp_path, capsys):
 
 def test_a_strangers_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(PrismError, match="holds no parts"):
+    with pytest.raises(PrismError, match="holds no parts of a run"):
         Parts(tmp_path, {}, restart=True)
     assert (tmp_path / "thesis.tex").exists()
     files.write_json(tmp_path / "broken.json", {})

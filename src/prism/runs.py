@@ -1,0 +1,384 @@
+"""A run's folder: claimed by one process, refused to another configuration, resumed part by part, published.
+
+The only place that does this. A folder is *vacant* where it is missing or empty, or holds no more than what a run that
+died at its start leaves: any run may begin there. A file that no run makes is a user's and never deleted: a folder that
+holds one is refused, and one that came while a run was working is left lying.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prism import files, temporary
+from prism.errors import PrismError
+
+CONFIG, IDENTITY = "config.json", "identity.json"
+# Names of the files that runs make; beside them, what a run lists as `files` in its config.json, and pieces of `Parts`.
+_OURS = re.compile(
+    r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
+    r"|(videos|pairs|(test|validation|unseen)-[\w-]+)\.parquet"
+    r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
+    r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"
+    r"|[0-9a-f]{32}(\.npy|\.\d+\.partial)"  # decoded frames
+)
+
+
+# -- folders that a command makes in one go
+
+
+def check(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Path:
+    """Refuse an output folder that a new run cannot take the place of, before any work; return it as a path.
+
+    kind: of run (`kind_of`); with `overwrite` a folder of this kind may be replaced, and no other.
+    """
+    out = files.check_place(out)
+    if out.exists() and (out.stat().st_dev, out.stat().st_ino) not in _held:
+        _hold(out).release()  # nobody works in it
+    if overwrite and not is_vacant(out):
+        check_replaceable(out, kind)
+    return files.check_new_folder(out, overwrite or is_vacant(out))
+
+
+@contextlib.contextmanager
+def new(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Iterator[Path]:
+    """Yield the folder in which a run does its work, which appears at `out` when the block ends well.
+
+    As `files.new_folder`, but that it replaces a run of its own kind alone, and never a user's file.
+    """
+    out = check(out, overwrite, kind)
+    with files.new_folder(out, overwrite or is_vacant(out), discard) as folder:
+        yield folder
+        note_files(folder)
+
+
+def publish(work: Path, out: Path) -> None:
+    """Put a finished run's folder, which lies beside `out`, in the place of `out`; a kill leaves the old or the new."""
+    note_files(work)
+    files.publish(work, out, discard)
+
+
+def note_files(folder: Path) -> None:
+    """Write down in a finished run's config.json which files it made, so that a user's are known from them."""
+    config = _read(folder / CONFIG)
+    if config is not None and "format" not in config:
+        made = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files.write_json(folder / CONFIG, {**config, "files": made})
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of run that made a folder: its command's name, or prism-head, store, ...; None for no run's."""
+    for name in ("metrics.json", CONFIG):
+        config = _read(folder / name) or {}
+        kind = config.get("command") or config.get("format")
+        if isinstance(kind, str):
+            return kind
+    marks = {"store.json": "store", "quality.json": "quality", "training.json": "weaker", IDENTITY: "parts"}
+    return next((kind for name, kind in marks.items() if _read(folder / name) is not None), None)
+
+
+def check_replaceable(folder: Path, kind: str) -> None:
+    """Refuse to replace a folder that is no run of this kind, or holds a user's file."""
+    found = kind_of(folder)
+    if found != kind:
+        names = {None: "nothing that PRISM made", "store": "a latent store", "parts": "parts of a run"}
+        names |= {"prism-head": "a head", "weaker": "a backbone", "quality": "measurements of a backbone"}
+        raise PrismError(
+            f"The folder {files.shown(folder)} holds {names.get(found, f'a run of {found}')}, so it is not replaced by "
+            "another thing; choose another --out."
+        )
+    _refuse_foreign(folder)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a run may begin here: nothing lies in it but what a run of ours leaves that died at its start."""
+    left = list(_files(folder))
+    return not left or (
+        all(path.parent == folder and path.name in (CONFIG, IDENTITY) for path in left) and kind_of(folder) is not None
+    )
+
+
+def foreign(folder: Path) -> Path | None:
+    """The first file below a folder that no run made; None where there is none."""
+    listed = _listed(folder)
+    return next((path for path in _files(folder) if not _is_ours(path, folder, listed)), None)
+
+
+def discard(folder: Path) -> None:
+    """Delete what runs made in a folder, and the folder. A user's file in it stays, and a warning says where."""
+    _clear(folder)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if folder.exists() and temporary.NAME.fullmatch(folder.name):  # it was replaced while the file came
+        name = folder.with_name(f"{folder.name[1:].partition('.prism-')[0]}.kept-{os.urandom(2).hex()}")
+        folder = folder.rename(name)
+    if folder.exists():
+        warnings.warn(f"The folder {folder} holds files that no run made; they were left there.", stacklevel=3)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what runs made in a folder."""
+    listed = _listed(folder)
+    for path in list(_files(folder)):
+        if _is_ours(path, folder, listed):
+            path.unlink(missing_ok=True)
+    for root, _, _ in os.walk(folder, topdown=False):
+        if Path(root) != folder:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(root)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder, links to folders included."""
+    for root, folders, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
+        yield from (path for path in (Path(root, name) for name in folders) if path.is_symlink())
+
+
+def _listed(folder: Path) -> set[str]:
+    found = (_read(folder / CONFIG) or {}).get("files")
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+
+
+def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
+    if path.is_symlink():
+        return False
+    known = _OURS.fullmatch(path.name) or path.relative_to(folder).as_posix() in listed
+    return bool(known) or (path.suffix == ".json" and "seconds" in (_read(path) or {}))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    path = foreign(folder)
+    if path is not None:
+        raise PrismError(
+            f"The folder {files.shown(folder)} holds {files.shown(path.relative_to(folder))}, which no run made; move "
+            "it away, or choose another --out."
+        )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object of a file; None where there is none."""
+    try:
+        found = files.read_json(path) if path.is_file() else None
+    except PrismError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+# -- folders that a run works in, and that it can go on in after a kill
+
+
+class Claim:
+    """This process's hold on a run's folder, until it ends or is released; `resumed`: whether a run was there."""
+
+    def __init__(self, folder: Path, resumed: bool, lock: int | None) -> None:
+        self.folder, self.resumed, self._lock = folder, resumed, lock
+
+    def release(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+    __del__ = release
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
+
+
+def claim(
+    folder: str | os.PathLike[str],
+    identity: Mapping[str, Any],
+    resume: bool = False,
+    restart: bool = False,
+    main: bool = True,
+    name: str = CONFIG,
+    changeable: Sequence[str] = (),
+) -> Claim:
+    """Make a run's folder, or check that it is this run's, and hold it as long as the claim lives.
+
+    Args:
+        folder: missing or vacant, a run begins; else it must hold this run, and `resume` or `restart` be set.
+        identity: what the run depends on, as JSON; kept in the folder's file `name`, which says whose the folder is.
+        resume: go on with the run that is there.
+        restart: delete a run of another configuration, and begin anew; one of this configuration goes on.
+        main: False in all but the first of several processes, for which nothing is checked, made or held.
+        changeable: names in `identity` that may differ from those of the run that is there; theirs stay in the file.
+
+    Raises:
+        PrismError: for a folder that holds something else or cannot be made, a run of another configuration (the first
+            difference is named), a run without `resume`, or one that another process is working on.
+    """
+    folder = Path(folder)
+    if not main:
+        return Claim(folder, False, None)
+    folder = files.check_place(folder)
+    wanted = json.loads(json.dumps(dict(identity), allow_nan=False))
+    was_there = folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+        return _enter(_hold(folder), wanted, resume, restart, name, changeable)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            if not was_there:
+                folder.rmdir()
+        raise PrismError(
+            f"The output folder {files.shown(folder)} cannot be written: {error.strerror or error}."
+        ) from error
+
+
+def _enter(
+    held: Claim, wanted: dict[str, Any], resume: bool, restart: bool, name: str, changeable: Sequence[str]
+) -> Claim:
+    folder, known = held.folder, held.folder / name
+    held.resumed = False
+    if is_vacant(folder):
+        if _read(known) != wanted:
+            files.write_json(known, wanted)
+        return held
+    found = _read(known)
+    if found is None or found.get("command", wanted.get("command")) != wanted.get("command"):
+        holds = "parts of a run" if name == IDENTITY else f"run of {wanted.get('command', 'this kind')}"
+        raise PrismError(
+            f"The folder {files.shown(folder)} exists already and holds no {holds}; move it away, or choose another "
+            "--out."
+        )
+    temporary.sweep(folder, deep=True)
+    compared = [key for key in {**wanted, **found} if key not in ("command", "files", *changeable)]
+    different = [key for key in compared if found.get(key) != wanted.get(key)]
+    if not different and (resume or restart):
+        held.resumed = True
+        return held
+    if restart:
+        _refuse_foreign(folder)
+        print(f"prism: deleting the run in {folder}, which is of another configuration", file=sys.stderr)
+        _clear(folder)
+        files.write_json(known, wanted)
+        return held
+    if not resume:
+        raise PrismError(
+            f"The output folder {files.shown(folder)} exists already; choose another --out, or continue with --resume."
+        )
+    key = different[0]
+    raise PrismError(
+        f"The run in {files.shown(folder)} differs in {key}: {first_difference(found.get(key), wanted.get(key))}; "
+        "continue it as it was started, choose another --out, or start anew with --overwrite where the command has it."
+    )
+
+
+def _hold(folder: Path, shared: bool = False) -> Claim:
+    """This process's claim on a folder, which may be one that it has already."""
+    place = folder.stat()
+    held = _held.get((place.st_dev, place.st_ino))
+    if held is not None and held._lock is not None:
+        return held
+    try:
+        held = Claim(folder, False, temporary.hold(folder, shared))
+    except BlockingIOError:
+        raise PrismError(
+            f"Another process is working in {files.shown(folder)}; wait for it, or choose another --out."
+        ) from None
+    _held[place.st_dev, place.st_ino] = held
+    return held
+
+
+def first_difference(found: Any, wanted: Any) -> str:
+    """Where two configurations differ first, in words: "steps was 4 and is now 8"."""
+    place = ""
+    while isinstance(found, dict) and isinstance(wanted, dict):
+        key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+        place, found, wanted = (f"{place}.{key}" if place else key), found.get(key), wanted.get(key)
+    return f"{place or 'it'} was {_short(found)} and is now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
+
+
+def abandon(folder: Path) -> None:
+    """Delete a folder in which no run has got anywhere; any other is left."""
+    if folder.is_dir() and not folder.is_symlink() and is_vacant(folder):
+        temporary.sweep(folder)
+        discard(folder)
+
+
+class Parts:
+    """The finished pieces of a long run, each a JSON file and whatever its maker leaves beside it.
+
+    Args:
+        folder: where they lie; made where it is missing, and held as long as this lives.
+        identity: what the pieces depend on, as JSON. Pieces of another identity are refused.
+        restart: delete pieces of another identity instead, and start anew.
+        shared: other processes work on pieces of the same folder.
+
+    Raises:
+        PrismError: for a folder that holds something else, or pieces of another configuration (what differs is named).
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        restart: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self._claim = claim(self.folder, identity, True, restart, name=IDENTITY, shared=shared)
+
+    def once(self, name: str, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any]:
+        """Return what `make` returned, from disk where it was made before; its wall time is added as "seconds".
+
+        `make` may leave files in the folder: they must appear whole, and before it returns.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            made = dict(make() or {})
+            files.write_json(path, {**made, "seconds": time.perf_counter() - started})
+        return files.read_json(path)
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").is_file()
+
+    def remove(self) -> None:
+        """Delete the pieces; a user's file among them stays."""
+        discard(self.folder)
+        self._claim.release()
+
+
+def parts_of(out: str | os.PathLike[str]) -> Path:
+    """Where a run keeps its parts until its folder `out` is made: `<out>.parts`."""
+    out = Path(out).absolute()
+    return out.with_name(f"{out.name}.parts")
+
+
+class Clock:
+    """A line now and then on how far a long loop is, for logs: at most one per `every` seconds, with the time left."""
+
+    def __init__(self, what: str, total: int, every: float = 300.0) -> None:
+        self.what, self.total, self.every = what, total, every
+        self.start = self.last = time.monotonic()
+        self.worked = 0
+
+    def tick(self, done: int, worked: bool, more: str = "") -> None:
+        """`done` of the total are done; `worked`: this one was not on disk already. `more` is put behind the count."""
+        now = time.monotonic()
+        self.worked += worked
+        if now - self.last >= self.every and self.worked:
+            self.last = now
+            left = (now - self.start) / self.worked * (self.total - done) / 60
+            print(
+                f"prism: {self.what}: {done} of {self.total}{more}, about {left:.0f} minutes left",
+                file=sys.stderr,
+                flush=True,
+            )
