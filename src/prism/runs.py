@@ -99,9 +99,11 @@ def check_replaceable(folder: Path, kind: str) -> None:
     _refuse_foreign(folder)
 
 
-def is_vacant(folder: Path) -> bool:
-    """Whether a run may begin here: nothing lies in it but what a run of ours leaves that died at its start."""
-    left = list(_files(folder))
+def is_vacant(folder: Path, besides: Sequence[str] = ()) -> bool:
+    """Whether a run may begin here: nothing lies in it but what a run of ours leaves that died at its start, and
+    `besides` what lies in these of its folders.
+    """
+    left = [path for path in _files(folder) if path.relative_to(folder).parts[0] not in besides]
     return not left or (
         all(path.parent == folder and path.name in (CONFIG, IDENTITY) for path in left) and kind_of(folder) is not None
     )
@@ -202,6 +204,7 @@ def claim(
     main: bool = True,
     name: str = CONFIG,
     changeable: Sequence[str] = (),
+    besides: Sequence[str] = (),
 ) -> Claim:
     """Make a run's folder, or check that it is this run's, and hold it as long as the claim lives.
 
@@ -212,6 +215,7 @@ def claim(
         restart: delete a run of another configuration, and begin anew; one of this configuration goes on.
         main: False in all but the first of several processes, for which nothing is checked, made or held.
         changeable: names in `identity` that may differ from those of the run that is there; theirs stay in the file.
+        besides: folders in it that may be there before a run is.
 
     Raises:
         PrismError: for a folder that holds something else or cannot be made, a run of another configuration (the first
@@ -225,7 +229,7 @@ def claim(
     was_there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        return _enter(_hold(folder), wanted, resume, restart, name, changeable)
+        return _enter(_hold(folder), wanted, resume, restart, name, changeable, besides)
     except OSError as error:
         with contextlib.suppress(OSError):
             if not was_there:
@@ -236,11 +240,17 @@ def claim(
 
 
 def _enter(
-    held: Claim, wanted: dict[str, Any], resume: bool, restart: bool, name: str, changeable: Sequence[str]
+    held: Claim,
+    wanted: dict[str, Any],
+    resume: bool,
+    restart: bool,
+    name: str,
+    changeable: Sequence[str],
+    besides: Sequence[str],
 ) -> Claim:
     folder, known = held.folder, held.folder / name
     held.resumed = False
-    if is_vacant(folder):
+    if is_vacant(folder, besides):
         if _read(known) != wanted:
             files.write_json(known, wanted)
         return held

@@ -84,7 +84,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
             train.run(tmp_path / "cut", "transformer")
     with pytest.raises(PrismError, match="--resume"):
         train.run(tmp_path / "cut", "transformer")
-    with pytest.raises(PrismError, match="other settings"):
+    with pytest.raises(PrismError, match="differs in learning_rate: it was 0.001 and is now 1.0"):
         train.run(tmp_path / "cut", "transformer", learning_rate=1.0, resume=True)
     train.run(tmp_path / "cut", "transformer", resume=True)
     early = [quality.snapshot(tmp_path / name, 3).transformer.state_dict() for name in ("whole", "cut")]
@@ -294,7 +294,7 @@ def test_a_run_out_of_disk_says_so_and_resumes(tmp_path, vae, monkeypatch, capsy
     real = train.save_file
 
     def full(tensors, path, metadata=None):
-        if path.name == "checkpoint.part":  # the words of safetensors on a full disk
+        if path.name == "checkpoint.safetensors":  # the words of safetensors on a full disk
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path, metadata=metadata)
 

@@ -356,7 +356,7 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
 def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Claim:
     """Refuse a folder of another run; write down the settings of a new one, and those of one that goes on longer."""
     known, settings = folder / "config.json", {"command": "shapeworld train", **asdict(config)}
-    claim = runs.claim(folder, settings, resume, changeable=("steps",))
+    claim = runs.claim(folder, settings, resume, changeable=("steps",), besides=("fitted",))  # of the other part
     if claim.resumed:
         steps = files.read_json(known)["steps"]
         checkpoint = folder / "checkpoint.safetensors"
