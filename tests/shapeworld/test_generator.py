@@ -84,7 +84,7 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
             train.run(tmp_path / "cut", "transformer")
     with pytest.raises(PrismError, match="--resume"):
         train.run(tmp_path / "cut", "transformer")
-    with pytest.raises(PrismError, match="differs in learning_rate: it was 0.001 and is now 1.0"):
+    with pytest.raises(PrismError, match=r"differs in learning_rate: it was 0\.001 and is now 1\.0"):
         train.run(tmp_path / "cut", "transformer", learning_rate=1.0, resume=True)
     train.run(tmp_path / "cut", "transformer", resume=True)
     early = [quality.snapshot(tmp_path / name, 3).transformer.state_dict() for name in ("whole", "cut")]
