@@ -205,6 +205,7 @@ def claim(
     name: str = CONFIG,
     changeable: Sequence[str] = (),
     besides: Sequence[str] = (),
+    shared: bool = False,
 ) -> Claim:
     """Make a run's folder, or check that it is this run's, and hold it as long as the claim lives.
 
@@ -216,6 +217,7 @@ def claim(
         main: False in all but the first of several processes, for which nothing is checked, made or held.
         changeable: names in `identity` that may differ from those of the run that is there; theirs stay in the file.
         besides: folders in it that may be there before a run is.
+        shared: with other processes that work in it and share it; none of them may restart it.
 
     Raises:
         PrismError: for a folder that holds something else or cannot be made, a run of another configuration (the first
@@ -229,7 +231,7 @@ def claim(
     was_there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        return _enter(_hold(folder), wanted, resume, restart, name, changeable, besides)
+        return _enter(_hold(folder, shared), wanted, resume, restart and not shared, name, changeable, besides)
     except OSError as error:
         with contextlib.suppress(OSError):
             if not was_there:
