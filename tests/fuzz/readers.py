@@ -78,9 +78,8 @@ def backbones(place: Path) -> Case:
 
     def use(folder: Path, up_to: int | None) -> None:
         backbone = Backbone.from_pretrained(str(folder), up_to=up_to, local_files_only=True)
-        tokens = backbone.tokens(LATENTS, backbone.condition([tiny.PROMPT], **CALL), 700.0, 1)
-        assert tokens.visual.isfinite().all()
-        backbone.decode(LATENTS)
+        prism.Judge.untrained(backbone, tap=1, dim=16).score(LATENTS, tiny.PROMPT, 700.0, **CALL)
+        backbone.encode(backbone.decode(LATENTS))
         backbone.fingerprint()
 
     def case(random: Random) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.holding import held
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
 from prism.backbone.kept import ConditioningCache, alone, with_tensors
-from prism.backbone.obstacles import check_whole, misfits_told, warn_cut_off
+from prism.backbone.obstacles import breaks_told, check_whole, misfits_told, warn_cut_off
 from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
@@ -259,7 +259,8 @@ class Backbone:
                 read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
                 return Tokens.cat(read)
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
-            return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
+            with breaks_told(self.denoiser, "reading latents"):
+                return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
 
     def read(
         self,
@@ -303,7 +304,7 @@ class Backbone:
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
         pixels = torch.from_numpy(media.videos(video))
-        with self.held(), self.freed():
+        with self.held(), self.freed(), breaks_told(self.pipe.vae, "encoding"):
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None, num_frames: int | None = None) -> Tensor:
@@ -313,7 +314,7 @@ class Backbone:
         num_frames: the call's own, by which latent frames are dropped that its loop carries beside the video's
             (CogVideoX 1.5; SkyReels-V2 diffusion forcing with last_image); None decodes all.
         """
-        with self.held(), self.freed():
+        with self.held(), self.freed(), breaks_told(self.pipe.vae, "decoding"):
             return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid, num_frames)
 
     # -- checks

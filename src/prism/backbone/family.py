@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prism.backbone import clocks, layout
 from prism.backbone.layout import Grid, Layout, TokenForm
 from prism.backbone.protocol import config_of, unwrapped
+from prism.checks import quoted
 from prism.errors import PrismError
 
 TokenCount = int | Literal["text"] | Callable[[Mapping[str, Any]], int]
@@ -338,7 +339,13 @@ def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     if mean is None or std is None:
         return like.new_zeros(()), like.new_ones(())
     frames = like.shape[2]
-    mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
+    try:
+        mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PrismError(
+            f"The {' and '.join(names)} of {type(vae).__name__} must hold a number for each of the {like.shape[1]} "
+            f"channels of its latents; found {quoted(mean, 80)} and {quoted(std, 80)}."
+        ) from error
     return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
 
 

@@ -190,7 +190,7 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
     statistics = {}
     for name in ("latents_mean", "latents_std"):  # buffers of LTX-Video's VAE
         value = config[name] if name in config else getattr(vae, name, None)
-        statistics[name] = None if value is None else torch.as_tensor(value).double().flatten().tolist()
+        statistics[name] = value.double().flatten().tolist() if isinstance(value, Tensor) else _json(value)
     time = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
     space = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
     first = lambda names: next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)  # noqa: E731

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
 from prism.backbone.holding import here
-from prism.backbone.obstacles import misfits_told
+from prism.backbone.obstacles import is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
+from prism.checks import quoted
 from prism.errors import PrismError
 
 if TYPE_CHECKING:
@@ -161,9 +162,8 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], started: Callable[[], 
         return None
     except BaseException as error:
         free_hooks(pipe)
-        if isinstance(error, ValueError | TypeError) and not started():
-            reason = " ".join(str(error).split())
-            raise PrismError(f"{type(pipe).__name__} refused the call: {reason}") from error
+        if (isinstance(error, ValueError | TypeError) or is_foreign(error)) and not started():
+            raise PrismError(f"{type(pipe).__name__} refused the call: {quoted(error)}") from error
         raise
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from prism.backbone.protocol import unwrapped
+from prism.checks import quoted
 from prism.errors import PrismError
+from prism.memory import ran_out
 
 # Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
@@ -60,7 +63,32 @@ def misfits_told(pipe: Any) -> Iterator[None]:
         told = ", ".join(f"{name} {place}" for name, place in places.items())
         raise PrismError(
             f"The parts of {type(pipe).__name__} do not fit together ({told}); bring them to one device and dtype. "
-            f"torch says: {' '.join(str(error).split())[:160]}"
+            f"torch says: {quoted(error, 160)}"
+        ) from error
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether a pipeline's own code broke: not PRISM's, nor a caller's own kind of exception, nor an allocator."""
+    plain = isinstance(error, Exception) and type(error).__module__.split(".")[0] in ("builtins", "torch", "numpy")
+    if not plain or ran_out(error):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and not str(trace.tb_frame.f_globals.get("__name__")).startswith("prism.")
+
+
+@contextmanager
+def breaks_told(part: Any, work: str) -> Iterator[None]:
+    """Where a part of a pipeline breaks at its work, as one whose configuration was altered does, it is named."""
+    try:
+        yield
+    except Exception as error:
+        if not is_foreign(error):
+            raise
+        raise PrismError(
+            f"{type(unwrapped(part)).__name__} broke while {work}: {type(error).__name__}: {quoted(error, 200)}; its "
+            "configuration or weights may be damaged."
         ) from error
 
 
