@@ -1,11 +1,14 @@
 """Write the tables of docs/backbones.md: `python docs/backbones.py`, which runs the matrix of tests for the second one.
 
-The first comes from the same facts that the code uses; the second from what the matrix measured on tiny pipelines.
+The first comes from the same facts that the code uses; the second from what the matrix measured on tiny pipelines; the
+third from what stands under the fields of `Family`.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from prism.backbone import FAMILIES, OPEN_SORA, Family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
+SOURCE = ROOT / "src" / "prism" / "backbone" / "family.py"
 CLOCKS = {
     "flow": "flow: (1 - s) z + s e",
     "rising_flow": "flow, timesteps rise from noise",
@@ -45,6 +49,25 @@ def _row(family: Family) -> tuple[str, ...]:
         f"{guidance}: {GUIDANCE[family.cfg]}{place}",
         text,
     )
+
+
+def fields() -> str:
+    """The table of a row's facts: what stands under each field of `Family` in its source."""
+    (row,) = (node for node in ast.parse(SOURCE.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    told = {
+        field.target.id: (ast.unparse(field.value) if field.value else "", ast.literal_eval(text.value))
+        for field, text in pairwise(row.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    rows = [("fact", "default", ""), ("---",) * 3]
+    for name, (default, text) in told.items():
+        default = {"BATCHED": "the names that diffusers uses", "field(default_factory=dict)": "none"}.get(
+            default, default
+        )
+        rows.append(
+            (f"`{name}`", f"`{default}`" if default and " " not in default else default, " ".join(text.split()))
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def measured(found: dict[str, dict[str, Any]]) -> str:
@@ -84,7 +107,7 @@ def main() -> None:
     if pytest.main(["-q", str(ROOT / "tests" / "backbone" / "test_matrix.py"), "-p", "no:xdist"]):
         sys.exit("The matrix does not hold; nothing is written.")
     page = PAGE.read_text(encoding="utf-8")
-    page = put(put(page, "facts", facts()), "measured", measured(MEASURED))
+    page = put(put(put(page, "facts", facts()), "fields", fields()), "measured", measured(MEASURED))
     PAGE.write_text(page, encoding="utf-8")
 
 

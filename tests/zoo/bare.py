@@ -35,10 +35,18 @@ class Net(nn.Module):
         cells = z.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 5, 2, 4, 6)  # patches of 2 x 2
         states = cells.flatten(4).flatten(1, 3)
         states = self.enter(torch.cat([states, when.view(-1, 1, 1).expand(-1, states.shape[1], 1)], 2))
-        told = self.read(rest["words"])
+        return (
+            self.leave(self.mix(states, self.read(rest["words"])))
+            .view(cells.shape)
+            .permute(0, 1, 4, 2, 5, 3, 6)
+            .flatten(5, 6)
+            .flatten(3, 4)
+        )
+
+    def mix(self, states: Tensor, told: Tensor) -> Tensor:
         for layer in self.layers:
             states = layer(states, told)
-        return self.leave(states).view(cells.shape).permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return states
 
 
 class Boxes:

@@ -50,7 +50,8 @@ class Family:
     guidance: str = "guidance_scale"
     """the argument that turns guidance on above 1; "guider": the pipeline's own"""
     clock: clocks.Clock | clocks.OwnClock = "flow"
-    """how a noise level becomes alpha, sigma and the model's timestep: a name, or functions of one's own"""
+    """how a noise level becomes alpha, sigma and the model's timestep: "flow", "rising_flow" (timesteps rise from
+    noise), "ddpm", "euler" (that between indices), "edm", or functions of one's own, a `prism.backbone.OwnClock`"""
     timestep_of_one: float = 1000.0
     """the model timestep at which a flow is pure noise"""
     layout: Layout = "BCTHW"
@@ -90,7 +91,7 @@ class Family:
     text_embedder: str | None = None
     """the denoiser's own text embedding: its output is D_vis wide and does not see the timestep; None: no such thing"""
     text_padding: Literal["zeros", "mask", "unknown"] = "unknown"
-    """how text rows behind the prompt are known"""
+    """how text rows behind the prompt are known: they are zero, a mask says so, or it cannot be known"""
     text_limit: int | None = None
     """tokens of a prompt, where the call has no max_sequence_length to say it"""
     text_reason: str = ""
@@ -100,9 +101,9 @@ class Family:
     one_text: bool = False
     """the prompt is one text and never a list: everything runs at batch size 1"""
     images: Literal["single", "list"] = "list"
-    """how one conditioning image or video is given to a batch"""
+    """how one conditioning image or video is given to a batch: once, or as a list with one a row"""
     negatives: Literal["single", "list"] = "single"
-    """how one negative prompt is given to a batch"""
+    """how one negative prompt is given to a batch: once, or as a list with one a row"""
     fixed: Mapping[str, str] = field(default_factory=dict)
     """arguments that must stay at their defaults, with the reason: what they ask for a judge cannot read"""
     first_frame: tuple[str, ...] = ()
@@ -116,7 +117,7 @@ class Family:
     vae_mean_std: bool = False
     """latents are normalised by the VAE's latents_mean and latents_std"""
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""
-    """and by this"""
+    """and by this, of the VAE's or the scheduler's configuration"""
     vae_shift: bool = False
     """and by the VAE's shift_factor"""
     vae_frames: bool = False
@@ -210,7 +211,8 @@ class Family:
 
     def _count(self, count: TokenCount, arguments: Mapping[str, Any]) -> int:
         if count == "text":
-            return self.text(arguments).shape[1]
+            shape = arguments[self.text_argument].shape
+            return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # or ids
         return int(count(arguments)) if callable(count) else int(count)
 
     def video(self, output: Any) -> Tensor:

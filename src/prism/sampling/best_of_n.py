@@ -40,13 +40,15 @@ class Pick:
     """A candidate that won.
 
     video: what the stock pipeline gives for it, its output's first row, in the `output_type` of the call.
-    latents: its final latents (1, ...), in the layout of the sampling loop. seed, index: its own.
+    latents: its final latents (1, ...), as the denoiser is given them: `Backbone.decode` gives the video again.
+    seed, index: its own. output: all that the pipeline gave for it, such as a sound beside the video.
     """
 
     video: Any
     latents: Tensor
     seed: int
     index: int
+    output: Any = None
 
     def __repr__(self) -> str:
         return f"Pick(seed {self.seed}, {_size(self.video)})"
@@ -56,7 +58,7 @@ class Pick:
 class BestOfNResult:
     """The winners of a Best-of-N run and how they were found.
 
-    top: the `top_k` best, best first; `video`, `latents`, `seed` and `index` are the first one's.
+    top: the `top_k` best, best first; `video`, `latents`, `seed`, `index` and `output` are the first one's.
     seeds: all candidates'.
     scores: one entry a cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept"}; candidates by index.
     ledger: what the run cost.
@@ -89,6 +91,10 @@ class BestOfNResult:
     @property
     def index(self) -> int:
         return self.top[0].index
+
+    @property
+    def output(self) -> Any:
+        return self.top[0].output
 
 
 @overload
@@ -257,7 +263,7 @@ def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> Bes
             ) from None
     latents = merged(search.team.agree(lambda: search.latents)) if keep_latents else None
     return BestOfNResult(
-        top=tuple(Pick(*found, search.seeds[winner], winner) for winner, found in finished.items()),
+        top=tuple(Pick(given[0][0], z, search.seeds[c], c, given) for c, (given, z) in finished.items()),
         seeds=search.seeds,
         scores=search.scores,
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),

@@ -106,10 +106,12 @@ def portable(value: Any) -> Any:
     """The same with its tensors in host memory: another process has other devices."""
     if isinstance(value, Tensor):
         return value.cpu()
+    if is_dataclass(value) and not isinstance(value, type):  # also the outputs of diffusers, which are dictionaries too
+        return replace(value, **{each.name: portable(getattr(value, each.name)) for each in fields(value)})
+    if hasattr(value, "_fields"):
+        return type(value)(*(portable(inner) for inner in value))
     if isinstance(value, dict):
         return {name: portable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(portable(inner) for inner in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{each.name: portable(getattr(value, each.name)) for each in fields(value)})
     return value

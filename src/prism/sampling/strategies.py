@@ -82,7 +82,8 @@ class Search:
         return {**call, **own, **form, **changes}
 
     def finish(self, winners: Sequence[int]) -> dict[int, tuple[Any, Tensor]]:
-        """Video and final latents (1, ...) of each winner, best first, finished by a stock call of its own.
+        """The pipeline's output and the final latents (1, ...) of each winner, best first, finished by a stock call of
+        its own.
 
         In place of one whose latents are not finite comes the next of the reserve.
         """
@@ -112,7 +113,7 @@ class Search:
         output = interceptor.run(call)
         if not self._take_latents([candidate], interceptor):
             return None
-        return output[0][0], self.latents[candidate][None]
+        return output, self.latents[candidate][None]
 
     def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[int, Any]]:
         """Every candidate of this process to the end: for each chunk the pipeline's output by candidate, without those
