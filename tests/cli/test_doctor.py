@@ -34,7 +34,8 @@ def test_doctor_says_what_a_folder_is_and_what_a_run_costs(variant, tmp_path, ca
     assert f"early, 3:1              {rows:.0f} denoiser rows" in said
     assert "yes: 3 of 6 steps come after the first cut" in said
     assert ("used for t from 875 to 1000" in said or "used for t from 900 to 1000" in said) == (variant[:6] == "wan22_")
-    assert "candidates that fit     about " in said
+    assert "candidates that fit     " in said
+    assert "none ships for this model; train one (prism train) on labelled pairs of about 800 prompts" in said
     assert "a judge by itself       loads " in said
 
 
@@ -42,9 +43,29 @@ def test_a_distilled_model_has_little_to_cut(capsys):
     assert cli.main(["doctor", "--steps", "4", "--no-run"]) == 0
     said = capsys.readouterr().out
     assert "little: of 4 steps, as a distilled model takes, the first cut comes at step 1" in said
-    assert "or drafts at 65% of its cost" in said
+    assert "or drafts at 69% of its cost" in said
     assert "drafts of 2 steps" in said
     assert "no: --no-run" in said
+
+
+def test_the_embedded_model_is_counted_at_the_tap_of_its_head(capsys):
+    assert cli.main(["doctor", "--no-run", "--schedule", "4:1"]) == 0
+    said = capsys.readouterr().out
+    assert "judge                   the one that ships, after block 5" in said
+    assert "early, 4:1              89 denoiser rows" in said  # as metrics.json of prism sample has it: 88.7
+    assert "1 threads" not in said
+
+
+def test_a_size_that_does_not_fit_is_named(tmp_path, capsys):
+    pipe, _ = VARIANTS["wan21_t2v_euler"]()
+    pipe.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipe" / "call.json").write_text(json.dumps({"height": 17, "width": 32, "num_frames": 9}))
+    assert cli.main(["doctor", str(tmp_path / "pipe")]) == 0
+    said = capsys.readouterr().out
+    assert "measured                no: " in said
+    assert cli.main(["doctor", str(tmp_path / "pipe"), "--height", "32"]) == 0
+    assert "a denoiser row          " in capsys.readouterr().out
+    assert "(tried height 17, width 32, num_frames 9; choose another, as --height and --width)" in said
 
 
 def test_memory_is_what_is_held_at_once():

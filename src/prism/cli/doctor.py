@@ -13,7 +13,7 @@ CHECKS = "A family of one's own"
 
 
 def _checked(flag: str, what: str) -> Any:
-    return typer.Option(flag, metavar="INT", help=f"{what} of the checked calls.", min=1, rich_help_panel=CHECKS,
+    return typer.Option(flag, metavar="INT", help=f"{what} of a video.", min=1, rich_help_panel=options.CALL,
                         show_default="call.json beside the pipeline, else its own")  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import typer
 # Panels of --help, from what a command is about to where its results go.
 MODELS, CALL, OUTPUT = (
     "Models and data",
-    "Pipeline call (default: call.json beside the backbone, else the pipeline's own)",
+    "Pipeline call (default: call.json beside the backbone, or its own)",
     "Output",
 )
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import prism
+from prism import files, shapeworld
 from prism.backbone import Family
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
@@ -28,6 +29,8 @@ from prism.sampling.ledger import expected_rows
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROMPT = "a red circle moves right"
+PROMPTS = 800  # that the study's judges took, with four videos each (docs/study.md)
+MANY = 256  # candidates in a batch beyond which the number says nothing
 Line = tuple[str, str]
 
 
@@ -102,6 +105,8 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
     if config.steps is not None:
         call["num_inference_steps"] = config.steps
+    sizes = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
+    call |= {name: value for name, value in sizes.items() if value is not None}
     cuts = schedules.parse(config.schedule) if config.schedule else None
     seconds, memory = None, 0
     trouble = "--no-run"
@@ -109,12 +114,16 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
         try:
             seconds, memory = _measured(backbone, call)
         except (PrismError, RuntimeError) as error:
-            trouble = str(error).strip().splitlines()[0]
+            used = {name: call.get(name) or backbone.default(name) for name in sizes}
+            tried = ", ".join(f"{name} {size}" for name, size in used.items() if size)
+            reason = str(error).strip().splitlines()[0][:300]
+            trouble = f"{reason}{f' (tried {tried}; choose another, as --height and --width)' if tried else ''}"
+    tap, judge = _judge(backbone, config.backbone)
     return [
         ("machine", _machine(backbone)),
-        ("backbone", _backbone(backbone, name)),
-        ("one step", _step(backbone, seconds, memory, trouble, backbone.guided(call))),
-        (f"best of {config.n}", _costs(backbone, call, config.n, cuts, seconds)),
+        ("backbone", [*_backbone(backbone, name), ("judge", judge)]),
+        ("one step", _step(backbone, tap, seconds, memory, trouble, backbone.guided(call))),
+        (f"best of {config.n}", _costs(backbone, tap, call, config.n, cuts, seconds)),
     ]
 
 
@@ -124,7 +133,8 @@ def _machine(backbone: Any) -> list[Line]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         found.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
-    found.append(("cpu", f"{torch.get_num_threads()} threads, {_size(_free(torch.device('cpu')))} free"))
+    threads = torch.get_num_threads()
+    found.append(("cpu", f"{threads} thread{'' if threads == 1 else 's'}, {_size(_free(torch.device('cpu')))} free"))
     return [*found, ("runs on", str(backbone.device))]
 
 
@@ -149,6 +159,16 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
         ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
         ("guidance", f"{guidance}, where {family.guidance} turns it on"),
     ]
+
+
+def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
+    """The block a judge reads after here, and which judge that is: the one that ships, or one to be trained."""
+    if folder is not None:
+        advice = f"none ships for this model; train one (prism train) on labelled pairs of about {PROMPTS} prompts"
+        return backbone.default_tap, advice
+    config = files.read_json(shapeworld.asset_folder("head") / "config.json")
+    tap = max(member["tap"] for member in config.get("members", [config]))
+    return tap, f"the one that ships, after block {tap}"
 
 
 def _alone(backbone: Any) -> str:
@@ -190,23 +210,24 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
     return time.perf_counter() - start, peaks[0] if most == 1 else peaks[1] - peaks[0]
 
 
-def _step(backbone: Any, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
+def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
     if seconds is None:
         return [("measured", f"no: {trouble}")]
-    found = [("a denoiser row", f"{_time(seconds)}, of which a judge at the default tap that stands alone needs "
-              f"{backbone.default_tap / backbone.num_blocks:.0%}")]  # fmt: skip
+    found = [("a denoiser row", f"{_time(seconds)}, of which a judge after block {tap} that stands alone needs "
+              f"{tap / backbone.num_blocks:.0%}")]  # fmt: skip
     if memory > 0:
         rows = 2 if guided and backbone.family.cfg != "two_calls" else 1
         fit = max(1, int(0.9 * _free(backbone.device) / memory / rows))
-        found.append(("candidates that fit", f"about {fit} a batch; a row of the denoiser takes {_size(memory)}"))
+        many = f"about {fit}" if fit <= MANY else f"more than {MANY}"
+        found.append(("candidates that fit", f"{many} per batch; a row of the denoiser takes {_size(memory)}"))
     else:
         found.append(("candidates that fit", "not measured: this device does not tell its memory"))
     return found
 
 
-def _costs(backbone: Any, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
     steps, guided = backbone.num_inference_steps(call), backbone.guided(call)
-    share, cfg = backbone.default_tap / backbone.num_blocks, backbone.family.cfg
+    share, cfg = tap / backbone.num_blocks, backbone.family.cfg
     schedule = schedules.resolve(cuts or schedules.default(steps), n, steps)
     draft = default_draft_steps(steps)
     plans: Sequence[tuple[str, dict[str, Any]]] = (

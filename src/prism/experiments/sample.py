@@ -12,6 +12,7 @@ import numpy as np
 
 from prism import files, media, runs
 from prism.errors import PrismError
+from prism.report import wording
 from prism.report.metrics import document, write_config
 from prism.report.page import FilmRow, FilmStrip, write_report
 
@@ -19,7 +20,7 @@ NOTES = (
     "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
     "gives for its seed: bit for bit where candidates are sampled one by one, to rounding where they share a batch.",
     "One run shows neither that the judge chose well nor how much choosing gains: nobody has rated these candidates, "
-    "and the losers were never finished. The demo and prism eval measure that, over many prompts.",
+    "and most losers were never finished. The demo and prism eval measure that, over many prompts.",
 )
 
 
@@ -105,12 +106,33 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             )
             for pick, file, video, (measured, _) in zip(result.top, names, videos, found)
         ]
-        strip = FilmStrip(f"“{config.prompt}”", rows)
+        caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
+        if config.backbone is None and judge and len(rows) == 1:
+            loser = _loser(backbone, config.prompt, call, metrics)
+            rows += loser
+            caption = "The loser was finished for this page alone; that is not in the costs." if loser else ""
+        strip = FilmStrip(f"“{config.prompt}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
         title = f"The best of {config.n}: {config.prompt}"
         config_written = files.read_json(folder / "config.json")
         notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
     return metrics
+
+
+def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[FilmRow]:
+    """The candidate that the judge rated lowest at the first cut, finished by the stock pipeline."""
+    import torch
+
+    scores = metrics["cuts"][0]["scores"]
+    last = int(min(scores, key=scores.__getitem__))
+    if last == metrics["winner"]:
+        return []
+    seed = metrics["seeds"][last]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    video = media.frames(backbone.pipe(prompt, generator=generator, **{**call, "output_type": "np"}).frames[0])
+    measured, _ = refereed(video, prompt)
+    note = f"seed {seed}, judge {wording.signed(scores[str(last)])}"
+    return [FilmRow("rated lowest", video, note + (f", referee {measured['overall']:.2f}" if measured else ""))]
 
 
 def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:

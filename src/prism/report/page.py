@@ -212,9 +212,9 @@ def _embedded(strip: FilmStrip) -> dict[str, Any]:
         height, width = np.shape(row.frames)[1:3]
         data = base64.b64encode(clip(row.frames, strip.fps)).decode("ascii")
         size = {"width": width, "height": height, "pixelated": height <= 96}
-        clips.append(
-            {"label": row.label, "note": row.note, "picked": row.picked, "uri": f"data:video/mp4;base64,{data}", **size}
-        )
+        first = base64.b64encode(png(film(row.frames[:1]))).decode("ascii")
+        shown = {"uri": f"data:video/mp4;base64,{data}", "poster": f"data:image/png;base64,{first}"}
+        clips.append({"label": row.label, "note": row.note, "picked": row.picked, **shown, **size})
     return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips}
 
 
