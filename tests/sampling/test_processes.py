@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
+from tests.sampling.conftest import Setting
+from tests.sampling.test_not_finite import poisoned
 
 import prism
 from prism.errors import PrismError
@@ -29,6 +31,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "draft": {"strategy": "draft", "draft_steps": 2, "top_k": 2},
     "random": {"strategy": "random"},
     "more processes than candidates": {"schedule": [(3, 1)], "n": 1},
+}
+SPOILT: dict[str, dict[str, Any]] = {  # candidates with NaN from the third step on
+    "dropped at a cut": {"schedule": [(4, 2)]},
+    "dropped in the end": {"strategy": "full", "top_k": 2},
+    "winners replaced": {"schedule": [(2, 4)], "top_k": 2},
+    "first ones replaced": {"strategy": "none", "top_k": 2},
 }
 
 
@@ -61,6 +69,10 @@ def work(out: Path) -> None:
     for name, arguments in RUNS.items():
         result = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**shared, **arguments}, **call)
         found[name], latents[name] = told(result), torch.cat([pick.latents for pick in result.top])
+    with poisoned(Setting("wan", pipe, call), {3, 4, 6}, after=2):
+        for name, arguments in SPOILT.items():
+            result = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**shared, **arguments}, **call)
+            found[name], latents[name] = told(result), torch.cat([pick.latents for pick in result.top])
     results = prism.best_of_n(pipe, judge, PROMPTS, **{**shared, "distribute": "prompts"}, **call)
     for prompt, result in zip(PROMPTS, results):
         found[prompt], latents[prompt] = told(result), result.latents
@@ -110,6 +122,18 @@ def test_both_find_what_one_finds(two: list[dict[str, Any]]) -> None:
         for each in two:
             assert each["found"][prompt] == json.loads(json.dumps(told(alone)))
             assert torch.equal(each["latents"][prompt], alone.latents)
+
+
+@pytest.mark.filterwarnings("ignore:The candidate with seed")
+def test_both_drop_what_one_drops(two: list[dict[str, Any]]) -> None:
+    pipe, judge, call = subject()
+    with poisoned(Setting("wan", pipe, call), {3, 4, 6}, after=2):
+        for name, arguments in SPOILT.items():
+            alone = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**SHARED, **arguments}, **call)
+            assert {pick.seed for pick in alone.top} <= {5, 7}, name
+            for each in two:
+                assert each["found"][name] == json.loads(json.dumps(told(alone))), name
+                assert torch.equal(each["latents"][name], torch.cat([pick.latents for pick in alone.top])), name
 
 
 def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prism import media
 from prism.backbone import layout, taps, videos
+from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
 from prism.backbone.calls import batch_of, finished
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.families import is_denoiser
@@ -148,18 +149,21 @@ class Backbone:
 
         `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); of `image` there is one for
         all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache of 256 MiB,
-        which drops what was not used for longest. Raises PrismError for an empty prompt or an unknown argument.
+        which drops what was not used for longest. Where `call` gives `prompt_embeds` and what goes with them, one row
+        or one a prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
         """
         with self.held():
-            return self._condition(prompts, call)
+            return self._condition(prompts, normalised(call))
 
     def _condition(self, prompts: Sequence[str], call: dict[str, Any]) -> Conditioning | Ragged:
+        prompts = [prompt or "" for prompt in ([] if isinstance(prompts, str) else prompts)] or prompts
         self.check_call(prompts, call)
-        prompts = [prompt or "" for prompt in prompts]
-        images = call.get("image")
-        if isinstance(images, list | tuple) and len(images) == len(prompts) > 1:
-            own = [self.condition([prompt], **{**call, "image": image}) for prompt, image in zip(prompts, images)]
-            return Conditioning.cat([part for part in own if isinstance(part, Conditioning)])
+        images, embedded = call.get("image"), embedded_rows(call)
+        if embedded > 1 or (isinstance(images, list | tuple) and len(images) == len(prompts) > 1):
+            parts = [self._condition([p], of_prompt(call, row, len(prompts))) for row, p in enumerate(prompts)]
+            return Conditioning.cat([part for part in parts if isinstance(part, Conditioning)])
+        if embedded:
+            return self._capture([""], call)[[0] * len(prompts)]
         relevant = {name: value for name, value in call.items() if self._is_relevant(name)}
         key = cache_key(relevant)
         key = None if key is None else f"{key} {surroundings(self.pipe)}"
@@ -335,9 +339,10 @@ class Backbone:
             if any(prompts):
                 raise PrismError(f"{type(self.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
             return
-        for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
+        check_texts(prompts, call)
+        check_encoders(self.pipe, self._call, call, self.guided(call))
+        if embedded_rows(call):
+            return
         limit = call.get("max_sequence_length", self.default("max_sequence_length")) or self.family.text_limit
         tokenizer = getattr(self.pipe, "tokenizer", None)
         if limit is not None and tokenizer is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism.backbone.arguments import embedded_rows
 from prism.backbone.conditioning import Conditioning, is_single, noisy_name
 from prism.backbone.family import Family
 from prism.backbone.protocol import tensor_of
@@ -27,7 +28,7 @@ def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call:
     n = len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
-    if family.prompts:
+    if family.prompts and not embedded_rows(call):
         found["prompt"] = prompts[0] if family.one_text else list(prompts)
     if family.images == "list":
         found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}

@@ -24,7 +24,7 @@ from prism import files, shapeworld
 from prism.backbone import Family
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
-from prism.sampling.best_of_n import DEFAULT_N, default_draft_steps
+from prism.sampling.arguments import DEFAULT_N, default_draft_steps
 from prism.sampling.ledger import expected_rows
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")

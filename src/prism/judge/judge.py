@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Backbone, Tokens
+from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
+from prism.checks import whole
 from prism.errors import PrismError
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead
@@ -24,6 +26,7 @@ from prism.judge.training import trained_together, versions, warn_outside, warn_
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
+Prompts = str | Sequence[str] | None  # None: the call gives embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +123,7 @@ class Judge:
             **head_options: further arguments of ``QueryHead``.
         """
         backbone = _backbone(pipe)
-        tap = backbone.default_tap if tap is None else tap
+        tap = backbone.default_tap if tap is None else whole("tap", tap, None)
         width = backbone.widths[min(max(tap, 1), backbone.num_blocks) - 1]
         dim = min(PAPER_DIM, 2 * width) if dim is None else dim
         with torch.random.fork_rng(devices=[]):
@@ -273,12 +276,12 @@ class Judge:
         return self.members[0].head
 
     @torch.no_grad()
-    def score(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
+    def score(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, **call: Any) -> Tensor:
         """Scores of latents that are already at noise level t.
 
         Args:
             noisy_latents: (B, ...) as the denoiser gets them, in the layout of the sampling loop.
-            prompts: one per row, or one for all.
+            prompts: one per row, or one for all; None where ``call`` gives prompt_embeds.
             t: scalar or (B,) in [0, 1000], 0 clean and 1000 noise.
             **call: further arguments of the pipeline's call (height, images, ...); conditioning is captured with them.
 
@@ -316,8 +319,7 @@ class Judge:
         Returns:
             Mean over draws and its standard error (NaN for one draw), each (B, num_dimensions) float32.
         """
-        if num_draws < 1:
-            raise PrismError(f"num_draws must be 1 or more, found {num_draws}.")
+        num_draws = whole("num_draws", num_draws)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
@@ -358,7 +360,7 @@ class Judge:
         return torch.stack(columns, -2)
 
     @torch.no_grad()
-    def attention(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
+    def attention(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, **call: Any) -> Tensor:
         """Where the query looks: (B, T, H, W) weights on the token grid, averaged over heads and members.
 
         With the share that the prompt's tokens get they sum to one. Arguments as of ``score``.
@@ -372,15 +374,15 @@ class Judge:
         ]
         return torch.stack(maps).mean(0).view(-1, *tokens.grid)
 
-    def _tokens(
-        self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, call: dict[str, Any]
-    ) -> Tokens:
+    def _tokens(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, call: dict[str, Any]) -> Tokens:
         rows = len(per_row(t, noisy_latents))
-        listed = [prompts] * rows if isinstance(prompts, str) else list(prompts)
+        single = prompts is None or isinstance(prompts, str)  # None: `call` gives embeddings
+        listed = texts(prompts) * (rows if single else 1)
         if len(listed) != rows:
             raise PrismError(f"Each row of the latents needs its prompt, found {len(listed)} prompts for {rows} rows.")
         self.check_level(t)
-        return self.backbone.tokens(noisy_latents, self.backbone.condition(listed, **call), t, self.taps)
+        conditioning = self.backbone.condition([text or "" for text in listed], **call)
+        return self.backbone.tokens(noisy_latents, conditioning, t, self.taps)
 
     def check_level(self, t: float | Tensor) -> None:
         """Warn, once, of noise levels that the heads were not trained at, and of heads that were not trained at all."""

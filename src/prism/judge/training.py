@@ -34,7 +34,8 @@ def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -
 
 def versions(heads: Iterable[nn.Module]) -> tuple[int, ...]:
     """How often each weight was written to, which any training changes, by whatever loop."""
-    return tuple(weight._version for head in heads for weight in head.parameters())
+    weights = [weight for head in heads for weight in head.parameters()]
+    return tuple(-1 if weight.is_inference() else weight._version for weight in weights)
 
 
 def warn_untrained() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from prism.checks import quoted
 from prism.errors import PrismError
+from prism.sampling.ranking import weights_over
 
 ANSWERS = "a number, or a dict of numbers by dimension"
 
@@ -99,14 +99,4 @@ def columns(
             )
     if names == ["oracle"]:
         return names, {"oracle": 1.0}
-    if select_by == "overall" and "overall" not in names:
-        warnings.warn(
-            f"The oracle's answers have no overall; their mean decides ({', '.join(names)}). Name one in select_by.",
-            stacklevel=2,
-        )
-        return names, dict.fromkeys(names, 1.0 / len(names))
-    weights = {select_by: 1.0} if isinstance(select_by, str) else dict(select_by)
-    for name in weights:
-        if name not in names:
-            raise PrismError(f"The oracle has no dimension {name!r} to select by; it has {', '.join(names)}.")
-    return names, weights
+    return names, weights_over(names, select_by, "oracle")

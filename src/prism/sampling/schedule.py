@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from prism.checks import quoted, whole
 from prism.errors import PrismError
 
 # (step, keep): after the conditional evaluation of the 1-based scheduler step, keep that many candidates.
@@ -17,7 +18,7 @@ def parse(text: str) -> Schedule:
         return tuple((int(step), int(keep)) for step, keep in (part.split(":") for part in text.split(",")))
     except ValueError:
         raise PrismError(
-            f'The schedule "{text}" is not a list of STEP:KEEP; write for example 5:1 or 3:4,6:1.'
+            f'The schedule "{quoted(text, 80)}" is not a list of STEP:KEEP; write for example 5:1 or 3:4,6:1.'
         ) from None
 
 
@@ -66,10 +67,16 @@ def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: in
     are.
     """
     cuts: list[tuple[int, int]] = []
+    if isinstance(schedule, Mapping | bytes) or not hasattr(schedule, "__iter__"):
+        raise PrismError(f"The schedule is a list of cuts such as [(5, 1)]; found {quoted(schedule, 80)}.")
     for cut in schedule:
-        if len(cut) != 2 or any(isinstance(value, bool) or not isinstance(value, int) for value in cut):
-            raise PrismError(f"A cut of the schedule is a pair of whole numbers (step, keep); found {cut!r}.")
-        cuts.append((cut[0], cut[1]))
+        try:
+            step, keep = (whole("a cut", value, None) for value in cut)
+        except (PrismError, TypeError, ValueError):
+            raise PrismError(
+                f"A cut of the schedule is a pair of whole numbers (step, keep); found {quoted(cut, 80)}."
+            ) from None
+        cuts.append((step, keep))
     if not cuts:
         raise PrismError("The schedule is empty; give at least one cut, for example [(5, 1)].")
     alive, previous = n, 0

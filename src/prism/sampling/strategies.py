@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prism import media
 from prism.backbone import Backbone, Interceptor, Recording, Tokens
+from prism.backbone.arguments import embedded_rows
 from prism.backbone.interceptor import OnCut
 from prism.errors import PrismError
 from prism.sampling import oracles
@@ -107,7 +108,7 @@ class Search:
         """The stock call for one candidate, answered from its recording where there is one; None: it is dropped."""
         self.recordings.setdefault(candidate, Recording())
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
-        if self.backbone.family.prompts:
+        if self.backbone.family.prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
         interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False)
         output = interceptor.run(call)

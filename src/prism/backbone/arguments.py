@@ -1,0 +1,186 @@
+"""The arguments of a pipeline's call: numbers checked, pictures made RGB, embeddings and lists shared out by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from prism import media
+from prism.backbone.conditioning import is_single
+from prism.checks import number, quoted, whole
+from prism.errors import PrismError
+
+STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # ranges that are sane
+_WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
+_SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
+_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt")  # 1, also where it is said
+_PICTURES = ("image", "last_image", "video")
+_LISTED = (*_PICTURES, "negative_prompt")  # of which there may be one per prompt
+_TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")  # how names of embeddings begin
+
+
+def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call with whole numbers as ints, pictures as RGB images, and tensors that any code may use.
+
+    Pictures of any mode, bytes (H, W, C) and paths of local files are what diffusers' `load_image` makes of them; other
+    arrays and tensors are the pipeline's own affair. Raises PrismError for numbers out of range, NaN, and files that
+    cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for name, value in call.items():
+        if name in _DEFAULT and value is not None and whole(name, value) == 1:
+            continue
+        if name in _WHOLE and value is not None:
+            value = whole(name, value, *_WHOLE[name])
+        elif name in _SCALES and value is not None:
+            number(name, value, *GUIDANCE)
+        elif isinstance(value, float | np.floating):
+            number(name, value)
+        elif isinstance(value, Tensor) and value.is_inference():
+            value = value.clone()
+        elif name in _PICTURES:
+            value = _pictures(name, value)
+        found[name] = value
+    return found
+
+
+def _pictures(name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_pictures(name, each) for each in value]
+    if isinstance(value, str | os.PathLike):
+        return _opened(name, os.fspath(value))
+    if isinstance(value, Image.Image):
+        return value if value.mode == "RGB" else ImageOps.exif_transpose(value).convert("RGB")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        pictures = [Image.fromarray((each * 255).round().astype(np.uint8)) for each in media.frames(value, name)]
+        return pictures if name == "video" else pictures[0]
+    return value
+
+
+def _opened(name: str, path: str) -> Any:
+    if path.startswith(("http://", "https://")):
+        raise PrismError(f"{name} is the address {quoted(path, 120)}, and nothing is downloaded; give a local file.")
+    if name == "video":
+        return [Image.fromarray((each * 255).round().astype(np.uint8)) for each in media.read_video(path)]
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception as error:  # Pillow's readers raise what they like on broken files
+        reason = quoted(getattr(error, "strerror", None) or error, 160).rstrip(".")
+        raise PrismError(f"The {name} {quoted(path, 120)} cannot be read: {reason}.") from error
+
+
+# -- what there is one of per prompt
+
+
+def embedded_rows(call: Mapping[str, Any]) -> int:
+    """The number of prompts that a call gives as embeddings, 0 where it gives none."""
+    given = [value for name, value in call.items() if name.startswith("prompt") and "embeds" in name]
+    return next((len(value) for value in given if isinstance(value, Tensor | list | tuple)), 0)
+
+
+def _is_embedding(name: str, value: Any) -> bool:
+    """Whether an argument is a text's embeddings, or a mask or pooled vector beside them."""
+    return name.startswith(_TEXTS) and isinstance(value, Tensor) and not name.endswith("cu_seqlens") and value.ndim > 0
+
+
+def check_texts(prompts: Sequence[Any], call: Mapping[str, Any]) -> None:
+    """Raise PrismError for prompts that are no texts or empty, unless the call gives embeddings in their place, and for
+    embeddings, masks and pooled vectors that do not go together.
+    """
+    _check_embeddings(call)
+    if embedded_rows(call):
+        if any(prompts):
+            raise PrismError("The prompt is given as text and as prompt_embeds; give one of the two.")
+        return
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise PrismError(f"A prompt must be a text; found {quoted(prompt, 80)}.")
+        if not prompt.strip():
+            raise PrismError(f"The prompt is empty ({prompt!r}); say what the video should show.")
+
+
+def _check_embeddings(call: Mapping[str, Any]) -> None:
+    for name, value in call.items():
+        plain = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
+        if plain and isinstance(value, list | tuple | str | np.ndarray):
+            raise PrismError(f"{name} must be a tensor with one row per prompt; found {type(value).__name__}.")
+    rows = {name: len(value) for name, value in call.items() if _is_embedding(name, value)}
+    if len({count for count in rows.values() if count != 1}) > 1 or 0 in rows.values():
+        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise PrismError(
+            f"The embeddings are of different numbers of prompts ({told}); give one row, or one per prompt."
+        )
+
+
+def of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, Any]:
+    """The call of one of several prompts: its own of what was given as one per prompt."""
+    own = dict(call)
+    for name, value in call.items():
+        if _is_embedding(name, value) and len(value) > 1:
+            own[name] = _row(name, value, place, prompts)
+        elif name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(value) > 2:
+            own[name] = value.new_tensor([0, int(value[place + 1] - value[place])])
+        elif name in _LISTED and isinstance(value, list | tuple) and not is_single(name, value):
+            own[name] = _row(name, value, place, prompts)
+    return own
+
+
+def _row(name: str, value: Any, place: int, prompts: int) -> Any:
+    if len(value) != prompts:
+        raise PrismError(f"{name} has {len(value)} entries for {prompts} prompts; give one, or one per prompt.")
+    return value[place : place + 1] if isinstance(value, Tensor) else value[place]
+
+
+def check_encoders(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any], guided: bool) -> None:
+    """Raise PrismError where a text has to be encoded and the pipeline has nothing to do it with.
+
+    `taken` are the arguments that the pipeline's call takes.
+    """
+    optional = {*getattr(pipe, "_optional_components", ()), "text_encoder_3", "tokenizer_3"}  # of Stable Diffusion 3
+    names = [name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))]
+    missing = [name for name in names if name not in optional and getattr(pipe, name, None) is None]
+    if not missing:
+        return
+    if not embedded_rows(call):
+        raise PrismError(f"The pipeline has no {missing[0]}; give prompt_embeds and what goes with them, no prompt.")
+    negatives = [name for name in taken if name.startswith("negative_prompt_embeds")]
+    if negatives and guided and all(call.get(name) is None for name in negatives):
+        raise PrismError(
+            f"The pipeline has no {missing[0]} to encode a negative prompt; give {negatives[0]} too, or guide not."
+        )
+
+
+def texts(prompts: Any, name: str = "prompt") -> list[str | None]:
+    """A list of prompts, of whatever library, as plain texts; None stays None.
+
+    Raises PrismError for what is neither a text nor a list of texts.
+    """
+    if prompts is None or isinstance(prompts, str):
+        rows: Sequence[Any] = [prompts]
+    elif isinstance(prompts, bytes | Mapping | set | frozenset) or not hasattr(prompts, "__iter__"):
+        raise PrismError(f"{name} must be a text or a list of texts; found {quoted(prompts, 80)}.")
+    else:
+        try:
+            rows = list(np.atleast_1d(prompts)) if isinstance(prompts, np.ndarray) else list(prompts)
+        except Exception:
+            rows = [prompts]
+    for row in rows:
+        if row is not None and not isinstance(row, str):
+            raise PrismError(f"{name} must be a text or a list of texts; found {quoted(row, 80)} in it.")
+        if row is not None and not _is_unicode(row):
+            raise PrismError(f"{name} holds characters that are no text: {quoted(ascii(row), 80)}.")
+    return [None if row is None else str(row) for row in rows]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,146 @@
+"""The arguments of `best_of_n`, checked before any work; each mistake is a sentence."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from prism.backbone import Backbone
+from prism.checks import number, quoted, whole
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.sampling import oracles
+from prism.sampling.strategies import STRATEGIES
+
+RESERVED = {
+    "generator": "candidates draw from CPU generators seeded with seed + i; give seed or seeds",
+    "latents": "every candidate starts from the noise of its own seed; give seed or seeds",
+    "num_videos_per_prompt": "the number of candidates is n",
+    "num_images_per_prompt": "the number of candidates is n",
+}
+DEFAULT_N, MOST = 8, 10_000  # candidates
+MOST_DRAWS = 1000
+SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
+JUDGED = ("full", "early", "draft")  # strategies that need a judge
+
+
+def backbone_of(pipe: Any, judge: Any, strategy: Any, oracle: Any) -> tuple[Backbone, Any]:
+    """The backbone of a run and its judge, loaded where it is named by its folder."""
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise PrismError(f'There is no strategy "{quoted(strategy, 60)}"; choose one of {", ".join(STRATEGIES)}.')
+    if isinstance(pipe, Backbone):
+        pipe = pipe.pipe
+    if isinstance(pipe, str | os.PathLike):
+        raise PrismError(
+            f"pipe is {quoted(os.fspath(pipe), 120)}; load it first: DiffusionPipeline.from_pretrained(...)."
+        )
+    if _is_judge(pipe):
+        raise PrismError("pipe is a judge; the arguments are best_of_n(pipe, judge, prompt).")
+    if strategy == "oracle":
+        if oracle is None:
+            raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
+        oracles.check(oracle)
+    if judge is None:
+        if strategy in JUDGED:
+            raise PrismError(f'The strategy "{strategy}" needs a judge; load one with Judge.from_pretrained.')
+        return Backbone(pipe), None
+    if isinstance(judge, str | os.PathLike):
+        judge = Judge.from_pretrained(judge, pipe)
+    if not _is_judge(judge):
+        raise PrismError(
+            f"judge is {quoted(judge, 80)} of type {type(judge).__name__}, which scores nothing; load one with "
+            "Judge.from_pretrained(head, pipe)."
+        )
+    if judge.backbone.pipe is not pipe:
+        raise PrismError(
+            "The judge was put onto another pipeline; use Judge.from_pretrained(head, pipe) with this one."
+        )
+    if strategy == "early" and not hasattr(judge, "score_tokens"):
+        raise PrismError(
+            'The strategy "early" reads hidden states on the way, and this judge reads none; use full or draft.'
+        )
+    return judge.backbone, judge
+
+
+def _is_judge(value: Any) -> bool:
+    scores = any(callable(getattr(value, name, None)) for name in ("score_clean", "score_tokens"))
+    return scores and hasattr(value, "dimensions") and isinstance(getattr(value, "backbone", None), Backbone)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, of whatever library."""
+    if str(getattr(value, "dtype", type(value).__name__)) not in ("bool", "torch.bool"):
+        raise PrismError(f"{name} must be True or False; found {quoted(value, 80)}.")
+    return bool(value)
+
+
+def draw_seed() -> int:
+    """A seed drawn by the system, small enough to be typed."""
+    return secrets.randbelow(2**31)
+
+
+def seed_of(value: Any) -> int:
+    """A seed that torch's generators take."""
+    return whole("A seed", value, 0, 2**63 - 1)
+
+
+def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
+    """The candidates' seeds, from `seed` counting up or as given."""
+    if seeds is None:
+        count = DEFAULT_N if n is None else whole("n", n, 1, MOST)
+        return tuple(seed_of(seed + index) for index in range(count))
+    try:
+        given = None if isinstance(seeds, str | bytes | Mapping) else list(seeds)
+    except TypeError:
+        given = None
+    if given is None:
+        raise PrismError(f"seeds must be a list of whole numbers; found {quoted(seeds, 80)}.")
+    if not 0 < len(given) <= MOST or (n is not None and whole("n", n, 1, MOST) != len(given)):
+        raise PrismError(f"seeds must hold one seed a candidate, at most {MOST:,}; found {len(given)} for n = {n}.")
+    return tuple(map(seed_of, given))
+
+
+def batch_size_of(backbone: Backbone, batch_size: Any, n: int) -> int:
+    """Candidates per denoiser call."""
+    size = None if batch_size is None else min(n, whole("batch_size", batch_size))
+    if backbone.family.alone:
+        return 1
+    return size or (n if backbone.num_parameters <= SMALL_DENOISER else 1)
+
+
+def top_k_of(top_k: Any, n: int) -> int:
+    """How many of the candidates are finished."""
+    count = whole("top_k", top_k)
+    if count > n:
+        raise PrismError(f"top_k is {count}, and there are {n} candidates.")
+    return count
+
+
+def judge_at_of(judge_at: Any, default: float, t_range: tuple[float, float]) -> float:
+    """The noise level at which finished latents are judged."""
+    low, high = t_range
+    return min(max(default, low), high) if judge_at is None else number("judge_at", judge_at, 0, 1000, above=True)
+
+
+def default_draft_steps(num_steps: int) -> int:
+    """Steps of a draft where none are given: 15 % of the run's, at least 2 where it has as many."""
+    return min(num_steps, max(2, round(0.15 * num_steps)))
+
+
+def draft_steps_of(draft_steps: Any, num_steps: int, call: Mapping[str, Any]) -> int:
+    """Steps of a draft, which a call that names its own steps cannot have."""
+    for name in ("timesteps", "sigmas"):
+        if call.get(name) is not None:
+            raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
+    steps = default_draft_steps(num_steps) if draft_steps is None else whole("draft_steps", draft_steps)
+    if steps > num_steps:
+        raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; make draft_steps smaller.")
+    if steps == num_steps:
+        warnings.warn(
+            f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or "early".',
+            stacklevel=3,
+        )
+    return steps
