@@ -8,6 +8,7 @@ from typing import Any
 
 from prism.errors import PrismError
 
+SEEDS = 2**32 - 1  # the largest seed of what draws from many generators: NumPy's, torch's, and sums of these
 QUOTED = 300  # characters of a foreign text that a sentence quotes at most
 
 

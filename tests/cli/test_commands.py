@@ -140,7 +140,7 @@ def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
 
 BAD_OPTIONS = {
     "empty prompt": (["--prompt", " "], "prompt is empty"),
-    "no candidates": (["--n", "0"], "n must be a whole number of at least 1"),
+    "no candidates": (["--n", "0"], "--n must be a whole number from 1 to 10,000; found 0"),
     "no schedule": (["--schedule", "five"], 'schedule "five" is not a list of STEP:KEEP'),
     "keeps more than it has": (["--schedule", "2:9"], "keeps 9 candidates at step 2, and only 3"),
     "cuts after the last step": (["--schedule", "7:1"], "cuts at step 7, and the run has steps 1 to 6"),
@@ -149,7 +149,10 @@ BAD_OPTIONS = {
     "unknown strategy": (["--strategy", "best"], 'no strategy "best"'),
     "oracle": (["--strategy", "oracle"], "needs a measured truth"),
     "long draft": (["--strategy", "draft", "--draft-steps", "9"], "longer than the run of 6"),
-    "judge at nothing": (["--strategy", "full", "--judge-at", "0"], "judge_at"),
+    "judge at nothing": (
+        ["--strategy", "full", "--judge-at", "0"],
+        "--judge-at must be a number above 0, at most 1,000",
+    ),
     "unknown dimension": (["--select-by", "beauty"], "'beauty'"),
     "bad weights": (["--select-by", "VQ:x"], "neither a dimension nor a list"),
     "no such backbone": (["--backbone", "nowhere"], "nowhere"),
@@ -157,7 +160,7 @@ BAD_OPTIONS = {
     "embedded head for it": (["--head"], "embedded head fits the embedded backbone alone"),
     "no such device": (["--device", "abacus"], "The device abacus cannot be used"),
     "no such dtype": (["--dtype", "int4"], "The --dtype is int4"),
-    "no speed": (["--fps", "0"], "The --fps is 0"),
+    "no speed": (["--fps", "0"], "--fps must be a number from 0.1 to 240; found 0.0"),
 }
 
 
@@ -220,9 +223,11 @@ def test_nan_in_a_candidate_names_its_seed(place, tmp_path_factory, tmp_path, ca
     pipe.save_pretrained(broken)
     files.write_json(broken / "call.json", tiny.CALL_WAN)
     options = ["--backbone", str(broken), "--head", str(place / "head"), "--n", "2", "--seed", "11"]
-    with pytest.warns(UserWarning, match="other weights"):
+    with pytest.warns(UserWarning, match="The candidate with seed 11 is dropped"):
         code = cli.main(["sample", "--prompt", PROMPT, *options, "--out", str(tmp_path / "out")])
-    refused(code, capsys, tmp_path / "out", "seed 11")
+    refused(
+        code, capsys, tmp_path / "out", "No candidate has finite latents and scores, of those with the seeds 11, 12"
+    )
 
 
 def test_an_existing_folder_is_refused_and_kept(place, tmp_path, capsys):

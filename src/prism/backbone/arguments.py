@@ -127,6 +127,8 @@ def of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, An
         elif name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(value) > 2:
             own[name] = value.new_tensor([0, int(value[place + 1] - value[place])])
         elif name in _LISTED and isinstance(value, list | tuple) and not is_single(name, value):
+            if name == "negative_prompt" and len(value) == 1:  # the pipeline's own way to say one
+                continue
             own[name] = _row(name, value, place, prompts)
     return own
 

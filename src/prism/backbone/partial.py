@@ -45,7 +45,9 @@ def folder_told(source: Any) -> Iterator[None]:
     except Exception as error:  # they raise all kinds, and a folder may hold anything
         if ran_out(error):
             raise
-        raise PrismError(f"No diffusers pipeline could be loaded from {source}: {quoted(error)}") from error
+        raise PrismError(
+            f"No diffusers pipeline could be loaded from {quoted(source, 120)}: {quoted(error)}"
+        ) from error
 
 
 def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None, kwargs: dict[str, Any]) -> Backbone:

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
+from prism.checks import quoted
 from prism.cli import demo, doctor, evaluate, sample, shapeworld, study, train
 from prism.errors import PrismError
 
@@ -61,9 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not interrupts:
                 print(f"prism: {error}", file=sys.stderr)
         except Exception as error:
+            code = 2
+            if isinstance(error, OSError) and error.filename is not None and not _disk_is_full(error):
+                print(f"prism: {quoted(str(error.filename))} cannot be used: {error.strerror}.", file=sys.stderr)
+                return code
             if not _disk_is_full(error):
                 raise
-            code = 2
             print(
                 "prism: there is no space left on the disk; make room and run the same command again, with --resume "
                 "where it has one: what was finished is kept.",

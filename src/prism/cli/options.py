@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from prism.checks import quoted
+from prism.errors import PrismError
+
 # Panels of --help, from what a command is about to where its results go.
 MODELS, CALL, OUTPUT = (
     "Models and data",
@@ -27,6 +30,18 @@ BatchSize = Annotated[
     int,
     typer.Option("--batch-size", metavar="INT", help="Videos per denoiser call; halved where memory runs out."),
 ]
+
+
+def seed_or_random(text: str) -> int | None:
+    """The seed that a text tells; None for "random"."""
+    if text == "random":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise PrismError(f'--seed must be a whole number, or "random"; found {quoted(text, 60)}.') from None
+
+
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -72,8 +87,27 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         metavar="NAME",
-        help="Precision of the backbone: float32, bfloat16 or float16. The embedded model stays in float32.",
-        show_default="bfloat16 on cuda, else float32",
+        help="Precision of the backbone: fp32, bf16 or fp16. The embedded model stays in fp32.",
+        show_default="bf16 on cuda, else fp32",
+        rich_help_panel=MODELS,
+    ),
+]
+Offload = Annotated[
+    str,
+    typer.Option(
+        "--offload",
+        metavar="NAME",
+        help="Keep models in host memory until needed: whole (model), or layer by layer (group).",
+        rich_help_panel=MODELS,
+    ),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        help="LoRA for the backbone, a local safetensors file; may be repeated.",
+        show_default="none",
         rich_help_panel=MODELS,
     ),
 ]

@@ -10,8 +10,16 @@ from prism.cli import options
 
 
 def sample(
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the video should show.")],
     out: options.Out,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="What the video should show.",
+            show_default="none: of pipelines that take an image alone",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("--n", metavar="INT", help="Candidates; candidate i has seed SEED + i.")] = 8,
     strategy: Annotated[
         str,
@@ -50,7 +58,9 @@ def sample(
     select_by: Annotated[
         str, typer.Option("--select-by", metavar="NAME", help="Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2.")
     ] = "overall",
-    seed: Annotated[int, typer.Option("--seed", metavar="INT", help="Seed of the first candidate.")] = 0,
+    seed: Annotated[
+        str, typer.Option("--seed", metavar="INT", help="Seed of the first candidate; random: one is drawn.")
+    ] = "0",
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -67,6 +77,8 @@ def sample(
     head: options.Head = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    offload: options.Offload = "none",
+    lora: options.Lora = None,
     steps: Annotated[
         int | None,
         typer.Option("--steps", metavar="INT", help="Denoising steps.", rich_help_panel=options.CALL),
@@ -95,9 +107,23 @@ def sample(
             "--negative-prompt", metavar="TEXT", help="What the video should not show.", rich_help_panel=options.CALL
         ),
     ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", metavar="FILE", help="Image to start from.", rich_help_panel=options.CALL),
+    ] = None,
+    last_image: Annotated[
+        str | None,
+        typer.Option("--last-image", metavar="FILE", help="Image to end with.", rich_help_panel=options.CALL),
+    ] = None,
+    video: Annotated[
+        str | None,
+        typer.Option("--video", metavar="FILE", help="Video to start from.", rich_help_panel=options.CALL),
+    ] = None,
     fps: Annotated[
         float,
-        typer.Option("--fps", metavar="NUMBER", help="Frames a second of the mp4.", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            "--fps", metavar="NUMBER", help="Frames a second of the mp4, 0.1 to 240.", rich_help_panel=options.OUTPUT
+        ),
     ] = 8.0,
     overwrite: options.Overwrite = False,
 ) -> None:
@@ -116,6 +142,9 @@ def sample(
         "width": width,
         "num_frames": num_frames,
         "negative_prompt": negative_prompt,
+        "image": image,
+        "last_image": last_image,
+        "video": video,
     }
     config = experiment.SampleConfig(
         prompt=prompt,
@@ -126,7 +155,7 @@ def sample(
         judge_at=judge_at,
         num_draws=num_draws,
         select_by=select_by,
-        seed=seed,
+        seed=options.seed_or_random(seed),
         batch_size=batch_size,
         top_k=top_k,
         backbone=backbone,
@@ -135,6 +164,8 @@ def sample(
         fps=fps,
         device=device,
         dtype=dtype,
+        offload=offload,
+        loras=tuple(lora or ()),
     )
     metrics = experiment.run(config, out, overwrite)
     if metrics is None:  # another process of this run writes and tells

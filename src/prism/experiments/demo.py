@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import prism
 from prism import files, media, runs, shapeworld, temporary
+from prism.checks import SEEDS, whole
 from prism.experiments import bars, compare, conclusions, per_prompt
 from prism.experiments.loading import describe, load_backbone
 from prism.experiments.sample import cut_entry
@@ -113,6 +114,7 @@ def run(
 
     A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
     """
+    whole("--seed", seed, 0, SEEDS)
     config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
     if batch_size is not None:
         config = replace(config, train=replace(config.train, max_rows=batch_size))

@@ -22,6 +22,7 @@ from PIL import Image
 import prism
 from prism import files, shapeworld
 from prism.backbone import Family
+from prism.checks import whole
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
 from prism.sampling.arguments import DEFAULT_N, default_draft_steps
@@ -102,6 +103,9 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
     """Sections of lines (what, found). Raises PrismError for a folder that is no supported pipeline, as any command."""
     from prism.experiments.loading import load_backbone
 
+    whole("--n", config.n, 1, 10_000)
+    if config.steps is not None:
+        whole("--steps", config.steps, 1, 10_000)
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
     if config.steps is not None:
         call["num_inference_steps"] = config.steps

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files, runs
-from prism.checks import whole
+from prism.checks import SEEDS, quoted, whole
 from prism.errors import PrismError
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
@@ -48,7 +48,8 @@ def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str,
     """Evaluate and write metrics.json, config.json and report.html to `out`; returns the metrics."""
     levels = None if config.timesteps == TIMESTEPS else _levels(config.timesteps)
     whole("--batch-size", config.batch_size)
-    whole("--num-draws", config.num_draws)
+    whole("--num-draws", config.num_draws, 1, 1000)
+    whole("--seed", config.seed, 0, SEEDS)
     with runs.new(out, overwrite, "eval") as folder:
         from prism.evaluation import evaluate
         from prism.experiments.loading import describe, load_backbone, load_judge, open_store
@@ -74,7 +75,7 @@ def _levels(text: str) -> tuple[float, ...]:
         levels = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise PrismError(
-            f'The --timesteps "{text}" are not numbers apart by commas; write for example 899,699,0.'
+            f'The --timesteps "{quoted(text, 120)}" are not numbers apart by commas; write for example 899,699,0.'
         ) from None
     for level in levels:
         if not 0 <= level <= 1000:

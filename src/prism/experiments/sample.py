@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prism import files, media, runs
+from prism.checks import number, quoted, whole
 from prism.errors import PrismError
 from prism.report import wording
 from prism.report.metrics import document, write_config
@@ -29,9 +30,11 @@ FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are shares of, as
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone."""
+    """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone; images
+    and videos by the paths of their files. A `seed` of None is drawn.
+    """
 
-    prompt: str
+    prompt: str | None
     n: int = 8
     strategy: str = "early"
     schedule: str | None = None
@@ -39,7 +42,7 @@ class SampleConfig:
     judge_at: float | None = None
     num_draws: int = 2
     select_by: str = "overall"
-    seed: int = 0
+    seed: int | None = 0
     batch_size: int | None = None
     top_k: int = 1
     backbone: str | None = None
@@ -48,6 +51,8 @@ class SampleConfig:
     fps: float = 8.0
     device: str | None = None
     dtype: str | None = None
+    offload: str = "none"
+    loras: tuple[str, ...] = ()
 
 
 def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any] | None:
@@ -77,14 +82,18 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             media.write_video(folder / file, video, config.fps)
         found = [refereed(video, config.prompt) if config.backbone is None else (None, "") for video in videos]
         scores, sentence = found[0]
-        write_config(folder / "config.json", {**vars(config), "call": call})
+        seed = result.seeds[0]
+        write_config(folder / "config.json", {**vars(config), "call": call, "seed": seed})
         metrics = document(
             "sample",
             describe(backbone, name),
-            config.seed,
+            seed,
             best_of_n=[_row(config, backbone, judge, call, result)],
             timings={**result.ledger.parts, "total": result.ledger.seconds},
             prompt=config.prompt,
+            dtype=str(backbone.dtype).removeprefix("torch."),
+            offload=config.offload,
+            loras=list(config.loras),
             seeds=list(result.seeds),
             winner=result.index,
             top=[
@@ -108,11 +117,12 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
         ]
         caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
         if config.backbone is None and judge and len(rows) == 1:
-            loser = _loser(backbone, config.prompt, call, metrics)
+            loser = _loser(backbone, str(config.prompt), call, metrics)
             rows += loser
             caption = "The loser was finished for this page alone; that is not in the costs." if loser else ""
-        strip = FilmStrip(f"“{config.prompt}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
-        title = f"The best of {config.n}: {config.prompt}"
+        subject = config.prompt or Path(str(config.call.get("image") or config.call.get("video") or name)).name
+        strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
+        title = f"The best of {config.n}: {subject}"
         config_written = files.read_json(folder / "config.json")
         notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
@@ -142,7 +152,9 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
     from prism.experiments.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking
 
-    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
+    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype, config.offload, config.loras)
+    if backbone.family.prompts and not config.prompt:
+        raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
     judged = config.strategy not in ("none", "random")
     judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
     call = {**call, **config.call}
@@ -174,12 +186,17 @@ def parse_weights(text: str) -> dict[str, float]:
     if ":" not in text:
         return {text: 1.0}
     try:
-        return {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
+        weights = {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
     except ValueError:
-        raise PrismError(f'The --select-by "{text}" is neither a dimension nor a list such as VQ:1,MQ:0.5.') from None
+        raise PrismError(
+            f'The --select-by "{quoted(text, 120)}" is neither a dimension nor a list such as VQ:1,MQ:0.5.'
+        ) from None
+    for name, weight in weights.items():
+        number(f"The weight of {quoted(name, 40)} in --select-by", weight)
+    return weights
 
 
-def refereed(video: np.ndarray, prompt: str) -> tuple[dict[str, float] | None, str]:
+def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | None, str]:
     """ShapeWorld's referee on a video (T, H, W, 3) of the embedded model: its scores and what is to be said of them;
     no scores, and why, for what it cannot measure.
     """
@@ -187,7 +204,7 @@ def refereed(video: np.ndarray, prompt: str) -> tuple[dict[str, float] | None, s
 
     from prism.shapeworld import grammar, referee, world
 
-    if grammar.parse(prompt) is None:
+    if prompt is None or grammar.parse(prompt) is None:
         return None, (
             f"No referee has scored this video: the prompt “{prompt}” is outside the grammar of ShapeWorld, the small "
             "world that the embedded model knows, which docs/shapeworld.md describes."
@@ -208,8 +225,31 @@ def refereed(video: np.ndarray, prompt: str) -> tuple[dict[str, float] | None, s
 def _check(config: SampleConfig) -> None:
     if config.strategy == "oracle":
         raise PrismError("The strategy oracle needs a measured truth, which sampling lacks; choose another --strategy.")
-    if not config.fps > 0:
-        raise PrismError(f"The --fps is {config.fps:g}; a number above 0 is needed.")
+    number("--fps", config.fps, *media.FPS)
+    n = whole("--n", config.n, 1, 10_000)
+    for flag, value, low, high in (
+        ("--top-k", config.top_k, 1, n),
+        ("--num-draws", config.num_draws, 1, 1000),
+        ("--batch-size", config.batch_size, 1, None),
+        ("--draft-steps", config.draft_steps, 1, 10_000),
+        ("--seed", config.seed, 0, 2**63 - n),
+        ("--steps", config.call.get("num_inference_steps"), 1, 10_000),
+        ("--height", config.call.get("height"), 1, 16_384),
+        ("--width", config.call.get("width"), 1, 16_384),
+        ("--num-frames", config.call.get("num_frames"), 1, 10_000),
+    ):
+        if value is not None:
+            whole(flag, value, low, high)
+    if config.judge_at is not None:
+        number("--judge-at", config.judge_at, 0, 1000, above=True)
+    if config.call.get("guidance_scale") is not None:
+        number("--guidance-scale", config.call["guidance_scale"], -100, 1000)
+    if config.backbone is None and not (config.prompt or "").strip():
+        raise PrismError("The embedded model needs a prompt; give --prompt.")
+    for name in ("image", "last_image", "video"):
+        if config.call.get(name) is not None and not os.path.isfile(str(config.call[name])):
+            flag = name.replace("_", "-")
+            raise PrismError(f"The --{flag} {quoted(str(config.call[name]), 200)} is no file; give a local one.")
 
 
 def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files, runs
+from prism.checks import whole
 from prism.errors import PrismError
 from prism.experiments.variants import BASE, BASE_HEADS, Variant, chosen, table
 from prism.training.config import TrainConfig
@@ -76,8 +77,7 @@ def run(
     from prism.training.validation import levels
 
     for name in ("seeds", "inits", "draws"):
-        if getattr(config, name) < 1:
-            raise PrismError(f"The study's {name} must be 1 or more, found {getattr(config, name)}.")
+        whole(f"The study's {name}", getattr(config, name), 1, 1000)
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
     tap = backbone.default_tap if config.tap is None else config.tap

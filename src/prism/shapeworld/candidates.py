@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prism import files, runs
 from prism.backbone import Backbone
+from prism.checks import SEEDS, whole
 from prism.errors import PrismError
 from prism.preference import pairs_from_scores, write_store
 
@@ -58,6 +59,10 @@ def run(
     share: (i, n) with n > 1 makes the parts i, i + n, ... alone, so that n processes work side by side; a run without
     it then joins them. Raises PrismError where another run's parts lie there, unless `overwrite`.
     """
+    whole("--seed", seed, 0, SEEDS)
+    for split, (prompts, per_prompt) in splits.items():
+        whole(f"The prompts of --split {split}", prompts, 1, 10**7)
+        whole(f"The candidates of --split {split}", per_prompt, 1, 10_000)
     runs.check(out, overwrite, "store")
     if backbone is None:
         from . import pipeline

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from prism import files, runs
 from prism.backbone import Backbone
+from prism.checks import SEEDS, number, whole
 from prism.errors import PrismError
 
 from . import CALL, grammar, recipe, referee
@@ -107,6 +108,13 @@ def run(
         raise PrismError(f"The --backbone {backbone} is none of {names} and no training run's folder; name another.")
     if split not in grammar.SPLITS:
         raise PrismError(f'The --split is "{split}"; choose one of {", ".join(grammar.SPLITS)}.')
+    whole("--prompts", prompts, 1, 100_000)
+    whole("--per-prompt", per_prompt, 1, 10_000)
+    whole("--seed", seed, 0, SEEDS)
+    for step in steps:
+        whole("--step", step, 0, 10**9)
+    if guidance_scale is not None:
+        number("--guidance-scale", guidance_scale, -100, 1000)
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
     chosen = [prompt for kind in grammar.KINDS for prompt in grammar.prompts(split, prompts, kind)]
     with runs.new(out, overwrite, "quality") as folder:

@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from prism import files, runs
+from prism.checks import SEEDS, number, whole
 from prism.errors import PrismError
 
 from . import CALL, recipe, world
@@ -332,9 +333,11 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     configs, claims = {}, []  # held until both are trained
     for name in PARTS if part == "all" else (part,):
         config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
-        for key in ("steps", "batch_size", "learning_rate", "layers", "heads", "videos"):
-            if getattr(config, key) <= 0:
-                raise PrismError(f"The {key} of a training run must be above 0; found {getattr(config, key)}.")
+        most = {"steps": 10**8, "batch_size": 10**5, "layers": 1000, "heads": 1000, "videos": 10**8}
+        for key, high in most.items():
+            whole(f"The {key} of a training run", getattr(config, key), 1, high)
+        number("The learning_rate of a training run", config.learning_rate, 0, 100, above=True)
+        whole("The seed of a training run", config.seed, 0, SEEDS)
         needed = {"vae": ("",), "transformer": ("transformer", "text_encoder")}[name]
         wanted = [Path(config.start, folder, "config.json") for folder in needed if config.start]
         missing = [path for path in wanted if not path.is_file()]

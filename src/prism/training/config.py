@@ -6,11 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
+from prism.checks import SEEDS, quoted, whole
 from prism.errors import PrismError
 from prism.judge.objective import OBJECTIVES
 
+MOST = 10**12  # of any whole setting
 SOURCES = ("renoised", "trajectory", "mixed")
 LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
@@ -72,18 +74,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kind = type(field.default)
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value, kind, name = getattr(self, field.name), type(field.default), f"The training setting {field.name}"
+            if kind is float and not isinstance(value, bool) and isinstance(value, SupportsFloat):
                 object.__setattr__(self, field.name, float(value))
+            elif kind is int and hasattr(type(value), "__index__") and not isinstance(value, bool):
+                object.__setattr__(self, field.name, whole(name, value, None, MOST))
             elif type(value) is not kind:
-                raise PrismError(f"The training setting {field.name} must be {kind.__name__}, found {value!r}.")
+                raise PrismError(f"{name} must be {kind.__name__}, found {quoted(value, 80)}.")
         for name in ("steps", "prompts_per_step", "draws_per_step", "max_rows", "log_every"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
-        whole = ("warmup_steps", "checkpoint_every", "seed", "max_prompts", "noise_draws", "validate_every")
-        for name in (*whole, "weight_decay", "max_gradient_norm"):
+        counts = ("warmup_steps", "checkpoint_every", "seed", "max_prompts", "noise_draws", "validate_every")
+        for name in (*counts, "weight_decay", "max_gradient_norm"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("seed", self.seed <= SEEDS, f"at most {SEEDS:,}")
+        self._require("learning_rate", 0 < self.learning_rate <= 100, "above 0, at most 100")
+        for name in ("learning_rate", "weight_decay", "max_gradient_norm", "eta"):
+            self._require(name, math.isfinite(getattr(self, name)), "finite")
         self._require("eta", self.eta > 1, "above 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         self._require("t_low", 0 <= self.t_low < self.t_high, "from 0 to below t_high")
