@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from prism import media
 from prism.backbone.conditioning import is_single
 from prism.checks import number, quoted, whole
 from prism.errors import PrismError
+from prism.media import frames, read_video
 
 STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # ranges that are sane
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
@@ -57,7 +57,7 @@ def _pictures(name: str, value: Any) -> Any:
     if isinstance(value, Image.Image):
         return value if value.mode == "RGB" else ImageOps.exif_transpose(value).convert("RGB")
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
-        pictures = [Image.fromarray((each * 255).round().astype(np.uint8)) for each in media.frames(value, name)]
+        pictures = [Image.fromarray((each * 255).round().astype(np.uint8)) for each in frames(value, name)]
         return pictures if name == "video" else pictures[0]
     return value
 
@@ -66,7 +66,7 @@ def _opened(name: str, path: str) -> Any:
     if path.startswith(("http://", "https://")):
         raise PrismError(f"{name} is the address {quoted(path, 120)}, and nothing is downloaded; give a local file.")
     if name == "video":
-        return [Image.fromarray((each * 255).round().astype(np.uint8)) for each in media.read_video(path)]
+        return [Image.fromarray((each * 255).round().astype(np.uint8)) for each in read_video(path)]
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism import media
 from prism.backbone import layout, taps, videos
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
 from prism.backbone.calls import batch_of, finished
@@ -25,6 +24,7 @@ from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
 from prism.errors import PrismError
+from prism.media import videos as as_videos
 
 _CACHE_BYTES = 256 * 2**20
 # Call arguments that do not change what the denoiser is told of a prompt.
@@ -307,7 +307,7 @@ class Backbone:
         Where tokens span several latent frames (CogVideoX 1.5), or the pipeline drops decoded frames in front
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
-        pixels = torch.from_numpy(media.videos(video))
+        pixels = torch.from_numpy(as_videos(video))
         with self.held(), self.freed(), breaks_told(self.pipe.vae, "encoding"):
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prism import media
 from prism.backbone import Backbone, Interceptor, Recording, Tokens
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.interceptor import OnCut
 from prism.errors import PrismError
+from prism.media import frames
 from prism.sampling import oracles
 from prism.sampling.ledger import cut_rows
 from prism.sampling.processes import Team, merged
@@ -261,7 +261,7 @@ def oracle(search: Search) -> list[int]:
             shown: dict[int, Any] = {}
             for candidate, video in videos.items():
                 try:
-                    shown[candidate] = media.frames(video, "its video")
+                    shown[candidate] = frames(video, "its video")
                 except PrismError as error:  # a VAE that overflows
                     search.warn_dropped(candidate, str(error).rstrip("."))
             for candidate, answer in zip(shown, oracles.ask(ask, list(shown.values()), search.prompt)):

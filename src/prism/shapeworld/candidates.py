@@ -94,8 +94,8 @@ def run(
         path = parts.folder / f"{number:05d}.safetensors"
         if not path.is_file():
             part = _sample(backbone, call, chunk, trajectories)
-            with files.new_file(path) as whole:
-                save_file(part, whole)
+            with files.new_file(path) as finished:
+                save_file(part, finished)
         done.append(load_file(path))
     if share[1] > 1:
         return

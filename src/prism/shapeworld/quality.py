@@ -111,8 +111,8 @@ def run(
     whole("--prompts", prompts, 1, 100_000)
     whole("--per-prompt", per_prompt, 1, 10_000)
     whole("--seed", seed, 0, SEEDS)
-    for step in steps:
-        whole("--step", step, 0, 10**9)
+    for kept in steps:
+        whole("--step", kept, 0, 10**9)
     if guidance_scale is not None:
         number("--guidance-scale", guidance_scale, -100, 1000)
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
