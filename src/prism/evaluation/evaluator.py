@@ -92,6 +92,7 @@ def measure(
     """
     if num_draws < 1 or batch_size < 1:
         raise PrismError(f"num_draws and batch_size must be 1 or more, found {num_draws} and {batch_size}.")
+    check_judge(judge)
     store = LatentStore.of(store)
     levels = _levels(judge, timesteps)
     groups = store.groups(split, judge.dimensions)
@@ -113,6 +114,15 @@ def measure(
         margins.append(pair_margins(groups, scores)[1])
     table = pair_table(judge.name, groups, judge.dimensions, levels, margins)
     return Measurement(rows, table, {"split": split, "num_draws": num_draws, "seed": seed})
+
+
+def check_judge(judge: Any) -> None:
+    """Raise PrismError for what is no judge, such as the folder of one: a pipeline must go with it."""
+    if not all(hasattr(judge, name) for name in ("backbone", "dimensions", "score", "trained_on")):
+        raise PrismError(
+            f"A judge on a pipeline is needed, found {type(judge).__name__}; put one there with "
+            "Judge.from_pretrained(head, pipe)."
+        )
 
 
 def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:

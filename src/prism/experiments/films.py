@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism.backbone.conditioning import noisy_name
+from prism.backbone.interceptor import capture, state_kept
 from prism.experiments import gaze
 from prism.experiments.contest import Contest
 from prism.judge import Judge
@@ -101,24 +103,30 @@ def looks(
 
 @torch.no_grad()
 def _expected_clean(backbone: Any, prompt: str, seeds: Sequence[int], step: int, call: Mapping[str, Any]) -> Tensor:
-    """The clean latents that the denoiser expects of each candidate at a step: z - sigma v of the conditional pass."""
-    pipe, taken = backbone.pipe, {}
+    """The clean latents that the denoiser expects of each candidate at a step (1-based): z - sigma v of the conditional
+    pass.
+    """
+    pipe, prompts, taken = backbone.pipe, [prompt] * len(seeds), {}
 
     def take(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        taken[index] = (
-            tensors["latents"],
-            float(pipe.scheduler.sigmas[index + 1]),
-            pipe.scheduler.timesteps[min(index + 1, step)],
-        )
-        if index + 2 > step:
+        taken[index + 2] = tensors["latents"], pipe.scheduler.timesteps[index + 1]
+        if index + 2 == step:
             pipe._interrupt = True
         return tensors
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pipe([prompt] * len(seeds), generator=generators, output_type="latent", callback_on_step_end=take, **call)
-    noisy, sigma, timestep = taken[step - 2]
-    conditioning = backbone.condition([prompt] * len(seeds), **call)
+    call = {**call, "generator": generators, "output_type": "latent"}
+    if step == 1:  # no step ends before it
+        given = capture(pipe, backbone.denoisers, {"prompt": prompts, **call})
+        first = given[noisy_name(given, backbone.family)], given[backbone.family.timestep_argument]
+        rows = backbone.family.conditional(len(first[0]), len(seeds))
+        taken[1] = first[0][rows], first[1][rows][0]
+    else:
+        with state_kept(pipe):  # the next call must not be found interrupted
+            pipe(prompts, callback_on_step_end=take, **call)
+    noisy, timestep = taken[step]
+    conditioning = backbone.condition(prompts, **{name: call[name] for name in call if name != "generator"})
     arguments = conditioning.call(noisy, timestep.expand(len(seeds)))
     _, output = backbone.read(arguments, backbone.num_blocks, stop=False)
     velocity = output[0] if isinstance(output, tuple) else output.sample
-    return noisy - sigma * velocity
+    return noisy - float(timestep) / 1000 * velocity

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from prism import files, runs
 from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
+from prism.evaluation.evaluator import check_judge
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.training.batches import Batch, Batches, training_groups
@@ -72,6 +73,7 @@ def train(
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
     """
     started, out = time.perf_counter(), Path(out)
+    check_judge(judge)
     store, checkpoints = LatentStore.of(store), out / "checkpoints"
     groups = training_groups(store, judge.dimensions, config)
     _check_backbone(store, judge)
