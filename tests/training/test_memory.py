@@ -25,7 +25,9 @@ from prism.training.batches import Batches, training_groups
 from prism.training.validation import Validation
 
 CONFIG = TrainConfig(steps=4, prompts_per_step=3, learning_rate=1e-3, log_every=2, checkpoint_every=0)
-CPU = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+)
 SHORTAGES = [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError(CPU), MemoryError("Unable to allocate")]
 
 
