@@ -26,7 +26,7 @@ from tests.fuzz import readers
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["heads", "backbones"])
+    parser.add_argument("what", choices=["heads", "pixels", "backbones", "stores"])
     parser.add_argument("--count", type=int, default=1000, help="mutations")
     parser.add_argument("--seed", type=int, default=0, help="of the first mutation; the others follow")
     parser.add_argument("--only", type=int, help="run the mutation of this seed alone, and say what came of it")

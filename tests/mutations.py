@@ -22,6 +22,9 @@ from random import Random
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from prism.errors import PrismError
 
 LONGEST = 500  # characters of a sentence
@@ -59,6 +62,8 @@ def damage(folder: Path, random: Random, files: list[str] | None = None) -> str:
         kinds = [of_json] * 8 + [of_bytes, of_json_text]
     elif name.endswith(".safetensors"):
         kinds = [of_safetensors] * 6 + [of_bytes]
+    elif name.endswith(".parquet"):
+        kinds = [of_parquet] * 6 + [of_bytes]
     kind = special if random.random() < 0.06 else random.choice(kinds)
     return f"{name}: {kind(path, random)}"
 
@@ -225,6 +230,40 @@ def _join(path: Path, header: Any, body: bytes) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+# -- Parquet
+
+
+def of_parquet(path: Path, random: Random) -> str:
+    """A column removed, renamed, doubled or of another type, a value in it made another one, or rows lost."""
+    table = pq.read_table(path)
+    name = random.choice(table.column_names)
+    place = table.column_names.index(name)
+    values = table[name].to_pylist()
+    action = random.randrange(6)
+    if action == 0:
+        table, told = table.drop_columns([name]), f"{name} removed"
+    elif action == 1:
+        table, told = table.rename_columns([f"{n}_" if n == name else n for n in table.column_names]), f"{name} renamed"
+    elif action == 2:
+        table, told = table.slice(random.randrange(len(table) + 1)), "rows lost"
+    elif action == 3:
+        table, told = table.append_column(name, table[name]), f"{name} twice"
+    else:
+        odd = [None, -1, 7, 10**12, 1.5, float("nan"), "text", "", "\x00", [1], {"a": 1}, b"\xff", True]
+        value = random.choice(odd)
+        told = f"{name} holds {_short(value)}"
+        rows = range(len(values)) if random.random() < 0.5 else [random.randrange(len(values))]
+        for row in rows:
+            values[row] = value
+        try:
+            column = pa.array(values)
+        except (pa.ArrowException, TypeError):  # two types in one column
+            column = pa.array([str(each) for each in values])
+        table = table.set_column(place, name, column)
+    pq.write_table(table, path)
+    return told
 
 
 # -- any file

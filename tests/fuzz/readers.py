@@ -9,12 +9,15 @@ from random import Random
 from typing import Any
 
 import torch
-from tests import stores, tiny
+from tests import stores as tiny_stores
+from tests import tiny
 from tests.mutations import copied, damage, outcome
 
 import prism
 from prism import files
 from prism.backbone import Backbone
+from prism.baselines import PixelJudge
+from prism.preference import LatentStore
 
 CALL = {**tiny.CALL_WAN, "num_inference_steps": 2}
 LATENTS = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -34,7 +37,7 @@ def heads(place: Path) -> Case:
     other.trained_on = dict(one.trained_on)
     prism.Judge.average([one, other]).save_pretrained(place / "average")
 
-    store = stores.make(place / "store", (1, 1, 1), 2)
+    store = tiny_stores.make(place / "store", (1, 1, 1), 2)
 
     def use(folder: Path, onto: Any, scratch: Path) -> None:
         judge = prism.Judge.from_pretrained(folder, onto)
@@ -55,6 +58,49 @@ def heads(place: Path) -> Case:
                 _reseal(folder)
             onto = str(place / "pipe") if random.random() < 0.1 else pipe
             return told, *outcome(lambda: use(folder, onto, Path(scratch)))
+
+    return case
+
+
+def pixels(place: Path) -> Case:
+    """Pixel judges, put onto a pipeline and used."""
+    pipe = tiny.wan()
+    judge = PixelJudge.untrained(pipe, ("VQ", "MQ"), width=8, layers=1)
+    judge.trained_on = {"seed": 0, "source": "decoded", "prompt_keys": ["0123456789abcdef"], "config": {"steps": 5}}
+    judge.save_pretrained(place / "pixel")
+
+    def use(folder: Path, scratch: Path) -> None:
+        judge = PixelJudge.from_pretrained(folder, pipe)
+        judge.score_videos(torch.zeros(1, 9, 32, 32, 3), tiny.PROMPT, **CALL)
+        judge.save_pretrained(scratch / "again")
+
+    def case(random: Random) -> tuple[str, str, str]:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = copied(place / "pixel", Path(scratch) / "pixel")
+            told = damage(folder, random, random.choices(["config.json", "model.safetensors"], [6, 4]))
+            return told, *outcome(lambda: use(folder, Path(scratch)))
+
+    return case
+
+
+def stores(place: Path) -> Case:
+    """Latent stores, opened and read whole."""
+    tiny_stores.make(place / "store", (2, 1, 1), 2)
+
+    def use(folder: Path) -> None:
+        store = LatentStore.open(folder)
+        for split in ("train", "validation", "test"):
+            for group in store.groups(split):
+                store.latents(group.videos)
+                store.trajectory(group.videos, 0)
+        store.num_states()
+        dict(store.call)
+
+    def case(random: Random) -> tuple[str, str, str]:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = copied(place / "store", Path(scratch) / "store")
+            told = damage(folder, random)
+            return told, *outcome(lambda: use(folder))
 
     return case
 

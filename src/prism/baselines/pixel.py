@@ -21,10 +21,13 @@ from prism.backbone import Backbone, Conditioning, Ragged
 from prism.backbone.fingerprint import fits
 from prism.baselines.frames import DecodedCache, decode, vae_hash, vae_hashes
 from prism.baselines.network import PixelNetwork
+from prism.checks import number, whole
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.judge import folder as folders
 
 FORMAT, SCHEMA = "prism-pixel-judge", 1
+_SIZES = {"text_width": 2**20, "width": 4096, "layers": 256}  # the largest that a file may ask for
 ROWS = 16  # videos that the network looks at together
 
 
@@ -139,24 +142,23 @@ class PixelJudge:
             frames: where decoded frames are kept; judges that are measured on the same videos should share it.
         """
         folder, backbone = Path(folder), pipe if isinstance(pipe, Backbone) else Backbone(pipe)
-        config = files.read_json(folder / "config.json")
+        path, weights = folder / "config.json", folder / "model.safetensors"
+        config = files.read_json(path)
         if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("schema") != SCHEMA:
-            raise PrismError(f"The file {folder / 'config.json'} does not describe a pixel judge of schema {SCHEMA}.")
+            raise PrismError(f"The file {path} does not describe a pixel judge of schema {SCHEMA}.")
+        dimensions, eta, trained_on, _ = folders.described(config, path)
+        name = folders.field(config, "name", str, path)
+        network = _network(folders.field(config, "network", dict, path), len(dimensions), path)
+        wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        header = files.safetensors_header(weights)
+        if {name: shape for name, (_, shape) in header.items()} != wanted or not all(
+            dtype in folders.DTYPES for dtype, _ in header.values()
+        ):
+            raise PrismError(f"The file {weights} does not hold this network's weights.")
         _check_vae(folder, config, backbone)
-        try:
-            network = PixelNetwork(**config["network"])
-            known = (config["dimensions"], config["eta"], config["trained_on"], config["name"], frames)
-            judge = cls(backbone, network.eval(), *known)
-        except KeyError as error:
-            raise PrismError(f"The file {folder / 'config.json'} lacks the field {error}.") from error
-        except (TypeError, ValueError) as error:
-            raise PrismError(f"The file {folder / 'config.json'} holds a value of the wrong type ({error}).") from error
-        tensors = files.load_safetensors(folder / "model.safetensors")
-        wanted = network.state_dict()
-        if tensors.keys() != wanted.keys() or any(tensors[name].shape != wanted[name].shape for name in wanted):
-            raise PrismError(f"The file {folder / 'model.safetensors'} does not hold this network's weights.")
-        network.load_state_dict({name: value.float() for name, value in tensors.items()})
-        return judge
+        tensors = files.load_safetensors(weights)
+        network.load_state_dict({n: value.to(torch.float32, copy=True) for n, value in tensors.items()}, assign=True)
+        return cls(backbone, network.eval(), dimensions, eta, trained_on, name, frames)
 
     def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write config.json, model.safetensors (half precision) and README.md as a folder that appears whole."""
@@ -176,6 +178,20 @@ class PixelJudge:
             save_file(half, temporary / "model.safetensors")
             files.write_json(temporary / "config.json", config)
             (temporary / "README.md").write_text(_card(self))
+
+
+def _network(options: Mapping[str, Any], num_dimensions: int, path: Path) -> PixelNetwork:
+    """A network without weights, at the size that its options say."""
+    if options.keys() != {*_SIZES, "num_dimensions", "dropout"} or options["num_dimensions"] != num_dimensions:
+        raise PrismError(f"The field 'network' of {path} does not describe a network of {num_dimensions} scores.")
+    told = lambda name: f"The field 'network.{name}' of {path}"  # noqa: E731
+    sizes = {name: whole(told(name), options[name], 1, most) for name, most in _SIZES.items()}
+    dropout = number(told("dropout"), options["dropout"], 0.0, 1.0)
+    try:
+        with torch.device("meta"):  # no memory
+            return PixelNetwork(**sizes, num_dimensions=num_dimensions, dropout=dropout)
+    except AssertionError as error:  # attention heads that do not divide the width
+        raise PrismError(f"{told('width')} is {sizes['width']}, of which no network is made.") from error
 
 
 def _check_vae(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> None:

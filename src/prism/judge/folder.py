@@ -80,10 +80,9 @@ def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
     schema = config.get("schema") if isinstance(config, dict) and config.get("format") == FORMAT else None
     if type(schema) is not int or schema not in SCHEMAS:
         raise PrismError(f"The file {path} does not describe a PRISM head of schema {' or '.join(map(str, SCHEMAS))}.")
-    _check_plain(config, f"The file {path}")
     several = schema == 2
-    entries = _field(config, "members", list, path) if several else [config]
-    dimensions = _dimensions(config, path)
+    entries = field(config, "members", list, path) if several else [config]
+    dimensions, eta, trained_on, fingerprint = described(config, path)
     made = [_head(entry, len(dimensions), several, path) for entry in entries]
     if not made:
         raise PrismError(f"The field 'members' of {path} lists no head.")
@@ -93,10 +92,10 @@ def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
         folder,
         made,
         dimensions,
-        number(f"The field 'eta' of {path}", _field(config, "eta", object, path), 1.0, 1e6, above=True),
-        _check_trained_on(_field(config, "trained_on", object, path), path) or {},
+        eta,
+        trained_on,
         _calibration(config.get("calibration"), dimensions, path),
-        _fingerprint(_field(config, "backbone", dict, path), path),
+        fingerprint,
     )
     header = _by_member(files.safetensors_header(weights), several)  # first, as it tells a pickle from a truncated file
     for place, (_, head, _) in enumerate(made):
@@ -140,7 +139,18 @@ def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
 # -- config.json, field by field
 
 
-def _field(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+def described(config: Mapping[str, Any], path: Path) -> tuple[list[str], float, dict[str, Any], Mapping[str, Any]]:
+    """What every judge's config.json holds: dimensions, eta, what it was trained on, and the backbone's fingerprint."""
+    _check_plain(config, f"The file {path}")
+    return (
+        _dimensions(config, path),
+        number(f"The field 'eta' of {path}", field(config, "eta", object, path), 1.0, 1e6, above=True),
+        _check_trained_on(field(config, "trained_on", object, path), path) or {},
+        _fingerprint(field(config, "backbone", dict, path), path),
+    )
+
+
+def field(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
     """A field that must be there, of this type."""
     if name not in config:
         raise PrismError(f"The file {path} lacks the field {name!r}.")
@@ -155,11 +165,11 @@ def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[i
     if not isinstance(entry, dict):
         raise PrismError(f"The field 'members' of {path} must list objects; found {quoted(entry, 80)}.")
     told = lambda name: f"The field {name!r} of {path}"  # noqa: E731
-    sizes = {name: whole(told(name), _field(entry, name, object, path), 1, most) for name, most in SIZES.items()}
+    sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in SIZES.items()}
     chunk_size = entry.get("chunk_size")
     if chunk_size is not None:
         chunk_size = whole(told("chunk_size"), chunk_size, 1, 2**31)
-    aggregation = _field(entry, "aggregation", str, path)
+    aggregation = field(entry, "aggregation", str, path)
     if aggregation not in AGGREGATIONS:
         raise PrismError(
             f"{told('aggregation')} must be one of {', '.join(AGGREGATIONS)}; found {quoted(aggregation, 80)}."
@@ -168,14 +178,14 @@ def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[i
         raise PrismError(
             f"{told('num_dimensions')} is {sizes['num_dimensions']}, and 'dimensions' names {num_dimensions} of them."
         )
-    tap = whole(told("tap"), _field(entry, "tap", object, path), 1, 2**16)
-    share = number(told("share"), _field(entry, "share", object, path), 0.0, 1.0, above=True) if several else 1.0
+    tap = whole(told("tap"), field(entry, "tap", object, path), 1, 2**16)
+    share = number(told("share"), field(entry, "share", object, path), 0.0, 1.0, above=True) if several else 1.0
     with torch.device("meta"):  # no memory, and no draw from the global generator
         return tap, QueryHead(**sizes, aggregation=aggregation, chunk_size=chunk_size), share
 
 
 def _dimensions(config: Mapping[str, Any], path: Path) -> list[str]:
-    names = _field(config, "dimensions", list, path)
+    names = field(config, "dimensions", list, path)
     bad = [name for name in names if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if bad or not names or len(set(names)) != len(names) or max(map(len, names)) > 100:
         raise PrismError(
