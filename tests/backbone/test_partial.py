@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 
 import pytest
 import torch
 from tests import tiny
+from tests.mutations import copied, watchdog
+from tests.works import works
 from tests.zoo import VARIANTS
 
 import prism
@@ -118,3 +122,113 @@ def test_weights_are_those_that_diffusers_loads(dtype, variant, tmp_path):
     for name, value in found.items():
         assert value.dtype == wanted[name].dtype, name
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tiny.wan().save_pretrained(place := tmp_path_factory.mktemp("saved") / "pipe", max_shard_size="8KB")
+    return place
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def first_shard(folder):
+    return min((folder / "transformer").glob("*.safetensors"))
+
+
+def in_its_place(path, make):
+    path.unlink()
+    make(path)
+
+
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+DAMAGES = {
+    "a cut shard": (lambda f: first_shard(f).write_bytes(first_shard(f).read_bytes()[:-9]), "pipeline could be|whole"),
+    "an empty shard": (lambda f: first_shard(f).write_bytes(b""), "pipeline could be|whole safetensors"),
+    "a pickle as shard": (lambda f: first_shard(f).write_bytes(pickle.dumps({})), "pipeline could be|is a pickle"),
+    "a pipe as shard": (lambda f: in_its_place(first_shard(f), os.mkfifo), "cannot be read: it is a pipe"),
+    "a device as scheduler": (
+        lambda f: in_its_place(f / "scheduler/scheduler_config.json", lambda path: path.symlink_to("/dev/zero")),
+        "cannot be read: it is a device",
+    ),
+    "a list as index": (lambda f: (f / INDEX).write_text("[]"), "pipeline could be|does not name files beside it"),
+    "a shard elsewhere": (
+        lambda f: edit(f / INDEX, weight_map={"scale_shift_table": "../../secret.safetensors"}),
+        "pipeline could be|does not name files beside it",
+    ),
+    "no object": (lambda f: (f / "model_index.json").write_text("[1]"), "does not name a pipeline's class"),
+    "class null": (lambda f: edit(f / "model_index.json", _class_name=None), "does not name a pipeline's class"),
+    "class a list": (lambda f: edit(f / "model_index.json", _class_name=["os", "system"]), "does not name a pipeline"),
+    "class unknown": (lambda f: edit(f / "model_index.json", _class_name="OddPipeline"), "OddPipeline"),
+    "class no pipeline": (
+        lambda f: edit(f / "model_index.json", _class_name="WanTransformer3DModel"),
+        "WanTransf|loaded",
+    ),
+    "component odd": (lambda f: edit(f / "model_index.json", transformer=["diffusers", 3]), "pipeline could be loaded"),
+    "component null": (lambda f: edit(f / "model_index.json", vae=None), "pipeline could be loaded"),
+    "blocks without end": (lambda f: edit(f / "transformer/config.json", num_layers=10**9), "num_layers = 1e"),
+    "positions without end": (lambda f: edit(f / "transformer/config.json", rope_max_seq_len=10**9), "_len = 1e"),
+    "words for blocks": (lambda f: edit(f / "transformer/config.json", num_layers="three"), "pipeline could be loaded"),
+    "other heads": (lambda f: edit(f / "transformer/config.json", num_attention_heads=3), "could be loaded"),
+    "nested": (lambda f: (f / "vae/config.json").write_text("[" * 100_000), "not valid JSON"),
+    "NaN": (lambda f: edit(f / "vae/config.json", z_dim=float("nan")), "pipeline could be loaded"),
+    "no tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{}"), "pipeline could be loaded"),
+}
+
+
+@works(
+    "Inputs and outputs",
+    "a pipeline's folder that is damaged: cut shards, odd configurations, pipes and devices in place of files",
+    "refused",
+    "one sentence that names the folder or the file, before any weight is allocated where that can be known",
+)
+@pytest.mark.parametrize("up_to", [None, 1], ids=["whole", "first blocks"])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_folders_are_a_sentence(folder, tmp_path, name, up_to):
+    damage, sentence = DAMAGES[name]
+    damage(copied(folder, tmp_path / "pipe"))
+    with watchdog(), pytest.raises(PrismError, match=sentence) as caught:
+        Backbone.from_pretrained(str(tmp_path / "pipe"), up_to=up_to)
+    assert len(str(caught.value)) <= 500
+
+
+USED = {
+    "timesteps in words": ("scheduler/scheduler_config.json", {"num_train_timesteps": "many", "shift": "x"}),
+    "eps in words": ("transformer/config.json", {"eps": "small"}),
+    "a patch of the VAE": ("vae/config.json", {"patch_size": 1.5}),
+    "statistics in words": ("vae/config.json", {"latents_mean": [{"a": 1}] * 16}),
+    "too few statistics": ("vae/config.json", {"latents_mean": [0.0] * 3}),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_breaks_only_when_used_is_a_sentence(folder, tmp_path, name):
+    file, changes = USED[name]
+    edit(copied(folder, tmp_path / "pipe") / file, **changes)
+    latents = torch.zeros(1, 16, 3, 4, 4)
+    with watchdog(), pytest.raises(PrismError, match=r"loaded|refused|broke|must"):
+        backbone = Backbone.from_pretrained(str(tmp_path / "pipe"))
+        Judge.untrained(backbone, tap=1, dim=16).score(latents, tiny.PROMPT, 500.0, **tiny.CALL_WAN)
+        backbone.encode(backbone.decode(latents))
+
+
+class OwnError(Exception):
+    """As a user's own hook raises it."""
+
+
+@pytest.mark.parametrize(
+    "error", [OwnError("mine"), MemoryError("no"), RuntimeError("CUDA out of memory."), KeyboardInterrupt()]
+)
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_what_is_nobodys_fault_passes_as_it_is(part, error):
+    pipe = tiny.wan()
+    judge = Judge.untrained(pipe, tap=2, dim=16)
+
+    def explode(*_):
+        raise error
+
+    (pipe.text_encoder if part == "text_encoder" else pipe.transformer.blocks[0]).register_forward_pre_hook(explode)
+    with pytest.raises(type(error)):
+        judge.score(torch.zeros(1, 16, 3, 4, 4), tiny.PROMPT, 500.0, **tiny.CALL_WAN)

@@ -40,6 +40,16 @@ def backbones(tmp_path_factory: Any) -> readers.Case:
     return readers.backbones(tmp_path_factory.mktemp("backbones"))
 
 
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: Any) -> readers.Case:
+    return readers.pixels(tmp_path_factory.mktemp("pixels"))
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: Any) -> readers.Case:
+    return readers.stores(tmp_path_factory.mktemp("stores"))
+
+
 @settings(max_examples=150, **SETTINGS)
 @given(seed=st.integers(0, 2**31))
 def test_a_damaged_head_is_a_sentence(heads: readers.Case, seed: int) -> None:
@@ -51,4 +61,18 @@ def test_a_damaged_head_is_a_sentence(heads: readers.Case, seed: int) -> None:
 @given(seed=st.integers(0, 2**31))
 def test_a_damaged_pipeline_is_a_sentence(backbones: readers.Case, seed: int) -> None:
     told, kind, words = backbones(Random(seed))
+    assert kind in ("fine", "sentence"), f"{kind} after {told}: {words}"
+
+
+@settings(max_examples=40, **SETTINGS)
+@given(seed=st.integers(0, 2**31))
+def test_a_damaged_pixel_judge_is_a_sentence(pixels: readers.Case, seed: int) -> None:
+    told, kind, words = pixels(Random(seed))
+    assert kind in ("fine", "sentence"), f"{kind} after {told}: {words}"
+
+
+@settings(max_examples=60, **SETTINGS)
+@given(seed=st.integers(0, 2**31))
+def test_a_damaged_store_is_a_sentence(stores: readers.Case, seed: int) -> None:
+    told, kind, words = stores(Random(seed))
     assert kind in ("fine", "sentence"), f"{kind} after {told}: {words}"
