@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tests import stores, tiny
 
-from prism import files
+from prism import files, runs
 from prism.errors import PrismError
 from prism.evaluation import evaluate
 from prism.judge import Judge
@@ -50,7 +50,7 @@ def store(tmp_path_factory):
 
 
 def judge_for(pipe, **options) -> Judge:
-    return Judge.untrained(pipe, tap=2, dim=32, dimensions=("VQ", "overall"), **options)
+    return Judge.untrained(pipe, **{"tap": 2, "dim": 32, "dimensions": ("VQ", "overall"), **options})
 
 
 def weights(judge: Judge) -> dict[str, torch.Tensor]:
@@ -331,3 +331,63 @@ def test_offloaded_models_are_freed_at_the_end_and_not_after_each_pass(store, tm
         evaluate(judge, store, "train", [900.0, 500.0][: 1 + (steps > 1)], progress=False)
         counts.append(len(freed))
     assert counts == [1, 2, 1, 2]  # the evaluation encodes validation prompts first
+
+
+def test_two_heads_on_one_pass_are_the_heads_trained_alone_and_resume_to_the_bit(wan, store, tmp_path, monkeypatch):
+    def two():
+        return Judge.average([judge_for(wan, tap=1), judge_for(wan, tap=2, seed=7)])
+
+    alone = [judge_for(wan, tap=1), judge_for(wan, tap=2, seed=7)]
+    for number, judge in enumerate(alone):
+        train(store, judge, CONFIG, tmp_path / f"alone-{number}", progress=False)
+    draw = Batches.draw
+
+    def stop(self, step, places):
+        if step == 5:
+            raise Interrupted
+        return draw(self, step, places)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Batches, "draw", stop)
+        train(store, two(), CONFIG, tmp_path / "both", progress=False)
+    both = two()
+    result = train(store, both, CONFIG, tmp_path / "both", resume=True, progress=False)
+    assert result["history"][-1]["loss"] > 0
+    for member, judge in zip(both.members, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(member.head.parameters(), judge.head.parameters(), strict=True))
+    assert both.trained_on["pairs"] == alone[0].trained_on["pairs"]
+    assert not (tmp_path / "both" / "checkpoints").exists()
+
+
+def test_a_run_resumed_after_its_end_knows_what_it_is(wan, store, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=2, eta=2.5)
+    first, again = judge_for(wan), judge_for(wan)
+    train(store, first, config, tmp_path / "run", progress=False)
+    train(store, again, config, tmp_path / "run", resume=True, progress=False)
+    assert same(weights(first), weights(again))
+    assert again.eta == 2.5
+    assert again.trained_on == json.loads(json.dumps(first.trained_on))
+    assert again.trained_on["prompt_keys"]
+    assert again.trained_on["source"] == "renoised"
+
+
+@pytest.mark.parametrize("left", [(), ("config.json",), (".x.prism-0a1b2c3d",)])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_no_run_got_anywhere_will_do(wan, store, tmp_path, left, resume):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in left:
+        if name == "config.json":
+            files.write_json(out / name, {"command": "train", "train": {}})
+        else:
+            (out / name).mkdir()
+            (out / name / "x").write_text("1")
+    train(store, judge_for(wan), dataclasses.replace(CONFIG, steps=1), out, resume=resume, progress=False)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "head", "history.json"]
+
+
+def test_a_log_tells_how_far_training_is(wan, store, tmp_path, monkeypatch, capsys):
+    clock = runs.Clock
+    monkeypatch.setattr(runs, "Clock", lambda what, total, every: clock(what, total, 0))
+    train(store, judge_for(wan), dataclasses.replace(CONFIG, steps=2), tmp_path / "run")
+    assert "prism: train: 1 of 2 steps, loss " in capsys.readouterr().err

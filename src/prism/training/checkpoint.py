@@ -37,8 +37,8 @@ def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, learner: Learner) -> int:
-    """Load the newest whole checkpoint into the learner.
+def load_checkpoint(folder: Path, learner: Learner, step: int | None = None) -> int:
+    """Load the newest whole checkpoint into the learner, or that of a `step` (0: none).
 
     Returns:
         The number of steps done by then; 0 where there is no checkpoint.
@@ -46,7 +46,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> int:
     Raises:
         PrismError: where there are checkpoints, and all of them are damaged.
     """
-    found = _checkpoints(folder)
+    found = _checkpoints(folder) if step is None else [folder / f"step-{step:08d}"] if step else []
     for path in reversed(found):
         try:
             tensors = files.load_safetensors(path / "state.safetensors")

@@ -24,6 +24,8 @@ from prism.backbone.fingerprint import fits
 from prism.errors import PrismError
 from prism.evaluation.evaluator import check_judge
 from prism.judge import Judge
+from prism.judge.judge import Member
+from prism.judge.training import trained_together
 from prism.preference import LatentStore
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.checkpoint import load_checkpoint, save_checkpoint
@@ -49,25 +51,27 @@ def train(
     progress: bool = True,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Train a judge's head on the store's training pairs; the judge ends up trained, and saved as ``out/head``.
+    """Train a judge's heads on the store's training pairs; the judge ends up trained, and saved as ``out/head``.
+
+    Several heads (``Judge.average``) see the same batches, and one pass of the backbone per step feeds them all.
 
     Several processes (``torchrun``, ``accelerate launch``) share the prompts of a step and take the step that one would
     take alone; the first of them writes.
 
     Args:
         store: opened store, or its folder; its pairs need a column per dimension of the judge.
-        judge: its head is trained from the weights it has, on its device. The backbone is frozen.
+        judge: its heads are trained from the weights they have, on its device. The backbone is frozen.
         config: settings.
         out: the run's folder; refused where it holds something, unless ``resume``.
         resume: continue the run in ``out`` from its last checkpoint, or start it where there is none. On CPU the result
             is the same to the bit.
-        progress: show a progress bar (on a terminal).
+        progress: show a progress bar on a terminal, and elsewhere a line now and then.
         restart: as ``resume``; but a run of another configuration in ``out`` is deleted, and this one starts anew.
 
     Returns:
         {"history": [...], "steps": int, "seconds": float, "pairs": int, "prompts": int}; each entry of the history has
         the step, and either the mean loss since the entry before, the share of decided pairs judged right per dimension
-        and the learning rate, or that share on validation pairs.
+        and the learning rate, or that share on validation pairs; of several heads their mean.
 
     Raises:
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
@@ -89,28 +93,39 @@ def train(
 
     batches = Batches(store, groups, judge.backbone, config)
     conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
-    learner, steps = Learner(judge, config, processes), Steps(processes, config.max_rows)
-    start = load_checkpoint(checkpoints, learner)
+    learners = [Learner(each, config, processes) for each in _one_by_one(judge)]
+    steps, start = Steps(processes, config.max_rows), 0
+    for number, learner in enumerate(learners):
+        start = load_checkpoint(_checkpoints_of(checkpoints, number), learner, start if number else None)
     places = range(processes.rank, config.prompts_per_step, processes.size)
 
-    bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if progress and processes.first else True)
+    shown = progress and processes.first
+    bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if shown else True)
+    clock = runs.Clock("train", config.steps, every=30) if shown and bar.disable else None
     with judge.backbone.freed():  # offloaded models once, not after each step
         for step in range(start, config.steps):
             batch = batches.draw(step, places)
-            steps.take(step, [learner], batch, lambda part, rows: read([learner], part, conditionings, rows))
+            steps.take(step, learners, batch, lambda part, rows: read(learners, part, conditionings, rows))
             if validation is not None and _due(step, config.validate_every, config.steps):
-                learner.validate(step, validation)
-            if learner.history and learner.history[-1]["step"] == step + 1:
-                bar.set_postfix(_shown(learner.history[-1]))
+                for learner in learners:
+                    learner.validate(step, validation)
+            if learners[0].history and learners[0].history[-1]["step"] == step + 1:
+                bar.set_postfix(_shown(_mean([learner.history[-1] for learner in learners])))
             bar.update()
+            if clock is not None:
+                clock.tick(step + 1, True, f" steps, {_said(learners)}")
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
             if due and step + 1 < config.steps and processes.first:
-                save_checkpoint(checkpoints, step + 1, learner)
+                for number in reversed(range(len(learners))):  # that of the first head last: the others' are there then
+                    save_checkpoint(_checkpoints_of(checkpoints, number), step + 1, learners[number])
     bar.close()
 
-    learner.finish(store, groups)
+    for learner in learners:
+        learner.finish(store, groups)
+    if len(learners) > 1:
+        judge.eta, judge.trained_on = config.eta, trained_together([each.judge.trained_on for each in learners])
     result = {
-        "history": learner.history,
+        "history": [_mean(entries) for entries in zip(*(learner.history for learner in learners))],
         "steps": config.steps,
         "seconds": time.perf_counter() - started,
         "prompts": len(groups),
@@ -204,6 +219,42 @@ def _processes(judge: Judge, config: TrainConfig) -> Processes:
 def _due(step: int, every: int, steps: int) -> bool:
     """Whether something happens after a step (from 0): every so often, and at the end."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+
+
+def _one_by_one(judge: Judge) -> list[Judge]:
+    """A judge per head of this one, with the same head."""
+    if len(judge.members) == 1:
+        return [judge]
+    return [Judge(judge.backbone, [Member(each.tap, each.head)], judge.dimensions) for each in judge.members]
+
+
+def _checkpoints_of(folder: Path, number: int) -> Path:
+    """Where a head's checkpoints lie: the first one's beside the others' folders."""
+    return folder / f"head-{number}" if number else folder
+
+
+def _mean(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of several heads' entries of one step of the history."""
+    if len(entries) == 1:
+        return entries[0]
+    mean = dict(entries[0])
+    if "loss" in mean:
+        mean["loss"] = sum(entry["loss"] for entry in entries) / len(entries)
+    kind = "validation" if "validation" in mean else "accuracy"
+    mean[kind] = {
+        name: None if share is None else sum(entry[kind][name] for entry in entries) / len(entries)
+        for name, share in mean[kind].items()
+    }
+    return mean
+
+
+def _said(learners: Sequence[Learner]) -> str:
+    """The loss since the last entry of the history, for a log."""
+    states = [learner.window.state for learner in learners]
+    if states[0]["steps"]:
+        return f"loss {sum(state['loss'] / state['steps'] for state in states) / len(states):.3f}"
+    losses = [[entry for entry in learner.history if "loss" in entry][-1]["loss"] for learner in learners]
+    return f"loss {sum(losses) / len(losses):.3f}"
 
 
 def _shown(entry: Mapping[str, Any]) -> dict[str, str]:
