@@ -10,6 +10,7 @@ import torch
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import ImageOps
 from tests import tiny
+from tests.works import works
 from tests.zoo import VARIANTS
 from tests.zoo.wan_to_kandinsky import _image
 
@@ -113,3 +114,68 @@ def test_latents_that_lose_a_frame_on_their_way_out_are_judged_whole(strategy: s
     assert np.array_equal(found.video, video)
     assert found.latents.shape == (1, 4, 3, 4, 6)
     np.testing.assert_allclose(judge.backbone.decode(found.latents)[0].numpy(), video, atol=1e-5)
+
+
+def negative_of(pipe: Any, variant: str, call: dict[str, Any]) -> dict[str, Any]:
+    """A negative prompt as embeddings of one row, with what stands beside them, from the pipeline's own encoder."""
+    names = {
+        "sd3": ("_", "negative_prompt_embeds", "_", "negative_pooled_prompt_embeds"),
+        "ltx": ("_", "_", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+        "sana_video": ("_", "_", "negative_prompt_embeds", "negative_prompt_attention_mask"),
+        "hunyuan_true_cfg": (
+            "negative_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+            "negative_prompt_attention_mask",
+        ),
+        "qwen_image": ("negative_prompt_embeds", "negative_prompt_embeds_mask"),
+        "hunyuan15": (
+            *("negative_prompt_embeds", "negative_prompt_embeds_mask"),
+            *("negative_prompt_embeds_2", "negative_prompt_embeds_mask_2"),
+        ),
+        "kandinsky5_t2v": (
+            *("negative_prompt_embeds_qwen", "negative_prompt_embeds_clip", "negative_prompt_cu_seqlens"),
+        ),
+    }[variant]
+    options: dict[str, Any] = {"sd3": {"prompt_2": None, "prompt_3": None}}.get(variant, {})
+    if variant in ("ltx", "sd3"):
+        options |= {"negative_prompt": "still", "max_sequence_length": call["max_sequence_length"]}
+    with torch.no_grad():
+        found = pipe.encode_prompt(prompt="still", **options)
+    return {name: value for name, value in zip(names, found) if name != "_"}
+
+
+@works(
+    "Embeddings and encoders",
+    "negative_prompt_embeds with masks and pooled vectors, or negative prompts in a list of one",
+    "to rounding",
+    "What a pipeline does not repeat for a batch is repeated.",
+)
+@pytest.mark.parametrize("variant", ["sd3", "ltx", "hunyuan_true_cfg", "qwen_image", "hunyuan15", "kandinsky5_t2v"])
+def test_what_stands_beside_a_negative_prompt_is_repeated_for_a_batch(variant: str) -> None:
+    pipe, call = build(variant, "negative_prompt")
+    call |= {**negative_of(pipe, variant, call), "output_type": "latent"}
+    if variant == "qwen_image":
+        call["true_cfg_scale"] = 4.0
+    found = prism.best_of_n(pipe, None, tiny.PROMPT, n=1, strategy="none", **call)
+    backbone = Backbone(pipe)
+    batch = backbone.batch([tiny.PROMPT] * 3, [0, 1, 2], call)
+    many = pipe(**{**call, **batch})[0]
+    if variant != "kandinsky5_t2v":  # whose texts depend on those beside them
+        torch.testing.assert_close(many[:1], found.video[None], atol=1e-4, rtol=1e-4)
+    judge = Judge.untrained(backbone, dim=16)
+    best = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, batch_size=3, strategy="early", **call)
+    alone = pipe(prompt=tiny.PROMPT, generator=generator(best.seed), **call)[0][0]
+    torch.testing.assert_close(best.video, alone, atol=1e-4, rtol=1e-4)
+    wrong = {name: torch.cat([value, value]) for name, value in call.items() if name == "negative_prompt_embeds"}
+    if wrong:
+        with pytest.raises(PrismError, match="negative_prompt_embeds holds 2 rows for a prompt's candidates; give one"):
+            prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, batch_size=3, **{**call, **wrong})
+
+
+@pytest.mark.parametrize("variant", ["sd3", "flux"])
+def test_a_second_prompt_is_repeated_for_a_batch(variant: str) -> None:
+    pipe, call = build(variant, prompt_2=tiny.OTHER_PROMPT, output_type="latent")
+    judge = Judge.untrained(pipe, dim=16)
+    best = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, batch_size=3, **call)
+    alone = pipe(prompt=tiny.PROMPT, generator=generator(best.seed), **call)[0][0]
+    torch.testing.assert_close(best.video, alone, atol=1e-4, rtol=1e-4)
