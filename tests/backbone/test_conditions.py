@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -179,3 +180,40 @@ def test_a_second_prompt_is_repeated_for_a_batch(variant: str) -> None:
     best = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, batch_size=3, **call)
     alone = pipe(prompt=tiny.PROMPT, generator=generator(best.seed), **call)[0][0]
     torch.testing.assert_close(best.video, alone, atol=1e-4, rtol=1e-4)
+
+
+@works(
+    "Inputs and outputs",
+    "an image whose latents the pipeline samples by the seed",
+    "exact",
+    "Each candidate is read with its own condition; outside a search `seeds` names it.",
+)
+@pytest.mark.parametrize("variant", ["ltx_i2v", "svd"])
+def test_finished_latents_are_judged_with_their_own_condition(variant: str) -> None:
+    """All were read with seed 0's."""
+    pipe, call = build(variant, output_type="latent")
+    judge = Judge.untrained(pipe, dim=16)
+    prompt = tiny.PROMPT if judge.backbone.family.prompts else None
+    run = {"n": 2, "seed": 5, "strategy": "full", "batch_size": 2, "keep_latents": True}
+    found = prism.best_of_n(pipe, judge, prompt, **run, **call)
+    (cut,) = found.scores
+    latents = torch.stack([found.candidate_latents[0], found.candidate_latents[1]])
+    draws = {"num_draws": 2, **call}
+    seed = random.Random("judge 5").randrange(2**62)
+    own, _ = judge.score_clean(latents, [prompt or ""] * 2, cut["t"], generator=generator(seed), seeds=[5, 6], **draws)
+    other, _ = judge.score_clean(latents, [prompt or ""] * 2, cut["t"], generator=generator(seed), **draws)
+    overall = next(iter(judge.dimensions))
+    assert cut["scores"][overall] == pytest.approx(own[:, 0].tolist(), abs=1e-5)
+    assert cut["scores"][overall] != pytest.approx(other[:, 0].tolist(), abs=1e-5)
+    with pytest.raises(PrismError, match="seeds must hold one seed a prompt; found 1 for 2"):
+        judge.backbone.condition([prompt or ""] * 2, seeds=[5], **call)
+
+
+def test_frames_that_a_loop_carries_beside_the_videos_are_dropped() -> None:
+    pipe, call = build("skyreels_v2_df_i2v", last_image=ImageOps.invert(_image(32, 48)), output_type="np")
+    found = prism.best_of_n(pipe, None, tiny.PROMPT, n=1, strategy="none", **call)
+    backbone = Backbone(pipe)
+    assert found.latents.shape[2] == 4
+    video = backbone.decode(found.latents, num_frames=9)[0]
+    np.testing.assert_allclose(video.numpy(), found.video, atol=1e-5)
+    assert len(backbone.decode(found.latents)[0]) == 13

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prism.backbone import layout, taps, videos
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
-from prism.backbone.calls import batch_of, finished
+from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.families import is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
@@ -27,14 +27,6 @@ from prism.errors import PrismError
 from prism.media import videos as as_videos
 
 _CACHE_BYTES = 256 * 2**20
-# Call arguments that do not change what the denoiser is told of a prompt.
-_IRRELEVANT = frozenset(
-    [
-        *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
-        *("num_inference_steps", "output_type", "return_dict"),
-        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
-    ]
-)
 
 
 class Backbone:
@@ -144,29 +136,45 @@ class Backbone:
     # -- reading
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str], **call: Any) -> Conditioning | Ragged:
+    def condition(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **call: Any
+    ) -> Conditioning | Ragged:
         """What the denoiser is told about each prompt: (B rows), captured from the stock call `pipe(prompts, **call)`.
 
         `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); of `image` there is one for
         all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache of 256 MiB,
         which drops what was not used for longest. Where `call` gives `prompt_embeds` and what goes with them, one row
         or one a prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
-        """
-        with self.held():
-            return self._condition(prompts, normalised(call))
 
-    def _condition(self, prompts: Sequence[str], call: dict[str, Any]) -> Conditioning | Ragged:
+        seeds: one a prompt, where what is told is drawn by a video's seed: some pipelines sample an image's latents, or
+        put noise on them (docs/backbones.md). None: seed 0.
+        """
+        if seeds is not None and len(seeds) != len(prompts):
+            raise PrismError(f"seeds must hold one seed a prompt; found {len(seeds)} for {len(prompts)}.")
+        with self.held():
+            return self._condition(prompts, normalised(call), seeds if self.draws_conditions(call) else None)
+
+    def draws_conditions(self, call: Mapping[str, Any]) -> bool:
+        """Whether what a call tells the denoiser may depend on the seed: an image or a video is given."""
+        return draws_conditions(self.family, call)
+
+    def _condition(
+        self, prompts: Sequence[str], call: dict[str, Any], seeds: Sequence[int] | None
+    ) -> Conditioning | Ragged:
         prompts = [prompt or "" for prompt in ([] if isinstance(prompts, str) else prompts)] or prompts
         self.check_call(prompts, call)
         images, embedded = call.get("image"), embedded_rows(call)
-        if embedded > 1 or (isinstance(images, list | tuple) and len(images) == len(prompts) > 1):
-            parts = [self._condition([p], of_prompt(call, row, len(prompts))) for row, p in enumerate(prompts)]
+        several = embedded > 1 or (isinstance(images, list | tuple) and len(images) == len(prompts) > 1)
+        if several or (seeds is not None and len(prompts) > 1):
+            calls = [of_prompt(call, row, len(prompts)) if several else call for row in range(len(prompts))]
+            parts = [self._condition([p], calls[row], seeds and [seeds[row]]) for row, p in enumerate(prompts)]
             return Conditioning.cat([part for part in parts if isinstance(part, Conditioning)])
+        seed = seeds[0] if seeds else 0
         if embedded:
-            return self._capture([""], call)[[0] * len(prompts)]
-        relevant = {name: value for name, value in call.items() if self._is_relevant(name)}
+            return self._capture([""], call, seed)[[0] * len(prompts)]
+        relevant = {name: value for name, value in call.items() if is_relevant(self.family, name)}
         key = cache_key(relevant)
-        key = None if key is None else f"{key} {surroundings(self.pipe)}"
+        key = None if key is None else f"{key} {seed} {surroundings(self.pipe)}"
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
@@ -175,7 +183,7 @@ class Backbone:
         size = 1 if self.family.alone or self.family.texts_alone else 16
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            captured = self._capture(chunk, relevant)
+            captured = self._capture(chunk, relevant, seed)
             for row, prompt in enumerate(chunk):
                 found[prompt] = captured[row]
                 if key is not None:
@@ -204,16 +212,10 @@ class Backbone:
                 with self.held():
                     free_hooks(self.pipe)
 
-    def _is_relevant(self, name: str) -> bool:
-        """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
-        if name == "guidance_scale" and self.family.guidance == "true_cfg_scale":
-            return True
-        return name not in _IRRELEVANT and not name.startswith("negative_")
-
-    def _capture(self, prompts: list[str], call: dict[str, Any]) -> Conditioning:
+    def _capture(self, prompts: list[str], call: dict[str, Any], seed: int) -> Conditioning:
         spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
         call = {**call, **spared, "num_inference_steps": 2, "output_type": "latent"}  # one is too few for Mochi
-        call |= self.batch(prompts, [0] * len(prompts), call)  # never the global generator
+        call |= self.batch(prompts, [seed] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments, self.family)])
         if batch not in (len(prompts), 2 * len(prompts)):

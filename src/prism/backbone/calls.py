@@ -19,6 +19,30 @@ from prism.errors import PrismError
 _OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention_mask\w*|_mask\w*|_cu_seqlens)?$")
 
 
+# Call arguments that do not change what the denoiser is told of a prompt.
+_IRRELEVANT = frozenset(
+    [
+        *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
+        *("num_inference_steps", "output_type", "return_dict"),
+        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
+    ]
+)
+
+
+def is_relevant(family: Family, name: str) -> bool:
+    """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
+    if name == "guidance_scale" and family.guidance == "true_cfg_scale":
+        return True
+    return name not in _IRRELEVANT and not name.startswith("negative_")
+
+
+def draws_conditions(family: Family, call: Mapping[str, Any]) -> bool:
+    """See `Backbone.draws_conditions`."""
+    plain = (str, int, float, bool, type(None))
+    told = {name: value for name, value in call.items() if is_relevant(family, name) and "prompt" not in name}
+    return any(not isinstance(value, plain) for value in told.values())
+
+
 def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that make one stock call of several rows: prompts, CPU generators, and once a row whatever `call`
     holds for one: the image, negative prompts, and prompts' embeddings with their masks and pooled vectors.

@@ -242,13 +242,13 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
 def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     """Tokens of latents at their step equal what a plain hook sees inside the stock call.
 
-    With the seed that conditioning is captured with: some pipelines sample an image's latents by it.
+    At a seed of its own, by which some pipelines sample an image's latents.
     """
     backbone, family = subject.backbone, subject.backbone.family
     with subject.calls() as seen:
-        subject.plain(output_type="latent")
+        subject.plain(seed=5, output_type="latent")
     low, high = backbone.t_range
-    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
     worst = 0.0
     for arguments, states in seen[:: 2 if subject.two_calls else 1]:
         t = family.t_of(backbone.pipe.scheduler, arguments[family.timestep_argument].max())

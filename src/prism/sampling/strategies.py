@@ -353,9 +353,12 @@ def _judge_clean(search: Search, sample: Callable[[], Mapping[int, Tensor]], ste
         # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
         generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
         prompts, draws = [search.prompt] * len(chunk), search.num_draws
+        own: dict[str, Any] = {}
+        if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
+            own["seeds"] = [search.seeds[candidate] for candidate in chunk]
         try:
             mean, _ = search.judge.score_clean(
-                stacked, prompts, search.judge_at, num_draws=draws, generator=generator, **search.call
+                stacked, prompts, search.judge_at, num_draws=draws, generator=generator, **search.call, **own
             )
         except PrismError as error:
             if len(chunk) == 1:
