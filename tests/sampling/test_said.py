@@ -34,6 +34,12 @@ def test_an_untrained_judge_is_told_once(wan):
         search(wan, Judge.average([wan.judge(), wan.judge(seed=1)]), strategy="full", schedule=None)
 
 
+def test_an_untrained_judge_may_be_made_in_inference_mode(wan):
+    with torch.inference_mode():
+        judge = wan.judge()
+    assert judge.is_untrained
+
+
 def test_a_trained_or_loaded_judge_is_not_warned_of(wan, tmp_path):
     judge = wan.judge()
     assert judge.is_untrained

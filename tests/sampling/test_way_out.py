@@ -94,7 +94,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "n = 0": ({"n": 0}, "n must be a whole number from 1 to 10,000; found 0"),
     "n below zero": ({"n": -2}, "n must be a whole number"),
     "n no number": ({"n": 2.5}, "n must be a whole number"),
-    "no seeds": ({"n": None, "seeds": []}, "seeds must hold one seed a candidate"),
+    "no seeds": ({"n": None, "seeds": []}, "seeds must hold one seed per candidate"),
     "too few seeds": ({"seeds": [1, 2]}, "found 2 for n = 3"),
     "seed below zero": ({"seed": -1}, "A seed must be a whole number from 0"),
     "seed no number": ({"seed": "1"}, "A seed must be a whole number from 0"),
@@ -298,7 +298,7 @@ def test_where_memory_runs_out_batches_get_smaller(wan: Setting) -> None:
     room = 2
     handle = wan.pipe.transformer.register_forward_pre_hook(full, with_kwargs=True)
     try:
-        with pytest.warns(UserWarning, match="with 4 candidates a batch; going on with 2"):
+        with pytest.warns(UserWarning, match="with 4 candidates per batch; going on with 2"):
             found = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=4, **arguments)
         room = 0
         with (

@@ -25,11 +25,11 @@ def rows(
     seed: int,
     measured: Sequence[Record] | None = None,
 ) -> list[dict[str, Any]]:
-    """The "best_of_n" rows of metrics.json (DESIGN section 5): one a plan and judge, and where there are several judges
-    one for all of them first, whose "head_seed" is None and whose gains are the judges' mean.
+    """The "best_of_n" rows of metrics.json: one per plan and judge, and where there are several judges one for all of
+    them first, whose "head_seed" is None and whose gains are the judges' mean.
 
-    records: one a prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick a judge}, and, where the plans
-    were run by themselves, "alone" {plan: [{"ledger"}, one a judge]}. Costs are those runs' means, and seconds their
+    records: one per prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick per judge}, and, where plans
+    were run by themselves, "alone" {plan: [{"ledger"}, one per judge]}. Costs are those runs' means, and seconds their
     median, times the number of prompts. A gain is the pick's score over the mean of its prompt's candidates, which is
     what a random pick gets on average, in units of the pooled within-prompt standard deviation of the referee's scores;
     intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are

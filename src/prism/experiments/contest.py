@@ -1,9 +1,9 @@
 """All strategies of Best-of-N on one prompt, for several judges at once, with what is common to them done once.
 
 Every strategy picks among the same candidates, and every judge of a strategy reads the same tokens. So each prompt is
-sampled to the end once, watched up to the last cut once, and drafted once a draft length, with all judges reading
-along; picks follow from the scores. On some prompts each strategy is also run by itself, by each judge: those runs must
-score alike, and what they cost is what the strategy costs.
+sampled to the end once, watched up to the last cut once, and drafted once per draft length, with all judges reading
+along, and every plan picks from these scores. On some prompts each strategy is also run by itself, by each judge: those
+runs must score alike, and what they cost is what the strategy costs.
 """
 
 from __future__ import annotations

@@ -78,9 +78,9 @@ def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None)
 
 
 def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The "attention" rows of metrics.json, one a noise level, for the best and for the worst candidates of prompts.
+    """The "attention" rows of metrics.json, one per noise level, for the best and for the worst candidates of prompts.
 
-    found: one a prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
+    found: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
     "lift" is the mean share of attention on the object over the mean share of cells that it takes: 1 where the query
     looks anywhere. Intervals are 95 % bootstrap intervals over prompts.
     """

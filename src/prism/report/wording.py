@@ -67,7 +67,7 @@ def by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def comparison(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """ "judge_comparison" rows as one {set, t, against: {judge: {dimension: row}}} a set and level, noisiest first."""
+    """ "judge_comparison" rows as one {set, t, against: {judge: {dimension: row}}}, noisiest level first."""
     found: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
         entry = found.setdefault((row["set"], -row["t"]), {"set": row["set"], "t": row["t"], "against": {}})
@@ -106,7 +106,7 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def by_level(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    """Accuracy rows as one {dimension: row} a judge, set and noise level; judges as they come, noisiest level first."""
+    """Accuracy rows as one {dimension: row} per judge, set and noise level; judges as they come, noisiest first."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         key = (row["judge"], row["head_seed"], row["source"], row["set"], row["t"])

@@ -99,7 +99,7 @@ def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
     if given is None:
         raise PrismError(f"seeds must be a list of whole numbers; found {quoted(seeds, 80)}.")
     if not 0 < len(given) <= MOST or (n is not None and whole("n", n, 1, MOST) != len(given)):
-        raise PrismError(f"seeds must hold one seed a candidate, at most {MOST:,}; found {len(given)} for n = {n}.")
+        raise PrismError(f"seeds must hold one seed per candidate, at most {MOST:,}; found {len(given)} for n = {n}.")
     return tuple(map(seed_of, given))
 
 

@@ -157,8 +157,8 @@ def best_of_n(
             the same results, tensors in host memory. None: each process for itself.
         progress: show a progress bar on a terminal.
         **call: the pipeline's own arguments, unchanged; with several prompts `image`, `last_image`, `video` and
-            `negative_prompt` may be lists with one a prompt, and embeddings have a row each. Pictures may be PIL images
-            of any mode, bytes, or paths of local files. `callback_on_step_end` is called for the winners' runs.
+            `negative_prompt` may be lists with one per prompt, and embeddings have a row each. Pictures may be PIL
+            images of any mode, bytes, or paths of local files. `callback_on_step_end` is called for the winners' runs.
 
     Raises:
         PrismError: for a call that cannot be carried out, before any work where that can be known. A candidate with NaN
@@ -269,19 +269,19 @@ def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> Bes
 
 
 def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> list[int]:
-    """The winners; where memory runs out the search starts anew with half the candidates a batch, which is said."""
+    """The winners; where memory runs out the search starts anew with half the candidates per batch, which is said."""
     while True:
         try:
             return strategy(search)
         except torch.cuda.OutOfMemoryError:
             if search.batch_size == 1:
                 raise PrismError(
-                    "Memory ran out with a single candidate a batch; make the video smaller, or offload the pipeline's "
-                    "models (enable_model_cpu_offload)."
+                    "Memory ran out with a single candidate per batch; make the video smaller, or offload the "
+                    "pipeline's models (enable_model_cpu_offload)."
                 ) from None
             smaller = search.batch_size // 2
             warnings.warn(
-                f"Memory ran out with {search.batch_size} candidates a batch; going on with {smaller}.", stacklevel=5
+                f"Memory ran out with {search.batch_size} candidates per batch; going on with {smaller}.", stacklevel=5
             )
             search.start_anew(smaller)
             if torch.cuda.is_available():
