@@ -117,7 +117,7 @@ class Conditioning:
         timestep, latents = taken.pop(timed), taken.pop(name)
         if timestep.ndim == 0:
             timestep = timestep.expand(batch)[rows]
-        flat = {path: value for path, value in _flat(arguments).items() if path not in (name, timed)}
+        flat = {path: value for path, value in flattened(arguments).items() if path not in (name, timed)}
         batched = frozenset(path for path, value in flat.items() if has_rows(path, value, batch, family))
         axis = layout.channel_axis(family.layout)
         count = family.channels(config, latents)
@@ -137,7 +137,7 @@ class Conditioning:
         taken = _nested(
             {
                 path: _take(value, rows, len(self)) if path in self.batched else value
-                for path, value in _flat(self.arguments).items()
+                for path, value in flattened(self.arguments).items()
             }
         )
         changes: Any = {name: None if value is None else value[rows] for name, value in self._beside().items()}
@@ -153,7 +153,7 @@ class Conditioning:
         first = parts[0]
         if any(part.shapes() != first.shapes() for part in parts[1:]):
             return Ragged(tuple(part[row] for part in parts for row in range(len(part))))
-        every = [_flat(part.arguments) for part in parts]
+        every = [flattened(part.arguments) for part in parts]
         joined = _nested(
             {
                 path: _cat([flat[path] for flat in every]) if path in first.batched else value
@@ -171,7 +171,7 @@ class Conditioning:
         """What two conditionings must share to be run in one batch."""
         return {
             path: value.shape[1:] if path in self.batched else value.shape
-            for path, value in _flat(self.arguments).items()
+            for path, value in flattened(self.arguments).items()
             if isinstance(value, Tensor)
         }
 
@@ -277,24 +277,24 @@ def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[s
     return _nested(
         {
             path: _take(value, rows, batch) if has_rows(path, value, batch, family) else value
-            for path, value in _flat(arguments).items()
+            for path, value in flattened(arguments).items()
         }
     )
 
 
-def _flat(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Arguments by name, what stands in dictionaries by "argument.key"."""
     found: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            found |= _flat(value, f"{before}{name}.")
+            found |= flattened(value, f"{before}{name}.")
         else:
             found[before + name] = value
     return found
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flat`."""
+    """The inverse of `flattened`."""
     found: dict[str, Any] = {}
     for path, value in flat.items():
         *outer, name = path.split(".")

@@ -5,10 +5,11 @@ Whatever is wrapped here is restored on every way out, exceptions and Ctrl-C inc
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -18,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
 from prism.backbone.holding import here
-from prism.backbone.obstacles import is_foreign, misfits_told
+from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
+from prism.backbone.recording import Inputs, Recording, inputs_of
 from prism.checks import quoted
 from prism.errors import PrismError
 
@@ -195,17 +197,6 @@ def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
     return (rows,) if isinstance(outputs[0], tuple) else DecoderOutput(sample=rows)
 
 
-class Recording:
-    """A candidate's denoiser outputs by (step, call within it), each (groups, ...): 2 groups for CFG in one batch."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[tuple[int, int], Tensor] = {}
-
-    def forget_from(self, step: int) -> None:
-        """Drop what was recorded at `step` (1-based) and after it."""
-        self.outputs = {key: value for key, value in self.outputs.items() if key[0] < step}
-
-
 # Told at a cut: (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Answers with the
 # candidates to go on with, or None to end the call.
 OnCut = Callable[[int, float, list[int], Tokens, Tensor], "list[int] | None"]
@@ -228,21 +219,25 @@ class Interceptor:
         cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
         tap: int | Sequence[int] | None = None,
         on_cut: OnCut | None = None,
+        searches: bool = True,  # whether noise must be the candidates' own: a winner's call may be any plain call
     ):
         self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
-        self.cuts, self.tap, self.on_cut = dict(cuts or {}), tap, on_cut
+        self.cuts, self.tap, self.on_cut, self.searches = dict(cuts or {}), tap, on_cut, searches
         self.alive = list(range(len(self.candidates)))  # positions in the batch
         self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
         self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
         self.told: Mapping[str, Any] = {}  # the first denoiser call, where what it is shown is put back in the end
+        # Where the scheduler's steps drew noise: nowhere, or where the pipeline itself let them; from the candidates'
+        # generators, which were lent to them here; from a global generator.
+        self.noise: Literal["", "lent", "global"] = ""
 
     def run(self, call: Mapping[str, Any]) -> Any:
         """The stock call's result, or None where a cut ended it."""
-        pipe = self.backbone.pipe
+        pipe, self.generator = self.backbone.pipe, call.get("generator")
         self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
         with ExitStack() as stack:
-            for denoiser in self.backbone.denoisers:
-                stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser)))
+            for place, denoiser in enumerate(self.backbone.denoisers):
+                stack.enter_context(around_module(denoiser, partial(self._denoise, place, denoiser)))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.backbone.family.vae_alone and len(self.candidates) > 1:
@@ -256,20 +251,25 @@ class Interceptor:
 
     # -- the denoiser
 
-    def _denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _denoise(self, place: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         arguments, family = by_name(denoiser, args, kwargs), self.backbone.family
         if family.given_back and not self.told:
             self.told = dict(arguments)
         if family.counts_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
-        key, self.index = (self.step, self.index), self.index + 1
-        probed = self.cuts.get(self.step) if key[1] == 0 else None  # None where nothing is cut
+        probed = self.cuts.get(self.step) if self.index == 0 else None  # None where nothing is cut
+        self.index += 1
         if probed:
             conditional = take_rows(arguments, self._conditional_rows(arguments), family)
             self._cut(arguments, self._read(denoiser, forward, conditional, stop=True)[0])
         alive = self.alive  # of this call: a cut that listens is decided after it
-        recorded = [self.recordings[self.candidates[row]].outputs.get(key) for row in alive]
-        if probed is not False and all(value is not None for value in recorded):
+        recordings = [self.recordings[self.candidates[row]] for row in alive]
+        inputs: list[Inputs] = []
+        if self.record or all(recordings):
+            every = inputs_of(denoiser, place, arguments, len(self.candidates), family)
+            inputs = [every[row] for row in alive]
+        recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]
+        if probed is not False and inputs and all(value is not None for value in recorded):
             device = arguments[noisy_name(arguments, family)].device
             sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
         else:
@@ -281,7 +281,9 @@ class Interceptor:
                 output = forward(**live)
             sample = tensor_of(output)
             if self.record:
-                self._keep(key, sample)
+                by_candidate = sample.detach().unflatten(0, (-1, len(alive))).transpose(0, 1)
+                for recording, each, value in zip(recordings, inputs, by_candidate):
+                    recording.keep(each, value)
             if probed is False:
                 self._cut(arguments, tokens[family.conditional(len(tokens), len(alive))])
             if whole:
@@ -304,11 +306,6 @@ class Interceptor:
         rows = self._rows(arguments, self.alive)
         return rows[self.backbone.family.conditional(len(rows), len(self.alive))]
 
-    def _keep(self, key: tuple[int, int], sample: Tensor) -> None:
-        by_candidate = sample.detach().unflatten(0, (-1, len(self.alive))).transpose(0, 1)
-        for row, value in zip(self.alive, by_candidate):
-            self.recordings[self.candidates[row]].outputs[key] = value.to("cpu", copy=True)
-
     def _read(self, denoiser: nn.Module, forward: Any, arguments: dict[str, Any], stop: bool) -> tuple[Tokens, Any]:
         assert self.tap is not None
         return self.backbone.read(arguments, self.tap, stop, forward, denoiser)
@@ -328,33 +325,38 @@ class Interceptor:
     # -- the scheduler and the user's callback
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step of the scheduler. One that takes a generator and is given none would draw its noise from the global
+        generator: it is lent the candidates' own, so that a candidate is its seed's however the search runs."""
+        signature = inspect.signature(inner)
+        given = signature.bind_partial(*args, **kwargs).arguments
+        generators: list[torch.Generator] = []
+        if "generator" in signature.parameters and given.get("generator") is None and self.generator is not None:
+            generators = self.generator if isinstance(self.generator, list) else [self.generator]
+            kwargs = {**kwargs, "generator": self.generator}
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        lent, others = [generator.get_state() for generator in generators], global_noise_states(device)
         output = inner(*args, **kwargs)
+        if not all(map(torch.equal, others, global_noise_states(device))):
+            if self.searches:
+                raise PrismError(global_noise(self.backbone.pipe))
+            self.noise = "global"
+        elif not all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, lent)):
+            self.noise = "lent"
         self.step, self.index = self.step + 1, 0
         self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
         return output
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The call, watched at the end of its steps: there the latents are whole, while a scheduler may be given all
-        but a first frame. Where the user's callback changes a tensor, later steps are computed, not replayed.
+        but a first frame.
         """
         callback = call.get("callback_on_step_end")
         if not self.backbone.takes("callback_on_step_end"):
             return dict(call)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-            self.latents = self.backbone.main(tensors["latents"])
-            if callback is None:
-                return {}
-            upcoming = self.step + self.backbone.family.counts_calls
-            before = {name: (value, getattr(value, "_version", None)) for name, value in tensors.items()}
-            returned = callback(pipe, step, timestep, tensors)
-            after = {**{name: value for name, (value, _) in before.items()}, **(returned or {})}
-            for name, value in after.items():
-                found, version = before.get(name, (None, None))
-                if value is not found or getattr(value, "_version", None) != version:
-                    for candidate in self.candidates:
-                        self.recordings[candidate].forget_from(upcoming)
-                    self.latents = self.backbone.main(value) if name == "latents" else self.latents
+            returned = {} if callback is None else callback(pipe, step, timestep, tensors)
+            self.latents = self.backbone.main({**tensors, **(returned or {})}["latents"])
             return returned
 
         named = getattr(callback, "tensor_inputs", None)  # diffusers' own callback classes name their tensors

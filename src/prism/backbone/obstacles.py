@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prism.backbone.patches import check_patches
 from prism.backbone.protocol import unwrapped
 from prism.checks import quoted
 from prism.errors import PrismError
@@ -24,7 +27,7 @@ _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta
 
 
 def check_whole(denoisers: tuple[Any, ...]) -> None:
-    """Raise PrismError where a denoiser's blocks are skipped by a cache, or see a slice of the tokens."""
+    """Raise PrismError where a denoiser's blocks are skipped by a cache or a patch, or see a slice of the tokens."""
     for denoiser in denoisers:
         hooks = {
             name
@@ -44,6 +47,60 @@ def check_whole(denoisers: tuple[Any, ...]) -> None:
                 "The denoiser runs with context parallelism, where each process sees a slice of the tokens and a head "
                 "needs them all; load it without, and give each process candidates of its own."
             )
+        check_patches(denoiser)
+
+
+def check_noise(pipe: Any, counts_calls: bool) -> None:
+    """Raise PrismError where the scheduler's steps draw noise that no candidate's seed decides.
+
+    A copy of the scheduler makes a few steps on zeros. Those that take a generator are given one in a search, except
+    where the pipeline steps copies of its scheduler (`counts_calls`).
+    """
+    try:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_calls
+        lent = {"generator": torch.Generator("cpu")} if lends else {}
+        shifts = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+        scheduler.set_timesteps(4, **shifts)
+        sample = torch.zeros(1, 4, 2, 4, 4)
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            for t in scheduler.timesteps[:2]:
+                scheduler.step(sample, t, sample, **lent)
+            moved = not torch.equal(torch.get_rng_state(), before)
+    except Exception:  # a scheduler of another form: its first step in the search tells
+        return
+    if moved:
+        raise PrismError(global_noise(pipe))
+
+
+def global_noise_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's global generators, of the host and of the latents' device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def global_noise(pipe: Any) -> str:
+    """The refusal of a scheduler whose noise no seed gives."""
+    return (
+        f"The steps of {type(pipe.scheduler).__name__} in {type(pipe).__name__} draw noise from torch's global "
+        "generator and cannot be given one, so that no seed gives a candidate again; take a scheduler whose step "
+        'takes a generator, or the strategy "none" or "random".'
+    )
+
+
+def reproduction(prompts: bool, seed: int, noise: set[str]) -> str:
+    """The line of Python that gives a seed's video again, or "" where none does.
+
+    Args:
+        prompts: whether the pipeline takes a prompt.
+        noise: where the scheduler's steps drew noise, see `Interceptor`.
+    """
+    if "global" in noise:
+        return ""
+    prompt = "prompt, " if prompts else ""
+    if "lent" in noise:
+        return f'best_of_n(pipe, None, {prompt or "None, "}strategy="none", seeds=[{seed}], **call)'
+    return f'pipe({prompt}generator=torch.Generator("cpu").manual_seed({seed}), **call)'
 
 
 @contextmanager

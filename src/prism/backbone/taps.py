@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from prism.backbone.conditioning import Tokens, noisy_name
 from prism.backbone.family import Family
-from prism.backbone.interceptor import StopForward, around_module
+from prism.backbone.interceptor import StopForward, around_module, is_compiled
+from prism.backbone.patches import patch_of
 from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
 
@@ -62,6 +63,11 @@ def read(
             stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
             output = (forward or denoiser)(**arguments)
+    if last not in visual and not is_compiled(denoiser) and listens:
+        raise PrismError(
+            f"The denoiser's call did not come to block {last}, which the head reads after: "
+            f"{patch_of(denoiser) or 'something that was put onto it'} answered in its place; take that off first."
+        )
     if last not in visual:
         raise PrismError(
             "The denoiser is compiled, and compiled code passes the judge's hooks by; compile its blocks alone, "

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.backbone.arguments import embedded_rows, normalised, of_prompt, texts
-from prism.backbone.obstacles import check_whole
+from prism.backbone.obstacles import check_noise, check_whole, reproduction
 from prism.checks import quoted, whole
 from prism.errors import PrismError
 from prism.sampling import arguments
@@ -54,6 +54,8 @@ class BestOfNResult:
         by index. "dropped" are those with NaN or infinity in their latents or scores.
     ledger: what the run cost.
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
+    reproduce: the line of Python that gives the best video again: a plain call of the pipeline; this function where the
+        pipeline gives its scheduler no generator for noise (few-step samplers); "" where that noise is torch's global.
     """
 
     top: tuple[Pick, ...]
@@ -61,6 +63,7 @@ class BestOfNResult:
     scores: list[dict[str, Any]]
     ledger: Ledger
     candidate_latents: dict[int, Tensor] | None = None
+    reproduce: str = ""
 
     def __repr__(self) -> str:
         more = f" and {len(self.top) - 1} more" if len(self.top) > 1 else ""
@@ -178,6 +181,7 @@ def best_of_n(
         raise PrismError("prompt is an empty list; give at least one text.")
     if strategy not in ("none", "random"):
         check_whole(backbone.denoisers)
+        check_noise(backbone.pipe, backbone.family.counts_calls)
     backbone.check_call([text or "" for text in prompts], call)
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
     if distribute not in (None, "candidates", "prompts"):
@@ -259,12 +263,14 @@ def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> Bes
                 "or offload the pipeline's models (enable_model_cpu_offload)."
             ) from None
     latents = merged(search.team.agree(lambda: search.latents)) if keep_latents else None
+    noise = set().union(*search.team.agree(lambda: search.noise))
     return BestOfNResult(
         top=tuple(Pick(given[0][0], z, search.seeds[c], c, given) for c, (given, z) in finished.items()),
         seeds=search.seeds,
         scores=search.scores,
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
         candidate_latents=latents,
+        reproduce=reproduction(search.backbone.family.prompts, search.seeds[next(iter(finished))], noise),
     )
 
 

@@ -52,6 +52,7 @@ class Search:
     latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
     owners: dict[int, int] = field(default_factory=dict)  # the process of each candidate
     reserve: list[int] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
+    noise: set[str] = field(default_factory=set)  # where winners' schedulers drew noise, see Interceptor
 
     def __post_init__(self) -> None:
         self.start_anew(self.batch_size)
@@ -110,8 +111,9 @@ class Search:
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
         if self.backbone.family.prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
-        interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False)
+        interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False, searches=False)
         output = interceptor.run(call)
+        self.noise.add(interceptor.noise)
         if not self._take_latents([candidate], interceptor):
             return None
         return output, self.latents[candidate][None]

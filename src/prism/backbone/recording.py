@@ -1,0 +1,177 @@
+"""A candidate's denoiser outputs, each kept with what it was computed for and given again for nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prism.backbone.conditioning import flattened, has_rows
+from prism.backbone.family import Family, noisy_name
+
+CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN = (bool, int, float, str, type(None))
+_MODULES_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one candidate's rows of a denoiser call are computed from.
+
+    exact: SHA-256 of all but the values of floating-point rows: the denoiser and what is switched on it, the arguments
+    that all rows share, names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to
+    the bit. sums: means and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: what rounding may change
+    of them, (arguments,). alone: computed in a call of this candidate only.
+    """
+
+    exact: bytes
+    bits: tuple[int, ...]
+    sums: Tensor
+    tolerance: Tensor
+    alone: bool
+
+    def same(self, other: Inputs) -> bool:
+        """Whether the outputs may stand for each other: equal to the bit where both were computed alone, and to
+        rounding where a batch was involved, whose size changes the last bits of what processors compute."""
+        if self.exact != other.exact:
+            return False
+        if self.bits == other.bits:
+            return True
+        if self.alone and other.alone:
+            return False
+        return bool(((self.sums - other.sums).abs() <= self.tolerance[:, None, None]).all())
+
+
+class Recording:
+    """A candidate's denoiser outputs, each (groups, ...): 2 groups for CFG in one batch."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[bytes, list[tuple[Inputs, Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._outputs.values()))
+
+    def find(self, inputs: Inputs) -> Tensor | None:
+        """The output that was recorded for these inputs, or None."""
+        for kept, output in self._outputs.get(inputs.exact, ()):
+            if kept.same(inputs):
+                return output
+        return None
+
+    def keep(self, inputs: Inputs, output: Tensor) -> None:
+        """Record an output in host memory, in the place of one for the same inputs."""
+        others = [pair for pair in self._outputs.get(inputs.exact, ()) if not pair[0].same(inputs)]
+        self._outputs[inputs.exact] = [*others, (inputs, output.to("cpu", copy=True))]
+
+
+def inputs_of(
+    denoiser: nn.Module, place: int, arguments: Mapping[str, Any], candidates: int, family: Family
+) -> list[Inputs]:
+    """What each of the candidates' rows are computed from in a denoiser call; `place` says which denoiser it is."""
+    batch = len(arguments[noisy_name(arguments, family)])
+    shared = hashlib.sha256(f"{place} {switched(denoiser)}".encode())
+    own = [hashlib.sha256() for _ in range(candidates)]
+    bits: list[list[int]] = []
+    sums: list[Tensor] = []
+    tolerances: list[Tensor] = []
+    for name, value in sorted(flattened(arguments).items()):
+        if isinstance(value, Tensor) and name in family.batched and value.ndim and len(value) == 1:
+            value = value.expand(batch, *value.shape[1:])  # one row for all, which the denoiser broadcasts
+        if not has_rows(name, value, batch, family):
+            shared.update(f"{name} {_text(value)}".encode())
+        elif isinstance(value, Tensor):
+            shape = (batch // candidates, *value.unflatten(0, (batch, -1)).shape[1:])
+            shared.update(f"{name} {value.dtype} {shape}".encode())
+            rows = value.unflatten(0, (-1, candidates, len(value) // batch)).transpose(0, 1).flatten(1)
+            hashes = _bits(rows).tolist()
+            if value.is_floating_point() and name != family.timestep_argument:  # a scheduler's table has no rounding
+                bits.append(hashes)
+                parts, tolerance = _sums(rows)
+                sums.append(parts)
+                tolerances.append(tolerance)
+            else:
+                for candidate, found in enumerate(hashes):
+                    own[candidate].update(f"{name} {found}".encode())
+        else:
+            for candidate in range(candidates):
+                own[candidate].update(f"{name} {[_text(each) for each in value[candidate::candidates]]}".encode())
+    common = shared.digest()
+    parts = torch.stack(sums, 1).cpu()  # the latents at least
+    tolerance = torch.stack(tolerances, 1).cpu()
+    return [
+        Inputs(common + own[c].digest(), tuple(each[c] for each in bits), parts[c], tolerance[c], candidates == 1)
+        for c in range(candidates)
+    ]
+
+
+def switched(denoiser: nn.Module) -> str:
+    """What is switched on a denoiser, as text: each module's plain values (an adapter's scale, whether it is active or
+    merged), what computes its attention, and the hooks on it (layers that a guidance skips)."""
+    found: list[Any] = []
+    for module in denoiser.modules():
+        own = vars(module)
+        found += [(name, value) for name, value in own.items() if name not in _MODULES_OWN and _is_plain(value)]
+        hooks, forward = own.get("_diffusers_hook"), own.get("forward")
+        found += [(len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *(hooks.hooks if hooks else ()))]
+        processor = own.get("processor")
+        if processor is not None:
+            found += [type(processor).__qualname__, *(p for p in vars_of(processor).items() if _is_plain(p[1]))]
+        if forward is not None and not isinstance(forward, _PLAIN):
+            found.append(getattr(forward, "__qualname__", type(forward).__qualname__))
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def vars_of(value: Any) -> Mapping[str, Any]:
+    return getattr(value, "__dict__", {})
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind in (list, tuple):
+        return all(type(each) in _PLAIN for each in value)
+    return kind is dict and all(type(each) in _PLAIN for pair in value.items() for each in pair)
+
+
+def _text(value: Any) -> str:
+    """A text that is equal for equal values; of objects that are neither tensors nor plain, their class."""
+    if isinstance(value, Tensor):
+        whole = value.detach().flatten()[None]
+        return f"{value.dtype} {tuple(value.shape)} {_bits(whole).item()}"
+    if isinstance(value, Mapping):
+        return repr([(str(name), _text(each)) for name, each in value.items()])
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return repr([_text(each) for each in value])
+    return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """A hash of each row of (n, length), to the bit, computed where the tensor lies: (n,) int64."""
+    rows = rows.detach()
+    if rows.is_complex():
+        rows = torch.view_as_real(rows).flatten(1)
+    rows = (rows.to(torch.uint8) if rows.dtype == torch.bool else rows).contiguous()
+    mixed = rows.view(_INTEGERS[rows.element_size()]).to(torch.int64)
+    mixed = mixed + torch.arange(mixed.shape[1], device=mixed.device) * 0x2545F4914F6CDD1D
+    mixed ^= mixed >> 31
+    mixed *= 0x1CE4E5B9BF58476D
+    mixed ^= mixed >> 29
+    mixed *= 0x133111EB94D049BB
+    return (mixed ^ (mixed >> 32)).sum(1)
+
+
+def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and root mean square of CHUNKS parts of each row of (n, length), (n, 2, CHUNKS) float32, and what rounding
+    may change of them, (n,): far below what a callback or another seed does."""
+    eps = torch.finfo(rows.dtype).eps
+    values = rows.detach().float()
+    values = nn.functional.pad(values, (0, -values.shape[1] % CHUNKS)).unflatten(1, (CHUNKS, -1))
+    squares = values.square().mean(2)
+    scale = squares.mean(1).sqrt()
+    return torch.stack([values.mean(2), squares.sqrt()], 1), scale * (1e-5 + 4 * eps / values.shape[2] ** 0.5)
