@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from prism.judge import QueryHead as QueryHead
     from prism.preference import LatentStore as LatentStore
     from prism.sampling import BestOfNResult as BestOfNResult
-    from prism.sampling import best_of_n as best_of_n
+    from prism.sampling.best_of_n import best_of_n as best_of_n
     from prism.training import TrainConfig as TrainConfig
     from prism.training import train as train
 

@@ -47,9 +47,9 @@ def written(monkeypatch) -> dict[str, np.ndarray]:
     other bytes for the same frames now and then."""
     found, real = {}, media.write_video
 
-    def write(path, frames, fps):
+    def write(path, frames, fps, **options):
         found[path.name] = np.asarray(frames)
-        real(path, frames, fps)
+        real(path, frames, fps, **options)
 
     monkeypatch.setattr(media, "write_video", write)
     return found
