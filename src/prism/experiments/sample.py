@@ -297,4 +297,5 @@ def cut_entry(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float
         "scores": {str(candidate): score for candidate, score in zip(cut["candidates"], deciding)},
         "dimensions": cut["scores"],
         "kept": list(cut["kept"]),
+        "dropped": list(cut.get("dropped", ())),
     }
