@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,9 +118,9 @@ def new_folder(
     finally:
         with contextlib.suppress(FileNotFoundError):
             if work.stat().st_ino == inode:
-                shutil.rmtree(work, ignore_errors=True)
+                temporary.remove(work)
             else:  # exchanged: it is the old one
-                (discard or _remove)(work)
+                (discard or temporary.remove)(work)
         temporary.release(lock)
 
 
@@ -131,7 +130,7 @@ def publish(folder: Path, target: Path, discard: Callable[[Path], object] | None
     sync_tree(folder)
     _publish(folder, target, True, discard)
     if folder.exists():  # exchanged: it is the old one
-        (discard or _remove)(folder)
+        (discard or temporary.remove)(folder)
     _sync(target.absolute().parent)
 
 
@@ -158,11 +157,7 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
     except BaseException:
         os.replace(old, target)
         raise
-    (discard or _remove)(old)
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    (discard or temporary.remove)(old)
 
 
 @contextlib.contextmanager

@@ -36,12 +36,25 @@ def folder_beside(target: Path) -> tuple[Path, int | None]:
     """A new folder beside `target`, and the lock on it (None where the system has none)."""
     while True:
         path = name_beside(target)
-        path.mkdir()
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # taken for a dead one by another's sweep
-            lock = hold(path)
-            if lock is None or path.stat().st_ino == os.fstat(lock).st_ino:
-                return path, lock
-            os.close(lock)
+        try:
+            path.mkdir()
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # taken for a dead one by another's sweep
+                lock = hold(path)
+                if lock is None or path.stat().st_ino == os.fstat(lock).st_ino:
+                    return path, lock
+                os.close(lock)
+        except BaseException:
+            remove(path)
+            raise
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with all that is in it, also where a signal falls into that; what cannot be deleted stays."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -51,7 +64,7 @@ def scratch(target: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         release(lock)
 
 

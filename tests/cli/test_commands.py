@@ -276,7 +276,8 @@ def test_a_planted_leak_fails_the_run(place, tmp_path, capsys):
     refused(code, capsys, out, pairs[0]["prompt"])
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_ctrl_c_and_sigterm_end_the_command_and_leave_nothing(place, tmp_path, number, word):
     models = ["--backbone", str(place / "backbone"), "--head", str(place / "head")]
     command = [sys.executable, "-m", "prism", "sample", "--prompt", PROMPT, "--n", "2", "--steps", "900", *models]
     process = subprocess.Popen(
@@ -289,10 +290,10 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(place, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert stderr.strip().splitlines()[-1] == "prism: interrupted"
+    assert process.returncode == 128 + number, stderr
+    assert stderr.strip().splitlines()[-1] == f"prism: {word}"
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -52,7 +52,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run the command line; return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM."""
     with _plain_warnings(), _noted_interrupts() as interrupts:
         try:
             app(args=None if arguments is None else list(arguments), prog_name="prism")
@@ -76,8 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as end:  # how typer ends, whatever came of it
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if code == 130 or (code and interrupts):
-        print("prism: interrupted", file=sys.stderr)
-        return 130
+        ended = interrupts[0] if interrupts else signal.SIGINT
+        print(f"prism: {'interrupted' if ended == signal.SIGINT else 'terminated'}", file=sys.stderr)
+        return 128 + ended
     return code
 
 
@@ -90,22 +91,28 @@ def _disk_is_full(error: Exception) -> bool:
 
 @contextmanager
 def _noted_interrupts() -> Iterator[list[int]]:
-    """The Ctrl-Cs that came: a library in whose middle one falls may pass it on as an error of another kind."""
+    """The signals that came and end the command as Ctrl-C does: SIGINT, SIGTERM, SIGHUP, where nothing else is set.
+
+    They are noted, as a library in whose middle one falls may pass it on as an error of another kind.
+    """
     noted: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         noted.append(number)
-        signal.default_int_handler(number, frame)
+        if number == signal.SIGINT or len(noted) == 1:  # a second SIGTERM does not disturb the cleaning up
+            signal.default_int_handler(number, frame)
 
-    usual = signal.getsignal(signal.SIGINT)
-    ours = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
-    if ours:
-        signal.signal(signal.SIGINT, note)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                handlers[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, usual)
+        for number, usual in handlers.items():
+            signal.signal(number, usual)
 
 
 @contextmanager
