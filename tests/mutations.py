@@ -235,13 +235,38 @@ def _join(path: Path, header: Any, body: bytes) -> None:
 # -- Parquet
 
 
+STRANGE: list[Callable[[int], pa.Array]] = [
+    lambda n: pa.array([None] * n),
+    lambda n: pa.array([None] * n, pa.string()),
+    lambda n: pa.array(["text"] * n),
+    lambda n: pa.array([f"a {i}\n" * 400 for i in range(n)]),
+    lambda n: pa.array([[1, 2]] * n),
+    lambda n: pa.array([{"a": 1}] * n),
+    lambda n: pa.array([b"\xff\xfe"] * n),
+    lambda n: pa.StringArray.from_buffers(
+        n, pa.array(list(range(n + 1)), pa.int32()).buffers()[1], pa.py_buffer(b"\xff" * n)
+    ),
+    lambda n: pa.array(range(n), pa.int64()),
+    lambda n: pa.array([2**40 + i for i in range(n)], pa.int64()),
+    lambda n: pa.array([2**64 - 1] * n, pa.uint64()),
+    lambda n: pa.array([-1] * n, pa.int8()),
+    lambda n: pa.array([7] * n, pa.int8()),
+    lambda n: pa.array([0.5] * n),
+    lambda n: pa.array([float("nan")] * n),
+    lambda n: pa.array([True] * n),
+    lambda n: pa.array([0] * n, pa.timestamp("us")),
+    lambda n: pa.array(["test"] * n).dictionary_encode(),
+    lambda n: pa.array([0] * n, pa.decimal128(5, 2)),
+]
+
+
 def of_parquet(path: Path, random: Random) -> str:
     """A column removed, renamed, doubled or of another type, a value in it made another one, or rows lost."""
     table = pq.read_table(path)
     name = random.choice(table.column_names)
     place = table.column_names.index(name)
     values = table[name].to_pylist()
-    action = random.randrange(6)
+    action = random.randrange(8)
     if action == 0:
         table, told = table.drop_columns([name]), f"{name} removed"
     elif action == 1:
@@ -250,9 +275,12 @@ def of_parquet(path: Path, random: Random) -> str:
         table, told = table.slice(random.randrange(len(table) + 1)), "rows lost"
     elif action == 3:
         table, told = table.append_column(name, table[name]), f"{name} twice"
+    elif action in (4, 5):
+        odd = random.randrange(len(STRANGE))
+        table, told = table.set_column(place, name, STRANGE[odd](len(table))), f"{name} is strange column {odd}"
     else:
-        odd = [None, -1, 7, 10**12, 1.5, float("nan"), "text", "", "\x00", [1], {"a": 1}, b"\xff", True]
-        value = random.choice(odd)
+        odds = [None, -1, 7, 10**12, 1.5, float("nan"), "text", "", "\x00", [1], {"a": 1}, b"\xff", True]
+        value = random.choice(odds)
         told = f"{name} holds {_short(value)}"
         rows = range(len(values)) if random.random() < 0.5 else [random.randrange(len(values))]
         for row in rows:

@@ -22,17 +22,17 @@ PROMPTS = [
 ]
 
 
-def make(folder: Path, prompts=(6, 3, 4), per_prompt=4, meta=None) -> LatentStore:
+def make(folder: Path, prompts=(6, 3, 4), per_prompt=4, meta=None, shape=SHAPE) -> LatentStore:
     """Videos of three splits whose score is the strength of one fixed pattern; with recorded states at three levels."""
     count = sum(prompts) * per_prompt
     generator = torch.Generator().manual_seed(0)
     splits = [name for name, n in zip(("train", "validation", "test"), prompts) for _ in range(n)]
     score = torch.rand(count, generator=generator)
-    pattern = torch.randn(SHAPE, generator=generator)
-    latents = 0.5 * torch.randn(count, *SHAPE, generator=generator) + 2 * (score - 0.5).view(-1, 1, 1, 1, 1) * pattern
+    pattern = torch.randn(shape, generator=generator)
+    latents = 0.5 * torch.randn(count, *shape, generator=generator) + 2 * (score - 0.5).view(-1, 1, 1, 1, 1) * pattern
     t = torch.tensor(LEVELS).expand(count, -1).contiguous()
     sigma = (t / 1000).view(count, -1, 1, 1, 1, 1)
-    states = (1 - sigma) * latents[:, None] + sigma * torch.randn(count, len(LEVELS), *SHAPE, generator=generator)
+    states = (1 - sigma) * latents[:, None] + sigma * torch.randn(count, len(LEVELS), *shape, generator=generator)
     videos = pa.table(
         {
             "video": [f"video-{i:03d}" for i in range(count)],

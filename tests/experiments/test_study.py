@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from tests import stores, tiny
+from tests.zoo import VARIANTS
 
+from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import measure
 from prism.experiments import study
@@ -162,3 +164,65 @@ def test_the_table():
     with pytest.raises(PrismError, match="no variant and no question 'tapps'"):
         chosen(rows, ["tapps"])
     assert "trajectory" not in [row.name for row in table(6, 4, 500, 8, TrainConfig(), trajectories=False)]
+
+
+def test_heads_outlive_a_scoring_that_fails(made, tmp_path, monkeypatch):
+    """They are kept before they are scored; the next run scores them and trains none of them again."""
+    config, _, _, _, _ = made
+    config = dataclasses.replace(config, seeds=1, inits=1, draws=1)
+    import prism.training
+    from prism.experiments import study_results
+
+    real, trained = study_results.score_heads, []
+    train_together = prism.training.train_together
+
+    def noted(store, judges, configs, **options):
+        trained.append(len(judges))
+        return train_together(store, judges, configs, **options)
+
+    def fail(*_):
+        raise PrismError("The denoiser cannot be read there.")
+
+    monkeypatch.setattr(prism.training, "train_together", noted)
+    monkeypatch.setattr(study_results, "score_heads", fail)
+    with pytest.raises(PrismError, match="cannot be read there"):
+        study.run(config, tmp_path / "out", only=["steps-2"])
+    assert len(list((tmp_path / "out" / "heads").rglob("model.safetensors"))) == sum(trained) > 0
+    assert not list((tmp_path / "out").rglob("scores*"))
+    monkeypatch.setattr(study_results, "score_heads", real)
+    count = len(trained)
+    metrics = study.run(config, tmp_path / "out", only=["steps-2"], resume=True)
+    assert len(trained) == count
+    whole = study.run(config, tmp_path / "whole", only=["steps-2"])
+    assert {row["variant"]: row for row in metrics["study"]} == {row["variant"]: row for row in whole["study"]}
+
+
+def test_a_denoiser_that_is_used_at_high_noise_alone_is_studied_there(made, tmp_path):
+    """Wan 2.2 A14B: the denoiser that is read is never asked below t = 875, nor are its heads."""
+    pipe, call = VARIANTS["wan22_a14b_t2v"]()
+    shape = Backbone(pipe).condition([tiny.PROMPT], **call).shape
+    pipe.save_pretrained(tmp_path / "pipe")
+    folder = tmp_path / "store"
+    stores.make(folder, prompts=(2, 2, 2), per_prompt=3, meta={"call": call}, shape=shape)
+    config = study.StudyConfig(
+        data=folder,
+        backbone=str(tmp_path / "pipe"),
+        train=TRAIN,
+        dim=16,
+        tap=1,
+        seeds=1,
+        inits=1,
+        draws=1,
+        device="cpu",
+    )
+    metrics = study.run(config, tmp_path / "out", only=["steps-2"], confirm=["steps-2"])
+    assert {tuple(row["by_level"]) for row in metrics["study"]} == {("899",)}
+    assert {row["t"] for row in metrics["accuracy"]} == {989, 949, 899}
+    assert "| 899 |" in (tmp_path / "out" / "study.md").read_text()
+
+
+def test_a_study_is_one_process(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PrismError, match="prism study works in one process, and WORLD_SIZE says 2"):
+        study.run(made[0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

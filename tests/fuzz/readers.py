@@ -1,9 +1,10 @@
-"""What the fuzzers read and use: a head and a pipeline's folder, damaged."""
+"""What the fuzzers read and use: a head, a pipeline's folder and a latent store, damaged."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -84,23 +85,32 @@ def pixels(place: Path) -> Case:
 
 
 def stores(place: Path) -> Case:
-    """Latent stores, opened and read whole."""
-    tiny_stores.make(place / "store", (2, 1, 1), 2)
+    """Latent stores, read, trained on and evaluated on; mostly without the checksums, which would tell alone."""
+    pipe = tiny.wan()
+    made = tiny_stores.make(place / "store", (2, 1, 1), 3).folder
+    judge = prism.Judge.untrained(pipe, tap=1, dim=8, dimensions=("VQ", "overall"))
+    config = prism.TrainConfig(steps=1, prompts_per_step=1, checkpoint_every=0, max_gradient_norm=0)
 
-    def use(folder: Path) -> None:
+    def use(folder: Path, scratch: Path) -> None:
         store = LatentStore.open(folder)
-        for split in ("train", "validation", "test"):
+        for split in ("train", "validation", "test", "unseen"):
             for group in store.groups(split):
                 store.latents(group.videos)
-                store.trajectory(group.videos, 0)
-        store.num_states()
-        dict(store.call)
+                if store.has_trajectories:
+                    store.trajectory(group.videos)
+        for source in ("renoised", "trajectory"):
+            settings = replace(config, source=source, t_high=950.0)
+            prism.train(store, judge, settings, scratch / source, progress=False)
+        prism.evaluate(judge, store, "validation", (500,), progress=False)
 
     def case(random: Random) -> tuple[str, str, str]:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = copied(place / "store", Path(scratch) / "store")
+            folder = copied(made, Path(scratch) / "store")
+            if random.random() < 0.9:
+                meta = files.read_json(folder / "store.json")
+                files.write_json(folder / "store.json", {name: meta[name] for name in meta if name != "sha256"})
             told = damage(folder, random)
-            return told, *outcome(lambda: use(folder))
+            return told, *outcome(lambda: use(folder, Path(scratch)))
 
     return case
 

@@ -71,7 +71,7 @@ def test_a_damaged_pixel_judge_is_a_sentence(pixels: readers.Case, seed: int) ->
     assert kind in ("fine", "sentence"), f"{kind} after {told}: {words}"
 
 
-@settings(max_examples=60, **SETTINGS)
+@settings(max_examples=100, **SETTINGS)
 @given(seed=st.integers(0, 2**31))
 def test_a_damaged_store_is_a_sentence(stores: readers.Case, seed: int) -> None:
     told, kind, words = stores(Random(seed))

@@ -10,6 +10,7 @@ from typing import Any
 from prism import files, runs
 from prism.checks import SEEDS, quoted, whole
 from prism.errors import PrismError
+from prism.experiments.loading import check_alone, describe, load_backbone, load_judge, open_store
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
 
@@ -46,13 +47,13 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Evaluate and write metrics.json, config.json and report.html to `out`; returns the metrics."""
+    check_alone("eval")
     levels = None if config.timesteps == TIMESTEPS else _levels(config.timesteps)
     whole("--batch-size", config.batch_size)
     whole("--num-draws", config.num_draws, 1, 1000)
     whole("--seed", config.seed, 0, SEEDS)
     with runs.new(out, overwrite, "eval") as folder:
         from prism.evaluation import evaluate
-        from prism.experiments.loading import describe, load_backbone, load_judge, open_store
 
         store = open_store(config.data)
         backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)

@@ -167,6 +167,16 @@ def open_store(folder: Path | None) -> Any:
     return LatentStore.open(shapeworld.asset_folder("candidates") if folder is None else folder)
 
 
+def check_alone(command: str) -> None:
+    """Refuse to run a command as several processes that would all write its folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "0", "1"):
+        raise PrismError(
+            f"prism {command} works in one process, and WORLD_SIZE says {quoted(count, 40)}; start it without torchrun "
+            "or accelerate launch."
+        )
+
+
 def describe(backbone: Any, name: str) -> dict[str, Any]:
     """The "backbone" entry of metrics.json: its name and fingerprint."""
     return {"name": name, **backbone.fingerprint()}

@@ -71,11 +71,12 @@ def run(
     With `resume` what is done is kept. Variants named in `confirm` are measured on the test split, each once for all.
     """
     from prism.experiments import study_results as results
-    from prism.experiments.loading import describe, load_backbone, open_store
+    from prism.experiments.loading import check_alone, describe, load_backbone, open_store
     from prism.report.metrics import document
     from prism.report.page import write_report
     from prism.training.validation import levels
 
+    check_alone("study")
     for name in ("seeds", "inits", "draws"):
         whole(f"The study's {name}", getattr(config, name), 1, 1000)
     store = open_store(config.data)
@@ -191,9 +192,8 @@ def _score(config: StudyConfig, out: Path, store: Any, heads: Sequence[tuple[str
     for (variant, seed, head, _), values in zip(heads, score_heads([judge for *_, judge in heads], store, config)):
         scores.setdefault((variant, seed), {})[head] = values.contiguous()
     for (variant, seed), tensors in scores.items():
-        path = out / "heads" / variant / f"seed-{seed}" / SCORES
-        save_file(tensors, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        with files.new_file(out / "heads" / variant / f"seed-{seed}" / SCORES) as temporary:
+            save_file(tensors, temporary)
 
 
 def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, wanted: Sequence[Variant]) -> None:

@@ -143,7 +143,9 @@ class Results:
         for variant in variants:
             margins = self.margins(variant, replicates(variant, self.config)[0])[:, 0]  # one draw a level
             for column, dimension in enumerate(self.dimensions):
-                known = ~np.isnan(self.labels[:, column])
+                known, decided = ~np.isnan(self.labels[:, column]), np.abs(self.labels[:, column]) == 1
+                if any(not decided[self.prompts % 2 == half].any() for half in (0, 1)):
+                    continue  # nothing to fit on, or to see it on
                 halves = []
                 for half in (0, 1):
                     fitted, other = known & (self.prompts % 2 == half), known & (self.prompts % 2 != half)

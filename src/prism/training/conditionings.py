@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from prism.backbone import Backbone, Conditioning, Ragged
 from prism.backbone.kept import ConditioningCache, Stowed
 from prism.evaluation.evaluator import check_call
-from prism.memory import ran_out
+from prism.memory import in_batches, ran_out
 from prism.preference import LatentStore
 
 HELD_BYTES = 4 * 2**30
@@ -26,14 +26,21 @@ class Conditionings:
     def __init__(self, backbone: Backbone, store: LatentStore, prompts: Sequence[str]) -> None:
         self.backbone, self.store, self.prompts = backbone, store, list(prompts)
         self._kept: ConditioningCache[int, Stowed] = ConditioningCache()
-        for start in range(0, len(self.prompts), CHUNK):
-            chunk = conditioned(backbone, store, self.prompts[start : start + CHUNK])
-            for row in range(len(chunk)):
-                self._kept[start + row] = Stowed.of(chunk[row])
-            if self._kept.nbytes / len(self._kept) * len(self.prompts) > HELD_BYTES:
-                self._kept.clear()
-                backbone.forget()
-                break
+        in_batches(range(len(self.prompts)), CHUNK, self._capture, "encoding prompts")
+        if not self._all_fit:
+            self._kept.clear()
+            backbone.forget()
+
+    def _capture(self, places: Sequence[int]) -> None:
+        if self._all_fit:
+            chunk = conditioned(self.backbone, self.store, [self.prompts[place] for place in places])
+            for row, place in enumerate(places):
+                self._kept[place] = Stowed.of(chunk[row])
+
+    @property
+    def _all_fit(self) -> bool:
+        """Whether all prompts are going to fit, to judge by those captured so far."""
+        return self._kept.nbytes * len(self.prompts) <= HELD_BYTES * len(self._kept)
 
     def of(self, places: Sequence[int]) -> Conditioning | Ragged:
         """A row for each of some places in the list of prompts."""
