@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import stores, tiny
+from tests.zoo import VARIANTS
 
 from prism import files
 from prism.backbone import Backbone
@@ -326,3 +327,15 @@ def test_it_works_on_another_family(tmp_path):
     with torch.no_grad():
         expected = pixel.head((backbone.decode(noisy) * 255).round() / 255, embeds, mask)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["wan21_i2v", "svd", "hunyuan_i2v"])
+def test_pipelines_that_need_an_image_are_called_with_it(variant):
+    pipe, call = VARIANTS[variant]()
+    backbone = Backbone(pipe)
+    prompt = tiny.PROMPT if backbone.family.prompts else ""
+    judge = PixelJudge.untrained(backbone, DIMENSIONS, call=call, **SMALL)
+    noise = torch.randn(2, *backbone.condition([prompt], **call).shape)
+    assert judge.score(noise, prompt, 500, **call).shape == (2, len(DIMENSIONS))
+    with pytest.raises(PrismError):
+        PixelJudge.untrained(backbone, DIMENSIONS, **SMALL)
