@@ -218,9 +218,27 @@ def encoded(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
     elif kind == "QwenImagePipeline":
         pairs = ("prompt_embeds", "prompt_embeds_mask")
         values = pipe.encode_prompt(tiny.PROMPT, **length)
+    elif kind == "SanaVideoPipeline":  # its plain call wants its default negative prompt out of the way, too
+        pairs = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+        values = pipe.encode_prompt(tiny.PROMPT, True, **length)
+        return {**dict(zip(pairs, values)), "negative_prompt": None}
+    elif kind in ("Kandinsky5T2VPipeline", "HunyuanVideo15Pipeline"):
+        pairs = ("prompt_embeds_qwen", "prompt_embeds_clip", "prompt_cu_seqlens")
+        if kind == "HunyuanVideo15Pipeline":
+            pairs = ("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_mask_2")
+            length = {"device": pipe.device, "dtype": torch.float32}
+        both = [pipe.encode_prompt(text, **length) for text in (tiny.PROMPT, "")]
+        return dict(zip(pairs, both[0])) | {f"negative_{name}": value for name, value in zip(pairs, both[1])}
     else:
         values = pipe.encode_prompt(tiny.PROMPT, None, True, **length)
     return {name: value for name, value in zip(pairs, values) if value is not None}
+
+
+def of_two(name: str, value: Any) -> Any:
+    """The same for two prompts."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.cat([value, value[1:] * 2]) if name.endswith("cu_seqlens") else torch.cat([value] * 2)
 
 
 FAMILIES = {
@@ -232,6 +250,9 @@ FAMILIES = {
     "sd3": ("text_encoder_2", "text_encoder_3"),
     "flux": ("text_encoder_2",),
     "qwen_image": (),
+    "kandinsky5_t2v": ("text_encoder_2",),
+    "hunyuan15": ("text_encoder_2",),
+    "sana_video": (),
 }
 
 
@@ -247,14 +268,16 @@ def test_embeddings_in_place_of_a_prompt(variant: str) -> None:
     plain_call = {name: value for name, value in call.items() if name != "negative_prompt"}
     judge = Judge.untrained(pipe, tap=1, dim=16)
     latents = torch.randn((2, *judge.backbone.condition([tiny.PROMPT], **call)[0].shape))
-    texts = {} if variant == "hunyuan" else {"expected": judge.score(latents, tiny.PROMPT, 500.0, **call)}
+    texts = (
+        {} if variant in ("hunyuan", "hunyuan15") else {"expected": judge.score(latents, tiny.PROMPT, 500.0, **call)}
+    )
     for name in ("text_encoder", *FAMILIES[variant]):
         setattr(pipe, name, None)
     judge = Judge.untrained(pipe, tap=1, dim=16)
     if texts:
         scores = judge.score(latents, None, 500.0, **plain_call, **embeds)
         torch.testing.assert_close(scores, texts["expected"], rtol=1e-4, atol=1e-5)
-    two = {name: torch.cat([value] * 2) for name, value in embeds.items()}
+    two = {name: of_two(name, value) for name, value in embeds.items()}
     torch.testing.assert_close(
         judge.score(latents, None, 500.0, **plain_call, **two),
         judge.score(latents, None, 500.0, **plain_call, **embeds),

@@ -117,7 +117,7 @@ class LatentStore:
                 or splits that share a prompt or video.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # also of a name too long for the file system
             found = "is a file" if folder.exists() else "does not exist"
             raise PrismError(
                 f"The store {tables.named(folder)} {found}; it is a folder that prism.preference.write_store writes."
