@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import stores, tiny
+from tests import kills, stores, tiny
 
 from prism import files, runs
 from prism.errors import PrismError
@@ -391,3 +392,57 @@ def test_a_log_tells_how_far_training_is(wan, store, tmp_path, monkeypatch, caps
     monkeypatch.setattr(runs, "Clock", lambda what, total, every: clock(what, total, 0))
     train(store, judge_for(wan), dataclasses.replace(CONFIG, steps=2), tmp_path / "run")
     assert "prism: train: 1 of 2 steps, loss " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_dies_anywhere_goes_on_to_the_same_bits_and_keeps_no_litter(wan, store, tmp_path, number):
+    config = dataclasses.replace(CONFIG, steps=4)
+    train(store, judge_for(wan), config, tmp_path / "whole", progress=False)
+    head, out = "head/model.safetensors", tmp_path / "runs" / "out"
+    out.parent.mkdir()
+
+    def work(resume=True):
+        train(store, judge_for(wan), config, out, resume=resume, progress=False)
+
+    point, died = 1, True
+    while died:  # time after time, until a run gets to its end
+        died = kills.dies(work, out, point, number)
+        assert [path.name for path in out.parent.iterdir()] in ([], ["out"])
+        point += 11
+    assert point > 30
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "head", "history.json"]
+    assert [path for path in out.rglob("*") if path.name.startswith(".")] == []
+    assert (out / head).read_bytes() == (tmp_path / "whole" / head).read_bytes()
+    assert (out / head).stat().st_mode & 0o044 == 0o044
+
+
+def test_overwriting_keeps_the_old_head_until_the_new_one_is_whole(wan, store, tmp_path, monkeypatch):
+    from prism.experiments import loading
+    from prism.experiments import train as experiment
+
+    monkeypatch.setattr(loading, "load_backbone", lambda *_: (judge_for(wan).backbone, {}, "tiny"))
+
+    def work(seed, out="out", **options):
+        settings = dataclasses.replace(CONFIG, steps=2, checkpoint_every=1, seed=seed)
+        config = experiment.TrainRun(data=store.folder, train=settings, taps=(1, 2), dim=16)
+        experiment.run(config, tmp_path / "runs" / out, **options)
+
+    head = "head/model.safetensors"
+    work(1, "other")
+    new = (tmp_path / "runs" / "other" / head).read_bytes()
+    shutil.rmtree(tmp_path / "runs")
+    work(0)
+    old, ends = (tmp_path / "runs" / "out" / head).read_bytes(), set()
+    for point in range(5, 1000, 29):
+        died = kills.dies(lambda: work(1, overwrite=True), tmp_path / "runs", point)
+        ends.add((tmp_path / "runs" / "out" / head).read_bytes())
+        assert ends <= {old, new}
+        if not died:
+            break
+    assert ends == {old, new}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]
+    bad = experiment.TrainRun(store.folder, dataclasses.replace(CONFIG, source="trajectory", t_low=950), (1, 2))
+    with pytest.raises(PrismError, match="No recorded state"):  # which is known once the run has its folder
+        experiment.run(bad, tmp_path / "runs" / "out", overwrite=True)
+    assert (tmp_path / "runs" / "out" / head).read_bytes() == new
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]
