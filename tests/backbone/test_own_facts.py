@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tests import tiny
 from tests.works import works
 from tests.zoo import VARIANTS
 from tests.zoo.odd import ODD, ClockPipeline, JoinedPipeline, TuplePipeline, odd
+from tests.zoo.wan_to_kandinsky import _image
 
 import prism
 from prism.backbone import Backbone
@@ -114,3 +117,29 @@ def test_a_shift_factor_is_applied_where_the_pipeline_applies_it(variant: str) -
     subject = Subject(Backbone(pipe), call, (tiny.PROMPT, tiny.OTHER_PROMPT))
     checks.vae(subject)
     assert subject.backbone.family.vae_shift == SHIFTED[variant]
+
+
+# Pipelines that begin with a video or an image, of the parts of a variant: further arguments.
+BEGUN = {
+    "WanVideoToVideoPipeline": ("wan21_t2v_unipc", "video"),
+    "CogVideoXVideoToVideoPipeline": ("cogvideox_ddim", "video"),
+    "StableDiffusion3Img2ImgPipeline": ("sd3", "image"),
+    "FluxImg2ImgPipeline": ("flux", "image"),
+    "QwenImageImg2ImgPipeline": ("qwen_image", "image"),
+}
+
+
+@works("Inputs and outputs", "video to video and image to image, with strength", "exact", "In five families.")
+@pytest.mark.parametrize("name", BEGUN)
+def test_every_check_holds_for_a_run_that_begins_with_a_picture(name: str) -> None:
+    variant, what = BEGUN[name]
+    pipe, call = VARIANTS[variant]()
+    kind = getattr(diffusers, name)
+    taken, parts = (inspect.signature(each).parameters for each in (kind.__call__, kind.__init__))
+    begun = kind(**{part: value for part, value in pipe.components.items() if part in parts})
+    begun.set_progress_bar_config(disable=True)
+    image = _image(32, 48)
+    call = {**call, what: [image] * 9 if what == "video" else image, "strength": 0.8}
+    call = {argument: value for argument, value in call.items() if argument in taken}
+    lines = checks.run_all(Subject(Backbone(begun), call, (tiny.PROMPT, tiny.OTHER_PROMPT)))
+    assert [(check, told) for check, holds, told in lines if not holds] == []

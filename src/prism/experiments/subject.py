@@ -97,6 +97,11 @@ class Subject:
                 handle.remove()
 
     @property
+    def leaves_steps(self) -> bool:
+        """Whether the call makes its last steps alone: it begins with an image or a video, by `strength`."""
+        return "strength" in self.call and self.backbone.takes("image" if "image" in self.call else "video")
+
+    @property
     def two_calls(self) -> bool:
         """Whether a step is a conditional and an unconditional denoiser call."""
         return self.backbone.guided(self.call) and self.backbone.family.cfg == "two_calls"
