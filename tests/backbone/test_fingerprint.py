@@ -59,6 +59,16 @@ def scores(judge: prism.Judge) -> torch.Tensor:
     return judge.score(latents, tiny.PROMPT, 700, **CALL)
 
 
+class QuantisationConfig:
+    """As torchao's: an object, which diffusers keeps among the settings, and whose text has many lines."""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"quant_method": "torchao", "quant_type": "int8wo"}
+
+    def __repr__(self) -> str:
+        return f"QuantisationConfig {json.dumps(self.to_dict(), indent=2)}"
+
+
 @works(
     "Precision and quantisation",
     "a transformer loaded with `quantization_config=`, and the head that was trained on the unquantised one",
@@ -68,7 +78,7 @@ def scores(judge: prism.Judge) -> torch.Tensor:
 def test_a_quantised_transformer_takes_its_head(head: Path) -> None:
     """What `from_pretrained(quantization_config=...)` leaves: a key in the configuration, and quantised layers."""
     pipe = tiny.wan()
-    pipe.transformer.register_to_config(quantization_config={"quant_method": "torchao", "quant_type": "int8wo"})
+    pipe.transformer.register_to_config(quantization_config=QuantisationConfig())
     for block in blocks(pipe):
         torch.ao.quantization.quantize_dynamic(block, {nn.Linear}, inplace=True)
     judge, said = load(head, pipe)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prism.backbone.families import is_denoiser
 from prism.backbone.protocol import config_of, unwrapped
+from prism.checks import quoted
 from prism.errors import PrismError
 
 if TYPE_CHECKING:
@@ -151,11 +152,11 @@ def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]
     extra = [name for name in config if name in silent or name not in defaults]
     sizes = (combinations(extra, size) for size in range(1, len(extra) + 1))
     for gone in islice(chain.from_iterable(sizes), _TRIES):
-        changed = {name: (ABSENT, config[name]) for name in gone if name not in silent}
+        changed = {name: (ABSENT, plain[name]) for name in gone if name not in silent}
         yield changed, _text({name: value for name, value in config.items() if name not in gone})
     for name in sorted(config.keys() & defaults.keys()):
         if plain[name] != defaults[name]:
-            yield {name: (defaults[name], config[name])}, _text({**config, name: defaults[name]})
+            yield {name: (defaults[name], plain[name])}, _text({**config, name: defaults[name]})
     if isinstance(depth := config.get("num_layers"), int):
         for layers in range(1, 129):
             yield {"num_layers": (layers, depth)}, _text({**config, "num_layers": layers})
@@ -267,8 +268,7 @@ def _clause(part: str, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return quoted(value if isinstance(value, str) else str(value), 44)
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
