@@ -115,12 +115,12 @@ def mutated(value: Any, random: Random) -> tuple[Any, str]:
     return value, f"{label} is {_short(holder[key])}"
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) of a JSON value; of long lists the first few items, so that they do not drown the rest."""
+def _places(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) of a JSON value but those deep down; of long lists the first few items alone."""
     keys: Any = list(value) if isinstance(value, dict) else range(min(len(value), 4)) if isinstance(value, list) else ()
-    for key in keys:
+    for key in keys if depth < 20 else ():
         yield value, key
-        yield from _places(value[key])
+        yield from _places(value[key], depth + 1)
 
 
 def of_json_text(path: Path, random: Random) -> str:
