@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.sampling.conftest import Setting
 from tests.sampling.test_not_finite import poisoned
+from tests.works import works
 
 import prism
 from prism.errors import PrismError
@@ -141,7 +144,52 @@ def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:
     assert two[1]["errors"]["error"] == "The latents hold NaN."
     for each in two:
         assert "ran out with a single candidate" in each["errors"]["memory"]
-        assert "must be given one call; process 0 has the run" in each["errors"]["other prompts"]
+        assert "must be given one call; process 0 has prompt = [" in each["errors"]["other prompts"]
+
+
+KILLED = """
+import os, signal, sys
+from prism.errors import PrismError
+from prism.sampling import alive
+from prism.sampling.processes import Team
+
+alive.INTERVAL, alive.SILENCE = 0.2, 2.0
+team = Team(together=True)
+assert team.agree(lambda: team.rank) == [0, 1]
+if team.rank == int(sys.argv[1]):
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    team.agree(lambda: None)
+except PrismError as error:
+    print(error, flush=True)
+    os._exit(5)
+"""
+
+
+@works(
+    "Threads and processes",
+    "one of several processes is killed",
+    "refused",
+    "The others say so after three minutes without a sign of life, and do not wait for it.",
+)
+@pytest.mark.parametrize(("killed", "said"), [(1, "Process 1 has shown no sign of life"), (0, "ended; start the run")])
+def test_nobody_waits_for_a_process_that_was_killed(killed: int, said: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(killed)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert said in outputs[1 - killed]
+    assert [run.returncode for run in runs] == [-9 if rank == killed else 5 for rank in (0, 1)]
 
 
 def test_candidates_stay_where_they_are_as_far_as_that_is_fair() -> None:

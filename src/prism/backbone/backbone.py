@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import layout, taps, videos
+from prism.backbone import clocks, layout, taps, videos
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
 from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
@@ -23,6 +24,7 @@ from prism.backbone.obstacles import breaks_told, check_whole, misfits_told, war
 from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
+from prism.backbone.steps import Steps, ask, is_guided
 from prism.errors import PrismError
 from prism.media import videos as as_videos
 
@@ -67,6 +69,7 @@ class Backbone:
         self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: ConditioningCache[tuple[str, str], Conditioning] = ConditioningCache()
         self._freeing = False
+        self.known_steps: dict[str, Steps] = {}  # by call
         self._measured: dict[str, None] = {}  # prompts whose length was looked at
 
     def __repr__(self) -> str:
@@ -214,7 +217,9 @@ class Backbone:
 
     def _capture(self, prompts: list[str], call: dict[str, Any], seed: int) -> Conditioning:
         spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
-        call = {**call, **spared, "num_inference_steps": 2, "output_type": "latent"}  # one is too few for Mochi
+        # As many as a run has: PNDM takes no fewer than four, and Mochi no fewer than two.
+        steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
+        call = {**call, **spared, "num_inference_steps": steps, "output_type": "latent"}
         call |= self.batch(prompts, [seed] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments, self.family)])
@@ -265,8 +270,9 @@ class Backbone:
                 read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
                 return Tokens.cat(read)
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
+            arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))
             with breaks_told(self.denoiser, "reading latents"):
-                return self.read(conditioning.call(noisy_latents, timestep), block, stop)[0]
+                return self.read(arguments, block, stop)[0]
 
     def read(
         self,
@@ -351,11 +357,15 @@ class Backbone:
             with self.held():
                 warn_cut_off(prompts, tokenizer, limit, self.takes("max_sequence_length"), self._measured)
 
+    def steps(self, call: Mapping[str, Any]) -> Steps:
+        """The steps that `pipe(**call)` makes, see `prism.backbone.steps`; `call` holds all that the pipeline needs."""
+        with self.held():
+            return ask(self, call)
+
     def num_inference_steps(self, call: dict[str, Any]) -> int:
-        """The number of steps that `pipe(**call)` is going to make."""
-        if call.get("timesteps") is not None:
-            return len(call["timesteps"])
-        return call.get("num_inference_steps", self.default("num_inference_steps"))
+        """The number of steps that `pipe(**call)` is asked for; `steps` says how many it makes."""
+        given = [call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None]
+        return len(given[0]) if given else call.get("num_inference_steps", self.default("num_inference_steps"))
 
     def default(self, name: str) -> Any:
         """What the pipeline's call takes for an argument that is not given, or None where it must be given."""
@@ -383,14 +393,7 @@ class Backbone:
 
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
-        name = self.family.guidance
-        if name == "guider":
-            return self.pipe.guider.num_conditions > 1
-        scale = call.get(name, self.default(name))
-        if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
-            given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
-            return scale > 1.0 and any(given)
-        return scale is not None and scale > 1.0
+        return is_guided(self, call)
 
     def fingerprint(self) -> dict[str, Any]:
         """Which backbone this is, as JSON: classes, what a head needs of them, other settings, and hashes of the

@@ -23,7 +23,7 @@ _OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention
 _IRRELEVANT = frozenset(
     [
         *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
-        *("num_inference_steps", "output_type", "return_dict"),
+        *("num_inference_steps", "timesteps", "sigmas", "output_type", "return_dict"),
         *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
     ]
 )

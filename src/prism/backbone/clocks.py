@@ -14,11 +14,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor
 
+from prism.backbone.protocol import config_of
 from prism.errors import PrismError
 
 Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]
+FLOWS = ("flow", "rising_flow")
+_TAKEN = {
+    "flow": "a flow-matching one (FlowMatchEulerDiscreteScheduler, or another with use_flow_sigmas=True)",
+    "ddpm": "one with alphas_cumprod (DDIM, DPM++) and no flow sigmas",
+    "edm": "one in Karras' form, with sigma_min, sigma_max and continuous timesteps (EDMEulerScheduler)",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,38 @@ class OwnClock:
 
     level: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
     t_of: Callable[[Any, float], float]
+
+
+def check(clock: Clock | OwnClock, scheduler: Any) -> None:
+    """Raise PrismError for a scheduler of another form of diffusion than `clock`: its noise levels mean other things.
+
+    A scheduler that is none of diffusers' is taken at its family's word, and so is a clock of one's own.
+    """
+    if isinstance(clock, OwnClock) or not isinstance(scheduler, SchedulerMixin):
+        return
+    form = "ddpm" if clock == "euler" else "flow" if clock in FLOWS else clock
+    if form not in _forms(scheduler):
+        raise PrismError(
+            f"The noise levels of this {type(scheduler).__name__} cannot be told for the pipeline's model, which takes "
+            f"{_TAKEN[form]}; set such a scheduler, or take a strategy that judges nothing on the way."
+        )
+
+
+def _forms(scheduler: Any) -> set[str]:
+    """The forms of diffusion in which a scheduler of diffusers may noise its latents."""
+    config = scheduler.config
+    if any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__) or config.get("use_flow_sigmas"):
+        return {"flow"}
+    if config.get("sigma_max") is not None and config.get("timestep_type", "continuous") == "continuous":
+        return {"edm"}
+    if hasattr(scheduler, "alphas_cumprod"):
+        return {"ddpm"}
+    return set() if config.get("prediction_type") == "trigflow" else {"flow"}
+
+
+def length(scheduler: Any) -> int:
+    """The number of timesteps that the model was trained with, by its scheduler."""
+    return config_of(scheduler).get("num_train_timesteps") or 1000
 
 
 def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,10 +90,10 @@ def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, T
         raise PrismError(f"t must lie in [0, 1000], 0 clean and 1000 noise; found {t.tolist()}.")
     if isinstance(clock, OwnClock):
         return clock.level(scheduler, t)
-    if clock == "flow":
-        return 1 - t / 1000, t / 1000, t
-    if clock == "rising_flow":
-        return 1 - t / 1000, t / 1000, 1000 - t
+    if clock in FLOWS:
+        timestep = t if clock == "flow" else 1000 - t
+        return 1 - t / 1000, t / 1000, timestep * (length(scheduler) / 1000)
+    check(clock, scheduler)
     if clock == "edm":
         low, high, data = _edm(scheduler)
         timestep = (low + (high - low) * t / 1000) / 4
@@ -77,10 +117,10 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
     """The noise level in [0, 1000] at which the model was called with `timestep`: the inverse of `level`."""
     if isinstance(clock, OwnClock):
         return min(1000.0, max(0.0, float(clock.t_of(scheduler, timestep))))
-    if clock == "flow":
-        return min(1000.0, timestep)  # rounding may give a little more
-    if clock == "rising_flow":
-        return 1000.0 - timestep
+    check(clock, scheduler)
+    if clock in FLOWS:
+        share = min(1.0, timestep / length(scheduler))  # rounding may give a little more
+        return 1000.0 * (share if clock == "flow" else 1 - share)
     if clock == "edm":
         low, high, _ = _edm(scheduler)
         return min(1000.0, max(0.0, 1000.0 * (4 * timestep - low) / (high - low)))

@@ -175,8 +175,8 @@ class Conditioning:
             if isinstance(value, Tensor)
         }
 
-    def call(self, noisy_latents: Tensor, timestep: Tensor) -> dict[str, Any]:
-        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,).
+    def call(self, noisy_latents: Tensor, timestep: Tensor, length: int = 1000) -> dict[str, Any]:
+        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,), one of `length` where it is whole.
 
         Raises PrismError for latents of another shape or layout than the captured call's.
         """
@@ -191,7 +191,7 @@ class Conditioning:
         if self.appended is not None:
             latents = torch.cat([latents, self.appended.to(latents.dtype)], self.axis)
         if not template.dtype.is_floating_point:
-            timestep = timestep.floor().clamp(max=999)
+            timestep = timestep.floor().clamp(max=length - 1)
         timestep = timestep.to(template.device, template.dtype)
         timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(latents), *template.shape[1:])
         if self.given_times is not None:

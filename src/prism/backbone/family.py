@@ -278,6 +278,10 @@ class Family:
 
     # -- noise levels
 
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raise PrismError for a scheduler whose noise levels cannot be told: see `prism.backbone.clocks.check`."""
+        clocks.check(self.clock, scheduler)
+
     def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.clocks.level`."""
         alpha, sigma, timestep = clocks.level(self.clock, scheduler, t)

@@ -121,6 +121,8 @@ def state_kept(pipe: Any) -> Iterator[None]:
     own = dict(vars(pipe))
     try:
         pipe._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        if hasattr(getattr(pipe, "guider", None), "set_state"):  # where the user's own call before left its last step
+            pipe.guider.set_state(step=None, num_inference_steps=None, timestep=None)
         yield
     finally:
         for key, part in parts.items():
@@ -175,12 +177,17 @@ def free_hooks(pipe: Any) -> None:
         pipe.maybe_free_model_hooks()
 
 
-def capture(pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, by name, of the first denoiser call that `pipe(**call)` was about to make."""
+def capture(
+    pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any], look: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The arguments, by name, of the first denoiser call that `pipe(**call)` was about to make; `look` is called there.
+    Empty where it makes none.
+    """
     kept: dict[str, Any] = {}
 
     def keep(denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> None:
         kept.update(by_name(denoiser, args, kwargs))
+        look()
         raise StopCall
 
     with ExitStack() as stack:

@@ -202,7 +202,7 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
     def denoise(rows: int) -> None:
         some = conditioning[[0] * rows]
         arguments = some.call(latents.expand(rows, *latents.shape[1:]), timestep.expand(rows))
-        with torch.no_grad():
+        with torch.no_grad(), backbone.held():
             backbone.denoiser(**arguments)
 
     most = 1 if backbone.family.alone else 2
@@ -230,20 +230,29 @@ def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: 
 
 
 def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
-    steps, guided = backbone.num_inference_steps(call), backbone.guided(call)
+    guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
     share, cfg = tap / backbone.num_blocks, backbone.family.cfg
-    schedule = schedules.resolve(cuts or schedules.default(steps), n, steps)
-    draft = default_draft_steps(steps)
+    if seconds is None:  # what a scheduler makes of it is known where the pipeline can be called
+        made = {"num_steps": backbone.num_inference_steps(call)}
+        drafts: dict[str, Any] = {"draft_steps": draft}
+        steps, first, last = made["num_steps"], schedules.default(made["num_steps"]), None
+    else:
+        whole = {**call, **backbone.batch([PROMPT if backbone.family.prompts else ""], [0], call)}
+        told, short = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
+        made, steps, last = {"num_steps": len(told), "calls": told.calls}, len(told), told.last_readable
+        drafts = {"draft_steps": len(short), "draft_calls": short.calls}
+        first = schedules.keep_one(told.nearest_readable(schedules.default(steps)[0][0]))
+    schedule = schedules.resolve(cuts or first, n, steps, last=last)
     plans: Sequence[tuple[str, dict[str, Any]]] = (
         ("one video, no choice", {"strategy": "none"}),
         (
             f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}",
             {"strategy": "early", "schedule": schedule},
         ),
-        (f"drafts of {draft} steps", {"strategy": "draft", "draft_steps": draft}),
+        (f"drafts of {drafts['draft_steps']} steps", {"strategy": "draft", **drafts}),
         ("full", {"strategy": "full"}),
     )
-    rows = [(what, expected_rows(n=n, num_steps=steps, cfg=cfg, guided=guided, tap_share=share, **plan))
+    rows = [(what, expected_rows(n=n, cfg=cfg, guided=guided, tap_share=share, **made, **plan))
             for what, plan in plans]  # fmt: skip
     most = rows[-1][1]
     found = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]

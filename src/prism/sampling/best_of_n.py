@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from prism.checks import quoted, whole
 from prism.errors import PrismError
 from prism.sampling import arguments
 from prism.sampling import schedule as schedules
-from prism.sampling.ledger import Ledger, Meter, expected_rows
+from prism.sampling.ledger import Ledger, Meter
+from prism.sampling.plan import settle
 from prism.sampling.processes import Team, merged
 from prism.sampling.ranking import check_weights, ranking
 from prism.sampling.strategies import STRATEGIES, Search
@@ -202,45 +204,34 @@ def best_of_n(
         "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds)),
         "weights": ranking(judge, select_by) if strategy in arguments.JUDGED else {},
         "top_k": top_k,
-        "guided": backbone.guided(call),
         "num_draws": num_draws,
         "oracle": oracle,
         "select_by": select_by,
     }
+    cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
     if strategy == "early":
-        cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-        options["schedule"] = schedules.resolve(
-            schedules.default(num_steps, top_k) if cuts is None else cuts, len(candidate_seeds), num_steps, top_k
-        )
-        if call.get("strength") is None:
-            schedules.warn_blind(options["schedule"], num_steps)
+        if cuts is not None:
+            schedules.resolve(cuts, len(candidate_seeds), sys.maxsize, top_k)  # what is wrong whatever the steps are
     elif schedule is not None:
         raise PrismError(f'A schedule belongs to the strategy "early", and this run\'s is "{strategy}"; leave it out.')
     if strategy == "draft":
         options["draft_steps"] = arguments.draft_steps_of(draft_steps, num_steps, call)
     options["judge_at"] = arguments.judge_at_of(judge_at, DEFAULT_JUDGE_AT, backbone.t_range)
-    total = expected_rows(
-        strategy,
-        len(candidate_seeds),
-        num_steps,
-        backbone.family.cfg,
-        options["guided"],
-        getattr(judge, "tap", 0) / backbone.num_blocks,
-        options.get("schedule"),
-        options.get("draft_steps", 0),
-        num_draws,
-        top_k,
-        backbone.listens,
-    )
-    told = (strategy, prompts, candidate_seeds, *(options.get(name) for name in ("schedule", "draft_steps", "top_k")))
-    team.same("run", told)
+    told = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
+    told |= {name: options.get(name) for name in ("draft_steps", "top_k", "judge_at", "num_draws", "weights")}
+    team.same(told | call)
 
     def run(place: int, among: Team) -> BestOfNResult:
         text = prompts[place] or ""
         search = Search(prompt=text, call=calls[place], team=among, **options)
         hidden = None if progress and team.rank == 0 else True
-        with tqdm(total=total / among.size, disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
-            return _run(search, strategy, Meter(backbone, judge, bar.update), keep_latents)
+        with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
+
+            def find(search: Search) -> list[int]:
+                bar.reset(total=settle(search, strategy, cuts) / among.size)
+                return STRATEGIES[strategy](search)
+
+            return _run(search, find, Meter(backbone, judge, bar.update), keep_latents)
 
     places = range(len(prompts))
     if distribute == "prompts":
@@ -251,10 +242,10 @@ def best_of_n(
     return results if several else results[0]
 
 
-def _run(search: Search, strategy: str, meter: Meter, keep_latents: bool) -> BestOfNResult:
+def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep_latents: bool) -> BestOfNResult:
     """One prompt's search, and its winners finished."""
     with search.backbone.held(), meter.open():
-        winners = _within_memory(search, STRATEGIES[strategy])
+        winners = _within_memory(search, find)
         try:
             finished = search.finish(winners)
         except torch.cuda.OutOfMemoryError:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from prism.errors import PrismError
+from prism.sampling.alive import meet
 
 T = TypeVar("T")
 
@@ -29,8 +30,7 @@ class Team:
             if not distributed.is_initialized():
                 from accelerate import PartialState
 
-                # The last steps of a large model run on one process while the others wait for its video.
-                PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
+                PartialState(cpu=not torch.cuda.is_available())
             if distributed.is_initialized():
                 self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
@@ -47,6 +47,7 @@ class Team:
             value = portable(work())
         except Exception as found:
             error = found
+        meet()
         told: list[Any] = [None] * self.size
         distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
         failed = [(kind == "OutOfMemoryError", rank, text) for rank, (_, kind, text) in enumerate(told) if kind]
@@ -57,15 +58,17 @@ class Team:
             raise torch.cuda.OutOfMemoryError(text) if memory else PrismError(f"Process {rank} failed: {text}")
         return [value for value, _, _ in told]
 
-    def same(self, what: str, value: Any) -> None:
-        """Raise PrismError unless `value` is the same on all processes."""
-        texts = self.agree(lambda: repr(value))
+    def same(self, call: Mapping[str, Any]) -> None:
+        """Raise PrismError naming the first argument of a call that is not the same on all processes."""
+        texts = self.agree(lambda: {name: _text(value) for name, value in call.items()})
         for rank, text in enumerate(texts):
-            if text != texts[0]:
-                raise PrismError(
-                    f"Processes that share candidates must be given one call; process 0 has the {what} {texts[0]} and "
-                    f"process {rank} {text}."
-                )
+            for name in (*texts[0], *text):
+                first, other = (found.get(name, "not given") for found in (texts[0], text))
+                if first != other:
+                    raise PrismError(
+                        f"Processes that share candidates must be given one call; process 0 has {name} = {first[:100]} "
+                        f"and process {rank} {other[:100]}."
+                    )
 
     def owners(self, candidates: Sequence[int], before: Mapping[int, int]) -> dict[int, int]:
         """The process of each candidate: its own one as far as that leaves all with about as many."""
@@ -115,3 +118,17 @@ def portable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(portable(inner) for inner in value)
     return value
+
+
+def _text(value: Any) -> str:
+    """A text that is the same on all processes for equal arguments; of objects it tells their class alone."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return str({str(name): _text(inner) for name, inner in value.items()})
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    content = hashlib.sha256(value.tobytes()).hexdigest()[:12] if hasattr(value, "tobytes") else ""
+    return f"{type(value).__name__} {content}".strip()

@@ -59,10 +59,13 @@ def warn_blind(schedule: Schedule, num_steps: int) -> None:
         )
 
 
-def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: int = 1) -> Schedule:
+def resolve(
+    schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: int = 1, last: int | None = None
+) -> Schedule:
     """The schedule, checked against n candidates and a run of `num_steps`, and brought down to `top_k` candidates.
 
-    A schedule whose last cut keeps more ends with a cut to `top_k` at the last step. Raises PrismError for one that is
+    A schedule whose last cut keeps more ends with a cut to `top_k` at the step `last`; None: the run's last one.
+    Raises PrismError for one that is
     empty or out of order, cuts before the first or after the last step, or keeps fewer than `top_k` or more than there
     are.
     """
@@ -92,8 +95,9 @@ def resolve(schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: in
         if keep < top_k:
             raise PrismError(f"The schedule keeps {keep} candidates at step {step}, and top_k asks for {top_k}.")
         alive, previous = keep, step
-    if alive > top_k and previous == num_steps:
-        cuts[-1] = (num_steps, top_k)
+    last = max(previous, num_steps if last is None else last)
+    if alive > top_k and previous == last:
+        cuts[-1] = (last, top_k)
     elif alive > top_k:
-        cuts.append((num_steps, top_k))
+        cuts.append((last, top_k))
     return tuple(cuts)

@@ -15,6 +15,7 @@ from torch import Tensor
 from prism.backbone import Backbone, Interceptor, Recording, Tokens
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.interceptor import OnCut
+from prism.backbone.steps import Steps
 from prism.errors import PrismError
 from prism.media import frames
 from prism.sampling import oracles
@@ -42,7 +43,8 @@ class Search:
     top_k: int = 1
     team: Team = field(default_factory=Team)
     schedule: Schedule = ()
-    guided: bool = True
+    steps: Steps | None = None  # of the call, and of a draft's: once the scheduler was asked
+    drafted: Steps | None = None
     draft_steps: int = 0
     judge_at: float = 0.0
     num_draws: int = 2
@@ -237,7 +239,7 @@ def full(search: Search) -> list[int]:
             pass
         return dict(search.latents)
 
-    return _judge_clean(search, sample, step=search.backbone.num_inference_steps(search.call))
+    return _judge_clean(search, sample, step=len(search.steps or ()))
 
 
 def draft(search: Search) -> list[int]:
@@ -249,7 +251,7 @@ def draft(search: Search) -> list[int]:
         drafts, search.latents = search.latents, {}
         return drafts
 
-    return _judge_clean(search, sample, step=search.draft_steps)
+    return _judge_clean(search, sample, step=len(search.drafted or ()))
 
 
 def oracle(search: Search) -> list[int]:
@@ -276,7 +278,7 @@ def oracle(search: Search) -> list[int]:
     answers = merged(search.team.agree(look))
     names, weights = oracles.columns(list(answers.values()), search.select_by)
     scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
-    step = search.backbone.num_inference_steps(search.call)
+    step = len(search.steps or ())
     return search.rank(step, 0.0, scores, search.top_k, range(len(search.seeds)), names, weights)
 
 
@@ -291,7 +293,9 @@ def early(search: Search) -> list[int]:
     left, family = len(alive), search.backbone.family
     for step, keep in search.schedule:
         share = search.judge.tap / search.backbone.num_blocks
-        probed[step] = cut_rows(left, keep, family.cfg, search.guided, share, search.backbone.listens)[1]
+        assert search.steps is not None
+        calls = search.steps.calls[step - 1]
+        probed[step] = cut_rows(left, keep, family.cfg, calls, share, search.backbone.listens)[1]
         left = keep
     cuts = list(search.schedule)
     while cuts:
