@@ -217,9 +217,8 @@ class Backbone:
 
     def _capture(self, prompts: list[str], call: dict[str, Any], seed: int) -> Conditioning:
         spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
-        # As many as a run has: PNDM takes no fewer than four, and Mochi no fewer than two.
         steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
-        call = {**call, **spared, "num_inference_steps": steps, "output_type": "latent"}
+        call = {**call, **spared, "num_inference_steps": steps, "output_type": "latent"}  # PNDM needs four, Mochi two
         call |= self.batch(prompts, [seed] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments, self.family)])
@@ -349,10 +348,8 @@ class Backbone:
             return
         check_texts(prompts, call)
         check_encoders(self.pipe, self._call, call, self.guided(call))
-        if embedded_rows(call):
-            return
         limit = call.get("max_sequence_length", self.default("max_sequence_length")) or self.family.text_limit
-        tokenizer = getattr(self.pipe, "tokenizer", None)
+        tokenizer = None if embedded_rows(call) else getattr(self.pipe, "tokenizer", None)
         if limit is not None and tokenizer is not None:
             with self.held():
                 warn_cut_off(prompts, tokenizer, limit, self.takes("max_sequence_length"), self._measured)

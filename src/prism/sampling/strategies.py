@@ -290,12 +290,10 @@ def early(search: Search) -> list[int]:
     share a run meet after each cut, so they go round by round.
     """
     alive, probed = list(range(len(search.seeds))), {}
-    left, family = len(alive), search.backbone.family
+    left, backbone = len(alive), search.backbone
     for step, keep in search.schedule:
-        share = search.judge.tap / search.backbone.num_blocks
-        assert search.steps is not None
-        calls = search.steps.calls[step - 1]
-        probed[step] = cut_rows(left, keep, family.cfg, calls, share, search.backbone.listens)[1]
+        calls, share = search.steps.calls[step - 1] if search.steps else 1, search.judge.tap / backbone.num_blocks
+        probed[step] = cut_rows(left, keep, backbone.family.cfg, calls, share, backbone.listens)[1]
         left = keep
     cuts = list(search.schedule)
     while cuts:
