@@ -307,6 +307,11 @@ def test_bad_input_gets_a_sentence(backbone, judge, store, tmp_path):
     (tmp_path / "taken" / "mine").write_text("1")
     with pytest.raises(PrismError, match="exist"):
         train_pixel(store, backbone, CONFIG, tmp_path / "taken", progress=False)
+    (tmp_path / "out.parts").mkdir()
+    (tmp_path / "out.parts" / "thesis.tex").write_text("x")
+    with pytest.raises(PrismError, match="holds no parts of a run"):
+        train_pixel(store, backbone, CONFIG, tmp_path / "out", progress=False)
+    assert (tmp_path / "out.parts" / "thesis.tex").read_text() == "x"
     with pytest.raises(PrismError, match="no validation pairs"):
         train_pixel(without_validation(store), backbone, CONFIG, tmp_path / "out", progress=False)
 

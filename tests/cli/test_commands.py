@@ -116,10 +116,17 @@ def test_weights_decide_and_are_reported(place, tmp_path):
 def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
     common = ["--data", str(place / "store"), "--backbone", str(place / "backbone")]
     run, steps = tmp_path / "run", ["--dim", "32", "--steps", "4", "--prompts-per-step", "2"]
-    assert cli.main(["train", *common, "--out", str(run), *steps]) == 0
+    with pytest.warns(UserWarning, match="6 training prompts: too few to learn from; the study needed some 800"):
+        assert cli.main(["train", *common, "--out", str(run), *steps]) == 0
     assert {"head", "history.json", "metrics.json", "config.json", "report.html"} <= {p.name for p in run.iterdir()}
     validate(files.read_json(run / "metrics.json"))
     weights = files.sha256(run / "head" / "model.safetensors")
+    told = capsys.readouterr().out
+    rows = files.read_json(run / "metrics.json")["accuracy"]
+    assert {row["t"] for row in rows} == {899, 699, 499}
+    assert {row["set"] for row in rows} == {"validation"}
+    assert all(f" {level} " in told for level in (899, 699, 499))
+    assert (run / "head" / "model.safetensors").stat().st_mode & 0o044
 
     evaluation = ["eval", *common, "--head", str(run), "--timesteps", "900,0"]
     assert cli.main([*evaluation, "--out", str(tmp_path / "eval")]) == 0
@@ -337,3 +344,25 @@ def test_version_and_unknown_commands(capsys):
     assert capsys.readouterr().out.startswith("prism ")
     assert cli.main(["sing"]) == 2
     assert cli.main(["sample", "--prompt", "x"]) == 2  # --out is missing
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"], ["--overwrite"]])
+def test_an_empty_output_folder_will_do(place, tmp_path, flags):
+    (tmp_path / "run").mkdir()
+    common = ["--data", str(place / "store"), "--backbone", str(place / "backbone")]
+    size = ["--dim", "16", "--tap", "1,2", "--steps", "2", "--prompts-per-step", "1"]
+    assert cli.main(["train", *common, *size, "--out", str(tmp_path / "run"), *flags]) == 0
+    assert len(files.read_json(tmp_path / "run" / "head" / "config.json")["members"]) == 2
+    if "--resume" not in flags:
+        (tmp_path / "eval").mkdir()
+        evaluation = ["eval", *common, "--head", str(tmp_path / "run"), "--timesteps", "0", "--out"]
+        assert cli.main([*evaluation, str(tmp_path / "eval"), *flags]) == 0
+        (tmp_path / "sample").mkdir()
+        assert sample(place, tmp_path / "sample", *flags) == 0
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.suffix == ".parts"]
+
+
+@pytest.mark.parametrize("tap", ["4,x", "", "0", "2,99"])
+def test_a_bad_tap_gets_a_sentence(place, tmp_path, capsys, tap):
+    common = ["--data", str(place / "store"), "--backbone", str(place / "backbone"), "--out", str(tmp_path / "run")]
+    refused(cli.main(["train", *common, "--tap", tap]), capsys, tmp_path / "run", "tap")

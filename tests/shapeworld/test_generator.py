@@ -245,11 +245,21 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
         return sample(*arguments)
 
     options = {"splits": {"train": (2, 2), "test": (1, 2)}, "trajectories": True, "backbone": backbone}
+    foreign = tmp_path / "other.parts" / "sub" / "thesis.tex"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("x")
+    for overwrite in (False, True):
+        with pytest.raises(PrismError, match="holds no parts of a run"):
+            candidates.run(tmp_path / "other", **options, overwrite=overwrite)
+    assert foreign.read_text() == "x"
+    shutil.rmtree(tmp_path / "other.parts")
     with monkeypatch.context() as patch:
         patch.setattr(candidates, "_sample", killed)
         with pytest.raises(KeyboardInterrupt):
             candidates.run(tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
+    with pytest.raises(PrismError, match="differs in seed: it was 0 and is now 1"):
+        candidates.run(tmp_path / "store", **options, seed=1)
     candidates.run(tmp_path / "store", **options)  # the first part is not sampled again
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
