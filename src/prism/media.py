@@ -39,8 +39,10 @@ def videos(batch: Any, name: str = "The video") -> np.ndarray:
     """Videos of one size as (B, T, H, W, 3) float32 in [0, 1]: an array of five axes, a list of what `frames` takes, or
     one video alone. Raises `PrismError` as `frames` does.
     """
-    axes = len(getattr(batch, "shape", ()))
-    if axes != 5 and (axes or _is_image(batch) or not isinstance(batch, Iterable) or isinstance(batch, str | bytes)):
+    axes = len(batch.shape) if hasattr(batch, "shape") else None
+    if axes != 5 and (
+        axes is not None or _is_image(batch) or not isinstance(batch, Iterable) or isinstance(batch, str | bytes)
+    ):
         batch = [batch]
     elif axes != 5:
         batch = list(batch)
@@ -123,7 +125,9 @@ def _array(value: Any, name: str) -> np.ndarray:
         return np.asarray(value if deep else value.convert("RGB"))
     if isinstance(value, str | bytes | os.PathLike):
         raise PrismError(f"{name} is given as {quoted(value, 80)}; read a file with prism.media.read_video.")
-    if hasattr(value, "detach"):  # torch's, without importing it; bfloat16 is unknown to numpy
+    if hasattr(value, "detach") and hasattr(
+        value, "is_floating_point"
+    ):  # torch's, without importing it; bfloat16 is unknown to numpy
         value = value.detach().cpu()
         return np.asarray((value.float() if value.is_floating_point() else value).numpy())
     if isinstance(value, Sequence) or (isinstance(value, Iterable) and not hasattr(value, "__array__")):

@@ -231,7 +231,7 @@ def test_any_value_of_any_option_ends_in_a_sentence_or_in_work(
     folder = tmp_path_factory.mktemp("fuzz")
     pairs = st.tuples(st.sampled_from(OPTIONS[command].split()), VALUES)
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(pairs, min_size=1, max_size=3))
     def run(chosen: list[tuple[str, str]]) -> None:
         words = [f"--{option}={value}" for option, value in chosen]

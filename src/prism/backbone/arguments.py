@@ -17,6 +17,7 @@ from prism.media import frames, read_video
 
 STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # ranges that are sane
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
+_WHOLE |= {"max_sequence_length": (1, 1_000_000)}
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
 _DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt")  # 1, also where it is said
 _PICTURES = ("image", "last_image", "video")
@@ -38,9 +39,12 @@ def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
         if name in _WHOLE and value is not None:
             value = whole(name, value, *_WHOLE[name])
         elif name in _SCALES and value is not None:
-            number(name, value, *GUIDANCE)
+            scale = number(name, value, *GUIDANCE)
+            value = value if isinstance(value, int | float) else scale
         elif isinstance(value, float | np.floating):
             number(name, value)
+        elif name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
+            texts(value, name)
         elif isinstance(value, Tensor) and value.is_inference():
             value = value.clone()
         elif name in _PICTURES:
@@ -81,7 +85,10 @@ def _opened(name: str, path: str) -> Any:
 def embedded_rows(call: Mapping[str, Any]) -> int:
     """The number of prompts that a call gives as embeddings, 0 where it gives none."""
     given = [value for name, value in call.items() if name.startswith("prompt") and "embeds" in name]
-    return next((len(value) for value in given if isinstance(value, Tensor | list | tuple)), 0)
+    rows = (
+        len(value) if getattr(value, "ndim", 1) else 1 for value in given if isinstance(value, Tensor | list | tuple)
+    )
+    return next(rows, 0)
 
 
 def _is_embedding(name: str, value: Any) -> bool:
@@ -108,8 +115,8 @@ def check_texts(prompts: Sequence[Any], call: Mapping[str, Any]) -> None:
 def _check_embeddings(call: Mapping[str, Any]) -> None:
     for name, value in call.items():
         plain = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
-        if plain and isinstance(value, list | tuple | str | np.ndarray):
-            raise PrismError(f"{name} must be a tensor with one row per prompt; found {type(value).__name__}.")
+        if plain and value is not None and getattr(value, "ndim", 0) < 2:
+            raise PrismError(f"{name} must be a tensor with one row per prompt; found {quoted(value, 80)}.")
     rows = {name: len(value) for name, value in call.items() if _is_embedding(name, value)}
     if len({count for count in rows.values() if count != 1}) > 1 or 0 in rows.values():
         told = ", ".join(f"{name} {count}" for name, count in rows.items())

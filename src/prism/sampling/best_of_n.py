@@ -186,7 +186,7 @@ def best_of_n(
         check_noise(backbone.pipe, backbone.family.counts_calls)
     backbone.check_call([text or "" for text in prompts], call)
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
-    if distribute not in (None, "candidates", "prompts"):
+    if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = arguments.flag("keep_latents", keep_latents), arguments.flag("progress", progress)
     check_weights(select_by)

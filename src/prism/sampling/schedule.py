@@ -70,9 +70,13 @@ def resolve(
     are.
     """
     cuts: list[tuple[int, int]] = []
-    if isinstance(schedule, Mapping | bytes) or not hasattr(schedule, "__iter__"):
+    try:
+        given = None if isinstance(schedule, Mapping | bytes) else list(schedule)
+    except Exception:  # of whatever library
+        given = None
+    if given is None:
         raise PrismError(f"The schedule is a list of cuts such as [(5, 1)]; found {quoted(schedule, 80)}.")
-    for cut in schedule:
+    for cut in given:
         try:
             step, keep = (whole("a cut", value, None) for value in cut)
         except (PrismError, TypeError, ValueError):
