@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,9 +40,29 @@ class InDictionary(Net):
         return super().forward(z, when, words=told["inner"]["words"]) * told["scale"] / 2
 
 
+class WithSound(Net):
+    """It denoises four samples of sound beside the video, and each sees the other."""
+
+    def forward(self, z: Tensor, when: Tensor, **rest: Any) -> Any:
+        sound = rest.pop("sound")
+        velocity = super().forward(z, when + sound.mean(1), **rest)
+        return velocity, sound - z.mean((1, 2, 3, 4))[:, None]
+
+
 class Tuples(Boxes):
     def encode(self, x: Tensor) -> Any:
         return (SimpleNamespace(latents=super().encode(x)),)
+
+
+@dataclass
+class Output:
+    """What a pipeline with sound gives."""
+
+    frames: Any
+    sound: Tensor | None = None
+
+    def __getitem__(self, place: int) -> Any:
+        return (self.frames, self.sound)[place]
 
 
 class OddPipeline(BarePipeline):
@@ -153,6 +173,36 @@ class TuplePipeline(OddPipeline):
         self.vae = Tuples()
 
 
+class SoundPipeline(OddPipeline):
+    """A sound is denoised beside the video, by the same network."""
+
+    family = replace(
+        BarePipeline.family,
+        name="sound",
+        gives_tensor=False,
+        outputs=2,
+        batched=frozenset(["z", "when", "words", "sound"]),
+    )
+    kind = WithSound
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: Any, generator: Any, strength: float = 4.0, num_inference_steps: int = 6, output_type: str = "np"
+    ) -> Any:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        words = torch.tensor([[ord(letter) for letter in text[:24].ljust(24)] for text in prompts])
+        z, sound = (randn_tensor((len(prompts), *shape), generator=generator) for shape in ((3, 4, 4, 6), (4,)))
+        for step in range(num_inference_steps):
+            when = torch.full((len(z),), 1 - step / num_inference_steps)
+            found = self.transformer(z, when, words=words, sound=sound)
+            if strength > 1:
+                others = self.transformer(z, when, words=torch.zeros_like(words), sound=sound)
+                found = [other + strength * (one - other) for one, other in zip(found, others)]
+            sound = sound - found[1] / num_inference_steps
+            z = self.scheduler.step(found[0], z, 1 / num_inference_steps)
+        return Output(self.output(z, output_type)[0], sound)
+
+
 ODD: dict[str, type[OddPipeline]] = {
     "tokens before and behind": JoinedPipeline,
     "rows in a dictionary": DictionaryPipeline,
@@ -160,6 +210,7 @@ ODD: dict[str, type[OddPipeline]] = {
     "latents carried otherwise": CarriedPipeline,
     "one text and no list": OneTextPipeline,
     "a VAE without a distribution": TuplePipeline,
+    "sound beside the video": SoundPipeline,
 }
 
 

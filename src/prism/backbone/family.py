@@ -71,6 +71,8 @@ class Family:
     """arguments with a row per sample; of one that holds a dict all tensors in it, or "name.key" for one of them"""
     gives_tensor: bool = False
     """the denoiser gives a plain tensor, as those outside diffusers may"""
+    outputs: int = 1
+    """tensors that the denoiser gives, a row per sample each, the video's first: 2 with a sound beside it"""
     patch: Grid | None = None
     """latent cells (T, H, W) in a token; None: the denoiser's configuration says"""
     pads: bool = False

@@ -22,6 +22,7 @@ from prism.backbone.holding import here
 from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
 from prism.backbone.recording import Inputs, Recording, inputs_of
+from prism.backbone.several import packing
 from prism.checks import quoted
 from prism.errors import PrismError
 
@@ -244,7 +245,8 @@ class Interceptor:
         self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
         with ExitStack() as stack:
             for place, denoiser in enumerate(self.backbone.denoisers):
-                stack.enter_context(around_module(denoiser, partial(self._denoise, place, denoiser)))
+                wrapper = packing(partial(self._denoise, place, denoiser), denoiser, self.backbone.family)
+                stack.enter_context(around_module(denoiser, wrapper))
             if not self.backbone.family.counts_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.backbone.family.vae_alone and len(self.candidates) > 1:
