@@ -23,11 +23,9 @@ from prism.experiments import checks
 from prism.experiments.subject import Subject
 from prism.judge import Judge
 
-OWN = "Families of one's own"
-
 
 @works(
-    OWN,
+    "Families of one's own",
     "text tokens beside the video's, rows in dictionaries, a clock or latent layout of its own, one text a call, a VAE "
     "without a distribution, sound beside the video",
     "exact",
@@ -42,7 +40,12 @@ def test_every_check_holds_for(oddity: str) -> None:
     assert [(name, told) for name, (holds, told) in lines.items() if not holds and name not in skipped] == []
 
 
-@works(OWN, "a row that does not say what stands beside the video's tokens", "refused", "The sentence names the facts.")
+@works(
+    "Families of one's own",
+    "a row that does not say what stands beside the video's tokens",
+    "refused",
+    "The sentence names the facts.",
+)
 def test_tokens_that_are_not_the_videos_are_not_scored_as_such() -> None:
     """The text's 24 behind and a global one before were read as video: 43 tokens on a grid of 18."""
     pipe, call = odd(JoinedPipeline)

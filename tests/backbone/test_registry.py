@@ -23,8 +23,6 @@ from prism.backbone import FAMILIES, Backbone, register, registry
 from prism.errors import PrismError
 from prism.judge import Judge
 
-OWN = "Families of one's own"
-
 
 @pytest.fixture(autouse=True)
 def _put_back(families_put_back: None) -> None: ...
@@ -38,7 +36,7 @@ class TunedKandinsky(Kandinsky5I2VPipeline):  # type: ignore[misc]
     """A subclass of a pipeline of which a fact is told by its class."""
 
 
-@works(OWN, "a subclass of a supported pipeline", "exact", "It is of its base's family.")
+@works("Families of one's own", "a subclass of a supported pipeline", "exact", "It is of its base's family.")
 @pytest.mark.parametrize(("kind", "variant"), [(TunedWan, "wan21_t2v_euler"), (TunedKandinsky, "kandinsky5_i2v")])
 def test_a_subclass_is_of_its_bases_family(kind: type, variant: str) -> None:
     pipe, call = VARIANTS[variant]()
@@ -49,7 +47,12 @@ def test_a_subclass_is_of_its_bases_family(kind: type, variant: str) -> None:
     assert (one.given is None) == (other.given is None) == (variant != "kandinsky5_i2v")
 
 
-@works(OWN, "register(family, pipeline=YourPipeline)", "exact", "Memory, folders and first blocks alone find the row.")
+@works(
+    "Families of one's own",
+    "register(family, pipeline=YourPipeline)",
+    "exact",
+    "Memory, folders and first blocks alone find the row.",
+)
 def test_a_registered_family_is_found_in_memory_and_in_folders(tmp_path: Path) -> None:
     pipe, call = own()
     with pytest.raises(PrismError, match=r"OwnPipeline is not supported yet. Nearest is 'wan'"):
@@ -138,7 +141,12 @@ def installed(folder: Path, **points: str) -> None:
     (folder / "their_rows.py").write_text(ROWS.format(name="theirs", pipeline="TheirPipeline"))
 
 
-@works(OWN, "an installed package with an entry point in the group prism.families", "works", "Commands find its rows.")
+@works(
+    "Families of one's own",
+    "an installed package with an entry point in the group prism.families",
+    "works",
+    "Commands find its rows.",
+)
 def test_an_entry_point_is_found_and_a_broken_one_is_warned_of(tmp_path: Path, monkeypatch: Any) -> None:
     installed(tmp_path, a="their_rows:broken", b="their_rows:row", c="their_rows:rows", d="their_rows:nothing")
     monkeypatch.syspath_prepend(str(tmp_path))
