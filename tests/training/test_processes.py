@@ -96,7 +96,7 @@ def work(folder: Path) -> None:
         if rank == 1:
             patched.setattr(trainer, "read", short_of_memory)
         short, _ = trained(folder, folder / "short")
-    assert any("Memory ran out with" in str(each.message) for each in said)
+    assert any("Memory ran out with" in str(each.message) for each in said) == (rank == 1)
     command = [*COMMAND.format(folder).split(), "--out", str(folder / "command")]
     codes = [main(command), main(command), main([*command, "--overwrite"])]  # done, refused, done again
     save_file(weights, folder / f"{rank}.safetensors")
@@ -152,9 +152,9 @@ def test_two_processes_train_as_one_does(made: Path, alone: Any) -> None:
     "Threads and processes",
     "One of several training processes runs out of memory",
     "to rounding",
-    "All go on with half the videos per batch, on the same step.",
+    "It takes the same step in parts of half as many videos while the others wait.",
 )
-def test_one_process_short_of_memory_makes_all_take_smaller_parts(made: Path, alone: Any) -> None:
+def test_one_process_short_of_memory_takes_the_step_in_parts(made: Path, alone: Any) -> None:
     for rank in (0, 1):
         found = load_file(made / f"short-{rank}.safetensors")
         for name, value in alone[0].items():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests import kills, stores, tiny
+from tests.works import works
 
 from prism import files, runs
 from prism.errors import PrismError
@@ -223,6 +224,13 @@ def test_resuming_after_kill_9_gives_the_same_bits(wan, store, tmp_path):
     assert same(weights(whole), weights(again))
 
 
+@pytest.mark.parametrize("state", [[], {}, {"step": "x"}, {"step": 6, "history": 3}, {"step": None, "window": []}])
+def test_a_checkpoint_whose_state_is_odd_falls_back_on_the_one_before(wan, store, interrupted, state):
+    files.write_json(interrupted / "checkpoints" / "step-00000006" / "state.json", state)
+    with pytest.warns(UserWarning, match="Falling back"):
+        train(store, judge_for(wan), CONFIG, interrupted, resume=True, progress=False)
+
+
 class Interrupted(Exception):
     pass
 
@@ -318,6 +326,12 @@ def test_the_run_writes_what_it_was_asked_for(wan, store, interrupted):
     assert isinstance(store, LatentStore)
 
 
+@works(
+    "Offload and memory",
+    "Training and evaluating with `enable_model_cpu_offload`",
+    "works",
+    "Models come to the accelerator once a run and are freed at its end, not after each pass.",
+)
 def test_offloaded_models_are_freed_at_the_end_and_not_after_each_pass(store, tmp_path):
     pipe, freed = tiny.wan(), []
     pipe.maybe_free_model_hooks = lambda: freed.append(1)

@@ -163,7 +163,7 @@ def train_pixel(
             torch.manual_seed((config.seed * 1_000_003 + step) * processes.size + processes.rank)
             return [judge.head(videos, text, mask)]
 
-    first, steps = load_checkpoint(place / "checkpoints", learner), Steps(processes, settings.max_rows)
+    first, steps = load_checkpoint(place / "checkpoints", learner), Steps(settings.max_rows)
     places = range(processes.rank, config.prompts_per_step, processes.size)
     hidden = None if progress and processes.first else True
     for step in tqdm(

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prism.checks import quoted
 from prism.errors import PrismError
 from prism.evaluation.accuracy import prompt_interval
 from prism.preference import PromptGroup
@@ -45,8 +46,10 @@ class Measurement:
             table = pq.read_table(path)
             extra = json.loads((table.schema.metadata or {})[b"prism"])
             return cls(extra["rows"], table.select(COLUMNS), extra["settings"])
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise PrismError(f"The file {path} is no whole measurement of a judge ({error}); measure anew.") from error
+        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            raise PrismError(
+                f"The file {path} is no whole measurement of a judge ({quoted(error, 150)}); measure anew."
+            ) from error
 
     def decided(self) -> dict[tuple[float, str], tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
         """(t, dimension) -> its decided pairs: (video_a, video_b), prompts (n,), and whether judged right (n,) bool."""

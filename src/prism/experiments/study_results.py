@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from prism import files
@@ -91,7 +90,7 @@ class Results:
         for name, seed, init in heads:
             if (name, seed) not in self._scores:
                 path = self.out / "heads" / name / f"seed-{seed}" / SCORES
-                self._scores[name, seed] = load_file(path)
+                self._scores[name, seed] = files.load_safetensors(path)
             scores = self._scores[name, seed][f"head-{init}"].double().numpy()
             margins = scores[:, :, self.first] - scores[:, :, self.second]
             members.append(margins / margins.std((0, 1, 2)) if variant.standardised else margins)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
+from prism.checks import quoted
 from prism.errors import PrismError
 from prism.training.learner import Learner
 
@@ -63,6 +65,7 @@ def load_checkpoint(folder: Path, learner: Learner, step: int | None = None) -> 
 def _restore(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], learner: Learner) -> None:
     head, optimizer = learner.judge.head, learner.optimizer
     try:
+        operator.index(state["step"])
         head.load_state_dict({name: tensors[f"head.{name}"] for name in head.state_dict()})
         moments = {}
         for index, (name, parameter) in enumerate(head.named_parameters()):
@@ -75,8 +78,8 @@ def _restore(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], lear
             for name, value in weights.items():
                 value.copy_(tensors[f"{copy}.{name}"])
         learner.history, learner.window.state, learner.best = state["history"], state["window"], state["best"]
-    except (KeyError, RuntimeError) as error:
-        raise PrismError(f"The checkpoint {path} does not fit this run ({error}).") from error
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise PrismError(f"The checkpoint {path} does not fit this run ({quoted(error, 200)}).") from error
 
 
 def _per_parameter(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -156,8 +156,8 @@ class Steps:
     Losses are shares of the whole batch's, so that parts add up to the same step, to rounding.
     """
 
-    def __init__(self, processes: Processes, rows: int) -> None:
-        self.processes, self.rows = processes, rows
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
         self._in_parts = False
 
     def take(
@@ -166,7 +166,7 @@ class Steps:
         """One step (from 0). `forward` gives each learner's scores of a part, so many rows of it at a time."""
         for learner in learners:
             learner.begin(batch.labels)
-        while self.processes.any(not self._fits(learners, batch, forward)):
+        while not self._fits(learners, batch, forward):  # gradients of several processes meet only after it
             self.rows, self._in_parts = halved(min(self.rows, len(batch.t)), "training"), True
             for learner in learners:
                 learner.begin_again()

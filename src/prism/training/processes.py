@@ -71,10 +71,6 @@ class Processes:
         distributed.all_reduce(whole)
         return whole.to(values.device)
 
-    def any(self, value: bool) -> bool:
-        """Whether it is so on any process."""
-        return bool(self.total(torch.tensor(int(value))))
-
     def add_up(self, values: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sums over processes."""
         if self.size == 1:

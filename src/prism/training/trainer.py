@@ -94,7 +94,7 @@ def train(
     batches = Batches(store, groups, judge.backbone, config)
     conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
     learners = [Learner(each, config, processes) for each in _one_by_one(judge)]
-    steps, start = Steps(processes, config.max_rows), 0
+    steps, start = Steps(config.max_rows), 0
     for number, learner in enumerate(learners):
         start = load_checkpoint(_checkpoints_of(checkpoints, number), learner, start if number else None)
     places = range(processes.rank, config.prompts_per_step, processes.size)
@@ -187,7 +187,7 @@ def train_together(
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
     conditionings = Conditionings(first.backbone, store, [group.prompt for group in groups])
-    places, steps = range(processes.rank, config.prompts_per_step, processes.size), Steps(processes, config.max_rows)
+    places, steps = range(processes.rank, config.prompts_per_step, processes.size), Steps(config.max_rows)
     last, hidden = max(each.steps for each in configs), None if progress and processes.first else True
     with first.backbone.freed():  # offloaded models once, not after each step
         for step in tqdm(range(last), desc=desc or "train", disable=hidden):
