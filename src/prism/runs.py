@@ -257,7 +257,10 @@ def _enter(
             files.write_json(known, wanted)
         return held
     found = _read(known)
-    if found is None or found.get("command", wanted.get("command")) != wanted.get("command"):
+    other = (
+        name == CONFIG and found is not None and found.get("command", wanted.get("command")) != wanted.get("command")
+    )
+    if found is None or other:
         holds = "parts of a run" if name == IDENTITY else f"run of {wanted.get('command', 'this kind')}"
         raise PrismError(
             f"The folder {files.shown(folder)} exists already and holds no {holds}; move it away, or choose another "
