@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable
@@ -244,3 +245,27 @@ def test_guidance_on_part_of_the_steps(variant: str, span: dict[str, float]) -> 
         assert vars(pipe.guider) == before
         plain = build()[0](tiny.PROMPT, generator=seeded(result.seed), **call)[0]
         assert torch.equal(result.video, plain[0])
+
+
+@works(
+    "Threads and processes",
+    "a plain call in another thread, on a copy of the pipeline with its own scheduler, while a search runs",
+    "exact",
+    "Both give what they give alone.",
+)
+def test_plain_calls_beside_a_search() -> None:
+    pipe = tiny.wan("unipc")
+    judge = Judge.untrained(pipe, tap=2, dim=16)
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    expected, plain = [stock(pipe, seed) for seed in range(6)], []
+    alone = prism.best_of_n(pipe, judge, tiny.PROMPT, n=4, seed=5, batch_size=2, **CALL)
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(lambda: [plain.append(stock(other, seed)) for seed in range(6)])
+        found = [prism.best_of_n(pipe, judge, tiny.PROMPT, n=4, seed=5, batch_size=2, **CALL) for _ in range(2)]
+        beside.result(120)
+    assert all(torch.equal(one, two) for one, two in zip(plain, expected, strict=True))
+    for result in found:
+        assert torch.equal(result.latents, alone.latents)
+        assert result.ledger.denoiser_rows == alone.ledger.denoiser_rows
+        assert result.ledger.text_encodings == alone.ledger.text_encodings

@@ -254,13 +254,18 @@ def _check(config: SampleConfig) -> None:
 
 def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
     """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
+    from prism.backbone.arguments import normalised
     from prism.sampling.ledger import expected_rows
 
     ledger = result.ledger
     steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
     share = judge.tap / backbone.num_blocks if judge else 0.0
     draws = config.num_draws if config.strategy in ("full", "draft") else FULL_DRAWS
-    everything = expected_rows("full", config.n, steps, backbone.family.cfg, guided, share, num_draws=draws)
+    whole = normalised({**call, "output_type": "latent"})
+    calls = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)}).calls
+    everything = expected_rows(
+        "full", config.n, len(calls), backbone.family.cfg, guided, share, num_draws=draws, calls=calls
+    )
     return {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
