@@ -132,6 +132,11 @@ def test_the_folder_is_also_a_hub_mixin_model(judge, saved, tmp_path):
     assert torch.equal(head.query, judge.head.query)
     head.save_pretrained(tmp_path / "again")
     assert torch.equal(QueryHead.from_pretrained(tmp_path / "again").query, head.query)
+    for changes in ({"dim": 10**6}, {"mlp_layers": 10**9}, {"dim": "x"}):  # not allocated
+        reseal(saved, **changes)
+        with pytest.raises(PrismError):
+            QueryHead.from_pretrained(saved)
+    reseal(saved, dim=judge.head.dim, mlp_layers=judge.head.mlp_layers)
     (saved / "model.safetensors").write_bytes(pickle.dumps({}))
     with pytest.raises(PrismError, match="pickle"):
         QueryHead.from_pretrained(saved)

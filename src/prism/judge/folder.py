@@ -29,12 +29,10 @@ from prism.backbone.fingerprint import fits
 from prism.checks import number, quoted, whole
 from prism.errors import PrismError
 from prism.judge.card import model_card
-from prism.judge.head import AGGREGATIONS, QueryHead
+from prism.judge.head import AGGREGATIONS, LARGEST, QueryHead
 
 FORMAT, SCHEMAS = "prism-head", (1, 2)
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-SIZES = {"width": 2**20, "dim": 2**20, "num_dimensions": 1000, "num_queries": 2**16, "num_heads": 2**16}
-SIZES |= {"mlp_layers": 256}  # the largest that a file may ask for
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,9 @@ def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
             f"The file {weights} holds tensors of a member {quoted(min(header), 80)}, which its config.json does not "
             "list."
         )
+    tensors = _by_member(files.load_safetensors(weights), several)
     if files.sha256(weights) != config.get("weights_sha256"):
         raise PrismError(f"The file {weights} is not the one its config.json was written for; it was altered.")
-    tensors = _by_member(files.load_safetensors(weights), several)
     for place, (_, head, _) in enumerate(made):
         head.load_tensors(tensors[str(place)], weights)
         head.eval()
@@ -165,7 +163,7 @@ def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[i
     if not isinstance(entry, dict):
         raise PrismError(f"The field 'members' of {path} must list objects; found {quoted(entry, 80)}.")
     told = lambda name: f"The field {name!r} of {path}"  # noqa: E731
-    sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in SIZES.items()}
+    sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in LARGEST.items()}
     chunk_size = entry.get("chunk_size")
     if chunk_size is not None:
         chunk_size = whole(told("chunk_size"), chunk_size, 1, 2**31)

@@ -30,6 +30,8 @@ from prism.errors import PrismError
 from prism.judge import reading
 
 AGGREGATIONS = ("query", "mean", "linear")
+LARGEST = {"width": 2**20, "dim": 2**20, "num_dimensions": 1000, "num_queries": 2**16, "num_heads": 2**16}
+LARGEST |= {"mlp_layers": 256}  # beyond any use: a file that says more is damaged
 
 
 class QueryHead(nn.Module, PyTorchModelHubMixin):
@@ -73,6 +75,8 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise PrismError(f"The head's {name} must be a whole number above 0, found {value!r}.")
+            if value > LARGEST.get(name, value):
+                raise PrismError(f"The head's {name} must be at most {LARGEST[name]}, found {value}.")
         if dim % num_heads:
             raise PrismError(f"The head's num_heads must divide its dim, found {num_heads} heads for dim {dim}.")
         self.width, self.dim, self.num_dimensions = width, dim, num_dimensions
@@ -174,8 +178,14 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
                 raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
 
     @classmethod
+    def _from_pretrained(cls, **options: Any) -> Any:
+        with torch.device("meta"):  # weights come from the file: nothing is allocated for what it does not hold
+            return super()._from_pretrained(**options)
+
+    @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        model.load_weights(model_file)
+        with torch.device("cpu"):
+            model.load_weights(model_file)
         return model.to(map_location).eval()
 
     @classmethod
