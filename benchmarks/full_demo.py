@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prism.experiments.parts import Parts
 
 from prism import files, media, shapeworld
 from prism.evaluation import TIMESTEPS
@@ -26,6 +25,7 @@ from prism.experiments import demo, judges
 from prism.experiments.contest import Panel
 from prism.experiments.loading import load_backbone
 from prism.preference import LatentStore
+from prism.runs import Parts, parts_of
 from prism.shapeworld import candidates
 
 STAGES = ("data", "join", "train", "measure", "contests")
@@ -72,14 +72,9 @@ class Work:
     def __init__(self, given: argparse.Namespace) -> None:
         self.config, self.rank, self.size = settings(given), given.rank, given.workers
         self.seed = given.seed
-        place = given.out.absolute().with_name(f"{given.out.name}.parts")
         self.backbone, self.call, _ = load_backbone()
-        for _ in range(100):  # several write the same identity at once
-            try:
-                self.parts = Parts(place, demo.identity(self.config, self.backbone, self.call, None))
-                break
-            except Exception:
-                time.sleep(0.2)
+        identity = demo.identity(self.config, self.backbone, self.call, None)
+        self.parts = Parts(parts_of(given.out), identity, shared=True)
 
     def mine(self, jobs: list[Callable[[], Any]]) -> None:
         for job in jobs[self.rank :: self.size]:
