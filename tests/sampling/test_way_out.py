@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests import tiny
 from tests.sampling.conftest import Setting
+from tests.works import works
 
 import prism
 from prism.errors import PrismError
@@ -286,6 +287,7 @@ def test_seeds_and_the_random_strategy(wan: Setting) -> None:
     assert all(0 <= index < 8 for index in drawn)
 
 
+@works("Offload and memory", "Memory that runs out in a search", "warned", "Half the candidates go in a batch")
 def test_where_memory_runs_out_batches_get_smaller(wan: Setting) -> None:
     """A denoiser that has room for two rows: the same winner, a warning for each halving, nothing left behind."""
     judge, arguments = wan.judge(2), {"n": 4, "schedule": [(2, 2), (4, 1)], **wan.call}
