@@ -152,7 +152,7 @@ BREAKAGES = {
     "call is a list": (lambda f: meta(f, call=[1, 2]), "field call of .* must be an object"),
     "checksums are a text": (lambda f: meta(f, sha256="00"), "field sha256 of .* must be an object"),
     "backbone is a text": (lambda f: meta(f, backbone="vae"), "field backbone of .* must be an object"),
-    "nested": (lambda f: (f / "store.json").write_text("[" * 100_000), "nested too deeply"),
+    "nested": (lambda f: (f / "store.json").write_text("[" * 100_000), "not valid JSON"),
     "a pipe": (lambda f: pipe(f / "store.json"), "is no regular file"),
     "a pipe of latents": (lambda f: pipe(f / "latents-00000.safetensors"), "is no regular file"),
     "float8": (

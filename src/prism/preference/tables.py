@@ -35,10 +35,7 @@ def check_file(path: Path, wanted_by: str = "") -> None:
 def read_meta(path: Path) -> dict[str, Any]:
     """store.json: an object whose parts have the kinds that a store relies on."""
     check_file(path)
-    try:
-        meta = files.read_json(path)
-    except RecursionError:
-        raise PrismError(f"The file {named(path)} is nested too deeply; it is no store's.") from None
+    meta = files.read_json(path)
     if not isinstance(meta, dict):
         raise PrismError(f"The file {named(path)} is a {type(meta).__name__} where an object is needed.")
     for name in ("call", "backbone", "sha256"):
