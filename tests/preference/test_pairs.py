@@ -122,7 +122,7 @@ def test_check_disjoint_finds_a_planted_leak():
     check_disjoint(pairs)
     with pytest.raises(PrismError, match="prompt 'prompt 0' is in the splits train and test"):
         check_disjoint(leak(pairs, "prompt", "prompt 0"))
-    with pytest.raises(PrismError, match="prompt ' Prompt +0' is in the splits train and test"):
+    with pytest.raises(PrismError, match=r"prompt ' Prompt +0' is in the splits train and test"):
         check_disjoint(leak(pairs, "prompt", " Prompt  0"))
     with pytest.raises(PrismError, match="video 'v1' is in the splits train and test"):
         check_disjoint(leak(pairs, "video_b", "v1"))
