@@ -364,16 +364,16 @@ def under_a_logger(pipe: Any) -> None:
 CACHES: dict[str, tuple[Callable[[Any], None], str]] = {
     "TeaCache on the class": (teacache_on_the_class, "teacache"),
     "TeaCache on the instance": (teacache_on_the_instance, "teacache"),
-    "in a closure": (in_a_closure, "in_a_closure.cached"),
-    "with nonlocals": (with_nonlocals, "forward"),
-    "with a helper": (with_a_helper, "with_a_helper.cached"),
-    "cached blocks": (cached_blocks, "CachedBlock.forward"),
-    "other blocks": (other_blocks, "new_forward runs other blocks"),
-    "of a subclass": (of_a_subclass, "Cached.forward"),
-    "cached attention": (cached_attention, "CachedAttention.__call__"),
-    "by a hook": (by_a_hook, "Cache.new_forward"),
+    "in a closure": (in_a_closure, "cached of test_patches"),
+    "with nonlocals": (with_nonlocals, "cached of test_patches"),
+    "with a helper": (with_a_helper, "cached of test_patches"),
+    "cached blocks": (cached_blocks, "forward of test_patches"),
+    "other blocks": (other_blocks, "new_forward of test_patches runs other blocks"),
+    "of a subclass": (of_a_subclass, "forward of test_patches"),
+    "cached attention": (cached_attention, "__call__ of test_patches"),
+    "by a hook": (by_a_hook, "new_forward of test_patches"),
     "under offload": (under_offload, "teacache"),
-    "under a logger": (under_a_logger, "in_a_closure.cached"),
+    "under a logger": (under_a_logger, "cached of test_patches"),
 }
 
 

@@ -116,7 +116,10 @@ def _top(function: types.FunctionType) -> str:
 
 
 def _name(function: types.FunctionType) -> str:
-    return f"{function.__module__}.{function.__qualname__}".replace(".<locals>", "")[-100:]
+    """Where a function stands: its own name and module, not those of what it wraps."""
+    code = function.__code__
+    name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")  # from Python 3.11
+    return f"{name} of {function.__globals__.get('__name__', 'a module')}"[-120:]
 
 
 def _reachable(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
