@@ -21,7 +21,7 @@ from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
 from prism.backbone.holding import here
 from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
-from prism.backbone.recording import Inputs, Recording, inputs_of
+from prism.backbone.recording import Inputs, Recording, inputs_of, moments_of
 from prism.backbone.several import packing
 from prism.checks import quoted
 from prism.errors import PrismError
@@ -274,7 +274,8 @@ class Interceptor:
         alive = self.alive  # of this call: a cut that listens is decided after it
         recordings = [self.recordings[self.candidates[row]] for row in alive]
         inputs: list[Inputs] = []
-        if self.record or all(recordings):
+        moments = moments_of(arguments, len(self.candidates), family) if all(recordings) else []
+        if self.record or (moments and all(moments[row] in each.moments for row, each in zip(alive, recordings))):
             every = inputs_of(denoiser, place, arguments, len(self.candidates), family)
             inputs = [every[row] for row in alive]
         recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]

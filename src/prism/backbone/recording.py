@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import marshal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from prism.backbone.family import Family, noisy_name
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, str, type(None))
+_HOLDERS = (list, tuple, dict)
 _MODULES_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 
 
@@ -23,12 +25,14 @@ _MODULES_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 class Inputs:
     """What one candidate's rows of a denoiser call are computed from.
 
-    exact: SHA-256 of all but the values of floating-point rows: the denoiser and what is switched on it, the arguments
-    that all rows share, names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to
-    the bit. sums: means and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: what rounding may change
-    of them, (arguments,). alone: computed in a call of this candidate only.
+    moment: a hash of the timestep alone, by which a recording sees at once that it holds nothing. exact: SHA-256 of all
+    but the values of floating-point rows: the denoiser and what is switched on it, the arguments that all rows share,
+    names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to the bit. sums: means
+    and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: what rounding may change of them,
+    (arguments,). alone: computed in a call of this candidate only.
     """
 
+    moment: int
     exact: bytes
     bits: tuple[int, ...]
     sums: Tensor
@@ -52,6 +56,7 @@ class Recording:
 
     def __init__(self) -> None:
         self._outputs: dict[bytes, list[tuple[Inputs, Tensor]]] = {}
+        self.moments: set[int] = set()
 
     def __len__(self) -> int:
         return sum(map(len, self._outputs.values()))
@@ -65,8 +70,20 @@ class Recording:
 
     def keep(self, inputs: Inputs, output: Tensor) -> None:
         """Record an output in host memory, in the place of one for the same inputs."""
+        self.moments.add(inputs.moment)
         others = [pair for pair in self._outputs.get(inputs.exact, ()) if not pair[0].same(inputs)]
         self._outputs[inputs.exact] = [*others, (inputs, output.to("cpu", copy=True))]
+
+
+def moments_of(arguments: Mapping[str, Any], candidates: int, family: Family) -> list[int]:
+    """A hash of each candidate's timestep in a denoiser call."""
+    timestep = arguments.get(family.timestep_argument)
+    if not isinstance(timestep, Tensor):
+        return [0] * candidates
+    if timestep.ndim == 0 or len(timestep) % candidates:
+        return _bits(timestep.flatten()[None]).tolist() * candidates
+    each = max(1, len(timestep) // len(arguments[noisy_name(arguments, family)]))
+    return _bits(_by_candidate(timestep, candidates, each)).tolist()
 
 
 def inputs_of(
@@ -87,7 +104,7 @@ def inputs_of(
         elif isinstance(value, Tensor):
             shape = (batch // candidates, *value.unflatten(0, (batch, -1)).shape[1:])
             shared.update(f"{name} {value.dtype} {shape}".encode())
-            rows = value.unflatten(0, (-1, candidates, len(value) // batch)).transpose(0, 1).flatten(1)
+            rows = _by_candidate(value, candidates, len(value) // batch)
             hashes = _bits(rows).tolist()
             if value.is_floating_point() and name != family.timestep_argument:  # a scheduler's table has no rounding
                 bits.append(hashes)
@@ -100,11 +117,18 @@ def inputs_of(
         else:
             for candidate in range(candidates):
                 own[candidate].update(f"{name} {[_text(each) for each in value[candidate::candidates]]}".encode())
-    common = shared.digest()
+    common, moments = shared.digest(), moments_of(arguments, candidates, family)
     parts = torch.stack(sums, 1).cpu()  # the latents at least
     tolerance = torch.stack(tolerances, 1).cpu()
     return [
-        Inputs(common + own[c].digest(), tuple(each[c] for each in bits), parts[c], tolerance[c], candidates == 1)
+        Inputs(
+            moments[c],
+            common + own[c].digest(),
+            tuple(each[c] for each in bits),
+            parts[c],
+            tolerance[c],
+            candidates == 1,
+        )
         for c in range(candidates)
     ]
 
@@ -115,15 +139,15 @@ def switched(denoiser: nn.Module) -> str:
     found: list[Any] = []
     for module in denoiser.modules():
         own = vars(module)
-        found += [(name, value) for name, value in own.items() if name not in _MODULES_OWN and _is_plain(value)]
-        hooks, forward = own.get("_diffusers_hook"), own.get("forward")
-        found += [(len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *(hooks.hooks if hooks else ()))]
-        processor = own.get("processor")
+        found += [value for name, value in own.items() if type(value) in _PLAIN and name not in _MODULES_OWN]
+        found += [value for name, value in own.items() if type(value) in _HOLDERS and _is_plain(value)]
+        hooks, forward, processor = own.get("_diffusers_hook"), own.get("forward"), own.get("processor")
+        if hooks is not None or forward is not None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            found += [len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *(hooks.hooks if hooks else ())]
+            found.append(getattr(forward, "__qualname__", ""))
         if processor is not None:
-            found += [type(processor).__qualname__, *(p for p in vars_of(processor).items() if _is_plain(p[1]))]
-        if forward is not None and not isinstance(forward, _PLAIN):
-            found.append(getattr(forward, "__qualname__", type(forward).__qualname__))
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+            found += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
+    return hashlib.sha256(marshal.dumps(found, 2)).hexdigest()  # version 2: no references, which differ by chance
 
 
 def vars_of(value: Any) -> Mapping[str, Any]:
@@ -149,6 +173,11 @@ def _text(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return repr([_text(each) for each in value])
     return repr(value) if isinstance(value, _PLAIN) else type(value).__qualname__
+
+
+def _by_candidate(value: Tensor, candidates: int, each: int) -> Tensor:
+    """Rows of a batch of groups, `each` per sample, as one row per candidate: (candidates, ...) flat."""
+    return value.unflatten(0, (-1, candidates, each)).transpose(0, 1).flatten(1)
 
 
 def _bits(rows: Tensor) -> Tensor:
