@@ -141,9 +141,10 @@ def switched(denoiser: nn.Module) -> str:
         own = vars(module)
         found += [value for name, value in own.items() if type(value) in _PLAIN and name not in _MODULES_OWN]
         found += [value for name, value in own.items() if type(value) in _HOLDERS and _is_plain(value)]
-        hooks, forward, processor = own.get("_diffusers_hook"), own.get("forward"), own.get("processor")
-        if hooks is not None or forward is not None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            found += [len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *(hooks.hooks if hooks else ())]
+        registry, forward, processor = own.get("_diffusers_hook"), own.get("forward"), own.get("processor")
+        hooks = () if registry is None else registry.hooks  # the registry itself comes with the first call
+        if hooks or forward is not None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            found += [len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *hooks]
             found.append(getattr(forward, "__qualname__", ""))
         if processor is not None:
             found += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
