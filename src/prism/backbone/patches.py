@@ -1,4 +1,4 @@
-"""What other code put in the place of a denoiser's own: harmless wrappers go on working, caches are refused.
+"""Code of others in the place of a denoiser's own: harmless wrappers go on working, caches are refused.
 
 A wrapper that calls what it wraps on every way through it may log and count as it likes. What can answer by itself, and
 reads back what it wrote in an earlier call, gives outputs that depend on the calls before: TeaCache and its like. So
@@ -116,7 +116,7 @@ def _top(function: types.FunctionType) -> str:
 
 
 def _name(function: types.FunctionType) -> str:
-    """Where a function stands: its own name and module, not those of what it wraps."""
+    """A function's place: its own name and module, not those of what it wraps."""
     code = function.__code__
     name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")  # from Python 3.11
     return f"{name} of {function.__globals__.get('__name__', 'a module')}"[-120:]
@@ -166,7 +166,7 @@ def _defaults(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _values(function: types.FunctionType) -> Iterator[Any]:
-    """What a function holds: in its closure, its defaults, and containers there."""
+    """The values a function holds: in its closure, its defaults, and containers there."""
     for value in (*_cells(function).values(), *_defaults(function).values()):
         yield value
         if isinstance(value, Mapping):
@@ -176,7 +176,7 @@ def _values(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _holds_blocks(value: Any, root: nn.Module) -> bool:
-    """Whether a module beside the denoiser holds parts of it."""
+    """True where a module beside the denoiser holds parts of it."""
     if not isinstance(value, nn.Module):
         return False
     own, inside = {id(module) for module in root.modules()}, list(value.modules())
@@ -193,7 +193,7 @@ def _lookup(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _answers_alone(function: types.FunctionType, module: Any) -> bool:
-    """Whether some way through a function ends without a call of another forward or module."""
+    """True where some way through a function ends without a call of another forward or module."""
     known = _lookup(function)
     children = set(vars(module).get("_modules", ()))
     code = list(dis.get_instructions(function.__code__))
@@ -227,7 +227,7 @@ def _answers_alone(function: types.FunctionType, module: Any) -> bool:
 
 
 def _reads_back(function: types.FunctionType, owner: Any, depth: int = 3) -> bool:
-    """Whether a function, or one that it calls, reads what it wrote where it outlives the call."""
+    """True where a function, or one that it calls, reads what it wrote where it outlives the call."""
     known, read, written = _lookup(function), Counter[str](), set()
     fills, before = False, ""
     for instruction in _instructions(function.__code__):
@@ -256,7 +256,7 @@ def _reads_back(function: types.FunctionType, owner: Any, depth: int = 3) -> boo
 
 
 def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
-    """Those of a function and of the functions and comprehensions written inside it."""
+    """Instructions of a function and of the functions and comprehensions written inside it."""
     yield from dis.get_instructions(code)
     for each in code.co_consts:
         if isinstance(each, types.CodeType):
@@ -264,7 +264,7 @@ def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
 
 
 def _is_helper(value: Any) -> bool:
-    """Whether a value is a function or an object of another package."""
+    """True where a value is a function or an object of another package."""
     if isinstance(value, types.FunctionType):
         return _top(value) not in _TRUSTED and value.__name__ != "forward"
     kind = type(value)
@@ -274,7 +274,7 @@ def _is_helper(value: Any) -> bool:
 
 
 def _class_reads_back(kind: type) -> bool:
-    """Whether one method of a class reads what another wrote."""
+    """True where one method of a class reads what another wrote."""
     read, written = set(), set()
     for function in (each for each in vars(kind).values() if isinstance(each, types.FunctionType)):
         if function.__name__ == "__init__":

@@ -23,7 +23,7 @@ _MODULES_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one candidate's rows of a denoiser call are computed from.
+    """Digest of what one candidate's rows of a denoiser call are computed from.
 
     moment: a hash of the timestep alone, by which a recording sees at once that it holds nothing. exact: SHA-256 of all
     but the values of floating-point rows: the denoiser and what is switched on it, the arguments that all rows share,
@@ -40,7 +40,7 @@ class Inputs:
     alone: bool
 
     def same(self, other: Inputs) -> bool:
-        """Whether the outputs may stand for each other: equal to the bit where both were computed alone, and to
+        """True where the outputs may stand for each other: equal to the bit where both were computed alone, and to
         rounding where a batch was involved, whose size changes the last bits of what processors compute."""
         if self.exact != other.exact:
             return False
@@ -89,7 +89,7 @@ def moments_of(arguments: Mapping[str, Any], candidates: int, family: Family) ->
 def inputs_of(
     denoiser: nn.Module, place: int, arguments: Mapping[str, Any], candidates: int, family: Family
 ) -> list[Inputs]:
-    """What each of the candidates' rows are computed from in a denoiser call; `place` says which denoiser it is."""
+    """Digests of what each candidate's rows are computed from in a denoiser call; `place` says which denoiser it is."""
     batch = len(arguments[noisy_name(arguments, family)])
     shared = hashlib.sha256(f"{place} {switched(denoiser)}".encode())
     own = [hashlib.sha256() for _ in range(candidates)]
@@ -134,7 +134,7 @@ def inputs_of(
 
 
 def switched(denoiser: nn.Module) -> str:
-    """What is switched on a denoiser, as text: each module's plain values (an adapter's scale, whether it is active or
+    """Digest of what is switched on a denoiser: each module's plain values (an adapter's scale, whether it is active or
     merged), what computes its attention, and the hooks on it (layers that a guidance skips)."""
     found: list[Any] = []
     for module in denoiser.modules():
