@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST = 500  # characters of a sentence, whatever it quotes
 
 
@@ -13,7 +15,7 @@ class PrismError(Exception):
     """
 
     def __init__(self, sentence: str = ""):
-        line = " ".join(str(sentence).split())
+        line = re.sub(r"\s*[^\S ]\s*", " ", str(sentence)).strip()  # quoted prompts keep their spaces
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         end = LONGEST // 3
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - end - 5]} ... {line[-end:]}")

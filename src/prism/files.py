@@ -240,7 +240,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except OSError as error:
         raise PrismError(f"The file {path} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
-        reason = quoted(error, 120)
+        reason = "nested too deeply" if isinstance(error, RecursionError) else quoted(error, 120)
         raise PrismError(f"The file {path} is not valid JSON ({reason}); it may be truncated or altered.") from error
 
 
