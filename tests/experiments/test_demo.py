@@ -113,7 +113,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path / "killed", config=config)
     assert not (tmp_path / "killed").exists()
-    with pytest.raises(PrismError, match=r"parts in .*killed\.parts are those of another run"):
+    with pytest.raises(PrismError, match=r"The run in .*killed\.parts differs in config: n was 3 and is now 4"):
         demo.run(
             tmp_path / "killed", config=demo.DemoConfig(**{**TINY, "n": 4}, full=True, judges=2, labelled=2, unseen=1)
         )
