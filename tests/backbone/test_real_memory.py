@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig, apply_first_block_cache
 from tests import tiny
 from tests.machinery import CALL, FAMILIES, RUNS, assert_exact, assert_tokens, blocks, count, seeded, stock
+from tests.works import works
 from tests.zoo import VARIANTS
 
 import prism
@@ -196,6 +197,12 @@ def assert_refused(pipe: Any, sentence: str, judge: prism.Judge) -> None:
             handle.remove()
 
 
+@works(
+    "Caches and patches",
+    "diffusers' own caches (`enable_cache`, `apply_first_block_cache`)",
+    "refused",
+    "Before any work, with the line that takes the cache off; after `disable_cache()` everything is exact.",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", CACHES)
 def test_caches_are_refused_before_any_work(name: str, family: str) -> None:
