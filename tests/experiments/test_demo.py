@@ -145,6 +145,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
 
 
 def test_a_full_run_into_an_existing_folder_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("1")
     assert cli.main(["demo", "--full", "--out", str(tmp_path)]) == 2
     assert "exists already" in capsys.readouterr().err
 
