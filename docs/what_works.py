@@ -25,6 +25,7 @@ def rows() -> list[tuple[str, str, str, str, str, str]]:
             for mark in getattr(node, "decorator_list", ()):
                 if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "works":
                     topic, what, outcome, how = map(ast.literal_eval, mark.args)
+                    what, how = what[:1].upper() + what[1:], how[:1].upper() + how[1:].rstrip(".")
                     lines.append((topic, what, outcome, how, str(path.relative_to(ROOT)), node.name))  # type: ignore[attr-defined]
     return lines
 

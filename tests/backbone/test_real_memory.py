@@ -53,6 +53,12 @@ OFFLOADED: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@works(
+    "Offload and memory",
+    "`enable_model_cpu_offload`, group offload by block or leaf, weights on meta (sequential offload)",
+    "exact",
+    "Before a judge is put onto the pipeline or after; each text is encoded once.",
+)
 @pytest.mark.parametrize("first", [True, False], ids=["before the judge", "after the judge"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", OFFLOADED)
@@ -81,6 +87,12 @@ class Explosion(Exception):
     pass
 
 
+@works(
+    "Offload and memory",
+    "Offloaded models after a run, an error or Ctrl-C",
+    "works",
+    "They go back to where they wait, as after a plain call.",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_offloaded_models_are_freed_on_every_way_out(family: str) -> None:
     """After the last run of a model comes the freeing, which takes accelerate's hooks off and puts them on again."""
@@ -137,6 +149,12 @@ def test_offloaded_models_are_freed_on_every_way_out(family: str) -> None:
     assert_exact(pipe, judge, ["early"])
 
 
+@works(
+    "Offload and memory",
+    "Two denoisers (Wan 2.2 A14B), offloaded or compiled",
+    "exact",
+    "Both are treated, and the cut falls on the one that the head reads.",
+)
 @pytest.mark.parametrize("how", ["whole models", "layers on meta", "compiled"])
 def test_two_denoisers(how: str) -> None:
     """Wan 2.2 A14B, whose denoisers take turns: both are treated, and the cut falls on the one that is read."""
@@ -244,6 +262,12 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@works(
+    "Threads and processes",
+    "Context parallelism",
+    "refused",
+    "Each process sees a slice of the tokens; give each process candidates of its own (`distribute`).",
+)
 def test_context_parallelism_is_refused_before_any_work(two_processes: None) -> None:
     pipe = tiny.wan("unipc")
     judge = prism.Judge.untrained(pipe, tap=2, dim=16)

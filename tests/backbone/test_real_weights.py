@@ -11,6 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tests import tiny
 from tests.machinery import CALL, FAMILIES, STEP, assert_exact, assert_tokens, blocks, heard, seeded, stock
+from tests.works import works
 from torch._dynamo.utils import counters
 
 import prism
@@ -62,6 +63,12 @@ PRECISIONS: dict[str, Callable[[Any], Any]] = {
 TREATMENTS = {**PRECISIONS, **QUANTISED, **ADAPTED}
 
 
+@works(
+    "Precision and quantisation",
+    "bfloat16, float16, float8 layerwise casting, int8 weights, LoRA adapters (active, disabled, fused)",
+    "exact",
+    "The winner is that pipeline's own stock call, and the judge reads its own tokens.",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_the_stock_result_and_the_stock_tokens(treatment: str, family: str) -> None:
@@ -85,6 +92,12 @@ def test_a_judge_put_on_before_goes_on(treatment: str) -> None:
     assert torch.equal(new, old) is (treatment == "adapter disabled")
 
 
+@works(
+    "Precision and quantisation",
+    "A head on other weights than it was trained on",
+    "warned",
+    "It loads, and a sentence says that the weights differ.",
+)
 @pytest.mark.parametrize("treatment", [name for name in TREATMENTS if not name.startswith("text")])
 def test_the_fingerprint_tells_other_weights_and_a_head_warns(treatment: str, tmp_path: Any) -> None:
     pipe = tiny.wan()
@@ -129,6 +142,12 @@ def test_wan_with_a_part_in_another_dtype(part: str) -> None:
     assert_tokens(pipe)
 
 
+@works(
+    "Precision and quantisation",
+    "Parts in dtypes that do not fit together",
+    "refused",
+    "The stock call fails as well; the sentence names the parts.",
+)
 @pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_parts_that_do_not_fit_are_named(part: str) -> None:
     """CogVideoX casts nothing: the stock call fails as well, in words that name no part."""
@@ -201,6 +220,12 @@ SHALLOW: dict[str, Callable[[], Any]] = {
 }
 
 
+@works(
+    "Compilation",
+    "`torch.compile(pipe.transformer)`, `compile()`, a compiled `forward`",
+    "exact",
+    "The winner is the compiled call's; a cut is read by a short uncompiled pass.",
+)
 @pytest.mark.parametrize(
     ("how", "family", "first"),
     [
@@ -245,6 +270,12 @@ def test_compiled_as_a_whole(how: str, family: str, first: bool, compiler: Any) 
     assert rows > expected_rows("early", 3, 5, cfg, True, 1.0, ((STEP, 1),)) or cfg == "one_batch"
 
 
+@works(
+    "Compilation",
+    "Compiled text encoder or VAE",
+    "exact",
+    "What is put around them for a run comes off again.",
+)
 def test_other_parts_compiled(compiler: Any) -> None:
     """Text encoder and VAE: what is put around them for a run comes off again."""
     pipe = tiny.wan("unipc")
@@ -264,6 +295,12 @@ def test_other_parts_compiled(compiler: Any) -> None:
     assert (result.video == stock(pipe, result.seed, output_type="np")[0]).all()
 
 
+@works(
+    "Compilation",
+    "`compile_repeated_blocks()`",
+    "exact",
+    "Compiled blocks are listened to, and not compiled anew for it.",
+)
 def test_compiled_blocks_are_heard(compiler: Any) -> None:
     """Their own compiled states, without compiling them anew for a tap."""
     pipe = SHALLOW["wan"]()
@@ -340,6 +377,12 @@ CHANGES: dict[str, tuple[bool, Callable[[Any], Any]]] = {  # whether an adapter 
 }
 
 
+@works(
+    "Embeddings and encoders",
+    "A text encoder whose weights or adapters change",
+    "works",
+    "What was kept of a prompt is forgotten.",
+)
 @pytest.mark.parametrize("name", CHANGES)
 def test_no_stale_text(name: str) -> None:
     """What was captured of a prompt is forgotten where the parts it came from have changed."""
@@ -364,6 +407,12 @@ def test_no_stale_text(name: str) -> None:
 # -- finetuned and distilled copies
 
 
+@works(
+    "Schedulers and steps",
+    "Distilled models of 1, 2 or 4 steps",
+    "exact",
+    "Cuts and drafts as far as there are steps for them.",
+)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_distilled_model_of_few_steps(family: str, steps: int, tmp_path: Any) -> None:

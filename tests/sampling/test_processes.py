@@ -111,6 +111,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
 
 
+@works(
+    "Threads and processes",
+    "`torchrun` or `accelerate launch` with `distribute`",
+    "exact",
+    "Processes share candidates or prompts, and find what one process finds.",
+)
 def test_both_find_what_one_finds(two: list[dict[str, Any]]) -> None:
     pipe, judge, call = subject()
     for name, arguments in RUNS.items():

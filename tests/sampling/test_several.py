@@ -10,6 +10,7 @@ import torch
 from PIL import ImageOps
 from tests import tiny
 from tests.sampling.conftest import Setting
+from tests.works import works
 from tests.zoo import VARIANTS
 
 import prism
@@ -112,6 +113,12 @@ def test_memory_that_runs_out_in_the_end_is_said(wan: Setting) -> None:
         handle.remove()
 
 
+@works(
+    "Inputs and outputs",
+    "Several prompts, each with an image or a video of its own",
+    "exact",
+    "A list with one per prompt.",
+)
 @pytest.mark.parametrize(("variant", "name"), [("svd", "image"), ("cosmos2", "video")])
 def test_each_prompt_has_its_own_image_or_video(variant: str, name: str) -> None:
     pipe, call = VARIANTS[variant]()
