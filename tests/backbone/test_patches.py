@@ -38,7 +38,7 @@ def classes_as_before() -> Any:
     yield
     for name, kind in CLASSES.items():
         kind.forward = PLAIN[name]  # type: ignore[method-assign]
-        for attribute in ("cnt", "num_steps", "previous", "previous_residual", "accumulated"):
+        for attribute in ("cnt", "num_steps", "previous", "previous_residual", "accumulated", "__call__"):
             if attribute in vars(kind):
                 delattr(kind, attribute)
 
@@ -148,6 +148,35 @@ def logged_under_offload(pipe: Any) -> None:
     cpu_offload(pipe.transformer, torch.device("cpu"))
 
 
+def called_on_the_class(pipe: Any) -> None:
+    kind = type(pipe.transformer)
+    plain, kind.cnt = kind.__call__, 0
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.cnt += 1
+        if self.cnt % 3 == 0:
+            SEEN.append(self.cnt)
+        return plain(self, *args, **kwargs)
+
+    kind.__call__ = call
+
+
+def hooked_to_count(pipe: Any) -> None:
+    counts = {"calls": 0}
+
+    def count(module: nn.Module, args: Any, output: Any) -> None:
+        counts["calls"] += 1
+        if counts["calls"] % 2 == 0:
+            SEEN.append(counts["calls"])
+
+    def louder(module: nn.Module, args: Any, output: Any) -> Any:  # keeps nothing
+        return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
+
+    for block in blocks(pipe):
+        block.register_forward_hook(count)
+        block.register_forward_hook(louder)
+
+
 HARMLESS: dict[str, Callable[[Any], None]] = {
     "logged": logged,
     "timed": timed,
@@ -158,6 +187,8 @@ HARMLESS: dict[str, Callable[[Any], None]] = {
     "hooked by accelerate": hooked_by_accelerate,
     "hooked by diffusers": hooked_by_diffusers,
     "logged under offload": logged_under_offload,
+    "called on the class": called_on_the_class,
+    "hooked to count": hooked_to_count,
 }
 
 
@@ -361,6 +392,44 @@ def under_a_logger(pipe: Any) -> None:
     logged(pipe)
 
 
+def called_from_a_cache(pipe: Any) -> None:
+    kind = type(pipe.transformer)
+    plain, state = kind.__call__, {"calls": 0, "last": None}
+
+    def cached(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state["calls"] += 1
+        if state["calls"] % 3 == 0 and state["last"] is not None:
+            return state["last"]
+        state["last"] = plain(self, *args, **kwargs)
+        return state["last"]
+
+    kind.__call__ = cached
+
+
+def hooked_to_mix(pipe: Any) -> None:
+    class Mix:
+        previous: Any = None
+
+        def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+            previous, self.previous = self.previous, output
+            fits = isinstance(output, torch.Tensor) and previous is not None and previous.shape == output.shape
+            return 0.5 * (output + previous) if fits else output
+
+    for block in blocks(pipe):
+        block.register_forward_hook(Mix())
+
+
+def hooked_to_count_inputs(pipe: Any) -> None:
+    state = {"calls": 0}
+
+    def later(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        state["calls"] += 1
+        more = 1.05 if state["calls"] > 4 else 1.0
+        return args, {**kwargs, "hidden_states": more * kwargs["hidden_states"]}
+
+    pipe.transformer.register_forward_pre_hook(later, with_kwargs=True)
+
+
 CACHES: dict[str, tuple[Callable[[Any], None], str]] = {
     "TeaCache on the class": (teacache_on_the_class, "teacache"),
     "TeaCache on the instance": (teacache_on_the_instance, "teacache"),
@@ -374,6 +443,9 @@ CACHES: dict[str, tuple[Callable[[Any], None], str]] = {
     "by a hook": (by_a_hook, "new_forward of test_patches"),
     "under offload": (under_offload, "teacache"),
     "under a logger": (under_a_logger, "cached of test_patches"),
+    "called on the class": (called_from_a_cache, "cached of test_patches"),
+    "outputs mixed by a hook": (hooked_to_mix, "the hook .*__call__ of test_patches"),
+    "inputs changed by a hook": (hooked_to_count_inputs, "the hook .*later of test_patches"),
 }
 
 

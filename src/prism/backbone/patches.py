@@ -42,6 +42,9 @@ def check_patches(denoiser: nn.Module) -> None:
             raise PrismError(_sentence(root, _name(function), "runs other blocks in the place of the denoiser's own"))
         if _answers_alone(function, module) and _reads_back(function, module):
             raise PrismError(_sentence(root, _name(function), "keeps what one call computed and reads it in another"))
+    for function, module in _hooks(root):
+        if _gives(function) and _reads_back(function, module):
+            raise PrismError(_sentence(root, f"the hook {_name(function)}", "changes a call by what it kept of others"))
     if getattr(root, "_is_cached", False):
         raise PrismError(_sentence(root, "a cache such as cache-dit's", "answers calls from earlier ones"))
 
@@ -83,6 +86,23 @@ def _foreign(root: nn.Module) -> Iterator[tuple[types.FunctionType, Any]]:
                 yield answers, each
 
 
+def _hooks(root: nn.Module) -> Iterator[tuple[types.FunctionType, Any]]:
+    """Functions of other packages that are hooked onto modules of the denoiser, each with its module or object."""
+    for module in root.modules():
+        for hook in (*vars(module)["_forward_pre_hooks"].values(), *vars(module)["_forward_hooks"].values()):
+            owner = getattr(hook, "__self__", module if isinstance(hook, types.FunctionType) else hook)
+            for function in _reachable(hook, set()):
+                if _top(function) not in _TRUSTED:
+                    yield function, owner
+
+
+def _gives(function: types.FunctionType) -> bool:
+    """True where some way through a hook ends with a value, which takes the place of what the hook was shown."""
+    code = list(dis.get_instructions(function.__code__))
+    ends = [place for place, each in enumerate(code) if each.opname == "RETURN_VALUE"]
+    return any(not (code[place - 1].opname == "LOAD_CONST" and code[place - 1].argval is None) for place in ends)
+
+
 def _home(kind: type) -> str:
     """The package of a denoiser class that is a model of its own, no subclass of a known one's, else ""."""
     packages = [each.__module__.split(".")[0] for each in kind.__mro__ if "forward" in vars(each)]
@@ -93,6 +113,10 @@ def _home(kind: type) -> str:
 def _class_patches(kind: type, home: str, leaf: bool) -> list[types.FunctionType]:
     """The foreign functions in the forward of a module's class: put onto the class, a subclass's own, or a foreign
     block's (leaves are layers: quantised ones and the like)."""
+    calls = next((vars(each)["__call__"] for each in kind.__mro__ if "__call__" in vars(each)), None)
+    called = [f for f in _reachable(calls, set()) if _is_foreign(f, kind, home)]
+    if called:
+        return called
     definer = next((each for each in kind.__mro__ if "forward" in vars(each)), nn.Module)
     functions = list(_reachable(vars(definer)["forward"], set()))
     if not functions or not _is_foreign(functions[0], definer, home):
@@ -204,10 +228,10 @@ def _answers_alone(function: types.FunctionType, module: Any) -> bool:
         if not instruction.opname.startswith("LOAD_") or not isinstance(name, str):
             return False
         if "ATTR" in instruction.opname or "METHOD" in instruction.opname:
-            return "forward" in name or name in children
+            return "forward" in name or name == "__call__" or name in children
         value = known.get(name)
         called = (f"{name} {each.__name__}" for each in _reachable(value, set()))
-        return isinstance(value, nn.Module) or any("forward" in each for each in called)
+        return isinstance(value, nn.Module) or any("forward" in each or "call_impl" in each for each in called)
 
     ahead, seen = [0], set()
     while ahead:
