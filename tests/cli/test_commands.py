@@ -218,7 +218,7 @@ def test_a_damaged_head_is_refused(damage, place, tmp_path_factory, tmp_path, ca
         save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
     else:
         path.unlink()
-    sentence = {"missing": "does not exist", "truncated": "altered", "NaN": "altered"}.get(damage, damage)
+    sentence = {"missing": "does not exist", "truncated": "altered", "NaN": "holds NaN or infinity"}.get(damage, damage)
     code = sample(place, tmp_path / "out", head=head)
     refused(code, capsys, tmp_path / "out", sentence)
 

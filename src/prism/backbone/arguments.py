@@ -115,7 +115,7 @@ def check_texts(prompts: Sequence[Any], call: Mapping[str, Any]) -> None:
 def _check_embeddings(call: Mapping[str, Any]) -> None:
     for name, value in call.items():
         plain = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
-        if plain and value is not None and getattr(value, "ndim", 0) < 2:
+        if plain and value is not None and (not isinstance(value, Tensor) or value.ndim < 2):
             raise PrismError(f"{name} must be a tensor with one row per prompt; found {quoted(value, 80)}.")
     rows = {name: len(value) for name, value in call.items() if _is_embedding(name, value)}
     if len({count for count in rows.values() if count != 1}) > 1 or 0 in rows.values():

@@ -263,14 +263,14 @@ class Backbone:
                 f"The denoiser {self.reads!r} is used for t from {low:g} to {high:g}, found {levels.tolist()}; "
                 "read the pipeline's other denoiser there."
             )
-        with self.held(), self.freed(), misfits_told(self.pipe):
+        with self.held(), self.freed():
             if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
                 ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
                 read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
                 return Tokens.cat(read)
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
             arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))
-            with breaks_told(self.denoiser, "reading latents"):
+            with breaks_told(self.denoiser, "reading latents"), misfits_told(self.pipe):
                 return self.read(arguments, block, stop)[0]
 
     def read(
