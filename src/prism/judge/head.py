@@ -17,7 +17,7 @@ keys, or in W_p as seen by the keys, adds the same number to all logits and canc
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -192,3 +192,18 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         """The Hub mixin falls back to a pickle where a repository holds no safetensors. This head does not."""
         raise PrismError("The repository holds a pickle and no model.safetensors; a pickle is never loaded.")
+
+
+def check_fits(head: QueryHead, backbone: Any, tap: int, dimensions: Sequence[str]) -> None:
+    """Raise PrismError where a head cannot read this backbone after block `tap`, or gives other dimensions."""
+    if not 1 <= tap <= backbone.num_blocks:
+        raise PrismError(f"The tap must be a block from 1 to {backbone.num_blocks} of this backbone, found {tap}.")
+    width = backbone.widths[tap - 1]
+    if head.width != width:
+        raise PrismError(
+            f"The head reads tokens of width {head.width}, this backbone's are {width} wide after block {tap}."
+        )
+    if head.num_dimensions != len(dimensions) or len(set(dimensions)) != len(dimensions):
+        raise PrismError(
+            f"The head gives {head.num_dimensions} scores, which does not fit the dimensions {', '.join(dimensions)}."
+        )

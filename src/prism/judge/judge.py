@@ -20,7 +20,7 @@ from prism.backbone.layout import per_row
 from prism.checks import whole
 from prism.errors import PrismError
 from prism.judge import folder as folders
-from prism.judge.head import QueryHead
+from prism.judge.head import QueryHead, check_fits
 from prism.judge.objective import log_probabilities
 from prism.judge.training import trained_together, versions, warn_outside, warn_untrained
 
@@ -63,23 +63,9 @@ class Judge:
         trained_on: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
     ) -> None:
-        names = ", ".join(dimensions)
         for member in members:
-            tap, head = member.tap, member.head
-            if not 1 <= tap <= backbone.num_blocks:
-                raise PrismError(
-                    f"The tap must be a block from 1 to {backbone.num_blocks} of this backbone, found {tap}."
-                )
-            width = backbone.widths[tap - 1]
-            if head.width != width:
-                raise PrismError(
-                    f"The head reads tokens of width {head.width}, this backbone's are {width} wide after block {tap}."
-                )
-            if head.num_dimensions != len(dimensions) or len(set(dimensions)) != len(dimensions):
-                raise PrismError(
-                    f"The head gives {head.num_dimensions} scores, which does not fit the dimensions {names}."
-                )
-            head.to(backbone.device, torch.float32)
+            check_fits(member.head, backbone, member.tap, dimensions)
+            member.head.to(backbone.device, torch.float32)
         self.backbone, self.members = backbone, tuple(members)
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
