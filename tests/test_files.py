@@ -179,3 +179,27 @@ def test_bad_safetensors_are_refused_in_one_sentence(tmp_path, content, sentence
     with pytest.raises(PrismError, match=sentence) as caught:
         files.load_safetensors(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/", "x/" * 2000 + "x", "surr\udcff", None, 5, "a\0b"])
+def test_paths_that_no_folder_can_have_are_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrismError, match="The output folder"):
+        files.check_new_folder(path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_path_that_leads_through_the_folder_itself_is_replaced(tmp_path):
+    (tmp_path / "deep" / "in").mkdir(parents=True)
+    (tmp_path / "deep" / "old.txt").write_text("old")
+    with files.new_folder(f"{tmp_path}/deep/in/../../deep", overwrite=True) as work:
+        (work / "new.txt").write_text("new")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")] == ["deep/new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_litter_beside_a_name_with_a_line_break_is_swept(tmp_path):
+    litter = tmp_path / ".a\nb.prism-0123abcd"
+    litter.mkdir()
+    files.check_new_folder(tmp_path / "a\nb")
+    assert not litter.exists()

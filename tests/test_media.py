@@ -258,3 +258,70 @@ def test_several_videos_are_one_array():
     for batch in ([], [EXACT, EXACT[:3]], "a.mp4", None):
         with pytest.raises(PrismError):
             media.videos(batch)
+
+
+GREY_LISTS = {
+    "PIL of 32 bits": [Image.fromarray(BYTES[index, ..., 0].astype(np.int32)) for index in range(3)],
+    "arrays (H, W)": [BYTES[index, ..., 0] for index in range(3)],
+    "tensors (H, W)": [torch.from_numpy(BYTES[index, ..., 0].copy()) for index in range(3)],
+    "arrays (H, W, 1)": [BYTES[index, ..., :1] for index in range(3)],
+}
+
+
+@pytest.mark.parametrize("video", GREY_LISTS.values(), ids=GREY_LISTS)
+def test_three_grey_frames_of_a_list_are_no_picture_in_colour(video):
+    assert np.allclose(media.frames(video), np.repeat(EXACT[:3, ..., :1], 3, 3))
+
+
+def test_three_frames_with_alpha_of_a_list_are_frames():
+    assert np.array_equal(media.frames(list(KINDS["alpha"][:3])), EXACT[:3])
+
+
+def test_big_endian_and_packed_numbers_are_numbers():
+    assert np.array_equal(media.frames((BYTES.astype(np.uint16) * 257).astype(">u2")), EXACT)
+    assert np.array_equal(media.frames(TENSOR.to_sparse()), EXACT)
+
+
+def _closed():
+    picture = Image.fromarray(BYTES[0])
+    picture.close()
+    return [picture]
+
+
+def _failing():
+    yield PICTURES[0]
+    raise RuntimeError("no more")
+
+
+ENDLESS: list = []
+ENDLESS.append(ENDLESS)
+UNREADABLE = {
+    "closed": _closed(),
+    "fails": _failing(),
+    "itself": ENDLESS,
+    "no numbers": TENSOR.to("meta"),
+    "complex": TENSOR.to(torch.complex64),
+    "complex, conjugated": TENSOR.to(torch.complex64).conj(),
+}
+
+
+@pytest.mark.parametrize("video", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_cannot_be_read_as_frames_is_a_sentence(video):
+    with pytest.raises(PrismError, match="PIL images, arrays or tensors"):
+        media.frames(video)
+
+
+@pytest.mark.parametrize("crf", [-1, 52, "x", None, 1.5, True])
+def test_crf_is_checked(tmp_path, crf):
+    with pytest.raises(PrismError, match="crf must be a whole number from 0 to 51"):
+        media.write_video(tmp_path / "a.mp4", BYTES, 8, crf=crf)
+
+
+def test_a_name_of_a_video_is_never_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run: best.mp4", "pipe:1", b"bytes.mp4"):
+        media.write_video(name, BYTES, 8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.mp4", "pipe:1", "run: best.mp4"]
+    assert len(media.read_video("pipe:1")) == len(BYTES)
+    with pytest.raises(PrismError, match="cannot be written"):
+        media.write_video(None, BYTES, 8)

@@ -55,7 +55,17 @@ def check_place(path: str | os.PathLike[str]) -> Path:
 
     What dead processes left beside and in it is removed (`sweep`).
     """
-    target = Path(path)
+    try:
+        target = Path(path)
+        if ".." in target.parts:  # may lead through a folder that is replaced
+            target = Path(os.path.realpath(target))
+        os.fspath(target).encode()  # reports and messages name it
+    except (TypeError, ValueError, OSError) as error:
+        raise PrismError(
+            f"The output folder {quoted(path, 120)} is no path of plain text; name another --out."
+        ) from error
+    if not target.absolute().name:
+        raise PrismError(f"The output folder {target} cannot be replaced; name a folder inside it with --out.")
     try:
         mode = os.lstat(target).st_mode
     except FileNotFoundError:
@@ -66,13 +76,13 @@ def check_place(path: str | os.PathLike[str]) -> Path:
         raise PrismError(f"The output path {shown(target)} exists and is not a folder; choose another --out.")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         raise _unmakeable(target, error) from error
     temporary.sweep(target)
     return target
 
 
-def _unmakeable(target: Path, error: OSError | ValueError) -> PrismError:
+def _unmakeable(target: Path, error: OSError | ValueError | RecursionError) -> PrismError:
     reason = (error.strerror if isinstance(error, OSError) else None) or error
     return PrismError(
         f"The output folder {shown(target)} cannot be made in {shown(target.absolute().parent)}: {reason}."

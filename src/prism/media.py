@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prism.checks import number, quoted
+from prism.checks import number, quoted, whole
 from prism.errors import PrismError
 
 FPS = (0.1, 240.0)  # frames per second that a file may have
@@ -27,12 +27,23 @@ def frames(video: Any, name: str = "The video") -> np.ndarray:
     axes could be the channels, one of size 3 goes before one of 4 or 1; then the last axis, the one behind the
     frames, and the first, in this order. Three axes none of which can be channels are grey frames (T, H, W).
 
+    Items of a list or iterator are frames, in the layouts of one picture, or else what it is a batch of.
+
     Floats are in [0, 1]; what lies outside by up to half a grey level is clipped. Bytes, and whole numbers up to 255,
     are in [0, 255]; uint16 above that in [0, 65535].
 
     Raises `PrismError`, which begins with `name`, for other ranges, NaN, other shapes, or what holds no frames.
     """
-    return _scaled(_arranged(_array(video, name), name), name)
+    try:
+        array = _array(video, name)
+    except PrismError:
+        raise
+    except Exception as error:  # a closed or broken picture, a tensor without numbers, an iterator that fails
+        raise PrismError(
+            f"{name} cannot be read as frames ({type(error).__name__}: {quoted(error, 120)}); PIL images, arrays or "
+            "tensors are needed."
+        ) from error
+    return _scaled(_arranged(array, name), name)
 
 
 def videos(batch: Any, name: str = "The video") -> np.ndarray:
@@ -70,10 +81,12 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
     for axis in (1, 2):  # a single row or column is doubled
         pixels = np.repeat(pixels, 2, axis) if pixels.shape[axis] == 1 else pixels
     pixels = np.ascontiguousarray(pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2])
+    crf = whole("crf", crf, 0, 51)
     try:
-        if "\0" in str(path):  # the name would end there
+        name = os.fsdecode(path)
+        if "\0" in name:  # it would end there
             raise ValueError("its name holds a null character")
-        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        with av.open(f"file:{name}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate)
             stream.height, stream.width = pixels.shape[1:3]
             stream.pix_fmt = "yuv420p"
@@ -81,7 +94,7 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
             for picture in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
-    except (OSError, ValueError, av.FFmpegError) as error:
+    except (OSError, ValueError, TypeError, av.FFmpegError) as error:
         raise PrismError(f"The video {quoted(str(path))} cannot be written: {_reason(error)}.") from error
 
 
@@ -96,7 +109,7 @@ def read_video(path: str | os.PathLike[str]) -> np.ndarray:
     if not is_file:
         raise PrismError(f"The video {path} {'is no file' if exists else 'does not exist'}.")
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{os.fspath(path)}") as container:
             if not container.streams.video:
                 raise PrismError(f"The file {path} holds no video.")
             pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -129,11 +142,13 @@ def _array(value: Any, name: str) -> np.ndarray:
         value, "is_floating_point"
     ):  # torch's, without importing it; bfloat16 is unknown to numpy
         value = value.detach().cpu()
-        return np.asarray((value.float() if value.is_floating_point() else value).numpy())
+        value = value.dequantize() if value.is_quantized else value
+        value = value.to_dense() if value.is_sparse else value
+        value = (value.float() if value.is_floating_point() else value).resolve_conj().resolve_neg().numpy()
     if isinstance(value, Sequence) or (isinstance(value, Iterable) and not hasattr(value, "__array__")):
         pictures = list(value)
         if pictures and not isinstance(pictures[0], int | float):
-            arrays = [_array(picture, name) for picture in pictures]
+            arrays = [_frame(_array(picture, name), picture) for picture in pictures]
             kinds = sorted({f"{array.shape} {array.dtype}" for array in arrays})
             if len(kinds) > 1:
                 raise PrismError(f"{name} has frames of several kinds, {quoted(', '.join(kinds), 120)}; one is needed.")
@@ -146,6 +161,18 @@ def _array(value: Any, name: str) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise PrismError(f"{name} is {quoted(value, 80)}; frames are needed: PIL images, arrays or tensors.")
     return array
+
+
+def _frame(array: np.ndarray, item: Any) -> np.ndarray:
+    """(H, W, 3) of a list's item that is one picture: the list's axis cannot be its channels then."""
+    if isinstance(item, list | tuple) or array.ndim not in (2, 3):
+        return array
+    if array.ndim == 3:
+        place = next((axis for size in _CHANNELS for axis in (2, 0) if array.shape[axis] == size), None)
+        if place is None:
+            return array
+        array = np.moveaxis(array, place, 2)[..., :3]
+    return np.repeat(array.reshape(*array.shape[:2], -1), 3, 2) if array.ndim == 2 or array.shape[2] == 1 else array
 
 
 def _arranged(array: np.ndarray, name: str) -> np.ndarray:
@@ -180,7 +207,7 @@ def _scaled(array: np.ndarray, name: str) -> np.ndarray:
     low, high = array.min(), array.max()
     if kind in "iu":
         most = 255 if high <= 255 else 65535
-        if low < 0 or high > most or (most > 255 and array.dtype != np.uint16):
+        if low < 0 or high > most or (most > 255 and (kind, array.itemsize) != ("u", 2)):
             raise PrismError(
                 f"{name} holds whole numbers from {low} to {high}; 0 to 255 is needed, or uint16 up to 65535."
             )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-NAME, OLD = re.compile(r"\.(.+)\.prism-[0-9a-f]{8}(-old)?"), "-old"
+NAME, OLD = re.compile(r"\.(.+)\.prism-[0-9a-f]{8}(-old)?", re.DOTALL), "-old"
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -275,3 +276,31 @@ def test_every_family_fits_itself(variant: str) -> None:
     old = {name: value for name, value in saved.items() if name not in ("needs", "settings")}
     assert fits(old, backbone) == ([], [])
     assert saved["needs"]["vae"]["latent_channels"] is not None or variant == "bare_module"
+
+
+def _circle() -> dict[str, Any]:
+    circle: dict[str, Any] = {}
+    circle["itself"] = circle
+    return circle
+
+
+class _Failing:
+    def to_dict(self) -> Any:
+        raise ValueError("no")
+
+
+@pytest.mark.parametrize("value", [{1: 2, (1, 2): 3}, _circle(), _Failing(), {1: "a", "b": 2}], ids=lambda v: "value")
+def test_settings_that_json_cannot_hold_are_warned_of(value: Any, head: Path) -> None:
+    pipe = tiny.wan()
+    pipe.transformer.register_to_config(odd=value)
+    with pytest.warns(UserWarning, match="odd was absent and is"):
+        prism.Judge.from_pretrained(head, pipe)
+
+
+def test_statistics_as_arrays_are_the_same_numbers(tmp_path: Path) -> None:
+    prism.Judge.untrained(tiny.wan(), tap=2, dim=16).save_pretrained(tmp_path / "head")
+    pipe = tiny.wan()
+    pipe.vae.register_to_config(latents_mean=np.array(pipe.vae.config.latents_mean))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prism.Judge.from_pretrained(tmp_path / "head", pipe)

@@ -407,3 +407,64 @@ def test_judges_are_copied_and_pickled(wan, saved):
     fresh = Judge.untrained(wan, tap=2)
     for other in (copy.copy(fresh), copy.deepcopy(fresh), pickle.loads(pickle.dumps(fresh))):
         assert other.is_untrained
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dimensions": "VQ"}, "dimensions must be a list"),
+        ({"dimensions": [1, 2]}, "dimensions must be a list"),
+        ({"dimensions": None}, "dimensions must be a list"),
+        ({"seed": None}, "seed must be"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"dim": "x"}, "dim must be"),
+        ({"heads": 4}, "A head has no option heads; it has"),
+    ],
+)
+def test_what_a_fresh_head_cannot_be_made_of(wan, changes, sentence):
+    with pytest.raises(PrismError, match=sentence):
+        Judge.untrained(wan, **{"tap": 2, "dim": 16, **changes})
+
+
+@pytest.mark.parametrize("judges", [5, "runs/head", None, [None], {"a": 1}])
+def test_what_cannot_be_averaged(judges):
+    with pytest.raises(PrismError, match="A list of judges is needed"):
+        Judge.average(judges)
+
+
+def test_judges_of_any_iterable_are_averaged(judge):
+    assert len(Judge.average(each for each in [judge, judge]).members) == 2
+
+
+@pytest.mark.parametrize("margins", [None, 5, "x", torch.tensor(1.0), torch.ones(3), torch.ones(4) * 1j, {}])
+def test_margins_that_make_no_sense(judge, margins):
+    with pytest.raises(PrismError, match="The margins must be"):
+        judge.probabilities(margins)
+
+
+def test_margins_of_other_libraries(judge):
+    assert torch.equal(
+        judge.probabilities([[0.0, 1.0, -1.0, 2.0]]), judge.probabilities(torch.tensor([[0.0, 1, -1, 2]]))
+    )
+
+
+@pytest.mark.parametrize("latents", [None, [[1.0]], torch.ones(0, 16, 3, 4, 4), torch.ones(1, 16, 3, 4, 4).to_sparse()])
+def test_latents_that_hold_nothing_to_score(judge, latents):
+    for ask in (judge.score, judge.score_clean, judge.attention):
+        with pytest.raises(PrismError, match="The latents must be"):
+            ask(latents, tiny.PROMPT, 500, **tiny.CALL_WAN)
+
+
+def test_attention_to_nothing_is_refused(judge):
+    with pytest.raises(PrismError, match="Row 0 has no finite attention"):
+        judge.attention(torch.full((1, 16, 3, 4, 4), torch.nan), tiny.PROMPT, 500, **tiny.CALL_WAN)
+
+
+def test_one_generator_draws_the_noise(judge):
+    with pytest.raises(PrismError, match="generator must be one"):
+        judge.score_clean(torch.zeros(1, 16, 3, 4, 4), tiny.PROMPT, 500, generator=5, **tiny.CALL_WAN)
+
+
+def test_what_a_judge_was_trained_on_is_a_dict(judge, tmp_path):
+    with pytest.raises(PrismError, match="trained_on must be a dict"):
+        judge.save_pretrained(tmp_path / "head", trained_on="here")

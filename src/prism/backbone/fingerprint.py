@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, combinations, islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -231,13 +232,32 @@ def _public(part: Any) -> dict[str, Any]:
 
 
 def _text(config: Mapping[str, Any]) -> bytes:
-    return json.dumps(config, sort_keys=True, default=str).encode()
+    try:
+        return json.dumps(config, sort_keys=True, default=str).encode()
+    except Exception:  # what JSON cannot hold: keys of several kinds, circles, objects that will not be a text
+        return json.dumps(_json(config), sort_keys=True).encode()
 
 
 def _json(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples as lists, objects (a way of quantising) by their fields or as text."""
-    plain = lambda obj: obj.to_dict() if hasattr(obj, "to_dict") else str(obj)[:200]  # noqa: E731
-    return json.loads(json.dumps(value, default=plain))
+    """A setting as JSON gives it back: tuples and arrays as lists, objects (a way of quantising) by their fields or as
+    text; as text too what JSON cannot hold.
+    """
+
+    def plain(obj: Any) -> Any:
+        if hasattr(obj, "to_dict"):
+            return obj.to_dict()
+        return obj.tolist() if isinstance(obj, np.ndarray | np.generic) else str(obj)[:200]
+
+    try:
+        return json.loads(json.dumps(value, default=plain))
+    except Exception:  # keys that are no texts, circles, depth, a method that fails
+        if isinstance(value, Mapping) and all(isinstance(name, str) for name in value) and value is not None:
+            return {name: _as_text(each) for name, each in value.items()}
+        return _as_text(value)
+
+
+def _as_text(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float) else quoted(value, 200)
 
 
 def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:

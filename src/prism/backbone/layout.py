@@ -90,6 +90,9 @@ def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
         raise PrismError(
             f"The latents must be a tensor (B, ...) of floating-point numbers; found a {type(latents).__name__}{shape}."
         )
+    if latents.is_meta or latents.layout != torch.strided or len(latents) == 0:
+        kind = "none of the numbers" if latents.is_meta else "no rows" if len(latents) == 0 else "a sparse layout"
+        raise PrismError(f"The latents must be a dense tensor (B, ...) with at least one row; found {kind}.")
     try:
         levels = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     except (TypeError, ValueError, RuntimeError, OverflowError):

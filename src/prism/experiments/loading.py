@@ -72,7 +72,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # which a device without numbers (meta) cannot
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = quoted(str(error).splitlines()[0], 200)
         raise PrismError(

@@ -186,7 +186,10 @@ def parse_weights(text: str) -> dict[str, float]:
     if ":" not in text:
         return {text: 1.0}
     try:
-        weights = {name.strip(): float(weight) for name, weight in (part.split(":") for part in text.split(","))}
+        parts = [part.split(":") for part in text.split(",")]
+        weights = {name.strip(): float(weight) for name, weight in parts}
+        if len(weights) < len(parts):  # one named twice
+            raise ValueError
     except ValueError:
         raise PrismError(
             f'The --select-by "{quoted(text, 120)}" is neither a dimension nor a list such as VQ:1,MQ:0.5.'

@@ -17,8 +17,9 @@ from torch import Tensor
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
-from prism.checks import whole
+from prism.checks import quoted, whole
 from prism.errors import PrismError
+from prism.judge import checks
 from prism.judge import folder as folders
 from prism.judge.head import QueryHead, check_fits
 from prism.judge.objective import log_probabilities
@@ -63,6 +64,7 @@ class Judge:
         trained_on: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
     ) -> None:
+        checks.check_dimensions(dimensions)
         for member in members:
             check_fits(member.head, backbone, member.tap, dimensions)
             member.head.to(backbone.device, torch.float32)
@@ -111,7 +113,10 @@ class Judge:
         backbone = _backbone(pipe)
         tap = backbone.default_tap if tap is None else whole("tap", tap, None)
         width = backbone.widths[min(max(tap, 1), backbone.num_blocks) - 1]
-        dim = min(PAPER_DIM, 2 * width) if dim is None else dim
+        dim = min(PAPER_DIM, 2 * width) if dim is None else whole("dim", dim)
+        checks.check_dimensions(dimensions)
+        checks.check_options(head_options, _head_options())
+        seed = whole("seed", seed, 0, 2**63 - 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             head = QueryHead(width, dim, len(dimensions), aggregation=aggregation, **head_options)
@@ -135,8 +140,7 @@ class Judge:
         Raises:
             PrismError: for no judges, or judges that do not fit together.
         """
-        if not judges:
-            raise PrismError("There is no judge to average; give at least one.")
+        judges = checks.listed(judges, Judge)
         first = judges[0]
         for other in judges[1:]:
             if other.backbone.pipe is not first.backbone.pipe:
@@ -210,6 +214,8 @@ class Judge:
             trained_on: replaces ``self.trained_on``.
         """
         if trained_on is not None:
+            if not isinstance(trained_on, Mapping):
+                raise PrismError(f"trained_on must be a dict; found {quoted(trained_on, 80)}.")
             self.trained_on = dict(trained_on)
         several = self.config()["schema"] == 2
         tensors = {
@@ -278,7 +284,7 @@ class Judge:
             PrismError: where a row's latents give no finite score.
         """
         with self.backbone.held():
-            return self._finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)))
+            return checks.finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)), "score")
 
     @torch.no_grad()
     def score_clean(
@@ -306,6 +312,8 @@ class Judge:
             Mean over draws and its standard error (NaN for one draw), each (B, num_dimensions) float32.
         """
         num_draws = whole("num_draws", num_draws)
+        per_row(t, latents)  # refuses what are no latents
+        checks.check_generator(generator)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
@@ -339,6 +347,7 @@ class Judge:
         A margin is the score of A minus the score of B at one noise level. Where the judge is calibrated, these are
         meant to be believed; otherwise they are what its objective says, which is mostly too sure.
         """
+        margins = checks.margins_of(margins, self.dimensions)
         columns = []
         for column, name in enumerate(self.dimensions):
             known = self.calibration.get(name, {"temperature": 1.0, "eta": self.eta})
@@ -358,7 +367,7 @@ class Judge:
             member.head.attention(tokens.after(member.tap), tokens.text, tokens.text_mask)[..., :count].mean(1)
             for member in self.members
         ]
-        return torch.stack(maps).mean(0).view(-1, *tokens.grid)
+        return checks.finite(torch.stack(maps).mean(0), "attention").view(-1, *tokens.grid)
 
     def _tokens(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, call: dict[str, Any]) -> Tokens:
         rows = len(per_row(t, noisy_latents))
@@ -377,13 +386,6 @@ class Judge:
         if not self._told:
             levels = torch.as_tensor(t, dtype=torch.float32)
             self._told = warn_outside(self.trained_on, float(levels.min()), float(levels.max()))
-
-    @staticmethod
-    def _finite(scores: Tensor) -> Tensor:
-        bad = ~scores.isfinite().all(1)
-        if bool(bad.any()):
-            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
-        return scores
 
 
 def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
