@@ -128,6 +128,80 @@ def test_callbacks_that_change_what_the_denoiser_is_given(change: str) -> None:
     assert_stock(pipe, call, SHORT)
 
 
+class Scaled:
+    """Attention that is scaled by what it holds."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.scale = inner, torch.ones(1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs) * self.scale
+
+
+def louder(pipe: Any, state: dict[str, Any]) -> None:
+    state["scale"] = 0.7
+
+
+def other_weights(pipe: Any, state: dict[str, Any]) -> None:
+    """As a moving average is put in for the last steps."""
+    for value in pipe.transformer.parameters():
+        value.data.copy_(0.9 * value.data)
+
+
+def loaded_weights(pipe: Any, state: dict[str, Any]) -> None:
+    pipe.transformer.load_state_dict({name: 0.95 * value for name, value in pipe.transformer.state_dict().items()})
+
+
+def a_processors_tensor(pipe: Any, state: dict[str, Any]) -> None:
+    for processor in pipe.transformer.attn_processors.values():
+        processor.scale.mul_(0.5)
+
+
+@works(
+    "Callbacks and guidance",
+    "A callback that changes weights (a moving average), tensors of attention processors, or what hooks go by",
+    "exact",
+    "From there on the winner is computed anew, and is the plain call's with this callback.",
+)
+@pytest.mark.parametrize("change", [louder, other_weights, loaded_weights, a_processors_tensor])
+def test_callbacks_that_change_what_no_call_shows(change: Callable[[Any, dict[str, Any]], None]) -> None:
+    pipe, call = build(WAN)
+    state = {"scale": 1.0}
+    pipe.transformer.set_attn_processor({name: Scaled(p) for name, p in pipe.transformer.attn_processors.items()})
+    pipe.transformer.blocks[1].register_forward_hook(lambda module, args, output: output * state["scale"])
+    weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+
+    def ready() -> None:
+        state["scale"] = 1.0
+        pipe.transformer.load_state_dict(weights)
+        for processor in pipe.transformer.attn_processors.values():
+            processor.scale = torch.ones(1)
+
+    def callback(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            change(pipe, state)
+        return {}
+
+    assert_stock(pipe, {**call, "callback_on_step_end": callback}, SHORT, ready)
+
+
+def test_a_callback_that_only_looks_costs_nothing() -> None:
+    pipe, call = build(WAN)
+    judge, seen = prism.Judge.untrained(pipe, tap=1, dim=16), []
+    pipe.transformer.blocks[1].register_forward_hook(lambda *_: seen.append(1))  # and so does a hook
+
+    def callback(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        return {}
+
+    rows = [
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, batch_size=1, **RUNS["early"], **each).ledger.denoiser_rows
+        for each in (call, {**call, "callback_on_step_end": callback})
+    ]
+    assert rows[0] == rows[1]
+    assert seen
+
+
 @works(
     "Adapters and training",
     "A callback that switches LoRA adapters or their scales on the way",

@@ -316,13 +316,14 @@ def surroundings(pipe: Any) -> str:
     found = []
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module) and not is_denoiser(name):
-            found.append(_state(part))
+            found.append(weights_state(part))
         elif hasattr(part, "config"):  # the scheduler, which gives timesteps their form
             found.append(f"{type(part).__name__}{dict(config_of(part))}")
     return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
 
-def _state(module: nn.Module) -> str:
+def weights_state(module: nn.Module) -> str:
+    """Digest of a module's weights (their names, shapes and first and last numbers) and of its adapters' settings."""
     digest = hashlib.sha256()
     ends: dict[torch.device, list[Tensor]] = {}
     for name, value in weights(module).items():

@@ -21,7 +21,7 @@ from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
 from prism.backbone.holding import here
 from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
-from prism.backbone.recording import Inputs, Recording, inputs_of, moments_of
+from prism.backbone.recording import Inputs, Recording, inputs_of, moments_of, state_of
 from prism.backbone.several import packing
 from prism.checks import quoted
 from prism.errors import PrismError
@@ -228,9 +228,11 @@ class Interceptor:
         tap: int | Sequence[int] | None = None,
         on_cut: OnCut | None = None,
         searches: bool = True,  # whether noise must be the candidates' own: a winner's call may be any plain call
+        state: str = "",  # of the denoisers when the recordings were made, where a callback may change it
     ):
         self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
         self.cuts, self.tap, self.on_cut, self.searches = dict(cuts or {}), tap, on_cut, searches
+        self.state, self.altered = state, ""  # and what it is where it was changed
         self.alive = list(range(len(self.candidates)))  # positions in the batch
         self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
         self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
@@ -243,6 +245,7 @@ class Interceptor:
         """The stock call's result, or None where a cut ended it."""
         pipe, self.generator = self.backbone.pipe, call.get("generator")
         self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
+        self._look_for_changes()
         with ExitStack() as stack:
             for place, denoiser in enumerate(self.backbone.denoisers):
                 wrapper = packing(partial(self._denoise, place, denoiser), denoiser, self.backbone.family)
@@ -276,7 +279,7 @@ class Interceptor:
         inputs: list[Inputs] = []
         moments = moments_of(arguments, len(self.candidates), family) if all(recordings) else []
         if self.record or (moments and all(moments[row] in each.moments for row, each in zip(alive, recordings))):
-            every = inputs_of(denoiser, place, arguments, len(self.candidates), family)
+            every = inputs_of(denoiser, place, arguments, len(self.candidates), family, self.altered)
             inputs = [every[row] for row in alive]
         recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]
         if probed is not False and inputs and all(value is not None for value in recorded):
@@ -356,6 +359,10 @@ class Interceptor:
         self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
         return output
 
+    def _look_for_changes(self) -> None:
+        state = state_of(self.backbone.denoisers) if self.state else ""
+        self.altered = "" if state == self.state else state
+
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The call, watched at the end of its steps: there the latents are whole, while a scheduler may be given all
         but a first frame.
@@ -367,6 +374,7 @@ class Interceptor:
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             returned = {} if callback is None else callback(pipe, step, timestep, tensors)
             self.latents = self.backbone.main({**tensors, **(returned or {})}["latents"])
+            self._look_for_changes()
             return returned
 
         named = getattr(callback, "tensor_inputs", None)  # diffusers' own callback classes name their tensors

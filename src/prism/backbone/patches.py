@@ -98,9 +98,27 @@ def _hooks(root: nn.Module) -> Iterator[tuple[types.FunctionType, Any]]:
 
 def _gives(function: types.FunctionType) -> bool:
     """True where some way through a hook ends with a value, which takes the place of what the hook was shown."""
-    code = list(dis.get_instructions(function.__code__))
-    ends = [place for place, each in enumerate(code) if each.opname == "RETURN_VALUE"]
-    return any(not (code[place - 1].opname == "LOAD_CONST" and code[place - 1].argval is None) for place in ends)
+    before, attribute = None, ""
+    for each in dis.get_instructions(function.__code__):
+        nothing = before is None or (before.opname == "LOAD_CONST" and before.argval is None)
+        if each.opname == "RETURN_VALUE" and not nothing and attribute not in _MUTATORS - {"setdefault"}:
+            return True  # not a lambda that appends to a list
+        if each.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            attribute = each.argval
+        elif each.opname.startswith(("BUILD", "BINARY", "STORE")):
+            attribute = ""
+        before = each
+    return False
+
+
+def giving(hook: Any) -> Any:
+    """A hook that may change a call, or None for one that only looks."""
+    return hook if any(_gives(function) for function in _reachable(hook, set())) else None
+
+
+def values_of(function: types.FunctionType) -> dict[str, Any]:
+    """What a function of another package reads beside its arguments: in its closure, its defaults, its module."""
+    return {} if _top(function) in _TRUSTED else _lookup(function)
 
 
 def _home(kind: type) -> str:

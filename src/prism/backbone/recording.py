@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import marshal
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from prism.backbone.conditioning import flattened, has_rows
 from prism.backbone.family import Family, noisy_name
+from prism.backbone.fingerprint import weights_state
+from prism.backbone.patches import giving, values_of
 
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -87,11 +90,12 @@ def moments_of(arguments: Mapping[str, Any], candidates: int, family: Family) ->
 
 
 def inputs_of(
-    denoiser: nn.Module, place: int, arguments: Mapping[str, Any], candidates: int, family: Family
+    denoiser: nn.Module, place: int, arguments: Mapping[str, Any], candidates: int, family: Family, altered: str = ""
 ) -> list[Inputs]:
-    """Digests of what each candidate's rows are computed from in a denoiser call; `place` says which denoiser it is."""
+    """Digests of what each candidate's rows are computed from in a denoiser call; `place` says which denoiser it is,
+    and `altered` is the `state_of` the denoisers where a callback changed it."""
     batch = len(arguments[noisy_name(arguments, family)])
-    shared = hashlib.sha256(f"{place} {switched(denoiser)}".encode())
+    shared = hashlib.sha256(f"{place} {switched(denoiser)}{altered}".encode())
     own = [hashlib.sha256() for _ in range(candidates)]
     bits: list[list[int]] = []
     sums: list[Tensor] = []
@@ -149,6 +153,40 @@ def switched(denoiser: nn.Module) -> str:
         if processor is not None:
             found += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
     return hashlib.sha256(marshal.dumps(found, 2)).hexdigest()  # version 2: no references, which differ by chance
+
+
+def state_of(denoisers: Sequence[nn.Module]) -> str:
+    """Digest of what a callback may change where no call shows it: weights, tensors on modules and on what computes
+    their attention, and what hooks and replaced code hold. Costs some ms, and is asked for beside a callback alone."""
+    digest = hashlib.sha256()
+    for denoiser in denoisers:
+        digest.update(weights_state(denoiser).encode())
+        for module in denoiser.modules():
+            own = vars(module)
+            digest.update(_held({name: v for name, v in own.items() if isinstance(v, Tensor)}).encode())
+            digest.update(_held([own["_buffers"], own.get("forward"), own.get("processor")]).encode())
+            hooks = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+            digest.update(_held(list(map(giving, hooks))).encode())
+    return digest.hexdigest()
+
+
+def _held(value: Any, depth: int = 5) -> str:
+    """A text that is equal for equal values, of what functions and objects hold, in containers too."""
+    if isinstance(value, Tensor):
+        return type(value).__name__ if value.is_meta or value.is_quantized else _text(value)
+    if type(value) in _PLAIN:
+        return repr(value)
+    if depth == 0 or isinstance(value, nn.Module | type | types.ModuleType):
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return repr([(str(name), _held(each, depth - 1)) for name, each in list(value.items())])
+    if isinstance(value, list | tuple):
+        return repr([_held(each, depth - 1) for each in value])
+    if isinstance(value, types.FunctionType):
+        return value.__qualname__ + _held(values_of(value), depth - 1)
+    if isinstance(value, types.MethodType):
+        return _held([value.__func__, value.__self__], depth)
+    return type(value).__qualname__ + _held({**vars_of(value)}, depth - 1)
 
 
 def vars_of(value: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prism.backbone.arguments import embedded_rows, normalised, of_prompt, texts
 from prism.backbone.obstacles import check_noise, check_whole, reproduction
+from prism.backbone.recording import state_of
 from prism.checks import quoted, whole
 from prism.errors import PrismError
 from prism.sampling import arguments
@@ -245,6 +246,8 @@ def best_of_n(
 def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep_latents: bool) -> BestOfNResult:
     """One prompt's search, and its winners finished."""
     with search.backbone.held(), meter.open():
+        if search.call.get("callback_on_step_end") is not None:
+            search.state = state_of(search.backbone.denoisers)
         winners = _within_memory(search, find)
         try:
             finished = search.finish(winners)

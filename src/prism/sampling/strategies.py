@@ -54,6 +54,7 @@ class Search:
     latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
     owners: dict[int, int] = field(default_factory=dict)  # the process of each candidate
     reserve: list[int] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
+    state: str = ""  # of the denoisers as they sample, where a callback may change it
     noise: set[str] = field(default_factory=set)  # where winners' schedulers drew noise, see Interceptor
 
     def __post_init__(self) -> None:
@@ -79,9 +80,8 @@ class Search:
 
     def batch_call(self, candidates: Sequence[int], **changes: Any) -> dict[str, Any]:
         """The user's call for several candidates at once, without the user's callback."""
-        n = len(candidates)
         call = {k: v for k, v in self.call.items() if not k.startswith("callback_on_step_end")}
-        own = self.backbone.batch([self.prompt] * n, [self.seeds[candidate] for candidate in candidates], call)
+        own = self.backbone.batch([self.prompt] * len(candidates), [self.seeds[c] for c in candidates], call)
         form = {"return_dict": True} if self.backbone.takes("return_dict") else {}
         return {**call, **own, **form, **changes}
 
@@ -113,7 +113,7 @@ class Search:
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
         if self.backbone.family.prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
-        interceptor = Interceptor(self.backbone, [candidate], self.recordings, record=False, searches=False)
+        interceptor = Interceptor(self.backbone, [candidate], self.recordings, False, searches=False, state=self.state)
         output = interceptor.run(call)
         self.noise.add(interceptor.noise)
         if not self._take_latents([candidate], interceptor):
