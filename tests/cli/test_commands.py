@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests import stores, tiny
+from tests.zoo import VARIANTS
 
 from prism import Judge, cli, files, media
 from prism.report.metrics import validate
@@ -164,6 +165,8 @@ BAD_OPTIONS = {
     "bad weights": (["--select-by", "VQ:x"], "neither a dimension nor a list"),
     "no such backbone": (["--backbone", "nowhere"], "nowhere"),
     "no such head": (["--head", "nowhere"], "The head folder nowhere does not exist"),
+    "a pipeline for a head": (["--head", "BACKBONE"], "holds no head: its config.json does not exist"),
+    "a head for a pipeline": (["--backbone", "HEAD"], "holds no diffusers pipeline: its model_index.json does not"),
     "embedded head for it": (["--head"], "embedded head fits the embedded backbone alone"),
     "no such device": (["--device", "abacus"], "The device abacus cannot be used"),
     "no such dtype": (["--dtype", "int4"], "The --dtype is int4"),
@@ -189,9 +192,27 @@ def test_a_bad_option_gives_one_sentence(case, place, tmp_path, capsys):
     if len(arguments) == 1:
         del options[arguments[0]]
     else:
-        options |= dict(zip(arguments[::2], arguments[1::2]))
+        folders = {"HEAD": str(place / "head"), "BACKBONE": str(place / "backbone")}
+        options |= {flag: folders.get(value, value) for flag, value in zip(arguments[::2], arguments[1::2])}
     code = cli.main(["sample", *(part for option in options.items() for part in option)])
     refused(code, capsys, tmp_path / "out", sentence)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "study"])
+def test_the_embedded_candidates_are_refused_for_another_backbone(command, place, tmp_path, capsys):
+    arguments = ["--backbone", str(place / "backbone"), "--out", str(tmp_path / "out")]
+    code = cli.main([command, *arguments, *(["--head", str(place / "head")] if command == "eval" else [])])
+    refused(code, capsys, tmp_path / "out", "name a store of this backbone's own videos with --data")
+
+
+def test_an_image_that_is_needed_is_asked_for(tmp_path, capsys):
+    pipe, _ = VARIANTS["wan21_i2v"]()
+    pipe.save_pretrained(tmp_path / "in" / "backbone")
+    arguments = ["--prompt", PROMPT, "--backbone", str(tmp_path / "in" / "backbone"), "--strategy", "none"]
+    (tmp_path / "work").mkdir()
+    capsys.readouterr()
+    code = cli.main(["sample", *arguments, "--out", str(tmp_path / "work" / "out")])
+    refused(code, capsys, tmp_path / "work" / "out", "starts from an image; give --image FILE")
 
 
 def test_a_head_for_another_backbone_is_refused(place, tmp_path, capsys):

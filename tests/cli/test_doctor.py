@@ -35,7 +35,7 @@ def test_doctor_says_what_a_folder_is_and_what_a_run_costs(variant, tmp_path, ca
     assert "yes: 3 of 6 steps come after the first cut" in said
     assert ("used for t from 875 to 1000" in said or "used for t from 900 to 1000" in said) == (variant[:6] == "wan22_")
     assert "candidates that fit     " in said
-    assert "none ships for this model; train one (prism train) on labelled pairs of about 800 prompts" in said
+    assert "train one (prism train) on labelled pairs; the toy world's took about 800" in said
     assert "a judge by itself       loads " in said
 
 

@@ -133,6 +133,16 @@ def test_resuming_trains_what_is_missing_alone(made, monkeypatch):
         study.run(dataclasses.replace(config, draws=1), out, resume=True)
 
 
+def test_a_variant_that_does_not_exist_is_not_confirmed_and_nothing_is_trained(made, tmp_path):
+    config = made[0]
+    for only in ((), ("taps",)):
+        for name in ("nosuch", "taps"):  # a question is no variant
+            with pytest.raises(PrismError, match="no variant") as error:
+                study.run(config, tmp_path / "out", only=only, confirm=[name])
+            assert len(str(error.value)) < 500 or "no question" in str(error.value)
+            assert not (tmp_path / "out").exists()
+
+
 def test_a_winner_is_confirmed_once(made):
     config, out, _, store, pipe = made
     metrics = study.run(config, out, only=ONLY, confirm=["heads-2"], resume=True)

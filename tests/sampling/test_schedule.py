@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def test_a_schedule_ends_with_one() -> None:
 def test_bad_schedules(schedule: Any, sentence: str) -> None:
     with pytest.raises(PrismError, match=sentence):
         resolve(schedule, 8, 10)
+
+
+def test_a_step_before_the_first_is_told_before_the_steps_are_known() -> None:
+    with pytest.raises(PrismError, match=r"cuts at step 0, and the run counts its steps from 1\.$"):
+        resolve([(0, 1)], 8, sys.maxsize)
 
 
 @pytest.mark.parametrize("arguments", [(0, 3, 1), (8, 0, 1), (8, 3, 0)])

@@ -5,6 +5,7 @@ of a repository on the Hub not downloaded.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -83,6 +84,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
     Raises PrismError for what is no regular file, and for configurations that ask for what no machine holds.
     """
+    if folder.is_dir() and not os.path.lexists(folder / "model_index.json"):
+        raise PrismError(
+            f"The folder {folder} holds no diffusers pipeline: its model_index.json does not exist; name "
+            "the folder that the pipeline's save_pretrained wrote."
+        )
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise PrismError(f"The file {folder / 'model_index.json'} does not name a pipeline's class (_class_name).")

@@ -168,7 +168,8 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
 def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
     """The block a judge reads after here, and which judge that is: the one that ships, or one to be trained."""
     if folder is not None:
-        advice = f"none ships for this model; train one (prism train) on labelled pairs of about {PROMPTS} prompts"
+        advice = "none ships for this model; train one (prism train) on labelled pairs; "
+        advice += f"the toy world's took about {PROMPTS} prompts"
         return backbone.default_tap, advice
     config = files.read_json(shapeworld.asset_folder("head") / "config.json")
     tap = max(member["tap"] for member in config.get("members", [config]))

@@ -10,7 +10,7 @@ from typing import Any
 from prism import files, runs
 from prism.checks import SEEDS, quoted, whole
 from prism.errors import PrismError
-from prism.experiments.loading import check_alone, describe, load_backbone, load_judge, open_store
+from prism.experiments.loading import check_alone, check_store, describe, load_backbone, load_judge, open_store
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
 
@@ -57,6 +57,7 @@ def run(config: EvaluateConfig, out: Path, overwrite: bool = False) -> dict[str,
 
         store = open_store(config.data)
         backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
+        check_store(config.data, store, backbone)
         judge = load_judge(config.head, backbone, embedded=config.backbone is None)
         start = time.perf_counter()
         rows = evaluate(judge, store, config.split, levels, config.num_draws, config.seed, config.batch_size)

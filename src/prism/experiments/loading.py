@@ -167,6 +167,17 @@ def open_store(folder: Path | None) -> Any:
     return LatentStore.open(shapeworld.asset_folder("candidates") if folder is None else folder)
 
 
+def check_store(folder: Path | None, store: Any, backbone: Any) -> None:
+    """Refuse the embedded candidates, which None takes, for a backbone with another VAE."""
+    from prism.backbone.fingerprint import fits
+
+    if folder is None and fits(store.meta.get("backbone") or {}, backbone, ("vae",))[0]:
+        raise PrismError(
+            "The embedded candidates are latents of the embedded model; name a store of this backbone's own videos "
+            "with --data."
+        )
+
+
 def check_alone(command: str) -> None:
     """Refuse to run a command as several processes that would all write its folder."""
     count = os.environ.get("WORLD_SIZE", "1")

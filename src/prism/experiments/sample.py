@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -155,6 +156,14 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype, config.offload, config.loras)
     if backbone.family.prompts and not config.prompt:
         raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
+    taken = inspect.signature(type(backbone.pipe).__call__).parameters
+    for given, what in (("image", "an image"), ("video", "a video")):
+        if (
+            given in taken
+            and taken[given].default is inspect.Parameter.empty
+            and not {**call, **config.call}.get(given)
+        ):
+            raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{given} FILE.")
     judged = config.strategy not in ("none", "random")
     judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
     call = {**call, **config.call}

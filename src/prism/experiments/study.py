@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files, runs
-from prism.checks import whole
+from prism.checks import quoted, whole
 from prism.errors import PrismError
 from prism.experiments.variants import BASE, BASE_HEADS, Variant, chosen, table
 from prism.training.config import TrainConfig
@@ -71,7 +71,7 @@ def run(
     With `resume` what is done is kept. Variants named in `confirm` are measured on the test split, each once for all.
     """
     from prism.experiments import study_results as results
-    from prism.experiments.loading import check_alone, describe, load_backbone, open_store
+    from prism.experiments.loading import check_alone, check_store, describe, load_backbone, open_store
     from prism.report.metrics import document
     from prism.report.page import write_report
     from prism.training.validation import levels
@@ -81,6 +81,7 @@ def run(
         whole(f"The study's {name}", getattr(config, name), 1, 1000)
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
+    check_store(config.data, store, backbone)
     tap = backbone.default_tap if config.tap is None else config.tap
     groups = store.groups("train")
     everything = table(
@@ -93,6 +94,8 @@ def run(
     )
     everything = [row for row in everything if row.draws <= config.draws and (not row.across or config.seeds > 1)]
     wanted = chosen(everything, [*only, *confirm] if only else ())
+    for variant in confirm:
+        _named(variant, everything, "")
     claim = runs.claim(out, {"command": "study", **_json(config)}, resume)
     started = time.perf_counter()
     _score_unscored(config, out, store, backbone, wanted)
@@ -104,7 +107,7 @@ def run(
     for row in rows:
         files.write_json(out / "results" / f"{row['variant']}.json", row)
     for variant in confirm:
-        results.confirm(out, _named(variant, done), everything, config, store, backbone)
+        results.confirm(out, _named(variant, done, "finished "), everything, config, store, backbone)
     confirmed = results.confirmations(out)
     metrics = document(
         "study",
@@ -210,11 +213,12 @@ def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, w
                 _score(config, out, store, heads)
 
 
-def _named(name: str, done: Sequence[Variant]) -> Variant:
-    for variant in done:
+def _named(name: str, rows: Sequence[Variant], state: str) -> Variant:
+    for variant in rows:
         if variant.name == name:
             return variant
-    raise PrismError(f"There is no finished variant {name!r} to confirm; there are {', '.join(v.name for v in done)}.")
+    names = quoted(", ".join(variant.name for variant in rows))
+    raise PrismError(f"There is no {state}variant {quoted(name, 80)} to confirm; there are {names}.")
 
 
 def _json(config: StudyConfig) -> dict[str, Any]:

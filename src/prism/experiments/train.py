@@ -48,7 +48,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     configuration that lies there goes on. What stood at `out` stays until then. Of several processes (`torchrun`) the
     first alone looks at folders and writes.
     """
-    from prism.experiments.loading import describe, load_backbone, open_store
+    from prism.experiments.loading import check_store, describe, load_backbone, open_store
     from prism.judge import Judge
     from prism.training import train
     from prism.training.processes import Processes
@@ -61,6 +61,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     place = runs.parts_of(out) if overwrite else out
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
+    check_store(config.data, store, backbone)
     embedded = config.backbone is None
     settings = config.train or recipe(embedded)
     judge = Judge.average(

@@ -282,7 +282,13 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
     if is_folder:
         own = folder / "head"  # of a run's folder
-        return own if own.is_dir() else folder
+        folder = own if own.is_dir() else folder
+        if not os.path.lexists(folder / "config.json"):
+            raise PrismError(
+                f"The folder {folder} holds no head: its config.json does not exist; name the folder that prism train "
+                "wrote."
+            )
+        return folder
     if exists:
         raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -89,7 +90,8 @@ def resolve(
     alive, previous = n, 0
     for step, keep in cuts:
         if step < 1 or step > num_steps:
-            raise PrismError(f"The schedule cuts at step {step}, and the run has steps 1 to {num_steps}.")
+            has = "counts its steps from 1" if num_steps == sys.maxsize else f"has steps 1 to {num_steps}"
+            raise PrismError(f"The schedule cuts at step {step}, and the run {has}.")
         if step <= previous:
             raise PrismError(f"The schedule cuts at step {step} after step {previous}; put the cuts in rising order.")
         if keep < 1:
