@@ -10,7 +10,7 @@ from prism import files
 from prism.errors import PrismError
 from prism.experiments import per_prompt
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "rerun"  # of the first run no values per prompt were kept
 
 
 @pytest.mark.skipif(not (EVIDENCE / "per_prompt").is_dir(), reason="a full run of before values per prompt were kept")
