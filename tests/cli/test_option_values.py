@@ -61,7 +61,7 @@ def test_an_image_pipeline_needs_no_prompt(place: Path, tmp_path: Path, capsys: 
     assert f"seeds {metrics['seeds'][0]} to" in capsys.readouterr().out
     assert "image.png" in (tmp_path / "out" / "report.html").read_text()
     assert sample(place, tmp_path / "other", "--prompt", "a cat", name="svd") == 2
-    assert "takes no prompt, only an image" in capsys.readouterr().err
+    assert "starts from an image; give --image FILE" in capsys.readouterr().err
 
 
 @works("Adapters and training", "`prism sample --lora FILE:SCALE`", "exact", "The plain call's winner with the adapter")

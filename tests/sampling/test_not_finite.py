@@ -40,9 +40,9 @@ def poisoned(setting: Setting, seeds: set[int], after: int = 0) -> Iterator[None
         return latents
 
     def hook(_module: Any, _args: Any, output: Any) -> Any:
-        sample = output[0].clone()
+        sample = output[0]
         if len(sample) == len(marked) and (pipe.scheduler.step_index or 0) >= after:
-            sample[torch.tensor(marked)] = torch.nan
+            sample = sample.masked_fill(torch.tensor(marked).view(-1, *[1] * (sample.ndim - 1)), torch.nan)
         return (sample, *output[1:])
 
     pipe.prepare_latents = prepared

@@ -355,6 +355,19 @@ def test_pictures_of_any_kind_are_rgb(tmp_path: Any) -> None:
         assert len(str(caught.value)) <= 500
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"output_type": None}, "output_type must be a text"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function"),
+        ({"attention_kwargs": 5}, "attention_kwargs must be a dictionary"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_work(wan: Setting, arguments: Any, sentence: str) -> None:
+    with pytest.raises(PrismError, match=sentence):
+        search(wan, **arguments)
+
+
 def test_numbers_of_a_call_are_checked_by_the_backbone_too(wan: Setting) -> None:
     backbone = Backbone(wan.pipe)
     for changes in ({"height": 0}, {"num_frames": -1}, {"guidance_scale": math.nan}, {"num_inference_steps": 1e9}):

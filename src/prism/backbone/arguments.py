@@ -45,6 +45,14 @@ def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
             number(name, value)
         elif name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
             texts(value, name)
+        elif name == "output_type" and not isinstance(value, str):
+            raise PrismError(
+                f'output_type must be a text, such as "np", "pt", "pil" or "latent"; found {quoted(value, 80)}.'
+            )
+        elif name == "callback_on_step_end" and value is not None and not callable(value):
+            raise PrismError(f"callback_on_step_end must be a function; found {quoted(value, 80)}.")
+        elif name.endswith("_kwargs") and value is not None and not isinstance(value, Mapping):
+            raise PrismError(f"{name} must be a dictionary; found {quoted(value, 80)}.")
         elif isinstance(value, Tensor) and value.is_inference():
             value = value.clone()
         elif name in _PICTURES:
