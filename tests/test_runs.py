@@ -46,6 +46,24 @@ def test_another_configuration_is_named_and_never_mixed(tmp_path, capsys):
     assert "deleting" in capsys.readouterr().err
 
 
+def test_what_changes_no_piece_may_change(tmp_path):
+    first = {"n": 8, "train": {"rows": 64, "rate": {"low": 1}}, "where": "a"}
+    Parts(tmp_path / "p", first).once("a", dict)
+    names = ("train.rows", "train.nothing", "where", "n.rows")
+    assert Parts(tmp_path / "p", {"n": 8, "train": {"rate": {"low": 1}}}, restart=True, changeable=names).has("a")
+    assert files.read_json(tmp_path / "p" / "identity.json") == first
+    with pytest.raises(PrismError, match=r"differs in train: rate\.low was 1 and is now 2"):
+        Parts(tmp_path / "p", {"n": 8, "train": {"rows": 1, "rate": {"low": 2}}}, changeable=names)
+
+
+def test_a_finished_runs_folder_holds_the_users_copies_too(tmp_path):
+    make(tmp_path / "out", "old")
+    (tmp_path / "out" / "before").mkdir()
+    (tmp_path / "out" / "before" / "metrics.json").write_text("{}")  # a name that runs use
+    with pytest.raises(PrismError, match=r"holds before/metrics\.json, which no run made"):
+        make(tmp_path / "out", "new")
+
+
 def test_a_strangers_folder_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(PrismError, match="holds no parts of a run"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prism.errors import PrismError
@@ -67,3 +68,29 @@ def _plain(value: Any) -> str:
         power = value.bit_length() - (0 if value & (value + 1) == 0 else 1)
         return f"2**{power} - 1" if value == 2**power - 1 else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def without(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A configuration without some names; "a.b" is b of the object a."""
+    left = dict(config)
+    for name in names:
+        key, _, inner = name.partition(".")
+        if not inner:
+            left.pop(key, None)
+        elif isinstance(left.get(key), dict):
+            left[key] = without(left[key], [inner])
+    return left
+
+
+def first_difference(found: Any, wanted: Any) -> str:
+    """Where two configurations differ first, in words: "steps was 4 and is now 8"."""
+    place = ""
+    while isinstance(found, dict) and isinstance(wanted, dict):
+        key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+        place, found, wanted = (f"{place}.{key}" if place else key), found.get(key), wanted.get(key)
+    return f"{place or 'it'} was {_short(found)} and is now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"

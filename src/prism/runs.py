@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files, temporary
+from prism.checks import first_difference, without
 from prism.errors import PrismError
 
 CONFIG, IDENTITY = "config.json", "identity.json"
@@ -154,7 +155,11 @@ def _listed(folder: Path) -> set[str]:
 def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
     if path.is_symlink():
         return False
-    known = _OURS.fullmatch(path.name) or path.relative_to(folder).as_posix() in listed
+    if listed:  # of a finished run: all that it made
+        return path.relative_to(folder).as_posix() in listed
+    if path.stem == "state":  # of a checkpoint, and not of somebody's copy of one
+        return re.fullmatch(r"step-\d{8}|\.step-\d{8}\.prism-[0-9a-f]{8}", path.parent.name) is not None
+    known = _OURS.fullmatch(path.name)
     return bool(known) or (path.suffix == ".json" and "seconds" in (_read(path) or {}))
 
 
@@ -215,7 +220,8 @@ def claim(
         resume: go on with the run that is there.
         restart: delete a run of another configuration, and begin anew; one of this configuration goes on.
         main: False in all but the first of several processes, for which nothing is checked, made or held.
-        changeable: names in `identity` that may differ from those of the run that is there; theirs stay in the file.
+        changeable: names in `identity` ("a.b": b of the object a) that may differ from those of the run that is there,
+            because what comes out does not depend on them; theirs stay in the file.
         besides: folders in it that may be there before a run is.
         shared: with other processes that work in it and share it; none of them may restart it.
 
@@ -267,8 +273,8 @@ def _enter(
             "--out."
         )
     temporary.sweep(folder, deep=True)
-    compared = [key for key in {**wanted, **found} if key not in ("command", "files", *changeable)]
-    different = [key for key in compared if found.get(key) != wanted.get(key)]
+    ours, theirs = (without(each, ("command", "files", *changeable)) for each in (wanted, found))
+    different = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
     if not different and (resume or restart):
         held.resumed = True
         return held
@@ -284,7 +290,7 @@ def _enter(
         )
     key = different[0]
     raise PrismError(
-        f"The run in {files.shown(folder)} differs in {key}: {first_difference(found.get(key), wanted.get(key))}; "
+        f"The run in {files.shown(folder)} differs in {key}: {first_difference(theirs.get(key), ours.get(key))}; "
         "continue it as it was started, choose another --out, or start anew with --overwrite where the command has it."
     )
 
@@ -305,20 +311,6 @@ def _hold(folder: Path, shared: bool = False) -> Claim:
     return held
 
 
-def first_difference(found: Any, wanted: Any) -> str:
-    """Where two configurations differ first, in words: "steps was 4 and is now 8"."""
-    place = ""
-    while isinstance(found, dict) and isinstance(wanted, dict):
-        key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
-        place, found, wanted = (f"{place}.{key}" if place else key), found.get(key), wanted.get(key)
-    return f"{place or 'it'} was {_short(found)} and is now {_short(wanted)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"
-
-
 def abandon(folder: Path) -> None:
     """Delete a folder in which no run has got anywhere; any other is left."""
     if folder.is_dir() and not folder.is_symlink() and is_vacant(folder):
@@ -334,6 +326,7 @@ class Parts:
         identity: what the pieces depend on, as JSON. Pieces of another identity are refused.
         restart: delete pieces of another identity instead, and start anew.
         shared: other processes work on pieces of the same folder.
+        changeable: as of `claim`.
 
     Raises:
         PrismError: for a folder that holds something else, or pieces of another configuration (what differs is named).
@@ -345,9 +338,10 @@ class Parts:
         identity: Mapping[str, Any],
         restart: bool = False,
         shared: bool = False,
+        changeable: Sequence[str] = (),
     ) -> None:
         self.folder = Path(folder)
-        self._claim = claim(self.folder, identity, True, restart, name=IDENTITY, shared=shared)
+        self._claim = claim(self.folder, identity, True, restart, name=IDENTITY, shared=shared, changeable=changeable)
 
     def once(self, name: str, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any]:
         """Return what `make` returned, from disk where it was made before; its wall time is added as "seconds".

@@ -285,6 +285,45 @@ def test_resuming_another_run_is_refused(wan, store, interrupted):
         train(store, judge_for(wan, aggregation="mean"), CONFIG, interrupted, resume=True, progress=False)
 
 
+def test_what_leaves_the_weights_alone_may_change_on_resume(wan, store, tmp_path, interrupted):
+    """Memory, notes, the store's place, and what another diffusers adds to a configuration."""
+    whole, resumed = judge_for(wan), judge_for(wan)
+    train(store, whole, CONFIG, tmp_path / "whole", progress=False)
+    known = files.read_json(interrupted / "config.json")
+    known["judge"]["backbone"] |= {"denoiser_config": "0" * 64, "settings": {}}
+    files.write_json(interrupted / "config.json", known)
+    shutil.copytree(store.folder, tmp_path / "moved")
+    other = dataclasses.replace(CONFIG, max_rows=5, log_every=3, checkpoint_every=1)
+    train(tmp_path / "moved", resumed, other, interrupted, resume=True, progress=False)
+    for one, two in zip(weights(whole).values(), weights(resumed).values()):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+    for name in ("seed", "steps", "prompts_per_step"):
+        changed = dataclasses.replace(CONFIG, **{name: getattr(CONFIG, name) + 1})
+        with pytest.raises(PrismError, match=f"differs in train: {name} was"):
+            train(store, judge_for(wan), changed, interrupted, resume=True, progress=False)
+    known["judge"]["backbone"]["weights"] = "0" * 64
+    files.write_json(interrupted / "config.json", known)
+    with pytest.raises(PrismError, match=r"differs in judge: backbone\.weights was"):
+        train(store, judge_for(wan), CONFIG, interrupted, resume=True, progress=False)
+
+
+def test_folders_of_the_users_among_checkpoints_are_kept(wan, store, interrupted):
+    place = interrupted / "checkpoints"
+    (place / "step-0-mine").mkdir()
+    (place / "step-0-mine" / "notes.txt").write_text("x")
+    (place / "step-00000001").mkdir()  # named like one of the run's, and none
+    (place / "step-00000001" / "notes.txt").write_text("x")
+    shutil.copytree(place / "step-00000004", place / "step-4-copy")
+    (place / "step-00000004" / "notes.txt").write_text("x")
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.parent.name[-1] != "6"}
+    before = {path: content for path, content in before.items() if "step-00000004/state" not in path.as_posix()}
+    assert len(before) == 5
+    every = dataclasses.replace(CONFIG, checkpoint_every=1)
+    with pytest.warns(UserWarning, match="no run made"):
+        train(store, judge_for(wan), every, interrupted, resume=True, progress=False)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
 def test_output_folders(wan, store, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")

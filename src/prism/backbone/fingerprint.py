@@ -42,6 +42,9 @@ _NEEDED = frozenset(
 _ROUNDING = 4e-3  # of a number that was kept in bfloat16
 _TRIES = 5000  # earlier configurations that a hash is compared with
 
+# What versions of diffusers change in a fingerprint of the same weights.
+VERSIONED = ("denoiser_config", "vae_config", "settings")
+
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
     """See `Backbone.fingerprint`. Of a partial denoiser the weights are not told: None."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from prism import runs
 from prism.backbone import Backbone
+from prism.backbone.fingerprint import VERSIONED
 from prism.baselines.frames import DecodedCache
 from prism.baselines.pixel import FORMAT, ROWS, PixelJudge
 from prism.errors import PrismError
@@ -139,9 +140,10 @@ def train_pixel(
         )
     identity = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
     identity["backbone"] = backbone.fingerprint()
+    changeable = ("store.name", *(f"backbone.{name}" for name in VERSIONED))
     place = runs.parts_of(out)
     parts: list[runs.Parts] = []  # the first process holds them
-    processes.on_first(lambda: parts.append(runs.Parts(place, identity)))
+    processes.on_first(lambda: parts.append(runs.Parts(place, identity, changeable=changeable)))
     frames = DecodedCache(place / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 

@@ -94,8 +94,10 @@ def candidates(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample candidates of ShapeWorld prompts and label them by the referee."""
+    from prism.experiments.loading import check_alone
     from prism.shapeworld import candidates as module
 
+    check_alone("shapeworld candidates")
     splits = dict(module.parse_share(text) for text in split) if split else module.SHIPPED
     named = "".join(f" --split {text}" for text in split or ()) + (" --trajectories" if trajectories else "")
     command = f"prism shapeworld candidates{named} --seed {seed}"
@@ -122,8 +124,10 @@ def quality(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Referee what a generator samples: scores, how often each part of a prompt is right, how candidates differ."""
+    from prism.experiments.loading import check_alone
     from prism.shapeworld import quality as module
 
+    check_alone("shapeworld quality")
     module.run(out, backbone, step or (), prompts, per_prompt, split, guidance_scale, seed, overwrite)
 
 

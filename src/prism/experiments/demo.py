@@ -21,13 +21,13 @@ import prism
 from prism import files, media, runs, shapeworld, temporary
 from prism.checks import SEEDS, whole
 from prism.experiments import bars, compare, conclusions, per_prompt
-from prism.experiments.loading import describe, load_backbone
+from prism.experiments.loading import check_alone, describe, load_backbone
 from prism.experiments.sample import cut_entry
 from prism.report import evidence
 from prism.report.metrics import document, write_config
 from prism.report.page import write_report
 from prism.runs import Clock, Parts
-from prism.training.config import TrainConfig
+from prism.training.config import RESULTLESS, TrainConfig
 
 TRAIN = TrainConfig(
     steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
@@ -114,6 +114,7 @@ def run(
 
     A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
     """
+    check_alone("demo")
     whole("--seed", seed, 0, SEEDS)
     config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
     if batch_size is not None:
@@ -125,6 +126,7 @@ def run(
 
 
 def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None) -> dict[str, Any]:
+    from prism.backbone.fingerprint import VERSIONED
     from prism.experiments import films, gaze, judges
     from prism.experiments.contest import Panel
     from prism.preference import LatentStore
@@ -135,7 +137,9 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     backbone, call, name = load_backbone(device=device)
     own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
     shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
-    parts = Parts(place, identity(config, backbone, call, shipped), restart=overwrite)
+    changeable = (*(f"config.train.{name}" for name in RESULTLESS), *(f"backbone.{name}" for name in VERSIONED))
+    whose = identity(config, backbone, call, shipped)
+    parts = Parts(place, whose, restart=overwrite, changeable=changeable)
 
     def seconds(name: str, *prefixes: str) -> None:
         paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]

@@ -95,7 +95,7 @@ def measured(
         _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
         for name, judge, t in named
     ]
-    for path in (parts.folder / "frames").glob("*.npy"):  # of use to the others of this split alone
+    for path in (parts.folder / "frames").glob(f"{'[0-9a-f]' * 32}.npy"):  # of use to the others of this split alone
         path.unlink()
     own, rest = found[: len(ours)], found[len(ours) :]
     rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]

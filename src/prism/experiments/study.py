@@ -24,7 +24,7 @@ from prism import files, runs
 from prism.checks import quoted, whole
 from prism.errors import PrismError
 from prism.experiments.variants import BASE, BASE_HEADS, Variant, chosen, table
-from prism.training.config import TrainConfig
+from prism.training.config import RESULTLESS, TrainConfig
 
 RECIPE = TrainConfig(
     steps=1000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
@@ -35,6 +35,12 @@ NOTES = (
     "the column of the spread says how far single heads lie apart.",
     "Many variants are looked at here: one whose interval barely clears zero may well be luck. What was chosen was "
     "measured on the test prompts once.",
+)
+
+# What a study may be resumed with another value of; whose latents and weights it reads is told by `store` and `model`.
+CHANGEABLE = (
+    *("data", "backbone", "device", "store.name", *(f"train.{name}" for name in RESULTLESS)),
+    *(f"model.{name}" for name in ("denoiser_config", "vae_config", "settings")),
 )
 
 
@@ -74,6 +80,7 @@ def run(
     from prism.experiments.loading import check_alone, check_store, describe, load_backbone, open_store
     from prism.report.metrics import document
     from prism.report.page import write_report
+    from prism.training.learner import store_identity
     from prism.training.validation import levels
 
     check_alone("study")
@@ -96,7 +103,8 @@ def run(
     wanted = chosen(everything, [*only, *confirm] if only else ())
     for variant in confirm:
         _named(variant, everything, "")
-    claim = runs.claim(out, {"command": "study", **_json(config)}, resume)
+    whose = {"command": "study", **_json(config), "store": store_identity(store), "model": backbone.fingerprint()}
+    claim = runs.claim(out, whose, resume, changeable=CHANGEABLE)
     started = time.perf_counter()
     _score_unscored(config, out, store, backbone, wanted)
     _train(config, out, store, backbone, tap, wanted)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from prism import files, runs
 from prism.backbone import Backbone
+from prism.backbone.fingerprint import VERSIONED
 from prism.checks import SEEDS, whole
 from prism.errors import PrismError
 from prism.preference import pairs_from_scores, write_store
@@ -85,7 +86,8 @@ def run(
     }
     shares = {split: list(share) for split, share in splits.items()}
     identity = {**meta, "splits": shares, "trajectories": trajectories}
-    parts = runs.Parts(runs.parts_of(out), identity, restart=overwrite, shared=share[1] > 1)
+    changeable = [f"backbone.{name}" for name in VERSIONED]
+    parts = runs.Parts(runs.parts_of(out), identity, restart=overwrite, shared=share[1] > 1, changeable=changeable)
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
     for number, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):

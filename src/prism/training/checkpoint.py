@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
-import shutil
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files
+from prism import files, runs
 from prism.checks import quoted
 from prism.errors import PrismError
 from prism.training.learner import Learner
 
 KEEP = 2
+NAME, FILES = re.compile(r"step-\d{8}"), ("state.safetensors", "state.json")
 
 
 def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
@@ -29,14 +31,14 @@ def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
     for copy, values in learner.copies.items():
         tensors |= {f"{copy}.{name}": value for name, value in values.items()}
     state = {"step": step, "history": learner.history, "window": learner.window.state, "best": learner.best}
-    with files.new_folder(folder / f"step-{step:08d}", overwrite=True) as temporary:
+    with files.new_folder(folder / f"step-{step:08d}", overwrite=True, discard=runs.discard) as temporary:
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             temporary / "state.safetensors",
         )
         files.write_json(temporary / "state.json", state)
     for old in _checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
 
 
 def load_checkpoint(folder: Path, learner: Learner, step: int | None = None) -> int:
@@ -88,4 +90,17 @@ def _per_parameter(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The folders that `save_checkpoint` published, by step; others of such a name are somebody's own."""
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if NAME.fullmatch(path.name) and not path.is_symlink() and any((path / name).is_file() for name in FILES)
+    )
+
+
+def _discard(checkpoint: Path) -> None:
+    """Delete the files of a checkpoint, and its folder where nothing else lies in it."""
+    with contextlib.suppress(OSError):
+        for name in FILES:
+            (checkpoint / name).unlink(missing_ok=True)
+        checkpoint.rmdir()

@@ -16,6 +16,7 @@ MOST = 10**12  # of any whole setting
 SOURCES = ("renoised", "trajectory", "mixed")
 LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
+RESULTLESS = ("max_rows", "checkpoint_every", "log_every")  # settings that leave the trained weights as they are
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism import files, runs
-from prism.backbone.fingerprint import fits
+from prism.backbone.fingerprint import VERSIONED, fits
 from prism.errors import PrismError
 from prism.evaluation.evaluator import check_judge
 from prism.judge import Judge
@@ -30,7 +30,7 @@ from prism.preference import LatentStore
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.checkpoint import load_checkpoint, save_checkpoint
 from prism.training.conditionings import Conditionings
-from prism.training.config import TrainConfig
+from prism.training.config import RESULTLESS, TrainConfig
 from prism.training.learner import Learner, Steps, read, store_identity
 from prism.training.processes import Processes
 from prism.training.validation import Validation
@@ -39,6 +39,14 @@ from prism.training.validation import Validation
 SHARED = (
     *("seed", "prompts_per_step", "max_rows", "max_prompts", "per_prompt", "source", "trajectory_share"),
     *("t_low", "t_high", "levels", "draws_per_step", "noise_draws", "shared_noise"),
+)
+
+# What a run may be resumed with another value of: how much memory is used, what is noted down, where things lie, and
+# what a later diffusers adds to a configuration.
+CHANGEABLE = (
+    *(f"train.{name}" for name in RESULTLESS),
+    *(f"judge.backbone.{name}" for name in VERSIONED),
+    "store.name",
 )
 
 
@@ -64,7 +72,7 @@ def train(
         config: settings.
         out: the run's folder; refused where it holds something, unless ``resume``.
         resume: continue the run in ``out`` from its last checkpoint, or start it where there is none. On CPU the result
-            is the same to the bit.
+            is the same to the bit; to rounding with another ``max_rows``, which may change, as how often it logs may.
         progress: show a progress bar on a terminal, and elsewhere a line now and then.
         restart: as ``resume``; but a run of another configuration in ``out`` is deleted, and this one starts anew.
 
@@ -85,7 +93,7 @@ def train(
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
     held: list[runs.Claim] = []  # by the first process
     resolved = _resolved(store, judge, config)
-    processes.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart)))
+    processes.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
     if (out / "head").is_dir():  # resumed after its end
         _take_over(judge, Judge.from_pretrained(out / "head", judge.backbone))
         processes.on_first(lambda: runs.discard(checkpoints))
