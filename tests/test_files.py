@@ -82,7 +82,9 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "theirs").write_text("2")
     assert names(tmp_path / "a") == ["theirs"]
-    assert names(tmp_path) == ["a"]
+    (kept,) = tmp_path.glob("a.kept-*")  # and so is what was made
+    assert names(kept) == ["x"]
+    assert names(tmp_path) == ["a", kept.name]
 
 
 def test_an_unwritable_parent_is_named(tmp_path):

@@ -125,7 +125,7 @@ def test_a_kill_anywhere_leaves_the_old_or_the_new_and_the_next_run_no_litter(
 
 def test_a_live_runs_folder_is_left_alone_and_a_dead_ones_is_swept(tmp_path):
     out = tmp_path / "out"
-    with runs.new(out, False, "eval") as live:
+    with pytest.raises(PrismError, match="appeared while"), runs.new(out, False, "eval") as live:
         (tmp_path / ".out.prism-0a1b2c3d").mkdir()
         (tmp_path / ".out.prism-0a1b2c3d" / "x").write_text("1")
         (tmp_path / ".out-backup").mkdir()
@@ -256,6 +256,40 @@ def test_a_second_process_is_refused(tmp_path):
             make(out, "x")
         process.stdin.close()
     assert runs.claim(out, {"command": "train"}, resume=True).resumed
+
+
+def test_of_two_commands_at_once_the_second_is_refused_at_its_start(tmp_path, monkeypatch):
+    code = (
+        "import sys\nfrom prism import runs\nwith runs.new(sys.argv[1], True, 'eval') as f:\n"
+        "    (f / 'report.html').write_text('first')\n    print('ready', flush=True)\n    sys.stdin.read()\n"
+    )
+    out = tmp_path / "out"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(out)], **pipes) as process:
+        assert process.stdout.readline() == b"ready\n"
+        for overwrite in (False, True):
+            with pytest.raises(PrismError, match="Another process is working in"):
+                make(out, "second", overwrite)
+        make(tmp_path / "out2", "other")
+        process.stdin.close()
+    assert (out / "report.html").read_text() == "first"
+    with temporary.scratch(tmp_path / "out2", shared=True):
+        monkeypatch.setattr(temporary, "_own", set())  # it is another's, who looks whether the folder can be made
+        make(tmp_path / "out2", "again")
+
+
+def test_work_whose_name_was_taken_meanwhile_is_kept_beside_it(tmp_path):
+    def work():
+        with runs.new(tmp_path / "out", False, "eval") as folder:
+            make(tmp_path / "out", "first")
+            (folder / "report.html").write_text("second")
+
+    with pytest.raises(PrismError, match=r"appeared while this run was working; what the run made is in .*out\.kept-"):
+        work()
+    assert holds(tmp_path / "out") == "first"
+    (kept,) = tmp_path.glob("out.kept-*")
+    assert (kept / "report.html").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", kept.name]
 
 
 def test_processes_that_share_their_parts_do_not_refuse_each_other(tmp_path):

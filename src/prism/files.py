@@ -43,7 +43,7 @@ def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> P
                 "with --out."
             )
     try:
-        with temporary.scratch(target):
+        with temporary.scratch(target, shared=True):
             pass
     except OSError as error:
         raise _unmakeable(target, error) from error
@@ -154,9 +154,7 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
         except OSError as error:
             if is_empty(target):
                 raise
-            raise PrismError(  # another process made a non-empty folder of this name meanwhile
-                f"The output folder {shown(target)} appeared while this run was working; choose another --out."
-            ) from error
+            raise appeared(work, target) from error
         return
     if temporary.exchange(work, target):
         return
@@ -168,6 +166,17 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
         os.replace(old, target)
         raise
     (discard or temporary.remove)(old)
+
+
+def appeared(work: Path, target: Path) -> PrismError:
+    """What is to be raised where somebody made `target` while a run worked, whose finished work is kept beside it."""
+    kept = target.with_name(
+        f"{temporary.name_beside(target).name[1:].partition('.prism-')[0]}.kept-{os.urandom(2).hex()}"
+    )
+    work.rename(kept)
+    return PrismError(
+        f"The output folder {shown(target)} appeared while this run was working; what the run made is in {shown(kept)}."
+    )
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ def check(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Path:
     kind: of run (`kind_of`); with `overwrite` a folder of this kind may be replaced, and no other.
     """
     out = files.check_place(out)
+    if temporary.is_made_elsewhere(out):
+        raise _busy(out)
     if out.exists() and (out.stat().st_dev, out.stat().st_ino) not in _held:
         _hold(out).release()  # nobody works in it
     if overwrite and not is_vacant(out):
@@ -60,6 +62,9 @@ def new(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Iterator[Pat
     with files.new_folder(out, overwrite or is_vacant(out), discard) as folder:
         yield folder
         note_files(folder)
+        if not overwrite and not is_vacant(out):
+            files.open_to_readers(folder)
+            raise files.appeared(folder, out)
 
 
 def publish(work: Path, out: Path) -> None:
@@ -304,11 +309,13 @@ def _hold(folder: Path, shared: bool = False) -> Claim:
     try:
         held = Claim(folder, False, temporary.hold(folder, shared))
     except BlockingIOError:
-        raise PrismError(
-            f"Another process is working in {files.shown(folder)}; wait for it, or choose another --out."
-        ) from None
+        raise _busy(folder) from None
     _held[place.st_dev, place.st_ino] = held
     return held
+
+
+def _busy(folder: Path) -> PrismError:
+    return PrismError(f"Another process is working in {files.shown(folder)}; wait for it, or choose another --out.")
 
 
 def abandon(folder: Path) -> None:

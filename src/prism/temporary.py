@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+_own: set[Path] = set()  # this process's folders
 NAME, OLD = re.compile(r"\.(.+)\.prism-[0-9a-f]{8}(-old)?", re.DOTALL), "-old"
 
 
@@ -32,14 +33,15 @@ def name_beside(target: Path, end: str = "") -> Path:
     return target.absolute().with_name(f".{name}.prism-{os.urandom(4).hex()}{end}")
 
 
-def folder_beside(target: Path) -> tuple[Path, int | None]:
-    """A new folder beside `target`, and the lock on it (None where the system has none)."""
+def folder_beside(target: Path, shared: bool = False) -> tuple[Path, int | None]:
+    """A new folder beside `target`, and the lock on it (None where the system has none); `shared`: as of `hold`."""
     while True:
         path = name_beside(target)
         try:
             path.mkdir()
             with contextlib.suppress(FileNotFoundError, BlockingIOError):  # taken for a dead one by another's sweep
-                lock = hold(path)
+                lock = hold(path, shared)
+                _own.add(path)
                 if lock is None or path.stat().st_ino == os.fstat(lock).st_ino:
                     return path, lock
                 os.close(lock)
@@ -50,6 +52,7 @@ def folder_beside(target: Path) -> tuple[Path, int | None]:
 
 def remove(folder: Path) -> None:
     """Delete a folder with all that is in it, also where a signal falls into that; what cannot be deleted stays."""
+    _own.discard(folder)
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -58,9 +61,12 @@ def remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def scratch(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`, deleted at the end, or after a kill by the next run for `target`."""
-    temporary, lock = folder_beside(target)
+def scratch(target: Path, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`, deleted at the end, or after a kill by the next run for `target`.
+
+    shared: for a moment, so that nobody need take it for another process's work (`is_made_elsewhere`).
+    """
+    temporary, lock = folder_beside(target, shared)
     try:
         yield temporary
     finally:
@@ -92,6 +98,21 @@ def hold(folder: Path, shared: bool = False) -> int | None:
 def release(lock: int | None) -> None:
     if lock is not None:
         os.close(lock)
+
+
+def is_made_elsewhere(target: Path) -> bool:
+    """Whether another process works on a folder that is going to take the name `target`."""
+    name = name_beside(target).name.rpartition("-")[0]
+    with contextlib.suppress(OSError):
+        for path in target.absolute().parent.iterdir():
+            if path.name.startswith(f"{name}-") and NAME.fullmatch(path.name) and path not in _own:
+                try:
+                    release(hold(path, shared=True))
+                except BlockingIOError:
+                    return True
+                except OSError:  # gone
+                    continue
+    return False
 
 
 def sweep(target: Path, deep: bool = False) -> None:
