@@ -1,0 +1,400 @@
+"""The ways through a function's bytecode, of Python 3.10 to 3.13, with symbols in the place of values."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import sys
+import types
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from prism.backbone.flow import Flow
+    from prism.backbone.symbols import Value, Way
+
+STEPS, VISITS = 40_000, 64  # of instructions in all, of one instruction in one call
+_NOTHING = {"NOP", "RESUME", "CACHE", "PRECALL", "EXTENDED_ARG", "MAKE_CELL", "COPY_FREE_VARS", "POP_BLOCK"}
+_NOTHING |= {"SETUP_ANNOTATIONS", "NOT_TAKEN"}
+# Instructions that take values off the stack and put one on, by how many they take.
+_TAKES = {"GET_ITER": 1, "GET_YIELD_FROM_ITER": 1, "FORMAT_SIMPLE": 1, "CONVERT_VALUE": 1, "FORMAT_WITH_SPEC": 2}
+_TAKES |= {"TO_BOOL": 1, "COMPARE_OP": 2, "IS_OP": 2, "CONTAINS_OP": 2, "BINARY_SLICE": 3, "LIST_TO_TUPLE": 1}
+_TAKES |= {"CALL_INTRINSIC_1": 1, "CALL_INTRINSIC_2": 2, "IMPORT_NAME": 2, "YIELD_FROM": 2}
+_BUILDS = {"BUILD_TUPLE": 1, "BUILD_LIST": 1, "BUILD_SET": 1, "BUILD_MAP": 2, "BUILD_STRING": 1, "BUILD_SLICE": 1}
+_DROPS = {"POP_TOP": 1, "DELETE_SUBSCR": 2, "DELETE_ATTR": 1, "DELETE_GLOBAL": 0, "DELETE_FAST": 0, "DELETE_DEREF": 0}
+_ADDS = {"LIST_APPEND": 1, "SET_ADD": 1, "MAP_ADD": 2, "LIST_EXTEND": 1, "SET_UPDATE": 1, "DICT_UPDATE": 1}
+_ADDS |= {"DICT_MERGE": 1}
+_ROTATES = {"ROT_TWO": 2, "ROT_THREE": 3, "ROT_FOUR": 4}
+_OLD, _VERSION = sys.version_info < (3, 11), sys.version_info[:2]
+
+
+class Unclear(Exception):
+    """Code that cannot be followed."""
+
+
+class Code(NamedTuple):
+    """A function's code, its globals, and its cells by name: cell objects, or symbols where it was made in a call."""
+
+    code: types.CodeType
+    scope: dict[str, Any]
+    cells: dict[str, Any]
+
+
+class _Frame(NamedTuple):
+    place: int
+    stack: list[Value]
+    local: dict[str, Value]
+    way: Way
+    names: tuple[str, ...]  # of the keywords of the next call
+    visits: dict[int, int]
+
+
+def ways(flow: Flow, inner: Code, local: dict[str, Value], way: Way, depth: int) -> list[tuple[Value, Way]]:
+    """The result of each way through a function that ends with one, and that way."""
+    return _Run(flow, inner, depth).all(local, way)
+
+
+class _Run:
+    def __init__(self, flow: Flow, inner: Code, depth: int):
+        self.flow, self.inner, self.depth = flow, inner, depth
+        self.code = list(dis.get_instructions(inner.code))
+        self.places = {each.offset: place for place, each in enumerate(self.code)}
+        self.tries: dict[int, list[Any]] = {}
+        for entry in getattr(dis.Bytecode(inner.code), "exception_entries", ()):  # from Python 3.11
+            if (target := self.places.get(entry.target)) is not None and not self._of_with(target):
+                self.tries.setdefault(self.places.get(entry.start, -1), []).append((target, entry.depth, entry.lasti))
+        self.targets = {place for place, each in enumerate(self.code) if each.is_jump_target}
+        self.ends: list[tuple[Value, Way]] = []
+
+    def _of_with(self, target: int) -> bool:
+        return any(each.opname == "WITH_EXCEPT_START" for each in self.code[target : target + 3])
+
+    def all(self, local: dict[str, Value], way: Way) -> list[tuple[Value, Way]]:
+        self.ahead = [_Frame(0, [], local, way, (), {})]
+        passed: dict[Any, Way] = {}
+        counts: dict[int, int] = {}
+        while self.ahead:
+            frame = self.ahead.pop()
+            forks = True
+            while frame is not None:
+                self.flow.steps += 1
+                place = frame.place
+                if forks:  # ways that meet again with all the same go on as one
+                    key = _key(frame)
+                    if (first := passed.setdefault(key, frame.way)) is not frame.way:
+                        _join(first, frame.way)
+                        break
+                    counts[place] = counts.get(place, 0) + 1
+                    if counts[place] > VISITS or self.flow.steps > STEPS:
+                        self.flow.capped = True
+                        break
+                for target, height, last in self.tries.get(place, ()):
+                    if -target not in frame.visits:
+                        frame.visits[-target] = 1
+                        other = frame.way.copy()
+                        other.parted = True
+                        unknown = [self.flow.none] * (2 if last else 1)
+                        self._later(frame, target, [*frame.stack[:height], *unknown], other)
+                frame, forks = self._step(frame)
+        return self.ends
+
+    def _later(self, frame: _Frame, place: int, stack: list[Value], way: Way) -> None:
+        self.ahead.append(_Frame(place, stack, dict(frame.local), way, (), dict(frame.visits)))
+
+    def _step(self, frame: _Frame) -> tuple[Any, bool]:
+        """The frame after an instruction, or None, and whether other ways may come to its place."""
+        flow, (place, stack, local, way, names, visits) = self.flow, frame
+        each = self.code[place]
+        kind, argument, value = each.opname, each.arg or 0, each.argval
+        after = place + 1
+
+        def take(count: int) -> list[Value]:
+            if count > len(stack):
+                raise Unclear
+            taken = stack[len(stack) - count :]
+            del stack[len(stack) - count :]
+            return taken
+
+        if kind in _NOTHING:
+            pass
+        elif kind == "LOAD_CONST":
+            stack.append(flow.constant(value))
+        elif kind in ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_CLOSURE", "LOAD_FAST_AND_CLEAR"):
+            stack.append(self._variable(value, local, way))
+        elif kind in ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"):
+            stack.extend(self._variable(name, local, way) for name in value)
+        elif kind in ("STORE_FAST", "STORE_FAST_MAYBE_NULL"):
+            local[value] = take(1)[0]
+        elif kind == "STORE_FAST_STORE_FAST":
+            local[value[0]], local[value[1]] = reversed(take(2))
+        elif kind == "STORE_FAST_LOAD_FAST":
+            local[value[0]] = take(1)[0]
+            stack.append(self._variable(value[1], local, way))
+        elif kind in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
+            stack.append(self._variable(value, local, way))
+        elif kind == "STORE_DEREF":
+            self._store(value, take(1)[0], local, way)
+        elif kind == "LOAD_GLOBAL":
+            stack.extend(
+                [flow.null, self._global(value, way)] if argument & 1 and not _OLD else [self._global(value, way)]
+            )
+        elif kind == "STORE_GLOBAL":
+            flow.written.add((id(self.inner.scope), value))
+            way.memory[id(self.inner.scope), value] = take(1)[0]
+        elif kind in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if kind == "LOAD_SUPER_ATTR":
+                owner, own = take(3)[1:]
+                stack.append(flow.super(owner, own))
+            found = flow.attribute(take(1)[0], value, way, self.depth)
+            method = kind == "LOAD_METHOD" or (argument & 1 and _VERSION >= (3, 12))
+            stack.extend([flow.null, found] if method else [found])
+        elif kind == "STORE_ATTR":
+            new, target = take(2)
+            flow.set_attribute(target, value, new, way)
+        elif kind == "PUSH_NULL":
+            stack.append(flow.null)
+        elif kind == "KW_NAMES":
+            names = value if isinstance(value, tuple) else self.inner.code.co_consts[argument]
+            return _Frame(after, stack, local, way, names, visits), False
+        elif kind in ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX"):
+            return self._call(kind, argument, names, take, frame)
+        elif kind == "BINARY_SUBSCR":
+            target, key = take(2)
+            stack.append(flow.item(target, key, way))
+        elif kind == "STORE_SUBSCR":
+            new, target, key = take(3)
+            flow.change(way, target, key, new)
+            way.memory[target, "[]", key] = new
+        elif kind == "STORE_SLICE":
+            new, target, *ends = take(4)
+            flow.change(way, target, *ends, new)
+        elif kind == "BINARY_OP" or kind.startswith(("BINARY_", "INPLACE_")):
+            if kind == "BINARY_SLICE":
+                stack.append(flow.made(kind, *take(3)))
+            else:
+                left, right = take(2)
+                inplace = kind.startswith("INPLACE_") or (kind == "BINARY_OP" and each.argrepr.endswith("="))
+                if inplace and (left.inputs or hasattr(left.concrete, "__iadd__")):
+                    flow.change(way, left, right)
+                stack.append(flow.made((kind.replace("INPLACE", "BINARY"), argument), left, right))
+        elif kind in _TAKES or kind.startswith("UNARY_"):
+            parts = take(_TAKES.get(kind, 1))
+            if kind in ("LIST_TO_TUPLE", "CALL_INTRINSIC_1") and (_OLD or kind == "LIST_TO_TUPLE" or argument == 6):
+                stack.append(flow.made("as tuple", *parts))
+            elif (
+                kind == "GET_ITER" and parts[0].concrete is not flow.missing and hasattr(parts[0].concrete, "__next__")
+            ):
+                stack.extend(parts)
+            elif kind == "IMPORT_NAME":
+                stack.append(flow.object(sys.modules[value]) if value in sys.modules else flow.made(("import", value)))
+            elif kind in ("TO_BOOL", "GET_ITER") and parts[0].op == "constant":
+                stack.extend(parts)
+            else:
+                stack.append(flow.made((kind, argument), *parts))
+        elif kind in _BUILDS:
+            parts = take(argument * _BUILDS[kind])
+            stack.append(flow.made("build" if kind not in ("BUILD_STRING", "BUILD_SLICE") else kind, *parts))
+        elif kind == "BUILD_CONST_KEY_MAP":
+            stack.append(flow.made("build", *take(argument + 1)))
+        elif kind == "FORMAT_VALUE":
+            stack.append(flow.made("str", *take(2 if argument & 4 else 1)))
+        elif kind in _ADDS:
+            parts = take(_ADDS[kind])
+            old = stack[-argument]
+            stack[-argument] = flow.made("extended" if kind == "LIST_EXTEND" else "build", old, *parts)
+        elif kind in _DROPS:
+            take(_DROPS[kind])
+        elif kind in ("COPY", "DUP_TOP"):
+            stack.append(stack[-(argument or 1)])
+        elif kind == "DUP_TOP_TWO":
+            stack.extend(stack[-2:])
+        elif kind == "SWAP":
+            stack[-1], stack[-argument] = stack[-argument], stack[-1]
+        elif kind in _ROTATES or kind == "ROT_N":
+            stack.insert(len(stack) - _ROTATES.get(kind, argument), stack.pop())
+            if len(stack) < _ROTATES.get(kind, argument):
+                raise Unclear
+        elif kind == "GET_LEN":
+            stack.append(flow.made("len", stack[-1]))
+        elif kind == "UNPACK_SEQUENCE":
+            whole = take(1)[0]
+            known = whole.op == "build" and len(whole.parts) == argument
+            parts = list(whole.parts) if known else [flow.item(whole, flow.constant(n), way) for n in range(argument)]
+            stack.extend(reversed(parts))
+        elif kind == "UNPACK_EX":
+            whole, count = take(1)[0], (argument & 0xFF) + (argument >> 8) + 1
+            stack.extend(flow.item(whole, flow.constant(("of", n)), way) for n in reversed(range(count)))
+        elif kind == "IMPORT_FROM":
+            stack.append(flow.attribute(stack[-1], value, way, self.depth))
+        elif kind == "LOAD_ASSERTION_ERROR":
+            stack.append(flow.object(AssertionError))
+        elif kind == "MAKE_FUNCTION":
+            self._make(argument, take, frame)
+        elif kind == "SET_FUNCTION_ATTRIBUTE":
+            attribute, function = take(2)
+            stack.append(flow.function(function.parts[0], attribute) if argument == 1 else function)
+        elif kind in ("BEFORE_WITH", "SETUP_WITH"):
+            context = take(1)[0]
+            stack.extend([flow.made("exit"), flow.made("entered", context)])
+        elif kind == "SETUP_FINALLY":
+            handler, other = self.places[value], way.copy()
+            other.parted = True
+            if not self._of_with(handler):
+                self._later(frame, handler, [*stack, *[flow.none] * 6], other)
+        elif kind == "PUSH_EXC_INFO":
+            stack.extend([flow.none, *take(1)])
+        elif kind == "CHECK_EXC_MATCH":
+            stack.append(flow.made("match", *take(1)))
+        elif kind == "POP_EXCEPT":
+            take(3 if _OLD else 1)
+        elif kind == "RETURN_GENERATOR":
+            stack.append(flow.none)
+        elif kind == "GEN_START":
+            take(1) if stack else None
+        elif kind == "YIELD_VALUE":
+            local[".yields"] = flow.made("yields", *take(1), *([local[".yields"]] if ".yields" in local else []))
+            stack.append(flow.none)
+        elif kind in ("RETURN_VALUE", "RETURN_CONST"):
+            result = take(1)[0] if kind == "RETURN_VALUE" else flow.constant(value)
+            self.ends.append((local.get(".yields", result), way))
+            return None, False
+        elif kind in ("RAISE_VARARGS", "RERAISE"):
+            return None, False
+        elif kind == "END_FOR":
+            take(2 if _VERSION == (3, 12) else 1)
+        elif kind == "FOR_ITER":
+            return self._loop(self.places[value], frame), True
+        elif kind.startswith("JUMP_") and "IF" not in kind:
+            back = self.places[value] <= place
+            if back:
+                visits[place] = visits.get(place, 0) + 1
+            return (
+                None if visits.get(place, 0) > 3 else _Frame(self.places[value], stack, local, way, (), visits)
+            ), True
+        elif "JUMP" in kind and "IF" in kind:
+            return self._branch(kind, self.places[value], take, frame), True
+        else:
+            raise Unclear
+        return _Frame(after, stack, local, way, (), visits), after in self.targets
+
+    # -- names
+
+    def _variable(self, name: str, local: dict[str, Value], way: Way) -> Value:
+        if ("cell", name) in way.memory and name in self.inner.code.co_cellvars:
+            return way.memory["cell", name]
+        if name in local:
+            return local[name]
+        if name not in self.inner.cells:
+            return self.flow.null
+        cell = self.inner.cells[name]
+        key = ("cell", id(cell) if isinstance(cell, types.CellType) else name)
+        if key in way.memory:
+            return way.memory[key]
+        if not isinstance(cell, types.CellType):
+            return self.flow.object(cell)
+        try:
+            return self.flow.kept_now() if key in self.flow.written else self.flow.object(cell.cell_contents)
+        except ValueError:  # not filled yet
+            return self.flow.kept_now()
+
+    def _store(self, name: str, value: Value, local: dict[str, Value], way: Way) -> None:
+        cell = self.inner.cells.get(name)
+        if isinstance(cell, types.CellType):
+            self.flow.written.add(("cell", id(cell)))
+            way.memory["cell", id(cell)] = value
+        else:
+            local[name] = way.memory["cell", name] = value
+
+    def _global(self, name: str, way: Way) -> Value:
+        key, scope = (id(self.inner.scope), name), self.inner.scope
+        if key in way.memory:
+            return way.memory[key]
+        if key in self.flow.written or not (name in scope or hasattr(builtins, name)):
+            return self.flow.kept_now()
+        return self.flow.object(scope[name] if name in scope else getattr(builtins, name))
+
+    # -- calls and branches
+
+    def _call(self, kind: str, count: int, names: tuple[str, ...], take: Any, frame: _Frame) -> tuple[Any, bool]:
+        flow, stack = self.flow, frame.stack
+        star: list[Value] = []
+        named: list[Value] = []
+        if kind == "CALL_FUNCTION_EX":
+            named = take(1) if count & 1 else []
+            star, args = take(1), []
+        else:
+            if kind in ("CALL_KW", "CALL_FUNCTION_KW"):
+                names = take(1)[0].concrete
+            args = take(count)
+        kwargs = dict(zip(names, args[len(args) - len(names) :])) if names else {}
+        args = args[: len(args) - len(names)]
+        callees = take(1 if _OLD and kind != "CALL_METHOD" else 2)
+        callees = [each for each in callees if each is not flow.null]
+        if not callees:
+            raise Unclear
+        if callees[0].concrete is super and not args:
+            first = self.inner.code.co_varnames[0]
+            args = [self._variable(name, frame.local, frame.way) for name in ("__class__", first)]
+        ends = flow.call(callees[0], [*callees[1:], *args], kwargs, star, named, frame.way, self.depth)
+        for result, way in ends[1:]:
+            self._later(frame, frame.place + 1, [*stack, result], way)
+        if not ends:
+            return None, False
+        stack.append(ends[0][0])
+        return _Frame(frame.place + 1, stack, frame.local, ends[0][1], (), frame.visits), len(ends) > 1
+
+    def _make(self, flags: int, take: Any, frame: _Frame) -> None:
+        code = take(2)[0].concrete if _OLD else take(1)[0].concrete
+        closure = take(flags.bit_count() if _VERSION < (3, 13) else 0)
+        variables = {name: self._variable(name, frame.local, frame.way) for name in code.co_freevars}
+        variables = {name: v if v is not self.flow.null else self.flow.kept_now() for name, v in variables.items()}
+        defaults = closure[0] if flags & 1 and _VERSION < (3, 13) else None
+        frame.stack.append(self.flow.function(Code(code, self.inner.scope, variables), defaults))
+
+    def _loop(self, target: int, frame: _Frame) -> Any:
+        flow, (place, stack, local, way, _, visits) = self.flow, frame
+        done = visits.get(place, 0)
+        iterator = stack[-1]
+        if iterator.concrete is not flow.missing and hasattr(iterator.concrete, "__next__"):
+            flow.change(way, iterator)
+            iterator = flow.kept_now()
+        more = flow.made("more", iterator, flow.constant(done))
+        left = [*stack[:-1]] if _VERSION < (3, 12) else [*stack, flow.none]
+        self._later(frame, target, left, way.part(more, False))
+        if done >= 2:
+            return None
+        item = flow.made("each", iterator, flow.constant(done))
+        return _Frame(place + 1, [*stack, item], local, way.part(more, True), (), {**visits, place: done + 1})
+
+    def _branch(self, kind: str, target: int, take: Any, frame: _Frame) -> Any:
+        flow, way = self.flow, frame.way
+        tested = flow.made("match", *take(2)) if kind == "JUMP_IF_NOT_EXC_MATCH" else take(1)[0]
+        stack, jumps = frame.stack, "FALSE" not in kind and "NOT_EXC" not in kind
+        if "NONE" in kind:
+            jumps = "NOT_NONE" not in kind
+            known = None
+            if tested.op == "constant" or (tested.op == "object" and not tested.kept):
+                known = tested.concrete is None
+            tested = tested if tested.kept else flow.made("is none", tested)
+        else:
+            known = bool(tested.concrete) if tested.op == "constant" else None
+        keeps = [tested] if kind.endswith("OR_POP") else []
+        if known is not None:
+            place = target if known == jumps else frame.place + 1
+            return _Frame(place, [*stack, *(keeps if known == jumps else [])], frame.local, way, (), frame.visits)
+        self._later(frame, target, [*stack, *keeps], way.part(tested, jumps))
+        return _Frame(frame.place + 1, stack, frame.local, way.part(tested, not jumps), (), frame.visits)
+
+
+def _key(frame: _Frame) -> Any:
+    memory = frozenset((key, id(value)) for key, value in frame.way.memory.items())
+    local = frozenset((name, id(value)) for name, value in frame.local.items())
+    visits = frozenset((place, count) for place, count in frame.visits.items() if place >= 0)
+    return frame.place, tuple(map(id, frame.stack)), local, memory, frame.way.trace, visits
+
+
+def _join(first: Way, second: Way) -> None:
+    """Conditions on which two ways differ do not count for the one that goes on for both."""
+    others = {(id(symbol), taken) for symbol, taken, live in second.conditions if live}
+    for condition in first.conditions:
+        if (id(condition[0]), condition[1]) not in others:
+            condition[2] = False

@@ -1,0 +1,363 @@
+"""Flow of values in the code of others: does what outlives a call decide what the call gives?
+
+Bytecode is run with symbols in the place of values, along its ways. What a function writes where it outlives the call
+(attributes, globals, closures, containers), iterators, clocks and random numbers are *kept*. Code is clean where
+nothing kept comes into what it returns or changes of its arguments, and where its ways that part on something kept
+end alike: so it may count, time, log and print. What cannot be followed is taken for unclean.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import functools
+import re
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from prism.backbone.bytecode import Code, Unclear, ways
+from prism.backbone.symbols import MISSING, PLAIN, Symbols, Value, Way, lookup
+
+_DEPTH = 12  # of calls inside calls
+_PURE = {
+    "builtins",
+    "math",
+    "cmath",
+    "operator",
+    "_operator",
+    "functools",
+    "itertools",
+    "copy",
+    "numpy",
+    "einops",
+    "re",
+}
+_PURE |= {"typing", "collections", "dataclasses", "inspect", "contextlib", "types", "string", "enum", "abc"}
+_RANDOM = re.compile(
+    r"rand|normal|uniform|bernoulli|multinomial|dropout|poisson|cauchy|exponential_|geometric_|seed|rng"
+)
+_NOT_PURE = {"id", "input", "open", "globals", "locals", "vars", "dir", "object"}
+_READERS = {"items", "keys", "values", "copy", "index", "count", "__len__", "__contains__", "__getitem__", "__iter__"}
+_SILENT = {"append", "extend", "insert", "update", "clear", "add", "discard", "remove", "sort", "reverse", "appendleft"}
+_MUTATORS = _SILENT | {"pop", "popitem", "setdefault", "popleft", "put"}
+_FIXED = (str, bytes, int, float, complex, bool, type(None), tuple, frozenset, torch.dtype, torch.device, re.Pattern)
+
+
+class Flow(Symbols):
+    """Follows the calls of functions that are put onto one denoiser.
+
+    Args:
+        trusted: whether a function belongs to a package whose code keeps nothing.
+        inside: the functions of others that a value comes to.
+        known: names that the denoiser's own code reads; setting one changes what it computes.
+        modules: ids of the denoiser's modules, whose calls are looked at one by one.
+    """
+
+    def __init__(
+        self,
+        trusted: Callable[[types.FunctionType], bool],
+        inside: Callable[[Any], Iterable[types.FunctionType]],
+        known: set[str],
+        root: nn.Module,
+    ):
+        weights = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
+        super().__init__(known, weights)
+        self.trusted, self.inside = trusted, inside
+        self.modules = {id(module) for module in root.modules()}
+
+    def learn(self, calls: Sequence[tuple[Any, Any]]) -> None:
+        """Find what all these (function, owner) write."""
+        before = -1
+        while len(self.written) > before:
+            before = len(self.written)
+            for function, owner in calls:
+                self.unclean(function, owner)
+
+    def unclean(self, function: Any, owner: Any = MISSING) -> bool:
+        """True where a call may give, or change, what depends on the calls before it."""
+        self.begin()
+        star, named = self.new("*args", inputs=True), self.new("**kwargs", inputs=True)
+        first = [] if owner is MISSING else [self.object(owner)]
+        try:
+            ends = self.call(self.object(function), first, {}, [star], [named], Way(), 0)
+        except Exception:  # code that cannot be followed
+            return True
+        outcomes = [(result, self.changes(result, way), way) for result, way in ends]
+        if any(result.kept or any(part.kept for each in changes for part in each) for result, changes, _ in outcomes):
+            return True
+        if self.capped and self.any_kept:
+            return True
+        kinds: dict[Any, list[Way]] = {}
+        for result, changes, way in outcomes:
+            kinds.setdefault((result, changes), []).append(way)
+        groups = list(kinds.values())
+        pairs = ((a, b) for i, one in enumerate(groups) for other in groups[:i] for a in one for b in other)
+        return any((a.parted or b.parted) and _compatible(a, b) for a, b in pairs)
+
+    # -- calls
+
+    def call(
+        self, callee: Value, args: list[Value], kwargs: dict[str, Value], star: list[Value], named: list[Value],
+        way: Way, depth: int,
+    ) -> list[tuple[Value, Way]]:  # fmt: skip
+        """Each way's result of a call."""
+        parts = [*args, *kwargs.values(), *star, *named]
+        function = callee.concrete
+        if depth > _DEPTH:
+            raise Unclear
+        if callee.op == "function":
+            inner: Code = callee.parts[0]
+            local = _bound(self, inner.code, dict(callee.parts[1]), args, kwargs, star, named)
+            return ways(self, inner, local, way, depth + 1)
+        if "out" in kwargs and kwargs["out"] is not self.none:
+            self.change(way, kwargs["out"], *parts)
+        if callee.op == "method" or (callee.op[:1] == ("attribute",) if isinstance(callee.op, tuple) else False):
+            name = callee.parts[1] if callee.op == "method" else callee.op[1]
+            return [(self._method(callee.parts[0], name, args, kwargs, parts, way), way)]
+        if function is MISSING:
+            return [(self.made("call", callee, *parts), way)]
+        while True:
+            if isinstance(function, functools.partial):
+                args = [*map(self.object, function.args), *args]
+                kwargs = {**{name: self.object(value) for name, value in function.keywords.items()}, **kwargs}
+                function = function.func
+            elif isinstance(function, types.MethodType):
+                args, function = [self.object(function.__self__), *args], function.__func__
+            elif hasattr(function, "_torchdynamo_orig_callable"):
+                function = function._torchdynamo_orig_callable
+            else:
+                break
+        if isinstance(function, types.FunctionType) and not self.trusted(function):
+            package = str(function.__globals__.get("__name__", "")).split(".")[0]
+            if package in sys.stdlib_module_names - {"__main__"} or package in ("tqdm", "numpy"):
+                silent = not gives(function)
+                for each in parts:  # what a library is shown, it may change only where it is kept
+                    self._called_back(each, way, depth)
+                pure = package in _PURE and not _RANDOM.search(function.__name__)
+                if not pure:
+                    self.any_kept = True
+                return [(self.none if silent else self.made("call", callee, *parts) if pure else self.kept, way)]
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+            local = _bound(self, function.__code__, defaults_of(function), args, kwargs, star, named)
+            return ways(self, Code(function.__code__, function.__globals__, cells), local, way, depth + 1)
+        if isinstance(function, nn.Module) and id(function) not in self.modules:
+            forward: Any = vars(function).get("forward", type(function).forward)
+            bound = forward if "forward" in vars(function) else types.MethodType(forward, function)
+            return self.call(self.object(bound), args, kwargs, star, named, way, depth + 1)
+        if isinstance(function, nn.Module):
+            return [(self.made("call", callee, *parts), way)]
+        if isinstance(function, types.FunctionType):  # of a trusted package, which may wrap others' functions
+            inside = [self.object(each) for each in self.inside(function)]
+            inner_ends = [self.call(each, args, kwargs, star, named, way.copy(), depth + 1) for each in inside]
+            results = [result for ends in inner_ends for result, _ in ends]
+            way.trace = (*way.trace, *(each for ends in inner_ends for _, w in ends for each in w.trace))
+            results += [found for each in parts for found in self._called_back(each, way, depth)]
+            return [(self._library(function, callee, parts, results, way), way)]
+        if isinstance(function, type):
+            results = [found for each in parts for found in self._called_back(each, way, depth)]
+            pure = function.__module__.split(".")[0] in _PURE | {"torch", "diffusers"} or not _standard(function)
+            if function is super:
+                return [(self.super(*args), way)] if len(args) == 2 else [(self.kept_now(), way)]
+            if any(each.kept for each in parts) and _sways(function):
+                way.trace = (*way.trace, (self.none, self.kept))
+            if pure and function.__name__ != "count":
+                op = function.__name__ if function.__name__ in PLAIN else ("new", function.__name__)
+                return [(self.made(op, *parts, *results), way)]
+            self.any_kept = True
+            return [(self.kept, way)]
+        if isinstance(function, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
+            return [(self._builtin(function, callee, args, parts, way, depth), way)]
+        special = lookup(function, "__call__")
+        if isinstance(special, types.MethodType):
+            if self.trusted(special.__func__):
+                for each in self.inside(function):
+                    ends = self.call(self.object(each), args, kwargs, star, named, way.copy(), depth + 1)
+                    parts += [result for result, _ in ends]
+                return [(self.made("call", callee, *parts), way)]
+            return self.call(self.object(special), args, kwargs, star, named, way, depth + 1)
+        if type(function).__module__.split(".")[0] == "torch":  # an operator
+            return [(self._library(function, callee, parts, [], way), way)]
+        self.any_kept = True
+        return [(self.kept, way)]
+
+    def property_of(self, found: property, target: Value, name: str, way: Way, depth: int) -> Value:
+        if not isinstance(found.fget, types.FunctionType) or self.trusted(found.fget):
+            return self.made(("attribute", name), target)
+        ends = self.call(self.object(found.fget), [target], {}, [], [], way.copy(), depth + 1)
+        return self.made("property", *(result for result, _ in ends))
+
+    def _library(self, function: Any, callee: Value, parts: list[Value], more: list[Value], way: Way) -> Value:
+        """What a function of torch and the like gives."""
+        name = getattr(function, "__name__", "")
+        if _RANDOM.search(name) and "manual_seed" not in name:
+            self.any_kept = True
+            return self.kept
+        if name.endswith("_") and not name.endswith("__") and parts:
+            self.change(way, *parts)
+        return self.made("call", callee, *parts, *more)
+
+    def _called_back(self, value: Value, way: Way, depth: int) -> list[Value]:
+        """What a function that is handed on gives where it is called."""
+        concrete, star = value.concrete, [self.new("item of a call", inputs=True)]
+        foreign = isinstance(concrete, types.FunctionType | types.MethodType) and any(self.inside(concrete))
+        if value.op != "function" and not foreign:
+            return []
+        ends = self.call(value, [], {}, star, star, way.copy(), depth + 1)
+        way.trace = (*way.trace, *(each for _, other in ends for each in other.trace))
+        return [result for result, _ in ends]
+
+    def _builtin(
+        self, function: Any, callee: Value, args: list[Value], parts: list[Value], way: Way, depth: int
+    ) -> Value:
+        name, owner = function.__name__, getattr(function, "__self__", None)
+        if owner is not None and not isinstance(owner, types.ModuleType | type):
+            return self._method(self.object(owner), name, args, {}, parts, way)
+        if function in (builtins.exec, builtins.eval, builtins.compile):
+            raise Unclear
+        if function is print:
+            return self.none
+        if function is next and args and (args[0].concrete is not MISSING or args[0].kept):
+            self.change(way, args[0])
+            return self.kept_now()
+        named = len(args) > 1 and args[1].op == "constant"
+        if function in (getattr, hasattr) and named:
+            found = self.attribute(args[0], args[1].concrete, way, depth)
+            return self.made(name, found, *args[2:]) if function is hasattr or found.kept else found
+        if function is setattr and len(args) > 2:
+            self.set_attribute(args[0], args[1].concrete if named else "*", args[2], way)
+            return self.none
+        results = [result for each in parts for result in self._called_back(each, way, depth)]
+        module = str(function.__module__ or getattr(owner, "__module__", None) or getattr(owner, "__name__", ""))
+        if module.split(".")[0] in {"torch", "_VariableFunctionsClass"} or module.startswith("torch"):
+            return self._library(function, callee, parts, results, way)
+        kind = getattr(function, "__objclass__", None)
+        if kind is not None and args:  # list.append(log, 1)
+            return self._method(args[0], name, args[1:], {}, parts[1:], way)
+        if (module.split(".")[0] not in _PURE and owner is not torch._C) or name in _NOT_PURE or _RANDOM.search(name):
+            self.any_kept = True
+            return self.kept
+        return self.made(name if name in PLAIN else "call", callee, *parts, *results)
+
+    def _method(
+        self, target: Value, name: str, args: list[Value], kwargs: dict[str, Value], parts: list[Value], way: Way
+    ) -> Value:
+        """What a method gives whose code is not there to be read, and what it changes."""
+        concrete = target.concrete
+        inplace = name.endswith("_") and not name.endswith("__")
+        if concrete is MISSING or isinstance(concrete, torch.Tensor):
+            if _RANDOM.search(name) and "manual_seed" not in name:
+                self.change(way, target, self.kept)
+                self.any_kept = True
+                return self.kept_input if target.inputs else self.kept
+            if inplace or name in _MUTATORS:
+                self.change(way, target, *parts)
+            if name in _SILENT:
+                return self.none
+            if name in ("get", "__getitem__", "pop") and len(args) == 1:
+                return self.item(target, args[0], way)
+            return self.made(name if name in PLAIN else ("call", name), target, *parts)
+        if isinstance(concrete, _FIXED):
+            return self.made(name if name in PLAIN else ("call", name), target, *parts)
+        if isinstance(concrete, dict) and name in ("get", "__getitem__") and args and args[0].op == "constant":
+            found = self.item(target, args[0], way)
+            return self.made("get", found, *args) if found.op == "[]" else found
+        if isinstance(concrete, dict | list | set) and name in _READERS:
+            return self.made(("call", name), target, *parts)
+        if isinstance(concrete, type) and concrete.__module__.split(".")[0] in _PURE | {"torch"}:
+            return self.made(("call", name), target, *parts)
+        self.written.add(id(concrete))
+        if name in _SILENT or type(concrete).__module__ == "logging":
+            return self.none
+        self.any_kept = True
+        return self.kept
+
+
+def gives(function: types.FunctionType) -> bool:
+    """True where some way through a function ends with a value, by a glance at its instructions alone."""
+    code = list(dis.get_instructions(function.__code__))
+    for before, each in zip([None, *code], code):
+        nothing = before is not None and before.opname == "LOAD_CONST" and before.argval is None
+        if (each.opname == "RETURN_VALUE" and not nothing) or each.opname in ("RETURN_GENERATOR", "YIELD_VALUE"):
+            return True
+        if each.opname == "RETURN_CONST" and each.argval is not None:
+            return True
+    return False
+
+
+def _compatible(one: Way, other: Way) -> bool:
+    """True where the same arguments may lead to both ways."""
+    answers: dict[int, set[bool]] = {}
+    for symbol, taken, live in (*one.conditions, *other.conditions):
+        if live:
+            answers.setdefault(id(symbol), set()).add(taken)
+    return all(len(each) == 1 for each in answers.values())
+
+
+def _sways(kind: type) -> bool:
+    """True for a context of torch that changes what is computed inside it."""
+    module = kind.__module__
+    return module.startswith("torch") and hasattr(kind, "__enter__") and "profiler" not in module
+
+
+def _standard(kind: type) -> bool:
+    """True for a class of the standard library or with methods of its own, which may keep something."""
+    functions = [each for each in vars(kind).values() if isinstance(each, types.FunctionType)]
+    return kind.__module__.split(".")[0] in sys.stdlib_module_names - {"__main__"} or any(
+        each.__code__.co_filename != "<string>" for each in functions
+    )
+
+
+def defaults_of(function: types.FunctionType) -> dict[str, Any]:
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount]
+    return {**dict(zip(names[len(names) - len(values) :], values)), **(function.__kwdefaults__ or {})}
+
+
+def _flat(values: Iterable[Value]) -> Iterator[tuple[Value, bool]]:
+    """Arguments of a call by star, one by one as far as they are known; True beside one that stands for several."""
+    for value in values:
+        if value.op == "build" and not value.kept:
+            yield from ((part, False) for part in value.parts)
+        elif value.op in ("extended", "as tuple"):
+            yield from _flat(value.parts)
+        else:
+            yield value, True
+
+
+def _bound(
+    flow: Flow, code: types.CodeType, defaults: dict[str, Any], args: list[Value], kwargs: dict[str, Value],
+    star: list[Value], named: list[Value],
+) -> dict[str, Value]:  # fmt: skip
+    """What a function's parameters stand for in a call."""
+    made, every = flow.made, [*((each, False) for each in args), *_flat(star)]
+    rest = [value for value, several in every if several]
+    names = code.co_varnames[: code.co_argcount]
+    local = {name: flow.object(value) for name, value in defaults.items()}
+    for place, name in enumerate(names):
+        if place < len(every) and not any(several for _, several in every[: place + 1]):
+            local[name] = every[place][0]
+        elif name in kwargs:
+            local[name] = kwargs[name]
+        elif (rest or named) and not (name in local and not any(v.inputs for v in rest + named)):
+            before = [local[name]] if name in local and not code.co_flags & 0x1000 else []
+            local[name] = made(("parameter", name), *rest, *named, *before)
+    for name in code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]:
+        if name in kwargs:
+            local[name] = kwargs[name]
+        elif named and name not in local:
+            local[name] = made(("parameter", name), *named)
+    place = code.co_argcount + code.co_kwonlyargcount
+    if code.co_flags & 0x04:
+        left = [value for value, _ in every[len(names) :]] or rest
+        local[code.co_varnames[place]] = left[0] if len(left) == 1 and rest == left else made("build", *left)
+        place += 1
+    if code.co_flags & 0x08:
+        left = [value for name, value in kwargs.items() if name not in names]
+        own = named[0] if len(named) == 1 and not left else made("build", *left, *named)
+        local[code.co_varnames[place]] = own
+    return local
