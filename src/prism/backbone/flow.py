@@ -107,7 +107,7 @@ class Flow(Symbols):
     ) -> list[tuple[Value, Way]]:  # fmt: skip
         """Each way's result of a call."""
         parts = [*args, *kwargs.values(), *star, *named]
-        function = callee.concrete
+        function: Any = callee.concrete
         if depth > _DEPTH:
             raise Unclear
         if callee.op == "function":
@@ -174,9 +174,9 @@ class Flow(Symbols):
             return [(self._builtin(function, callee, args, parts, way, depth), way)]
         special = lookup(function, "__call__")
         if isinstance(special, types.MethodType):
-            if self.trusted(special.__func__):
-                for each in self.inside(function):
-                    ends = self.call(self.object(each), args, kwargs, star, named, way.copy(), depth + 1)
+            if self.trusted(getattr(special, "__func__")):  # noqa: B009
+                for inner_function in self.inside(function):
+                    ends = self.call(self.object(inner_function), args, kwargs, star, named, way.copy(), depth + 1)
                     parts += [result for result, _ in ends]
                 return [(self.made("call", callee, *parts), way)]
             return self.call(self.object(special), args, kwargs, star, named, way, depth + 1)
@@ -279,13 +279,19 @@ class Flow(Symbols):
 
 def gives(function: types.FunctionType) -> bool:
     """True where some way through a function ends with a value, by a glance at its instructions alone."""
-    code = list(dis.get_instructions(function.__code__))
-    for before, each in zip([None, *code], code):
-        nothing = before is not None and before.opname == "LOAD_CONST" and before.argval is None
-        if (each.opname == "RETURN_VALUE" and not nothing) or each.opname in ("RETURN_GENERATOR", "YIELD_VALUE"):
+    before, attribute = None, ""
+    for each in dis.get_instructions(function.__code__):
+        nothing = before is None or (before.opname == "LOAD_CONST" and before.argval is None)
+        silent = nothing or attribute in _SILENT  # as a lambda that appends to a list
+        if (each.opname == "RETURN_VALUE" and not silent) or each.opname in ("RETURN_GENERATOR", "YIELD_VALUE"):
             return True
         if each.opname == "RETURN_CONST" and each.argval is not None:
             return True
+        if each.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            attribute = each.argval
+        elif each.opname.startswith(("BUILD", "BINARY", "STORE")):
+            attribute = ""
+        before = each
     return False
 
 
