@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -331,6 +332,22 @@ def usual_interrupts():
     found = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_the_system_refuses_gets_a_sentence(monkeypatch, tmp_path, capsys, number, named):
+    from prism.experiments import sample as experiment
+
+    def run(*_):
+        raise OSError(number, os.strerror(number), *(["some/file"] if named else []))
+
+    monkeypatch.setattr(experiment, "run", run)
+    assert cli.main(["sample", "--prompt", PROMPT, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("prism: ")
+    assert told.count("\n") == 1
+    assert "space left" in told if number == errno.ENOSPC else os.strerror(number) in told
 
 
 @pytest.mark.usefixtures("usual_interrupts")

@@ -260,6 +260,15 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     assert not (tmp_path / "store").exists()
     with pytest.raises(PrismError, match="differs in seed: it was 0 and is now 1"):
         candidates.run(tmp_path / "store", **options, seed=1)
+    part = tmp_path / "store.parts" / "00000.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-50])
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(candidates, "_sample", killed)
+        with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="00000.*It is made anew"):
+            candidates.run(tmp_path / "store", **options)
+    assert part.read_bytes() == whole
     candidates.run(tmp_path / "store", **options)  # the first part is not sampled again
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 

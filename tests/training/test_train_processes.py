@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -26,6 +29,7 @@ from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.preference import LatentStore, write_store
 from prism.training import TrainConfig, learner, train, train_together, trainer
+from prism.training.batches import Batches
 
 CONFIG = TrainConfig(steps=3, prompts_per_step=2, learning_rate=1e-3, log_every=1, max_gradient_norm=0)
 PIXEL = PixelConfig(
@@ -170,6 +174,48 @@ def test_the_command_checks_clears_and_writes_its_folder_once(made: Path) -> Non
     assert names == {"config.json", "history.json", "head", "metrics.json", "report.html"}
 
 
+def killed(folder: Path) -> None:
+    """What each of two processes does, of which one is killed at its fourth step."""
+    torch.set_num_threads(1)
+    draw, rank = Batches.draw, int(os.environ["RANK"])
+
+    def die(self: Batches, step: int, places: Any) -> Any:
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, step, places)
+
+    Batches.draw = die  # type: ignore[method-assign]
+    config = dataclasses.replace(CONFIG, steps=6, checkpoint_every=2)
+    train(folder / "unequal", judge_for(tiny.wan()), config, folder / "killed", progress=False)
+
+
+def test_where_a_process_is_killed_the_other_says_so_and_the_run_goes_on(made: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "tests.training.test_train_processes", "killed", str(made)]
+    places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]  # and nobody who ends both
+    root = Path(__file__).parents[2]
+    both = [subprocess.Popen(command, cwd=root, env=each, stderr=subprocess.PIPE, text=True) for each in places]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert both[1].returncode == -signal.SIGKILL
+    assert both[0].returncode == 1, said[0][-3000:]
+    assert "PrismError: Another process of this run ended while this one waited for it" in said[0]
+    assert [path.name for path in (made / "killed" / "checkpoints").iterdir()] == ["step-00000002"]
+    config = dataclasses.replace(CONFIG, steps=6, checkpoint_every=2)
+    train(made / "unequal", judge_for(tiny.wan()), config, made / "killed", resume=True, progress=False)
+    alone = judge_for(tiny.wan())
+    train(made / "unequal", alone, config, made / "never-killed", progress=False)
+    resumed = load_file(made / "killed" / "head" / "model.safetensors")
+    for name, value in load_file(made / "never-killed" / "head" / "model.safetensors").items():
+        torch.testing.assert_close(resumed[name], value, atol=2e-5, rtol=2e-3)
+
+
 def test_the_shares_of_a_loss_are_the_whole() -> None:
     """Oracle: the loss of the union of all pairs, under both objectives, with a dimension that one part lacks."""
     rng = np.random.default_rng(0)
@@ -204,4 +250,4 @@ def test_fewer_prompts_than_processes_are_refused(made: Path, monkeypatch: pytes
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    killed(Path(sys.argv[2])) if sys.argv[1] == "killed" else work(Path(sys.argv[1]))

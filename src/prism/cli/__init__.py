@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(error, OSError) and error.filename is not None and not _disk_is_full(error):
                 print(f"prism: {quoted(str(error.filename))} cannot be used: {error.strerror}.", file=sys.stderr)
                 return code
+            if isinstance(error, OSError) and error.errno is not None and not _disk_is_full(error):
+                print(f"prism: the system could not read or write: {quoted(error.strerror)}.", file=sys.stderr)
+                return code
             if not _disk_is_full(error):
                 raise
             print(

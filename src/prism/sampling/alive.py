@@ -6,12 +6,15 @@ may take hours, so that no limit fits. So processes meet in the store first, and
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from torch import distributed
 
+from prism.checks import quoted
 from prism.errors import PrismError
 
 INTERVAL = 5.0  # seconds between signs of life
@@ -55,6 +58,18 @@ def meet() -> None:
                         )
     except RuntimeError as error:  # the process that kept the store ended
         raise PrismError("The process that the others meet at ended; start the run again.") from error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Say in a sentence that another process ended in the middle of the collective in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PrismError(
+            f"Another process of this run ended while this one waited for it ({quoted(error, 120)}); start the run "
+            "again: what was finished or saved is kept where the command has --resume."
+        ) from error
 
 
 def _show(store: Any, key: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from prism.errors import PrismError
-from prism.sampling.alive import meet
+from prism.sampling.alive import meet, together
 
 T = TypeVar("T")
 
@@ -49,7 +49,8 @@ class Team:
             error = found
         meet()
         told: list[Any] = [None] * self.size
-        distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
+        with together():
+            distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
         failed = [(kind == "OutOfMemoryError", rank, text) for rank, (_, kind, text) in enumerate(told) if kind]
         if failed:
             memory, rank, text = min(failed)  # want of memory comes last: all go on with smaller batches after it
@@ -93,10 +94,12 @@ class Team:
             if giver == rank:
                 continue
             if self.rank == giver:
-                distributed.send_object_list([belongings.pop(candidate)], rank)
+                with together():
+                    distributed.send_object_list([belongings.pop(candidate)], rank)
             elif self.rank == rank:
                 box: list[Any] = [None]
-                distributed.recv_object_list(box, giver)
+                with together():
+                    distributed.recv_object_list(box, giver)
                 belongings[candidate] = box[0]
 
 

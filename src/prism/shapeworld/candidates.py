@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from prism import files, runs
@@ -94,11 +95,12 @@ def run(
         if number % share[1] != share[0]:
             continue
         path = parts.folder / f"{number:05d}.safetensors"
-        if not path.is_file():
+        part = _whole(path, len(chunk))
+        if part is None:
             part = _sample(backbone, call, chunk, trajectories)
             with files.new_file(path) as finished:
                 save_file(part, finished)
-        done.append(load_file(path))
+        done.append(part)
     if share[1] > 1:
         return
     joined = {name: torch.cat([part[name] for part in done]) for name in done[0]}
@@ -115,6 +117,18 @@ def run(
         pairs = pairs_from_scores(videos, referee.TIE_MARGINS)
         write_store(folder, videos, joined["latents"], pairs, meta, recorded, eight_bits=True)
     parts.remove()
+
+
+def _whole(path: Path, count: int) -> dict[str, torch.Tensor] | None:
+    """A part of `count` videos that was made before; None where it is to be made, anew if its file is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        part = files.load_safetensors(path)
+    except PrismError as error:
+        warnings.warn(f"{error} It is made anew.", stacklevel=3)
+        return None
+    return part if part and all(len(value) == count for value in part.values()) else None
 
 
 def _sample(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from prism.errors import PrismError
+from prism.sampling.alive import meet, together
 
 T = TypeVar("T")
 
@@ -56,19 +58,29 @@ class Processes:
                 told[0] = work()
             except Exception as error:
                 failure, told[1] = error, str(error)
-        distributed.broadcast_object_list(told, 0)
+        with self._together():
+            distributed.broadcast_object_list(told, 0)
         if failure is not None:
             raise failure
         if told[1] is not None:
             raise PrismError(told[1])
         return told[0]  # type: ignore[no-any-return]
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where another process has ended, say so, and do not wait: a GPU's collectives would until their limit."""
+        if self.device.type == "cuda":
+            meet()
+        with together():
+            yield
+
     def total(self, values: Tensor) -> Tensor:
         """The sum of the processes' values."""
         if self.size == 1:
             return values
         whole = values.to(self.device) if self.device.type == "cuda" else values.clone()
-        distributed.all_reduce(whole)
+        with self._together():
+            distributed.all_reduce(whole)
         return whole.to(values.device)
 
     def add_up(self, values: Sequence[Tensor]) -> None:
@@ -86,5 +98,6 @@ class Processes:
         with torch.no_grad():
             for value in values:
                 whole = value.detach().to(self.device) if self.device.type == "cuda" else value.detach().clone()
-                distributed.broadcast(whole, 0)
+                with self._together():
+                    distributed.broadcast(whole, 0)
                 value.copy_(whole)
