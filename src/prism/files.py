@@ -249,6 +249,8 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
         raise PrismError(f"The file {path} cannot be read: it is a {kind}.")
+    if not os.access(path, os.R_OK):  # libraries take it for a missing or a damaged one
+        raise PrismError(f"The file {path} cannot be read: permission denied.")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

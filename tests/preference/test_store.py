@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests import stores
 
 from prism import files
 from prism.errors import PrismError
@@ -280,3 +282,11 @@ def test_a_store_that_cannot_be_opened_is_not_written(tmp_path):
     with pytest.raises(PrismError, match="one row of latents per video"):
         make(tmp_path / "store", latents=torch.zeros(4, *SHAPE))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["store.json", "videos.parquet", "pairs.parquet", "latents-00000.safetensors"])
+def test_a_file_that_may_not_be_read_is_named_and_not_called_damaged(tmp_path, monkeypatch, name):
+    folder, real = stores.make(tmp_path / "store").folder, os.access  # root may read anything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != name and real(path, mode))
+    with pytest.raises(PrismError, match=rf"{name} cannot be read: permission denied"):
+        LatentStore.open(folder)

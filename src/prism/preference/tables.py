@@ -30,6 +30,7 @@ def check_file(path: Path, wanted_by: str = "") -> None:
     if not path.is_file():
         what = "is no regular file" if path.exists() else "does not exist"
         raise PrismError(f"The file {named(path)} {what}{wanted_by}.")
+    files.check_regular(path)
 
 
 def read_meta(path: Path) -> dict[str, Any]:
