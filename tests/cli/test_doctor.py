@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -142,6 +143,11 @@ def test_doctor_checks_a_family_of_ones_own(changes, failing, tmp_path, capsys, 
         ("x = 1", "defines no `family`"),
         ("family = nothing", "could not be run: NameError: name 'nothing' is not defined"),
         (None, "could not be run: FileNotFoundError"),
+        ("family = (", "could not be run: SyntaxError: '(' was never closed"),
+        ("from . import rows", "could not be run: ImportError: attempted relative import"),
+        ("raise SystemExit(0)", "could not be run: SystemExit: 0"),
+        ("family = 5", "defines no `family`, a prism.backbone.Family; its `family` is int"),
+        ("from prism.backbone import FAMILIES\nmine = FAMILIES['wan']", "mine is one: call it `family`"),
     ],
 )
 def test_a_file_without_a_family(text, sentence, tmp_path, capsys):
@@ -151,3 +157,19 @@ def test_a_file_without_a_family(text, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
     assert cli.main(["doctor", "--family", str(tmp_path / "family.py")]) == 2
     assert "prism doctor --family FILE FOLDER" in capsys.readouterr().err
+
+
+def test_a_file_may_import_what_lies_beside_it_and_has_to_bring_the_pipelines_class(
+    tmp_path, capsys, families_put_back, monkeypatch
+):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    own()[0].save_pretrained(tmp_path / "pipe")
+    (tmp_path / "beside_it.py").write_text(FILE.format(changes=""))
+    arguments = ["doctor", "--family", str(tmp_path / "family.py"), str(tmp_path / "pipe"), *SIZES]
+    (tmp_path / "family.py").write_text("from beside_it import family\n")
+    assert cli.main(arguments) == 2
+    assert "must import or define that class beside `family`" in capsys.readouterr().err
+    (tmp_path / "family.py").write_text("from beside_it import OwnPipeline, family\n")
+    assert cli.main(arguments) == 0
+    assert cli.main(["doctor", "--family", str(tmp_path), str(tmp_path / "pipe")]) == 2
+    assert "is a folder" in capsys.readouterr().err

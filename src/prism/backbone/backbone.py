@@ -15,6 +15,7 @@ from prism.backbone import clocks, layout, taps, videos
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
 from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
+from prism.backbone.facts import check_pipeline
 from prism.backbone.families import is_denoiser
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.holding import held
@@ -56,11 +57,10 @@ class Backbone:
             raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {known}.")
         for name in self._denoisers:
             if not hasattr(pipe, name):
-                raise PrismError(
-                    f"The pipeline {type(pipe).__name__} lacks the member {name!r}, one of its components."
-                )
+                raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
         self.t_range = self._t_range(len(self._denoisers))
         self.config = config_of(self.denoiser)
+        check_pipeline(self.family, pipe, self.denoiser)
         self.partial = False  # whether the denoiser has its first blocks alone
         self.num_blocks = len(self.blocks)
         self.widths = self.family.block_widths(self.denoiser)

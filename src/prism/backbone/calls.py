@@ -13,6 +13,7 @@ from prism.backbone.arguments import embedded_rows
 from prism.backbone.conditioning import Conditioning, is_single, noisy_name
 from prism.backbone.family import Family
 from prism.backbone.protocol import tensor_of
+from prism.checks import quoted
 from prism.errors import PrismError
 
 # Arguments with a row per prompt: prompt_2, prompt_embeds, prompt_embeds_mask, negative_pooled_prompt_embeds, ...
@@ -83,5 +84,11 @@ def finished(pipe: Any, family: Family, config: Any, latents: Tensor, arguments:
             latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
     if family.after_loop and hasattr(pipe, family.after_loop):
         change = getattr(pipe, family.after_loop)
-        latents = torch.cat([tensor_of(change(row[None])) for row in latents])
+        try:
+            latents = torch.cat([tensor_of(change(row[None])) for row in latents])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PrismError(
+                f"{type(pipe).__name__}.{family.after_loop}, after_loop of the family {family.name!r}, does not take "
+                f"latents (1, ...) and give others: {type(error).__name__}: {quoted(error, 160)}."
+            ) from error
     return latents

@@ -18,6 +18,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from prism.backbone.protocol import config_of
+from prism.checks import quoted
 from prism.errors import PrismError
 
 Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]
@@ -39,6 +40,11 @@ class OwnClock:
 
     level: Callable[[Any, Tensor], tuple[Tensor, Tensor, Tensor]]
     t_of: Callable[[Any, float], float]
+
+    def __post_init__(self) -> None:
+        for name in ("level", "t_of"):
+            if not callable(getattr(self, name)):
+                raise PrismError(f"{name} of an OwnClock must be a function; found {quoted(getattr(self, name), 80)}.")
 
 
 def check(clock: Clock | OwnClock, scheduler: Any) -> None:
@@ -89,7 +95,7 @@ def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, T
     if not bool(((t >= 0) & (t <= 1000)).all()):
         raise PrismError(f"t must lie in [0, 1000], 0 clean and 1000 noise; found {t.tolist()}.")
     if isinstance(clock, OwnClock):
-        return clock.level(scheduler, t)
+        return _own_level(clock, scheduler, t)
     if clock in FLOWS:
         timestep = t if clock == "flow" else 1000 - t
         return 1 - t / 1000, t / 1000, timestep * (length(scheduler) / 1000)
@@ -125,6 +131,18 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
         low, high, _ = _edm(scheduler)
         return min(1000.0, max(0.0, 1000.0 * (4 * timestep - low) / (high - low)))
     return 1000.0 * timestep / len(scheduler.alphas_cumprod)
+
+
+def _own_level(clock: OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    found = clock.level(scheduler, t)
+    several = found if isinstance(found, tuple | list) else [found]
+    if len(several) != 3 or not all(isinstance(each, Tensor) and each.shape == t.shape for each in several):
+        told = ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else type(e).__name__ for e in several[:4])
+        raise PrismError(
+            "The level of an OwnClock must give alpha, sigma and the model timestep, three tensors shaped like t, "
+            f"{tuple(t.shape)}; found {told or 'nothing'}."
+        )
+    return several[0], several[1], several[2]
 
 
 def _edm(scheduler: Any) -> tuple[float, float, float]:

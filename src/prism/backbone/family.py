@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import clocks, layout
+from prism.backbone import clocks, facts, layout
 from prism.backbone.layout import Grid, Layout, TokenForm
 from prism.backbone.protocol import config_of, unwrapped
 from prism.checks import quoted
@@ -145,6 +146,7 @@ class Family:
     """why there (for the page)"""
 
     def __post_init__(self) -> None:
+        facts.check_values(self)
         if self.one_text and not self.alone:
             object.__setattr__(self, "alone", True)
 
@@ -213,9 +215,17 @@ class Family:
 
     def _count(self, count: TokenCount, arguments: Mapping[str, Any]) -> int:
         if count == "text":
-            shape = arguments[self.text_argument].shape
+            shape = argument_of(arguments, self, "text_argument").shape
             return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # or ids
-        return int(count(arguments)) if callable(count) else int(count)
+        if not callable(count):
+            return int(count)
+        try:
+            return operator.index(count(arguments))
+        except Exception as error:
+            raise PrismError(
+                f"A function of the family {self.name!r} that counts tokens gives no number for the denoiser's "
+                f"arguments {', '.join(arguments)}: {type(error).__name__}: {quoted(error, 120)}."
+            ) from error
 
     def video(self, output: Any) -> Tensor:
         """A block's output for the video."""
@@ -263,7 +273,7 @@ class Family:
 
     def text(self, arguments: Mapping[str, Any]) -> Tensor:
         """The text of a denoiser call, before its embedder: (B, Lt, width)."""
-        return arguments[self.text_argument].flatten(1, -2)
+        return argument_of(arguments, self, "text_argument").flatten(1, -2)
 
     def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
@@ -271,7 +281,7 @@ class Family:
             return None
         if self.text_padding == "zeros":
             return self.text(arguments).ne(0).any(-1)
-        mask = arguments.get(self.text_mask_argument)
+        mask = argument_of(arguments, self, "text_mask_argument")
         return None if mask is None else mask.flatten(1) > 0
 
     def dropped_frames(self, config: Mapping[str, Any]) -> int:
@@ -326,8 +336,13 @@ class Family:
 def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
     """The name under which the denoiser takes its latents."""
     for name in family.latents_argument:
-        if name in arguments:
+        if name in arguments and name in family.batched:
             return name
+        if name in arguments:
+            raise PrismError(
+                f"{name!r}, the latents, is not among the arguments with a row per sample; name it in batched of the "
+                f"family {family.name!r}."
+            )
     raise PrismError(
         f"The denoiser was called with {', '.join(arguments)}, none of which is the family's latents_argument, "
         f"{' or '.join(family.latents_argument)}."
@@ -337,6 +352,16 @@ def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
 def noisy_of(arguments: Mapping[str, Any], family: Family) -> Tensor:
     """The latents that a denoiser call is given."""
     return arguments[noisy_name(arguments, family)]
+
+
+def argument_of(arguments: Mapping[str, Any], family: Family, fact: str) -> Any:
+    """What a denoiser call is given under the name that `fact` ("timestep_argument", "text_argument") holds."""
+    name = getattr(family, fact)
+    if name not in arguments:
+        raise PrismError(
+            f"The denoiser was called with {', '.join(arguments)}, and not with the family's {fact}, {name!r}."
+        )
+    return arguments[name]
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

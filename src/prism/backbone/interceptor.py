@@ -22,7 +22,7 @@ from prism.backbone.holding import here
 from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, misfits_told
 from prism.backbone.protocol import tensor_of
 from prism.backbone.recording import Inputs, Recording, inputs_of, moments_of, state_of
-from prism.backbone.several import packing
+from prism.backbone.several import check_form, packing, rows_told
 from prism.checks import quoted
 from prism.errors import PrismError
 
@@ -258,7 +258,11 @@ class Interceptor:
 
     def finished(self) -> Tensor:
         """The latents at the end of the call, as the pipeline decodes them: (len(candidates), ...)."""
-        assert self.latents is not None
+        if self.latents is None:
+            raise PrismError(
+                f"The latents of {type(self.backbone.pipe).__name__} were not seen: it took no step of its scheduler "
+                "that tells them and no callback_on_step_end; look at counts_calls in its family."
+            )
         return self.backbone.finished(self.latents, self.told)
 
     # -- the denoiser
@@ -273,7 +277,9 @@ class Interceptor:
         self.index += 1
         if probed:
             conditional = take_rows(arguments, self._conditional_rows(arguments), family)
-            self._cut(arguments, self._read(denoiser, forward, conditional, stop=True)[0])
+            with rows_told(arguments, family, False):
+                tokens, _ = self._read(denoiser, forward, conditional, stop=True)
+            self._cut(arguments, tokens)
         alive = self.alive  # of this call: a cut that listens is decided after it
         recordings = [self.recordings[self.candidates[row]] for row in alive]
         inputs: list[Inputs] = []
@@ -288,10 +294,12 @@ class Interceptor:
         else:
             whole = len(alive) == len(self.candidates)
             live = arguments if whole else take_rows(arguments, self._rows(arguments, alive), family)
-            if probed is False:
-                tokens, output = self._read(denoiser, forward, live, stop=False)
-            else:
-                output = forward(**live)
+            with rows_told(arguments, family, whole):
+                if probed is False:
+                    tokens, output = self._read(denoiser, forward, live, stop=False)
+                else:
+                    output = forward(**live)
+            check_form(denoiser, output, family)
             sample = tensor_of(output)
             if self.record:
                 by_candidate = sample.detach().unflatten(0, (-1, len(alive))).transpose(0, 1)

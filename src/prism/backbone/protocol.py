@@ -99,6 +99,9 @@ def check(pipe: Any, family: Family) -> None:
             raise PrismError(
                 f"The call of the pipeline {kind} lacks the argument {name!r}; see prism.backbone.Pipeline."
             )
+    prompt = taken.get("prompt")
+    if not family.prompts and prompt is not None and prompt.default is prompt.empty:
+        raise PrismError(f"The call of the pipeline {kind} needs a prompt; say prompts=True in its family.")
 
 
 def unwrapped(part: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism.backbone.conditioning import cache_key
+from prism.backbone.family import argument_of
 from prism.backbone.interceptor import capture
 from prism.backbone.protocol import config_of
 from prism.errors import PrismError
@@ -101,7 +102,11 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
         )
     count, timesteps = told[0]
     if count is None:  # a pipeline that does not say it: from the first timestep on
-        first = float(arguments[backbone.family.timestep_argument].max()) * 1000 / backbone.family.timestep_of_one
+        first = (
+            float(argument_of(arguments, backbone.family, "timestep_argument").max())
+            * 1000
+            / backbone.family.timestep_of_one
+        )
         start = next((place for place, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
         count = len(timesteps) - start or backbone.num_inference_steps(dict(call))
     timesteps = timesteps[-count:] if len(timesteps) >= count else []
@@ -136,7 +141,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
     scale = call.get(name, backbone.default(name))
     if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
         given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
-        return scale > 1.0 and any(given)
+        return scale is not None and scale > 1.0 and any(given)
     return scale is not None and scale > 1.0
 
 

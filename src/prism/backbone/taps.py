@@ -39,17 +39,29 @@ def read(
     grids: dict[int, Any] = {}
     noisy, last = arguments[noisy_name(arguments, family)], max(blocks)
     text: list[Tensor] = []
+    widths = family.block_widths(denoiser)
 
     def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         grids[number] = family.grid(config, arguments, noisy, family.video(output))
         visual[number] = family.states(output, arguments, grids[number])
+        if visual[number].shape[-1] != widths[number - 1]:
+            raise PrismError(
+                f"Block {number} gives tokens {visual[number].shape[-1]} wide, and widths of the family "
+                f"{family.name!r} says {widths[number - 1]}; mend it, or token_form and video_output."
+            )
         if stop and number == last:
             raise StopForward(last)
         return output
 
     def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
+        if not isinstance(output, Tensor) or output.ndim < 3:
+            shape = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise PrismError(
+                f"The module {family.text_embedder!r}, text_embedder of the family {family.name!r}, gives {shape}; one "
+                "that gives the text's tokens (B, Lt, D) is needed, or None."
+            )
         text.append(output.flatten(1, -2))
         return output
 
@@ -72,6 +84,11 @@ def read(
         raise PrismError(
             "The denoiser is compiled, and compiled code passes the judge's hooks by; compile its blocks alone, "
             "with compile_repeated_blocks(), or take torch 2.6 or later."
+        )
+    if family.text_embedder is not None and not text:
+        raise PrismError(
+            f"The module {family.text_embedder!r}, text_embedder of the family {family.name!r}, was not called before "
+            f"block {last}; name the one that embeds the text, or None."
         )
     mask = family.text_mask(arguments) if text else None
     return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual, last), output

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.conditioning import by_name, noisy_name
+from prism.backbone.family import argument_of
 from prism.errors import PrismError
 from prism.experiments.subject import Subject, difference, require
 from prism.judge import Judge
@@ -91,9 +92,13 @@ def clock(subject: Subject) -> dict[str, Any]:
     latent is what the scheduler makes of it."""
     backbone, family = subject.backbone, subject.backbone.family
     scheduler = backbone.pipe.scheduler
+    try:
+        family.check_scheduler(scheduler)
+    except PrismError as error:
+        raise PrismError(f"Look at clock, or at the scheduler: {error}") from error
     with subject.calls() as seen:
         subject.plain(output_type="latent")
-    steps = [float(arguments[family.timestep_argument].max()) for arguments, _ in seen]
+    steps = [float(argument_of(arguments, family, "timestep_argument").max()) for arguments, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     strength = (
         subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
@@ -108,7 +113,8 @@ def clock(subject: Subject) -> dict[str, Any]:
         alpha, sigma, timestep = family.level(scheduler, torch.tensor([t]))
         require(
             math.isclose(float(timestep), step, rel_tol=1e-4, abs_tol=1e-3),
-            f"the timestep {step:g} is t = {t:g}, which is the timestep {float(timestep):g}: look at clock",
+            f"the timestep {step:g} is t = {t:g}, which is the timestep {float(timestep):g}: look at clock "
+            "and timestep_of_one",
         )
         if t == 0:  # exactly clean by our definition, nearly so by some schedulers'
             continue
@@ -254,7 +260,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
     worst = 0.0
     for arguments, states in seen[:: 2 if subject.two_calls else 1]:
-        t = family.t_of(backbone.pipe.scheduler, arguments[family.timestep_argument].max())
+        t = family.t_of(backbone.pipe.scheduler, argument_of(arguments, family, "timestep_argument").max())
         if not low <= t <= high:
             continue
         noisy = arguments[noisy_name(arguments, family)]
@@ -268,7 +274,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     require(
         worst < subject.tolerance(2e-5),
         f"tokens read outside the call differ from those inside by {worst:.1g} of the largest: look at clock, batched, "
-        "text_argument, or whether the pipeline draws a condition anew at each step",
+        "text_argument, first_frame, or whether the pipeline draws a condition anew at each step",
     )
     return {"tap_error": worst}
 
@@ -310,7 +316,7 @@ def _cuts(subject: Subject) -> list[tuple[int, int]]:
     times: list[Any] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        times.append(by_name(module, args, kwargs)[family.timestep_argument].max())
+        times.append(argument_of(by_name(module, args, kwargs), family, "timestep_argument").max())
 
     handles = [denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in backbone.denoisers]
     try:

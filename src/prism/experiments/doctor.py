@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
     from diffusers import DiffusionPipeline
 
     from prism.backbone import register
+    from prism.backbone.registry import pipeline_class
     from prism.experiments import checks
     from prism.experiments.loading import load_backbone
     from prism.experiments.subject import Subject
@@ -68,7 +70,10 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
     names = _run_file(config.family)
     family = names.get("family")
     if not isinstance(family, Family):
-        raise PrismError(f"The file {config.family} defines no `family`, a prism.backbone.Family.")
+        others = [name for name, value in names.items() if isinstance(value, Family)]
+        told = f"; {others[0]} is one: call it `family`" if others else ""
+        told = told or (f"; its `family` is {type(family).__name__}" if family is not None else "")
+        raise PrismError(f"The file {config.family} defines no `family`, a prism.backbone.Family{told}.")
     try:
         kind = str(DiffusionPipeline.load_config(config.backbone).get("_class_name"))
     except (OSError, ValueError) as error:
@@ -76,6 +81,11 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
         raise PrismError(f"No diffusers pipeline could be loaded from {config.backbone}: {reason}") from error
     own = names.get(kind)
     others = [name for name in family.pipelines if name != kind]
+    if not isinstance(own, type) and pipeline_class(kind) is None:
+        raise PrismError(
+            f"The folder {config.backbone} holds a {kind[:60]}, which is none of diffusers'; the file {config.family} "
+            "must import or define that class beside `family`."
+        )
     register(family, pipeline=[own if isinstance(own, type) else kind, *others], replace=True)
     backbone, call, _ = load_backbone(config.backbone, config.device, config.dtype)
     sizes = {"height": config.height, "width": config.width, "num_frames": config.num_frames}
@@ -87,9 +97,14 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
 
 
 def _run_file(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise PrismError(f"--family takes a Python file that defines `family`; {path} is a folder.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # as Python itself has it: modules beside the file are imported, a pipeline's parts too
+        sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
         raise PrismError(f"The file {path} could not be run: {type(error).__name__}: {reason}") from error
 
