@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -304,3 +305,40 @@ def test_statistics_as_arrays_are_the_same_numbers(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prism.Judge.from_pretrained(tmp_path / "head", pipe)
+
+
+@works(
+    "Precision and quantisation",
+    "a head on its own model in bfloat16, or with adapters on it",
+    "warned",
+    "One line that says so.",
+)
+def test_the_warning_says_what_may_have_changed_the_weights(head: Path) -> None:
+    pipe = tiny.wan()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.transformer.to(torch.bfloat16)
+    _, said = load(head, pipe)
+    assert len(said) == 1
+    assert "other weights of this architecture (here it is with adapters and in bfloat16); check" in said[0]
+
+
+def test_a_head_of_one_denoiser_on_a_pipeline_with_two_is_told(head: Path) -> None:
+    """The sentence said "denoiser None of two" and to make it with reads=None."""
+    refusals, _ = fits(prism.Judge.from_pretrained(head, tiny.wan()).backbone.fingerprint(), Two(tiny.wan()))
+    assert ("only denoiser of its pipeline", "the denoiser 'transformer' of two") in refusals
+
+
+class Two(Backbone):
+    def fingerprint(self) -> dict[str, Any]:
+        return {**super().fingerprint(), "reads": "transformer"}
+
+
+@pytest.mark.parametrize("name", ["denoiser", "vae"])
+def test_a_fingerprint_without_a_class_is_refused(head: Path, tmp_path: Path, name: str) -> None:
+    """A null there was not compared at all."""
+    shutil.copytree(head, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    config["backbone"][name] = None
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PrismError, match=f"lacks '{name}', the class that the head belongs to"):
+        load(tmp_path / "copy", tiny.wan())

@@ -156,7 +156,7 @@ def test_an_entry_point_is_found_and_a_broken_one_is_warned_of(tmp_path: Path, m
         assert registry.family_named("TheirPipeline").name == "theirs"
     told = [str(w.message) for w in said if "entry point" in str(w.message)]
     assert "'a' of their-rows in the group 'prism.families' gives no family (RuntimeError: a bug in a pack" in told[0]
-    assert len(told) == 3  # c: the name "theirs" is taken; d: there is no such object
+    assert len(told) == 2  # c: the same row for a further pipeline; d: there is no such object
     sys.modules.pop("their_rows")
 
 
@@ -175,3 +175,54 @@ def test_a_command_finds_what_an_entry_point_brings(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "OwnPipeline (Wan 2.1, Wan 2.2)" in done.stdout
+
+
+def test_one_row_is_registered_for_further_pipelines() -> None:
+    """It was refused as another family of that name."""
+    row = replace(FAMILIES["wan"], name="own")
+    first = register(row, pipeline=OwnPipeline)
+    both = register(row, pipeline="OtherPipeline")
+    assert both.pipelines == FAMILIES["own"].pipelines == ("OwnPipeline", "OtherPipeline")
+    assert first.pipelines == ("OwnPipeline",)
+    assert registry.family_named("OwnPipeline") is registry.family_named("OtherPipeline") is both
+    assert register(row, pipeline=OwnPipeline).pipelines == both.pipelines
+    with pytest.raises(PrismError, match="There is a family 'own' already"):
+        register(replace(row, tap=0.5), pipeline="ThirdPipeline")
+    for wrong in (5, own()[0], [5], ""):
+        with pytest.raises(
+            PrismError, match="is of no pipeline; give `pipeline`, a class or its name, or a list of these"
+        ):
+            register(row, pipeline=wrong)  # type: ignore[arg-type]
+
+
+ENDS = """
+from prism.backbone import FAMILIES
+from dataclasses import replace
+row = replace(FAMILIES["wan"], name="ends", pipelines=("TheirPipeline",))
+number = 5
+def ends():
+    raise SystemExit(3)
+"""
+
+
+@works(
+    "Families of one's own",
+    "plugins that end the program, name a missing module or attribute, give no family, or claim another's pipeline",
+    "warned",
+    "The warning names the package and its entry point; all else goes on.",
+)
+def test_whatever_a_plugin_does_the_others_go_on(tmp_path: Path, monkeypatch: Any) -> None:
+    """One that raised SystemExit, as a module of commands may, ended the caller's program."""
+    points = {"a": "ends:ends", "b": "ends:number", "c": "nowhere:row", "d": "ends:nothing", "e": "their_rows:row"}
+    installed(tmp_path, **points, f="ends:row", g="their_rows:rows")
+    (tmp_path / "ends.py").write_text(ENDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._register_entry_points.cache_clear()
+    with pytest.warns(UserWarning, match="The entry point") as said:
+        assert registry.family_named("TheirPipeline").name == "theirs"
+    reasons = [str(each.message) for each in said]
+    words = ("SystemExit: 3", "'int' object", "No module named", "has no attribute 'nothing'", "of the family 'theirs'")
+    assert len(reasons) == len(words)
+    for place, word in zip("abcdf", words):
+        assert any(f"entry point '{place}' of their-rows" in reason and word in reason for reason in reasons), place
+    registry._register_entry_points.cache_clear()

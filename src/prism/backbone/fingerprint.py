@@ -86,7 +86,7 @@ def fits(
         was, found = saved[part], present[part]
         needs = _table(saved.get("needs")).get(part)
         if was != found:
-            refusals.append((f"{PARTS[part]} {was}", f"{found}"))
+            refusals.append((f"{PARTS[part]} {quoted(was, 80)}", f"{found}"))
         elif needs is None:
             changed = _changed_since(_parts(backbone)[part], saved.get(f"{part}_config"))
             vital = [name for name in changed or () if name in _NEEDED]
@@ -108,9 +108,13 @@ def fits(
             warnings += _clause(part, {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names})
     if "denoiser" in parts and saved.get("reads") != present.get("reads"):
         was, found = (each.get("reads") for each in (saved, present))
-        refusals.append((f"denoiser {was!r} of two", f"{found!r}; make it with Backbone(pipe, reads={was!r})"))
+        if isinstance(was, str) and found is not None:
+            refusals.append((f"denoiser {was!r} of two", f"{found!r}; make it with Backbone(pipe, reads={was!r})"))
+        else:
+            forms = [f"denoiser {one!r} of two" if isinstance(one, str) else "only denoiser" for one in (was, found)]
+            refusals.append((f"{forms[0]} of its pipeline", f"the {forms[1]}"))
     if "denoiser" in parts and present["weights"] is not None and saved.get("weights") != present["weights"]:
-        warnings.append("other weights of this architecture")
+        warnings.append(f"other weights of this architecture{_state(backbone)}")
     return refusals, warnings
 
 
@@ -263,6 +267,15 @@ def _as_text(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else quoted(value, 200)
 
 
+def _state(backbone: Backbone) -> str:
+    """Say what may have changed a denoiser's weights, where that can be seen."""
+    modules = list(unwrapped(backbone.denoiser).modules())
+    told = ["with adapters"] if any(hasattr(module, "merged_adapters") for module in modules) else []
+    if backbone.dtype != torch.float32:
+        told.append(f"in {backbone.dtype}".replace("torch.", ""))
+    return f" (here it is {' and '.join(told)})" if told else ""
+
+
 def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:
     """The settings that changed since a configuration was hashed, or None where the hash does not tell."""
     for changed, text in config_texts(part):
@@ -285,7 +298,10 @@ def _both(part: str, kind: str, name: str, was: Any, found: Any) -> tuple[str, s
 
 def _clause(part: str, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Names the first settings that differ."""
-    told = [f"{name} was {_brief(was)} and is {_brief(found)}" for name, (was, found) in islice(changed.items(), 3)]
+    told = [
+        f"{quoted(name, 40)} was {_brief(was)} and is {_brief(found)}"
+        for name, (was, found) in islice(changed.items(), 3)
+    ]
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
     return [f"another configuration of the {PARTS[part]} ({', '.join(told)}{more})"] if told else []
 

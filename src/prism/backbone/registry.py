@@ -16,6 +16,7 @@ from torch import nn
 
 from prism.backbone.families import FAMILIES, is_denoiser
 from prism.backbone.family import Family
+from prism.checks import quoted
 from prism.errors import PrismError
 
 ENTRY_POINTS = "prism.families"  # the group of entry points under which an installed package gives rows
@@ -47,16 +48,24 @@ def register(family: Family, pipeline: Names | None = None, *, replace: bool = F
     if not isinstance(family, Family):
         raise PrismError(f"register takes a prism.backbone.Family; found {type(family).__name__}.")
     given = family.pipelines if pipeline is None else pipeline
-    kinds = [given] if isinstance(given, str | type) else list(given)
-    if not kinds or not all(isinstance(kind, str | type) for kind in kinds):
-        raise PrismError(f"The family {family.name!r} is of no pipeline; give `pipeline`, a class or its name.")
+    several = isinstance(given, Iterable) and not isinstance(given, str | type)
+    kinds: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
+    if not kinds or not all(isinstance(kind, str | type) and kind for kind in kinds):
+        raise PrismError(
+            f"The family {family.name!r} is of no pipeline; give `pipeline`, a class or its name, or a list of these; "
+            f"found {quoted(given, 80)}."
+        )
     names = tuple(kind if isinstance(kind, str) else kind.__name__ for kind in kinds)
     family = dataclasses.replace(family, pipelines=names)
+    known = FAMILIES.get(family.name)
+    if known is not None and dataclasses.replace(known, pipelines=names) == family:  # the same for further pipelines
+        family = dataclasses.replace(family, pipelines=tuple(dict.fromkeys((*known.pipelines, *names))))
+        names = family.pipelines if all(_rows.get(name) is known for name in known.pipelines) else names
     if not replace:
-        if FAMILIES.get(family.name, family) != family:
+        if known is not None and dataclasses.replace(known, pipelines=family.pipelines) != family:
             raise PrismError(f"There is a family {family.name!r} already; give yours another name, or replace=True.")
         for name in names:
-            if _rows.get(name, family) != family:
+            if _rows.get(name, known) is not known:
                 raise PrismError(f"{name} is of the family {_rows[name].name!r} already; give replace=True.")
     FAMILIES[family.name] = family
     _rows.update(dict.fromkeys(names, family))
@@ -129,9 +138,9 @@ def _register_entry_points() -> None:
             elif given is not None:  # a function may have registered by itself
                 for family in [given] if isinstance(given, Family) else given:
                     register(family)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module may end as a program does
             package = point.dist.name if point.dist else "an installed package"
-            reason = " ".join(str(error).split())[:200]
+            reason = quoted(error, 200)
             warnings.warn(
                 f"The entry point {point.name!r} of {package} in the group {ENTRY_POINTS!r} gives no family "
                 f"({type(error).__name__}: {reason}); it is left out.",

@@ -214,7 +214,7 @@ def _calibration(value: Any, dimensions: Sequence[str], path: Path) -> dict[str,
 
 def _fingerprint(backbone: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     for name in ("denoiser", "vae"):
-        if name not in backbone:
+        if backbone.get(name) is None:
             raise PrismError(f"The field 'backbone' of {path} lacks {name!r}, the class that the head belongs to.")
     for name, value in backbone.items():
         table = name in ("needs", "settings")
