@@ -359,6 +359,23 @@ def weights_state(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_bits(module: nn.Module) -> str:
+    """Digest of all numbers of a module's weights, where they lie: a change of any one of them shows."""
+    digest = hashlib.sha256()
+    sums: dict[torch.device, list[Tensor]] = {}
+    for name, value in weights(module).items():
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        for part in _plain(value):
+            flat = part.contiguous().view(-1).view(torch.uint8)
+            whole = len(flat) - len(flat) % 8 if part.storage_offset() * part.element_size() % 8 == 0 else 0
+            found = [flat[:whole].view(torch.int64).sum()] if whole else []  # wraps around, and is exact
+            found += [flat[whole:].sum()] if whole < len(flat) else []
+            sums.setdefault(part.device, []).extend(found)
+    for each in sums.values():
+        digest.update(torch.stack(each).cpu().numpy().tobytes())  # one transfer a device
+    return digest.hexdigest()
+
+
 def _plain(value: Tensor) -> list[Tensor]:
     """What holds a weight's numbers: itself, a quantised one's integers, a tensor subclass's parts. Meta holds none."""
     if is_traceable_wrapper_subclass(value):

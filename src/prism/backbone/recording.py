@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prism.backbone.conditioning import flattened, has_rows
 from prism.backbone.family import Family, noisy_name
-from prism.backbone.fingerprint import weights_state
+from prism.backbone.fingerprint import weights_bits
 from prism.backbone.patches import giving, values_of
 
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
@@ -160,7 +160,7 @@ def state_of(denoisers: Sequence[nn.Module]) -> str:
     their attention, and what hooks and replaced code hold. Costs some ms, and is asked for beside a callback alone."""
     digest = hashlib.sha256()
     for denoiser in denoisers:
-        digest.update(weights_state(denoiser).encode())
+        digest.update(weights_bits(denoiser).encode())
         for module in denoiser.modules():
             own = vars(module)
             digest.update(_held({name: v for name, v in own.items() if isinstance(v, Tensor)}).encode())
