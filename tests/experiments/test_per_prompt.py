@@ -13,7 +13,6 @@ from prism.experiments import per_prompt
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence" / "rerun"  # of the first run no values per prompt were kept
 
 
-@pytest.mark.skipif(not (EVIDENCE / "per_prompt").is_dir(), reason="a full run of before values per prompt were kept")
 def test_every_interval_of_the_evidence_is_recomputed():
     stated = files.read_json(EVIDENCE / "metrics.json")
     intervals = list(per_prompt.recomputed(EVIDENCE / "per_prompt", stated))
