@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prism.backbone import clocks, layout, taps, videos
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
-from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
+from prism.backbone.calls import batch_of, draws_conditions, finished, relevant, shows_adapters, unguided
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.facts import check_pipeline
 from prism.backbone.families import is_denoiser
@@ -21,7 +21,7 @@ from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.holding import held
 from prism.backbone.interceptor import capture, free_hooks, is_compiled
 from prism.backbone.kept import ConditioningCache, alone, with_tensors
-from prism.backbone.obstacles import breaks_told, check_whole, misfits_told, warn_cut_off
+from prism.backbone.obstacles import breaks_told, check_denoisers, check_whole, misfits_told, warn_cut_off
 from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
@@ -50,16 +50,15 @@ class Backbone:
         self.family = family_of(pipe)
         check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self._denoisers = [name for name in parts if is_denoiser(name)]
-        self.reads = next(iter(self._denoisers), "") if reads is None else reads
-        if self.reads not in self._denoisers:
-            known = ", ".join(self._denoisers) or "none"
-            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {known}.")
-        for name in self._denoisers:
+        self.denoiser_names = [name for name in parts if is_denoiser(name)]
+        self.reads = next(iter(self.denoiser_names), "") if reads is None else reads
+        if self.reads not in self.denoiser_names:
+            names = ", ".join(self.denoiser_names) or "none"
+            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {names}.")
+        for name in self.denoiser_names:
             if not hasattr(pipe, name):
                 raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
-        self.t_range = self._t_range(len(self._denoisers))
-        self.config = config_of(self.denoiser)
+        self.t_range = self._t_range(len(self.denoiser_names))
         check_pipeline(self.family, pipe, self.denoiser)
         self.partial = False  # whether the denoiser has its first blocks alone
         self.num_blocks = len(self.blocks)
@@ -111,7 +110,11 @@ class Backbone:
 
     @property
     def denoisers(self) -> tuple[Any, ...]:
-        return tuple(getattr(self.pipe, name) for name in self._denoisers)
+        return tuple(getattr(self.pipe, name) for name in self.denoiser_names)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return config_of(self.denoiser)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -175,18 +178,18 @@ class Backbone:
         seed = seeds[0] if seeds else 0
         if embedded:
             return self._capture([""], call, seed)[[0] * len(prompts)]
-        relevant = {name: value for name, value in call.items() if is_relevant(self.family, name)}
-        key = cache_key(relevant)
+        told = relevant(self.family, call)
+        key = cache_key(told)
         key = None if key is None else f"{key} {seed} {surroundings(self.pipe)}"
         found: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
             found = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
             missing = [prompt for prompt in missing if prompt not in found]
-        size = 1 if self.family.alone or self.family.texts_alone else 16
+        size = 1 if self.family.alone or self.family.texts_alone or shows_adapters(call) else 16
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            captured = self._capture(chunk, relevant, seed)
+            captured = self._capture(chunk, told, seed)
             for row, prompt in enumerate(chunk):
                 found[prompt] = captured[row]
                 if key is not None:
@@ -216,9 +219,9 @@ class Backbone:
                     free_hooks(self.pipe)
 
     def _capture(self, prompts: list[str], call: dict[str, Any], seed: int) -> Conditioning:
-        spared = {name: 1.0 for name in (self.family.guidance, "min_guidance_scale") if name in self._call}
         steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
-        call = {**call, **spared, "num_inference_steps": steps, "output_type": "latent"}  # PNDM needs four, Mochi two
+        call = {**call, **unguided(self.family, call, self._call)}
+        call |= {"num_inference_steps": steps, "output_type": "latent"}  # PNDM needs four, Mochi two
         call |= self.batch(prompts, [seed] * len(prompts), call)  # never the global generator
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments, self.family)])
@@ -294,12 +297,11 @@ class Backbone:
         last = blocks[-1]
         for number in blocks:
             if not 1 <= number <= self.num_blocks:
-                raise PrismError(
-                    f"The tap must lie in 1 to {self.num_blocks}, the denoiser's number of blocks; found {number}."
-                )
+                raise PrismError(f"The tap must lie in 1 to {self.num_blocks}, the number of blocks; found {number}.")
         tapped = self.blocks
         if last > len(tapped):
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
+        check_denoisers(self)
         check_whole((self.denoiser,))
         chosen = {number: tapped[number - 1] for number in blocks}
         with self.held():
@@ -334,6 +336,7 @@ class Backbone:
         """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
         if isinstance(prompts, str):
             raise PrismError(f"prompts must be a list of texts; found the single text {prompts!r}.")
+        check_denoisers(self)
         unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")

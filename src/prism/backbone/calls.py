@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from prism.errors import PrismError
 # Arguments with a row per prompt: prompt_2, prompt_embeds, prompt_embeds_mask, negative_pooled_prompt_embeds, ...
 _OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention_mask\w*|_mask\w*|_cu_seqlens)?$")
 
+# Pictures of adapters beside the prompt, whose rows and lists mean something else in each pipeline, and which none
+# repeats for a batch: a call that holds one is made a row at a time.
+_OF_AN_ADAPTER = re.compile(r"(negative_)?ip_adapter_image(_embeds)?$")
 
 # Call arguments that do not change what the denoiser is told of a prompt.
 _IRRELEVANT = frozenset(
@@ -35,6 +38,24 @@ def is_relevant(family: Family, name: str) -> bool:
     if name == "guidance_scale" and family.guidance == "true_cfg_scale":
         return True
     return name not in _IRRELEVANT and not name.startswith("negative_")
+
+
+def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The call arguments that may change what the denoiser is told; all of them beside an adapter's pictures, which
+    hold rows for the guidance too."""
+    shown = shows_adapters(call)
+    return {name: value for name, value in call.items() if name != "generator" and (shown or is_relevant(family, name))}
+
+
+def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
+    """The arguments, of those that are `taken`, that spare a call its unconditional rows."""
+    names = () if shows_adapters(call) else (family.guidance, "min_guidance_scale")
+    return {name: 1.0 for name in names if name in taken}
+
+
+def shows_adapters(call: Mapping[str, Any]) -> bool:
+    """Whether a call holds pictures of an adapter (IP-Adapter), which stand for one row."""
+    return any(_OF_AN_ADAPTER.match(name) and value is not None for name, value in call.items())
 
 
 def draws_conditions(family: Family, call: Mapping[str, Any]) -> bool:

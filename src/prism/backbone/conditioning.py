@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,9 @@ from prism.backbone import layout
 from prism.backbone.family import Family, noisy_name
 from prism.backbone.protocol import unwrapped
 from prism.errors import PrismError
+
+# Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.
+_ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
     named = name in family.batched or any(
         name.startswith(f"{other}.") for other in family.batched if len(other) < len(name)
     )
+    named = named or _ADAPTERS.search(name) is not None
     if not named or not isinstance(value, Tensor | list):
         return False
     if isinstance(value, list):
@@ -283,11 +288,14 @@ def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[s
 
 
 def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Arguments by name, what stands in dictionaries by "argument.key"."""
+    """Arguments by name, what stands in dictionaries by "argument.key", and the tensors of several adapters by
+    "argument.key.[place]"."""
     found: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
             found |= flattened(value, f"{before}{name}.")
+        elif isinstance(value, list) and value and _ADAPTERS.search(before + name):
+            found |= {f"{before}{name}.[{place}]": each for place, each in enumerate(value)}
         else:
             found[before + name] = value
     return found
@@ -298,10 +306,14 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, value in flat.items():
         *outer, name = path.split(".")
+        listed = outer.pop() if name.startswith("[") else None  # one of a list, whose places rise
         place = found
         for each in outer:
             place = place.setdefault(each, {})
-        place[name] = value
+        if listed is not None:
+            place.setdefault(listed, []).append(value)
+        else:
+            place[name] = value
     return found
 
 

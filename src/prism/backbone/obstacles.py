@@ -26,6 +26,27 @@ _MEASURED_PROMPTS = 10_000  # whose length is remembered
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 
 
+def check_denoisers(backbone: Any) -> None:
+    """Raise PrismError where a denoiser was taken off the pipeline, or the one that is read was replaced by one with
+    other blocks, since the backbone was made of it."""
+    gone = [name for name, part in zip(backbone.denoiser_names, backbone.denoisers) if not isinstance(part, nn.Module)]
+    if gone:
+        raise PrismError(
+            f"The pipeline's {gone[0]} was taken off, found {quoted(getattr(backbone.pipe, gone[0]), 40)}; put it back."
+        )
+    try:
+        widths = backbone.family.block_widths(backbone.denoiser)
+    except Exception:  # a model of another family
+        widths = []
+    if widths != backbone.widths:
+        has = f"{len(widths)} blocks of width {widths[0]}" if widths else "none of them"
+        raise PrismError(
+            f"The pipeline's {backbone.reads} was replaced: the judge was put onto one with {len(backbone.widths)} "
+            f"blocks of width {backbone.widths[0]}, and this {type(unwrapped(backbone.denoiser)).__name__} has {has}; "
+            "put a judge onto the pipeline as it is now."
+        )
+
+
 def check_whole(denoisers: tuple[Any, ...]) -> None:
     """Raise PrismError where a denoiser's blocks are skipped by a cache or a patch, or see a slice of the tokens."""
     for denoiser in denoisers:

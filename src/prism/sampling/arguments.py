@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prism.backbone import Backbone
+from prism.backbone.calls import shows_adapters
 from prism.checks import number, quoted, whole
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -103,10 +104,10 @@ def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
     return tuple(map(seed_of, given))
 
 
-def batch_size_of(backbone: Backbone, batch_size: Any, n: int) -> int:
+def batch_size_of(backbone: Backbone, batch_size: Any, n: int, call: Mapping[str, Any]) -> int:
     """Candidates per denoiser call."""
     size = None if batch_size is None else min(n, whole("batch_size", batch_size))
-    if backbone.family.alone:
+    if backbone.family.alone or shows_adapters(call):
         return 1
     return size or (n if backbone.num_parameters <= SMALL_DENOISER else 1)
 

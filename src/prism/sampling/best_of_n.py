@@ -182,10 +182,10 @@ def best_of_n(
         several, prompts = True, [None] * embedded_rows(call)
     if not prompts:
         raise PrismError("prompt is an empty list; give at least one text.")
+    backbone.check_call([text or "" for text in prompts], call)
     if strategy not in ("none", "random"):
         check_whole(backbone.denoisers)
         check_noise(backbone.pipe, backbone.family.counts_calls)
-    backbone.check_call([text or "" for text in prompts], call)
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
@@ -202,7 +202,7 @@ def best_of_n(
         "judge": judge,
         "seeds": candidate_seeds,
         "seed": seed,
-        "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds)),
+        "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds), call),
         "weights": ranking(judge, select_by) if strategy in arguments.JUDGED else {},
         "top_k": top_k,
         "num_draws": num_draws,
