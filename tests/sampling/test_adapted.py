@@ -240,6 +240,47 @@ def test_a_scale_that_the_call_gives_the_adapters(name: str, argument: str) -> N
     assert rows[0] == rows[1]  # and nothing is computed twice for it
 
 
+@works(
+    "Adapters and training",
+    "A LoRA that is hot-swapped (`load_lora_weights(hotswap=True)`), between calls or by a callback",
+    "exact",
+    "Weights are looked at where each run begins and at the end of each step of one with a callback.",
+)
+def test_a_hot_swapped_adapter() -> None:
+    peft = pytest.importorskip("peft")
+
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        model = tiny.wan().transformer
+        torch.manual_seed(seed)
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        return {f"transformer.{n}": v.clone() for n, v in peft.get_peft_model_state_dict(model).items()}
+
+    pipe, call = build(WAN)
+    first, second = weights(1), weights(2)
+
+    def swap(pipe: Any, given: dict[str, torch.Tensor]) -> None:
+        pipe.load_lora_weights(dict(given), adapter_name="own", hotswap=True)
+
+    def callback(pipe: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            swap(pipe, second)
+        return {}
+
+    pipe.load_lora_weights(dict(first), adapter_name="own")
+    judge, found = prism.Judge.untrained(pipe, tap=1, dim=16), []
+    for given in (first, second):
+        swap(pipe, given)
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, seed=4, batch_size=1, **EARLY, **call)
+        assert torch.equal(result.latents, pipe(tiny.PROMPT, generator=seeded(result.seed), **call)[0])
+        found.append(result.scores[0]["scores"]["overall"])
+    assert found[0] != found[1]
+    call["callback_on_step_end"] = callback
+    swap(pipe, first)
+    result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, seed=4, batch_size=1, **EARLY, **call)
+    swap(pipe, first)
+    assert torch.equal(result.latents, pipe(tiny.PROMPT, generator=seeded(result.seed), **call)[0])
+
+
 CHANGES: dict[str, tuple[str, Callable[[Any], Any], dict[str, Any]]] = {
     "fuse_qkv_projections": (WAN, lambda pipe: pipe.transformer.fuse_qkv_projections(), {}),
     "pipe.fuse_qkv_projections": ("cogvideox_ddim", lambda pipe: pipe.fuse_qkv_projections(), {}),
