@@ -50,11 +50,10 @@ class Backbone:
         self.family = family_of(pipe)
         check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self.denoiser_names = [name for name in parts if is_denoiser(name)]
+        self.denoiser_names = names = [name for name in parts if is_denoiser(name)]
         self.reads = next(iter(self.denoiser_names), "") if reads is None else reads
         if self.reads not in self.denoiser_names:
-            names = ", ".join(self.denoiser_names) or "none"
-            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {names}.")
+            raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(names) or 'none'}.")
         for name in self.denoiser_names:
             if not hasattr(pipe, name):
                 raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
@@ -220,9 +219,8 @@ class Backbone:
 
     def _capture(self, prompts: list[str], call: dict[str, Any], seed: int) -> Conditioning:
         steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
-        call = {**call, **unguided(self.family, call, self._call)}
-        call |= {"num_inference_steps": steps, "output_type": "latent"}  # PNDM needs four, Mochi two
-        call |= self.batch(prompts, [seed] * len(prompts), call)  # never the global generator
+        call = {**call, **unguided(self.family, call, self._call), "output_type": "latent"}  # PNDM needs 4 steps
+        call |= {"num_inference_steps": steps, **self.batch(prompts, [seed] * len(prompts), call)}
         arguments = capture(self.pipe, self.denoisers, call)
         batch = len(arguments[noisy_name(arguments, self.family)])
         if batch not in (len(prompts), 2 * len(prompts)):
