@@ -142,7 +142,7 @@ def test_doctor_checks_a_family_of_ones_own(changes, failing, tmp_path, capsys, 
     [
         ("x = 1", "defines no `family`"),
         ("family = nothing", "could not be run: NameError: name 'nothing' is not defined"),
-        (None, "could not be run: FileNotFoundError"),
+        (None, "does not exist"),
         ("family = (", "could not be run: SyntaxError: '(' was never closed"),
         ("from . import rows", "could not be run: ImportError: attempted relative import"),
         ("raise SystemExit(0)", "could not be run: SystemExit: 0"),

@@ -94,7 +94,7 @@ def test_a_lora_is_loaded_scaled_and_recorded(place: Path, tmp_path: Path, capsy
         str(tmp_path / "pickle.bin"): "is no safetensors file",
         str(tmp_path / "empty"): "holds 0 safetensors files",
         f"{place / 'lora'}:nan": "must be a number from -100 to 100; found nan",
-        f"{place / 'lora'}:x": "must be a number from -100 to 100",
+        f"{place / 'lora'}:x": "must be a number from -100 to 100; found x",
     }.items():
         capsys.readouterr()
         assert sample(place, tmp_path / "no", *prompt, "--lora", wrong) == 2
@@ -147,7 +147,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "top": ("sample --out {out} --prompt x --n 2 --top-k 3", "--top-k must be a whole number from 1 to 2; found 3"),
     "long name": ("sample --prompt x --out {long}", "File name too long|cannot be made|cannot be used"),
     "long head": ("sample --prompt x --out {out} --head {long}", "too long|does not exist|cannot"),
-    "long backbone": ("sample --prompt x --out {out} --backbone {long}", "too long|could be loaded|cannot"),
+    "long backbone": ("sample --prompt x --out {out} --backbone {long}", "There is no folder xxx|cannot|could be loaded"),
     "long image": ("sample --prompt x --out {out} --image {long}", "is no file"),
     "long data": ("train --out {out} --data {long}", "too long|does not exist|no latent store|cannot"),
     "long eval data": ("eval --out {out} --data {long}", "too long|does not exist|no latent store|cannot"),
@@ -157,6 +157,16 @@ WRONG: dict[str, tuple[str, str]] = {
     "select twice": ("sample --out {out} --prompt x --select-by VQ:1,VQ:2", "neither a dimension nor a list"),
     "root": ("sample --prompt x --out /", "The output folder / cannot be replaced"),
     "doctor n": ("doctor --n 0", "--n must be a whole number from 1 to 10,000"),
+    "doctor height": ("doctor --height 999999999", "--height must be a whole number from 1 to 16,384"),
+    "doctor frames": ("doctor --num-frames 999999999", "--num-frames must be a whole number from 1 to 10,000"),
+    "doctor no folder": ("doctor wann", "There is no folder wann, and an id on the Hub is of the form owner/name"),
+    "no family file": ("doctor wann --family no.py", "--family takes a Python file that defines `family`; no.py does"),
+    "family folder": ("doctor wann --family .", "--family takes a Python file that defines `family`; . is a folder"),
+    "study variant": ("study --out {out} --only taps-9", "no question 'taps-9'; the variants nearest to it are tap"),
+    "select by nothing": (
+        "sample --out {out} --prompt x --select-by VQ:0",
+        "gives no dimension a weight",
+    ),
     "doctor steps": ("doctor --steps 1000000000", "--steps must be a whole number from 1 to 10,000"),
     "eval draws": ("eval --out {out} --num-draws 0", "--num-draws must be a whole number from 1 to 1,000"),
     "eval seed": ("eval --out {out} --seed -1", "--seed must be a whole number from 0 to"),

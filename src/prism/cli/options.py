@@ -106,7 +106,7 @@ Lora = Annotated[
     typer.Option(
         "--lora",
         metavar="FILE[:SCALE]",
-        help="LoRA for the backbone, a local safetensors file; may be repeated.",
+        help="LoRA for the backbone (of two denoisers the first), a local safetensors file; may be repeated.",
         show_default="none",
         rich_help_panel=MODELS,
     ),

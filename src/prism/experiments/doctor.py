@@ -23,6 +23,7 @@ from PIL import Image
 import prism
 from prism import files, shapeworld
 from prism.backbone import Family
+from prism.backbone.arguments import FRAMES, PIXELS, STEPS
 from prism.checks import whole
 from prism.errors import PrismError
 from prism.sampling import schedule as schedules
@@ -67,6 +68,7 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
 
     if config.backbone is None or config.family is None:
         raise PrismError("--family takes a file and the folder of a pipeline: prism doctor --family FILE FOLDER.")
+    _check_sizes(config)
     names = _run_file(config.family)
     family = names.get("family")
     if not isinstance(family, Family):
@@ -96,9 +98,17 @@ def check_family(config: DoctorConfig) -> list[tuple[str, bool, str]]:
     return checks.run_all(Subject(backbone, call))
 
 
+def _check_sizes(config: DoctorConfig) -> None:
+    sizes = ("steps", STEPS), ("height", PIXELS), ("width", PIXELS), ("num_frames", FRAMES)
+    for name, limits in sizes:
+        if getattr(config, name) is not None:
+            whole(f"--{name.replace('_', '-')}", getattr(config, name), *limits)
+
+
 def _run_file(path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        raise PrismError(f"--family takes a Python file that defines `family`; {path} is a folder.")
+    if not path.is_file():
+        there = "is a folder" if path.is_dir() else "does not exist"
+        raise PrismError(f"--family takes a Python file that defines `family`; {path} {there}.")
     folder = str(path.resolve().parent)
     if folder not in sys.path:  # as Python itself has it: modules beside the file are imported, a pipeline's parts too
         sys.path.insert(0, folder)
@@ -119,8 +129,7 @@ def run(config: DoctorConfig) -> list[tuple[str, list[Line]]]:
     from prism.experiments.loading import load_backbone
 
     whole("--n", config.n, 1, 10_000)
-    if config.steps is not None:
-        whole("--steps", config.steps, 1, 10_000)
+    _check_sizes(config)
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype)
     if config.steps is not None:
         call["num_inference_steps"] = config.steps

@@ -112,11 +112,11 @@ def _lora(text: str) -> tuple[Path, float]:
     return file, value
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> Any:
     try:
         return float(text)
     except ValueError:
-        return float("nan")
+        return text  # which is quoted as it is
 
 
 def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:

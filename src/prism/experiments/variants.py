@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prism.checks import quoted
 from prism.errors import PrismError
 from prism.training.config import TrainConfig
 
@@ -130,9 +132,11 @@ def chosen(rows: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
     for name in only:
         if not any(name in (row.name, row.question) for row in rows):
             questions = ", ".join(dict.fromkeys(row.question for row in rows))
+            near = difflib.get_close_matches(name, [row.name for row in rows], 3)
+            near_it = f"the variants nearest to it are {', '.join(near)}, and " if near else ""
             raise PrismError(
-                f"The study has no variant and no question {name!r}; its questions are {questions}, and its variants "
-                f"{', '.join(row.name for row in rows)}."
+                f"The study has no variant and no question {quoted(repr(name), 60)}; {near_it}its questions are "
+                f"{questions}."
             )
     wanted = {row.name for row in rows if row.name in only or row.question in only} | {BASE}
     wanted |= {member for row in rows if row.name in wanted for member in row.members}

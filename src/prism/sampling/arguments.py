@@ -138,7 +138,7 @@ def draft_steps_of(draft_steps: Any, num_steps: int, call: Mapping[str, Any]) ->
             raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
     steps = default_draft_steps(num_steps) if draft_steps is None else whole("draft_steps", draft_steps)
     if steps > num_steps:
-        raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; make draft_steps smaller.")
+        raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; give it fewer steps.")
     if steps == num_steps:
         warnings.warn(
             f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or "early".',

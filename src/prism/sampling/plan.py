@@ -44,7 +44,7 @@ def settle(search: Search, strategy: str, cuts: Sequence[Sequence[int]] | None) 
         search.schedule = schedules.resolve(cuts, n, len(steps), search.top_k, steps.last_readable)
         steps.check_cuts([step for step, _ in search.schedule], backbone.reads)
         if search.call.get("strength") is None:
-            schedules.warn_blind(search.schedule, len(steps))
+            schedules.warn_blind(search.schedule, n, len(steps))
     return expected_rows(
         strategy,
         n,

@@ -50,12 +50,13 @@ def is_blind(schedule: Schedule) -> bool:
     return schedule[0][0] == 1
 
 
-def warn_blind(schedule: Schedule, num_steps: int) -> None:
-    """Warn of a first cut that has nothing to see."""
-    if is_blind(schedule):
+def warn_blind(schedule: Schedule, n: int, num_steps: int) -> None:
+    """Warn of a first cut that has nothing to see, and candidates to drop."""
+    if is_blind(schedule) and schedule[0][1] < n:
+        later = "Cut later (schedule), or take" if num_steps > 1 else "Take more steps, or"
         warnings.warn(
-            f"Of {num_steps} steps the first cut comes at step 1, which sees pure noise: it drops candidates at "
-            "random. Cut later (schedule), or take the strategy full or draft.",
+            f"The first cut comes at step 1 of {num_steps}, which sees pure noise: it drops candidates at "
+            f"random. {later} the strategy full or draft.",
             stacklevel=3,
         )
 
