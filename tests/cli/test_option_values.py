@@ -147,7 +147,10 @@ WRONG: dict[str, tuple[str, str]] = {
     "top": ("sample --out {out} --prompt x --n 2 --top-k 3", "--top-k must be a whole number from 1 to 2; found 3"),
     "long name": ("sample --prompt x --out {long}", "File name too long|cannot be made|cannot be used"),
     "long head": ("sample --prompt x --out {out} --head {long}", "too long|does not exist|cannot"),
-    "long backbone": ("sample --prompt x --out {out} --backbone {long}", "There is no folder xxx|cannot|could be loaded"),
+    "long backbone": (
+        "sample --prompt x --out {out} --backbone {long}",
+        "There is no folder xxx",
+    ),
     "long image": ("sample --prompt x --out {out} --image {long}", "is no file"),
     "long data": ("train --out {out} --data {long}", "too long|does not exist|no latent store|cannot"),
     "long eval data": ("eval --out {out} --data {long}", "too long|does not exist|no latent store|cannot"),

@@ -41,8 +41,8 @@ def folder_told(source: Any) -> Iterator[None]:
     """Whatever diffusers and transformers raise of a folder is said in a sentence that names it."""
     if isinstance(source, str | os.PathLike) and not os.path.exists(source) and os.fspath(source).count("/") != 1:
         raise PrismError(
-            f"There is no folder {quoted(os.fspath(source), 120)}, and an id on the Hub is of the form owner/name; name "
-            "the folder or id of a diffusers pipeline, or leave it out for the embedded model."
+            f"There is no folder {quoted(os.fspath(source), 120)}, and an id on the Hub is of the form owner/name; "
+            "name the folder or id of a diffusers pipeline, or leave it out for the embedded model."
         )
     try:
         yield
