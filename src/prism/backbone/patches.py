@@ -23,6 +23,7 @@ from prism.errors import PrismError
 # `obstacles.check_whole`), and those that cache or slice.
 _TRUSTED = {"accelerate", "bitsandbytes", "builtins", "contextlib", "deepspeed", "diffusers", "functools", "optimum"}
 _TRUSTED |= {"peft", "prism", "torch", "torchao", "transformers", "unittest"}
+_PLACES = {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}  # where others' code stands in a module
 _REFUSED = {"cache_dit": "cache-dit", "para_attn": "ParaAttention", "xfuser": "xDiT"}
 
 
@@ -74,10 +75,16 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
     to, the function that is called, what it is called with first, or `MISSING`, and "the hook " for hooks."""
     home, seen = _home(root), set()
     classes: dict[type, list[tuple[list[types.FunctionType], Any]]] = {}
+    processors: set[tuple[type, type]] = set()  # of modules that were looked at, with the modules' classes
     for module in root.modules():
         own, kind = vars(module), type(module)
         if kind not in classes:
             classes[kind] = list(_class_patches(kind, home, leaf=not own["_modules"]))
+        alike = (kind, type(own.get("processor")))
+        plain = alike in processors and own.keys().isdisjoint(_PLACES)
+        if plain and not (classes[kind] or own["_forward_pre_hooks"] or own["_forward_hooks"]):
+            continue  # nearly all modules of nearly all denoisers: this is asked at every read
+        processors.add(alike)
         calls: list[tuple[list[types.FunctionType], Any, Any, str]]
         calls = [(functions, call, module, "") for functions, call in classes[kind]]
         accelerates = own.get("_hf_hook")
