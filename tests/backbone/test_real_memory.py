@@ -81,6 +81,8 @@ def test_offloaded(how: str, family: str, first: bool) -> None:
     for _ in range(2):
         judge.score(torch.zeros(1, *SHAPE[family]), "a cat runs", 700, **CALL)
     assert rows == [1]  # moving weights to and fro is no change of them
+    if how == "layers on meta":
+        assert all(weight.is_meta for weight in pipe.transformer.parameters())  # a stopped call's own, too
 
 
 class Explosion(Exception):

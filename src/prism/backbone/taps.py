@@ -75,6 +75,8 @@ def read(
             stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
             output = (forward or denoiser)(**arguments)
+    if stop and hasattr(denoiser, "_hf_hook"):  # a stopped call does not come to where offloaded weights are let go
+        denoiser._hf_hook.post_forward(denoiser, None)
     if last not in visual and not is_compiled(denoiser) and listens:
         raise PrismError(
             f"The denoiser's call did not come to block {last}, which the head reads after: "
