@@ -23,18 +23,35 @@ def quoted(foreign: Any, limit: int = QUOTED) -> str:
     return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 
+def reason(error: BaseException, limit: int = 200) -> str:
+    """What an error says, behind its kind, which alone may say what happened: `KeyError: None`."""
+    return quoted(f"{type(error).__name__}: {quoted(error, limit)}", limit).rstrip(".")
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is True or False, or an array of these, of whatever library."""
+    return str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
+
+
 def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -> int:
     """`value` as an int, where it is a whole number from `low` to `high`, of whatever library (`operator.index`).
 
     Raises `PrismError` for anything else, True and False included.
     """
     try:
-        number = None if str(getattr(value, "dtype", type(value).__name__)).endswith("bool") else operator.index(value)
+        number = None if is_bool(value) else operator.index(value)
     except Exception:  # no TypeError alone: a tensor of several values raises what it likes
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
     return number
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, of whatever library."""
+    if str(getattr(value, "dtype", type(value).__name__)) not in ("bool", "torch.bool"):
+        raise PrismError(f"{name} must be True or False; found {quoted(value, 80)}.")
+    return bool(value)
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
@@ -43,7 +60,7 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     Raises `PrismError` for anything else: NaN and infinity, texts, True and False.
     """
     try:
-        if isinstance(value, str | bytes) or str(getattr(value, "dtype", type(value).__name__)).endswith("bool"):
+        if isinstance(value, str | bytes) or is_bool(value):
             raise TypeError
         found = float(value)
     except Exception:

@@ -29,17 +29,19 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
-def halved(rows: int, work: str) -> int:
+def halved(rows: int, work: str, kind: str = "video") -> int:
     """Half of `rows` videos per batch, with a warning, and the device's spare memory given back.
 
     Raises PrismError where it was a single one.
     """
     if rows <= 1:
         raise PrismError(
-            f"Memory ran out with a single video per batch while {work}; use smaller videos, or offload the pipeline's "
-            "models (enable_model_cpu_offload)."
+            f"Memory ran out with a single {kind} per batch while {work}; use smaller videos, or offload the "
+            "pipeline's models (enable_model_cpu_offload)."
         )
-    warnings.warn(f"Memory ran out with {rows} videos per batch while {work}; going on with {rows // 2}.", stacklevel=3)
+    warnings.warn(
+        f"Memory ran out with {rows} {kind}s per batch while {work}; going on with {rows // 2}.", stacklevel=3
+    )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return rows // 2

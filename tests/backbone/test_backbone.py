@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests import tiny
@@ -226,3 +227,18 @@ def test_bad_calls_get_one_sentence(wan: Backbone, tmp_path: Any) -> None:
         Backbone.from_pretrained(str(tmp_path / "nothing"), local_files_only=True)
     with pytest.raises(PrismError, match="tap must lie in 1 to 3"):
         wan.tokens(noise_like(wan, tiny.CALL_WAN), wan.condition([tiny.PROMPT], **tiny.CALL_WAN), 500.0, 4)
+
+
+@pytest.mark.parametrize("size", [None, "x", (1, 2), (1, 0, 2), 0, True, [1.5, 2, 2]])
+def test_a_patch_size_that_is_none_is_told(size: Any) -> None:
+    pipe = tiny.wan()
+    family = Backbone(pipe).family
+    pipe.transformer.register_to_config(patch_size=size)
+    with pytest.raises(PrismError, match=r"patch_size must be a whole number from 1, or three of them; found"):
+        family.patches(pipe.transformer.config)
+
+
+@pytest.mark.parametrize("t", [True, torch.tensor(True), np.bool_(False)])
+def test_a_noise_level_is_a_number(t: Any) -> None:
+    with pytest.raises(PrismError, match="The noise level t must be from 0"):
+        Backbone(tiny.wan()).add_noise(torch.zeros(1, 16, 3, 4, 4), t, torch.zeros(1, 16, 3, 4, 4))

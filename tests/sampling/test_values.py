@@ -307,9 +307,26 @@ def test_mistakes_with_embeddings_get_one_sentence(wan: Setting) -> None:
             {"prompt_embeds": torch.cat([embeds] * 2), "negative_prompt_embeds": torch.cat([negative] * 3)},
             "different numbers of prompts",
         ),
-        "none": ({"prompt_embeds": embeds[:0]}, "The prompt is empty|different numbers of prompts"),
+        "none": ({"prompt_embeds": embeds[:0]}, r"found the shape \(0, 12, 32\)"),
         "array": ({"prompt_embeds": embeds.detach().numpy()}, "must be a tensor"),
         "lists": ({"prompt_embeds": [1.0, 2.0]}, "must be a tensor"),
+        "ints": ({"prompt_embeds": embeds.long()}, "must be a dense tensor of finite floating-point .*int64"),
+        "NaN": ({"prompt_embeds": embeds * math.nan}, "found NaN or infinity"),
+        "no tokens": ({"prompt_embeds": embeds[:, :0]}, r"found the shape \(1, 0, 32\)"),
+        "meta": ({"prompt_embeds": embeds.to("meta")}, "found no numbers, on the device meta"),
+        "sparse": ({"prompt_embeds": embeds.to_sparse()}, "found the layout"),
+        "one of another width": (
+            {"prompt_embeds": embeds[..., :31], "negative_prompt_embeds": negative},
+            r"must be of one width; found the shapes \(1, 12, 32\) and \(1, 12, 31\)",
+        ),
+        "both of another width": (
+            {"prompt_embeds": embeds[..., :31], "negative_prompt_embeds": negative[..., :31]},
+            "WanPipeline broke at step 1: RuntimeError: mat1 and mat2",
+        ),
+        "flat": (
+            {"prompt_embeds": embeds[:, 0], "negative_prompt_embeds": negative[:, 0]},
+            r"must be \(B, tokens, width\)|broke at step 1: IndexError",
+        ),
     }.values():
         with pytest.raises(PrismError, match=sentence):
             search(wan, **{"prompt": None, **arguments})
@@ -359,6 +376,8 @@ def test_pictures_of_any_kind_are_rgb(tmp_path: Any) -> None:
     ("arguments", "sentence"),
     [
         ({"output_type": None}, "output_type must be a text"),
+        ({"output_type": "zz"}, "WanPipeline makes no output_type 'zz': ValueError: zz does not exist"),
+        ({"seeds": {4, 5, 6}, "n": None}, "seeds must be a list of whole numbers"),
         ({"callback_on_step_end": 5}, "callback_on_step_end must be a function"),
         ({"attention_kwargs": 5}, "attention_kwargs must be a dictionary"),
     ],
@@ -366,6 +385,11 @@ def test_pictures_of_any_kind_are_rgb(tmp_path: Any) -> None:
 def test_arguments_of_another_kind_are_refused_before_work(wan: Setting, arguments: Any, sentence: str) -> None:
     with pytest.raises(PrismError, match=sentence):
         search(wan, **arguments)
+
+
+def test_a_seed_given_twice_is_warned_of(wan: Setting) -> None:
+    with pytest.warns(UserWarning, match="The seed 4 is given more than once"):
+        assert search(wan, n=None, seeds=[4, 5, 4]).seeds == (4, 5, 4)
 
 
 def test_numbers_of_a_call_are_checked_by_the_backbone_too(wan: Setting) -> None:

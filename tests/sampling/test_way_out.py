@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from tests import tiny
 from tests.sampling.conftest import Setting
 from tests.works import works
+from tests.zoo import VARIANTS
 
 import prism
 from prism.errors import PrismError
@@ -288,19 +291,28 @@ def test_seeds_and_the_random_strategy(wan: Setting) -> None:
 
 
 @works("Offload and memory", "Memory that runs out in a search", "warned", "Half the candidates go in a batch")
-def test_where_memory_runs_out_batches_get_smaller(wan: Setting) -> None:
+@pytest.mark.parametrize(
+    "shortage",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+        MemoryError("Unable to allocate"),
+    ],
+    ids=["cuda", "cpu", "numpy"],
+)
+def test_where_memory_runs_out_batches_get_smaller(wan: Setting, shortage: Exception) -> None:
     """A denoiser that has room for two rows: the same winner, a warning for each halving, nothing left behind."""
     judge, arguments = wan.judge(2), {"n": 4, "schedule": [(2, 2), (4, 1)], **wan.call}
     expected = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=1, **arguments)
 
     def full(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         if len(kwargs["hidden_states"]) > room:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise shortage
 
     room = 2
     handle = wan.pipe.transformer.register_forward_pre_hook(full, with_kwargs=True)
     try:
-        with pytest.warns(UserWarning, match="with 4 candidates per batch; going on with 2"):
+        with pytest.warns(UserWarning, match="with 4 candidates per batch while sampling; going on with 2"):
             found = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, batch_size=4, **arguments)
         room = 0
         with (
@@ -313,3 +325,98 @@ def test_where_memory_runs_out_batches_get_smaller(wan: Setting) -> None:
     assert found.seed == expected.seed
     assert len(found.scores) == 2
     np.testing.assert_allclose(found.video, expected.video, atol=1e-5)
+
+
+# -- what breaks inside the pipeline, and what the caller's own functions raise
+
+
+def broken(pipe: Any, judge: Any, **options: Any) -> str:
+    """The sentence of a search in which the pipeline breaks."""
+    with pytest.raises(PrismError) as caught:
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=2, **options)
+    assert caught.value.__cause__ is not None
+    return str(caught.value)
+
+
+@works("Inputs and outputs", "A pipeline that itself breaks on the way", "refused", "The step and its words are told")
+@pytest.mark.parametrize("strategy", ["early", "full", "none"])
+def test_a_pipeline_that_breaks_on_the_way_is_quoted(strategy: str) -> None:
+    pipe = tiny.wan("unipc")
+    judge = prism.Judge.untrained(pipe, tap=1, dim=16)
+    schedule = {"schedule": [(5, 1)]} if strategy == "early" else {}
+    plain = pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(0), **tiny.CALL_WAN, output_type="np").frames
+    torch.set_default_dtype(torch.float64)  # which breaks UniPC's second order in the stock call as well
+    try:
+        with pytest.raises(RuntimeError, match="same dtype"):
+            pipe(tiny.PROMPT, **tiny.CALL_WAN)
+        told = broken(pipe, judge, strategy=strategy, **schedule, **tiny.CALL_WAN)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert re.match("WanPipeline broke at step 3: RuntimeError: .*same dtype", told)
+    again = pipe(tiny.PROMPT, generator=torch.Generator().manual_seed(0), **tiny.CALL_WAN, output_type="np").frames
+    np.testing.assert_array_equal(again, plain)
+
+
+def test_an_empty_cause_is_told_by_its_kind() -> None:
+    pipe = tiny.wan("unipc")
+    judge = prism.Judge.untrained(pipe, tap=1, dim=16)
+    pipe.scheduler = diffusers.HeliosScheduler()
+    assert broken(pipe, judge, **tiny.CALL_WAN).startswith("WanPipeline refused the call: KeyError: None")
+
+
+def test_a_scheduler_that_takes_other_arguments_is_named() -> None:
+    pipe, call = VARIANTS["latte"]()
+    judge = prism.Judge.untrained(pipe, tap=1, dim=16)
+    pipe.scheduler = diffusers.CogVideoXDPMScheduler()
+    told = broken(pipe, judge, strategy="full", **call)
+    assert told.startswith("CogVideoXDPMScheduler and LattePipeline do not go together (TypeError: missing a required")
+    pipe.scheduler = diffusers.ScoreSdeVeScheduler()
+    with pytest.raises(PrismError, match=r"lacks the member 'scheduler\.step'"):
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=2, strategy="full", **call)
+
+
+class Mine(Exception):
+    """A caller's own kind of exception."""
+
+
+@works(
+    "Callbacks and guidance", "An oracle, callback or hook that raises", "works", "Its own exception; all is put back"
+)
+@pytest.mark.parametrize("place", ["oracle", "callback", "hook"])
+@pytest.mark.parametrize("error", [Mine("x"), ValueError("x"), IndexError("x"), KeyboardInterrupt(), SystemExit(3)])
+def test_what_the_callers_functions_raise_passes_as_it_is(wan: Setting, place: str, error: BaseException) -> None:
+    calls: list[int] = []
+
+    def fail(*_: Any) -> Any:
+        calls.append(1)
+        if place != "hook" or len(calls) > 3:  # on the way: what fails before is the call's
+            raise error
+
+    arguments: dict[str, Any] = {"n": 2, "strategy": "full", **wan.call}
+    video, _, _ = wan.stock(1)
+    before = traces(wan.pipe)
+    if place == "oracle":
+        arguments |= {"strategy": "oracle", "oracle": fail}
+    elif place == "callback":
+        arguments["callback_on_step_end"] = fail
+    handle = wan.pipe.transformer.register_forward_pre_hook(fail) if place == "hook" else None
+    try:
+        with pytest.raises(type(error)) as caught:
+            prism.best_of_n(wan.pipe, wan.judge(2), tiny.PROMPT, **arguments)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert caught.value is error
+    assert_as_before(wan, before)
+    in_thread: list[Any] = []  # which would wait for ever for a lock that was kept
+    generator = torch.Generator("cpu").manual_seed(1)
+    thread = threading.Thread(
+        target=lambda: in_thread.append(
+            prism.best_of_n(wan.pipe, None, tiny.PROMPT, seeds=[1], strategy="none", **wan.call).video
+        ),
+        daemon=True,
+    )
+    thread.start()
+    thread.join(60)
+    np.testing.assert_array_equal(in_thread[0], video)
+    np.testing.assert_array_equal(wan.pipe(tiny.PROMPT, generator=generator, **wan.call).frames[0], video)

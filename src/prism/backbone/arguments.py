@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from prism.backbone.conditioning import is_single
-from prism.checks import number, quoted, whole
+from prism.checks import number, quoted, reason, whole
 from prism.errors import PrismError
 from prism.media import frames, read_video
 
@@ -125,12 +126,44 @@ def _check_embeddings(call: Mapping[str, Any]) -> None:
         plain = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
         if plain and value is not None and (not isinstance(value, Tensor) or value.ndim < 2):
             raise PrismError(f"{name} must be a tensor with one row per prompt; found {quoted(value, 80)}.")
+        if plain and value is not None:
+            _check_numbers(name, value)
+    for name, value in call.items():
+        own = call.get(name.removeprefix("negative_")) if "embeds" in name and "mask" not in name else None
+        if (
+            isinstance(own, Tensor)
+            and isinstance(value, Tensor)
+            and (own.ndim, own.shape[-1]) != (value.ndim, value.shape[-1])
+        ):
+            raise PrismError(
+                f"{name} and {name.removeprefix('negative_')} must be of one width; found the shapes "
+                f"{tuple(value.shape)} and {tuple(own.shape)}."
+            )
     rows = {name: len(value) for name, value in call.items() if _is_embedding(name, value)}
     if len({count for count in rows.values() if count != 1}) > 1 or 0 in rows.values():
         told = ", ".join(f"{name} {count}" for name, count in rows.items())
         raise PrismError(
             f"The embeddings are of different numbers of prompts ({told}); give one row, or one per prompt."
         )
+
+
+def _check_numbers(name: str, value: Tensor) -> None:
+    """Raise PrismError for embeddings or a mask without numbers in it, and for such as no text encoder gives."""
+    wrong = (
+        "no numbers, on the device meta"
+        if value.is_meta
+        else f"the layout {value.layout}"
+        if value.layout != torch.strided
+        else f"the shape {tuple(value.shape)}"
+        if 0 in value.shape
+        else ""
+    )
+    if not wrong and "mask" not in name:
+        wrong = (
+            f"{value.dtype}" if not value.is_floating_point() else "" if value.isfinite().all() else "NaN or infinity"
+        )
+    if wrong:
+        raise PrismError(f"{name} must be a dense tensor of finite floating-point numbers; found {wrong}.")
 
 
 def of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, Any]:
@@ -171,6 +204,18 @@ def check_encoders(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any],
         raise PrismError(
             f"The pipeline has no {missing[0]} to encode a negative prompt; give {negatives[0]} too, or guide not."
         )
+
+
+def check_output_type(pipe: Any, output_type: Any) -> None:
+    """Raise PrismError for a form of output that the pipeline's processor of videos does not make."""
+    make = getattr(getattr(pipe, "video_processor", None), "postprocess_video", None)
+    if output_type in (None, "latent") or make is None:
+        return
+    try:
+        make(torch.zeros(1, 3, 1, 8, 8), output_type=output_type)
+    except Exception as error:
+        kind = type(pipe).__name__
+        raise PrismError(f"{kind} makes no output_type {quoted(output_type, 40)!r}: {reason(error)}.") from error
 
 
 def texts(prompts: Any, name: str = "prompt") -> list[str | None]:

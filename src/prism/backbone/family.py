@@ -240,7 +240,12 @@ class Family:
         if self.patch is not None:
             return self.patch
         size = _said(config, "patch_size", "patch")
-        return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
+        found = (config.get("patch_size_t") or 1, size, size) if type(size) is int else size
+        if not isinstance(found, list | tuple) or len(found) != 3 or not all(type(n) is int and n > 0 for n in found):
+            raise PrismError(
+                f"The denoiser's patch_size must be a whole number from 1, or three of them; found {quoted(size, 80)}."
+            )
+        return (found[0], found[1], found[2])
 
     def channels(self, config: Mapping[str, Any], noisy: Tensor) -> int:
         """How many channels of the denoiser's input are latents; conditions follow them."""
@@ -273,7 +278,7 @@ class Family:
 
     def text(self, arguments: Mapping[str, Any]) -> Tensor:
         """The text of a denoiser call, before its embedder: (B, Lt, width)."""
-        return argument_of(arguments, self, "text_argument").flatten(1, -2)
+        return layout.text_rows(argument_of(arguments, self, "text_argument"))
 
     def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prism.checks import quoted
+from prism.checks import is_bool, quoted
 from prism.errors import PrismError
 
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
@@ -83,6 +83,16 @@ def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
     return output
 
 
+def text_rows(text: Tensor) -> Tensor:
+    """The text of a denoiser call, before or behind its embedder, as (B, Lt, width)."""
+    if text.ndim < 3:
+        raise PrismError(
+            f"The text that the denoiser is given must be (B, tokens, width); found the shape {tuple(text.shape)}, so "
+            "give prompt_embeds with an axis for tokens."
+        )
+    return text.flatten(1, -2)
+
+
 def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
     """t as (B,) beside latents (B, ...). Raises PrismError unless it is a number in [0, 1000], or one a row."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 2:
@@ -94,6 +104,8 @@ def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
         kind = "none of the numbers" if latents.is_meta else "no rows" if len(latents) == 0 else "a sparse layout"
         raise PrismError(f"The latents must be a dense tensor (B, ...) with at least one row; found {kind}.")
     try:
+        if is_bool(t):
+            raise TypeError
         levels = torch.as_tensor(t, dtype=torch.float32, device=latents.device)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         levels = latents.new_full((), torch.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import nn
 
 from prism.backbone.patches import check_patches
 from prism.backbone.protocol import unwrapped
-from prism.checks import quoted
+from prism.checks import quoted, reason
 from prism.errors import PrismError
 from prism.memory import ran_out
 
@@ -23,6 +24,8 @@ from prism.memory import ran_out
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
 _MEASURED_PROMPTS = 10_000  # whose length is remembered
+_LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
+_BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}  # who broke is who called them
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 
 
@@ -129,9 +132,9 @@ def misfits_told(pipe: Any) -> Iterator[None]:
     """Where torch finds devices or dtypes that do not fit, and the pipeline's parts have several, they are named."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if ran_out(error):
+            raise
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         floats = {name: (p for p in part.parameters() if p.is_floating_point()) for name, part in parts.items()}
         firsts = {name: next(values, None) for name, values in floats.items()}
@@ -150,10 +153,23 @@ def is_foreign(error: BaseException) -> bool:
     plain = isinstance(error, Exception) and type(error).__module__.split(".")[0] in ("builtins", "torch", "numpy")
     if not plain or ran_out(error):
         return False
+    modules = list(_modules(error))
+    return bool(modules) and not modules[-1].startswith("prism.")
+
+
+def is_pipelines(error: BaseException, pipe: Any) -> bool:
+    """Whether a pipeline's code broke on the way, and no function of the caller's that it called, such as a hook."""
+    called = [module for module in _modules(error) if module.split(".")[0] not in _BENEATH]
+    home = type(pipe).__module__
+    return is_foreign(error) and bool(called) and (called[-1] == home or called[-1].split(".")[0] in _LIBRARIES)
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """The names of the modules that an exception went through, innermost last."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    while trace is not None:
+        yield str(trace.tb_frame.f_globals.get("__name__"))
         trace = trace.tb_next
-    return trace is not None and not str(trace.tb_frame.f_globals.get("__name__")).startswith("prism.")
 
 
 @contextmanager
@@ -165,7 +181,7 @@ def breaks_told(part: Any, work: str) -> Iterator[None]:
         if not is_foreign(error):
             raise
         raise PrismError(
-            f"{type(unwrapped(part)).__name__} broke while {work}: {type(error).__name__}: {quoted(error, 200)}; its "
+            f"{type(unwrapped(part)).__name__} broke while {work}: {reason(error)}; its "
             "configuration or weights may be damaged."
         ) from error
 

@@ -71,13 +71,6 @@ def _is_judge(value: Any) -> bool:
     return scores and hasattr(value, "dimensions") and isinstance(getattr(value, "backbone", None), Backbone)
 
 
-def flag(name: str, value: Any) -> bool:
-    """True or False, of whatever library."""
-    if str(getattr(value, "dtype", type(value).__name__)) not in ("bool", "torch.bool"):
-        raise PrismError(f"{name} must be True or False; found {quoted(value, 80)}.")
-    return bool(value)
-
-
 def draw_seed() -> int:
     """A seed drawn by the system, small enough to be typed."""
     return secrets.randbelow(2**31)
@@ -93,15 +86,19 @@ def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
     if seeds is None:
         count = DEFAULT_N if n is None else whole("n", n, 1, MOST)
         return tuple(seed_of(seed + index) for index in range(count))
-    try:
-        given = None if isinstance(seeds, str | bytes | Mapping) else list(seeds)
+    try:  # a set has no order, in which candidates could be numbered
+        given = None if isinstance(seeds, str | bytes | Mapping | set | frozenset) else list(seeds)
     except TypeError:
         given = None
     if given is None:
         raise PrismError(f"seeds must be a list of whole numbers; found {quoted(seeds, 80)}.")
     if not 0 < len(given) <= MOST or (n is not None and whole("n", n, 1, MOST) != len(given)):
         raise PrismError(f"seeds must hold one seed per candidate, at most {MOST:,}; found {len(given)} for n = {n}.")
-    return tuple(map(seed_of, given))
+    found = tuple(map(seed_of, given))
+    if len(set(found)) < len(found):
+        twice = next(seed for seed in found if found.count(seed) > 1)
+        warnings.warn(f"The seed {twice} is given more than once; its candidates are one and the same.", stacklevel=3)
+    return found
 
 
 def batch_size_of(backbone: Backbone, batch_size: Any, n: int, call: Mapping[str, Any]) -> int:

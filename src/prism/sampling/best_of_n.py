@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prism.backbone.arguments import embedded_rows, normalised, of_prompt, texts
+from prism.backbone.arguments import check_output_type, embedded_rows, normalised, of_prompt, texts
 from prism.backbone.obstacles import check_noise, check_whole, reproduction
+from prism.backbone.protocol import check as check_protocol
 from prism.backbone.recording import state_of
-from prism.checks import quoted, whole
+from prism.checks import flag, quoted, whole
 from prism.errors import PrismError
+from prism.memory import halved, ran_out
 from prism.sampling import arguments
 from prism.sampling import schedule as schedules
 from prism.sampling.ledger import Ledger, Meter
@@ -182,6 +183,8 @@ def best_of_n(
         several, prompts = True, [None] * embedded_rows(call)
     if not prompts:
         raise PrismError("prompt is an empty list; give at least one text.")
+    check_protocol(backbone.pipe, backbone.family)  # parts may have been replaced since the judge was put onto it
+    check_output_type(backbone.pipe, call.get("output_type"))
     backbone.check_call([text or "" for text in prompts], call)
     if strategy not in ("none", "random"):
         check_whole(backbone.denoisers)
@@ -189,7 +192,7 @@ def best_of_n(
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
-    keep_latents, progress = arguments.flag("keep_latents", keep_latents), arguments.flag("progress", progress)
+    keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
     check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
     team = Team(distribute is not None)
@@ -251,7 +254,9 @@ def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep
         winners = _within_memory(search, find)
         try:
             finished = search.finish(winners)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            if not ran_out(error):
+                raise
             raise PrismError(
                 "Memory ran out while the winner was finished; let the VAE decode in tiles (pipe.vae.enable_tiling()), "
                 "or offload the pipeline's models (enable_model_cpu_offload)."
@@ -273,19 +278,11 @@ def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> l
     while True:
         try:
             return strategy(search)
-        except torch.cuda.OutOfMemoryError:
-            if search.batch_size == 1:
-                raise PrismError(
-                    "Memory ran out with a single candidate per batch; make the video smaller, or offload the "
-                    "pipeline's models (enable_model_cpu_offload)."
-                ) from None
-            smaller = search.batch_size // 2
-            warnings.warn(
-                f"Memory ran out with {search.batch_size} candidates per batch; going on with {smaller}.", stacklevel=5
-            )
-            search.start_anew(smaller)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        # Here the failed attempt's tensors are gone.
+        search.start_anew(halved(search.batch_size, "sampling", "candidate"))
 
 
 def _size(video: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from prism.errors import PrismError
+from prism.memory import ran_out
 from prism.sampling.alive import meet, together
 
 T = TypeVar("T")
@@ -49,15 +50,16 @@ class Team:
             error = found
         meet()
         told: list[Any] = [None] * self.size
+        memory = error is not None and ran_out(error)
         with together():
-            distributed.all_gather_object(told, (value, type(error).__name__ if error else None, str(error)))
-        failed = [(kind == "OutOfMemoryError", rank, text) for rank, (_, kind, text) in enumerate(told) if kind]
+            distributed.all_gather_object(told, (value, error is not None, memory, str(error)))
+        failed = [(memory, rank, text) for rank, (_, fails, memory, text) in enumerate(told) if fails]
         if failed:
             memory, rank, text = min(failed)  # want of memory comes last: all go on with smaller batches after it
             if error is not None and rank == self.rank:
                 raise error
             raise torch.cuda.OutOfMemoryError(text) if memory else PrismError(f"Process {rank} failed: {text}")
-        return [value for value, _, _ in told]
+        return [value for value, *_ in told]
 
     def same(self, call: Mapping[str, Any]) -> None:
         """Raise PrismError naming the first argument of a call that is not the same on all processes."""
