@@ -10,6 +10,7 @@ from typing import Any
 from prism.errors import PrismError
 
 SEEDS = 2**32 - 1  # the largest seed of what draws from many generators: NumPy's, torch's, and sums of these
+DRAWS = 1000  # the most noise draws that a score is the mean of
 QUOTED = 300  # characters of a foreign text that a sentence quotes at most
 
 
@@ -45,6 +46,31 @@ def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
     return number
+
+
+def instance(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Raise PrismError for a value that is not of the `kind`, which `wanted` describes."""
+    if not isinstance(value, kind):
+        raise PrismError(f"{name} must be {wanted}; found {quoted(value, 80)} of type {type(value).__name__}.")
+
+
+def listed(name: str, values: Any, kind: type = str, wanted: str = "texts") -> list[Any]:
+    """The items of a list, tuple, array or iterator, all of a `kind`; no text alone, and nothing without an order."""
+    try:
+        ordered = not isinstance(values, str | bytes | bytearray | Mapping | set | frozenset)
+        items = list(values) if ordered else None
+    except Exception:  # of what cannot be iterated over
+        items = None
+    if items is None or not all(isinstance(item, kind) for item in items):
+        raise PrismError(f"{name} must be a list of {wanted}; found {quoted(values, 80)}.")
+    return items
+
+
+def choice(name: str, value: Any, known: Sequence[str]) -> str:
+    """`value`, where it is one of the `known` texts."""
+    if not isinstance(value, str) or value not in known:
+        raise PrismError(f"{name} must be one of {', '.join(known)}; found {quoted(value, 80)}.")
+    return value
 
 
 def flag(name: str, value: Any) -> bool:

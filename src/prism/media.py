@@ -76,7 +76,7 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
     import av
 
     rate = Fraction(number("fps", fps, *FPS)).limit_denominator(1000)
-    array = frames(video, f"The video for {path}")
+    array = frames(video, f"The video for {quoted(path, 120)}")
     pixels = (array * 255).round().astype(np.uint8)
     for axis in (1, 2):  # a single row or column is doubled
         pixels = np.repeat(pixels, 2, axis) if pixels.shape[axis] == 1 else pixels

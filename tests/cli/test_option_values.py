@@ -176,7 +176,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "eval NaN": ("eval --out {out} --timesteps nan", "The --timesteps hold nan"),
     "train rate": ("train --out {out} --learning-rate nan", "learning_rate must be above 0, at most 100"),
     "train rate inf": ("train --out {out} --learning-rate inf", "learning_rate must be"),
-    "train eta": ("train --out {out} --eta inf", "eta must be finite"),
+    "train eta": ("train --out {out} --eta inf", "eta must be a finite number"),
     "train seed": (
         "train --out {out} --seed 99999999999999",
         "seed must be a whole number of at most 1,000,000,000,000",

@@ -133,7 +133,7 @@ def test_without_validation_pairs_there_is_no_threshold(wan, judge, tmp_path):
 def test_bad_arguments(judge, store):
     with pytest.raises(PrismError, match="num_draws"):
         evaluate(judge, store, num_draws=0, progress=False)
-    with pytest.raises(PrismError, match="no noise level"):
+    with pytest.raises(PrismError, match="at least one t from 0 to 1000"):
         evaluate(judge, store, timesteps=(), progress=False)
     with pytest.raises(PrismError, match=r"t must lie in \[0, 1000\]"):
         evaluate(judge, store, timesteps=(1500,), progress=False)

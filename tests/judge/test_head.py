@@ -148,7 +148,7 @@ def test_the_papers_size():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"aggregation": "max"}, "'max' does not exist"),
+        ({"aggregation": "max"}, "The aggregation must be one of .*; found max"),
         ({"num_heads": 5}, "5 heads for dim 32"),
         ({"num_queries": 0}, "num_queries"),
         ({"num_dimensions": 0}, "num_dimensions"),

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone import clocks, layout, taps, videos
+<<<<<<< HEAD
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
 from prism.backbone.calls import batch_of, draws_conditions, finished, relevant, shows_adapters, unguided
+=======
+from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt, texts
+from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
+>>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.facts import check_pipeline
 from prism.backbone.families import is_denoiser
@@ -26,6 +31,7 @@ from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
 from prism.backbone.steps import Steps, ask, is_guided
+from prism.checks import flag, instance, listed, quoted, whole
 from prism.errors import PrismError
 from prism.media import videos as as_videos
 
@@ -50,11 +56,20 @@ class Backbone:
         self.family = family_of(pipe)
         check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+<<<<<<< HEAD
         self.denoiser_names = names = [name for name in parts if is_denoiser(name)]
         self.reads = next(iter(self.denoiser_names), "") if reads is None else reads
         if self.reads not in self.denoiser_names:
             raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(names) or 'none'}.")
         for name in self.denoiser_names:
+=======
+        self._denoisers = [name for name in parts if is_denoiser(name)]
+        self.reads = next(iter(self._denoisers), "") if reads is None else reads
+        if not isinstance(self.reads, str) or self.reads not in self._denoisers:
+            known = ", ".join(self._denoisers) or "none"
+            raise PrismError(f'The pipeline has no denoiser "{quoted(reads, 80)}" to read; it has {known}.')
+        for name in self._denoisers:
+>>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
             if not hasattr(pipe, name):
                 raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
         self.t_range = self._t_range(len(self.denoiser_names))
@@ -154,10 +169,12 @@ class Backbone:
         seeds: one a prompt, where what is told is drawn by a video's seed: some pipelines sample an image's latents, or
         put noise on them (docs/backbones.md). None: seed 0.
         """
-        if seeds is not None and len(seeds) != len(prompts):
-            raise PrismError(f"seeds must hold one seed a prompt; found {len(seeds)} for {len(prompts)}.")
+        rows = prompts if isinstance(prompts, str) else [prompt or "" for prompt in texts(prompts, "prompts")]
+        seeds = None if seeds is None else [whole("A seed", seed, 0) for seed in listed("seeds", seeds, object)]
+        if seeds is not None and len(seeds) != len(rows):
+            raise PrismError(f"seeds must hold one seed a prompt; found {len(seeds)} for {len(rows)}.")
         with self.held():
-            return self._condition(prompts, normalised(call), seeds if self.draws_conditions(call) else None)
+            return self._condition(rows, normalised(call), seeds if self.draws_conditions(call) else None)
 
     def draws_conditions(self, call: Mapping[str, Any]) -> bool:
         """Whether what a call tells the denoiser may depend on the seed: an image or a video is given."""
@@ -166,7 +183,6 @@ class Backbone:
     def _condition(
         self, prompts: Sequence[str], call: dict[str, Any], seeds: Sequence[int] | None
     ) -> Conditioning | Ragged:
-        prompts = [prompt or "" for prompt in ([] if isinstance(prompts, str) else prompts)] or prompts
         self.check_call(prompts, call)
         images, embedded = call.get("image"), embedded_rows(call)
         several = embedded > 1 or (isinstance(images, list | tuple) and len(images) == len(prompts) > 1)
@@ -240,6 +256,7 @@ class Backbone:
         latents, noise: (B, ...) in the loop's layout. t: scalar or (B,) in [0, 1000], 0 clean and 1000 noise.
         """
         alpha, sigma, _ = self.family.level(self.pipe.scheduler, layout.per_row(t, latents))
+        layout.check_noise(noise, latents)
         shape = (-1, *[1] * (latents.ndim - 1))
         return (alpha.view(shape) * latents + sigma.view(shape) * noise).to(latents.dtype)
 
@@ -257,7 +274,8 @@ class Backbone:
         Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
         `block / num_blocks` of the cost.
         """
-        levels = layout.per_row(t, noisy_latents)
+        instance("conditioning", conditioning, Conditioning | Ragged, "what Backbone.condition gives")
+        levels, stop = layout.per_row(t, noisy_latents), flag("stop", stop)
         low, high = self.t_range
         if not bool(((levels >= low) & (levels <= high)).all()):
             raise PrismError(
@@ -291,12 +309,18 @@ class Backbone:
             raise PrismError(
                 f"This step does not run on the denoiser that the head reads, {self.reads!r}; cut at another step."
             )
+<<<<<<< HEAD
         blocks = sorted({block} if isinstance(block, int) else set(block))
         last = blocks[-1]
         for number in blocks:
             if not 1 <= number <= self.num_blocks:
                 raise PrismError(f"The tap must lie in 1 to {self.num_blocks}, the number of blocks; found {number}.")
         tapped = self.blocks
+=======
+        given = block if isinstance(block, list | tuple | set) and block else [block]
+        blocks = sorted({whole("The tap, one of the denoiser's blocks,", each, 1, self.num_blocks) for each in given})
+        last, tapped = blocks[-1], self.blocks
+>>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
         if last > len(tapped):
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
         check_denoisers(self)
@@ -325,6 +349,7 @@ class Backbone:
         num_frames: the call's own, by which latent frames are dropped that its loop carries beside the video's
             (CogVideoX 1.5; SkyReels-V2 diffusion forcing with last_image); None decodes all.
         """
+        layout.per_row(0, latents)  # refuses what are no latents
         with self.held(), self.freed(), breaks_told(self.pipe.vae, "decoding"):
             return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid, num_frames)
 
@@ -332,9 +357,14 @@ class Backbone:
 
     def check_call(self, prompts: Sequence[str], call: dict[str, Any]) -> None:
         """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
+<<<<<<< HEAD
         if isinstance(prompts, str):
             raise PrismError(f"prompts must be a list of texts; found the single text {prompts!r}.")
         check_denoisers(self)
+=======
+        if isinstance(prompts, str) or not prompts:
+            raise PrismError(f"prompts must be a list of texts; found {'a single' if prompts else 'no'} text.")
+>>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
         unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")

@@ -6,12 +6,12 @@ raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from prism.checks import is_bool, quoted
+from prism.checks import instance, is_bool, quoted
 from prism.errors import PrismError
 
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
@@ -91,6 +91,14 @@ def text_rows(text: Tensor) -> Tensor:
             "give prompt_embeds with an axis for tokens."
         )
     return text.flatten(1, -2)
+
+
+def check_noise(noise: Any, latents: Tensor) -> None:
+    """Raise PrismError for noise that does not go with latents (B, ...)."""
+    instance("noise", noise, Tensor, "a tensor")
+    if noise.shape[1:] != latents.shape[1:] or len(noise) not in (1, len(latents)):
+        shapes = f"{tuple(noise.shape)} and {tuple(latents.shape)}"
+        raise PrismError(f"noise must be of the latents' shape; found the shapes {shapes}.")
 
 
 def per_row(t: Tensor | float, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from prism.backbone import layout
 from prism.backbone.family import Family
 from prism.backbone.protocol import config_of, dtype_of, tensor_of
+from prism.checks import whole
 from prism.errors import PrismError
 
 
@@ -45,6 +46,9 @@ def decode(
     num_frames: int | None = None,
 ) -> Tensor:
     """See `Backbone.decode`."""
+    num_frames = None if num_frames is None else whole("num_frames", num_frames)
+    if not layout.is_packed(family.layout) and latents.ndim != len(family.layout):
+        raise PrismError(f"The latents must be ({', '.join(family.layout)}); found the shape {tuple(latents.shape)}.")
     if family.vae_alone and len(latents) > 1:
         return torch.cat([decode(pipe, family, config, row[None], grid, num_frames) for row in latents])
     vae = pipe.vae

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from prism.checks import SEEDS, choice, instance, number, quoted, whole
 from prism.errors import PrismError
 
 NO_TIES = -1.0
@@ -15,6 +16,7 @@ NO_TIES = -1.0
 
 METHODS = ("exact", "videoalign")
 
+MOST_RESAMPLES = 1_000_000
 FEWEST_PROMPTS = 10
 """Below so many prompts no interval is told: it would be more than a fifth too narrow, and of one prompt a point.
 
@@ -51,9 +53,9 @@ def pairwise_accuracy(
     Raises:
         PrismError: on labels other than 1, -1 and 0, margins that are not finite, or lengths that differ.
     """
-    y, m = np.asarray(labels), np.asarray(margins, dtype=np.float64)
-    if method not in METHODS:
-        raise PrismError(f"The method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
+    y, m = numbers("Labels", labels), numbers("Margins", margins)
+    choice("The method", method, METHODS)
+    threshold = None if threshold is None else number("The threshold", threshold)
     if y.ndim != 1 or y.shape != m.shape:
         raise PrismError(f"Labels and margins must be two lists of one length, found shapes {y.shape} and {m.shape}.")
     if not np.isin(y, (-1, 0, 1)).all():
@@ -113,11 +115,12 @@ def clustered_bootstrap(
     Returns:
         (low, high); both NaN without rows.
     """
-    rows = np.asarray(values, dtype=np.float64)
+    rows, groups = numbers("Values", values), labels_of(clusters)
+    seed, draws = whole("seed", seed, 0, SEEDS), whole("draws", draws, 1, MOST_RESAMPLES)
     rows = rows[:, None] if rows.ndim == 1 else rows
-    groups = np.asarray(clusters)
-    if len(groups) != len(rows):
-        raise PrismError(f"Values and clusters must have one length, found {len(rows)} and {len(groups)}.")
+    if rows.ndim != 2 or len(groups) != len(rows):
+        shapes = f"{rows.shape} and {groups.shape}"
+        raise PrismError(f"Values and clusters must be lists of one length, found the shapes {shapes}.")
     if not len(rows):
         return float("nan"), float("nan")
     names, index = np.unique(groups, return_inverse=True)
@@ -126,12 +129,13 @@ def clustered_bootstrap(
             raise PrismError(f"The mean needs values of one column, found {rows.shape[1]}; pass a statistic.")
         rows = np.concatenate([rows, np.ones_like(rows)], axis=1)
         statistic = _ratio
+    instance("statistic", statistic, Callable, "a function of sums (draws, k)")
     sums = np.zeros((len(names), rows.shape[1]))
     np.add.at(sums, index, rows)
     # How often each cluster was drawn, for all draws at once.
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     with np.errstate(invalid="ignore", divide="ignore"):
-        results = statistic(times @ sums)
+        results = numbers("What the statistic gives", statistic(times @ sums))
     results = results[np.isfinite(results)]  # a resample may hold no row that counts
     if not len(results):
         return float("nan"), float("nan")
@@ -146,10 +150,36 @@ def prompt_interval(
     seed: int = 0,
 ) -> list[float] | None:
     """`clustered_bootstrap` over prompts as [low, high]; None below `FEWEST_PROMPTS` prompts, or where none counts."""
-    if len(np.unique(np.asarray(prompts))) < FEWEST_PROMPTS:
+    if len(np.unique(labels_of(prompts))) < FEWEST_PROMPTS:
         return None
     low, high = clustered_bootstrap(values, prompts, statistic, seed)
     return None if np.isnan(low) else [low, high]
+
+
+def numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """An array of numbers as float64. Raises PrismError for anything else."""
+    try:
+        given = np.asarray(values)
+        if given.dtype.kind not in "biufO":
+            raise TypeError
+        found: np.ndarray = given.astype(np.float64)
+    except Exception:  # of foreign arrays, which raise what they like
+        raise PrismError(f"{name} must be an array of numbers, found {quoted(values, 80)}.") from None
+    if found.ndim == 0:
+        raise PrismError(f"{name} must be an array of numbers, found {quoted(values, 80)}.")
+    return found
+
+
+def labels_of(clusters: ArrayLike) -> np.ndarray:
+    """Names of clusters (n,), of one kind that can be sorted."""
+    try:
+        found = np.asarray(clusters)
+        if found.ndim != 1:
+            raise TypeError
+        np.unique(found)
+    except Exception:
+        raise PrismError(f"Clusters must be a list of names or numbers, found {quoted(clusters, 80)}.") from None
+    return found
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prism.checks import DRAWS, SEEDS, flag, number, quoted, whole
 from prism.errors import PrismError
 from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.evaluation.measurement import Measurement, pair_table
@@ -90,8 +91,8 @@ def measure(
     Raises:
         PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
     """
-    if num_draws < 1 or batch_size < 1:
-        raise PrismError(f"num_draws and batch_size must be 1 or more, found {num_draws} and {batch_size}.")
+    num_draws, batch_size = whole("num_draws", num_draws, 1, DRAWS), whole("batch_size", batch_size)
+    seed, progress = whole("seed", seed, 0, SEEDS), flag("progress", progress)
     check_judge(judge)
     store = LatentStore.of(store)
     levels = _levels(judge, timesteps)
@@ -130,12 +131,16 @@ def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ..
     low, high = getattr(judge.backbone, "t_range", (0.0, 1000.0))
     if timesteps is None:
         return tuple(t for t in TIMESTEPS if low <= t <= high) or ((low + high) / 2,)
-    levels = tuple(timesteps)
-    if not levels:
-        raise PrismError("There is no noise level to evaluate at; give at least one t from 0 to 1000.")
+    given = np.asarray(timesteps, dtype=object)
+    if given.ndim != 1 or not len(given):
+        raise PrismError(
+            f"timesteps must be a list of noise levels, at least one t from 0 to 1000; found {quoted(timesteps, 80)}."
+        )
+    checked = [number("The noise level t", t, 0, 1000) for t in given]
+    levels = tuple(t if isinstance(t, int) else level for t, level in zip(given, checked))
+    if len(set(levels)) < len(levels):
+        raise PrismError(f"timesteps names a noise level more than once; found {quoted(timesteps, 80)}.")
     for t in levels:
-        if not 0 <= t <= 1000:
-            raise PrismError(f"The noise level t must lie in [0, 1000], found {t}.")
         if not low <= t <= high:
             raise PrismError(
                 f"The denoiser that the judge reads is used for t from {low:g} to {high:g}, found the level {t:g}; "

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism.checks import quoted
+from prism.checks import SEEDS, flag, quoted, whole
 from prism.errors import PrismError
 from prism.evaluation.accuracy import prompt_interval
 from prism.preference import PromptGroup
@@ -121,6 +121,7 @@ def compare_judges(
     Raises:
         PrismError: where the two were not measured alike.
     """
+    seed, any_draws = whole("seed", seed, 0, SEEDS), flag("any_draws", any_draws)
     ours, theirs = _several(one), _several(other)
     kept = [
         {name: value for name, value in measured.settings.items() if not (any_draws and name == "num_draws")}
@@ -162,9 +163,12 @@ def compare_judges(
 
 
 def _several(measured: Measurement | Sequence[Measurement]) -> list[Measurement]:
-    found = [measured] if isinstance(measured, Measurement) else list(measured)
-    if not found:
-        raise PrismError("There is no measurement to compare; give at least one of each judge.")
+    found: list[Any] = [*measured] if isinstance(measured, list | tuple) else [measured]
+    if not found or not all(isinstance(each, Measurement) for each in found):
+        raise PrismError(
+            f"There is no measurement to compare: give at least one of each judge (prism.evaluation.measure), found "
+            f"{quoted(measured, 80)}."
+        )
     return found
 
 

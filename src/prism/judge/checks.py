@@ -31,7 +31,10 @@ def check_generator(generator: Any) -> None:
 
 def listed(judges: Any, kind: type) -> list[Any]:
     """The judges of any iterable, at least one, all of them of a kind."""
-    judges = list(judges) if isinstance(judges, Iterable) and not isinstance(judges, str | bytes) else [judges]
+    iterable = (
+        isinstance(judges, Iterable) and getattr(judges, "ndim", None) != 0 and not isinstance(judges, str | bytes)
+    )
+    judges = list(judges) if iterable else [judges]
     if not judges:
         raise PrismError("There is no judge to average; give at least one.")
     for judge in judges:

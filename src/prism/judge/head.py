@@ -25,7 +25,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from prism import files
-from prism.checks import quoted
+from prism.checks import choice, quoted, whole
 from prism.errors import PrismError
 from prism.judge import reading
 
@@ -65,18 +65,14 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        if aggregation not in AGGREGATIONS:
-            raise PrismError(
-                f"The aggregation {aggregation!r} does not exist; choose one of {', '.join(AGGREGATIONS)}."
-            )
+        choice("The aggregation", aggregation, AGGREGATIONS)
         sizes = {"width": width, "dim": dim, "num_dimensions": num_dimensions, "num_queries": num_queries}
         sizes |= {"num_heads": num_heads, "mlp_layers": mlp_layers}
         sizes |= {} if chunk_size is None else {"chunk_size": chunk_size}
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise PrismError(f"The head's {name} must be a whole number above 0, found {value!r}.")
-            if value > LARGEST.get(name, value):
-                raise PrismError(f"The head's {name} must be at most {LARGEST[name]}, found {value}.")
+            sizes[name] = whole(f"The head's {name}", value, 1, LARGEST.get(name))
+        width, dim, num_dimensions, num_queries, num_heads, mlp_layers = list(sizes.values())[:6]
+        chunk_size = sizes.get("chunk_size")
         if dim % num_heads:
             raise PrismError(f"The head's num_heads must divide its dim, found {num_heads} heads for dim {dim}.")
         self.width, self.dim, self.num_dimensions = width, dim, num_dimensions

@@ -17,7 +17,7 @@ from torch import Tensor
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
-from prism.checks import quoted, whole
+from prism.checks import DRAWS, flag, quoted, whole
 from prism.errors import PrismError
 from prism.judge import checks
 from prism.judge import folder as folders
@@ -213,6 +213,7 @@ class Judge:
             folder: where to; an existing one is refused unless ``overwrite``.
             trained_on: replaces ``self.trained_on``.
         """
+        overwrite = flag("overwrite", overwrite)
         if trained_on is not None:
             if not isinstance(trained_on, Mapping):
                 raise PrismError(f"trained_on must be a dict; found {quoted(trained_on, 80)}.")
@@ -311,7 +312,7 @@ class Judge:
         Returns:
             Mean over draws and its standard error (NaN for one draw), each (B, num_dimensions) float32.
         """
-        num_draws = whole("num_draws", num_draws)
+        num_draws = whole("num_draws", num_draws, 1, DRAWS)
         per_row(t, latents)  # refuses what are no latents
         checks.check_generator(generator)
         generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from prism.checks import number, quoted
+from prism.checks import instance, listed, number, quoted
 from prism.errors import PrismError
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
@@ -51,6 +52,7 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
         PrismError: where a score column is missing or a margin is negative.
     """
     columns = _checked_columns(videos)
+    instance("margins", margins, Mapping, "a dict of numbers by dimension")
     for dimension, margin in margins.items():
         if dimension == "overall":
             raise PrismError("The overall label follows from the other dimensions; leave it out of the margins.")
@@ -126,14 +128,23 @@ def _labels(votes: np.ndarray) -> pa.Array:
     return pa.array(np.where(missing, 0, votes).astype(np.int8), pa.int8(), mask=missing)
 
 
+def check_table(pairs: Any) -> None:
+    """Raise PrismError for what is no table of pairs."""
+    instance("pairs", pairs, pa.Table, "a table of pyarrow")
+    for name in PAIR_COLUMNS:
+        if pairs.column_names.count(name) != 1:
+            raise PrismError(f"The pairs need one column {name}; they have {quoted(', '.join(pairs.column_names))}.")
+
+
 def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
     """Labels as (pairs, num_dimensions) float64, NaN where null.
 
     Raises:
         PrismError: where a dimension has no column, or a label is not 1, -1, 0 or null.
     """
+    check_table(pairs)
     columns = []
-    for dimension in dimensions:
+    for dimension in listed("dimensions", dimensions):
         if dimension not in pairs.column_names:
             known = [name for name in pairs.column_names if name not in PAIR_COLUMNS]
             raise PrismError(
@@ -157,6 +168,7 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
 
 def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> list[PromptGroup]:
     """The pairs of a split that have a label in any of the dimensions, by prompt, in order of appearance."""
+    instance("split", split, str, "a text")
     labels = label_matrix(pairs, dimensions)
     wanted = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & ~np.isnan(labels).all(1)
     rows: dict[str, list[int]] = {}
@@ -195,6 +207,7 @@ def check_disjoint(pairs: pa.Table) -> None:
     Raises:
         PrismError: naming one prompt or video that is in two splits.
     """
+    check_table(pairs)
     seen: dict[tuple[str, str], str] = {}
     columns = [pairs[name].to_pylist() for name in PAIR_COLUMNS]
     for prompt, video_a, video_b, split in zip(*columns):

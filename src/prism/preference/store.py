@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
-from prism.checks import quoted
+from prism.checks import flag, instance, listed, quoted, whole
 from prism.errors import PrismError
 from prism.preference import tables
 from prism.preference.pairs import (
@@ -66,6 +66,20 @@ def write_store(
         shard_bytes: largest size of a latent file.
         eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
     """
+    instance("folder", folder, str | os.PathLike, "a path")
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise PrismError(f"The folder {tables.named(folder)} does not exist; make it first, with files.new_folder.")
+    instance("videos", videos, pa.Table, "a table of pyarrow")
+    instance("pairs", pairs, pa.Table, "a table of pyarrow")
+    instance("meta", meta, Mapping, "a dict")
+    shard_bytes, eight_bits = whole("shard_bytes", shard_bytes, 1, 2**62), flag("eight_bits", eight_bits)
+    if trajectories is not None and not (isinstance(trajectories, Mapping) and set(trajectories) == {"states", "t"}):
+        raise PrismError(f'trajectories must be a dict of "states" and "t"; found {quoted(trajectories, 80)}.')
+    for name, tensor in {"latents": latents, **(trajectories or {})}.items():
+        instance(name, tensor, Tensor, "a tensor with one row per video")
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            raise PrismError(f"{name} must be (n, ...) floating-point numbers; found {quoted(tensor, 80)}.")
     count = len(videos)
     tensors = {"latents": latents, **(trajectories or {})}
     for name, tensor in tensors.items():
@@ -116,9 +130,10 @@ class LatentStore:
             PrismError: on a missing or damaged file, a video or pair that refers to nothing, unknown splits or labels,
                 or splits that share a prompt or video.
         """
+        instance("A store's folder", folder, str | os.PathLike, "a path")
         folder = Path(folder)
         if not os.path.isdir(folder):  # also of a name too long for the file system
-            found = "is a file" if folder.exists() else "does not exist"
+            found = "is a file" if os.path.exists(folder) else "does not exist"
             raise PrismError(
                 f"The store {tables.named(folder)} {found}; it is a folder that prism.preference.write_store writes."
             )
@@ -169,6 +184,7 @@ class LatentStore:
 
     def groups(self, split: str, dimensions: Sequence[str] | None = None) -> list[PromptGroup]:
         """The labelled pairs of a split by prompt."""
+        instance("The split", split, str, "a text")
         return group_by_prompt(self.pairs, self.dimensions if dimensions is None else dimensions, split)
 
     def latents(self, ids: Iterable[str]) -> Tensor:
@@ -179,10 +195,9 @@ class LatentStore:
         """Recorded states (n, S, ...) and their t (n, S), both float32; of one ``index``: (n, ...) and (n,)."""
         if not self.has_trajectories:
             raise PrismError(f"The store {self.folder} holds no trajectories; make it anew with trajectories recorded.")
-        ids, count = list(ids), self.num_states()
-        if index is not None and not -count <= index < count:
-            raise PrismError(f"The store {self.folder} has {count} states of each video, found the index {index}.")
-        index = None if index is None else index % count
+        ids, count = list(listed("The videos", ids)), self.num_states()
+        if index is not None:
+            index = whole(f"The index of a state in {tables.named(self.folder)}", index, -count, count - 1) % count
         states, t = self._read("trajectory", "states", ids, index), self._read("trajectory", "t", ids, index)
         if not bool(((t >= 0) & (t <= 1000)).all()):
             raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file is altered.")
@@ -196,7 +211,7 @@ class LatentStore:
 
     def _read(self, kind: str, name: str, ids: Iterable[str], index: int | None = None) -> Tensor:
         rows = []
-        for video in ids:
+        for video in listed("The videos", ids):
             if video not in self._place:
                 raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
             shard, row = self._place[video]

@@ -23,7 +23,6 @@ RESERVED = {
     "num_images_per_prompt": "the number of candidates is n",
 }
 DEFAULT_N, MOST = 8, 10_000  # candidates
-MOST_DRAWS = 1000
 SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
 JUDGED = ("full", "early", "draft")  # strategies that need a judge
 

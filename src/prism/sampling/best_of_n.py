@@ -15,7 +15,7 @@ from prism.backbone.arguments import check_output_type, embedded_rows, normalise
 from prism.backbone.obstacles import check_noise, check_whole, reproduction
 from prism.backbone.protocol import check as check_protocol
 from prism.backbone.recording import state_of
-from prism.checks import flag, quoted, whole
+from prism.checks import DRAWS, flag, quoted, whole
 from prism.errors import PrismError
 from prism.memory import halved, ran_out
 from prism.sampling import arguments
@@ -199,7 +199,7 @@ def best_of_n(
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
     candidate_seeds = arguments.seeds_of(n, seed, seeds)
     top_k = arguments.top_k_of(top_k, len(candidate_seeds))
-    num_draws = whole("num_draws", num_draws, 1, arguments.MOST_DRAWS)
+    num_draws = whole("num_draws", num_draws, 1, DRAWS)
     options: dict[str, Any] = {
         "backbone": backbone,
         "judge": judge,

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from typing import Any
 
-from prism.checks import SEEDS, quoted, whole
+from prism.checks import SEEDS, flag, instance, number, quoted, whole
 from prism.errors import PrismError
 from prism.judge.objective import OBJECTIVES
 
@@ -76,12 +76,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, kind, name = getattr(self, field.name), type(field.default), f"The training setting {field.name}"
-            if kind is float and not isinstance(value, bool) and isinstance(value, SupportsFloat):
-                object.__setattr__(self, field.name, float(value))
-            elif kind is int and hasattr(type(value), "__index__") and not isinstance(value, bool):
+            if kind is float:
+                object.__setattr__(self, field.name, number(name, value))
+            elif kind is int:
                 object.__setattr__(self, field.name, whole(name, value, None, MOST))
-            elif type(value) is not kind:
-                raise PrismError(f"{name} must be {kind.__name__}, found {quoted(value, 80)}.")
+            elif kind is bool:
+                object.__setattr__(self, field.name, flag(name, value))
+            else:
+                instance(name, value, kind, "a text")
         for name in ("steps", "prompts_per_step", "draws_per_step", "max_rows", "log_every"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         counts = ("warmup_steps", "checkpoint_every", "seed", "max_prompts", "noise_draws", "validate_every")
@@ -89,8 +91,6 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("seed", self.seed <= SEEDS, f"at most {SEEDS:,}")
         self._require("learning_rate", 0 < self.learning_rate <= 100, "above 0, at most 100")
-        for name in ("learning_rate", "weight_decay", "max_gradient_norm", "eta"):
-            self._require(name, math.isfinite(getattr(self, name)), "finite")
         self._require("eta", self.eta > 1, "above 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1")
         self._require("t_low", 0 <= self.t_low < self.t_high, "from 0 to below t_high")
@@ -103,9 +103,6 @@ class TrainConfig:
         self._require("source", self.source in SOURCES, f"one of {', '.join(SOURCES)}")
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, float):
-                self._require(field.name, math.isfinite(getattr(self, field.name)), "a finite number")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -114,10 +111,11 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """A configuration from JSON; an unknown name is refused."""
+        instance("The training settings", values, Mapping, "a dict")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                raise PrismError(f"There is no training setting {name}; there are {', '.join(known)}.")
+                raise PrismError(f"There is no training setting {quoted(name, 60)}; there are {', '.join(known)}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
