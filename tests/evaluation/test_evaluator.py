@@ -135,7 +135,7 @@ def test_bad_arguments(judge, store):
         evaluate(judge, store, num_draws=0, progress=False)
     with pytest.raises(PrismError, match="at least one t from 0 to 1000"):
         evaluate(judge, store, timesteps=(), progress=False)
-    with pytest.raises(PrismError, match=r"t must lie in \[0, 1000\]"):
+    with pytest.raises(PrismError, match=r"t must be a number from 0 to 1,000"):
         evaluate(judge, store, timesteps=(1500,), progress=False)
     with torch.no_grad():
         judge.head.mlp[-1].weight.fill_(float("nan"))
