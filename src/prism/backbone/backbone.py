@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone import clocks, layout, taps, videos
-<<<<<<< HEAD
-from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt
-from prism.backbone.calls import batch_of, draws_conditions, finished, relevant, shows_adapters, unguided
-=======
 from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt, texts
-from prism.backbone.calls import batch_of, draws_conditions, finished, is_relevant
->>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
+from prism.backbone.calls import batch_of, draws_conditions, finished, relevant, shows_adapters, unguided
 from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
 from prism.backbone.facts import check_pipeline
 from prism.backbone.families import is_denoiser
@@ -31,7 +26,7 @@ from prism.backbone.partial import load, make
 from prism.backbone.protocol import check, config_of, device_of, dtype_of
 from prism.backbone.registry import family_of
 from prism.backbone.steps import Steps, ask, is_guided
-from prism.checks import flag, instance, listed, quoted, whole
+from prism.checks import flag, instance, listed, whole
 from prism.errors import PrismError
 from prism.media import videos as as_videos
 
@@ -56,20 +51,12 @@ class Backbone:
         self.family = family_of(pipe)
         check(pipe, self.family)
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-<<<<<<< HEAD
         self.denoiser_names = names = [name for name in parts if is_denoiser(name)]
         self.reads = next(iter(self.denoiser_names), "") if reads is None else reads
+        instance("reads", self.reads, str, "the name of a denoiser")
         if self.reads not in self.denoiser_names:
             raise PrismError(f"The pipeline has no denoiser {reads!r} to read; it has {', '.join(names) or 'none'}.")
         for name in self.denoiser_names:
-=======
-        self._denoisers = [name for name in parts if is_denoiser(name)]
-        self.reads = next(iter(self._denoisers), "") if reads is None else reads
-        if not isinstance(self.reads, str) or self.reads not in self._denoisers:
-            known = ", ".join(self._denoisers) or "none"
-            raise PrismError(f'The pipeline has no denoiser "{quoted(reads, 80)}" to read; it has {known}.')
-        for name in self._denoisers:
->>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
             if not hasattr(pipe, name):
                 raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
         self.t_range = self._t_range(len(self.denoiser_names))
@@ -166,8 +153,7 @@ class Backbone:
         which drops what was not used for longest. Where `call` gives `prompt_embeds` and what goes with them, one row
         or one a prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
 
-        seeds: one a prompt, where what is told is drawn by a video's seed: some pipelines sample an image's latents, or
-        put noise on them (docs/backbones.md). None: seed 0.
+        seeds: one a prompt, where a video's seed draws what is told, as an image's latents (docs/backbones.md)
         """
         rows = prompts if isinstance(prompts, str) else [prompt or "" for prompt in texts(prompts, "prompts")]
         seeds = None if seeds is None else [whole("A seed", seed, 0) for seed in listed("seeds", seeds, object)]
@@ -271,8 +257,7 @@ class Backbone:
     ) -> Tokens:
         """Tokens after `block` blocks (1-based) of `noisy_latents` (B, ...) at t (scalar or (B,)), see `Tokens`.
 
-        Several blocks are tapped in one pass. With `stop` the blocks after the last of them are not run: same tokens,
-        `block / num_blocks` of the cost.
+        Several blocks are tapped in one pass. With `stop` those after the last are not run: the same for less.
         """
         instance("conditioning", conditioning, Conditioning | Ragged, "what Backbone.condition gives")
         levels, stop = layout.per_row(t, noisy_latents), flag("stop", stop)
@@ -309,18 +294,9 @@ class Backbone:
             raise PrismError(
                 f"This step does not run on the denoiser that the head reads, {self.reads!r}; cut at another step."
             )
-<<<<<<< HEAD
-        blocks = sorted({block} if isinstance(block, int) else set(block))
-        last = blocks[-1]
-        for number in blocks:
-            if not 1 <= number <= self.num_blocks:
-                raise PrismError(f"The tap must lie in 1 to {self.num_blocks}, the number of blocks; found {number}.")
-        tapped = self.blocks
-=======
         given = block if isinstance(block, list | tuple | set) and block else [block]
         blocks = sorted({whole("The tap, one of the denoiser's blocks,", each, 1, self.num_blocks) for each in given})
         last, tapped = blocks[-1], self.blocks
->>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
         if last > len(tapped):
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
         check_denoisers(self)
@@ -357,14 +333,9 @@ class Backbone:
 
     def check_call(self, prompts: Sequence[str], call: dict[str, Any]) -> None:
         """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
-<<<<<<< HEAD
-        if isinstance(prompts, str):
-            raise PrismError(f"prompts must be a list of texts; found the single text {prompts!r}.")
-        check_denoisers(self)
-=======
         if isinstance(prompts, str) or not prompts:
             raise PrismError(f"prompts must be a list of texts; found {'a single' if prompts else 'no'} text.")
->>>>>>> 60eff97 (Foreign values for stores, training, evidence and backbones get one sentence; draws, levels and seeds are checked before work)
+        check_denoisers(self)
         unknown = sorted(set(call) - set(self._call))
         if unknown:
             raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
@@ -424,7 +395,6 @@ class Backbone:
         return is_guided(self, call)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which backbone this is, as JSON: classes, what a head needs of them, other settings, and hashes of the
-        configurations and of a fixed sample of the weights."""
+        """Which backbone this is, as JSON: classes, what a head needs of them, other settings, hashes of the rest."""
         reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
         return {**fingerprint(self), **reads}

@@ -19,18 +19,23 @@ from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.conditioning import Tokens, by_name, noisy_name, take_rows
 from prism.backbone.holding import here
-from prism.backbone.obstacles import global_noise, global_noise_states, is_foreign, is_pipelines, misfits_told
+from prism.backbone.obstacles import (
+    arguments_of_step,
+    callers_own,
+    failure,
+    global_noise,
+    global_noise_states,
+    misfits_told,
+)
 from prism.backbone.protocol import tensor_of
 from prism.backbone.recording import Inputs, Recording, inputs_of, moments_of, state_of
 from prism.backbone.several import check_form, packing, rows_told
-from prism.checks import reason
 from prism.errors import PrismError
 
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
 _ABSENT = object()
-_CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
 # What the offloading machinery of diffusers and accelerate keeps on a pipeline: theirs to change, not ours to restore.
 _OFFLOADING = {"_all_hooks", "_offload_gpu_id", "_offload_device", "_internal_dict"}
 
@@ -158,8 +163,7 @@ def _refill(container: Any, content: Any) -> None:
 def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int] = lambda: 0) -> Any:
     """The stock call's result, or None where it was ended by `StopCall`. It leaves the pipeline as it found it.
 
-    What the pipeline refuses before its first denoiser call, at `step` 0, is a mistake in the call's arguments. Where
-    its own code breaks later, the step is told; what the caller's callbacks and hooks raise there passes as it is.
+    What it refuses, or where its own code breaks, is a PrismError; what callers' callbacks raise passes as it is.
     """
     try:
         with misfits_told(pipe), state_kept(pipe):
@@ -169,10 +173,8 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int
         return None
     except BaseException as error:
         free_hooks(pipe)
-        if not step() and (isinstance(error, ValueError | TypeError) or is_foreign(error)):
-            raise PrismError(f"{type(pipe).__name__} refused the call: {reason(error)}.") from error
-        if step() and is_pipelines(error, pipe) and not getattr(error, _CALLERS, False):
-            raise PrismError(f"{type(pipe).__name__} broke at step {step()}: {reason(error)}.") from error
+        if (told := failure(pipe, error, step())) is not None:
+            raise told from error
         raise
 
 
@@ -355,11 +357,7 @@ class Interceptor:
         """A step of the scheduler. One that takes a generator and is given none would draw its noise from the global
         generator: it is lent the candidates' own, so that a candidate is its seed's however the search runs."""
         signature = inspect.signature(inner)
-        try:
-            given = signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            kinds = f"{type(self.backbone.pipe.scheduler).__name__} and {type(self.backbone.pipe).__name__}"
-            raise PrismError(f"{kinds} do not go together ({reason(error)}); set another scheduler.") from error
+        given = arguments_of_step(self.backbone.pipe, signature, args, kwargs)
         generators: list[torch.Generator] = []
         if "generator" in signature.parameters and given.get("generator") is None and self.generator is not None:
             generators = self.generator if isinstance(self.generator, list) else [self.generator]
@@ -390,11 +388,8 @@ class Interceptor:
             return dict(call)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-            try:
+            with callers_own():
                 returned = {} if callback is None else callback(pipe, step, timestep, tensors)
-            except Exception as error:
-                setattr(error, _CALLERS, True)
-                raise
             self.latents = self.backbone.main({**tensors, **(returned or {})}["latents"])
             self._look_for_changes()
             return returned

@@ -24,6 +24,7 @@ from prism.memory import ran_out
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
 _MEASURED_PROMPTS = 10_000  # whose length is remembered
+_CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
 _LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
 _BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}  # who broke is who called them
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
@@ -98,6 +99,15 @@ def check_noise(pipe: Any, counts_calls: bool) -> None:
         raise PrismError(global_noise(pipe))
 
 
+def arguments_of_step(pipe: Any, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a scheduler's step by name. Raises PrismError where it takes others than it is given."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        kinds = f"{type(pipe.scheduler).__name__} and {type(pipe).__name__}"
+        raise PrismError(f"{kinds} do not go together ({reason(error)}); set another scheduler.") from error
+
+
 def global_noise_states(device: torch.device) -> list[torch.Tensor]:
     """The states of torch's global generators, of the host and of the latents' device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
@@ -155,6 +165,26 @@ def is_foreign(error: BaseException) -> bool:
         return False
     modules = list(_modules(error))
     return bool(modules) and not modules[-1].startswith("prism.")
+
+
+def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
+    """What a pipeline's call that raised is told as, at a 1-based step, or 0 before it made any; None: as it is."""
+    kind = type(pipe).__name__
+    if not step:
+        refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
+        return PrismError(f"{kind} refused the call: {reason(error)}.") if refused else None
+    broke = is_pipelines(error, pipe) and not getattr(error, _CALLERS, False)
+    return PrismError(f"{kind} broke at step {step}: {reason(error)}.") if broke else None
+
+
+@contextmanager
+def callers_own() -> Iterator[None]:
+    """What a caller's callback raises inside passes as it is, whatever of the pipeline's it called."""
+    try:
+        yield
+    except Exception as error:
+        setattr(error, _CALLERS, True)
+        raise
 
 
 def is_pipelines(error: BaseException, pipe: Any) -> bool:
