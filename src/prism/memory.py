@@ -13,6 +13,7 @@ from prism.errors import PrismError
 T = TypeVar("T")
 
 # In an allocator's words; on a CPU torch raises a plain RuntimeError.
+CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
 _WORDS = (
     "out of memory",
     "not enough memory",
@@ -23,7 +24,9 @@ _WORDS = (
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
+    """Whether an exception says that memory ran out, on whatever device, in no callback of the caller's."""
+    if getattr(error, CALLERS, False):
+        return False
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

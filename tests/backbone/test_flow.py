@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import logging
+import operator
 import os
 import random
 import threading
@@ -50,6 +51,63 @@ def fine(function: Any) -> Any:
 def k_next_counter(inner: Any) -> Any:
     n = itertools.count()
     return lambda *a, **k: inner(*a, **{**k, "hidden_states": k["hidden_states"] * (1.02 if next(n) > 5 else 1)})
+
+
+@harm
+def k_out(inner: Any) -> Any:
+    mean = torch.zeros(1)
+
+    def f(*a, **k):
+        output = inner(*a, **k)[0]
+        torch.lerp(mean, output.mean()[None], 0.1, out=mean)
+        return (output + 0.1 * mean,)
+
+    return f
+
+
+@harm
+def k_data(inner: Any) -> Any:
+    n = torch.zeros(1)
+
+    def f(*a, **k):
+        n.data.add_(1)
+        return (inner(*a, **k)[0] * (1 + 0.01 * n),)
+
+    return f
+
+
+@harm
+def k_del(inner: Any) -> Any:
+    scales = [1.1] * 3 + [1.0] * 200
+
+    def f(*a, **k):
+        scale = scales[0]
+        del scales[0]
+        return (inner(*a, **k)[0] * scale,)
+
+    return f
+
+
+@harm
+def k_operators(inner: Any) -> Any:
+    d = {"n": 0}
+
+    def f(*a, **k):
+        operator.setitem(d, "n", d["n"] + 1)
+        return (inner(*a, **k)[0] * (1 + 0.01 * d["n"]),)
+
+    return f
+
+
+@harm
+def k_iadd(inner: Any) -> Any:
+    n = torch.zeros(1)
+
+    def f(*a, **k):
+        operator.iadd(n, 1)
+        return (inner(*a, **k)[0] * (1 + 0.01 * n),)
+
+    return f
 
 
 @harm
@@ -1176,3 +1234,40 @@ def test_a_module_around_the_denoiser() -> None:
         with pytest.raises(PrismError, match=r"is patched: Cached.forward of test_flow"):
             prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, **run, **CALL)
     assert not ran
+
+
+@works(
+    "Caches and patches",
+    "Wrappers and hooks that change the denoiser's arguments in place, or give a list",
+    "exact",
+    "Where code of others stands in a denoiser, the winner is called in whole, not answered from its recording.",
+)
+def test_arguments_changed_in_place() -> None:
+    def scaled(pipe: Any) -> None:
+        inner = pipe.transformer.forward
+        pipe.transformer.forward = lambda *a, **k: (k["hidden_states"].mul_(1.01), list(inner(*a, **k)))[1]
+
+    def hooked(pipe: Any) -> None:
+        hook = lambda module, args, kwargs: (kwargs["hidden_states"].mul_(1.01), None)[1]  # noqa: E731
+        pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+    for change in (scaled, hooked):
+        pipe = FAMILIES["wan"]()
+        change(pipe)
+        assert_exact(pipe, runs=["early", "full"])
+
+
+@works(
+    "Caches and patches",
+    "A scheduler's method in whose place code stands that goes by a counter",
+    "refused",
+    "Before any work, by name; one that only looks is exact.",
+)
+def test_a_patched_scheduler() -> None:
+    pipe, count, seen = FAMILIES["wan"](), itertools.count(), []
+    judge, step = prism.Judge.untrained(pipe, tap=2, dim=16), pipe.scheduler.step
+    pipe.scheduler.step = lambda output, *a, **k: (seen.append(1), step(output, *a, **k))[1]
+    assert_exact(pipe, judge, runs=["early"])
+    pipe.scheduler.step = lambda output, *a, **k: step(output * (1.05 if next(count) % 6 > 2 else 1), *a, **k)
+    with pytest.raises(PrismError, match=r"scheduler .* is patched: .* of test_flow goes by earlier calls"):
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, **CALL)

@@ -20,7 +20,7 @@ _TAKES = {"GET_ITER": 1, "GET_YIELD_FROM_ITER": 1, "FORMAT_SIMPLE": 1, "CONVERT_
 _TAKES |= {"TO_BOOL": 1, "COMPARE_OP": 2, "IS_OP": 2, "CONTAINS_OP": 2, "BINARY_SLICE": 3, "LIST_TO_TUPLE": 1}
 _TAKES |= {"CALL_INTRINSIC_1": 1, "CALL_INTRINSIC_2": 2, "IMPORT_NAME": 2, "YIELD_FROM": 2}
 _BUILDS = {"BUILD_TUPLE": 1, "BUILD_LIST": 1, "BUILD_SET": 1, "BUILD_MAP": 2, "BUILD_STRING": 1, "BUILD_SLICE": 1}
-_DROPS = {"POP_TOP": 1, "DELETE_SUBSCR": 2, "DELETE_ATTR": 1, "DELETE_GLOBAL": 0, "DELETE_FAST": 0, "DELETE_DEREF": 0}
+_DROPS = {"POP_TOP": 1, "DELETE_ATTR": 1, "DELETE_GLOBAL": 0, "DELETE_FAST": 0, "DELETE_DEREF": 0}
 _ADDS = {"LIST_APPEND": 1, "SET_ADD": 1, "MAP_ADD": 2, "LIST_EXTEND": 1, "SET_UPDATE": 1, "DICT_UPDATE": 1}
 _ADDS |= {"DICT_MERGE": 1}
 _ROTATES = {"ROT_TWO": 2, "ROT_THREE": 3, "ROT_FOUR": 4}
@@ -160,6 +160,8 @@ class _Run:
         elif kind == "BINARY_SUBSCR":
             target, key = take(2)
             stack.append(flow.item(target, key, way))
+        elif kind == "DELETE_SUBSCR":
+            flow.change(way, *take(2))
         elif kind == "STORE_SUBSCR":
             new, target, key = take(3)
             flow.change(way, target, key, new)
@@ -274,7 +276,8 @@ class _Run:
             return self._branch(kind, self.places[value], take, frame), True
         else:
             raise Unclear
-        return _Frame(after, stack, local, way, (), visits), after in self.targets
+        kept = names if kind in _NOTHING else ()  # between KW_NAMES and CALL
+        return _Frame(after, stack, local, way, kept, visits), after in self.targets
 
     # -- names
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import operator
 import re
 import sys
 import types
@@ -42,6 +43,12 @@ _RANDOM = re.compile(
     r"rand|normal|uniform|bernoulli|multinomial|dropout|poisson|cauchy|exponential_|geometric_|seed|rng"
 )
 _NOT_PURE = {"id", "input", "open", "globals", "locals", "vars", "dir", "object"}
+_SETS = {"setitem", "delitem"}  # of the module operator, beside its in-place operators
+_IN_PLACE = {name for name in dir(operator) if name.startswith("__i") and hasattr(operator, f"__{name[3:]}")} - {
+    "__index__",
+    "__inv__",
+    "__invert__",
+}
 _READERS = {"items", "keys", "values", "copy", "index", "count", "__len__", "__contains__", "__getitem__", "__iter__"}
 _SILENT = {"append", "extend", "insert", "update", "clear", "add", "discard", "remove", "sort", "reverse", "appendleft"}
 _MUTATORS = _SILENT | {"pop", "popitem", "setdefault", "popleft", "put"}
@@ -231,6 +238,8 @@ class Flow(Symbols):
         if function is setattr and len(args) > 2:
             self.set_attribute(args[0], args[1].concrete if named else "*", args[2], way)
             return self.none
+        if args and getattr(operator, name, None) is function and (name in _SETS or f"__{name}__" in _IN_PLACE):
+            self.change(way, *args)
         results = [result for each in parts for result in self._called_back(each, way, depth)]
         module = str(function.__module__ or getattr(owner, "__module__", None) or getattr(owner, "__name__", ""))
         if module.split(".")[0] in {"torch", "_VariableFunctionsClass"} or module.startswith("torch"):

@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from prism.backbone.patches import check_patches
+from prism.backbone.patches import check_patches, check_scheduler
 from prism.backbone.protocol import unwrapped
 from prism.checks import quoted, reason
 from prism.errors import PrismError
-from prism.memory import ran_out
+from prism.memory import CALLERS, ran_out
 
 # Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
 _MEASURED_PROMPTS = 10_000  # whose length is remembered
-_CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
 _LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
 _BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}  # who broke is who called them
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
@@ -79,8 +78,10 @@ def check_noise(pipe: Any, counts_calls: bool) -> None:
     """Raise PrismError where the scheduler's steps draw noise that no candidate's seed decides.
 
     A copy of the scheduler makes a few steps on zeros. Those that take a generator are given one in a search, except
-    where the pipeline steps copies of its scheduler (`counts_calls`).
+    where the pipeline steps copies of its scheduler (`counts_calls`). So does code of others in a method's place that
+    goes by earlier calls.
     """
+    check_scheduler(pipe.scheduler)
     try:
         scheduler = copy.deepcopy(pipe.scheduler)
         lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_calls
@@ -173,7 +174,7 @@ def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
     if not step:
         refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
         return PrismError(f"{kind} refused the call: {reason(error)}.") if refused else None
-    broke = is_pipelines(error, pipe) and not getattr(error, _CALLERS, False)
+    broke = is_pipelines(error, pipe) and not getattr(error, CALLERS, False)
     return PrismError(f"{kind} broke at step {step}: {reason(error)}.") if broke else None
 
 
@@ -183,7 +184,7 @@ def callers_own() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        setattr(error, _CALLERS, True)
+        setattr(error, CALLERS, True)
         raise
 
 

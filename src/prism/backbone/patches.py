@@ -55,6 +55,27 @@ def check_patches(denoiser: nn.Module) -> None:
             raise PrismError(_sentence(root, what, "goes by earlier calls, a clock or chance"))
 
 
+def check_scheduler(scheduler: Any) -> None:
+    """Raise PrismError naming what stands in the place of a scheduler's own methods and goes by earlier calls."""
+    own = [value for value in vars(scheduler).values() if callable(value) and _outermost(value)]
+    flow = Flow(lambda function: _top(function) in _TRUSTED, _outermost, set(), nn.Module())
+    flow.learn([(call, MISSING) for call in own])
+    for call in own:
+        if flow.unclean(call):
+            raise PrismError(
+                f"The scheduler {type(scheduler).__name__} is patched: {_name(_outermost(call)[0])} goes by earlier "
+                "calls, a clock or chance, while a search makes other calls than a plain run; take it off first, "
+                'or use the strategy "none" or "random".'
+            )
+
+
+def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
+    """True where code of other packages answers, changes or watches calls of a denoiser, or of the scheduler's own."""
+    own = (value for value in vars(scheduler).values() if callable(value))
+    entries = (entry for each in denoisers for entry in _entries(getattr(each, "_orig_mod", each)))
+    return any(True for _ in entries) or any(map(_outermost, own))
+
+
 def patch_of(denoiser: nn.Module) -> str:
     """The name of what was put in the place of a denoiser's or a block's own forward, or "" """
     return next(map(_name, _foreign(getattr(denoiser, "_orig_mod", denoiser))), "")

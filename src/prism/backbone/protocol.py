@@ -143,10 +143,13 @@ def device_of(pipe: Any, denoiser: nn.Module) -> torch.device:
 
 
 def tensor_of(output: Any, name: str = "sample") -> Tensor:
-    """The tensor that a part gives: itself, first in a tuple, or under `name`."""
-    if isinstance(output, Tensor):
-        return output
-    return output[0] if isinstance(output, tuple) else getattr(output, name)
+    """The tensor that a part gives: itself, first in a tuple or list, or under `name`. Else a PrismError."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    tensor = output if isinstance(output, Tensor) else getattr(output, name, None)
+    if not isinstance(tensor, Tensor):
+        raise PrismError(f"A {type(output).__name__} was given where a tensor, or an output with .{name}, is needed.")
+    return tensor
 
 
 def _first_parameter(part: Any) -> Tensor:

@@ -150,6 +150,8 @@ class Symbols:
             found = lookup(target.parts[1].concrete, name, target.parts[0].concrete)
         elif concrete is MISSING:
             return self.made(name if name in PLAIN else ("attribute", name), target)
+        elif isinstance(concrete, torch.Tensor) and name == "data":  # changes of it are the tensor's
+            return target
         elif isinstance(concrete, torch.Tensor) and not isinstance(concrete, nn.Module):
             return self.new("method", target, name)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 from prism.backbone import Backbone, Interceptor, Recording, Tokens
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.interceptor import OnCut
+from prism.backbone.patches import is_patched
 from prism.backbone.steps import Steps
 from prism.errors import PrismError
 from prism.media import frames
@@ -109,6 +110,9 @@ class Search:
 
     def _finish(self, candidate: int) -> tuple[Any, Tensor] | None:
         """The stock call for one candidate, answered from its recording where there is one; None: it is dropped."""
+        # Code of others may do more than answer, such as change its arguments: a call past it is made in whole.
+        if is_patched(self.backbone.denoisers, self.backbone.pipe.scheduler):
+            self.recordings.pop(candidate, None)
         self.recordings.setdefault(candidate, Recording())
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
         if self.backbone.family.prompts and not embedded_rows(call):
