@@ -20,7 +20,7 @@ def quoted(foreign: Any, limit: int = QUOTED) -> str:
         text = str(foreign) if isinstance(foreign, str | BaseException) else repr(foreign)
     except Exception:  # of an object whose own repr fails
         text = f"a {type(foreign).__name__}"
-    text = " ".join(text.split()) or type(foreign).__name__
+    text = " ".join(text.split()) or ("" if isinstance(foreign, str) else type(foreign).__name__)
     return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 

@@ -227,7 +227,7 @@ def test_dead_rows_may_be_nan(wan: Setting) -> None:
         result = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, **arguments, **wan.call)
     finally:
         del wan.pipe.scheduler.step
-    assert torch.equal(result.latents, plain.latents)
+    torch.testing.assert_close(result.latents, plain.latents, rtol=0, atol=1e-5)  # past a patch, called alone
 
 
 def test_the_users_callback_sees_the_winner_s_run(wan: Setting) -> None:
