@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from prism import files, media, shapeworld
+from prism import files, shapeworld, video
 from prism.evaluation import TIMESTEPS
-from prism.experiments import demo, judges
-from prism.experiments.contest import Panel
-from prism.experiments.loading import load_backbone
+from prism.lab import demo, judges
+from prism.lab.contest import Panel
+from prism.loading import load_backbone
 from prism.preference import LatentStore
 from prism.runs import Parts, parts_of
 from prism.shapeworld import candidates
@@ -84,7 +84,7 @@ class Work:
         getattr(self, name)()
 
     def _stores(self) -> dict[str, tuple[str, dict[str, tuple[int, int]], int]]:
-        """Part -> its folder, shares and seed, as in `prism.experiments.demo`."""
+        """Part -> its folder, shares and seed, as in `prism.lab.demo`."""
         config, seed = self.config, self.seed
         train = {**candidates.SHIPPED, "train": (config.train_prompts, candidates.SHIPPED["train"][1])}
         test = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
@@ -169,6 +169,6 @@ if __name__ == "__main__":
     try:
         import av  # noqa: F401
     except ImportError:  # a machine that cannot write videos measures all the same
-        media.write_video = lambda path, *_: files.write_json(path, "no video library on this machine")
+        video.write_video = lambda path, *_: files.write_json(path, "no video library on this machine")
         demo.write_report = lambda *_, **__: None
     main()

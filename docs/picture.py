@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import prism
 from prism import files
-from prism.experiments.conclusions import FULL_RUN, summary
+from prism.lab.claims import FULL_RUN, summary
 from prism.report.figures import Label, place_labels
 from prism.report.page import film
 from prism.report.wording import is_main, pooled, strategy_name

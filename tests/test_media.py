@@ -16,7 +16,7 @@ from tests import tiny
 from tests.works import works
 
 import prism
-from prism import media
+from prism import video as media
 from prism.errors import PrismError
 
 
@@ -188,7 +188,7 @@ BAD = {
     "NaN": (np.full((2, 8, 8, 3), np.nan), "NaN"),
     "infinity": (torch.full((2, 3, 8, 8), math.inf), "NaN or infinity"),
     "complex": (EXACT.astype(np.complex64), "frames are needed"),
-    "text": ("winner.mp4", "read a file with prism.media.read_video"),
+    "text": ("winner.mp4", "read a file with prism.video.read_video"),
     "None": (None, "frames are needed"),
     "a number": (3, "shape"),
     "a dict": ({"frames": EXACT}, "read a file|frames are needed"),

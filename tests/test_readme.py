@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prism import media
+from prism import video
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,7 +18,7 @@ def test_the_lines_run_as_printed(tmp_path, monkeypatch):
     assert len([line for line in code.splitlines() if line.strip()]) == 5
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert media.read_video(tmp_path / "winner.mp4").shape == (17, 64, 64, 3)
+    assert video.read_video(tmp_path / "winner.mp4").shape == (17, 64, 64, 3)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -23,13 +23,13 @@ _HOMES = {
     "pairwise_accuracy": "prism.evaluation",
     "train": "prism.training",
 }
-_MODULES = ("media", "shapeworld")
+_MODULES = ("media", "shapeworld", "video")
 
-__all__ = sorted((*_HOMES, *_MODULES))
+__all__ = sorted({*_HOMES, *_MODULES} - {"media"})
 
 if TYPE_CHECKING:
-    from prism import media as media
     from prism import shapeworld as shapeworld
+    from prism import video as video
     from prism.backbone import Backbone as Backbone
     from prism.errors import PrismError as PrismError
     from prism.evaluation import evaluate as evaluate

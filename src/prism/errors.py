@@ -1,8 +1,12 @@
-"""What a user did wrong, said in one sentence."""
+"""A user's mistake as one sentence, and the checks of numbers and foreign texts that raise it."""
 
 from __future__ import annotations
 
+import math
+import operator
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 LONGEST = 500  # characters of a sentence, whatever it quotes
 
@@ -19,3 +23,133 @@ class PrismError(Exception):
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         end = LONGEST // 3
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - end - 5]} ... {line[-end:]}")
+
+
+SEEDS = 2**32 - 1  # the largest seed of what draws from many generators: NumPy's, torch's, and sums of these
+DRAWS = 1000  # the most noise draws that a score is the mean of
+QUOTED = 300  # characters of a foreign text that a sentence quotes at most
+
+
+def quoted(foreign: Any, limit: int = QUOTED) -> str:
+    """A foreign text, error or value on one line, cut at `limit` characters."""
+    try:
+        text = str(foreign) if isinstance(foreign, str | BaseException) else repr(foreign)
+    except Exception:  # of an object whose own repr fails
+        text = f"a {type(foreign).__name__}"
+    text = " ".join(text.split()) or ("" if isinstance(foreign, str) else type(foreign).__name__)
+    return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """What an error says, behind its kind, which alone may say what happened: `KeyError: None`."""
+    return quoted(f"{type(error).__name__}: {quoted(error, limit)}", limit).rstrip(".")
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is True or False, or an array of these, of whatever library."""
+    return str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
+
+
+def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -> int:
+    """`value` as an int, where it is a whole number from `low` to `high`, of whatever library (`operator.index`).
+
+    Raises `PrismError` for anything else, True and False included.
+    """
+    try:
+        number = None if is_bool(value) else operator.index(value)
+    except Exception:  # no TypeError alone: a tensor of several values raises what it likes
+        number = None
+    if number is None or (low is not None and number < low) or (high is not None and number > high):
+        raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
+    return number
+
+
+def instance(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Raise PrismError for a value that is not of the `kind`, which `wanted` describes."""
+    if not isinstance(value, kind):
+        raise PrismError(f"{name} must be {wanted}; found {quoted(value, 80)} of type {type(value).__name__}.")
+
+
+def listed(name: str, values: Any, kind: type = str, wanted: str = "texts") -> list[Any]:
+    """The items of a list, tuple, array or iterator, all of a `kind`; no text alone, and nothing without an order."""
+    try:
+        ordered = not isinstance(values, str | bytes | bytearray | Mapping | set | frozenset)
+        items = list(values) if ordered else None
+    except Exception:  # of what cannot be iterated over
+        items = None
+    if items is None or not all(isinstance(item, kind) for item in items):
+        raise PrismError(f"{name} must be a list of {wanted}; found {quoted(values, 80)}.")
+    return items
+
+
+def choice(name: str, value: Any, known: Sequence[str]) -> str:
+    """`value`, where it is one of the `known` texts."""
+    if not isinstance(value, str) or value not in known:
+        raise PrismError(f"{name} must be one of {', '.join(known)}; found {quoted(value, 80)}.")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, of whatever library."""
+    if str(getattr(value, "dtype", type(value).__name__)) not in ("bool", "torch.bool"):
+        raise PrismError(f"{name} must be True or False; found {quoted(value, 80)}.")
+    return bool(value)
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
+    """`value` as a float, where it is a finite number from `low` (or `above` it) to `high`, of whatever library.
+
+    Raises `PrismError` for anything else: NaN and infinity, texts, True and False.
+    """
+    try:
+        if isinstance(value, str | bytes) or is_bool(value):
+            raise TypeError
+        found = float(value)
+    except Exception:
+        found = math.nan
+    if not math.isfinite(found) or not low <= found <= high or (above and found == low):
+        kind = "number" if math.isfinite(low) or math.isfinite(high) else "finite number"
+        raise PrismError(f"{name} must be a {kind}{_bounds(low, high, above)}; found {quoted(value, 80)}.")
+    return found
+
+
+def _bounds(low: float | None, high: float | None, above: bool = False) -> str:
+    upper = high is not None and high != math.inf
+    if low is None or low == -math.inf:
+        return f" of at most {_plain(high)}" if upper else ""
+    if upper:
+        return f" above {_plain(low)}, at most {_plain(high)}" if above else f" from {_plain(low)} to {_plain(high)}"
+    return f" above {_plain(low)}" if above else f" of at least {_plain(low)}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int) and value > 10**15:
+        power = value.bit_length() - (0 if value & (value + 1) == 0 else 1)
+        return f"2**{power} - 1" if value == 2**power - 1 else str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def without(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A configuration without some names; "a.b" is b of the object a."""
+    left = dict(config)
+    for name in names:
+        key, _, inner = name.partition(".")
+        if not inner:
+            left.pop(key, None)
+        elif isinstance(left.get(key), dict):
+            left[key] = without(left[key], [inner])
+    return left
+
+
+def first_difference(found: Any, wanted: Any) -> str:
+    """Where two configurations differ first, in words: "steps was 4 and is now 8"."""
+    place = ""
+    while isinstance(found, dict) and isinstance(wanted, dict):
+        key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
+        place, found, wanted = (f"{place}.{key}" if place else key), found.get(key), wanted.get(key)
+    return f"{place or 'it'} was {_short(found)} and is now {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-15:]}"

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prism import temporary
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor

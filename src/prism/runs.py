@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prism import files, temporary
-from prism.checks import first_difference, without
-from prism.errors import PrismError
+from prism.errors import PrismError, first_difference, without
 
 CONFIG, IDENTITY = "config.json", "identity.json"
 # Names of the files that runs make; beside them, what a run lists as `files` in its config.json, and pieces of `Parts`.

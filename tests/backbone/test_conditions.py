@@ -17,7 +17,7 @@ from tests.zoo.wan_to_kandinsky import _image
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.conditioning import noisy_name
+from prism.backbone.family import noisy_name
 from prism.errors import PrismError
 from prism.judge import Judge
 

@@ -28,7 +28,7 @@ from torch import nn
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.obstacles import check_whole
+from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,11 @@ from tests import tiny
 from torch import nn
 
 import prism
-from prism.backbone import Backbone, Interceptor, Recording
+from prism.backbone import Backbone
 from prism.backbone.conditioning import by_name
-from prism.backbone.interceptor import around, around_module, state_kept
+from prism.backbone.wrapping import around, around_module, state_kept
+from prism.sampling.recording import Recording
+from prism.sampling.replay import Interceptor
 
 
 class Thing:

@@ -1,5 +1,5 @@
 """One contract over every variant of every family: what the judge reads and what the sampler gives are the stock
-pipeline's own. What is checked stands in `prism.experiments.checks`.
+pipeline's own. What is checked stands in `prism.commands.checks`.
 
 `EXEMPT` lists what a variant is let off, with the reason. What was measured is printed, a line a variant, at the end.
 """
@@ -17,9 +17,9 @@ from torch import Tensor
 
 import prism
 from prism.backbone import Backbone
+from prism.commands import checks
+from prism.commands import subject as subjects
 from prism.errors import PrismError
-from prism.experiments import checks
-from prism.experiments import subject as subjects
 from prism.judge import Judge
 
 # (check, variant) -> why the variant is let off.

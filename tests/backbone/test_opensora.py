@@ -14,10 +14,9 @@ from torch import Tensor
 import prism
 from prism.backbone import Backbone
 from prism.backbone.opensora import frames_of, timestep_ratio
-from prism.baselines.network import PixelNetwork
-from prism.baselines.pixel import PixelJudge
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.lab.pixel import PixelJudge, PixelNetwork
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from tests.zoo.wan_to_kandinsky import _image
 import prism
 from prism.backbone import Backbone
 from prism.backbone.conditioning import has_rows, take_rows
+from prism.commands import checks
+from prism.commands.subject import Subject
 from prism.errors import PrismError
-from prism.experiments import checks
-from prism.experiments.subject import Subject
 from prism.judge import Judge
 
 

@@ -13,9 +13,9 @@ from tests.zoo.own import own
 
 import prism
 from prism.backbone import FAMILIES, Backbone, Family, OwnClock
+from prism.commands import checks
+from prism.commands.subject import Subject
 from prism.errors import PrismError
-from prism.experiments import checks
-from prism.experiments.subject import Subject
 from prism.judge import Judge
 
 ROW = replace(FAMILIES["wan"], name="own", pipelines=("OwnPipeline",))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests import stores, tiny
 from tests.zoo import VARIANTS
 
-from prism import Judge, cli, files, media
+from prism import Judge, cli, files, video
 from prism.report.metrics import validate
 
 PROMPT = tiny.PROMPT
@@ -47,13 +47,13 @@ def sample(place, out, *arguments, prompt=PROMPT, head="head"):
 def written(monkeypatch) -> dict[str, np.ndarray]:
     """Frames by the name of the file that they are written to. Files do not tell: on some processors the encoder gives
     other bytes for the same frames now and then."""
-    found, real = {}, media.write_video
+    found, real = {}, video.write_video
 
     def write(path, frames, fps, **options):
         found[path.name] = np.asarray(frames)
         real(path, frames, fps, **options)
 
-    monkeypatch.setattr(media, "write_video", write)
+    monkeypatch.setattr(video, "write_video", write)
     return found
 
 
@@ -76,7 +76,7 @@ def test_sample_writes_the_stock_pipelines_video(place, tmp_path, capsys, writte
     generator = torch.Generator("cpu").manual_seed(metrics["seeds"][metrics["winner"]])
     stock = tiny.wan("unipc")(PROMPT, generator=generator, **tiny.CALL_WAN).frames[0]
     assert np.array_equal(written["winner.mp4"], stock)
-    assert np.abs(media.read_video(out / "winner.mp4") - stock).mean() < 0.02
+    assert np.abs(video.read_video(out / "winner.mp4") - stock).mean() < 0.02
     assert f"seed {metrics['seeds'][metrics['winner']]}" in capsys.readouterr().out
 
 
@@ -87,7 +87,7 @@ def test_flags_override_call_json(place, tmp_path):
     call = files.read_json(out / "config.json")["call"]
     changed = {"num_frames": 5, "height": 16, "guidance_scale": 1.0, "num_inference_steps": 4}
     assert call == {**tiny.CALL_WAN, **changed}
-    assert media.read_video(out / "winner.mp4").shape == (5, 16, 32, 3)
+    assert video.read_video(out / "winner.mp4").shape == (5, 16, 32, 3)
     (row,) = files.read_json(out / "metrics.json")["best_of_n"]
     assert (row["draft_steps"], row["judge_at"], row["num_inference_steps"]) == (2, 600, 4)
 
@@ -102,7 +102,7 @@ def test_another_family_and_no_judge(tmp_path, written):
     generator = torch.Generator("cpu").manual_seed(0)
     stock = pipe(PROMPT, generator=generator, output_type="np", **tiny.CALL_COGVIDEOX).frames[0]
     assert np.array_equal(written["winner.mp4"], stock)
-    assert np.abs(media.read_video(tmp_path / "out" / "winner.mp4") - stock).mean() < 0.05  # noise does not compress
+    assert np.abs(video.read_video(tmp_path / "out" / "winner.mp4") - stock).mean() < 0.05  # noise does not compress
     (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
     assert (row["judge"], row["head_calls"], row["strategy"]) == (None, 0, "none")
 
@@ -283,7 +283,7 @@ def test_an_unwritable_folder_is_refused(place, tmp_path, capsys):
 
 
 def test_a_missing_asset_is_named(monkeypatch, tmp_path, capsys):
-    from prism.shapeworld import assets
+    from prism.shapeworld import generator as assets
 
     monkeypatch.setattr(assets, "ROOT", tmp_path / "assets")
     (tmp_path / "work").mkdir()
@@ -337,7 +337,7 @@ def usual_interrupts():
 @pytest.mark.parametrize("number", [errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("named", [False, True])
 def test_what_the_system_refuses_gets_a_sentence(monkeypatch, tmp_path, capsys, number, named):
-    from prism.experiments import sample as experiment
+    from prism.commands import sample as experiment
 
     def run(*_):
         raise OSError(number, os.strerror(number), *(["some/file"] if named else []))
@@ -352,8 +352,8 @@ def test_what_the_system_refuses_gets_a_sentence(monkeypatch, tmp_path, capsys, 
 
 @pytest.mark.usefixtures("usual_interrupts")
 def test_an_interrupt_that_a_library_turned_into_an_error_is_still_one(monkeypatch, tmp_path, capsys):
+    from prism.commands import sample as experiment
     from prism.errors import PrismError
-    from prism.experiments import sample as experiment
 
     def run(*_):
         try:

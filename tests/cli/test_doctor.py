@@ -13,8 +13,8 @@ from tests.zoo.own import own
 
 from prism import cli
 from prism.backbone import Backbone
-from prism.experiments import checks
-from prism.experiments.doctor import _alone, _peak, _size
+from prism.commands import checks
+from prism.commands.doctor import _alone, _peak, _size
 from prism.sampling import expected_rows
 
 

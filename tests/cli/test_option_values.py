@@ -21,9 +21,8 @@ from tests.works import works
 from tests.zoo import VARIANTS
 
 import prism
-from prism import Judge, cli, files
+from prism import Judge, cli, files, loading
 from prism.errors import PrismError
-from prism.experiments import loading
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.mutations import copied, damage, outcome
 import prism
 from prism import files
 from prism.backbone import Backbone
-from prism.baselines import PixelJudge
+from prism.lab.pixel import PixelJudge
 from prism.preference import LatentStore
 
 CALL = {**tiny.CALL_WAN, "num_inference_steps": 2}

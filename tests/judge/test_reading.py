@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prism.judge import reading
+from prism.judge import pooling
 
 ROWS, WIDTH = 5, 24
 
@@ -33,7 +33,7 @@ def oracle(queries: Tensor, visual: Tensor, text: Tensor, mask: Tensor) -> Tenso
 def test_gradients_of_queries_and_tokens_are_those_of_the_oracle(chunk_size):
     queries, visual, text, mask = given(torch.float64)
     inputs = [value.requires_grad_() for value in (queries, visual, text)]
-    ours, expected = reading.read(*inputs, mask, chunk_size), oracle(*inputs, mask)
+    ours, expected = pooling.read(*inputs, mask, chunk_size), oracle(*inputs, mask)
     torch.testing.assert_close(ours, expected)
     pull = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
@@ -48,13 +48,13 @@ def test_a_mean_far_from_zero_and_many_chunks_cost_float_rounding_alone(offset, 
     queries, visual, text, mask = given(torch.float32, length=5000, offset=offset)
     expected = oracle(queries, visual, text, mask)
     for chunk_size in (None, 16, 5000):
-        found = reading.read(queries, visual, text, mask, chunk_size)
+        found = pooling.read(queries, visual, text, mask, chunk_size)
         assert (found - expected).abs().max() < tolerance
 
 
 def test_tokens_without_any_spread_read_as_nothing():
     visual = torch.full((1, 3, WIDTH), 8.0)
-    assert reading.read(torch.ones(1, WIDTH), visual, None, None).abs().max() < 1e-3
+    assert pooling.read(torch.ones(1, WIDTH), visual, None, None).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("chunk_size", [None, 64])
@@ -63,7 +63,7 @@ def test_what_is_kept_for_the_gradient_is_no_float32_copy_of_the_tokens(chunk_si
     visual, kept = visual.bfloat16(), []
     queries.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
-        reading.read(queries, visual, None, None, chunk_size)
+        pooling.read(queries, visual, None, None, chunk_size)
     beside = [value for value in kept if value.data_ptr() != visual.data_ptr()]
     assert len(beside) < len(kept)
     assert sum(value.nbytes for value in beside) < visual.nbytes  # a weight a row and one number, in place of 24
@@ -71,9 +71,9 @@ def test_what_is_kept_for_the_gradient_is_no_float32_copy_of_the_tokens(chunk_si
 
 def test_chunks_are_bounded_by_memory_and_cover_every_token():
     visual = torch.zeros(2, 1000, 1536)
-    pieces = [piece for piece, _ in reading._chunks(visual, visual[:, :7], None, None)]
+    pieces = [piece for piece, _ in pooling._chunks(visual, visual[:, :7], None, None)]
     assert len(pieces) > 2
-    assert max(piece.nbytes for piece in pieces) <= reading.CPU_BYTES
+    assert max(piece.nbytes for piece in pieces) <= pooling.CPU_BYTES
     assert sum(piece.shape[1] for piece in pieces) == 1007
 
 
@@ -81,7 +81,7 @@ def test_chunks_are_bounded_by_memory_and_cover_every_token():
 def test_a_gpu_reads_the_same_with_the_same_gradients():
     queries, visual, text, mask = (value.cuda() for value in given(torch.float32, length=5000))
     inputs = [value.requires_grad_() for value in (queries, visual, text)]
-    ours, expected = reading.read(*inputs, mask), oracle(*inputs, mask)
+    ours, expected = pooling.read(*inputs, mask), oracle(*inputs, mask)
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
     found, wanted = (torch.autograd.grad(value.square().sum(), inputs) for value in (ours, expected))
     torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)

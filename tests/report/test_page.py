@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from tests.report import rows
 
-from prism import media
+from prism import video as media
 from prism.errors import PrismError
 from prism.report import figures, metrics, page, tables, wording
 

@@ -12,8 +12,7 @@ from tests.sampling.conftest import Setting
 
 import prism
 from prism.sampling import expected_rows
-from prism.sampling.ledger import cut_rows
-from prism.sampling.schedule import parse, resolve
+from prism.sampling.plan import cut_rows, parse, resolve
 
 N, STEPS = 3, 6
 # (arguments, tap): a late tap listens to the sampler's own pass, an early one probes.

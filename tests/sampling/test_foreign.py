@@ -19,7 +19,7 @@ from PIL import Image
 from tests import tiny
 
 import prism
-from prism import media
+from prism import video as media
 from prism.errors import PrismError
 from prism.judge import Judge
 

@@ -12,8 +12,8 @@ from tests.sampling.conftest import Setting
 
 import prism
 from prism.sampling import expected_rows
-from prism.sampling.ledger import Ledger, cut_rows
-from prism.sampling.schedule import resolve
+from prism.sampling.ledger import Ledger
+from prism.sampling.plan import cut_rows, resolve
 
 N, STEPS, BLOCKS = 5, 6, 3
 

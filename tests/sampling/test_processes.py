@@ -22,7 +22,7 @@ from tests.works import works
 import prism
 from prism.errors import PrismError
 from prism.judge import Judge
-from prism.sampling.processes import Team
+from prism.team import Team
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, "a cat runs"]
 SHARED: dict[str, Any] = {"n": 5, "seed": 3, "batch_size": 1}
@@ -156,8 +156,8 @@ def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:
 KILLED = """
 import os, signal, sys
 from prism.errors import PrismError
-from prism.sampling import alive
-from prism.sampling.processes import Team
+from prism import team as alive
+from prism.team import Team
 
 alive.INTERVAL, alive.SILENCE = 0.2, 2.0
 team = Team(together=True)

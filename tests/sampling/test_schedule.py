@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prism.errors import PrismError
-from prism.sampling.schedule import default, halving, keep_one, parse, resolve
+from prism.sampling.plan import default, halving, keep_one, parse, resolve
 
 
 def test_text() -> None:

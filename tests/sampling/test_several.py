@@ -16,7 +16,7 @@ from tests.zoo import VARIANTS
 import prism
 from prism.judge import Judge
 from prism.sampling import expected_rows
-from prism.sampling.schedule import resolve
+from prism.sampling.plan import resolve
 
 N, STEPS = 4, 6
 RUNS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from prism.backbone import FAMILIES, Backbone
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.sampling import expected_rows
-from prism.sampling.schedule import default, resolve
+from prism.sampling.plan import default, resolve
 
 SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.3]
 HEUN = diffusers.FlowMatchHeunDiscreteScheduler

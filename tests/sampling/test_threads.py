@@ -19,7 +19,7 @@ from tests.zoo import VARIANTS
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.holding import held
+from prism.backbone.wrapping import held
 from prism.errors import PrismError
 from prism.judge import Judge
 

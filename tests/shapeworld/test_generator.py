@@ -15,8 +15,8 @@ from prism import cli, files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import LatentStore
-from prism.shapeworld import CALL, assets, candidates, grammar, quality, recipe, referee, train, world
-from prism.shapeworld import vae as video_vae
+from prism.shapeworld import CALL, candidates, generator, grammar, referee, train, world
+from prism.shapeworld import generator as video_vae
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def vae() -> AutoencoderKLWan:
 @pytest.fixture(scope="module")
 def pipe() -> WanPipeline:
     torch.manual_seed(0)
-    return recipe.assemble(video_vae.build(), recipe.build_transformer(layers=2, heads=1), recipe.build_text_encoder())
+    transformer = generator.build_transformer(layers=2, heads=1)
+    return generator.assemble(video_vae.build(), transformer, generator.build_text_encoder())
 
 
 def test_the_fitted_encoder_comes_close_to_principal_components(vae):
@@ -87,10 +88,10 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
     with pytest.raises(PrismError, match=r"differs in learning_rate: it was 0\.001 and is now 1\.0"):
         train.run(tmp_path / "cut", "transformer", learning_rate=1.0, resume=True)
     train.run(tmp_path / "cut", "transformer", resume=True)
-    early = [quality.snapshot(tmp_path / name, 3).transformer.state_dict() for name in ("whole", "cut")]
+    early = [candidates.snapshot(tmp_path / name, 3).transformer.state_dict() for name in ("whole", "cut")]
     assert all(torch.equal(value, early[1][key]) for key, value in early[0].items())
     with pytest.raises(PrismError, match="step 2"):
-        quality.snapshot(tmp_path / "whole", 2)
+        candidates.snapshot(tmp_path / "whole", 2)
 
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         one, two = (files.load_safetensors(tmp_path / name / "transformer" / part) for name in ("whole", "cut"))
@@ -209,7 +210,7 @@ def test_quality_is_the_referees_of_the_stock_pipelines_videos(pipe, monkeypatch
     prompts = [grammar.prompts("validation", 2, kind)[i] for kind in grammar.KINDS for i in range(2)]
     call = {**CALL, "num_inference_steps": 1}
     monkeypatch.setattr(referee, "batch", lambda videos, names: dict.fromkeys(referee.DIMENSIONS, _mean(videos)))
-    found = quality.measure(pipe, prompts, per_prompt=3, seed=4, call=call)
+    found = candidates.measure(pipe, prompts, per_prompt=3, seed=4, call=call)
     seeds = [[candidates.candidate_seed(4, prompt, i) for i in range(3)] for prompt in prompts]
     videos = [
         pipe([p] * 3, generator=[torch.Generator().manual_seed(s) for s in row], output_type="pt", **call).frames
@@ -291,20 +292,20 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
 
 
 def test_assets_are_checked(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "ROOT", tmp_path)
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
     with pytest.raises(PrismError, match=r"manifest.json is missing"):
-        assets.asset_folder("pipeline")
+        generator.asset_folder("pipeline")
     folder = tmp_path / "pipeline"
     folder.mkdir()
     (folder / "weights.safetensors").write_bytes(b"weights")
-    assets.write_manifest(folder)
-    assert assets.asset_folder("pipeline") == folder
+    generator.write_manifest(folder)
+    assert generator.asset_folder("pipeline") == folder
     (folder / "weights.safetensors").write_bytes(b"Weights")
     with pytest.raises(PrismError, match="altered"):
-        assets.asset_folder("pipeline")
+        generator.asset_folder("pipeline")
     shutil.rmtree(folder)
     with pytest.raises(PrismError, match="missing"):
-        assets.asset_folder("pipeline")
+        generator.asset_folder("pipeline")
 
 
 def test_a_run_out_of_disk_says_so_and_resumes(tmp_path, vae, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.preference.pairs import prompt_key
-from prism.shapeworld import CALL, assets, candidates, grammar, referee, world
+from prism.shapeworld import CALL, candidates, generator, grammar, referee, world
 
 
 @pytest.fixture(scope="module")
@@ -86,5 +86,5 @@ def test_weaker_backbones_differ_in_the_generator_alone(backbone):
 
 
 def test_everything_shipped_stays_small():
-    sizes = [path.stat().st_size for path in assets.ROOT.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in generator.ROOT.rglob("*") if path.is_file()]
     assert sum(sizes) < 40 * 2**20

@@ -12,15 +12,15 @@ from tests import machinery, stores, tiny
 from tests.works import works
 
 import prism
-from prism import memory
+from prism import team
 from prism.backbone import Backbone
 from prism.backbone import backbone as backbone_module
-from prism.backbone.kept import ConditioningCache, Stowed, alone, tensors_of, with_tensors
+from prism.backbone.cache import ConditioningCache, Stowed, alone, tensors_of, with_tensors
 from prism.errors import PrismError
 from prism.evaluation import evaluate, evaluator, measure
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.training import TrainConfig, conditionings, train, train_together
+from prism.training import TrainConfig, train, train_together, validation
 from prism.training.batches import Batches, training_groups
 from prism.training.validation import Validation
 
@@ -149,7 +149,7 @@ def test_a_batch_that_fails_is_done_again_and_none_twice():
         done.extend(batch)
 
     with pytest.warns(UserWarning, match="Memory ran out"):
-        assert memory.in_batches(range(20), 16, work, "working") == 2
+        assert team.in_batches(range(20), 16, work, "working") == 2
     assert done == list(range(20))
 
 
@@ -257,11 +257,11 @@ def test_prompts_that_do_not_fit_are_encoded_as_batches_need_them_and_resume_to_
     pipe = tiny.wan()
     rows, results = encoded(pipe), []
     groups = store.groups("train")
-    one = conditionings.Conditionings(Backbone(pipe), store, [group.prompt for group in groups])
+    one = validation.Conditionings(Backbone(pipe), store, [group.prompt for group in groups])
     entry = one._kept.nbytes // len(groups)
     config = dataclasses.replace(CONFIG, prompts_per_step=1, steps=12, checkpoint_every=5)
     for name, room in (("all", 100 * entry), ("few", 2 * entry)):
-        monkeypatch.setattr(conditionings, "HELD_BYTES", room)
+        monkeypatch.setattr(validation, "HELD_BYTES", room)
         judge = judge_for(pipe)
         rows.clear()
         train(store, judge, config, tmp_path / name, progress=False)

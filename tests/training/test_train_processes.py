@@ -22,11 +22,11 @@ from tests import stores, tiny
 from tests.works import works
 
 from prism import files
-from prism.baselines.train import PixelConfig, train_pixel
 from prism.cli import main
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
+from prism.lab.pixel_training import PixelConfig, train_pixel
 from prism.preference import LatentStore, write_store
 from prism.training import TrainConfig, learner, train, train_together, trainer
 from prism.training.batches import Batches

@@ -181,7 +181,7 @@ from prism.preference import LatentStore
 from prism.training import TrainConfig, train
 from tests.training.test_trainer import judge_for
 from tests import tiny
-import prism.training.checkpoint as checkpoint
+import prism.training.learner as checkpoint
 
 torch.set_num_threads(int(sys.argv[4]))
 write = checkpoint.files.write_json
@@ -470,8 +470,8 @@ def test_a_run_that_dies_anywhere_goes_on_to_the_same_bits_and_keeps_no_litter(w
 
 
 def test_overwriting_keeps_the_old_head_until_the_new_one_is_whole(wan, store, tmp_path, monkeypatch):
-    from prism.experiments import loading
-    from prism.experiments import train as experiment
+    from prism import loading
+    from prism.commands import train as experiment
 
     monkeypatch.setattr(loading, "load_backbone", lambda *_: (judge_for(wan).backbone, {}, "tiny"))
 

@@ -11,24 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import clocks, layout, taps, videos
-from prism.backbone.arguments import check_encoders, check_texts, embedded_rows, normalised, of_prompt, texts
-from prism.backbone.calls import batch_of, draws_conditions, finished, relevant, shows_adapters, unguided
-from prism.backbone.conditioning import Conditioning, Ragged, Tokens, cache_key, noisy_name
+from prism.backbone import layout, taps, videos
+from prism.backbone import noise as clocks
+from prism.backbone.arguments import (
+    batch_of,
+    check_encoders,
+    check_texts,
+    draws_conditions,
+    embedded_rows,
+    normalised,
+    of_prompt,
+    relevant,
+    shows_adapters,
+    texts,
+    unguided,
+)
+from prism.backbone.cache import ConditioningCache, alone, cache_key, with_tensors
+from prism.backbone.conditioning import Conditioning, Ragged
 from prism.backbone.facts import check_pipeline
-from prism.backbone.families import is_denoiser
+from prism.backbone.family import noisy_name
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
-from prism.backbone.holding import held
-from prism.backbone.interceptor import capture, free_hooks, is_compiled
-from prism.backbone.kept import ConditioningCache, alone, with_tensors
-from prism.backbone.obstacles import breaks_told, check_denoisers, check_whole, misfits_told, warn_cut_off
-from prism.backbone.partial import load, make
-from prism.backbone.protocol import check, config_of, device_of, dtype_of
+from prism.backbone.loading import load, make
+from prism.backbone.parts import config_of, device_of, dtype_of, is_denoiser
+from prism.backbone.pipeline import breaks_told, check, check_denoisers, check_whole, misfits_told, warn_cut_off
 from prism.backbone.registry import family_of
 from prism.backbone.steps import Steps, ask, is_guided
-from prism.checks import flag, instance, listed, whole
-from prism.errors import PrismError
-from prism.media import videos as as_videos
+from prism.backbone.taps import Tokens
+from prism.backbone.videos import finished
+from prism.backbone.wrapping import capture, free_hooks, held, is_compiled
+from prism.errors import PrismError, flag, instance, listed, whole
+from prism.video import videos as as_videos
 
 _CACHE_BYTES = 256 * 2**20
 
@@ -204,7 +216,7 @@ class Backbone:
         self._conditionings.clear()
 
     def held(self) -> AbstractContextManager[None]:
-        """While open the pipeline is this thread's, see `prism.backbone.holding.held`; whatever reads asks for it."""
+        """While open the pipeline is this thread's, see `prism.backbone.wrapping.held`; whatever reads asks for it."""
         return held(self.pipe)
 
     @contextmanager
@@ -233,7 +245,7 @@ class Backbone:
         return Conditioning.of(arguments, rows, self.family, self.config, type(self.pipe))
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that make one stock call of several rows, see `prism.backbone.calls`."""
+        """The arguments that make one stock call of several rows, see `prism.backbone.arguments`."""
         return batch_of(self.family, prompts, seeds, call)
 
     def add_noise(self, latents: Tensor, t: Tensor | float, noise: Tensor) -> Tensor:
@@ -308,7 +320,7 @@ class Backbone:
     # -- videos
 
     def encode(self, video: Any) -> Tensor:
-        """Videos (B, F, H, W, 3), or what else `prism.media.videos` takes, to float32 latents of the loop: the
+        """Videos (B, F, H, W, 3), or what else `prism.video.videos` takes, to float32 latents of the loop: the
         posterior's mode, normalised.
 
         Where tokens span several latent frames (CogVideoX 1.5), or the pipeline drops decoded frames in front

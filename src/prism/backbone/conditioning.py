@@ -2,90 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.family import Family, noisy_name
-from prism.backbone.protocol import unwrapped
+from prism.backbone.parts import unwrapped
 from prism.errors import PrismError
 
 # Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.
 _ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Hidden states after a block, in raster order t, h, w, with the backbone's own text tokens beside them.
-
-    visual: (B, L, D_vis), L = T * H * W. grid: (T, H, W). text: (B, Lt, D_vis), or None where the family has none.
-    text_mask: (B, Lt) bool, True for a real token, or None where all of them count.
-    lower: where several blocks were tapped, those below the last by number, (B, L, D_vis) each. block: the last one's
-    number (1-based), or None where it is not told: then `visual` goes for any.
-    """
-
-    visual: Tensor
-    grid: tuple[int, int, int]
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    lower: Mapping[int, Tensor] = field(default_factory=dict)
-    block: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.visual)
-
-    def __repr__(self) -> str:
-        rows, _, width = self.visual.shape
-        text = "no text" if self.text is None else f"{self.text.shape[1]} of text"
-        taps = f", {len(self.lower)} lower taps" if self.lower else ""
-        return f"Tokens({rows} rows of {' x '.join(map(str, self.grid))} tokens {width} wide, {text}{taps})"
-
-    def after(self, block: int) -> Tensor:
-        """(B, L, D_vis) after one of the blocks that were tapped. Raises PrismError for any other block."""
-        if block in self.lower:
-            return self.lower[block]
-        if self.block in (block, None):
-            return self.visual
-        tapped = ", ".join(map(str, [*sorted(self.lower), self.block]))
-        raise PrismError(f"The tokens are those after block {tapped}, and not after {block}; tap that one as well.")
-
-    def __getitem__(self, rows: Any) -> Tokens:
-        take = lambda value: None if value is None else value[rows]  # noqa: E731
-        lower = {block: value[rows] for block, value in self.lower.items()}
-        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower, self.block)
-
-    @staticmethod
-    def cat(parts: Sequence[Tokens]) -> Tokens:
-        """Rows of several reads on one grid, one after another; shorter texts are padded and masked."""
-        first = parts[0]
-        lower = {block: torch.cat([part.lower[block] for part in parts]) for block in first.lower}
-        texts = [part.text for part in parts if part.text is not None]
-        masks = [
-            text.new_ones(text.shape[:2], dtype=torch.bool) if part.text_mask is None else part.text_mask
-            for part, text in zip(parts, texts)
-        ]
-        ragged = len({text.shape[1] for text in texts}) > 1
-        keep_mask = ragged or first.text_mask is not None
-        if ragged:
-            longest = max(text.shape[1] for text in texts)
-            masks = [torch.nn.functional.pad(mask, (0, longest - mask.shape[1])) for mask in masks]
-            texts = [torch.nn.functional.pad(text, (0, 0, 0, longest - text.shape[1])) for text in texts]
-        return Tokens(
-            torch.cat([part.visual for part in parts]),
-            first.grid,
-            torch.cat(texts) if texts else None,
-            torch.cat(masks) if texts and keep_mask else None,
-            lower,
-            first.block,
-        )
 
 
 @dataclass(frozen=True)
@@ -347,16 +279,3 @@ def is_single(name: str, value: Any) -> bool:
     if name == "video" and isinstance(value, list | tuple) and value:
         value = value[0]
     return value is not None and not isinstance(value, list | tuple)
-
-
-def cache_key(call: dict[str, Any]) -> str | None:
-    """A key for what a call conditions on, or None where an argument (a tensor) has no short faithful text."""
-    plain = (str, int, float, bool, type(None))
-    faithful = {}
-    for name, value in call.items():
-        if isinstance(value, Image.Image):
-            value = f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
-        if not isinstance(value, plain):
-            return None
-        faithful[name] = value
-    return repr(sorted(faithful.items()))

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 from torch import nn
 
-from prism.backbone.protocol import config_of, unwrapped
-from prism.checks import quoted, whole
-from prism.errors import PrismError
+from prism.backbone.parts import config_of, unwrapped
+from prism.errors import PrismError, quoted, whole
 
 if TYPE_CHECKING:
     from prism.backbone.family import Family

@@ -357,8 +357,3 @@ _ROWS: tuple[Family, ...] = (
 )
 
 FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}  # by name; see `prism.backbone.register`
-
-
-def is_denoiser(name: str) -> bool:
-    """Whether a pipeline's component of this name is a denoiser: transformer, transformer_2, unet."""
-    return name.split("_")[0] in ("transformer", "unet")

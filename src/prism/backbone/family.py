@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import clocks, facts, layout
+from prism.backbone import facts, layout, noise
 from prism.backbone.layout import Grid, Layout, TokenForm
-from prism.backbone.protocol import config_of, unwrapped
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.backbone.parts import config_of, unwrapped
+from prism.errors import PrismError, quoted
 
 TokenCount = int | Literal["text"] | Callable[[Mapping[str, Any]], int]
 # Arguments of a denoiser call in diffusers that carry one row per sample.
@@ -50,7 +49,7 @@ class Family:
     """in one batch: conditional rows first, not last"""
     guidance: str = "guidance_scale"
     """the argument that turns guidance on above 1; "guider": the pipeline's own"""
-    clock: clocks.Clock | clocks.OwnClock = "flow"
+    clock: noise.Clock | noise.OwnClock = "flow"
     """how a noise level becomes alpha, sigma and the model's timestep: "flow", "rising_flow" (timesteps rise from
     noise), "ddpm", "euler" (that between indices), "edm", or functions of one's own, a `prism.backbone.OwnClock`"""
     timestep_of_one: float = 1000.0
@@ -296,20 +295,20 @@ class Family:
     # -- noise levels
 
     def check_scheduler(self, scheduler: Any) -> None:
-        """Raise PrismError for a scheduler whose noise levels cannot be told: see `prism.backbone.clocks.check`."""
-        clocks.check(self.clock, scheduler)
+        """Raise PrismError for a scheduler whose noise levels cannot be told: see `prism.backbone.noise.check`."""
+        noise.check(self.clock, scheduler)
 
     def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.clocks.level`."""
-        alpha, sigma, timestep = clocks.level(self.clock, scheduler, t)
-        if isinstance(self.clock, clocks.OwnClock):
+        """(alpha, sigma, model timestep) at t in [0, 1000]: see `prism.backbone.noise.level`."""
+        alpha, sigma, timestep = noise.level(self.clock, scheduler, t)
+        if isinstance(self.clock, noise.OwnClock):
             return alpha, sigma, timestep
         return alpha, sigma, timestep * (self.timestep_of_one / 1000)
 
     def t_of(self, scheduler: Any, timestep: Any) -> float:
         """The noise level in [0, 1000] at which the model was called with `timestep`."""
-        own = isinstance(self.clock, clocks.OwnClock)
-        return clocks.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.timestep_of_one))
+        own = isinstance(self.clock, noise.OwnClock)
+        return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.timestep_of_one))
 
     # -- the VAE
 

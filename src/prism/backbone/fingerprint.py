@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prism.backbone.families import is_denoiser
-from prism.backbone.protocol import config_of, unwrapped
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.backbone.parts import config_of, is_denoiser, unwrapped
+from prism.errors import PrismError, quoted
 
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
+
 
 PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # what a fingerprint tells of, as sentences call it
 ABSENT = "absent"
@@ -384,3 +383,17 @@ def _plain(value: Tensor) -> list[Tensor]:
     if value.is_meta:
         return []
     return [value.detach().int_repr() if value.is_quantized else value.detach()]
+
+
+def vae_hash(backbone: Backbone) -> str:
+    """Of the configuration and a fixed sample of the weights of what decodes."""
+    return next(vae_hashes(backbone))
+
+
+def vae_hashes(backbone: Backbone) -> Iterator[str]:
+    """The VAE's hash, then what it was before diffusers added settings to its class."""
+    vae = unwrapped(backbone.pipe.vae)
+    sample = weights_sample(vae) if isinstance(vae, nn.Module) else b""
+    for changed, text in islice(config_texts(vae), 500):
+        if not changed:
+            yield hashlib.sha256(text + sample).hexdigest()

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prism.checks import instance, is_bool, quoted
-from prism.errors import PrismError
+from prism.errors import PrismError, instance, is_bool, quoted
 
 Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
 TokenForm = Literal["BLD", "temporal", "frames"]  # plain | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)

@@ -14,10 +14,10 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from prism.backbone.families import FAMILIES, is_denoiser
+from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.backbone.parts import is_denoiser
+from prism.errors import PrismError, quoted
 
 ENTRY_POINTS = "prism.families"  # the group of entry points under which an installed package gives rows
 PAGE = "docs/backbones.md"

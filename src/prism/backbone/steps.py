@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prism.backbone.conditioning import cache_key
+from prism.backbone.cache import cache_key
 from prism.backbone.family import argument_of
-from prism.backbone.interceptor import capture
-from prism.backbone.protocol import config_of
+from prism.backbone.parts import config_of
+from prism.backbone.wrapping import capture
 from prism.errors import PrismError
 
 if TYPE_CHECKING:

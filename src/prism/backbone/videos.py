@@ -11,10 +11,29 @@ import torch
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.family import Family
-from prism.backbone.protocol import config_of, dtype_of, tensor_of
-from prism.checks import whole
-from prism.errors import PrismError
+from prism.backbone.conditioning import Conditioning
+from prism.backbone.family import Family, noisy_name
+from prism.backbone.parts import config_of, dtype_of, tensor_of
+from prism.errors import PrismError, quoted, whole
+
+
+def finished(pipe: Any, family: Family, config: Any, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """See `Backbone.finished`; `config` is the denoiser's."""
+    if family.given_back:
+        rows = family.conditional(len(arguments[noisy_name(arguments, family)]), len(latents))
+        shown = Conditioning.of(arguments, rows, family, config, type(pipe))
+        if shown.given is not None and shown.kept is not None:
+            latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
+    if family.after_loop and hasattr(pipe, family.after_loop):
+        change = getattr(pipe, family.after_loop)
+        try:
+            latents = torch.cat([tensor_of(change(row[None])) for row in latents])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise PrismError(
+                f"{type(pipe).__name__}.{family.after_loop}, after_loop of the family {family.name!r}, does not take "
+                f"latents (1, ...) and give others: {type(error).__name__}: {quoted(error, 160)}."
+            ) from error
+    return latents
 
 
 @torch.no_grad()

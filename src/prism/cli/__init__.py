@@ -14,9 +14,8 @@ from typing import Any
 import typer
 from safetensors import SafetensorError
 
-from prism.checks import quoted
 from prism.cli import demo, doctor, evaluate, sample, shapeworld, study, train
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 
 app = typer.Typer(
     name="prism",

@@ -47,7 +47,7 @@ def demo(
     Writes the report, metrics.json, the winner's video and the trained head.
     """
     from prism.cli.printing import show
-    from prism.experiments import demo as experiment
+    from prism.lab import demo as experiment
 
     out = out or Path("runs/full" if full else "runs/demo")
     metrics = experiment.run(

@@ -52,7 +52,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from prism.experiments import doctor as experiment
+    from prism.commands import doctor as experiment
 
     sizes = {"family": family, "height": height, "width": width, "num_frames": num_frames}
     config = experiment.DoctorConfig(backbone, n, schedule, steps, run, device, dtype, **sizes)  # type: ignore[arg-type]

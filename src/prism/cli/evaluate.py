@@ -36,7 +36,7 @@ def evaluate(
     95 % intervals resampled by prompt. Writes metrics.json and the report.
     """
     from prism.cli.printing import show
-    from prism.experiments import evaluate as experiment
+    from prism.commands import evaluate as experiment
 
     config = experiment.EvaluateConfig(
         data=data,

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 
 # Panels of --help, from what a command is about to where its results go.
 MODELS, CALL, OUTPUT = (

@@ -133,7 +133,7 @@ def sample(
     accelerate launch the processes share the candidates.
     """
     from prism.cli.printing import show
-    from prism.experiments import sample as experiment
+    from prism.commands import sample as experiment
 
     call = {
         "num_inference_steps": steps,

@@ -94,7 +94,7 @@ def candidates(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Sample candidates of ShapeWorld prompts and label them by the referee."""
-    from prism.experiments.loading import check_alone
+    from prism.loading import check_alone
     from prism.shapeworld import candidates as module
 
     check_alone("shapeworld candidates")
@@ -124,11 +124,11 @@ def quality(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Referee what a generator samples: scores, how often each part of a prompt is right, how candidates differ."""
-    from prism.experiments.loading import check_alone
-    from prism.shapeworld import quality as module
+    from prism.loading import check_alone
+    from prism.shapeworld import candidates as module
 
     check_alone("shapeworld quality")
-    module.run(out, backbone, step or (), prompts, per_prompt, split, guidance_scale, seed, overwrite)
+    module.quality(out, backbone, step or (), prompts, per_prompt, split, guidance_scale, seed, overwrite)
 
 
 @app.command("weaker")
@@ -142,6 +142,6 @@ def weaker(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Save the transformer and text encoder of a run, or of a step of it, as an embedded weaker backbone."""
-    from prism.shapeworld import quality as module
+    from prism.shapeworld import candidates as module
 
     module.save_weaker(run, out, step, overwrite)

@@ -70,7 +70,7 @@ def study(
     import dataclasses
 
     from prism.cli.printing import show
-    from prism.experiments import study as experiment
+    from prism.lab import ablations as experiment
 
     settings = dataclasses.replace(
         experiment.RECIPE,

@@ -174,7 +174,7 @@ def train(
     weights bit for bit.
     """
     from prism.cli.printing import show
-    from prism.experiments import train as experiment
+    from prism.commands import train as experiment
 
     settings = experiment.recipe(
         backbone is None,
@@ -211,8 +211,7 @@ def train(
 
 
 def _blocks(text: str | None) -> tuple[int, ...] | None:
-    from prism.checks import quoted
-    from prism.errors import PrismError
+    from prism.errors import PrismError, quoted
 
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))

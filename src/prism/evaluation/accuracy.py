@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prism.checks import SEEDS, choice, instance, number, quoted, whole
-from prism.errors import PrismError
+from prism.errors import SEEDS, PrismError, choice, instance, number, quoted, whole
 
 NO_TIES = -1.0
 """The threshold at which no pair is called a tie: |margin| <= -1 never holds."""

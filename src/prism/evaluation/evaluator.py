@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prism.checks import DRAWS, SEEDS, flag, number, quoted, whole
-from prism.errors import PrismError
+from prism.errors import DRAWS, SEEDS, PrismError, flag, number, quoted, whole
 from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.judge.objective import tie_margin
-from prism.memory import in_batches, ran_out
 from prism.preference import LatentStore, PromptGroup, prompt_key
+from prism.team import in_batches, ran_out
 
 TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
 """The noise levels of the paper's Table 1."""

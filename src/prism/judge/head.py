@@ -10,7 +10,7 @@ With few queries the projections fold into the query. Per attention head h,
     logits = F W_p^T W_k,h^T q_h / sqrt(d)      needs only the vector a_h = W_p^T W_k,h^T q_h / sqrt(d) of size D_vis,
     read_h = W_v,h (W_p (sum_i w_i F_i) + b_p)  applies W_p and W_v to one weighted sum, as the weights sum to one,
 
-so that the cost is that of reading the tokens (``prism.judge.reading``), and no (B, L, D) tensor exists. A bias on
+so that the cost is that of reading the tokens (``prism.judge.pooling``), and no (B, L, D) tensor exists. A bias on
 keys, or in W_p as seen by the keys, adds the same number to all logits and cancels in the softmax.
 """
 
@@ -25,9 +25,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from prism import files
-from prism.checks import choice, quoted, whole
-from prism.errors import PrismError
-from prism.judge import reading
+from prism.errors import PrismError, choice, quoted, whole
+from prism.judge import pooling
 
 AGGREGATIONS = ("query", "mean", "linear")
 LARGEST = {"width": 2**20, "dim": 2**20, "num_dimensions": 1000, "num_queries": 2**16, "num_heads": 2**16}
@@ -117,13 +116,13 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
             if self.aggregation == "query":
                 return self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
             none = torch.zeros(1, self.width, device=visual.device)  # a query that looks at all tokens alike
-            mean = reading.read(none, visual, text, text_mask, self.chunk_size)[:, 0]
+            mean = pooling.read(none, visual, text, text_mask, self.chunk_size)[:, 0]
             return self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
 
     def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
         heads, size = self.num_heads, self.dim // self.num_heads
-        sums = reading.read(self._folded(), visual, text, text_mask, self.chunk_size)  # (B, N_q * heads, D_vis)
+        sums = pooling.read(self._folded(), visual, text, text_mask, self.chunk_size)  # (B, N_q * heads, D_vis)
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
         values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
         values = values.flatten(2) + self.w_v.bias
@@ -138,7 +137,7 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         if self.aggregation != "query":
             raise PrismError(f"A head with the aggregation {self.aggregation} has no query, and looks at all alike.")
         with torch.autocast(visual.device.type, enabled=False):
-            return reading.weights(self._folded(), visual, text, text_mask, self.chunk_size)
+            return pooling.weights(self._folded(), visual, text, text_mask, self.chunk_size)
 
     def _folded(self) -> Tensor:
         """a_h for each query and head, (N_q * heads, D_vis)."""

@@ -17,13 +17,12 @@ from torch import Tensor
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
-from prism.checks import DRAWS, flag, quoted, whole
-from prism.errors import PrismError
+from prism.errors import DRAWS, PrismError, flag, quoted, whole
 from prism.judge import checks
-from prism.judge import folder as folders
+from prism.judge import saved as folders
+from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
 from prism.judge.head import QueryHead, check_fits
 from prism.judge.objective import log_probabilities
-from prism.judge.training import trained_together, versions, warn_outside, warn_untrained
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536

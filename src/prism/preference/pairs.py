@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prism.checks import instance, listed, number, quoted
-from prism.errors import PrismError
+from prism.errors import PrismError, instance, listed, number, quoted
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
 PAIR_COLUMNS = ("prompt", "video_a", "video_b", "split")

@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
-from prism.checks import flag, instance, listed, quoted, whole
-from prism.errors import PrismError
+from prism.errors import PrismError, flag, instance, listed, quoted, whole
 from prism.preference import tables
 from prism.preference.pairs import (
     PAIR_COLUMNS,

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from prism import files
-from prism.checks import quoted
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 NUMBERS = (*FLOATS, "I8")  # eight bits come with a scale

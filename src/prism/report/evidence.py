@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 TIES = "with ties, threshold of validation pairs"
 METHOD = (
     "Intervals are 95 % bootstrap intervals over prompts; what another training of the judges would change is not in "
-    "them. `per_prompt/` holds the values per prompt that each is recomputed from (`prism.experiments.per_prompt`). "
+    "them. `per_prompt/` holds the values per prompt that each is recomputed from (`prism.lab.per_prompt`). "
     "Accuracy is that of decided pairs, which are no ties. A gain is the referee's overall score of the pick over the "
     "mean of its prompt's candidates, which is what a random pick gets on average, in pooled within-prompt standard "
     "deviations. A denoiser row is one evaluation of one sample by the denoiser."

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from prism import media
+from prism import video as media
 from prism.report import figures as plots
 from prism.report import wording
 from prism.report.metrics import validate

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from prism.backbone import Backbone
-from prism.backbone.calls import shows_adapters
-from prism.checks import number, quoted, whole
-from prism.errors import PrismError
+from prism.backbone.arguments import shows_adapters
+from prism.errors import PrismError, number, quoted, whole
 from prism.judge import Judge
-from prism.sampling import oracles
+from prism.sampling import ranking
 from prism.sampling.strategies import STRATEGIES
 
 RESERVED = {
@@ -42,7 +41,7 @@ def backbone_of(pipe: Any, judge: Any, strategy: Any, oracle: Any) -> tuple[Back
     if strategy == "oracle":
         if oracle is None:
             raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
-        oracles.check(oracle)
+        ranking.check(oracle)
     if judge is None:
         if strategy in JUDGED:
             raise PrismError(f'The strategy "{strategy}" needs a judge; load one with Judge.from_pretrained.')

@@ -12,19 +12,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.backbone.arguments import check_output_type, embedded_rows, normalised, of_prompt, texts
-from prism.backbone.obstacles import check_noise, check_whole, reproduction
-from prism.backbone.protocol import check as check_protocol
-from prism.backbone.recording import state_of
-from prism.checks import DRAWS, flag, quoted, whole
-from prism.errors import PrismError
-from prism.memory import halved, ran_out
+from prism.backbone.pipeline import check as check_protocol
+from prism.backbone.pipeline import check_whole
+from prism.errors import DRAWS, PrismError, flag, quoted, whole
 from prism.sampling import arguments
-from prism.sampling import schedule as schedules
+from prism.sampling import plan as schedules
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.plan import settle
-from prism.sampling.processes import Team, merged
 from prism.sampling.ranking import check_weights, ranking
-from prism.sampling.strategies import STRATEGIES, Search
+from prism.sampling.recording import state_of
+from prism.sampling.replay import check_noise, reproduction
+from prism.sampling.search import Search
+from prism.sampling.strategies import STRATEGIES
+from prism.team import Team, halved, merged, ran_out
 
 DEFAULT_JUDGE_AT = 700.0  # where a head reads finished latents best, in the paper's Table 1 and here
 
@@ -142,7 +142,7 @@ def best_of_n(
             one per prompt for as many results.
         n: number of candidates, 8 unless `seeds` are given, at most 10,000. Candidate i has seed `seed + i`, or
             `seeds[i]`. A `seed` of None is drawn; `result.seeds` tells.
-        schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.schedule`.
+        schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.plan`.
             None: `top_k` are kept after a fifth of the steps.
         strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of

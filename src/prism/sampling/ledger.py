@@ -6,21 +6,20 @@ import hashlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prism.backbone import Backbone
-from prism.backbone.conditioning import by_name, noisy_name
-from prism.backbone.interceptor import StopForward, around, around_module
-from prism.sampling.schedule import Schedule
+from prism.backbone.conditioning import by_name
+from prism.backbone.family import noisy_name
+from prism.backbone.wrapping import StopForward, around, around_module
 
-CFG = Literal["two_calls", "one_batch"]
 PARTS = ("denoiser", "head", "vae", "text", "scheduler")
 
 
@@ -210,71 +209,3 @@ def _peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# -- closed forms
-
-
-def cut_rows(
-    alive: int, keep: int, cfg: CFG, guided: bool | int, tap_share: float, listens: bool = True
-) -> tuple[float, bool]:
-    """Rows that the step of a cut from `alive` to `keep` costs, and whether its scores are read by a probe.
-
-    `guided` says whether an unconditional pass runs beside the conditional one, or how many passes there are in all.
-
-    Listening to the conditional pass costs that pass for all; a second, unconditional call then runs survivors only. A
-    probe runs the conditional rows as far as the tap, `tap_share` = k/L of a row each, and then the survivors in full.
-    The cheaper of the two is taken, or the probe where the denoiser is compiled as a whole (`listens` is false).
-    """
-    calls = 1 + guided if isinstance(guided, bool) else guided
-    listening = alive + (calls - 1) * keep if cfg == "two_calls" else calls * alive
-    probing = alive * tap_share + calls * keep
-    return (probing, True) if probing < listening or not listens else (float(listening), False)
-
-
-def early_rows(
-    n: int, calls: Sequence[int], schedule: Schedule, cfg: CFG, tap_share: float, listens: bool = True
-) -> float:
-    """Denoiser rows of an early run with a resolved schedule, the winners finished from their recordings.
-
-    calls: denoiser passes per step.
-    """
-    rows, alive, done = 0.0, n, 0
-    for step, keep in schedule:
-        rows += alive * sum(calls[done : step - 1]) + cut_rows(alive, keep, cfg, calls[step - 1], tap_share, listens)[0]
-        alive, done = keep, step
-    return rows + alive * sum(calls[done:])
-
-
-def expected_rows(
-    strategy: str,
-    n: int,
-    num_steps: int,
-    cfg: CFG,
-    guided: bool,
-    tap_share: float,
-    schedule: Schedule | None = None,
-    draft_steps: int = 0,
-    num_draws: int = 2,
-    top_k: int = 1,
-    listens: bool = True,
-    calls: Sequence[int] | None = None,
-    draft_calls: Sequence[int] | None = None,
-) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest.
-
-    `num_steps` and `draft_steps` are those that the scheduler makes. `calls`, `draft_calls`: denoiser passes per step
-    of the run and of a draft, where a guider guides some of the steps; None: two per step where guided, else one.
-    `listens`: see `cut_rows`.
-    """
-    calls = [1 + guided] * num_steps if calls is None else calls
-    drafted = sum([1 + guided] * draft_steps if draft_calls is None else draft_calls)
-    if strategy in ("none", "random"):
-        return float(sum(calls) * top_k)
-    if strategy == "oracle":
-        return float(n * sum(calls))
-    if strategy == "full":
-        return n * sum(calls) + n * num_draws * tap_share
-    if strategy == "draft":
-        return n * drafted + n * num_draws * tap_share + sum(calls) * top_k
-    return early_rows(n, calls, schedule or (), cfg, tap_share, listens)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prism.errors import PrismError
-
-from .assets import asset_folder
-from .grammar import prompts
-from .world import FPS
+from prism.shapeworld.generator import asset_folder
+from prism.shapeworld.grammar import prompts
+from prism.shapeworld.world import FPS
 
 if TYPE_CHECKING:
     from diffusers import WanPipeline
@@ -44,7 +43,7 @@ def pipeline(name: str = "default") -> WanPipeline:
     Raises PrismError where its files are missing or altered, or the name is none of these."""
     if name not in BACKBONES:
         raise PrismError(f'There is no embedded backbone "{name}"; choose one of {", ".join(BACKBONES)}.')
-    from . import recipe
+    from prism.shapeworld import generator
 
     folder = asset_folder("pipeline")
-    return recipe.load(folder) if name == "default" else recipe.load_weaker(folder, asset_folder(name))
+    return generator.load(folder) if name == "default" else generator.load_weaker(folder, asset_folder(name))

@@ -15,8 +15,7 @@ from scipy.special import ndtr
 
 from prism.errors import PrismError
 from prism.preference.pairs import PAIR_COLUMNS, label_matrix, overall
-
-from . import referee
+from prism.shapeworld import referee
 
 NAMES = tuple(referee.TIE_MARGINS)  # VQ, MQ, TA
 

@@ -16,7 +16,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from . import grammar, world
+from prism.shapeworld import grammar, world
 
 BLUR = 3.0  # pixels, standard deviation at strength 1
 NOISE = 0.10  # standard deviation at strength 1, in units of the pixels' range [0, 1]

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from prism.checks import whole
-from prism.errors import PrismError
+from prism.errors import PrismError, whole
 
 COLOURS = {
     "red": (0.90, 0.13, 0.13),

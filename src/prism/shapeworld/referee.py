@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import grammar, world
-from .sight import MIN_AREA, likelihood, mean, ramp
-from .sight import measure as measure
+from prism.shapeworld import grammar, world
+from prism.shapeworld.sight import MIN_AREA, likelihood, mean, ramp
+from prism.shapeworld.sight import measure as measure
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 # differences within a dimension that a viewer would call a tie

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import grammar, world
+from prism.shapeworld import grammar, world
 
 MIN_AREA = 12.0  # pixels; less is no thing
 HAZE = 0.15  # coverage below which a pixel is stained, not covered

@@ -23,12 +23,11 @@ from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 from prism import files, runs
-from prism.checks import SEEDS, number, whole
-from prism.errors import PrismError
-
-from . import CALL, recipe, world
-from . import vae as video_vae
-from .assets import write_manifest
+from prism.errors import SEEDS, PrismError, number, whole
+from prism.shapeworld import CALL, world
+from prism.shapeworld import generator as recipe
+from prism.shapeworld import generator as video_vae
+from prism.shapeworld.generator import write_manifest
 
 SHIFT = 3.0  # of the noise levels that are trained on
 DECAY = 0.3  # share of the steps, at the end, over which the step size falls

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .grammar import (
+from prism.shapeworld.grammar import (
     COLOURS,
     DEPTHS,
     DIRECTIONS,

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prism.checks import SEEDS, flag, instance, number, quoted, whole
-from prism.errors import PrismError
+from prism.errors import SEEDS, PrismError, flag, instance, number, quoted, whole
 from prism.judge.objective import OBJECTIVES
 
 MOST = 10**12  # of any whole setting

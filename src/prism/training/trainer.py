@@ -24,16 +24,14 @@ from prism.backbone.fingerprint import VERSIONED, fits
 from prism.errors import PrismError
 from prism.evaluation.evaluator import check_judge
 from prism.judge import Judge
+from prism.judge.checks import trained_together
 from prism.judge.judge import Member
-from prism.judge.training import trained_together
 from prism.preference import LatentStore
+from prism.team import Processes
 from prism.training.batches import Batch, Batches, training_groups
-from prism.training.checkpoint import load_checkpoint, save_checkpoint
-from prism.training.conditionings import Conditionings
 from prism.training.config import RESULTLESS, TrainConfig
-from prism.training.learner import Learner, Steps, read, store_identity
-from prism.training.processes import Processes
-from prism.training.validation import Validation
+from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint, store_identity
+from prism.training.validation import Conditionings, Validation
 
 # What decides which rows a step reads, and in which batches; `train_together` needs it alike.
 SHARED = (

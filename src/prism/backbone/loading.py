@@ -1,0 +1,253 @@
+"""A denoiser's first blocks alone, for a judge that stands by itself: later blocks are neither read nor allocated, and
+of a repository on the Hub not downloaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import hf_hub_download, snapshot_download
+from safetensors import safe_open
+
+from prism.backbone.family import Family
+from prism.backbone.parts import is_denoiser
+from prism.backbone.registry import component_class, family_named, loader
+from prism.errors import PrismError, quoted
+from prism.files import check_regular, read_json, safetensors_told
+from prism.team import ran_out
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+
+# The largest numbers that configurations may hold: diffusers and transformers make blocks, and tables of positions or
+# timesteps, before they look at a weight. Angles (rope_theta) are free.
+_MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks"), ("theta", "base")
+HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
+
+
+@contextmanager
+def folder_told(source: Any) -> Iterator[None]:
+    """Whatever diffusers and transformers raise of a folder is said in a sentence that names it."""
+    if isinstance(source, str | os.PathLike) and not os.path.exists(source) and os.fspath(source).count("/") != 1:
+        raise PrismError(
+            f"There is no folder {quoted(os.fspath(source), 120)}, and an id on the Hub is of the form owner/name; "
+            "name the folder or id of a diffusers pipeline, or leave it out for the embedded model."
+        )
+    try:
+        yield
+    except PrismError:
+        raise
+    except Exception as error:  # they raise all kinds, and a folder may hold anything
+        if ran_out(error):
+            raise
+        raise PrismError(
+            f"No diffusers pipeline could be loaded from {quoted(source, 120)}: {quoted(error)}"
+        ) from error
+
+
+def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
+    """See `Backbone.from_pretrained`."""
+    with folder_told(source):
+        if up_to is None:
+            return kind(load_whole(source, kwargs), reads)
+        pipe, reads, num_blocks = load_pipeline(source, up_to, reads, kwargs)
+        backbone = make(kind, pipe, reads, {"num_blocks": num_blocks, "partial": True})
+        backbone.default_tap = min(up_to, max(1, round(backbone.family.tap * num_blocks)))
+        return backbone
+
+
+def make(kind: type[Backbone], pipe: Any, reads: str | None, told: Mapping[str, Any]) -> Backbone:
+    """A backbone of whose attributes some were found out before: where it was partly loaded, or pickled."""
+    backbone = kind(pipe, reads or None)
+    vars(backbone).update(told)
+    return backbone
+
+
+def load_whole(source: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
+    """A pipeline from a folder or the Hub; one without facts is refused before gigabytes are loaded or fetched."""
+    known: Any = check_folder(Path(source)) if Path(source).exists() else None
+    kind: Any = DiffusionPipeline
+    if "custom_pipeline" not in kwargs:
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
+        kind = loader(str((known or kind.load_config(source, **hub)).get("_class_name")))
+    return kind.from_pretrained(source, **kwargs)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json, once nothing in its folder would keep a loader from coming back.
+
+    Raises PrismError for what is no regular file, and for configurations that ask for what no machine holds.
+    """
+    if folder.is_dir() and not os.path.lexists(folder / "model_index.json"):
+        raise PrismError(
+            f"The folder {folder} holds no diffusers pipeline: its model_index.json does not exist; name "
+            "the folder that the pipeline's save_pretrained wrote."
+        )
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise PrismError(f"The file {folder / 'model_index.json'} does not name a pipeline's class (_class_name).")
+    places = [folder, *(folder / name for name in index if not name.startswith("_"))]
+    for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
+        if path.is_dir() and path.suffix not in (".json", ".safetensors"):
+            continue
+        if path.exists() or path.is_symlink():
+            check_regular(path)
+        if path.name in ("config.json", "scheduler_config.json"):
+            for name, value in _numbers(read_json(path)):
+                most = _MOST_BLOCKS if any(word in name for word in _DEPTHS) else _MOST
+                if value > most and not any(word in name for word in _FREE):
+                    raise PrismError(f"The file {path} says {quoted(name, 80)} = {value:g}; no model is so large.")
+    return index
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number in a configuration, with the name of its field."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+
+
+def load_pipeline(
+    source: str, up_to: int, reads: str | None, kwargs: dict[str, Any]
+) -> tuple[DiffusionPipeline, str, int]:
+    """A pipeline with the first `up_to` blocks of the denoiser that is read: it, that one's name, its number of blocks
+    when whole. Of another denoiser one block is loaded.
+
+    Args:
+        source: a folder, or an id on the Hub, of which the denoisers' shards that are needed are fetched.
+        kwargs: as of diffusers' `from_pretrained`; `variant` names the weights' files.
+    """
+    folder, fetch = Path(source), None
+    hub = {name: kwargs[name] for name in HUB if name in kwargs}
+    if not folder.exists():
+        fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
+        folder = Path(fetch("model_index.json")).parent
+    index = check_folder(folder)
+    kind = loader(index["_class_name"])  # which knows, unlike its base class, that denoisers are components
+    family = family_named(index["_class_name"])
+    names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
+    read = reads or next(iter(names), "")
+    if read not in names:
+        raise PrismError(f"The pipeline in {source} has no denoiser {read!r}; it has {', '.join(names) or 'none'}.")
+    if fetch is not None:
+        given = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        kind.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
+        known = _known(snapshot_download, hub)
+        folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **known))
+    loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, kwargs, fetch) for name in names}
+    models = {name: model for name, (model, _) in loaded.items()}
+    return kind.from_pretrained(str(folder), **kwargs, **models), read, loaded[read][1]
+
+
+def _known(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that this version of the Hub's client takes."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in taken}
+
+
+def load_denoiser(
+    folder: Path,
+    name: str,
+    family: Family,
+    up_to: int,
+    kwargs: Mapping[str, Any],
+    fetch: Callable[[str], Any] | None = None,
+) -> tuple[Any, int]:
+    """The denoiser in `folder/name` with its first `up_to` blocks, and how many it has.
+
+    Only the shards that hold what is wanted are opened, so that others may be absent. `fetch` brings a file of the
+    folder, by its path in it. Weights get the dtype that diffusers would give them.
+
+    Raises:
+        PrismError: for a tap beyond the model, or where a file or a tensor is missing.
+    """
+    place = folder / name
+    index = read_json(folder / "model_index.json")
+    kind = component_class(index[name][0], index[name][1], index["_class_name"])
+    with init_empty_weights():
+        model = kind.from_config(kind.load_config(str(place)))
+    total = len(family.block_list(model))
+    if not 1 <= up_to <= total:
+        raise PrismError(
+            f"Blocks up to {up_to} are asked for, and this denoiser, {type(model).__name__}, has {total}; a head that "
+            "reads after more is one of another model."
+        )
+    for part, kept in family.first_blocks(model, up_to):
+        del part[kept:]
+    tensors = _tensors(place, list(model.state_dict()), kwargs.get("variant"), fetch)
+    model.load_state_dict(_cast(model, tensors, kwargs.get("torch_dtype", kwargs.get("dtype")), name), assign=True)
+    return model.eval(), total
+
+
+def _tensors(
+    place: Path, names: list[str], variant: str | None, fetch: Callable[[str], Any] | None
+) -> dict[str, torch.Tensor]:
+    """These tensors by name, from one file or from the shards that hold them."""
+    single, several = (_of_variant(name, variant) for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    index = place / several
+    where = _weight_map(index) if index.exists() else dict.fromkeys(names, single)
+    found: dict[str, torch.Tensor] = {}
+    for shard in sorted({where[name] for name in names if name in where}):
+        path = place / shard
+        try:
+            if fetch is not None:
+                fetch(f"{place.name}/{shard}")
+        except OSError as error:
+            raise PrismError(
+                f"The file {place.name}/{shard}, which the head reads, could not be fetched: {error}"
+            ) from error
+        if not path.is_file():
+            raise PrismError(f"The file {path} is missing; it holds blocks that the head reads.")
+        check_regular(path)
+        with safetensors_told(path), safe_open(str(path), framework="pt") as opened:
+            held = set(opened.keys())
+            for name in names:
+                if where.get(name) == shard and name in held:
+                    found[name] = opened.get_tensor(name)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise PrismError(f"The weights in {place} lack {missing[0]!r}; the download may not be complete.")
+    return found
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> the shard beside `index` that holds it."""
+    content = read_json(index)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(where.values()) if isinstance(where, dict) else [None]
+    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise PrismError(f"The 'weight_map' of {index} does not name files beside it.")
+    return where
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    start, _, kind = name.rpartition(".")
+    return name if variant is None else f"{start}.{variant}.{kind}"
+
+
+def _cast(model: Any, tensors: dict[str, torch.Tensor], dtype: Any, component: str) -> dict[str, torch.Tensor]:
+    """Weights in the dtype that diffusers would load them in: some parts of some models stay in float32."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get(component, dtype.get("default", torch.float32))
+    dtype = torch.float32 if dtype is None else dtype
+    wide = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: value.to(torch.float32 if wide & set(name.split(".")) else dtype) if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }

@@ -1,0 +1,259 @@
+"""The contract of a pipeline: what one outside diffusers has to offer, and which modifications are refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from prism.errors import PrismError
+
+if TYPE_CHECKING:
+    from prism.backbone.family import Family
+
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from prism.backbone.parts import unwrapped
+from prism.backbone.patches import check_patches
+from prism.errors import quoted, reason
+from prism.team import CALLERS, ran_out
+
+CALL = ("generator", "num_inference_steps", "output_type")  # what every call of a pipeline must take
+
+
+class Scheduler(Protocol):
+    """Steps the latents. Its attributes are put back after a call: state is assigned to them, not written into them."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Called once a step, after its denoiser calls, with whatever the loop gives it. Gives the next latents
+        (B, ...): themselves, first in a tuple, or as `.prev_sample`."""
+
+
+class VAE(Protocol):
+    """Turns videos (B, 3, F, H, W) in [-1, 1] into latents (B, C, T, h, w) and back; an `nn.Module`, or not."""
+
+    def encode(self, x: Tensor) -> Any:
+        """The latents: themselves, or a posterior `.latent_dist` with a `.mode()`."""
+
+    def decode(self, z: Tensor) -> Any:
+        """The videos: themselves, first in a tuple, or as `.sample`."""
+
+
+class Pipeline(Protocol):
+    """What `Backbone`, and with it judges and `best_of_n`, use of a pipeline.
+
+    Attributes:
+        family: the row of facts of this denoiser (`prism.backbone.Family`): its lists of blocks, the names of its
+            arguments, its clock, its form of guidance.
+        components: the parts by name. Among them the denoiser, an `nn.Module` called `transformer` (a second one
+            `transformer_2`) or `unet`, which is an attribute of that name as well; parts whose names begin with
+            `text_encoder` are run once a text. Modules among them are in evaluation mode while PRISM calls.
+        scheduler, vae: as above. Both are also looked up here, by these names, at every use.
+
+    The denoiser is called as a module, `self.transformer(...)`, so that hooks run, with its arguments by name or by
+    position, the timestep as a tensor, () or (B,). It gives a tensor (with `gives_tensor` in the family), a tuple that
+    begins with it, or an object with `.sample`. Each block of the family's lists is called as a module too, in order
+    and once a denoiser call, and gives the video's tokens (B, L, D_vis) in raster order t, h, w.
+
+    Used where they are there, as diffusers pipelines have them: `config` (`boundary_ratio`, of two denoisers),
+    `tokenizer` (with a call argument `max_sequence_length`: a longer prompt is warned of), `encode_prompt(prompt, ...)`
+    giving a tuple of tensors (one row a prompt: candidates then share one encoding), `guider`, `_execution_device`,
+    `maybe_free_model_hooks()`, `_progress_bar_config` (`{"disable": True}` while PRISM calls).
+    """
+
+    family: Family
+    scheduler: Scheduler
+    vae: VAE
+
+    @property
+    def components(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, prompt: Any, *, generator: Any, num_inference_steps: int, output_type: str) -> Any:
+        """Sample; the first item of the result, `result[0]`, holds one video a prompt.
+
+        Args:
+            prompt: one text, or a list with one a row (where the family takes prompts).
+            generator: a CPU generator, or a list with one a row: the only source of randomness. The first noise of a
+                row is the same whatever the other rows and the number of steps.
+            num_inference_steps: steps of the loop; has a default.
+            output_type: "np" for videos (B, F, H, W, 3) in [0, 1], "latent" for what the loop ends with.
+
+        Further arguments (height, num_frames, guidance_scale, ...) are those that users may give to `best_of_n` and
+        the judge. Guidance is off at 1 or less of the argument that the family names; on, the unconditional rows come
+        where the family says.
+        """
+
+
+def check(pipe: Any, family: Family) -> None:
+    """Raise PrismError naming what an object lacks to be used as a pipeline."""
+    kind = type(pipe).__name__
+    for owner, name in (("", "components"), ("", "scheduler"), ("scheduler", "step"), ("", "vae"), ("vae", "decode")):
+        if not hasattr(getattr(pipe, owner) if owner else pipe, name):
+            member = f"{owner}.{name}" if owner else name
+            raise PrismError(f"The pipeline {kind} lacks the member {member!r}; see prism.backbone.Pipeline.")
+    if not callable(pipe):
+        raise PrismError(f"The pipeline {kind} cannot be called; see prism.backbone.Pipeline.")
+    taken = inspect.signature(type(pipe).__call__).parameters
+    for name in CALL + (("prompt",) if family.prompts else ()):
+        if name not in taken:
+            raise PrismError(
+                f"The call of the pipeline {kind} lacks the argument {name!r}; see prism.backbone.Pipeline."
+            )
+    prompt = taken.get("prompt")
+    if not family.prompts and prompt is not None and prompt.default is prompt.empty:
+        raise PrismError(f"The call of the pipeline {kind} needs a prompt; say prompts=True in its family.")
+
+
+# Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
+_CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
+_SLICES = ("cp_input", "cp_output")
+_MEASURED_PROMPTS = 10_000  # whose length is remembered
+_LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
+_BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}  # who broke is who called them
+_MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
+
+
+def check_denoisers(backbone: Any) -> None:
+    """Raise PrismError where a denoiser was taken off the pipeline, or the one that is read was replaced by one with
+    other blocks, since the backbone was made of it."""
+    gone = [name for name, part in zip(backbone.denoiser_names, backbone.denoisers) if not isinstance(part, nn.Module)]
+    if gone:
+        raise PrismError(
+            f"The pipeline's {gone[0]} was taken off, found {quoted(getattr(backbone.pipe, gone[0]), 40)}; put it back."
+        )
+    try:
+        widths = backbone.family.block_widths(backbone.denoiser)
+    except Exception:  # a model of another family
+        widths = []
+    if widths != backbone.widths:
+        has = f"{len(widths)} blocks of width {widths[0]}" if widths else "none of them"
+        raise PrismError(
+            f"The pipeline's {backbone.reads} was replaced: the judge was put onto one with {len(backbone.widths)} "
+            f"blocks of width {backbone.widths[0]}, and this {type(unwrapped(backbone.denoiser)).__name__} has {has}; "
+            "put a judge onto the pipeline as it is now."
+        )
+
+
+def check_whole(denoisers: tuple[Any, ...]) -> None:
+    """Raise PrismError where a denoiser's blocks are skipped by a cache or a patch, or see a slice of the tokens."""
+    for denoiser in denoisers:
+        hooks = {
+            name
+            for module in denoiser.modules()
+            if "_diffusers_hook" in vars(module)
+            for name in vars(module)["_diffusers_hook"].hooks
+        }
+        if getattr(denoiser, "is_cache_enabled", False) or any(part in name for name in hooks for part in _CACHES):
+            raise PrismError(
+                "The denoiser's cache skips blocks that the head reads and goes by calls that are not made; "
+                "call disable_cache() on it first."
+            )
+        parallel = getattr(denoiser, "_parallel_config", None)
+        sliced = getattr(parallel, "context_parallel_config", None) is not None
+        if sliced or any(name.startswith(_SLICES) for name in hooks):
+            raise PrismError(
+                "The denoiser runs with context parallelism, where each process sees a slice of the tokens and a head "
+                "needs them all; load it without, and give each process candidates of its own."
+            )
+        check_patches(denoiser)
+
+
+@contextmanager
+def misfits_told(pipe: Any) -> Iterator[None]:
+    """Where torch finds devices or dtypes that do not fit, and the pipeline's parts have several, they are named."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
+        parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        floats = {name: (p for p in part.parameters() if p.is_floating_point()) for name, part in parts.items()}
+        firsts = {name: next(values, None) for name, values in floats.items()}
+        places = {name: f"{p.device} {p.dtype}".replace("torch.", "") for name, p in firsts.items() if p is not None}
+        if len(set(places.values())) < 2 or not _MISFIT.search(str(error)):
+            raise
+        told = ", ".join(f"{name} {place}" for name, place in places.items())
+        raise PrismError(
+            f"The parts of {type(pipe).__name__} do not fit together ({told}); bring them to one device and dtype. "
+            f"torch says: {quoted(error, 160)}"
+        ) from error
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether a pipeline's own code broke: not PRISM's, nor a caller's own kind of exception, nor an allocator."""
+    plain = isinstance(error, Exception) and type(error).__module__.split(".")[0] in ("builtins", "torch", "numpy")
+    if not plain or ran_out(error):
+        return False
+    modules = list(_modules(error))
+    return bool(modules) and not modules[-1].startswith("prism.")
+
+
+def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
+    """What a pipeline's call that raised is told as, at a 1-based step, or 0 before it made any; None: as it is."""
+    kind = type(pipe).__name__
+    if not step:
+        refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
+        return PrismError(f"{kind} refused the call: {reason(error)}.") if refused else None
+    broke = is_pipelines(error, pipe) and not getattr(error, CALLERS, False)
+    return PrismError(f"{kind} broke at step {step}: {reason(error)}.") if broke else None
+
+
+@contextmanager
+def callers_own() -> Iterator[None]:
+    """What a caller's callback raises inside passes as it is, whatever of the pipeline's it called."""
+    try:
+        yield
+    except Exception as error:
+        setattr(error, CALLERS, True)
+        raise
+
+
+def is_pipelines(error: BaseException, pipe: Any) -> bool:
+    """Whether a pipeline's code broke on the way, and no function of the caller's that it called, such as a hook."""
+    called = [module for module in _modules(error) if module.split(".")[0] not in _BENEATH]
+    home = type(pipe).__module__
+    return is_foreign(error) and bool(called) and (called[-1] == home or called[-1].split(".")[0] in _LIBRARIES)
+
+
+def _modules(error: BaseException) -> Iterator[str]:
+    """The names of the modules that an exception went through, innermost last."""
+    trace = error.__traceback__
+    while trace is not None:
+        yield str(trace.tb_frame.f_globals.get("__name__"))
+        trace = trace.tb_next
+
+
+@contextmanager
+def breaks_told(part: Any, work: str) -> Iterator[None]:
+    """Where a part of a pipeline breaks at its work, as one whose configuration was altered does, it is named."""
+    try:
+        yield
+    except Exception as error:
+        if not is_foreign(error):
+            raise
+        raise PrismError(
+            f"{type(unwrapped(part)).__name__} broke while {work}: {reason(error)}; its "
+            "configuration or weights may be damaged."
+        ) from error
+
+
+def warn_cut_off(prompts: Sequence[str], tokenizer: Any, limit: int, raisable: bool, measured: dict[str, None]) -> None:
+    """Warn, once each, of prompts that have more tokens than the pipeline takes; `measured` are those seen before."""
+    new = [prompt for prompt in prompts if prompt not in measured]
+    for prompt, ids in zip(new, tokenizer(new).input_ids if new else ()):
+        if len(ids) > limit:
+            warnings.warn(
+                f"The prompt {prompt[:60]!r} has {len(ids)} tokens and the pipeline takes {limit}; it is cut off "
+                "there. Shorten it" + (", or raise max_sequence_length." if raisable else "."),
+                stacklevel=4,
+            )
+    measured.update(dict.fromkeys(new))
+    for old in list(measured)[:-_MEASURED_PROMPTS]:
+        del measured[old]

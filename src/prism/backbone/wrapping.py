@@ -1,0 +1,298 @@
+"""Wrappers around a pipeline's parts for the time of one call: one search at a time, all put back afterwards."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from prism.backbone.conditioning import by_name
+from prism.backbone.pipeline import failure, misfits_told
+from prism.errors import PrismError
+
+if TYPE_CHECKING:
+    pass
+
+
+_CIRCLE = (
+    "This thread works with one pipeline and asks for another whose own search waits for the first; let one thread "
+    "at a time use both."
+)
+
+
+class _Here(threading.local):
+    """This thread's own: the pipelines it holds, and how many holds are open, one inside another."""
+
+    def __init__(self) -> None:
+        self.pipes: list[Any] = []
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return threading.get_ident(), len(self.pipes)
+
+
+here = _Here()
+_changed = threading.Condition()
+_holders: dict[int, int] = {}  # the thread that holds a part, by the part's id
+_wanted: dict[int, set[int]] = {}  # the ids of what a waiting thread waits for
+
+
+@contextmanager
+def held(pipe: Any) -> Iterator[None]:
+    """While open no other thread searches, reads or encodes with this pipeline, or with one that shares a part.
+
+    Who comes second waits; a thread that holds the pipeline already goes on at once. All modules are in evaluation
+    mode meanwhile, and each has the `training` flag that it had afterwards.
+
+    Raises:
+        PrismError: where two threads would wait for each other for ever.
+    """
+    if any(each is pipe for each in here.pipes):
+        here.pipes.append(pipe)
+        try:
+            yield
+        finally:
+            here.pipes.pop()
+        return
+    parts = [part for part in (*pipe.components.values(), pipe.scheduler, pipe) if hasattr(part, "__dict__")]
+    modules = [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
+    keys = {id(part) for part in (*parts, *modules)}
+    taken: set[int] = set()
+    training: list[nn.Module] = []
+    try:
+        _take(keys, taken)
+        here.pipes.append(pipe)
+        for module in modules:
+            if module.training:
+                training.append(module)
+                module.training = False  # not by `eval()`, which some models answer by changing their weights
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        if here.pipes and here.pipes[-1] is pipe:
+            here.pipes.pop()
+        with _changed:
+            for key in taken:
+                del _holders[key]
+            _changed.notify_all()
+
+
+def _take(keys: set[int], taken: set[int]) -> None:
+    """Wait until all of `keys` are free or this thread's, and note in `taken` those that it did not have."""
+    me = threading.get_ident()
+    with _changed:
+        try:
+            while _others(keys, me):
+                _wanted[me] = keys
+                if _waits_for(me, me, set()):
+                    raise PrismError(_CIRCLE)
+                _changed.wait()
+        finally:
+            _wanted.pop(me, None)
+        for key in keys - _holders.keys():
+            _holders[key] = me
+            taken.add(key)
+
+
+def _others(keys: set[int], me: int) -> set[int]:
+    """The other threads that hold some of `keys`."""
+    return {_holders[key] for key in keys & _holders.keys()} - {me}
+
+
+def _waits_for(thread: int, target: int, passed: set[int]) -> bool:
+    """Whether `thread` waits for what `target` holds, or for who waits for it."""
+    passed.add(thread)
+    for other in _others(_wanted.get(thread, set()), thread):
+        if other == target or (other not in passed and _waits_for(other, target, passed)):
+            return True
+    return False
+
+
+def _after_fork() -> None:
+    """In a child process no other thread lives, and none of the parent's searches goes on."""
+    global _changed
+    _changed = threading.Condition()
+    _wanted.clear()
+    me = threading.get_ident()
+    for key in [key for key, holder in _holders.items() if holder != me]:
+        del _holders[key]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+_ABSENT = object()
+# What the offloading machinery of diffusers and accelerate keeps on a pipeline: theirs to change, not ours to restore.
+_OFFLOADING = {"_all_hooks", "_offload_gpu_id", "_offload_device", "_internal_dict"}
+
+
+class StopForward(Exception):
+    """Ends a denoiser's forward pass after a block."""
+
+    def __init__(self, block: int):
+        super().__init__(block)
+        self.block = block
+
+
+class StopCall(Exception):
+    """Ends a pipeline call at one of its denoiser calls."""
+
+
+@contextmanager
+def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
+    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there.
+
+    Calls that another thread makes meanwhile go straight to `inner`, and unless `reads` so do those of a judge that
+    reads inside the call that is watched, from the user's callback.
+    """
+    target = getattr(target, "_orig_mod", target)  # what torch.compile gives hands its attributes on
+    found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
+    wrapper = _Around(wrapper, inner, reads)
+
+    @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(*args, **kwargs)
+
+    try:
+        setattr(target, name, call)
+        yield
+    finally:
+        if found is not _ABSENT:
+            setattr(target, name, found)
+        elif name in vars(target):
+            delattr(target, name)
+
+
+class _Around:
+    """A wrapper around a call, which may itself be wrapped; see `around` for the calls that it lets pass."""
+
+    def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any], reads: bool):
+        self.wrapper, self.inner, self.reads, self.place = wrapper, inner, reads, here.place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        (thread, depth), place = self.place, here.place
+        if place[0] != thread or not (self.reads or place[1] == depth):
+            return self.inner(*args, **kwargs)
+        return self.wrapper(self.inner, *args, **kwargs)
+
+
+@contextmanager
+def around_module(module: nn.Module, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
+    """While open, `module(...)` is `wrapper(inner, ...)`; see `around`.
+
+    This stands where `Module.compile` stands, outside `forward` and all hooks: an answered call moves no offloaded
+    weights, accelerate may remove and re-add its hooks meanwhile, and compiled modules stay compiled.
+    """
+    found = vars(module).get("_compiled_call_impl", _ABSENT)
+    inner = module._compiled_call_impl or module._call_impl
+    try:
+        module._compiled_call_impl = _Around(wrapper, inner, reads)
+        yield
+    finally:
+        if found is not _ABSENT:
+            module._compiled_call_impl = found
+        else:
+            vars(module).pop("_compiled_call_impl", None)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is compiled as a whole: by `torch.compile(module)`, its `compile()`, or its `forward` alone."""
+    call = vars(module).get("_compiled_call_impl")
+    while isinstance(call, _Around):
+        call = call.inner
+    compiled = (call, vars(module).get("forward"))
+    return any(hasattr(each, "_torchdynamo_orig_callable") for each in compiled)
+
+
+@contextmanager
+def state_kept(pipe: Any) -> Iterator[None]:
+    """Restores what a call leaves on the pipeline and on its parts that are no modules (scheduler, guider), so that
+    the next call starts as this one did; progress bars are off meanwhile.
+    """
+    parts = {id(part): part for part in (*pipe.components.values(), pipe.scheduler) if _has_state(part)}
+    before = {key: (dict(vars(part)), _contents(vars(part))) for key, part in parts.items()}
+    own = dict(vars(pipe))
+    try:
+        pipe._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        if hasattr(getattr(pipe, "guider", None), "set_state"):  # where the user's own call before left its last step
+            pipe.guider.set_state(step=None, num_inference_steps=None, timestep=None)
+        yield
+    finally:
+        for key, part in parts.items():
+            attributes, contents = before[key]
+            vars(part).clear()
+            vars(part).update(attributes)
+            for name, content in contents.items():
+                _refill(attributes[name], content)
+        for name in [name for name in vars(pipe) if name.startswith("_") and name not in _OFFLOADING]:
+            if name not in own:
+                delattr(pipe, name)
+            elif vars(pipe)[name] is not own[name]:
+                setattr(pipe, name, own[name])
+
+
+def _has_state(part: Any) -> bool:
+    """Whether a call may leave something on a part: modules keep nothing, and tokenizers hold much and keep nothing."""
+    return hasattr(part, "__dict__") and not isinstance(part, nn.Module | PreTrainedTokenizerBase | type)
+
+
+def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of the plain containers among them, which a call may change in place."""
+    return {name: value.copy() for name, value in attributes.items() if type(value) in (list, dict, set)}
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int] = lambda: 0) -> Any:
+    """The stock call's result, or None where it was ended by `StopCall`. It leaves the pipeline as it found it.
+
+    What it refuses, or where its own code breaks, is a PrismError; what callers' callbacks raise passes as it is.
+    """
+    try:
+        with misfits_told(pipe), state_kept(pipe):
+            return pipe(**call)
+    except StopCall:
+        free_hooks(pipe)  # the stopped call did not come to its own
+        return None
+    except BaseException as error:
+        free_hooks(pipe)
+        if (told := failure(pipe, error, step())) is not None:
+            raise told from error
+        raise
+
+
+def free_hooks(pipe: Any) -> None:
+    """What a pipeline does at the end of a call: offloaded models go back to where they wait."""
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
+
+
+def capture(
+    pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any], look: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """The arguments, by name, of the first denoiser call that `pipe(**call)` was about to make; `look` is called there.
+    Empty where it makes none.
+    """
+    kept: dict[str, Any] = {}
+
+    def keep(denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> None:
+        kept.update(by_name(denoiser, args, kwargs))
+        look()
+        raise StopCall
+
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.enter_context(around_module(denoiser, partial(keep, denoiser)))
+        run_until_stopped(pipe, call)
+    return kept

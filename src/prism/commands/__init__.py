@@ -1,0 +1,1 @@
+"""The commands of `prism`: one file a command, its settings and its `run`."""

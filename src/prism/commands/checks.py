@@ -1,0 +1,361 @@
+"""What holds for every supported pipeline, checked on one: the matrix of tests runs these on tiny pipelines, and
+`prism doctor --family` on a pipeline with a row of facts of the user's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from PIL import ImageOps
+from torch import Tensor
+
+from prism.backbone import layout
+from prism.backbone.conditioning import by_name
+from prism.backbone.family import argument_of, noisy_name
+from prism.commands.subject import Subject, difference, require
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.sampling import best_of_n
+
+
+def grid(subject: Subject) -> dict[str, Any]:
+    """Changing one latent cell changes most the token of its place on the grid; where a frame is given, the denoiser
+    is shown it whatever a latent holds there."""
+    backbone, family = subject.backbone, subject.backbone.family
+    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    shape = subject.latents().shape
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    t = sum(backbone.t_range) / 2
+    plain = backbone.tokens(latents, conditioning, t, 1)
+    expected = (1, math.prod(plain.grid), backbone.widths[0])
+    require(
+        tuple(plain.visual.shape) == expected,
+        f"tokens after block 1 have the shape {tuple(plain.visual.shape)} instead of {expected}: say widths",
+    )
+    cells = layout.unpack(latents, family.layout, plain.grid)
+    sizes = [extent // tokens for extent, tokens in zip(cells.shape[2:], plain.grid)]
+    given = 0 if conditioning.given is None else 1  # type: ignore[union-attr]  # noise is not looked at there
+    rng = np.random.default_rng(0)
+    places = [(min(given, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
+    for _ in range(4):
+        places.append(tuple(int(rng.integers(min(given, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid)))
+    for place in places:
+        changed = cells.clone()
+        where = [slice(p * size, (p + 1) * size) for p, size in zip(place, sizes)]
+        changed[:, :, where[0], where[1], where[2]] += 5
+        moved = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1).visual - plain.visual
+        found = tuple(int(i) for i in np.unravel_index(int(moved.norm(dim=-1)[0].argmax()), plain.grid))
+        require(
+            found == place,
+            f"on the grid {plain.grid} a change at {place} moves most the token at {found}: look at layout, patch, "
+            "token_form, video_output, tokens_before",
+        )
+    if given:
+        changed = cells.clone()
+        changed[:, :, 0] += 5
+        moved_tokens = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1)
+        require(torch.equal(moved_tokens.visual, plain.visual), "a latent's given frame is read: look at first_frame")
+    return {"grid": "x".join(map(str, plain.grid)), "tap": f"{backbone.default_tap}/{backbone.num_blocks}"}
+
+
+def early_exit(subject: Subject) -> dict[str, Any]:
+    """Stopping after a block gives the same states to the bit, and later blocks are not called."""
+    backbone = subject.backbone
+    conditioning = backbone.condition(subject.prompts(1), **subject.call)
+    latents, t, tap = subject.latents(), sum(backbone.t_range) / 2, backbone.default_tap
+    ran: list[int] = []
+    handles = [b.register_forward_hook(lambda *_, i=i: ran.append(i + 1)) for i, b in enumerate(backbone.blocks)]
+    try:
+        stopped = backbone.tokens(latents, conditioning, t, tap)
+        first, expected = list(ran), list(range(1, tap + 1))
+        whole = backbone.tokens(latents, conditioning, t, tap, stop=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    require(
+        first == expected and ran[tap:] == list(range(1, backbone.num_blocks + 1)),
+        f"up to block {tap} the blocks {first} ran: say blocks in the order in which they run, each once a call",
+    )
+    require(torch.equal(stopped.visual, whole.visual), "the tokens of a stopped pass are others: look at blocks")
+    return {}
+
+
+def clock(subject: Subject) -> dict[str, Any]:
+    """At every timestep of a stock run the level found is the run's own: its timestep comes back, and a re-noised
+    latent is what the scheduler makes of it."""
+    backbone, family = subject.backbone, subject.backbone.family
+    scheduler = backbone.pipe.scheduler
+    try:
+        family.check_scheduler(scheduler)
+    except PrismError as error:
+        raise PrismError(f"Look at clock, or at the scheduler: {error}") from error
+    with subject.calls() as seen:
+        subject.plain(output_type="latent")
+    steps = [float(argument_of(arguments, family, "timestep_argument").max()) for arguments, _ in seen]
+    levels = [family.t_of(scheduler, step) for step in steps]
+    strength = (
+        subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
+    )  # of which a call makes the last steps
+    told = f"timesteps {steps[0]:g} to {steps[-1]:g} are told as t = {levels[0]:g} to {levels[-1]:g}"
+    require(
+        levels == sorted(levels, reverse=True) and levels[0] > 0.8 * backbone.t_range[1] * strength,
+        f"{told}, which does not fall from noise: look at clock and timestep_of_one",
+    )
+    z, noise = torch.randn(2, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    for step, t in zip(steps, levels):
+        alpha, sigma, timestep = family.level(scheduler, torch.tensor([t]))
+        require(
+            math.isclose(float(timestep), step, rel_tol=1e-4, abs_tol=1e-3),
+            f"the timestep {step:g} is t = {t:g}, which is the timestep {float(timestep):g}: look at clock "
+            "and timestep_of_one",
+        )
+        if t == 0:  # exactly clean by our definition, nearly so by some schedulers'
+            continue
+        expected = _scheduler_noise(family, scheduler, z, noise, step)
+        table = getattr(scheduler, "timesteps", steps)
+        whole = isinstance(table, Tensor) and not table.is_floating_point()  # up to a thousandth is cut off a level
+        atol = 1.1e-3 * float((noise - z).abs().max()) if whole else 3e-3
+        found = alpha * z + sigma * noise
+        require(
+            torch.allclose(found, expected, atol=atol, rtol=1e-3),
+            f"at the timestep {step:g} a latent is noised otherwise than by {type(scheduler).__name__}, by up to "
+            f"{float((found - expected).abs().max()):.1g}: look at clock",
+        )
+    return {}
+
+
+def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step: float) -> Tensor:
+    """What a denoiser called with `step` is given of z, by the formula of the scheduler's class."""
+    if family.clock == "ddpm":
+        return scheduler.add_noise(z, noise, torch.tensor([int(step)]))
+    if family.clock == "euler":
+        place = int((scheduler.timesteps - step).abs().argmin())
+        return (z + scheduler.sigmas[place] * noise) / (scheduler.sigmas[place] ** 2 + 1) ** 0.5
+    if family.clock == "edm":
+        sigma = float(np.exp(4 * step))
+        data = float(scheduler.config.get("sigma_data", 1.0))
+        return (z + sigma * noise) / (sigma**2 + data**2) ** 0.5
+    own, place_or_none = _at(scheduler, 1000 * step / family.timestep_of_one)
+    if place_or_none is not None and not scheduler.config.get("invert_sigmas"):  # which diffusers noises the wrong way
+        if hasattr(own, "scale_noise"):
+            return own.scale_noise(z, own.timesteps[place_or_none : place_or_none + 1], noise)
+        return own.add_noise(z, noise, own.timesteps[place_or_none : place_or_none + 1])
+    if not isinstance(family.clock, str):  # nothing to hold it against
+        alpha, sigma, _ = family.level(scheduler, torch.tensor([family.t_of(scheduler, step)]))
+        return alpha * z + sigma * noise
+    share = step / family.timestep_of_one
+    share = 1 - share if family.clock == "rising_flow" else share
+    return (1 - share) * z + share * noise
+
+
+def _at(scheduler: Any, step: float) -> tuple[Any, int | None]:
+    """The scheduler as if no step had been made, and the place of a timestep in its table, which alone it can noise
+    to; None for what is not in it (Cosmos passes sigmas), or is none of diffusers'."""
+    if not isinstance(scheduler, SchedulerMixin):
+        return scheduler, None
+    own = copy.deepcopy(scheduler)
+    own._step_index = own._begin_index = None
+    place = int((own.timesteps - step).abs().argmin())
+    return own, place if abs(float(own.timesteps[place]) - step) < 1e-2 else None
+
+
+def vae(subject: Subject) -> dict[str, Any]:
+    """What the stock call gives its VAE is our denormalised latents, its frames are our decoded ones, normalising
+    inverts denormalising, and what best_of_n gives as latents decodes to its video."""
+    backbone, family = subject.backbone, subject.backbone.family
+    latents = subject.latents()
+    with subject.decoding() as given:
+        video = subject.plain(output_type="np")
+    places = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
+    cells = layout.unpack(latents, family.layout, places.grid)
+    require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
+    ours, theirs = family.denormalise(backbone.pipe, cells), torch.cat(given).to(cells)
+    ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frames else ours
+    frames = theirs.shape[2] if theirs.ndim == 5 else None
+    if frames and ours.ndim == 5:  # of those that a loop carries beside the video's
+        ours = ours[:, :, -frames:] if family.frames_more == "before" else ours[:, :, :frames]
+    error = difference(ours, theirs)
+    require(
+        error < subject.tolerance(1e-5),
+        f"the VAE is given other latents than ours, by {error:.1g} of the largest: look at vae_mean_std, vae_factor, "
+        "vae_shift, vae_frames, given_back, after_loop",
+    )
+    back = family.normalise(backbone.pipe, family.denormalise(backbone.pipe, cells))
+    require(difference(back, cells) < subject.tolerance(1e-4), "normalising does not invert denormalising")
+    told = {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
+    # A safety checker is shown bytes, to which the video is rounded.
+    close = subject.tolerance(1e-4) + (1 / 254 if getattr(subject.pipe, "safety_checker", None) else 0)
+    result = best_of_n(
+        subject.pipe, None, subject.prompts(1)[0], n=1, strategy="none", **{**subject.call, "output_type": "np"}
+    )
+    for found in (latents, result.latents):
+        decoded = backbone.decode(found, places.grid, **told)
+        expected = np.asarray(video)
+        expected = expected[:, None] if expected.ndim == 4 else expected
+        require(
+            tuple(decoded.shape) == expected.shape and difference(decoded, expected) < close,
+            f"decode gives {tuple(decoded.shape)}, and the pipeline {expected.shape}, or other values: look at "
+            "vae_gives, vae_drops, vae_told, frames_more, given_back, after_loop",
+        )
+    require(
+        backbone.encode(backbone.decode(latents, places.grid, **told)).shape == latents.shape,
+        "encode gives latents of another shape than the loop's: look at vae_drops, layout, patch",
+    )
+    return {"latents": "x".join(map(str, latents.shape[1:]))}
+
+
+def conditional_rows(subject: Subject) -> dict[str, Any]:
+    """Changing the positive prompt alone (the image, where there is none) changes the rows that are called conditional,
+    and no others."""
+    backbone, family = subject.backbone, subject.backbone.family
+    guided = backbone.guided(subject.call)
+    runs = []
+    for prompt in subject.texts:
+        changes: dict[str, Any] = {}
+        if not family.prompts and prompt == subject.texts[1]:
+            changes["image"] = ImageOps.invert(subject.call["image"])
+        with subject.calls() as seen:
+            subject.plain(prompt=prompt, output_type="latent", **changes)
+        runs.append(seen)
+    calls = 2 if subject.two_calls else 1
+    for index in range(calls):
+        (one, states), (_, others) = runs[0][index], runs[1][index]
+        groups = len(one[noisy_name(one, family)])
+        expected = 2 if guided and family.cfg == "one_batch" else 1
+        require(groups == expected, f"a denoiser call has {groups} rows instead of {expected}: look at cfg, guidance")
+        if states.shape != others.shape:
+            continue
+        moved = ((states - others).abs().amax((1, 2)) > 1e-6).tolist()
+        conditional = family.conditional(groups, 1).start
+        require(
+            moved == [index == 0 and group == conditional for group in range(groups)],
+            f"of call {index + 1} in a step another prompt moves the rows {[i for i, m in enumerate(moved) if m]}: "
+            "look at cfg, conditional_first, guidance",
+        )
+    steps = subject.call.get("num_inference_steps")
+    if len(backbone.denoisers) == 1 and steps is not None and not subject.leaves_steps:
+        require(
+            len(runs[0]) in (calls * steps, calls * (2 * steps - 1)),  # a scheduler of second order
+            f"{len(runs[0])} denoiser calls in {steps} steps, instead of {calls} a step: look at cfg, guidance",
+        )
+    return {"guidance": family.cfg if guided else "embedded"}
+
+
+def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
+    """Tokens of latents at their step equal what a plain hook sees inside the stock call.
+
+    At a seed of its own, by which some pipelines sample an image's latents.
+    """
+    backbone, family = subject.backbone, subject.backbone.family
+    with subject.calls() as seen:
+        subject.plain(seed=5, output_type="latent")
+    low, high = backbone.t_range
+    conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
+    worst = 0.0
+    for arguments, states in seen[:: 2 if subject.two_calls else 1]:
+        t = family.t_of(backbone.pipe.scheduler, argument_of(arguments, family, "timestep_argument").max())
+        if not low <= t <= high:
+            continue
+        noisy = arguments[noisy_name(arguments, family)]
+        row = family.conditional(len(noisy), 1)
+        size = noisy.shape[layout.channel_axis(family.layout)]
+        own = noisy[row].narrow(
+            layout.channel_axis(family.layout), 0, min(size, family.channels(backbone.config, noisy))
+        )
+        tokens = backbone.tokens(own, conditioning, t, backbone.default_tap)
+        worst = max(worst, difference(tokens.visual, states[row]))
+    require(
+        worst < subject.tolerance(2e-5),
+        f"tokens read outside the call differ from those inside by {worst:.1g} of the largest: look at clock, batched, "
+        "text_argument, first_frame, or whether the pipeline draws a condition anew at each step",
+    )
+    return {"tap_error": worst}
+
+
+def winner(subject: Subject) -> dict[str, Any]:
+    """The winner is the plain call's video for its seed, to the bit one by one, to float tolerance in a batch; and
+    what is decoded is what a plain call decodes."""
+    backbone = subject.backbone
+    judge = Judge.untrained(backbone, dim=16)
+    run: dict[str, Any] = {"n": 3, "schedule": _cuts(subject)}
+    prompt = subject.prompts(1)[0]
+    with subject.decoding() as given, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the judge is untrained
+        one = best_of_n(subject.pipe, judge, prompt, batch_size=1, **run, **{**subject.call, "output_type": "np"})
+        ours = sum(map(len, given))
+        video = subject.plain(one.seed, output_type="np")
+        theirs = sum(map(len, given)) - ours
+        many = best_of_n(subject.pipe, judge, prompt, batch_size=3, **run, **{**subject.call, "output_type": "latent"})
+    require(ours == theirs, f"{ours} videos were decoded for one winner, and a plain call decodes {theirs}")
+    require(
+        np.array_equal(one.video, video[0]),
+        "the winner is not the plain call's video: look at gives_tensor, batched, cfg, counts_calls, and whether the "
+        "pipeline draws from the global generator",
+    )
+    error = difference(many.video, subject.plain(many.seed, output_type="latent")[0])
+    require(error < subject.tolerance(1e-4), f"in a batch the winner differs by {error:.1g} of the largest: say alone")
+    same = many.seed == one.seed
+    for cut, other in zip(one.scores, many.scores):
+        for name in judge.dimensions:
+            left, right = torch.tensor([cut["scores"][name], other["scores"][name]])
+            same = same and torch.allclose(left, right, rtol=subject.tolerance(1e-3), atol=subject.tolerance(1e-4))
+    require(same, "in a batch the candidates' scores are others than one by one: say alone, or look at batched")
+    return {"one_by_one": "to the bit", "in_a_batch": error}
+
+
+def _cuts(subject: Subject) -> list[tuple[int, int]]:
+    """Two cuts on steps of the denoiser that is read, after the first step."""
+    backbone, family = subject.backbone, subject.backbone.family
+    times: list[Any] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        times.append(argument_of(by_name(module, args, kwargs), family, "timestep_argument").max())
+
+    handles = [denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in backbone.denoisers]
+    try:
+        subject.plain(output_type="latent")
+    finally:
+        for handle in handles:
+            handle.remove()
+    low, high = backbone.t_range
+    levels = [family.t_of(backbone.pipe.scheduler, time) for time in times[:: 2 if subject.two_calls else 1]]
+    count = subject.call.get("num_inference_steps", len(levels))
+    steps = [step for step, t in enumerate(levels, 1) if low <= t <= high and 1 < step <= count]
+    return list(zip(steps, (2, 1))) or [(1, 1)]
+
+
+CHECKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "token grid": grid,
+    "early exit": early_exit,
+    "noise levels": clock,
+    "conditional rows": conditional_rows,
+    "inside and outside": tap_inside_and_outside,
+    "latents and videos": vae,
+    "exact winner": winner,
+}
+
+
+def run_all(subject: Subject) -> list[tuple[str, bool, str]]:
+    """Every check: its name, whether it holds, and what was found or what to do."""
+    lines = []
+    for name, check in CHECKS.items():
+        try:
+            found = check(subject)
+            told = ", ".join(f"{what.replace('_', ' ')} {_text(value)}" for what, value in found.items())
+            lines.append((name, True, told))
+        except PrismError as error:
+            lines.append((name, False, str(error)))
+        except Exception as error:
+            lines.append((name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+    return lines
+
+
+def _text(value: Any) -> str:
+    return f"{value:.0e}" if isinstance(value, float) else str(value)

@@ -1,0 +1,302 @@
+"""What `prism sample` runs: Best-of-N for one prompt, with its video, ledger and report."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism import files, runs
+from prism import video as media
+from prism.errors import PrismError, number, quoted, whole
+from prism.report import wording
+from prism.report.metrics import cut_entry, document, write_config
+from prism.report.page import FilmRow, FilmStrip, write_report
+
+NOTES = (
+    "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
+    "gives for its seed: bit for bit where candidates are sampled one by one, to rounding where they share a batch.",
+    "One run shows neither that the judge chose well nor how much choosing gains: nobody has rated these candidates, "
+    "and most losers were never finished. The demo and prism eval measure that, over many prompts.",
+)
+
+
+FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are shares of, as in the demo
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone; images
+    and videos by the paths of their files. A `seed` of None is drawn.
+    """
+
+    prompt: str | None
+    n: int = 8
+    strategy: str = "early"
+    schedule: str | None = None
+    draft_steps: int | None = None
+    judge_at: float | None = None
+    num_draws: int = 2
+    select_by: str = "overall"
+    seed: int | None = 0
+    batch_size: int | None = None
+    top_k: int = 1
+    backbone: str | None = None
+    head: str | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    fps: float = 8.0
+    device: str | None = None
+    dtype: str | None = None
+    offload: str = "none"
+    loras: tuple[str, ...] = ()
+
+
+def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any] | None:
+    """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics.
+
+    Under `torchrun` or `accelerate launch` the processes share the candidates; the first one writes, the others return
+    None.
+    """
+    from prism.sampling import plan as schedules
+    from prism.team import Team
+
+    cuts = None if config.schedule is None else schedules.parse(config.schedule)
+    weights = parse_weights(config.select_by)
+    _check(config)
+    team = Team(together=int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    distribute = None if team.alone else "candidates"
+    if team.rank > 0:
+        _sample(config, cuts, weights, distribute)
+        return None
+    with runs.new(out, overwrite, "sample") as folder:
+        from prism.loading import describe
+
+        backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
+        videos = [media.frames(pick.video) for pick in result.top]
+        names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
+        for file, video in zip(names, videos):
+            media.write_video(folder / file, video, config.fps)
+        found = [refereed(video, config.prompt) if config.backbone is None else (None, "") for video in videos]
+        scores, sentence = found[0]
+        seed = result.seeds[0]
+        write_config(folder / "config.json", {**vars(config), "call": call, "seed": seed})
+        metrics = document(
+            "sample",
+            describe(backbone, name),
+            seed,
+            best_of_n=[_row(config, backbone, judge, call, result)],
+            timings={**result.ledger.parts, "total": result.ledger.seconds},
+            prompt=config.prompt,
+            dtype=str(backbone.dtype).removeprefix("torch."),
+            offload=config.offload,
+            loras=list(config.loras),
+            seeds=list(result.seeds),
+            winner=result.index,
+            top=[
+                {"candidate": pick.index, "seed": pick.seed, "video": file, "referee": measured}
+                for pick, file, (measured, _) in zip(result.top, names, found)
+            ],
+            referee=scores,
+            referee_note=sentence,
+            cuts=[cut_entry(cut, config.strategy, weights) for cut in result.scores],
+            ledger=result.ledger.to_dict(),
+        )
+        files.write_json(folder / "metrics.json", metrics)
+        rows = [
+            FilmRow(
+                "winner" if pick is result.top[0] else file.removesuffix(".mp4"),
+                video,
+                f"seed {pick.seed}" + (f", referee {measured['overall']:.2f}" if measured else ""),
+                picked=pick is result.top[0],
+            )
+            for pick, file, video, (measured, _) in zip(result.top, names, videos, found)
+        ]
+        caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
+        if config.backbone is None and judge and len(rows) == 1:
+            loser = _loser(backbone, str(config.prompt), call, metrics)
+            rows += loser
+            caption = "The loser was finished for this page alone; that is not in the costs." if loser else ""
+        subject = config.prompt or Path(str(config.call.get("image") or config.call.get("video") or name)).name
+        strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
+        title = f"The best of {config.n}: {subject}"
+        config_written = files.read_json(folder / "config.json")
+        notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
+        write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
+    return metrics
+
+
+def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[FilmRow]:
+    """The candidate that the judge rated lowest at the first cut, finished by the stock pipeline."""
+    import torch
+
+    scores = metrics["cuts"][0]["scores"]
+    last = int(min(scores, key=scores.__getitem__))
+    if last == metrics["winner"]:
+        return []
+    seed = metrics["seeds"][last]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    video = media.frames(backbone.pipe(prompt, generator=generator, **{**call, "output_type": "np"}).frames[0])
+    measured, _ = refereed(video, prompt)
+    note = f"seed {seed}, judge {wording.signed(scores[str(last)])}"
+    return [FilmRow("rated lowest", video, note + (f", referee {measured['overall']:.2f}" if measured else ""))]
+
+
+def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
+    """The backbone, its name, the judge (None where none is asked), the pipeline's call, the weights by which it ranks
+    and the result.
+    """
+    from prism.loading import load_backbone, load_judge
+    from prism.sampling import best_of_n, ranking
+
+    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype, config.offload, config.loras)
+    if backbone.family.prompts and not config.prompt:
+        raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
+    taken = inspect.signature(type(backbone.pipe).__call__).parameters
+    for given, what in (("image", "an image"), ("video", "a video")):
+        if (
+            given in taken
+            and taken[given].default is inspect.Parameter.empty
+            and not {**call, **config.call}.get(given)
+        ):
+            raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{given} FILE.")
+    judged = config.strategy not in ("none", "random")
+    judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
+    call = {**call, **config.call}
+    if judge and weights == {"overall": 1.0}:
+        weights = ranking(judge, "overall")
+    result = best_of_n(
+        backbone.pipe,
+        judge,
+        config.prompt,
+        n=config.n,
+        schedule=cuts,
+        strategy=config.strategy,
+        draft_steps=config.draft_steps,
+        judge_at=config.judge_at,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        top_k=config.top_k,
+        select_by=weights,
+        num_draws=config.num_draws,
+        distribute=distribute,
+        progress=True,
+        **{**call, "output_type": "np"},
+    )
+    return backbone, name, judge, call, weights, result
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Weights of dimensions: overall gives {"overall": 1.0}, VQ:1,MQ:0.5 gives {"VQ": 1.0, "MQ": 0.5}."""
+    if ":" not in text:
+        return {text: 1.0}
+    try:
+        parts = [part.split(":") for part in text.split(",")]
+        weights = {name.strip(): float(weight) for name, weight in parts}
+        if len(weights) < len(parts):  # one named twice
+            raise ValueError
+    except ValueError:
+        raise PrismError(
+            f'The --select-by "{quoted(text, 120)}" is neither a dimension nor a list such as VQ:1,MQ:0.5.'
+        ) from None
+    for name, weight in weights.items():
+        number(f"The weight of {quoted(name, 40)} in --select-by", weight)
+    return weights
+
+
+def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | None, str]:
+    """ShapeWorld's referee on a video (T, H, W, 3) of the embedded model: its scores and what is to be said of them;
+    no scores, and why, for what it cannot measure.
+    """
+    import torch
+
+    from prism.shapeworld import grammar, referee, world
+
+    if prompt is None or grammar.parse(prompt) is None:
+        return None, (
+            f"No referee has scored this video: the prompt “{prompt}” is outside the grammar of ShapeWorld, the small "
+            "world that the embedded model knows, which docs/shapeworld.md describes."
+        )
+    if video.shape != (world.FRAMES, world.SIZE, world.SIZE, 3):
+        return None, (
+            f"No referee has scored this video: it measures {world.FRAMES} frames of {world.SIZE} by {world.SIZE} "
+            f"pixels, and these are {' × '.join(map(str, video.shape[:3]))}."
+        )
+    scores = referee.score(torch.as_tensor(video), prompt)
+    told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    return (
+        scores,
+        f"The referee of ShapeWorld, which knows what the prompt asks for, gives the winner {told} of 1.",
+    )
+
+
+def _check(config: SampleConfig) -> None:
+    if config.strategy == "oracle":
+        raise PrismError("The strategy oracle needs a measured truth, which sampling lacks; choose another --strategy.")
+    number("--fps", config.fps, *media.FPS)
+    n = whole("--n", config.n, 1, 10_000)
+    for flag, value, low, high in (
+        ("--top-k", config.top_k, 1, n),
+        ("--num-draws", config.num_draws, 1, 1000),
+        ("--batch-size", config.batch_size, 1, None),
+        ("--draft-steps", config.draft_steps, 1, 10_000),
+        ("--seed", config.seed, 0, 2**63 - n),
+        ("--steps", config.call.get("num_inference_steps"), 1, 10_000),
+        ("--height", config.call.get("height"), 1, 16_384),
+        ("--width", config.call.get("width"), 1, 16_384),
+        ("--num-frames", config.call.get("num_frames"), 1, 10_000),
+    ):
+        if value is not None:
+            whole(flag, value, low, high)
+    if config.judge_at is not None:
+        number("--judge-at", config.judge_at, 0, 1000, above=True)
+    if config.call.get("guidance_scale") is not None:
+        number("--guidance-scale", config.call["guidance_scale"], -100, 1000)
+    if config.backbone is None and not (config.prompt or "").strip():
+        raise PrismError("The embedded model needs a prompt; give --prompt.")
+    for name in ("image", "last_image", "video"):
+        if config.call.get(name) is not None and not os.path.isfile(str(config.call[name])):
+            flag = name.replace("_", "-")
+            raise PrismError(f"The --{flag} {quoted(str(config.call[name]), 200)} is no file; give a local one.")
+
+
+def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
+    """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
+    from prism.backbone.arguments import normalised
+    from prism.sampling.plan import expected_rows
+
+    ledger = result.ledger
+    steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
+    share = judge.tap / backbone.num_blocks if judge else 0.0
+    draws = config.num_draws if config.strategy in ("full", "draft") else FULL_DRAWS
+    whole = normalised({**call, "output_type": "latent"})
+    calls = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)}).calls
+    everything = expected_rows(
+        "full", config.n, len(calls), backbone.family.cfg, guided, share, num_draws=draws, calls=calls
+    )
+    return {
+        "judge": "prism" if judge else None,
+        "head_seed": judge.trained_on.get("seed") if judge else None,
+        "strategy": config.strategy,
+        "n": config.n,
+        "num_inference_steps": steps,
+        "guidance_scale": call.get("guidance_scale"),
+        "schedule": [[cut["step"], len(cut["kept"])] for cut in result.scores] if config.strategy == "early" else None,
+        "draft_steps": result.scores[0]["step"] if config.strategy == "draft" else None,
+        "judge_at": result.scores[0]["t"] if config.strategy in ("draft", "full") else None,
+        "set": "prompt",
+        "prompts": 1,
+        "referee_gain": None,
+        "referee_gain_ci95": None,
+        "oracle_share": None,
+        "oracle_share_ci95": None,
+        "denoiser_rows": ledger.denoiser_rows,
+        "denoiser_share_of_full": ledger.denoiser_rows / everything,
+        "vae_decodes": ledger.vae_decodes,
+        "head_calls": ledger.head_calls,
+        "seconds": ledger.seconds,
+    }

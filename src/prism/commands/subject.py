@@ -1,0 +1,140 @@
+"""A pipeline under examination: what a plain call of it gives, and what its denoiser is called with meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism.backbone import Backbone
+from prism.backbone.conditioning import by_name
+from prism.backbone.family import noisy_name
+from prism.backbone.wrapping import around
+from prism.errors import PrismError
+
+PROMPTS = ("a red circle moves right", "three blue squares stand still in the rain")
+
+
+class Mismatch(PrismError):
+    """What a check found that is not as it should be, and the facts that may be wrong."""
+
+
+@dataclass
+class Subject:
+    """A pipeline, the arguments of its call, and what a plain call of it gives, by seed."""
+
+    backbone: Backbone
+    call: dict[str, Any]
+    texts: tuple[str, str] = PROMPTS
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def pipe(self) -> Any:
+        return self.backbone.pipe
+
+    def plain(self, seed: int = 0, prompt: str | None = None, **changes: Any) -> Any:
+        """The stock call's first output."""
+        call = {**self.call, **changes, "generator": torch.Generator("cpu").manual_seed(seed)}
+        if self.backbone.family.prompts:
+            call["prompt"] = self.texts[0] if prompt is None else prompt
+        with torch.no_grad():
+            return self.pipe(**call)[0]
+
+    def latents(self, seed: int = 0) -> Tensor:
+        """What the loop carries at its end: what the call gives, except where that is repacked or lacks a frame."""
+        key = ("latents", seed)
+        if key not in self.kept:
+            last: dict[str, Tensor] = {}
+            watch: dict[str, Any] = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
+            if not self.backbone.takes("callback_on_step_end"):
+                watch = {}
+            latents = self.plain(seed, output_type="latent", **watch)
+            shape = self.backbone.condition(self.prompts(1), **self.call).shape  # type: ignore[union-attr]
+            with suppress(Exception):  # it may have another number of axes
+                latents = self.backbone.main(latents)
+            if latents.shape[1:] != shape and last:
+                latents = self.backbone.main(last["latents"])
+            require(
+                tuple(latents.shape[1:]) == tuple(shape),
+                f"a call ends with latents of shape {tuple(latents.shape[1:])} a row, and the denoiser is given "
+                f"{tuple(shape)}: say layout, and carried where the loop carries another",
+            )
+            self.kept[key] = latents
+        return self.kept[key]
+
+    def prompts(self, count: int) -> list[str]:
+        return list(self.texts if self.backbone.family.prompts else ("", ""))[:count]
+
+    @contextmanager
+    def calls(self) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
+        """The denoiser calls made meanwhile: arguments, and tokens after the default tap with all rows."""
+        seen: list[tuple[dict[str, Any], Tensor]] = []
+        latest: dict[str, Any] = {}
+        backbone, family = self.backbone, self.backbone.family
+
+        def before(module: Any, args: Any, kwargs: Any) -> None:
+            latest.clear()
+            latest.update(by_name(module, args, kwargs))
+            name = noisy_name(latest, family)
+            latest[name] = latest[name].clone()  # some pipelines write their next latents into it
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            noisy = latest[noisy_name(latest, family)]
+            grid = family.grid(backbone.config, latest, noisy, family.video(output))
+            seen.append((dict(latest), family.states(output, latest, grid).clone()))
+
+        handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
+        handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @property
+    def leaves_steps(self) -> bool:
+        """Whether the call makes its last steps alone: it begins with an image or a video, by `strength`."""
+        return "strength" in self.call and self.backbone.takes("image" if "image" in self.call else "video")
+
+    @property
+    def two_calls(self) -> bool:
+        """Whether a step is a conditional and an unconditional denoiser call."""
+        return self.backbone.guided(self.call) and self.backbone.family.cfg == "two_calls"
+
+    def tolerance(self, least: float) -> float:
+        """Relative, as the denoiser's dtype allows."""
+        return max(least, 4 * torch.finfo(self.backbone.dtype).eps)
+
+    @contextmanager
+    def decoding(self) -> Iterator[list[Tensor]]:
+        """What the VAE is given to decode meanwhile."""
+        given: list[Tensor] = []
+
+        def decode(inner: Any, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            given.append(values.clone())
+            return inner(values, *args, **kwargs)
+
+        with around(self.pipe.vae, "decode", decode, reads=True):  # those of best_of_n too
+            yield given
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest difference relative to the largest value; infinite where the shapes differ."""
+    one = found if isinstance(found, Tensor) else torch.as_tensor(np.asarray(found))
+    other = expected if isinstance(expected, Tensor) else torch.as_tensor(np.asarray(expected))
+    if one.shape != other.shape:
+        return math.inf
+    one, other = one.double().cpu(), other.double().cpu()
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-12))
+
+
+def require(holds: bool, told: str) -> None:
+    """Raise `Mismatch` with a sentence where something does not hold."""
+    if not holds:
+        raise Mismatch(f"{told[0].upper()}{told[1:]}.")

@@ -1,1 +1,0 @@
-"""What is run and compared: the demo, and one function behind each command."""

@@ -1,0 +1,360 @@
+"""A judge as a folder: config.json, model.safetensors and its model card; found, checked, written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prism import files, runs
+from prism.backbone import Backbone
+from prism.backbone.fingerprint import fits
+from prism.errors import PrismError, number, quoted, whole
+from prism.judge.head import AGGREGATIONS, LARGEST, QueryHead
+
+FORMAT, SCHEMAS = "prism-head", (1, 2)
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class SavedJudge:
+    """A judge's folder, read and checked, on no backbone yet; ``heads`` are (tap, head, share)."""
+
+    folder: Path
+    heads: Sequence[tuple[int, QueryHead, float]]
+    dimensions: Sequence[str]
+    eta: float
+    trained_on: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+
+    @property
+    def last_tap(self) -> int:
+        return max(tap for tap, _, _ in self.heads)
+
+
+def write(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool
+) -> None:
+    """Write a judge's folder, which appears whole; one that exists is refused, but a judge's with `overwrite`."""
+    _check_plain(config, "What the judge was trained on")
+    _check_trained_on(config["trained_on"], "what the judge was trained on")
+    with runs.new(folder, overwrite, FORMAT) as temporary:
+        weights = temporary / "model.safetensors"
+        # Copies: an average may hold a head twice, and files do not share memory.
+        save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, weights)
+        sealed = {**config, "weights_sha256": files.sha256(weights)}
+        files.write_json(temporary / "config.json", sealed)
+        (temporary / "README.md").write_text(model_card(sealed), encoding="utf-8")
+
+
+def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
+    """What a judge's folder (or its snapshot from the Hub) holds.
+
+    Raises PrismError where a file is missing, truncated, altered or a pickle, or says what no judge could be.
+    """
+    folder = _locate(source, revision)
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    config = files.read_json(path)
+    schema = config.get("schema") if isinstance(config, dict) and config.get("format") == FORMAT else None
+    if type(schema) is not int or schema not in SCHEMAS:
+        raise PrismError(f"The file {path} does not describe a PRISM head of schema {' or '.join(map(str, SCHEMAS))}.")
+    several = schema == 2
+    entries = field(config, "members", list, path) if several else [config]
+    dimensions, eta, trained_on, fingerprint = described(config, path)
+    made = [_head(entry, len(dimensions), several, path) for entry in entries]
+    if not made:
+        raise PrismError(f"The field 'members' of {path} lists no head.")
+    if abs(sum(share for _, _, share in made) - 1) > 1e-3:
+        raise PrismError(f"The shares of the members in {path} must add up to 1.")
+    saved = SavedJudge(
+        folder,
+        made,
+        dimensions,
+        eta,
+        trained_on,
+        _calibration(config.get("calibration"), dimensions, path),
+        fingerprint,
+    )
+    header = _by_member(files.safetensors_header(weights), several)  # first, as it tells a pickle from a truncated file
+    for place, (_, head, _) in enumerate(made):
+        found = header.pop(str(place), {})
+        head.check_shapes({name: shape for name, (_, shape) in found.items()}, weights)
+        for name, (dtype, _) in found.items():
+            if dtype not in DTYPES:
+                raise PrismError(
+                    f"The tensor {name} in {weights} is {dtype}; a head's are {', '.join(DTYPES.values())}."
+                )
+    if header:
+        raise PrismError(
+            f"The file {weights} holds tensors of a member {quoted(min(header), 80)}, which its config.json does not "
+            "list."
+        )
+    tensors = _by_member(files.load_safetensors(weights), several)
+    if files.sha256(weights) != config.get("weights_sha256"):
+        raise PrismError(f"The file {weights} is not the one its config.json was written for; it was altered.")
+    for place, (_, head, _) in enumerate(made):
+        head.load_tensors(tensors[str(place)], weights)
+        head.eval()
+    return saved
+
+
+def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
+    """Refuse a backbone that the heads cannot be used on; warn of one that may make them less sure."""
+    refusals, differences = fits(saved.backbone, backbone)
+    for was, found in refusals:
+        raise PrismError(
+            f"The head in {saved.folder} was trained on the {was}, this pipeline has {found}; load the backbone it was "
+            "trained on."
+        )
+    for clause in differences:
+        warnings.warn(
+            f"The head in {saved.folder} was trained on {clause}; check its accuracy on this backbone before relying "
+            "on it.",
+            stacklevel=3,
+        )
+
+
+# -- config.json, field by field
+
+
+def described(config: Mapping[str, Any], path: Path) -> tuple[list[str], float, dict[str, Any], Mapping[str, Any]]:
+    """What every judge's config.json holds: dimensions, eta, what it was trained on, and the backbone's fingerprint."""
+    _check_plain(config, f"The file {path}")
+    return (
+        _dimensions(config, path),
+        number(f"The field 'eta' of {path}", field(config, "eta", object, path), 1.0, 1e6, above=True),
+        _check_trained_on(field(config, "trained_on", object, path), path) or {},
+        _fingerprint(field(config, "backbone", dict, path), path),
+    )
+
+
+def field(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+    """A field that must be there, of this type."""
+    if name not in config:
+        raise PrismError(f"The file {path} lacks the field {name!r}.")
+    if not isinstance(config[name], kind):
+        words = "an object" if kind is dict else "a list" if kind is list else "a text"
+        raise PrismError(f"The field {name!r} of {path} must be {words}; found {quoted(config[name], 80)}.")
+    return config[name]
+
+
+def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[int, QueryHead, float]:
+    """A head without weights, at the size that its entry says."""
+    if not isinstance(entry, dict):
+        raise PrismError(f"The field 'members' of {path} must list objects; found {quoted(entry, 80)}.")
+    told = lambda name: f"The field {name!r} of {path}"  # noqa: E731
+    sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in LARGEST.items()}
+    chunk_size = entry.get("chunk_size")
+    if chunk_size is not None:
+        chunk_size = whole(told("chunk_size"), chunk_size, 1, 2**31)
+    aggregation = field(entry, "aggregation", str, path)
+    if aggregation not in AGGREGATIONS:
+        raise PrismError(
+            f"{told('aggregation')} must be one of {', '.join(AGGREGATIONS)}; found {quoted(aggregation, 80)}."
+        )
+    if sizes["num_dimensions"] != num_dimensions:
+        raise PrismError(
+            f"{told('num_dimensions')} is {sizes['num_dimensions']}, and 'dimensions' names {num_dimensions} of them."
+        )
+    tap = whole(told("tap"), field(entry, "tap", object, path), 1, 2**16)
+    share = number(told("share"), field(entry, "share", object, path), 0.0, 1.0, above=True) if several else 1.0
+    with torch.device("meta"):  # no memory, and no draw from the global generator
+        return tap, QueryHead(**sizes, aggregation=aggregation, chunk_size=chunk_size), share
+
+
+def _dimensions(config: Mapping[str, Any], path: Path) -> list[str]:
+    names = field(config, "dimensions", list, path)
+    bad = [name for name in names if not isinstance(name, str) or not name.strip() or not name.isprintable()]
+    if bad or not names or len(set(names)) != len(names) or max(map(len, names)) > 100:
+        raise PrismError(
+            f"The field 'dimensions' of {path} must list different names of up to 100 characters; found "
+            f"{quoted(names, 80)}."
+        )
+    return names
+
+
+def _calibration(value: Any, dimensions: Sequence[str], path: Path) -> dict[str, dict[str, float | None]]:
+    """dimension -> {"temperature", "eta", "tie_threshold"}."""
+    calibration = {} if value is None else value
+    if not isinstance(calibration, dict) or not calibration.keys() <= set(dimensions):
+        raise PrismError(
+            f"The field 'calibration' of {path} must be an object with a field for each of {', '.join(dimensions)}; "
+            f"found {quoted(value, 80)}."
+        )
+    for name, fields in calibration.items():
+        where = f"of the calibration of {name} in {path}"
+        if not isinstance(fields, dict) or not {"temperature", "eta"} <= fields.keys():
+            raise PrismError(f"The fields 'temperature' and 'eta' {where} must be there; found {quoted(fields, 80)}.")
+        number(f"The field 'temperature' {where}", fields["temperature"], 0.0, 1e6, above=True)
+        number(f"The field 'eta' {where}", fields["eta"], 1.0, 1e6, above=True)
+        if fields.get("tie_threshold") is not None:
+            number(f"The field 'tie_threshold' {where}", fields["tie_threshold"])
+    return calibration
+
+
+def _fingerprint(backbone: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    for name in ("denoiser", "vae"):
+        if backbone.get(name) is None:
+            raise PrismError(f"The field 'backbone' of {path} lacks {name!r}, the class that the head belongs to.")
+    for name, value in backbone.items():
+        table = name in ("needs", "settings")
+        parts = value.values() if isinstance(value, dict) else [None]
+        if not (all(isinstance(part, dict) for part in parts) if table else isinstance(value, str | None)):
+            words = "an object of objects" if table else "a text"
+            raise PrismError(f"The field {quoted(name, 40)} of the backbone in {path} must be {words}.")
+    return backbone
+
+
+def _check_trained_on(value: Any, where: Any) -> Any:
+    """What evaluation and scoring read of `trained_on`: prompt keys, levels, the seed, the source, members."""
+    if value is not None and not isinstance(value, dict):
+        raise PrismError(f"The field 'trained_on' of {where} must be an object; found {quoted(value, 80)}.")
+    known = value or {}
+    config = known.get("config")
+    low, high = (config.get(name) for name in ("t_low", "t_high")) if isinstance(config, dict) else (None, None)
+    wrong = {
+        "prompt_keys": "a list of texts" if not _all(known.get("prompt_keys", []), str) else "",
+        "members": "a list of objects" if not _all(known.get("members", []), dict) else "",
+        "config": "an object" if not isinstance(config, dict | None) else "",
+        "seed": "a whole number" if not isinstance(known.get("seed"), int | None) else "",
+        "source": "a text" if not isinstance(known.get("source"), str | None) else "",
+        "config.t_low and .t_high": "numbers"
+        if not all(isinstance(t, int | float | None) for t in (low, high))
+        else "",
+    }
+    for name, words in wrong.items():
+        if words:
+            raise PrismError(f"The field 'trained_on.{name}' of {where} must be {words}.")
+    for member in known.get("members", []):
+        _check_trained_on(member, where)
+    return value
+
+
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _check_plain(value: Any, name: str) -> None:
+    """Refuse what cannot be written as JSON again: NaN, texts that are no text, nesting without end."""
+    try:
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PrismError(f"{name} holds what is no plain JSON: {quoted(error, 120)}.") from error
+
+
+def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str, Any]]:
+    """What belongs to tensors, by the number of the head that they are of, under the head's own names."""
+    places: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        place, _, inner = name.partition(".") if several else ("0", "", name)
+        places.setdefault(place, {})[inner] = value
+    return places
+
+
+def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
+    """The local folder of a head: as given, or its snapshot from the Hub."""
+    try:
+        folder = Path(source)
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, TypeError, ValueError) as error:  # a name that is too long, or holds a null
+        raise PrismError(
+            f"The head folder {quoted(source, 80)} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
+    if is_folder:
+        own = folder / "head"  # of a run's folder
+        folder = own if own.is_dir() else folder
+        if not os.path.lexists(folder / "config.json"):
+            raise PrismError(
+                f"The folder {folder} holds no head: its config.json does not exist; name the folder that prism train "
+                "wrote."
+            )
+        return folder
+    if exists:
+        raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise PrismError(f"The head folder {folder} does not exist.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["config.json", "model.safetensors", "README.md"]
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the Hub's client raises many kinds: no network, no such repository, no access
+        reason = quoted((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise PrismError(
+            f"There is no folder {folder}, and no head of this name came from the Hub: {reason}"
+        ) from error
+
+
+TEMPLATE = """---
+library_name: prism
+license: apache-2.0
+tags:
+- prism
+- diffusers
+- reward-model
+- video-generation
+---
+
+# PRISM head for {denoiser}
+
+A preference head that scores the *noisy* latents of a frozen video diffusion model from its own hidden states after
+block {taps}, one score per dimension: {dimensions}. Higher is better; only differences within a prompt mean something.
+It holds no part of the backbone ({pipeline}: {denoiser}, {vae}), and is refused by others.
+
+```python
+import prism
+{made}  # the backbone it was trained on
+judge = prism.Judge.from_pretrained("path/or/id of this head", pipe)
+result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
+```
+
+| | |
+|---|---|
+{heads}
+| ties | Bradley-Terry with ties, eta = {eta:g} |
+
+## Trained on
+
+```json
+{trained_on}
+```
+
+Method: "Through the PRISM: Preference Representation in Intermediate States of Video Diffusion Models",
+arXiv 2606.20310.
+"""
+HEAD = (
+    "| head | after block {tap}, tokens of width {width}: {aggregation}, {num_queries} query, {num_heads} heads, "
+    "width {dim}, {mlp_layers}-layer MLP |"
+)
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """README.md of a head from its config.json."""
+    # The prompts' hashes are for the leak check, not for reading.
+    trained_on = {name: value for name, value in config["trained_on"].items() if name != "prompt_keys"}
+    backbone = config["backbone"]
+    pipeline = str(backbone.get("pipeline"))
+    of_diffusers = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained(...)"
+    members = config.get("members", [config])
+    return TEMPLATE.format(
+        taps=" and ".join(str(tap) for tap in sorted({member["tap"] for member in members})),
+        heads="\n".join(HEAD.format(**member) for member in members),
+        eta=config["eta"],
+        dimensions=", ".join(config["dimensions"]),
+        denoiser=backbone.get("denoiser"),
+        pipeline=pipeline,
+        made=of_diffusers if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
+        vae=backbone.get("vae"),
+        trained_on=json.dumps(trained_on, indent=2, ensure_ascii=False),
+    )

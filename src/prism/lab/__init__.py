@@ -1,0 +1,1 @@
+"""The laboratory: what is compared and claimed. The core imports nothing of it."""

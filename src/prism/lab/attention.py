@@ -1,0 +1,234 @@
+"""Where a head's query looks, measured against objects and shown as film strips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism.backbone.family import noisy_name
+from prism.backbone.wrapping import capture, state_kept
+from prism.evaluation import prompt_interval
+from prism.judge import Judge
+from prism.lab.contest import Contest
+from prism.report import wording
+from prism.report.page import FilmRow, FilmStrip
+from prism.shapeworld import grammar, world
+
+SEEN = 0.2  # distance in RGB from the ground from which a pixel is no ground
+CELL = 0.1  # share of a cell's pixels, over its frames, from which the cell is an object's
+CHOSEN = {"best": np.argmax, "worst": np.argmin}  # of a prompt's candidates, by the referee
+TINT = np.array([1.0, 0.36, 0.10])
+
+
+def look(judge: Judge, latents: Tensor, prompt: str, t: float, call: Mapping[str, Any], seed: int) -> Tensor:
+    """(B, T, H, W) weights on the token grid for finished latents (B, ...), re-noised to t with one draw for all."""
+    noise = torch.randn((1, *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
+    noisy = judge.backbone.add_noise(latents, t, noise.to(latents).expand_as(latents))
+    return judge.attention(noisy, prompt, t, **call).cpu()
+
+
+def object_cells(videos: Tensor, prompt: str, grid: Sequence[int]) -> Tensor:
+    """(B, T, H, W) bool: the cells of the token grid that hold more than a trace of something other than the ground.
+
+    videos: (B, FRAMES, SIZE, SIZE, 3) in [0, 1]. Raises ValueError for a prompt outside the grammar.
+    """
+    scene = grammar.parse(prompt)
+    if scene is None:
+        raise ValueError(f"prompt {prompt!r} is outside ShapeWorld's grammar: its ground is not known")
+    thing = (videos - world.ground_image(scene.ground)).norm(dim=-1) > SEEN  # (B, FRAMES, SIZE, SIZE)
+    frames = torch.stack([thing[:, span].float().mean(1) for span in spans(thing.shape[1], grid[0])], 1)
+    pooled = torch.nn.functional.adaptive_avg_pool2d(frames.flatten(0, 1)[:, None], (grid[1], grid[2]))
+    return pooled.view(len(videos), *grid) > CELL
+
+
+def spans(frames: int, cells: int) -> list[slice]:
+    """The frames of each latent frame of a causal VAE: the first alone, then equal runs."""
+    if cells == 1:
+        return [slice(0, frames)]
+    run = (frames - 1) // (cells - 1)
+    return [slice(0, 1), *(slice(1 + run * k, 1 + run * (k + 1)) for k in range(cells - 1))]
+
+
+def shares(attention: Tensor, cells: Tensor) -> list[dict[str, float]]:
+    """For each video: "attention", the share of what is paid to the video that falls on its object's cells; "area", the
+    share of all cells that those are; "video", the share that the video gets as against the prompt.
+    """
+    total = attention.flatten(1).sum(1)
+    on = (attention * cells).flatten(1).sum(1) / total
+    area = cells.float().flatten(1).mean(1)
+    return [
+        {"attention": float(a), "area": float(b), "video": float(c)} for a, b, c in zip(on, area, total, strict=True)
+    ]
+
+
+def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None) -> np.ndarray:
+    """`video` (FRAMES, H, W, 3) in [0, 1] with the map (T, h, w) of one video as a warm light over it.
+
+    A cell's light grows with its weight up to `top`; None: the map's largest.
+    """
+    top = float(attention.max()) if top is None else top
+    frames, height, width = video.shape[:3]
+    light = torch.as_tensor(attention, dtype=torch.float32)[:, None]
+    light = torch.nn.functional.interpolate(light, (height, width), mode="bilinear", align_corners=False)[:, 0]
+    weight = np.zeros((frames, height, width, 1), dtype=np.float32)
+    for cell, span in enumerate(spans(frames, len(attention))):
+        weight[span] = (light[cell].numpy() / max(top, 1e-12)).clip(0, 1)[..., None]
+    weight = weight**0.8
+    dimmed = 0.35 * video.mean(-1, keepdims=True) + 0.35 * video
+    return (dimmed * (1 - weight) + weight * (0.7 * TINT + 0.5 * video)).clip(0, 1)
+
+
+def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The "attention" rows of metrics.json, one per noise level, for the best and for the worst candidates of prompts.
+
+    found: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
+    "lift" is the mean share of attention on the object over the mean share of cells that it takes: 1 where the query
+    looks anywhere. Intervals are 95 % bootstrap intervals over prompts.
+    """
+    table = []
+    for t in [] if not found else found[0]["looks"]:
+        for which, choose in CHOSEN.items():
+            rows_of = [entry["looks"][t][int(choose(entry["values"]))] for entry in found]
+            columns = np.array([[row["attention"], row["area"], row["video"]] for row in rows_of])
+            prompts = [entry["prompt"] for entry in found]
+            mean = columns.mean(0)
+            table.append(
+                {
+                    "t": float(t),
+                    "candidates": which,
+                    "referee": float(np.mean([choose_value(entry["values"], choose) for entry in found])),
+                    "attention_share": float(mean[0]),
+                    "area_share": float(mean[1]),
+                    "video_share": float(mean[2]),
+                    "lift": float(mean[0] / mean[1]) if mean[1] else None,
+                    "lift_ci95": prompt_interval(columns, prompts, ratio, seed),
+                    "prompts": len(found),
+                }
+            )
+    return table
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[:, 0] / sums[:, 1]
+
+
+def choose_value(values: Sequence[float], choose: Any) -> float:
+    return float(values[int(choose(values))])
+
+
+def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
+    """All candidates of a prompt for the page: the pick of the early plan `name` and the last by the referee as videos,
+    then, the pick first and the later dropped before the earlier, the model's expectation at the first cut and the
+    finished videos.
+
+    which: how the prompt was chosen, for the title.
+    """
+    cuts, seeds, values = contest.fate(name, 0), contest.seeds, contest.values["overall"]
+    first, chosen = cuts[0], cuts[-1]["kept"][0]
+    fate: dict[int, str] = {}
+    for cut in reversed(cuts):
+        scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
+        for candidate in sorted(scores, key=lambda candidate: -scores[candidate]):
+            verb = "kept" if candidate in cut["kept"] else "dropped"
+            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
+    backbone = contest.panel.backbone
+    clean = _expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call)
+    expected = backbone.decode(clean).cpu()
+    videos = [video.numpy() for video in contest.videos]
+    at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
+    at_end = [FilmRow(f"seed {seeds[c]}", videos[c], f"referee {values[c]:.2f}", picked=c == chosen) for c in fate]
+    worst = int(np.argmin(values))
+    shown = [(f"The pick, seed {seeds[chosen]}:", chosen)]
+    if worst != chosen:
+        shown.append((f"The worst of the {len(seeds)}, seed {seeds[worst]}:", worst))
+    clips = [FilmRow(label, videos[c], f"referee {values[c]:.2f}, {fate[c]}", picked=c == chosen) for label, c in shown]
+    gain = f"The pick is at {values[chosen]:.2f} by the referee, its {len(seeds)} candidates at {values.mean():.2f} on "
+    gain += f"average and at {values.max():.2f} at best."
+    steps = contest.call["num_inference_steps"]
+    return [
+        FilmStrip(f"{which}: “{contest.prompt}”", caption=gain, clips=clips),
+        FilmStrip(
+            f"The same at the first cut, step {first['step']} of {steps}",
+            at_cut,
+            "How the model expects each to end, decoded for this page alone: the judge reads hidden states.",
+        ),
+        FilmStrip(
+            "If all candidates had been finished",
+            at_end,
+            "The strategy early finishes the first of these and no other.",
+        ),
+    ]
+
+
+def chosen_prompts(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The prompts with the largest, the median and the smallest gain of a plan's first judge, with how to call each."""
+    gains = [record["values"]["overall"][record["picks"][name][0]] - np.mean(record["values"]["overall"])
+             for record in records]  # fmt: skip
+    order = sorted(range(len(records)), key=lambda place: -gains[place])
+    places = {"The largest gain": 0, "The median gain": len(order) // 2, "The smallest gain": len(order) - 1}
+    shown: dict[int, str] = {}
+    for which, place in places.items():
+        shown.setdefault(order[place], f"{which} of {len(order)} prompts")
+    return [(which, records[place]) for place, which in shown.items()]
+
+
+def looks(
+    judge: Judge, records: Sequence[Mapping[str, Any]], t: float, call: Mapping[str, Any], seed: int
+) -> list[FilmStrip]:
+    """For each prompt its best and its worst candidate by the referee, and the attention over their frames."""
+    strips, backbone = [], judge.backbone
+    for record in records:
+        values = record["values"]["overall"]
+        pair = [int(np.argmax(values)), int(np.argmin(values))]
+        generators = [torch.Generator().manual_seed(record["seeds"][c]) for c in pair]
+        prompts = [record["prompt"]] * len(pair)
+        latents = backbone.pipe(prompts, generator=generators, output_type="latent", **call).frames
+        attention = look(judge, latents, record["prompt"], t, call, seed)
+        videos, top = backbone.decode(latents).cpu(), float(attention.max())
+        cells = object_cells(videos, record["prompt"], attention.shape[1:])
+        rows = []
+        for which, c, video, weights, share in zip(
+            ("best", "worst"), pair, videos, attention, shares(attention, cells), strict=True
+        ):
+            rows.append(FilmRow(f"{which} of {len(values)}", video.numpy(), f"referee {values[c]:.2f}"))
+            note = (
+                f"{wording.percent(share['attention'], 0)} on objects, {wording.percent(share['area'], 0)} of the cells"
+            )
+            rows.append(FilmRow("where the query looks", overlaid(video.numpy(), weights.numpy(), top), note))
+        strips.append(FilmStrip(f"“{record['prompt']}”", rows))
+    return strips
+
+
+@torch.no_grad()
+def _expected_clean(backbone: Any, prompt: str, seeds: Sequence[int], step: int, call: Mapping[str, Any]) -> Tensor:
+    """The clean latents that the denoiser expects of each candidate at a step (1-based): z - sigma v of the conditional
+    pass.
+    """
+    pipe, prompts, taken = backbone.pipe, [prompt] * len(seeds), {}
+
+    def take(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        taken[index + 2] = tensors["latents"], pipe.scheduler.timesteps[index + 1]
+        if index + 2 == step:
+            pipe._interrupt = True
+        return tensors
+
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    call = {**call, "generator": generators, "output_type": "latent"}
+    if step == 1:  # no step ends before it
+        given = capture(pipe, backbone.denoisers, {"prompt": prompts, **call})
+        first = given[noisy_name(given, backbone.family)], given[backbone.family.timestep_argument]
+        rows = backbone.family.conditional(len(first[0]), len(seeds))
+        taken[1] = first[0][rows], first[1][rows][0]
+    else:
+        with state_kept(pipe):  # the next call must not be found interrupted
+            pipe(prompts, callback_on_step_end=take, **call)
+    noisy, timestep = taken[step]
+    conditioning = backbone.condition(prompts, **{name: call[name] for name in call if name != "generator"})
+    arguments = conditioning.call(noisy, timestep.expand(len(seeds)))
+    _, output = backbone.read(arguments, backbone.num_blocks, stop=False)
+    velocity = output[0] if isinstance(output, tuple) else output.sample
+    return noisy - float(timestep) / 1000 * velocity

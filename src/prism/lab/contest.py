@@ -1,0 +1,316 @@
+"""All strategies of Best-of-N on the same candidates, and what each pick is worth by a referee."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism.backbone import Tokens
+from prism.errors import PrismError
+from prism.evaluation import prompt_interval
+from prism.judge import Judge
+from prism.sampling import best_of_n
+from prism.sampling.best_of_n import BestOfNResult
+from prism.sampling.plan import resolve
+
+JUDGED = ("full", "early", "draft")
+Referee = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # (videos (B, T, H, W, 3), prompts) -> name -> (B,)
+TOLERANCE = 0.02  # scores of a batch and of parts of it differ by rounding alone
+
+
+class Panel(Judge):
+    """Several judges that read one pass and score each for itself: "1/overall" is the overall of judges[1]."""
+
+    def __init__(self, judges: Sequence[Judge]) -> None:
+        together = Judge.average(judges)
+        super().__init__(together.backbone, together.members, together.dimensions, together.eta)
+        self.judges = tuple(judges)
+        self.dimensions = tuple(f"{k}/{name}" for k in range(len(judges)) for name in together.dimensions)
+
+    @torch.no_grad()
+    def score_tokens(self, tokens: Tokens) -> Tensor:
+        """(B, judges * num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
+        rest, found = self.score_members(tokens), []
+        for judge in self.judges:
+            own, rest = rest[: len(judge.members)], rest[len(judge.members) :]
+            shares = torch.tensor([member.share for member in judge.members], device=own.device)
+            found.append(torch.einsum("m,mbd->bd", shares, own))
+        return torch.cat(found, 1)
+
+
+class Contest:
+    """The candidates of one prompt, and what each judge thinks of them wherever a strategy asks.
+
+    Args:
+        panel: the judges.
+        referee: what measures candidates, `prism.shapeworld.referee.batch`; its "overall" measures picks.
+        prompt: one text.
+        seeds: of the candidates.
+        plans: name -> arguments of `best_of_n`; all that judge finished latents or drafts must do so at one level.
+        call: arguments of the pipeline.
+        seed: of the judges' noise and of random picks.
+
+    Attributes: `latents` (n, ...), final, and their `videos`; `values` name -> (n,), the referee's; overall scores by
+    the judges: `final` (judges, n) of the finished latents, `cuts` step -> (judges, n) with `levels` step -> t,
+    `drafts` draft_steps -> (judges, n).
+    """
+
+    def __init__(
+        self,
+        panel: Panel,
+        referee: Referee,
+        prompt: str,
+        seeds: Sequence[int],
+        plans: Mapping[str, Mapping[str, Any]],
+        call: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        self.panel, self.referee, self.prompt, self.seeds = panel, referee, prompt, tuple(seeds)
+        self.plans = dict(plans)
+        self.call, self.seed, self.n = dict(call), seed, len(seeds)
+        self.cuts: dict[int, np.ndarray] = {}
+        self.drafts: dict[int, np.ndarray] = {}
+        self.levels: dict[int, float] = {}
+        clean = next((dict(plan) for plan in plans.values() if plan["strategy"] == "full"), {"strategy": "full"})
+        full = self._run(clean, keep_latents=True)
+        assert full.candidate_latents is not None
+        self.latents = torch.stack([full.candidate_latents[candidate] for candidate in range(self.n)])
+        self.final = self._by_judge(full.scores[-1])
+        self.videos = panel.backbone.decode(self.latents).cpu()  # where the referee works
+        self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
+        steps = sorted({step for name in plans for step, _ in self._cuts(name)})
+        if steps:
+            watch = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
+            for cut in self._run({"strategy": "early", "schedule": watch}).scores:
+                self.cuts[cut["step"]], self.levels[cut["step"]] = self._by_judge(cut), cut["t"]
+        for plan in plans.values():
+            if plan["strategy"] == "draft" and plan["draft_steps"] not in self.drafts:
+                self.drafts[plan["draft_steps"]] = self._by_judge(self._run(plan).scores[-1])
+
+    def picks(self, name: str) -> list[int]:
+        """The candidate that each judge picks by a plan."""
+        plan, judges = self.plans[name], range(len(self.panel.judges))
+        strategy = plan["strategy"]
+        if strategy == "none":
+            return [0 for _ in judges]
+        if strategy == "random":
+            return [random.Random(f"{self.seed} {self.prompt}").randrange(self.n) for _ in judges]
+        if strategy == "oracle":
+            return [int(np.argmax(self.values["overall"])) for _ in judges]
+        if strategy == "early":
+            return [pick(self._cuts(name), {step: scores[k] for step, scores in self.cuts.items()}) for k in judges]
+        scores = self.final if strategy == "full" else self.drafts[plan["draft_steps"]]
+        return [int(np.argmax(scores[k])) for k in judges]
+
+    def play(self, name: str, k: int) -> BestOfNResult:
+        """A plan run by itself, by judge k."""
+        plan, judge = dict(self.plans[name]), self.panel.judges[k]
+        if plan["strategy"] == "oracle":
+            plan["oracle"] = self._value
+        return best_of_n(
+            judge.backbone.pipe, judge, self.prompt, seeds=self.seeds, **{"seed": self.seed, **plan}, **self.call
+        )
+
+    def alone(self, name: str, k: int) -> dict[str, Any]:
+        """A plan run by itself, by judge k: "index", "ledger", and "off", how far its scores are from the shared ones.
+
+        Raises:
+            PrismError: where scores differ by more than rounding.
+        """
+        plan, result, off = self.plans[name], self.play(name, k), 0.0
+        for cut in result.scores:
+            known = self._known(plan, cut["step"], k)[cut["candidates"]]
+            found = cut["scores"]["oracle" if plan["strategy"] == "oracle" else "overall"]
+            off = max(off, float(np.abs(np.array(found) - known).max()))
+        if off > TOLERANCE:
+            raise PrismError(
+                f"The strategy {name} run by itself on {self.prompt!r} scores its candidates {off:.2g} apart from the "
+                "run that all strategies share; this is a bug in prism."
+            )
+        return {"index": result.index, "off": off, "ledger": result.ledger.to_dict()}
+
+    def fate(self, name: str, k: int) -> list[dict[str, Any]]:
+        """The cuts of an early plan as `best_of_n` notes them down, for judge k."""
+        alive, cuts = list(range(self.n)), []
+        for step, keep in self._cuts(name):
+            scores = self.cuts[step][k]
+            kept = survivors(alive, scores, keep)
+            columns = {"overall": [float(scores[candidate]) for candidate in alive]}
+            cuts.append({"step": step, "t": self.levels[step], "candidates": alive, "scores": columns, "kept": kept})
+            alive = kept
+        return cuts
+
+    def _cuts(self, name: str) -> tuple[tuple[int, int], ...]:
+        plan = self.plans[name]
+        return resolve(plan["schedule"], self.n, self._steps) if plan["strategy"] == "early" else ()
+
+    @property
+    def _steps(self) -> int:
+        return self.panel.backbone.num_inference_steps(self.call)
+
+    def _known(self, plan: Mapping[str, Any], step: int, k: int) -> np.ndarray:
+        if plan["strategy"] == "oracle":
+            return self.values["overall"]
+        if plan["strategy"] == "early":
+            return self.cuts[step][k]
+        return self.final[k] if plan["strategy"] == "full" else self.drafts[plan["draft_steps"]][k]
+
+    def _value(self, video: Any, prompt: str) -> float:
+        return float(self.referee(torch.as_tensor(video)[None], [prompt])["overall"][0])
+
+    def _run(self, plan: Mapping[str, Any], **options: Any) -> BestOfNResult:
+        arguments = {"seed": self.seed, "select_by": "0/overall", **plan, **options}
+        return best_of_n(self.panel.backbone.pipe, self.panel, self.prompt, seeds=self.seeds, **arguments, **self.call)
+
+    def _by_judge(self, cut: Mapping[str, Any]) -> np.ndarray:
+        return np.array([cut["scores"][f"{k}/overall"] for k in range(len(self.panel.judges))])
+
+
+def survivors(alive: Sequence[int], scores: np.ndarray, keep: int) -> list[int]:
+    """The best `keep` of the living by score (n,), in their order; of equals the first."""
+    return sorted(sorted(alive, key=lambda candidate: (-scores[candidate], candidate))[:keep])
+
+
+def pick(cuts: Sequence[tuple[int, int]], scores: Mapping[int, np.ndarray]) -> int:
+    """The candidate that a schedule leaves, from the scores (n,) of all candidates at each step."""
+    alive = list(range(len(next(iter(scores.values())))))
+    for step, keep in cuts:
+        alive = survivors(alive, scores[step], keep)
+    return alive[0]
+
+
+Record = Mapping[str, Any]  # one prompt, as `record` makes it
+Plans = Mapping[str, Mapping[str, Any]]
+
+
+def rows(
+    records: Sequence[Record],
+    plans: Plans,
+    head_seeds: Sequence[int],
+    call: Mapping[str, Any],
+    which: str,
+    seed: int,
+    measured: Sequence[Record] | None = None,
+) -> list[dict[str, Any]]:
+    """The "best_of_n" rows of metrics.json: one per plan and judge, and where there are several judges one for all of
+    them first, whose "head_seed" is None and whose gains are the judges' mean.
+
+    records: one per prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick per judge}, and, where plans
+    were run by themselves, "alone" {plan: [{"ledger"}, one per judge]}. Costs are those runs' means, and seconds their
+    median, times the number of prompts. A gain is the pick's score over the mean of its prompt's candidates, which is
+    what a random pick gets on average, in units of the pooled within-prompt standard deviation of the referee's scores;
+    intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
+    given as shares of it.
+    measured: records to take costs from, where it is not these.
+    """
+    values, prompts = _values(records), [record["prompt"] for record in records]
+    best = values.max(1) - values.mean(1)
+    spread = float(np.sqrt(values.var(1, ddof=1).mean()))
+    ledgers = _ledgers(records if measured is None else measured)
+    everything = _mean(ledgers["full"], "denoiser_rows")
+    table = []
+    for name, plan in plans.items():
+        judged = plan["strategy"] in JUDGED
+        gains = _gains(records, values, name)
+        several: list[tuple[int | None, np.ndarray]] = list(zip(head_seeds, gains)) if judged else [(None, gains[0])]
+        if len(several) > 1:
+            several.insert(0, (None, gains.mean(0)))
+        for head_seed, gain in several:
+            sums = columns(gain, values)
+            table.append(
+                {
+                    "judge": "prism" if judged else "referee" if plan["strategy"] == "oracle" else None,
+                    "head_seed": head_seed,
+                    **({"head_seeds": list(head_seeds)} if judged and head_seed is None else {}),
+                    "name": name,
+                    **_settings(plan, call),
+                    "n": values.shape[1],
+                    "set": which,
+                    "prompts": len(records),
+                    "referee_score": float(values.mean() + gain.mean()),
+                    "referee_gain": float(gain.mean() / spread),
+                    "referee_gain_ci95": prompt_interval(sums, prompts, in_spreads, seed),
+                    "oracle_share": float(gain.mean() / best.mean()),
+                    "oracle_share_ci95": prompt_interval(sums, prompts, of_oracle, seed),
+                    "denoiser_rows": _mean(ledgers[name], "denoiser_rows") * len(records),
+                    "denoiser_share_of_full": _mean(ledgers[name], "denoiser_rows") / everything,
+                    "vae_decodes": round(_mean(ledgers[name], "vae_decodes") * len(records)),
+                    "head_calls": round(_mean(ledgers[name], "head_calls") * len(records)),
+                    "seconds": float(np.median([ledger["seconds"] for ledger in ledgers[name]])) * len(records),
+                    "runs_timed": len(ledgers[name]),
+                }
+            )
+    return table
+
+
+def agreement(records: Sequence[Record]) -> dict[str, Any]:
+    """How the runs of plans by themselves compare with what all plans share: how many there were, how many picked the
+    same candidate, and the largest difference of a score.
+    """
+    pairs = [
+        (run, record["picks"][name][k])
+        for record in records
+        for name, runs in record.get("alone", {}).items()
+        for k, run in enumerate(runs)
+    ]
+    return {
+        "prompts": sum(bool(record.get("alone")) for record in records),
+        "runs": len(pairs),
+        "same_pick": sum(run["index"] == shared for run, shared in pairs),
+        "largest_difference": max((run["off"] for run, _ in pairs), default=0.0),
+    }
+
+
+def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "strategy": plan["strategy"],
+        "num_inference_steps": call["num_inference_steps"],
+        "guidance_scale": call["guidance_scale"],
+        "schedule": [list(cut) for cut in plan["schedule"]] if "schedule" in plan else None,
+        "draft_steps": plan.get("draft_steps"),
+        "judge_at": plan.get("judge_at"),
+        "num_draws": plan.get("num_draws"),
+    }
+
+
+def _values(records: Sequence[Record]) -> np.ndarray:
+    return np.array([record["values"]["overall"] for record in records])  # (prompts, n)
+
+
+def _gains(records: Sequence[Record], values: np.ndarray, name: str) -> np.ndarray:
+    """(judges, prompts): the picks' scores over their prompts' means."""
+    picks = np.array([record["picks"][name] for record in records]).T
+    return values[np.arange(len(values)), picks] - values.mean(1)
+
+
+def _ledgers(records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
+    """Plan -> the ledgers of its runs by itself."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        for name, runs in record.get("alone", {}).items():
+            found.setdefault(name, []).extend(run["ledger"] for run in runs)
+    return found
+
+
+def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
+    return float(np.mean([ledger[column] for ledger in ledgers]))
+
+
+def columns(gain: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(prompts, 4), what `in_spreads` and `of_oracle` take sums of, from gains (prompts,) and values (prompts, n)."""
+    return np.stack([gain, values.var(1, ddof=1), values.max(1) - values.mean(1), np.ones(len(gain))], 1)
+
+
+def in_spreads(sums: np.ndarray) -> np.ndarray:
+    """Mean gain in pooled within-prompt standard deviations."""
+    return sums[:, 0] / np.sqrt(sums[:, 1] * sums[:, 3])
+
+
+def of_oracle(sums: np.ndarray) -> np.ndarray:
+    """Mean gain as a share of what the best candidates gain."""
+    return sums[:, 0] / sums[:, 2]

@@ -1,0 +1,362 @@
+"""The demo: train heads on labelled candidates, measure them and pixel judges by noise level on unseen prompts, pick
+the best of 8 with every strategy, and look at where the query looks.
+
+`DemoConfig()` takes minutes. `FULL` takes an hour or more on two cores, in parts that survive a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import prism
+from prism import files, runs, shapeworld, temporary, video
+from prism.errors import SEEDS, whole
+from prism.lab import claims, per_prompt
+from prism.lab import contest as compare
+from prism.loading import check_alone, describe, load_backbone
+from prism.report import evidence
+from prism.report.metrics import cut_entry, document, write_config
+from prism.report.page import write_report
+from prism.runs import Clock, Parts
+from prism.training.config import RESULTLESS, TrainConfig
+
+TRAIN = TrainConfig(
+    steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+)
+Schedule = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything the demo fixes beforehand. `taps`: the block each of a judge's heads reads; several are averaged."""
+
+    seed: int = 0
+    full: bool = False
+    fresh: bool = False
+    n: int = 8
+    prompts: int = 20  # of the test split, for Best-of-N
+    labelled: int = 0  # candidates sampled of each of them for the accuracy; 0 for all test candidates of the store
+    unseen: int = 0  # prompts out of the domain
+    train_prompts: int = 0  # sampled to train on, 0 for the store that ships
+    judges: int = 1  # with seeds seed, seed + 1, ...
+    alone: int = 3  # prompts on which each strategy is also run by itself
+    taps: tuple[int, ...] = (4, 5)
+    dim: int = 144
+    train: TrainConfig = TRAIN
+    pixel: bool = True
+    pixel_steps: int | None = None  # where pixel judges are trained; None for their settings' own
+    pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
+    schedule: Schedule = ((4, 1),)
+    schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
+    draft_steps: int = 3
+    drafts: tuple[int, ...] = (2, 4, 6)
+    judge_at: float = 700.0
+    num_draws: int = 3
+    look_at: tuple[float, ...] = (899, 699, 499)
+    strips: int = 4  # prompts shown with where the query looks
+
+
+FULL = DemoConfig(
+    full=True,
+    prompts=200,
+    labelled=6,
+    unseen=40,
+    train_prompts=1600,
+    judges=3,
+    alone=6,
+    train=replace(TRAIN, steps=2000, prompts_per_step=8),
+    schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
+    drafts=(2, 4, 5, 6),
+    pixel_levels=(),
+)
+
+
+def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
+    """The arguments of `best_of_n` by row of the table; the other schedules and draft lengths after the main ones."""
+    clean = {"judge_at": config.judge_at, "num_draws": config.num_draws}
+    found: dict[str, dict[str, Any]] = {
+        "none": {"strategy": "none"},
+        "random": {"strategy": "random"},
+        "early": {"strategy": "early", "schedule": config.schedule},
+        "draft": {"strategy": "draft", "draft_steps": config.draft_steps, **clean},
+        "full": {"strategy": "full", **clean},
+        "oracle": {"strategy": "oracle"},
+    }
+    for cuts in config.schedules:
+        name = "early " + ",".join(f"{step}:{keep}" for step, keep in cuts)
+        found[name] = {"strategy": "early", "schedule": cuts}
+    for steps in config.drafts:
+        found[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
+    return found
+
+
+def run(
+    out: Path,
+    full: bool = False,
+    fresh: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    device: str | None = None,
+    batch_size: int | None = None,
+    config: DemoConfig | None = None,
+) -> dict[str, Any]:
+    """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
+    full run evidence/ too; returns the metrics.
+
+    A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
+    """
+    check_alone("demo")
+    whole("--seed", seed, 0, SEEDS)
+    config = replace(config or (FULL if full else DemoConfig()), seed=seed, fresh=fresh)
+    if batch_size is not None:
+        config = replace(config, train=replace(config.train, max_rows=batch_size))
+    runs.check(out, overwrite, "demo")
+    with contextlib.nullcontext() if config.full else temporary.scratch(out) as scratch:
+        place = runs.parts_of(out) if scratch is None else scratch / "parts"
+        return _run(out, place, config, overwrite, device)
+
+
+def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None) -> dict[str, Any]:
+    from prism.backbone.fingerprint import VERSIONED
+    from prism.lab import attention as films
+    from prism.lab import attention as gaze
+    from prism.lab import judges
+    from prism.lab.contest import Panel
+    from prism.preference import LatentStore
+    from prism.shapeworld import candidates
+
+    started, seed = time.perf_counter(), config.seed
+    timings: dict[str, float] = {}
+    backbone, call, name = load_backbone(device=device)
+    own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
+    shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
+    changeable = (*(f"config.train.{name}" for name in RESULTLESS), *(f"backbone.{name}" for name in VERSIONED))
+    whose = identity(config, backbone, call, shipped)
+    parts = Parts(place, whose, restart=overwrite, changeable=changeable)
+
+    def seconds(name: str, *prefixes: str) -> None:
+        paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
+        timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
+
+    def sampled(name: str, folder: str, shares: dict[str, tuple[int, int]], seed: int) -> LatentStore:
+        def make() -> None:
+            if not (place / folder).is_dir():  # else killed between its end and the note of it
+                candidates.run(place / folder, shares, seed=seed, backbone=backbone)
+
+        parts.once(name, make)
+        return LatentStore.open(place / folder)
+
+    if shipped is None:
+        prompts, each = candidates.SHIPPED["train"]
+        shares = {**candidates.SHIPPED, "train": (config.train_prompts or prompts, each)}
+        store = sampled("data", "candidates", shares, seed + 1 if config.fresh else seed)
+    else:
+        store = shipped
+    trained = [
+        judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
+        for k in range(config.judges)
+    ]
+    ours = [judge for judge, _ in trained]
+    others = []
+    if config.pixel:
+        others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
+    tested = store
+    if config.labelled:  # validation prompts too: the threshold of ties comes from them
+        shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
+        tested = sampled("test-data", "test-store", shares, seed + 3)
+    asked = config.pixel_levels, config.train.max_rows
+    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *asked)
+    panel, played = Panel(ours), plans(config)
+    records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
+    contested = {"test": records}
+    head_seeds = [judge.trained_on["seed"] for judge in ours]
+    picks = compare.rows(records, played, head_seeds, call, "test", seed)
+    if config.unseen:
+        strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
+        far = judges.measured(parts, strange, ours, others, "unseen", seed, *asked)
+        away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
+        accuracy, comparison, measured = accuracy + far[0], comparison + far[1], measured + far[2]
+        contested["unseen"] = away
+        picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)
+
+    strips, played_again = [], []
+    for which, entry in films.chosen_prompts(records, "early"):
+        contest = make_contest(panel, config, entry["prompt"], entry["seeds"], call, ("early", "full"))
+        strips += films.candidates(contest, "early", which)
+        played_again.append((entry, contest))
+    shown, contest = played_again[len(played_again) // 2]  # the median gain's video is the run's
+    result = contest.play("early", 0)
+    looked = [{**record, "values": record["values"]["overall"]} for record in records]
+    level = sorted(config.look_at)[len(config.look_at) // 2]
+    looks = films.looks(ours[0], _telling(records, config.strips), level, call, seed)
+    for name, prefixes in {
+        "data": ("data", "test-data", "unseen-data"),
+        "train": ("train-[0-9]",),
+        "train pixel judges": ("train-pixel",),
+        "evaluate": ("accuracy/",),
+        "best of n": ("test/", "unseen/"),
+    }.items():
+        seconds(name, *prefixes)
+    metrics = document(
+        "demo",
+        describe(backbone, name),
+        seed,
+        accuracy=accuracy,
+        best_of_n=picks,
+        timings={**timings, "total": sum(timings.values()), "this process": time.perf_counter() - started},
+        judge_comparison=comparison,
+        training=[summary for _, summary in trained],
+        agreement=compare.agreement(records),
+        attention=gaze.rows(looked, seed),
+        bars=_bars(config, comparison, picks, records),
+        prompt=shown["prompt"],
+        seeds=list(result.seeds),
+        winner=result.index,
+        cuts=[cut_entry(cut, "early", {"overall": 1.0}) for cut in result.scores],
+        ledger=result.ledger.to_dict(),
+    )
+    metrics["beside"] = None if config.full else claims.beside(metrics)
+    with runs.new(out, overwrite, "demo") as folder:
+        _publish(folder, place, config, metrics, {**asdict(config), "call": call})
+        video.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
+        written = files.read_json(folder / "config.json")
+        title = "PRISM: the best of eight, chosen early"
+        write_report(folder / "report.html", metrics, strips, title, claims.notes(metrics), written, looks=looks)
+        per_prompt.write(folder / "per_prompt", measured, contested, head_seeds)
+        if config.full:
+            evidence.write(folder / "evidence", metrics, written, _command(out, config))
+            shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")
+    if config.full:
+        parts.remove()
+    return metrics
+
+
+def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: Any) -> dict[str, Any]:
+    """What the parts of a demo depend on. `shipped`: the store that it trains on, or None where it samples its own."""
+    from prism.training.learner import store_identity
+
+    return {
+        "config": _plain({**asdict(config), "call": call}),
+        "backbone": backbone.fingerprint(),
+        "store": None if shipped is None else store_identity(shipped),
+        "version": prism.__version__,
+    }
+
+
+def make_contest(
+    panel: Any,
+    config: DemoConfig,
+    prompt: str,
+    seeds: Sequence[int],
+    call: dict[str, Any],
+    names: Sequence[str] | None = None,
+) -> Any:
+    """The contest of a prompt, with all plans or those of `names`."""
+    from prism.lab.contest import Contest
+    from prism.shapeworld import referee
+
+    played = {name: plan for name, plan in plans(config).items() if names is None or name in names}
+    return Contest(panel, referee.batch, prompt, seeds, played, call, config.seed)
+
+
+def contests(
+    parts: Parts, panel: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Every plan on the first `count` prompts of a split, a part each; prompt j has the seeds first_seed + 1000 j + i.
+
+    The first `config.alone` test prompts also run each plan by itself.
+    """
+    prompts, found = shapeworld.prompts(split, count), []
+    clock = Clock(f"best of {config.n} on {split} prompts", len(prompts))
+    for place, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
+        seeds = [first_seed + 1000 * place + i for i in range(config.n)]
+        alone = split == "test" and place < config.alone
+        name = f"{split}/{place:04d}"
+        there = parts.has(name)
+
+        def make(prompt: str = prompt, seeds: list[int] = seeds, alone: bool = alone) -> dict[str, Any]:
+            return record(make_contest(panel, config, prompt, seeds, call), config, alone)
+
+        found.append(parts.once(name, make))
+        clock.tick(place + 1, not there)
+    return found
+
+
+def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
+    """What is kept of a contest, as JSON: the referee's values, each plan's picks, each judge's scores of the finished
+    latents, the plans' runs by themselves, and where the first judge's query looks.
+    """
+    from prism.lab import attention as gaze
+    from prism.lab.contest import JUDGED
+
+    judge, looks = contest.panel.judges[0], {}
+    for t in config.look_at:
+        attention = gaze.look(judge, contest.latents, contest.prompt, t, contest.call, config.seed)
+        cells = gaze.object_cells(contest.videos, contest.prompt, attention.shape[1:])
+        looks[f"{t:g}"] = gaze.shares(attention, cells)
+    found = {
+        "prompt": contest.prompt,
+        "seeds": list(contest.seeds),
+        "values": {name: value.tolist() for name, value in contest.values.items()},
+        "picks": {name: contest.picks(name) for name in contest.plans},
+        "final": contest.final.tolist(),
+        "looks": looks,
+    }
+    if alone:
+        judged = {name: plan["strategy"] in JUDGED for name, plan in contest.plans.items()}
+        count = len(contest.panel.judges)
+        found["alone"] = {
+            name: [contest.alone(name, k) for k in range(count if judged[name] else 1)] for name in contest.plans
+        }
+    return found
+
+
+def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The prompts whose best and worst candidates lie farthest apart, of one thing and of two things in turn."""
+    from prism.shapeworld import grammar
+
+    ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
+    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in grammar.KINDS}
+    for entry in ordered:
+        scene = grammar.parse(entry["prompt"])
+        assert scene is not None
+        kinds[scene.kind].append(entry)
+    single, pair = kinds.values()
+    mixed = [entry for both in zip(single, pair) for entry in both]
+    return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
+
+
+def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[dict[str, Any]]:
+    """They are a full run's."""
+    share = claims.overhead(records, ("early", "draft", "full"))
+    return claims.check(comparison, picks, "early", "draft", share) if config.full else []
+
+
+def _publish(folder: Path, place: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The files that are plain copies: metrics, configuration, the first seed's head, and what was made afresh."""
+    write_config(folder / "config.json", settings)
+    files.write_json(folder / "metrics.json", metrics)
+    shutil.copytree(place / f"head-{config.seed}", folder / "head")
+    for name in ("candidates", "pixel", "pixel-noisy"):
+        if (place / name).is_dir():
+            shutil.copytree(place / name, folder / name)
+
+
+def _command(out: Path, config: DemoConfig) -> str:
+    fresh = " --fresh" if config.fresh else ""
+    return f"prism demo --full{fresh} --seed {config.seed} --out {out}"
+
+
+def _plain(value: Any) -> Any:
+    import json
+
+    return json.loads(json.dumps(value))

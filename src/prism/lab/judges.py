@@ -1,0 +1,128 @@
+"""The judges of a demo: heads trained and averaged, and the pixel judges they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prism import files, shapeworld
+from prism.errors import PrismError
+from prism.evaluation import TIMESTEPS, Measurement, compare_judges, measure
+from prism.evaluation import measurement as pool
+from prism.judge import Judge
+from prism.preference import LatentStore
+from prism.runs import Parts
+from prism.training import TrainConfig, train_together
+
+PIXEL = {"pixel": False, "pixel-noisy": True}  # name, as of the asset -> whether it trains on noisy videos too
+
+
+def trained(
+    parts: Parts, store: LatentStore, backbone: Any, taps: Sequence[int], dim: int, config: TrainConfig, seed: int
+) -> tuple[Judge, dict[str, Any]]:
+    """The judge of a seed, the average of a head at each of `taps`, and what is to be said of its training.
+
+    Its heads see the same batches and differ in their initial weights.
+    """
+    folder = parts.folder / f"head-{seed}"
+
+    def make() -> dict[str, Any]:
+        judges = [
+            Judge.untrained(backbone, tap=tap, dim=dim, dimensions=store.dimensions, seed=seed + 1000 * number)
+            for number, tap in enumerate(taps)
+        ]
+        configs = [replace(config, seed=seed) for _ in judges]
+        train_together(store, judges, configs, desc=f"train judge {seed}")
+        judge = Judge.average(judges)
+        judge.save_pretrained(folder, {**judge.trained_on, "seed": seed}, overwrite=True)
+        return {name: judges[0].trained_on[name] for name in ("steps", "pairs", "prompts")} | {"heads": len(judges)}
+
+    summary = parts.once(f"train-{seed}", make)
+    return Judge.from_pretrained(folder, backbone), summary
+
+
+def pixel_judges(
+    parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int, steps: int | None = None
+) -> list[Any]:
+    """The judges on decoded frames, trained on clean videos and with noisy ones among them: the shipped ones, or, where
+    `fresh`, trained on `store`. They share the frames that they decode. `steps`: None for the settings' own.
+    """
+    from prism.lab.frames import DecodedCache
+    from prism.lab.pixel import PixelJudge
+    from prism.lab.pixel_training import PixelConfig, train_pixel
+
+    found, frames = [], DecodedCache(parts.folder / "frames", backbone)
+    for name, noisy in PIXEL.items():
+        folder = parts.folder / name
+
+        def make(folder: Path = folder, noisy: bool = noisy) -> dict[str, Any]:
+            if folder.is_dir():  # killed between its end and this note of it
+                return {}
+            config = PixelConfig(seed=seed) if steps is None else PixelConfig(seed=seed, steps=steps)
+            return _summary(train_pixel(store, backbone, config, folder, noisy=noisy, frames=frames))
+
+        if fresh:
+            parts.once(f"train-{name}", make)
+        found.append(PixelJudge.from_pretrained(folder if fresh else shapeworld.asset_folder(name), backbone, frames))
+    return found
+
+
+def _summary(result: Any) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name != "history"} if isinstance(result, dict) else {}
+
+
+def measured(
+    parts: Parts,
+    store: LatentStore,
+    ours: Sequence[Judge],
+    others: Sequence[Any],
+    split: str,
+    seed: int,
+    levels: Sequence[float] = (),
+    batch_size: int = 64,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Measurement]]:
+    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them: our judges (of several
+    seeds, pooled first), the others, and ours against each of the others, all on the same pairs under the same noise.
+
+    levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
+    batch_size: videos per denoiser call.
+    """
+    named: list[tuple[str, Any, Sequence[float]]] = [
+        (f"prism-{judge.trained_on['seed']}", judge, TIMESTEPS) for judge in ours
+    ]
+    named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
+    found = [
+        _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
+        for name, judge, t in named
+    ]
+    for path in (parts.folder / "frames").glob(f"{'[0-9a-f]' * 32}.npy"):  # of use to the others of this split alone
+        path.unlink()
+    own, rest = found[: len(ours)], found[len(ours) :]
+    rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]
+    return rows, [row for each in rest for row in compare_judges(own, each, seed)], found
+
+
+def _measured(
+    parts: Parts,
+    name: str,
+    store: LatentStore,
+    judge: Any,
+    split: str,
+    seed: int,
+    timesteps: Sequence[float],
+    batch_size: int,
+) -> Measurement:
+    path = parts.folder / f"{name}.parquet"
+
+    def make() -> None:
+        measurement = measure(judge, store, split, timesteps, seed=seed, batch_size=batch_size)
+        with files.new_file(path) as whole:
+            measurement.save(whole)
+
+    parts.once(name, make)
+    try:
+        return Measurement.load(path)
+    except PrismError as error:
+        raise PrismError(f"{error} Delete {path.with_suffix('.json')} to do so.") from error

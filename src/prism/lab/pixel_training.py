@@ -1,0 +1,253 @@
+"""Train a pixel judge on the same pairs, groups and objective as the judge on hidden states, by the same machinery.
+
+Only what a batch shows differs: decoded frames. Decoding is what costs, so that frames are kept (see `frames`) and a
+noisy video is one of a few re-noised copies, which come up again epoch by epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prism import runs
+from prism.backbone import Backbone
+from prism.backbone.fingerprint import VERSIONED
+from prism.errors import PrismError
+from prism.evaluation.evaluator import Video, noised, videos_of
+from prism.lab.frames import DecodedCache
+from prism.lab.pixel import FORMAT, ROWS, PixelJudge
+from prism.preference import LatentStore, PromptGroup
+from prism.team import Processes, in_batches
+from prism.training import TrainConfig
+from prism.training.batches import Batch, Batches, training_groups
+from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint, store_identity
+from prism.training.validation import LEVELS, Conditionings, mean_accuracy
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """Settings of a pixel judge's training, chosen on validation prompts (docs/pixel-judge.md)."""
+
+    steps: int = 4000
+    prompts_per_step: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    dropout: float = 0.1
+    width: int = 64
+    layers: int = 2
+    noise_draws: int = 4
+    """Re-noised copies of each training video that a judge trained on noisy videos sees; a prompt's videos share t."""
+    noisy_share: float = 0.5
+    """How often such a judge is shown a prompt's videos noisy."""
+    validate_every: int = 200
+    precision: str = "auto"
+    """Of the arithmetic in training: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.for_learner()  # checks what it takes over
+        least = {"width": 8, "layers": 1, "noise_draws": 1, "validate_every": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise PrismError(f"The pixel setting {name} must be {low} or more, found {getattr(self, name)!r}.")
+        if self.width % 8:
+            raise PrismError(f"The pixel setting width must be a multiple of 8, found {self.width!r}.")
+        for name in ("dropout", "noisy_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PrismError(
+                    f"The pixel setting {name} must be at least 0 and below 1, found {getattr(self, name)!r}."
+                )
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise PrismError(
+                f"The pixel setting precision must be auto, float32 or bfloat16, found {self.precision!r}."
+            )
+
+    def for_learner(self) -> TrainConfig:
+        """What the machinery of the judge on hidden states is told."""
+        return TrainConfig(
+            steps=self.steps,
+            prompts_per_step=self.prompts_per_step,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            schedule="cosine",
+            warmup_steps=20,
+            noise_draws=self.noise_draws,
+            validate_every=self.validate_every,
+            keep_best=True,
+            checkpoint_every=100,
+            seed=self.seed,
+        )
+
+
+def train_pixel(
+    store: LatentStore | str | Path,
+    backbone: Backbone,
+    config: PixelConfig,
+    out: str | Path,
+    noisy: bool = False,
+    progress: bool = True,
+    frames: DecodedCache | None = None,
+) -> dict[str, Any]:
+    """Train a pixel judge on the store's training pairs and save it as the folder `out`.
+
+    The saved weights are those of the best validation accuracy, mean over dimensions: on clean videos, and with `noisy`
+    on these and on videos at t = 899, 699 and 499.
+
+    Args:
+        store: opened store, or its folder, with training and validation pairs; all of its dimensions are learned.
+        backbone: whose VAE made the latents.
+        config: settings.
+        out: the judge's folder, which must not exist. Checkpoints, and frames unless `frames` is given, lie in
+            `<out>.parts` until the run is done; one that was killed goes on from there, on a CPU to the same weights.
+        noisy: show videos as often decoded from a re-noised latent (t ~ U(0, 1000)) as clean.
+        progress: show a progress bar (on a terminal).
+        frames: where decoded frames are kept, to be shared by several runs.
+
+    Returns:
+        {"history", "steps", "seconds", "decoded", "prompts", "pairs", "parameters"}; the history is as of
+        `prism.training.train`, and `decoded` counts the videos that had to be decoded.
+
+    Raises:
+        PrismError: where `out` exists, another run's parts lie beside it, or the store has no training or validation
+            pairs.
+    """
+    started, out = time.perf_counter(), Path(out)
+    processes = Processes(cpu=backbone.device.type == "cpu")
+    processes.on_first(lambda: runs.check(out, False, FORMAT))
+    store, settings = LatentStore.of(store), config.for_learner()
+    groups = training_groups(store, store.dimensions, settings)
+    held_out = store.groups("validation", store.dimensions)
+    if not held_out:
+        raise PrismError(
+            f"The store {store.folder} has no validation pairs, by which a pixel judge's weights are chosen."
+        )
+    if processes.size > config.prompts_per_step:
+        raise PrismError(
+            f"The pixel setting prompts_per_step must be at least the number of processes, {processes.size}; found "
+            f"{config.prompts_per_step}."
+        )
+    identity = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
+    identity["backbone"] = backbone.fingerprint()
+    changeable = ("store.name", *(f"backbone.{name}" for name in VERSIONED))
+    place = runs.parts_of(out)
+    parts: list[runs.Parts] = []  # the first process holds them
+    processes.on_first(lambda: parts.append(runs.Parts(place, identity, changeable=changeable)))
+    frames = DecodedCache(place / "frames", backbone) if frames is None else frames
+    decoded = frames.decoded
+
+    name = "pixel-noisy" if noisy else "pixel"
+    options = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
+    judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, store.call, **options)
+    learner = Learner(judge, settings, processes)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
+    conditionings = Conditionings(backbone, store, [group.prompt for group in groups])
+    shown = _Shown(store, groups, frames, config, noisy)
+    validation = _Validation(store, held_out, frames, (0, *LEVELS) if noisy else (0,))
+    batches = Batches(store, groups, backbone, settings)
+    low = torch.autocast(backbone.device.type, torch.bfloat16, enabled=_bfloat16(config, backbone))
+
+    def forward(step: int, videos: Tensor, part: Batch, _rows: int) -> list[Tensor]:
+        videos = videos[part.start : part.start + len(part.t)].to(backbone.device).float() / 255
+        text, mask = judge.text_of(conditionings.of(part.prompts))
+        with torch.random.fork_rng(devices=[]), low:
+            # Of dropout: a resumed run draws the same.
+            torch.manual_seed((config.seed * 1_000_003 + step) * processes.size + processes.rank)
+            return [judge.head(videos, text, mask)]
+
+    first, steps = load_checkpoint(place / "checkpoints", learner), Steps(settings.max_rows)
+    places = range(processes.rank, config.prompts_per_step, processes.size)
+    hidden = None if progress and processes.first else True
+    for step in tqdm(
+        range(first, config.steps), initial=first, total=config.steps, desc=f"train {name}", disable=hidden
+    ):
+        batch = batches.draw(step, places)
+        videos = shown(step, batch, places)
+        steps.take(step, [learner], batch, partial(forward, step, videos))
+        if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
+            learner.validate(step, validation)  # type: ignore[arg-type]
+            judge.head.train()
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and processes.first:
+            save_checkpoint(place / "checkpoints", step + 1, learner)
+
+    learner.finish(store, groups)
+    judge.trained_on |= {"source": "decoded", "noisy": noisy, "config": asdict(config), "history": learner.history}
+
+    def publish() -> None:
+        judge.save_pretrained(out)
+        parts[0].remove()
+
+    processes.on_first(publish)
+    return {
+        "history": learner.history,
+        "steps": config.steps,
+        "seconds": time.perf_counter() - started,
+        "decoded": frames.decoded - decoded,
+        "prompts": len(groups),
+        "pairs": judge.trained_on["pairs"],
+        "parameters": sum(value.numel() for value in judge.head.parameters()),
+    }
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """The frames of a step's batch, each prompt's videos clean or noisy."""
+
+    store: LatentStore
+    groups: Sequence[PromptGroup]
+    frames: DecodedCache
+    config: PixelConfig
+    noisy: bool
+
+    def __call__(self, step: int, batch: Batch, places: Sequence[int]) -> Tensor:
+        """(rows, T, H, W, 3) uint8 of a batch that was drawn for some places of a step; a function of (seed, step)."""
+        chances = np.random.default_rng([self.config.seed, step, 1]).uniform(size=self.config.prompts_per_step)
+        latents, start = [], 0
+        for place, (rows, _) in zip(places, batch.groups, strict=True):
+            videos, is_noisy = self.groups[batch.prompts[start]].videos, chances[place] < self.config.noisy_share
+            noisy = batch.noisy_latents[start : start + rows].cpu()
+            latents.append(noisy if self.noisy and is_noisy else self.store.latents(videos))
+            start += rows
+        return self.frames(torch.cat(latents))
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """Accuracy on validation pairs, mean over levels, under the noise that `prism.training` validates with."""
+
+    store: LatentStore
+    groups: Sequence[PromptGroup]
+    frames: DecodedCache
+    levels: Sequence[float]
+
+    def accuracy(self, judge: PixelJudge) -> list[float]:
+        """By dimension; one without decided pairs counts 0."""
+        scores: dict[float, dict[str, np.ndarray]] = {t: {} for t in self.levels}
+
+        def work(batch: Sequence[Video]) -> None:
+            videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
+            latents = self.store.latents(videos)
+            for t, found in scores.items():
+                frames = self.frames(noised(judge.backbone, latents, videos, t)).float() / 255
+                values = judge.score_videos(frames, prompts, **self.store.call)
+                found.update(zip(videos, values.double().cpu().numpy()))
+
+        in_batches(videos_of(self.groups), ROWS, work, "validating")
+        return mean_accuracy(self.groups, list(scores.values()))
+
+
+def _bfloat16(config: PixelConfig, backbone: Backbone) -> bool:
+    """Whether to train in bfloat16. On CPUs without matrix units it is emulated, and slow."""
+    if config.precision != "auto":
+        return config.precision == "bfloat16"
+    if backbone.device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16", False))

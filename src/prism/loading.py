@@ -1,0 +1,192 @@
+"""Backbones, heads and stores by name: the embedded ones, a folder, or an id on the Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prism import files
+from prism.errors import PrismError, number, quoted
+
+EMBEDDED = "ShapeWorld (embedded)"
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short names
+OFFLOAD = ("none", "model", "group")
+
+
+def load_backbone(
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str = "none",
+    loras: Sequence[str] = (),
+) -> tuple[Any, dict[str, Any], str]:
+    """A `Backbone`, the call arguments that go with it, and its name for reports.
+
+    name: None for the embedded model; a folder or Hub id of a diffusers pipeline, whose arguments are read from
+    call.json beside it where there is one. device: None for cuda where there is one. dtype: None for bfloat16 on cuda,
+    float32 elsewhere; the embedded model stays in float32. offload: "model" or "group", as diffusers' methods of these
+    names, which need an accelerator. loras: local files or folders of safetensors, each with :SCALE behind it or 1.
+    Raises `PrismError` for what cannot be loaded.
+    """
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from prism import shapeworld
+    from prism.backbone import Backbone
+
+    for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # of several processes on a machine
+    device = device or (f"cuda{own}" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    dtype = DTYPES.get(str(dtype), dtype)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise PrismError(f"The --dtype is {quoted(dtype, 60)}; choose {', '.join(DTYPES)} (or their long names).")
+    if offload not in OFFLOAD:
+        raise PrismError(f"The --offload is {quoted(offload, 60)}; choose one of {', '.join(OFFLOAD)}.")
+    if offload != "none" and torch.device(device).type == "cpu":
+        raise PrismError(
+            f"The --offload {offload} brings models to an accelerator as they are needed, and this run is on the cpu; "
+            "leave it out, or choose another --device."
+        )
+    adapters = [_lora(text) for text in loras]
+    if name is None:
+        backbone, call, name = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL), EMBEDDED
+    else:
+        kind = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+        backbone, call, name = Backbone.from_pretrained(name, dtype=kind), _call_beside(name), str(name)
+    adapt(backbone.pipe, adapters)
+    place(backbone.pipe, device, offload)
+    return backbone, call, name
+
+
+def check_device(device: str) -> None:
+    """Raise PrismError for a device that this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device).cpu()  # which a device without numbers (meta) cannot
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = quoted(str(error).splitlines()[0], 200)
+        raise PrismError(
+            f"The device {quoted(device, 60)} cannot be used ({reason}); choose another --device."
+        ) from error
+
+
+def place(pipe: Any, device: str, offload: str) -> None:
+    """Bring a pipeline to its device, or have diffusers bring its parts there as they are needed."""
+    import torch
+
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        stream = torch.device(device).type == "cuda"
+        pipe.enable_group_offload(torch.device(device), offload_type="leaf_level", use_stream=stream)
+    else:
+        pipe.to(device)
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """The file of `FILE[:SCALE]` or `FOLDER[:SCALE]`, and the scale."""
+    path, scale = text, "1"
+    if not os.path.exists(text) and ":" in text:
+        path, scale = text.rsplit(":", 1)
+    value = number(f"The scale of the --lora {quoted(text, 120)}", _float(scale), -100, 100)
+    file = Path(path)
+    if file.is_dir():
+        files_in = sorted(file.glob("*.safetensors"))
+        if len(files_in) != 1:
+            raise PrismError(f"The --lora folder {path} holds {len(files_in)} safetensors files; name one of them.")
+        (file,) = files_in
+    if not file.is_file():
+        raise PrismError(f"The --lora {quoted(path, 200)} does not exist; give a local file or folder.")
+    if file.suffix != ".safetensors":
+        raise PrismError(f"The --lora {path} is no safetensors file, and nothing else is loaded; convert it first.")
+    return file, value
+
+
+def _float(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # which is quoted as it is
+
+
+def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    """Load LoRAs, (file, scale) each, into a pipeline. Raises PrismError for those that do not fit it."""
+    if not adapters:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise PrismError(f"{type(pipe).__name__} takes no LoRA; leave --lora out.")
+    for place, (file, _) in enumerate(adapters):
+        try:
+            pipe.load_lora_weights(
+                str(file.parent), weight_name=file.name, adapter_name=f"lora-{place}", local_files_only=True
+            )
+        except Exception as error:  # of diffusers, peft and safetensors, each with its own
+            raise PrismError(f"The --lora {file} cannot be loaded: {quoted(error).rstrip('.')}.") from error
+        if not any(f"lora-{place}" in names for names in pipe.get_list_adapters().values()):
+            raise PrismError(f"The --lora {file} holds nothing for {type(pipe).__name__}; it is of another model.")
+    pipe.set_adapters([f"lora-{place}" for place in range(len(adapters))], [scale for _, scale in adapters])
+
+
+def _call_beside(name: str) -> dict[str, Any]:
+    path = Path(name) / "call.json"
+    if not path.is_file():
+        return {}
+    call = files.read_json(path)
+    if not isinstance(call, dict):
+        raise PrismError(f"The file {path} is not a JSON object; pipeline arguments by name are needed.")
+    return call
+
+
+def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:
+    """The `Judge` of a saved head on `backbone`; None takes the head that ships for the embedded backbone."""
+    from prism import shapeworld
+    from prism.judge import Judge
+
+    if head is None and not embedded:
+        raise PrismError("The embedded head fits the embedded backbone alone; name a head for this one with --head.")
+    if head is None:
+        return Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
+    return Judge.from_pretrained(head, backbone)
+
+
+def open_store(folder: Path | None) -> Any:
+    """The `LatentStore` in `folder`; None opens the labelled candidates that ship with the package."""
+    from prism import shapeworld
+    from prism.preference import LatentStore
+
+    return LatentStore.open(shapeworld.asset_folder("candidates") if folder is None else folder)
+
+
+def check_store(folder: Path | None, store: Any, backbone: Any) -> None:
+    """Refuse the embedded candidates, which None takes, for a backbone with another VAE."""
+    from prism.backbone.fingerprint import fits
+
+    if folder is None and fits(store.meta.get("backbone") or {}, backbone, ("vae",))[0]:
+        raise PrismError(
+            "The embedded candidates are latents of the embedded model; name a store of this backbone's own videos "
+            "with --data."
+        )
+
+
+def check_alone(command: str) -> None:
+    """Refuse to run a command as several processes that would all write its folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "0", "1"):
+        raise PrismError(
+            f"prism {command} works in one process, and WORLD_SIZE says {quoted(count, 40)}; start it without torchrun "
+            "or accelerate launch."
+        )
+
+
+def describe(backbone: Any, name: str) -> dict[str, Any]:
+    """The "backbone" entry of metrics.json: its name and fingerprint."""
+    return {"name": name, **backbone.fingerprint()}

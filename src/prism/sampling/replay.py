@@ -1,0 +1,362 @@
+"""One stock call of several candidates: gated, recorded, and answered from recordings."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from prism.backbone.conditioning import by_name, take_rows
+from prism.backbone.family import noisy_name
+from prism.backbone.parts import tensor_of
+from prism.backbone.patches import check_scheduler
+from prism.backbone.pipeline import callers_own
+from prism.backbone.taps import Tokens
+from prism.errors import PrismError, quoted, reason
+from prism.sampling.recording import Inputs, Recording, inputs_of, moments_of, state_of
+from prism.team import ran_out
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+from prism.backbone.conditioning import has_rows
+from prism.backbone.family import Family, noisy_of
+from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
+
+
+def check_noise(pipe: Any, counts_calls: bool) -> None:
+    """Raise PrismError where the scheduler's steps draw noise that no candidate's seed decides.
+
+    A copy of the scheduler makes a few steps on zeros. Those that take a generator are given one in a search, except
+    where the pipeline steps copies of its scheduler (`counts_calls`). So does code of others in a method's place that
+    goes by earlier calls.
+    """
+    check_scheduler(pipe.scheduler)
+    try:
+        scheduler = copy.deepcopy(pipe.scheduler)
+        lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_calls
+        lent = {"generator": torch.Generator("cpu")} if lends else {}
+        shifts = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
+        scheduler.set_timesteps(4, **shifts)
+        sample = torch.zeros(1, 4, 2, 4, 4)
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            for t in scheduler.timesteps[:2]:
+                scheduler.step(sample, t, sample, **lent)
+            moved = not torch.equal(torch.get_rng_state(), before)
+    except Exception:  # a scheduler of another form: its first step in the search tells
+        return
+    if moved:
+        raise PrismError(global_noise(pipe))
+
+
+def arguments_of_step(pipe: Any, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a scheduler's step by name. Raises PrismError where it takes others than it is given."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        kinds = f"{type(pipe.scheduler).__name__} and {type(pipe).__name__}"
+        raise PrismError(f"{kinds} do not go together ({reason(error)}); set another scheduler.") from error
+
+
+def global_noise_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's global generators, of the host and of the latents' device."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def global_noise(pipe: Any) -> str:
+    """The refusal of a scheduler whose noise no seed gives."""
+    return (
+        f"The steps of {type(pipe.scheduler).__name__} in {type(pipe).__name__} draw noise from torch's global "
+        "generator and cannot be given one, so that no seed gives a candidate again; take a scheduler whose step "
+        'takes a generator, or the strategy "none" or "random".'
+    )
+
+
+def reproduction(prompts: bool, seed: int, noise: set[str]) -> str:
+    """The line of Python that gives a seed's video again, or "" where none does.
+
+    Args:
+        prompts: whether the pipeline takes a prompt.
+        noise: where the scheduler's steps drew noise, see `Interceptor`.
+    """
+    if "global" in noise:
+        return ""
+    prompt = "prompt, " if prompts else ""
+    if "lent" in noise:
+        return f'best_of_n(pipe, None, {prompt or "None, "}strategy="none", seeds=[{seed}], **call)'
+    return f'pipe({prompt}generator=torch.Generator("cpu").manual_seed({seed}), **call)'
+
+
+def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A VAE's decode that is given one row at a time."""
+    outputs = [decode(row[None], *args, **kwargs) for row in latents]
+    rows = torch.cat([tensor_of(output) for output in outputs])
+    return (rows,) if isinstance(outputs[0], tuple) else DecoderOutput(sample=rows)
+
+
+# Told at a cut: (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Answers with the
+# candidates to go on with, or None to end the call.
+OnCut = Callable[[int, float, list[int], Tokens, Tensor], "list[int] | None"]
+
+
+class Interceptor:
+    """One stock pipeline call of several candidates: answered from their recordings, recorded, tapped and gated.
+
+    The gate computes the survivors' rows alone; dead rows come back as zeros and are never read.
+    A cut's scores are read either by listening to the conditional pass that the sampler runs anyway, or by a probe: the
+    conditional rows are run up to the tap and no further, and the survivors' pass follows in full.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        candidates: Sequence[int],
+        recordings: Mapping[int, Recording],
+        record: bool = True,
+        cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
+        tap: int | Sequence[int] | None = None,
+        on_cut: OnCut | None = None,
+        searches: bool = True,  # whether noise must be the candidates' own: a winner's call may be any plain call
+        state: str = "",  # of the denoisers when the recordings were made, where a callback may change it
+    ):
+        self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
+        self.cuts, self.tap, self.on_cut, self.searches = dict(cuts or {}), tap, on_cut, searches
+        self.state, self.altered = state, ""  # and what it is where it was changed
+        self.alive = list(range(len(self.candidates)))  # positions in the batch
+        self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
+        self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
+        self.told: Mapping[str, Any] = {}  # the first denoiser call, where what it is shown is put back in the end
+        # Where the scheduler's steps drew noise: nowhere, or where the pipeline itself let them; from the candidates'
+        # generators, which were lent to them here; from a global generator.
+        self.noise: Literal["", "lent", "global"] = ""
+
+    def run(self, call: Mapping[str, Any]) -> Any:
+        """The stock call's result, or None where a cut ended it."""
+        pipe, self.generator = self.backbone.pipe, call.get("generator")
+        self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
+        self._look_for_changes()
+        with ExitStack() as stack:
+            for place, denoiser in enumerate(self.backbone.denoisers):
+                wrapper = packing(partial(self._denoise, place, denoiser), denoiser, self.backbone.family)
+                stack.enter_context(around_module(denoiser, wrapper))
+            if not self.backbone.family.counts_calls:
+                stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
+            if self.backbone.family.vae_alone and len(self.candidates) > 1:
+                stack.enter_context(around(pipe.vae, "decode", _one_by_one))
+            return run_until_stopped(
+                pipe, self._with_callback(call), lambda: self.step if (self.step, self.index) > (1, 0) else 0
+            )
+
+    def finished(self) -> Tensor:
+        """The latents at the end of the call, as the pipeline decodes them: (len(candidates), ...)."""
+        if self.latents is None:
+            raise PrismError(
+                f"The latents of {type(self.backbone.pipe).__name__} were not seen: it took no step of its scheduler "
+                "that tells them and no callback_on_step_end; look at counts_calls in its family."
+            )
+        return self.backbone.finished(self.latents, self.told)
+
+    # -- the denoiser
+
+    def _denoise(self, place: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments, family = by_name(denoiser, args, kwargs), self.backbone.family
+        if family.given_back and not self.told:
+            self.told = dict(arguments)
+        if family.counts_calls and self.index == self.calls_per_step:
+            self.step, self.index = self.step + 1, 0
+        probed = self.cuts.get(self.step) if self.index == 0 else None  # None where nothing is cut
+        self.index += 1
+        if probed:
+            conditional = take_rows(arguments, self._conditional_rows(arguments), family)
+            with rows_told(arguments, family, False):
+                tokens, _ = self._read(denoiser, forward, conditional, stop=True)
+            self._cut(arguments, tokens)
+        alive = self.alive  # of this call: a cut that listens is decided after it
+        recordings = [self.recordings[self.candidates[row]] for row in alive]
+        inputs: list[Inputs] = []
+        moments = moments_of(arguments, len(self.candidates), family) if all(recordings) else []
+        if self.record or (moments and all(moments[row] in each.moments for row, each in zip(alive, recordings))):
+            every = inputs_of(denoiser, place, arguments, len(self.candidates), family, self.altered)
+            inputs = [every[row] for row in alive]
+        recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]
+        if probed is not False and inputs and all(value is not None for value in recorded):
+            device = arguments[noisy_name(arguments, family)].device
+            sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
+        else:
+            whole = len(alive) == len(self.candidates)
+            live = arguments if whole else take_rows(arguments, self._rows(arguments, alive), family)
+            with rows_told(arguments, family, whole):
+                if probed is False:
+                    tokens, output = self._read(denoiser, forward, live, stop=False)
+                else:
+                    output = forward(**live)
+            check_form(denoiser, output, family)
+            sample = tensor_of(output)
+            if self.record:
+                by_candidate = sample.detach().unflatten(0, (-1, len(alive))).transpose(0, 1)
+                for recording, each, value in zip(recordings, inputs, by_candidate):
+                    recording.keep(each, value)
+            if probed is False:
+                self._cut(arguments, tokens[family.conditional(len(tokens), len(alive))])
+            if whole:
+                return output
+        if len(alive) < len(self.candidates):
+            batch = len(arguments[noisy_name(arguments, family)])
+            rows = self._rows(arguments, alive).to(sample.device)
+            sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows, sample)
+        if family.gives_tensor:
+            return sample
+        return (sample,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
+
+    def _rows(self, arguments: Mapping[str, Any], alive: Sequence[int]) -> Tensor:
+        """Rows of the batch that belong to the living, group by group."""
+        n, batch = len(self.candidates), len(arguments[noisy_name(arguments, self.backbone.family)])
+        return torch.tensor([row + group * n for group in range(batch // n) for row in alive])
+
+    def _conditional_rows(self, arguments: Mapping[str, Any]) -> Tensor:
+        """Those of them in the conditional group."""
+        rows = self._rows(arguments, self.alive)
+        return rows[self.backbone.family.conditional(len(rows), len(self.alive))]
+
+    def _read(self, denoiser: nn.Module, forward: Any, arguments: dict[str, Any], stop: bool) -> tuple[Tokens, Any]:
+        assert self.tap is not None
+        return self.backbone.read(arguments, self.tap, stop, forward, denoiser)
+
+    def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
+        assert self.on_cut is not None
+        family = self.backbone.family
+        # Frames that are given have lower timesteps than those that are sampled.
+        t = family.t_of(self.backbone.pipe.scheduler, arguments[family.timestep_argument].max())
+        noisy = arguments[noisy_name(arguments, family)][self._conditional_rows(arguments)]
+        candidates = [self.candidates[row] for row in self.alive]
+        survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
+        if survivors is None:
+            raise StopCall
+        self.alive = [row for row in self.alive if self.candidates[row] in survivors]
+
+    # -- the scheduler and the user's callback
+
+    def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step of the scheduler. One that takes a generator and is given none would draw its noise from the global
+        generator: it is lent the candidates' own, so that a candidate is its seed's however the search runs."""
+        signature = inspect.signature(inner)
+        given = arguments_of_step(self.backbone.pipe, signature, args, kwargs)
+        generators: list[torch.Generator] = []
+        if "generator" in signature.parameters and given.get("generator") is None and self.generator is not None:
+            generators = self.generator if isinstance(self.generator, list) else [self.generator]
+            kwargs = {**kwargs, "generator": self.generator}
+        device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        lent, others = [generator.get_state() for generator in generators], global_noise_states(device)
+        output = inner(*args, **kwargs)
+        if not all(map(torch.equal, others, global_noise_states(device))):
+            if self.searches:
+                raise PrismError(global_noise(self.backbone.pipe))
+            self.noise = "global"
+        elif not all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, lent)):
+            self.noise = "lent"
+        self.step, self.index = self.step + 1, 0
+        self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
+        return output
+
+    def _look_for_changes(self) -> None:
+        state = state_of(self.backbone.denoisers) if self.state else ""
+        self.altered = "" if state == self.state else state
+
+    def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The call, watched at the end of its steps: there the latents are whole, while a scheduler may be given all
+        but a first frame.
+        """
+        callback = call.get("callback_on_step_end")
+        if not self.backbone.takes("callback_on_step_end"):
+            return dict(call)
+
+        def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            with callers_own():
+                returned = {} if callback is None else callback(pipe, step, timestep, tensors)
+            self.latents = self.backbone.main({**tensors, **(returned or {})}["latents"])
+            self._look_for_changes()
+            return returned
+
+        named = getattr(callback, "tensor_inputs", None)  # diffusers' own callback classes name their tensors
+        named = call.get("callback_on_step_end_tensor_inputs", ["latents"]) if named is None else named
+        named = [*named, *({"latents"} - set(named))]
+        return {**call, "callback_on_step_end": watched, "callback_on_step_end_tensor_inputs": named}
+
+
+def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
+    """Raise PrismError where the denoiser gives a tensor and its family says otherwise: a recording would answer in
+    the other form, of which a pipeline may take the first row for the whole."""
+    if family.outputs == 1 and isinstance(output, Tensor) != family.gives_tensor:
+        raise PrismError(
+            f"{type(denoiser).__name__} gives {'a plain tensor' if isinstance(output, Tensor) else 'no plain tensor'}; "
+            f"say gives_tensor={isinstance(output, Tensor)} in the family {family.name!r}."
+        )
+
+
+@contextmanager
+def rows_told(arguments: Mapping[str, Any], family: Family, whole: bool) -> Iterator[None]:
+    """Where a denoiser breaks at some rows of its call, name the `arguments` that have as many and were left whole."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError) as error:
+        batch = len(noisy_of(arguments, family))
+        tensors = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
+        left = [name for name, value in tensors.items() if not has_rows(name, value, batch, family)]
+        if whole or batch == 1 or not left or ran_out(error):
+            raise
+        raise PrismError(
+            f"The denoiser does not take some of its {batch} rows ({quoted(error, 120)}); it may have a row per sample "
+            f"in {', '.join(left[:6])}: name these in batched of the family {family.name!r}, or say alone."
+        ) from error
+
+
+# By the denoiser's class, the shape of a row of its latents and the width of the packed row: how it is unpacked.
+_forms: dict[tuple[Any, ...], Callable[[Tensor], Any]] = {}
+
+
+def packing(wrapper: Callable[..., Any], denoiser: nn.Module, family: Family) -> Callable[..., Any]:
+    """`wrapper(forward, ...)`, around a denoiser's call, that sees its outputs side by side in one tensor (B, N).
+
+    Its caller gets them as the denoiser gives them, whether they were computed or come from a recording.
+    """
+    if family.outputs == 1:
+        return wrapper
+
+    def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        key = (type(denoiser).__name__, noisy_of(by_name(denoiser, args, kwargs), family).shape[1:])
+
+        def pack(*args: Any, **kwargs: Any) -> Tensor:
+            output = forward(*args, **kwargs)
+            parts = list(output.values() if isinstance(output, Mapping) else output)[: family.outputs]
+            if len(parts) < family.outputs or not all(isinstance(part, Tensor) for part in parts):
+                raise PrismError(f"The denoiser gives {len(parts)} tensors; say in the family how many (outputs).")
+            packed = torch.cat([part.flatten(1) for part in parts], 1)
+            _forms[key, packed.shape[1]] = _unpacking(output, parts)
+            return packed
+
+        packed = tensor_of(wrapper(pack, *args, **kwargs))
+        return _forms[key, packed.shape[1]](packed)
+
+    return call
+
+
+def _unpacking(output: Any, parts: list[Tensor]) -> Callable[[Tensor], Any]:
+    """From a packed tensor to what the denoiser gave, in the same form with other rows."""
+    form, names = type(output), list(output) if isinstance(output, Mapping) else []
+    told = [(part.shape[1:], part.dtype) for part in parts]
+
+    def unpack(packed: Tensor) -> Any:
+        rows = packed.split([shape.numel() for shape, _ in told], 1)
+        found = [row.unflatten(1, shape).to(dtype) for row, (shape, dtype) in zip(rows, told)]
+        return form(**dict(zip(names, found))) if names else tuple(found)
+
+    return unpack

@@ -1,0 +1,221 @@
+"""Videos in and out of mp4 files, and frames of any kind made one kind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism.errors import PrismError, number, quoted, whole
+
+FPS = (0.1, 240.0)  # frames per second that a file may have
+_TOLERANCE = 0.5 / 255  # how far floats may be out of [0, 1]: half a grey level, the rounding of half precision
+_CHANNELS = (3, 4, 1)  # colour, colour and alpha, grey
+
+
+def frames(video: Any, name: str = "The video") -> np.ndarray:
+    """Frames of whatever kind as (T, H, W, 3) float32 in [0, 1].
+
+    Takes what pipelines give and libraries hold: a list of PIL images of any mode, or arrays and tensors (of any dtype,
+    on any device, or lists of them) in the layouts (T, H, W, C), (T, C, H, W), (C, T, H, W), for one picture (H, W, C),
+    (C, H, W) or (H, W), and with a batch axis of 1 in front. C is 3, 4 (alpha is dropped) or 1 (grey). Where several
+    axes could be the channels, one of size 3 goes before one of 4 or 1; then the last axis, the one behind the
+    frames, and the first, in this order. Three axes none of which can be channels are grey frames (T, H, W).
+
+    Items of a list or iterator are frames, in the layouts of one picture, or else what it is a batch of.
+
+    Floats are in [0, 1]; what lies outside by up to half a grey level is clipped. Bytes, and whole numbers up to 255,
+    are in [0, 255]; uint16 above that in [0, 65535].
+
+    Raises `PrismError`, which begins with `name`, for other ranges, NaN, other shapes, or what holds no frames.
+    """
+    try:
+        array = _array(video, name)
+    except PrismError:
+        raise
+    except Exception as error:  # a closed or broken picture, a tensor without numbers, an iterator that fails
+        raise PrismError(
+            f"{name} cannot be read as frames ({type(error).__name__}: {quoted(error, 120)}); PIL images, arrays or "
+            "tensors are needed."
+        ) from error
+    return _scaled(_arranged(array, name), name)
+
+
+def videos(batch: Any, name: str = "The video") -> np.ndarray:
+    """Videos of one size as (B, T, H, W, 3) float32 in [0, 1]: an array of five axes, a list of what `frames` takes, or
+    one video alone. Raises `PrismError` as `frames` does.
+    """
+    axes = len(batch.shape) if hasattr(batch, "shape") else None
+    if axes != 5 and (
+        axes is not None or _is_image(batch) or not isinstance(batch, Iterable) or isinstance(batch, str | bytes)
+    ):
+        batch = [batch]
+    elif axes != 5:
+        batch = list(batch)
+        several = bool(batch) and (isinstance(batch[0], list | tuple) or len(getattr(batch[0], "shape", ())) > 3)
+        batch = batch if several or not batch else [batch]
+    found = [frames(video, f"{name} of row {row}" if len(batch) > 1 else name) for row, video in enumerate(batch)]
+    sizes = sorted({video.shape[:3] for video in found})
+    if len(sizes) != 1:
+        raise PrismError(f"{name}s have the sizes {quoted(sizes, 120)}; videos of one size are needed.")
+    return np.stack(found)
+
+
+def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int = 10) -> None:
+    """Write a video, as `frames` takes it, as an H.264 mp4 that browsers play (yuv420p, near-lossless by default).
+
+    H and W that are odd lose their last row or column: yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
+    crf: x264's constant rate factor, 0 (lossless) to 51.
+    Raises `PrismError` where `frames` does, for another fps, or where the file cannot be written.
+    """
+    import av
+
+    rate = Fraction(number("fps", fps, *FPS)).limit_denominator(1000)
+    array = frames(video, f"The video for {quoted(path, 120)}")
+    pixels = (array * 255).round().astype(np.uint8)
+    for axis in (1, 2):  # a single row or column is doubled
+        pixels = np.repeat(pixels, 2, axis) if pixels.shape[axis] == 1 else pixels
+    pixels = np.ascontiguousarray(pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2])
+    crf = whole("crf", crf, 0, 51)
+    try:
+        name = os.fsdecode(path)
+        if "\0" in name:  # it would end there
+            raise ValueError("its name holds a null character")
+        with av.open(f"file:{name}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.height, stream.width = pixels.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": str(crf), "preset": "medium"}
+            for picture in pixels:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    except (OSError, ValueError, TypeError, av.FFmpegError) as error:
+        raise PrismError(f"The video {quoted(str(path))} cannot be written: {_reason(error)}.") from error
+
+
+def read_video(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read every frame of a video file as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` where it cannot."""
+    import av
+
+    try:
+        is_file, exists = Path(path).is_file(), Path(path).exists()
+    except (OSError, ValueError, TypeError) as error:  # a name too long, a null in it, no path at all
+        raise PrismError(f"The video {quoted(path)} cannot be read: {_reason(error)}.") from error
+    if not is_file:
+        raise PrismError(f"The video {path} {'is no file' if exists else 'does not exist'}.")
+    try:
+        with av.open(f"file:{os.fspath(path)}") as container:
+            if not container.streams.video:
+                raise PrismError(f"The file {path} holds no video.")
+            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        if not pictures:
+            raise PrismError(f"The video {path} holds no frames.")
+        return np.stack(pictures).astype(np.float32) / 255
+    except (OSError, ValueError, av.FFmpegError) as error:
+        raise PrismError(f"The video {path} cannot be read: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    return quoted(getattr(error, "strerror", None) or error).rstrip(".")
+
+
+# -- one kind of many
+
+
+def _is_image(value: Any) -> bool:
+    return hasattr(value, "mode") and hasattr(value, "convert")  # PIL's, without importing it
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    """An array of numbers with the values as they are; pictures of a list are stacked."""
+    if _is_image(value):
+        deep = value.mode.startswith(("I", "F"))  # grey of more than 8 bits, which PIL would clip
+        return np.asarray(value if deep else value.convert("RGB"))
+    if isinstance(value, str | bytes | os.PathLike):
+        raise PrismError(f"{name} is given as {quoted(value, 80)}; read a file with prism.video.read_video.")
+    if hasattr(value, "detach") and hasattr(
+        value, "is_floating_point"
+    ):  # torch's, without importing it; bfloat16 is unknown to numpy
+        value = value.detach().cpu()
+        value = value.dequantize() if value.is_quantized else value
+        value = value.to_dense() if value.is_sparse else value
+        value = (value.float() if value.is_floating_point() else value).resolve_conj().resolve_neg().numpy()
+    if isinstance(value, Sequence) or (isinstance(value, Iterable) and not hasattr(value, "__array__")):
+        pictures = list(value)
+        if pictures and not isinstance(pictures[0], int | float):
+            arrays = [_frame(_array(picture, name), picture) for picture in pictures]
+            kinds = sorted({f"{array.shape} {array.dtype}" for array in arrays})
+            if len(kinds) > 1:
+                raise PrismError(f"{name} has frames of several kinds, {quoted(', '.join(kinds), 120)}; one is needed.")
+            return np.stack(arrays)
+        value = pictures
+    try:
+        array = np.asarray(value)
+    except Exception:
+        array = np.asarray(None)
+    if array.dtype.kind not in "biuf":
+        raise PrismError(f"{name} is {quoted(value, 80)}; frames are needed: PIL images, arrays or tensors.")
+    return array
+
+
+def _frame(array: np.ndarray, item: Any) -> np.ndarray:
+    """(H, W, 3) of a list's item that is one picture: the list's axis cannot be its channels then."""
+    if isinstance(item, list | tuple) or array.ndim not in (2, 3):
+        return array
+    if array.ndim == 3:
+        place = next((axis for size in _CHANNELS for axis in (2, 0) if array.shape[axis] == size), None)
+        if place is None:
+            return array
+        array = np.moveaxis(array, place, 2)[..., :3]
+    return np.repeat(array.reshape(*array.shape[:2], -1), 3, 2) if array.ndim == 2 or array.shape[2] == 1 else array
+
+
+def _arranged(array: np.ndarray, name: str) -> np.ndarray:
+    """(T, H, W, 3) of an array in any of the layouts of `frames`."""
+    given = array.shape
+    if array.ndim == 5 and len(array) == 1:
+        array = array[0]
+    if array.ndim == 5:
+        raise PrismError(f"{name} has shape {given}, which is {given[0]} videos; give one of them.")
+    picture = array.ndim == 3 and any(array.shape[axis] in _CHANNELS for axis in (2, 0))
+    if array.ndim == 2 or picture:
+        array = array[None]  # one frame
+    if array.ndim == 3:
+        array = array[..., None]  # grey frames
+    axes = (3, 1) if picture else (3, 1, 0)
+    place = next((axis for size in _CHANNELS for axis in axes if array.ndim == 4 and array.shape[axis] == size), None)
+    if place is None or 0 in array.shape:
+        raise PrismError(
+            f"{name} has shape {given}; (frames, height, width, 3) or (frames, 3, height, width) is needed."
+        )
+    array = np.moveaxis(array, place, 3)
+    return np.repeat(array, 3, 3) if array.shape[3] == 1 else array[..., :3]
+
+
+def _scaled(array: np.ndarray, name: str) -> np.ndarray:
+    """Float32 in [0, 1] of an array of any kind of numbers."""
+    kind = array.dtype.kind
+    if kind == "f" and not np.isfinite(array).all():
+        raise PrismError(f"{name} holds NaN or infinity.")
+    if kind == "b":
+        return array.astype(np.float32)
+    low, high = array.min(), array.max()
+    if kind in "iu":
+        most = 255 if high <= 255 else 65535
+        if low < 0 or high > most or (most > 255 and (kind, array.itemsize) != ("u", 2)):
+            raise PrismError(
+                f"{name} holds whole numbers from {low} to {high}; 0 to 255 is needed, or uint16 up to 65535."
+            )
+        return array.astype(np.float32) / np.float32(most)
+    if low < -_TOLERANCE or high > 1 + _TOLERANCE:
+        advice = "values in [0, 1] are needed"
+        if low >= -1 - _TOLERANCE and high <= 1 + _TOLERANCE:
+            advice = "it seems to be scaled to [-1, 1]; give video / 2 + 0.5"
+        elif low >= 0 and 2 < high <= 255:
+            advice = "it seems to be scaled to [0, 255]; give video / 255, or whole numbers"
+        raise PrismError(f"{name} holds values from {low:.3g} to {high:.3g}; {advice}.")
+    return array.astype(np.float32, copy=False).clip(0, 1)
