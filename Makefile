@@ -11,8 +11,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 help:
 	@echo "make demo    train a head on the embedded model, judge, run Best-of-N; the report goes to $(OUT)"
-	@echo "make test    lint, format, types and tests"
-	@echo "make check   lint, format and types alone"
+	@echo "make test    lint, format, types, arrows and tests"
+	@echo "make check   lint, format, types and the arrows between rooms alone"
 	@echo "make clean   remove the virtual environment and caches"
 
 demo: $(VENV)/installed
@@ -25,6 +25,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # torch comes first and alone, so that nothing else decides which of its builds is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
