@@ -85,14 +85,24 @@ class Flow(Symbols):
             for function, owner in calls:
                 self.unclean(function, owner)
 
-    def unclean(self, function: Any, owner: Any = MISSING) -> bool:
-        """True where a call may give, or change, what depends on the calls before it."""
+    def only_looks(self, function: Any, owner: Any = MISSING) -> bool:
+        """True where a call gives None and changes nothing that it is shown."""
+        ends = self._ends(function, owner)
+        return ends is not None and all(result is self.none and not self.changes(result, way) for result, way in ends)
+
+    def _ends(self, function: Any, owner: Any) -> list[tuple[Value, Way]] | None:
+        """Each way's result of a call from outside; None where the code cannot be followed."""
         self.begin()
         star, named = self.new("*args", inputs=True), self.new("**kwargs", inputs=True)
         first = [] if owner is MISSING else [self.object(owner)]
         try:
-            ends = self.call(self.object(function), first, {}, [star], [named], Way(), 0)
+            return self.call(self.object(function), first, {}, [star], [named], Way(), 0)
         except Exception:  # code that cannot be followed
+            return None
+
+    def unclean(self, function: Any, owner: Any = MISSING) -> bool:
+        """True where a call may give, or change, what depends on the calls before it."""
+        if (ends := self._ends(function, owner)) is None:
             return True
         outcomes = [(result, self.changes(result, way), way) for result, way in ends]
         if any(result.kept or any(part.kept for each in changes for part in each) for result, changes, _ in outcomes):

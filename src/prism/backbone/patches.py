@@ -45,7 +45,7 @@ def check_patches(denoiser: nn.Module) -> None:
         raise PrismError(_sentence(root, "a cache such as cache-dit's", "answers calls from earlier ones"))
     if not entries:
         return
-    flow = Flow(lambda function: _top(function) in _TRUSTED, _outermost, _names_read(root), root)
+    flow = _flow(root)
     flow.learn([(call, owner) for _, call, owner, _ in entries])
     for functions, call, owner, kind in entries:
         if flow.unclean(call, owner):
@@ -58,7 +58,7 @@ def check_patches(denoiser: nn.Module) -> None:
 def check_scheduler(scheduler: Any) -> None:
     """Raise PrismError naming what stands in the place of a scheduler's own methods and goes by earlier calls."""
     own = [value for value in vars(scheduler).values() if callable(value) and _outermost(value)]
-    flow = Flow(lambda function: _top(function) in _TRUSTED, _outermost, set(), nn.Module())
+    flow = _flow(nn.Module())
     flow.learn([(call, MISSING) for call in own])
     for call in own:
         if flow.unclean(call):
@@ -70,10 +70,17 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
-    """True where code of other packages answers, changes or watches calls of a denoiser, or of the scheduler's own."""
+    """True where code of other packages answers or may change calls of a denoiser, or of the scheduler's own."""
     own = (value for value in vars(scheduler).values() if callable(value))
-    entries = (entry for each in denoisers for entry in _entries(getattr(each, "_orig_mod", each)))
-    return any(True for _ in entries) or any(map(_outermost, own))
+    roots = [getattr(each, "_orig_mod", each) for each in denoisers]
+    entries = ((root, entry) for root in roots for entry in _entries(root))
+    return any(not (kind and _flow(root).only_looks(call, owner)) for root, (_, call, owner, kind) in entries) or any(
+        map(_outermost, own)
+    )
+
+
+def _flow(root: nn.Module) -> Flow:
+    return Flow(lambda function: _top(function) in _TRUSTED, _outermost, _names_read(root), root)
 
 
 def patch_of(denoiser: nn.Module) -> str:
