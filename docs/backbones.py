@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prism.backbone import FAMILIES, OPEN_SORA, Family
+from prism.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
@@ -30,8 +31,7 @@ GUIDANCE = {"two_calls": "two calls, conditional first", "one_batch": "one batch
 def facts() -> str:
     """The table of families."""
     head = ("backbone", "pipelines", "default tap", "noise levels", "latents in the loop", "guidance", "text tokens")
-    rows = [head, ("---",) * len(head)] + [_row(family) for family in (*FAMILIES.values(), OPEN_SORA)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(head, [_row(family) for family in (*FAMILIES.values(), OPEN_SORA)])
 
 
 def _row(family: Family) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def fields() -> str:
         for field, text in pairwise(row.body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr)
     }
-    rows = [("fact", "default", ""), ("---",) * 3]
+    rows = []
     for name, (default, text) in told.items():
         default = {"BATCHED": "the names that diffusers uses", "field(default_factory=dict)": "none"}.get(
             default, default
@@ -67,7 +67,7 @@ def fields() -> str:
         rows.append(
             (f"`{name}`", f"`{default}`" if default and " " not in default else default, " ".join(text.split()))
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(("fact", "default", ""), rows)
 
 
 def measured(found: dict[str, dict[str, Any]]) -> str:
@@ -75,7 +75,7 @@ def measured(found: dict[str, dict[str, Any]]) -> str:
     names = ("grid", "tap", "latents", "guidance", "tap_error", "one_by_one", "in_a_batch")
     head = ("variant", "token grid", "tap", "latents", "guidance", "tokens, inside against outside")
     head += ("winner, one by one", "winner, in a batch")
-    rows = [head, ("---",) * len(head)]
+    rows = []
     for variant, values in found.items():
         cells = (values.get(name, "") for name in names)
         rows.append((f"`{variant}`", *(f"{cell:.0e}" if isinstance(cell, float) else str(cell) for cell in cells)))
@@ -85,7 +85,7 @@ def measured(found: dict[str, dict[str, Any]]) -> str:
         for check, reason in values.items()
         if check.startswith("let off")
     ]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *exempt])
+    return "\n".join([markdown(head, rows), "", *exempt])
 
 
 def put(text: str, mark: str, table: str) -> str:

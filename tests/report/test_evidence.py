@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 from tests.report import rows
 
 from prism import files
-from prism.report import evidence, metrics, wording
+from prism.report import evidence, metrics, tables, wording
 
 
 @pytest.fixture
@@ -79,3 +83,25 @@ def test_judges_of_several_seeds_are_shown_as_one(document):
     single = rows.accuracy()
     assert wording.pooled(single) == single
     assert wording.apart(single) == []
+
+
+def test_the_tables_of_the_committed_run_are_written_as_they_stand():
+    place = Path(__file__).parents[2] / "docs" / "evidence" / "rerun"
+    page = (place / "README.md").read_text(encoding="utf-8")
+    text = evidence.markdown(files.read_json(place / "metrics.json"), {}, "prism demo --full")
+    blocks = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert len(blocks) > 5
+    for table in blocks:
+        assert table in page
+
+
+def test_a_table_has_the_same_cells_on_the_terminal_and_on_a_page(document):
+    table = tables.bars_table(document["bars"])
+    assert (
+        table.markdown() == "| bar | reached | met |\n| --- | --- | --- |\n| x under 3 % | 2.1 % | yes |\n| y | – | – |"
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert ["x", "under", "3", "%", "2.1", "%", "yes"] in lines
+    assert ["y", "–", "–"] in lines

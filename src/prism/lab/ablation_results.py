@@ -19,6 +19,7 @@ from prism.evaluation.calibration import fit, margins_of, reliability
 from prism.evaluation.evaluator import Video, noised, videos_of
 from prism.judge import Judge
 from prism.preference import LatentStore
+from prism.report import tables, wording
 from prism.team import in_batches
 from prism.training.config import TrainConfig
 from prism.training.validation import LEVELS, conditioned, levels
@@ -349,45 +350,12 @@ def accuracy(confirmed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows + [row for row in confirmed[0]["accuracy"] if row["judge"] == BASE] if confirmed else []
 
 
-HEADER = ("variant", "", "accuracy", "95 %", "difference", "95 %", "spread")
-SIDES = ("VQ", "MQ", "TA")
-CALIBRATION = ("judge", "dimension", "temperature", "eta", "NLL before", "after", "error before", "after")
-
-
 def markdown(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any]]) -> str:
     """The study's tables as Markdown, by question; shares in percent."""
-    lines = []
-    for question in dict.fromkeys(row["question"] for row in rows):
-        header = (*HEADER, *rows[0]["by_level"], *SIDES)
-        lines += [f"### {question.capitalize()}", "", *_table(header)]
-        lines += [_line(_cells(row)) for row in rows if row["question"] == question] + [""]
-    if calibration:
-        lines += ["### Calibration", "", *_table(CALIBRATION)]
-        for row in calibration:
-            plain = [f"{row[name]:.2f}" for name in ("temperature", "eta", "nll_before", "nll_after")]
-            plain[0] = plain[0] if row["temperature"] < 100 else "above 100"  # nothing there to be sure of
-            errors = [f"{100 * row[f'calibration_error_{when}']:.1f}" for when in ("before", "after")]
-            lines.append(_line([f"`{row['variant']}`", row["dimension"], *plain, *errors]))
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    percent = "{:.1f}".format
-    intervals = row["accuracy_ci95"], row["difference_ci95"]
-    interval = ["" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}" for ends in intervals]
-    sides = [row["by_dimension"].get(dimension) for dimension in SIDES]
-    numbers = [row["spread"], *row["by_level"].values(), *sides]
-    return [
-        *(f"`{row['variant']}`", row["what"], percent(100 * row["accuracy"]), interval[0]),
-        *(f"{100 * row['difference']:+.1f}", interval[1]),
-        *("" if value is None else percent(100 * value) for value in numbers),
+    parts = [
+        f"### {question.capitalize()}\n\n{tables.study_table(some).markdown()}\n"
+        for question, some in wording.by_question(rows).items()
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _table(header: Sequence[str]) -> list[str]:
-    return [_line(header), "|" + "---|" * len(header)]
+    if calibration:
+        parts.append(f"### Calibration\n\n{tables.calibration_table(calibration).markdown()}\n")
+    return "\n".join(parts)

@@ -1,54 +1,124 @@
-"""The two tables of a run on the terminal: accuracy by noise level, and strategies of Best-of-N."""
+"""The tables of a run: each column is written once, for the terminal (rich) and for a page (Markdown)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from prism.report import wording
 
 Row = Mapping[str, Any]
+Group = Mapping[str, Row]  # accuracy rows of one judge at one level, by dimension
 
 
-def accuracy_table(rows: Sequence[Row], title: str = "Judge: pairwise accuracy by noise level") -> Table:
-    """`rows` as in metrics.json's "accuracy": one line per judge and noise level, noisiest first; fits 80 columns."""
+@dataclass(frozen=True)
+class Column:
+    """A head and the cell that it has for a row. `page`: the head on a page, where that is another.
+
+    A line break in `head` is one on the terminal and a space on a page.
+    """
+
+    head: str
+    cell: Callable[[Any], str]
+    page: str = ""
+    style: str = ""
+    left: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns over rows. rich prints it as it is; `markdown` is the same for a page, without title and caption."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Any]
+    title: str = ""
+    caption: str = ""
+    no_wrap: bool = False
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.table import Table as RichTable
+
+        table = RichTable(
+            title=self.title,
+            caption=self.caption,
+            title_justify="left",
+            caption_justify="left",
+            title_style="bold",
+            header_style="dim",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for column in self.columns:
+            justify = "left" if column.left else "right"
+            table.add_column(column.head, justify=justify, style=column.style, no_wrap=self.no_wrap)  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(*(column.cell(row) for column in self.columns))
+        return table
+
+    def markdown(self) -> str:
+        heads = [column.page or column.head.replace("\n", " ") for column in self.columns]
+        return markdown(heads, [[column.cell(row) for column in self.columns] for row in self.rows])
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def _interval(key: str, words: Callable[[Any], str]) -> Column:
+    return Column("95 %\ninterval", lambda row: words(row[key]), style="dim")
+
+
+def accuracy_table(
+    rows: Sequence[Row], title: str = "Judge: pairwise accuracy by noise level", whole: bool = False
+) -> Table:
+    """`rows` as in metrics.json's "accuracy": one line per judge and noise level, noisiest first.
+
+    Fits 80 columns unless `whole`, which is for a page and names the judge and every count.
+    """
     main, others = wording.main_dimension(rows), wording.dimensions(rows)
+
+    def leading(group: Group) -> Row:
+        return group.get(main) or next(iter(group.values()))
+
+    def of(head: str, cell: Callable[[Row], str], **changes: Any) -> Column:
+        return Column(head, lambda group: cell(leading(group)), **changes)
+
+    def count(head: str, key: str) -> Column:
+        return of(head, lambda row: wording.whole(row.get(key)), style="dim")
+
+    def dimension(name: str) -> Column:
+        return Column(name, lambda group: wording.percent(group[name]["without_ties"] if name in group else None))
+
+    names = [of("judge", wording.judge_name, left=True), of("set", lambda row: row["set"], left=True)]
+    accuracy = [
+        of("t", lambda row: f"{row['t']:g}"),
+        of(main, lambda row: wording.percent(row["without_ties"]), style="bold"),
+        of("95 %\ninterval", lambda row: wording.percent_interval(row["without_ties_ci95"]), style="dim"),
+    ]
+    by_dimension = [dimension(name) for name in others]
+    ties = of(
+        f"{main}\nwith ties",
+        lambda row: wording.percent(row["with_ties_validation_threshold"]),
+        page="with ties, threshold of validation pairs",
+    )
+    decided, pairs = count("decided\npairs", "decided_pairs"), count("all\npairs", "pairs")
+    groups = wording.by_level(rows)
+    if whole:
+        prompts = count("prompts", "decided_prompts"), count("prompts", "prompts")
+        return Table([*names, *accuracy, *by_dimension, ties, decided, prompts[0], pairs, prompts[1]], groups)
     caption = (
         "without ties: of the decided pairs, with its 95 % interval over prompts; with ties: of all pairs, the "
         "threshold chosen on validation pairs. t = 1000 is pure noise, 0 is clean"
     )
     if all(row["with_ties_validation_threshold"] is None for row in rows):
         caption = caption.replace("the threshold chosen on validation pairs", "not told, for want of validation pairs")
-    table = _table(title, caption)
     judges = {(row["judge"], row["head_seed"], row["source"], row["set"]) for row in rows}
-    if len(judges) > 1:
-        table.add_column("judge")
-        table.add_column("set")
-    table.add_column("t", justify="right")
-    table.add_column(main, justify="right", style="bold")
-    table.add_column("95 %\ninterval", justify="right", style="dim")
-    table.add_column("decided\npairs", justify="right", style="dim")
-    for dimension in others:
-        table.add_column(dimension, justify="right")
-    table.add_column(f"{main}\nwith ties", justify="right")
-    table.add_column("all\npairs", justify="right", style="dim")
-    for group in wording.by_level(rows):
-        row = group.get(main) or next(iter(group.values()))
-        lead = [wording.judge_name(row), row["set"]] if len(judges) > 1 else []
-        cells = [
-            f"{row['t']:g}",
-            wording.percent(row["without_ties"]),
-            wording.percent_interval(row["without_ties_ci95"]),
-            wording.whole(row.get("decided_pairs")),
-            *(wording.percent(group[name]["without_ties"] if name in group else None) for name in others),
-            wording.percent(row["with_ties_validation_threshold"]),
-            str(row["pairs"]),
-        ]
-        table.add_row(*lead, *cells)
-    return table
+    columns = [*(names if len(judges) > 1 else []), *accuracy, decided, *by_dimension, ties, pairs]
+    return Table(columns, groups, title, caption)
 
 
 def judges_table(rows: Sequence[Row], title: str = "Judges: pairwise accuracy by noise level") -> Table:
@@ -56,29 +126,65 @@ def judges_table(rows: Sequence[Row], title: str = "Judges: pairwise accuracy by
     main, groups = wording.main_dimension(rows), wording.by_level(rows)
     short = wording.short_names(rows)
     names = list(dict.fromkeys(wording.judge_name(next(iter(group.values()))) for group in groups))
-    cells: dict[float, dict[str, tuple[str, str]]] = {}
+    by_t: dict[float, dict[str, Row]] = {}
     for group in groups:
         row = group.get(main) or next(iter(group.values()))
-        pair = wording.percent(row["without_ties"]), wording.percent_interval(row["without_ties_ci95"], 0)
-        cells.setdefault(row["t"], {})[wording.judge_name(row)] = pair
-    missing = f"; {wording.MISSING}: not measured" if any(len(some) < len(names) for some in cells.values()) else ""
+        by_t.setdefault(row["t"], {})[wording.judge_name(row)] = row
+    missing = f"; {wording.MISSING}: not measured" if any(len(some) < len(names) for some in by_t.values()) else ""
     of = next((f" of {row['decided_pairs']} decided pairs" for row in rows if row.get("decided_pairs")), "")
-    table = _table(title, f"{main}, without ties{of}, 95 % interval over prompts; t = 1000 is noise, 0 clean{missing}")
-    table.add_column("t", justify="right")
-    for name in names:
-        table.add_column(short[name], justify="right", style="bold")
-        table.add_column("95 %\ninterval", justify="right", style="dim")
-    for t in sorted(cells, reverse=True):
-        line = [cells[t].get(name, (wording.MISSING, wording.MISSING)) for name in names]
-        table.add_row(f"{t:g}", *(cell for pair in line for cell in pair))
-    return table
+
+    def judge(name: str) -> list[Column]:
+        def value(line: Any, key: str) -> Any:
+            return line[1].get(name, {}).get(key)
+
+        return [
+            Column(short[name], lambda line: wording.percent(value(line, "without_ties")), style="bold"),
+            Column(
+                "95 %\ninterval",
+                lambda line: wording.percent_interval(value(line, "without_ties_ci95"), 0),
+                style="dim",
+            ),
+        ]
+
+    return Table(
+        [Column("t", lambda line: f"{line[0]:g}"), *(column for name in names for column in judge(name))],
+        sorted(by_t.items(), key=lambda line: -line[0]),
+        title,
+        f"{main}, without ties{of}, 95 % interval over prompts; t = 1000 is noise, 0 clean{missing}",
+    )
 
 
-def best_of_n_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """`rows` as in metrics.json's "best_of_n": one line per strategy, as given; fits 80 columns.
+def best_of_n_table(rows: Sequence[Row], title: str | None = None, whole: bool = False) -> Table:
+    """`rows` as in metrics.json's "best_of_n": one line per strategy, as given.
 
-    The columns of what a pick gains are left out where no referee measured it.
+    Fits 80 columns unless `whole`, which is for a page and names settings and judge in every row. The columns of what
+    a pick gains are left out on the terminal where no referee measured it.
     """
+
+    def of(key: str, head: str, words: Callable[[Any], str], **changes: Any) -> Column:
+        return Column(head, lambda row: words(row[key]), **changes)
+
+    gain = of("referee_gain", "gain", wording.signed), _interval("referee_gain_ci95", wording.signed_interval)
+    cost = [
+        of("denoiser_rows", "denoiser\nrows", wording.count),
+        of("denoiser_share_of_full", "share of\nfull", wording.percent, page="of full"),
+        of("vae_decodes", "VAE\ndecodes", str if whole else wording.count),
+    ]
+    if whole:
+        return Table(
+            [
+                of("strategy", "strategy", str),
+                Column("how", wording.how),
+                Column("judge", lambda row: wording.judge_name(row) if row["judge"] else wording.MISSING),
+                *gain,
+                of("oracle_share", "share of the oracle's gain", wording.percent),
+                _interval("oracle_share_ci95", wording.percent_interval),
+                *cost,
+                of("head_calls", "head calls", str),
+                of("seconds", "seconds", "{:.0f}".format),
+            ],
+            rows,
+        )
     sizes = "/".join(str(n) for n in sorted({row["n"] for row in rows}))
     measured = any(row["referee_gain"] is not None for row in rows)
     main = [row for row in rows if wording.is_main(row) and row["strategy"] != "none"]
@@ -86,57 +192,132 @@ def best_of_n_table(rows: Sequence[Row], title: str | None = None) -> Table:
     prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
     unit = f"{prompts} prompts; gain: over a random pick on average, in within-prompt standard deviations"
     name = f"Best-of-{sizes}: {'what each strategy picks and what it costs' if measured else 'what it cost'}"
-    table = _table(title or name, "\n".join([*([unit] if measured else []), "; ".join(settings)]))
-    table.add_column("strategy", style="bold", no_wrap=True)
-    if measured:
-        table.add_column("gain", justify="right", no_wrap=True)
-        table.add_column("95 %\ninterval", justify="right", style="dim", no_wrap=True)
-        table.add_column("share of\noracle", justify="right", no_wrap=True)
-    table.add_column("denoiser\nrows", justify="right", no_wrap=True)
-    table.add_column("share of\nfull", justify="right", no_wrap=True)
-    table.add_column("VAE\ndecodes", justify="right", no_wrap=True)
-    if not measured:
-        table.add_column("seconds", justify="right", style="dim", no_wrap=True)
-    for row in rows:
-        gain = [
-            wording.signed(row["referee_gain"]),
-            wording.signed_interval(row["referee_gain_ci95"]),
-            wording.percent(row["oracle_share"], 0),
-        ]
-        table.add_row(
-            wording.strategy_name(row) if wording.is_main(row) else row["name"],
-            *(gain if measured else []),
-            wording.count(row["denoiser_rows"]),
-            wording.percent(row["denoiser_share_of_full"]),
-            wording.count(row["vae_decodes"]),
-            *([] if measured else [f"{row['seconds']:.1f}"]),
-        )
-    return table
+    strategy = Column(
+        "strategy",
+        lambda row: wording.strategy_name(row) if wording.is_main(row) else row["name"],
+        style="bold",
+        left=True,
+    )
+    share = of("oracle_share", "share of\noracle", lambda value: wording.percent(value, 0))
+    seconds = of("seconds", "seconds", "{:.1f}".format, style="dim")
+    columns = [strategy, *gain, share, *cost] if measured else [strategy, *cost, seconds]
+    caption = "\n".join([*([unit] if measured else []), "; ".join(settings)])
+    return Table(columns, rows, title or name, caption, no_wrap=True)
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """`rows` as in metrics.json's "judge_comparison", one line each."""
+    return Table(
+        [
+            Column("set", lambda row: row["set"]),
+            Column("against", lambda row: row["against"]),
+            Column("t", lambda row: f"{row['t']:g}"),
+            Column("dimension", lambda row: row["dimension"]),
+            Column("difference", lambda row: wording.points(row["difference"])),
+            _interval("ci95", wording.points_interval),
+            Column("decided pairs", lambda row: str(row["pairs"])),
+            Column("prompts", lambda row: str(row["prompts"])),
+        ],
+        rows,
+    )
+
+
+def attention_table(rows: Sequence[Row]) -> Table:
+    """`rows` as in metrics.json's "attention", one line each."""
+    return Table(
+        [
+            Column("t", lambda row: f"{row['t']:g}"),
+            Column("candidates", lambda row: row["candidates"]),
+            Column("mean score", lambda row: f"{row['referee']:.2f}"),
+            Column("attention on objects", lambda row: wording.percent(row["attention_share"])),
+            Column("cells that are objects", lambda row: wording.percent(row["area_share"])),
+            Column("ratio", lambda row: wording.MISSING if row["lift"] is None else f"{row['lift']:.2f}"),
+            _interval(
+                "lift_ci95", lambda ends: wording.MISSING if ends is None else " … ".join(f"{end:.2f}" for end in ends)
+            ),
+        ],
+        rows,
+    )
+
+
+def bars_table(rows: Sequence[Row]) -> Table:
+    """`rows` as in metrics.json's "bars", one line each."""
+    met = {None: wording.MISSING, True: "yes", False: "no"}
+    return Table(
+        [
+            Column("bar", lambda row: row["bar"]),
+            Column("reached", lambda row: row["reached"]),
+            Column("met", lambda row: met[row["met"]]),
+        ],
+        rows,
+    )
 
 
 def beside_table(beside: Mapping[str, Any]) -> Table:
     """A run's main numbers beside the full run's; fits 80 columns."""
     many = f"{beside['full_prompts']} prompts, {beside['full_judges']} judges"
     few = f"{beside['prompts']} prompt{'' if beside['prompts'] == 1 else 's'}"
+    columns = [
+        Column("", lambda row: row["what"], left=True),
+        Column("this run", lambda row: wording.percent(row["value"])),
+        Column("95 %\ninterval", lambda row: wording.percent_interval(row["ci95"], 0)),
+        Column("full run", lambda row: wording.percent(row["full"])),
+        Column("95 %\ninterval", lambda row: wording.percent_interval(row["full_ci95"], 0)),
+    ]
     caption = f"full run: docs/evidence, {many}; this one: {few}. 95 % intervals over prompts"
-    table = _table("This run beside the full run", caption)
-    for name in ("", "this run", "95 %\ninterval", "full run", "95 %\ninterval"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in beside["rows"]:
-        here = wording.percent(row["value"]), wording.percent_interval(row["ci95"], 0)
-        table.add_row(row["what"], *here, wording.percent(row["full"]), wording.percent_interval(row["full_ci95"], 0))
-    return table
+    return Table(columns, beside["rows"], "This run beside the full run", caption, no_wrap=True)
 
 
-def _table(title: str, caption: str) -> Table:
+def study_table(rows: Sequence[Row]) -> Table:
+    """`rows` as in a study's metrics.json, one line per variant; shares in percent."""
+
+    def interval(key: str) -> Column:
+        def cell(row: Row) -> str:
+            return "" if row[key] is None else f"{100 * row[key][0]:.1f} to {100 * row[key][1]:.1f}"
+
+        return Column("95 %", cell)
+
+    def share(head: str, *path: str) -> Column:
+        def cell(row: Row) -> str:
+            value: Any = row
+            for key in path:
+                value = value.get(key)
+            return "" if value is None else f"{100 * value:.1f}"
+
+        return Column(head, cell)
+
     return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        header_style="dim",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
+        [
+            Column("variant", lambda row: f"`{row['variant']}`"),
+            Column("", lambda row: row["what"]),
+            share("accuracy", "accuracy"),
+            interval("accuracy_ci95"),
+            Column("difference", lambda row: f"{100 * row['difference']:+.1f}"),
+            interval("difference_ci95"),
+            share("spread", "spread"),
+            *(share(t, "by_level", t) for t in rows[0]["by_level"]),
+            *(share(name, "by_dimension", name) for name in ("VQ", "MQ", "TA")),
+        ],
+        rows,
+    )
+
+
+def calibration_table(rows: Sequence[Row]) -> Table:
+    """`rows` as in the "calibration" of a study's metrics.json, one line per variant and dimension."""
+
+    def temperature(value: float) -> str:
+        return f"{value:.2f}" if value < 100 else "above 100"  # its scores tell nothing of the labels
+
+    return Table(
+        [
+            Column("judge", lambda row: f"`{row['variant']}`"),
+            Column("dimension", lambda row: row["dimension"]),
+            Column("temperature", lambda row: temperature(row["temperature"])),
+            Column("eta", lambda row: f"{row['eta']:.2f}"),
+            Column("NLL before", lambda row: f"{row['nll_before']:.2f}"),
+            Column("after", lambda row: f"{row['nll_after']:.2f}"),
+            Column("error before", lambda row: f"{100 * row['calibration_error_before']:.1f}"),
+            Column("after", lambda row: f"{100 * row['calibration_error_after']:.1f}"),
+        ],
+        rows,
     )
