@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -292,12 +291,11 @@ def _line(found: Mapping[str, Any]) -> str:
 
 def save_weaker(run: Path, folder: Path, step: int | None = None, overwrite: bool = False) -> None:
     """Write what `shapeworld.pipeline` needs of a weaker backbone: transformer and text encoder of a training run, at
-    the end or at a step whose weights it kept, with settings and log beside them.
+    the end or at a step whose weights it kept, with settings beside them.
     """
     source = run / "transformer"
     pipe = _of_run(run, step)
     with runs.new(folder, overwrite, "weaker") as temporary:
         generator.save_weaker(pipe, temporary)
         files.write_json(temporary / "training.json", {"step": step, **files.read_json(source / "config.json")})
-        shutil.copy(source / "log.jsonl", temporary / "log.jsonl")
         write_manifest(temporary)

@@ -374,7 +374,7 @@ def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Claim:
 
 
 def save_pipeline(out: Path, folder: Path) -> None:
-    """Put the trained parts of `out` together: a diffusers pipeline in half precision, `call.json`, logs and settings
+    """Put the trained parts of `out` together: a diffusers pipeline in half precision, `call.json` and settings
     beside it.
     """
     pipe = recipe.assemble(
@@ -387,6 +387,5 @@ def save_pipeline(out: Path, folder: Path) -> None:
         pipe.save_pretrained(temporary, safe_serialization=True)
         files.write_json(temporary / "call.json", CALL)
         for name in PARTS:
-            shutil.copy(out / name / "log.jsonl", temporary / f"{name}-log.jsonl")
             shutil.copy(out / name / "config.json", temporary / f"{name}-config.json")
         write_manifest(temporary)
