@@ -20,6 +20,7 @@ _HOMES = {
     "TrainConfig": "prism.training",
     "best_of_n": "prism.sampling",
     "evaluate": "prism.evaluation",
+    "listen": "prism.sampling",
     "pairwise_accuracy": "prism.evaluation",
     "train": "prism.training",
 }
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from prism.judge import QueryHead as QueryHead
     from prism.preference import LatentStore as LatentStore
     from prism.sampling import BestOfNResult as BestOfNResult
+    from prism.sampling import listen as listen
     from prism.sampling.best_of_n import best_of_n as best_of_n
     from prism.training import TrainConfig as TrainConfig
     from prism.training import train as train

@@ -2,7 +2,8 @@
 
 from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.ledger import Ledger
+from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Schedule, expected_rows
 from prism.sampling.ranking import ranking
 
-__all__ = ["BestOfNResult", "Ledger", "Schedule", "best_of_n", "expected_rows", "ranking"]
+__all__ = ["BestOfNResult", "Ledger", "Schedule", "StepScores", "best_of_n", "expected_rows", "listen", "ranking"]

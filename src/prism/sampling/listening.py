@@ -1,0 +1,147 @@
+"""A judge's scores of a plain pipeline call, read on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from prism.backbone import Backbone, Tokens
+from prism.backbone.conditioning import by_name
+from prism.backbone.family import argument_of
+from prism.backbone.parts import tensor_of
+from prism.backbone.pipeline import check as check_protocol
+from prism.backbone.pipeline import check_whole
+from prism.backbone.wrapping import around, around_module
+from prism.errors import PrismError, quoted
+
+_listening: set[int] = set()  # pipelines that are listened to, by id; each is held by one thread
+
+
+class StepScores(NamedTuple):
+    """A judge's scores at one step of a call.
+
+    step: the scheduler's, from 1. t: the noise level of the latents, in [0, 1000]. scores: (rows, num_dimensions)
+    float32, a row per video of the call.
+    """
+
+    step: int
+    t: float
+    scores: Tensor
+
+
+@contextmanager
+def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
+    """The judge's scores of a plain call, while it runs: `with listen(judge, pipe) as scores: pipe(...)`.
+
+    The list grows by one entry per step that runs on the denoiser which the judge reads. The scores are those of the
+    conditional rows, before the step. No denoiser call is added and the call's output stays the same to the bit: what
+    is paid is the head. Where latents hold NaN, so do their scores.
+
+    The pipeline is this thread's meanwhile, its modules are in evaluation mode, and it is afterwards as it was. Several
+    calls may be made, each of which starts at step 1 again; searches and judges at work inside are not listened to.
+
+    Args:
+        judge: a `Judge` on this pipeline.
+        pipe: the pipeline that is going to be called, with any arguments and callbacks.
+
+    Raises:
+        PrismError: where the judge reads another pipeline or no hidden states, where a cache or a patch stands between
+            the denoiser and its blocks, or the denoiser is compiled as a whole.
+    """
+    pipe = pipe.pipe if isinstance(pipe, Backbone) else pipe
+    backbone = _backbone_of(judge, pipe)
+    with backbone.held(), ExitStack() as stack:
+        if id(pipe) in _listening:
+            raise PrismError("This pipeline is listened to already; let one judge listen, or Judge.average of several.")
+        _listening.add(id(pipe))
+        stack.callback(_listening.discard, id(pipe))
+        check_protocol(pipe, backbone.family)
+        check_whole(backbone.denoisers)
+        _check_listens(backbone)
+        listener = _Listener(backbone, judge)
+        for denoiser in backbone.denoisers:
+            stack.enter_context(around_module(denoiser, partial(listener.denoise, denoiser)))
+        if not backbone.family.counts_calls:  # its pipelines copy the scheduler, and a copy must be left alone
+            stack.enter_context(around(pipe.scheduler, "step", listener.scheduler_step))
+            if hasattr(pipe.scheduler, "set_timesteps"):
+                stack.enter_context(around(pipe.scheduler, "set_timesteps", listener.start))
+        yield listener.heard
+
+
+class _Listener:
+    """The steps of a call and the tokens of its conditional rows, counted and scored as its denoiser is called."""
+
+    def __init__(self, backbone: Backbone, judge: Any):
+        self.backbone, self.judge = backbone, judge
+        self.heard: list[StepScores] = []
+        self.step, self.index = 1, 0  # the 1-based step, and the denoiser calls made in it so far
+        self.t = math.inf  # of the last denoiser call
+        self.pending: tuple[float, Tokens] | None = None  # read in this step, of both groups of rows in one batch
+
+    def start(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The scheduler is told the timesteps of a call."""
+        self.step, self.index, self.pending = 1, 0, None
+        return inner(*args, **kwargs)
+
+    def denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        backbone, family = self.backbone, self.backbone.family
+        arguments = by_name(denoiser, args, kwargs)
+        t = self._level(arguments)
+        if family.counts_calls and t != self.t:  # a call that is not the unconditional one of the same step
+            self.step, self.index = (1 if self.t == math.inf or t > self.t else self.step + 1), 0
+        self.t, self.index = t, self.index + 1
+        if self.index > 1 or denoiser is not backbone.denoiser:
+            return forward(*args, **kwargs)
+        _check_listens(backbone)
+        tokens, output = backbone.read(arguments, self.judge.taps, False, forward, denoiser)
+        if family.cfg == "two_calls":  # the conditional one comes first
+            self._score(t, tokens)
+        else:
+            self.pending = t, tokens
+        return output
+
+    def scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        output = inner(*args, **kwargs)
+        if self.pending is not None:
+            (t, tokens), self.pending = self.pending, None
+            self._score(t, tokens[self.backbone.family.conditional(len(tokens), len(tensor_of(output, "prev_sample")))])
+        self.step, self.index = self.step + 1, 0
+        return output
+
+    def _level(self, arguments: Mapping[str, Any]) -> float:
+        """The noise level of a denoiser call: frames that are given have lower ones than those that are sampled."""
+        family = self.backbone.family
+        return family.t_of(self.backbone.pipe.scheduler, argument_of(arguments, family, "timestep_argument").max())
+
+    def _score(self, t: float, tokens: Tokens) -> None:
+        if hasattr(self.judge, "check_level"):
+            self.judge.check_level(t)
+        self.heard.append(StepScores(self.step, t, self.judge.score_tokens(tokens)))
+
+
+def _backbone_of(judge: Any, pipe: Any) -> Backbone:
+    """The backbone that the judge reads, which must be of `pipe`."""
+    backbone = getattr(judge, "backbone", None)
+    if not hasattr(judge, "score_tokens") or not isinstance(backbone, Backbone):
+        raise PrismError(
+            f"listen needs a judge that reads hidden states, and found {quoted(judge, 80)} of type "
+            f"{type(judge).__name__}; load one with Judge.from_pretrained(head, pipe)."
+        )
+    if backbone.pipe is not pipe:
+        raise PrismError(
+            "The judge was put onto another pipeline; use Judge.from_pretrained(head, pipe) with this one."
+        )
+    return backbone
+
+
+def _check_listens(backbone: Backbone) -> None:
+    if not backbone.listens:
+        raise PrismError(
+            "The denoiser is compiled as a whole, and no block of it can be listened to without changing what it "
+            "computes; compile its blocks alone, with compile_repeated_blocks()."
+        )
