@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test check golden clean
 
 help:
 	@echo "make demo    train a head on the embedded model, judge, run Best-of-N; the report goes to $(OUT)"
 	@echo "make test    lint, format, types, arrows and tests"
 	@echo "make check   lint, format, types and the arrows between rooms alone"
+	@echo "make golden  write tests/golden.json anew, after a change of results that is meant"
 	@echo "make clean   remove the virtual environment and caches"
 
 demo: $(VENV)/installed
@@ -26,6 +27,9 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+golden: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden
 
 # torch comes first and alone, so that nothing else decides which of its builds is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
