@@ -4,16 +4,21 @@ PYTHON ?= python3
 OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
+QUICK := tests/test_golden.py tests/test_files.py tests/judge tests/preference tests/evaluation tests/sampling/test_exactness.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check golden clean
+.PHONY: help demo test check golden lowest dist upstream clean
 
 help:
 	@echo "make demo    train a head on the embedded model, judge, run Best-of-N; the report goes to $(OUT)"
 	@echo "make test    lint, format, types, arrows and tests"
 	@echo "make check   lint, format, types and the arrows between rooms alone"
 	@echo "make golden  write tests/golden.json anew, after a change of results that is meant"
+	@echo "make lowest  install the lowest versions that pyproject.toml allows into $(LOWEST), and run a quick part of the tests"
+	@echo "make dist    build the wheel and the source distribution into dist/"
+	@echo "make upstream  run the tests with the main branch of diffusers, in this virtual environment"
 	@echo "make clean   remove the virtual environment and caches"
 
 demo: $(VENV)/installed
@@ -31,6 +36,27 @@ check: $(VENV)/installed
 golden: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden
 
+# Each "name>=version" of pyproject.toml that the tests import becomes "name==version".
+lowest:
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml > $(LOWEST)/lowest.txt
+	grep --only-matching '"peft>=[0-9.]*' pyproject.toml | tr --delete '"' | sed 's/>=/==/' >> $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LOWEST)/lowest.txt --editable . pytest hypothesis
+	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest $(QUICK)
+
+dist:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+# constraints.txt does not hold here: diffusers brings what it asks for.
+upstream: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --upgrade 'diffusers @ git+https://github.com/huggingface/diffusers'
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
 # torch comes first and alone, so that nothing else decides which of its builds is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 14); sys.exit(0 if ok else f"Python 3.10 to 3.13 is needed, and $(PYTHON) is {sys.version.split()[0]}; name another one: make PYTHON=python3.11")'
@@ -40,4 +66,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
