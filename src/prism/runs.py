@@ -26,6 +26,7 @@ CONFIG, IDENTITY = "config.json", "identity.json"
 # Names of the files that runs make; beside them, what a run lists as `files` in its config.json, and pieces of `Parts`.
 _OURS = re.compile(
     r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
+    r"|evaluation\.json"
     r"|(videos|pairs|(test|validation|unseen)-[\w-]+)\.parquet"
     r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
     r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"

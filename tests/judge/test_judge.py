@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from prism.errors import PrismError
-from prism.judge import Judge, QueryHead
+from prism.judge import Judge
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT]
 WAN_SHAPE, COGVIDEOX_SHAPE = (16, 3, 4, 4), (3, 4, 4, 4)
@@ -125,21 +125,6 @@ def test_ablations_save_and_load(wan, tmp_path, aggregation):
     judge.save_pretrained(tmp_path / "head")
     loaded = Judge.from_pretrained(tmp_path / "head", wan)
     assert torch.equal(*(j.score(latents(), PROMPTS, 300, **tiny.CALL_WAN) for j in (judge, loaded)))
-
-
-def test_the_folder_is_also_a_hub_mixin_model(judge, saved, tmp_path):
-    head = QueryHead.from_pretrained(saved)
-    assert torch.equal(head.query, judge.head.query)
-    head.save_pretrained(tmp_path / "again")
-    assert torch.equal(QueryHead.from_pretrained(tmp_path / "again").query, head.query)
-    for changes in ({"dim": 10**6}, {"mlp_layers": 10**9}, {"dim": "x"}):  # not allocated
-        reseal(saved, **changes)
-        with pytest.raises(PrismError):
-            QueryHead.from_pretrained(saved)
-    reseal(saved, dim=judge.head.dim, mlp_layers=judge.head.mlp_layers)
-    (saved / "model.safetensors").write_bytes(pickle.dumps({}))
-    with pytest.raises(PrismError, match="pickle"):
-        QueryHead.from_pretrained(saved)
 
 
 def test_other_architectures_are_refused_by_name(saved):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from prism.errors import PrismError, quoted
+
+if TYPE_CHECKING:
+    from prism.judge.judge import Judge
 
 
 def check_dimensions(dimensions: Any) -> None:
@@ -43,6 +46,23 @@ def listed(judges: Any, kind: type) -> list[Any]:
                 f"A list of judges is needed to average; found {quoted(judge, 80)} of type {type(judge).__name__}."
             )
     return judges
+
+
+def check_together(judges: Sequence[Judge]) -> None:
+    """Judges that are averaged read one pipeline, and their scores mean the same."""
+    for other in judges[1:]:
+        if other.backbone.pipe is not judges[0].backbone.pipe:
+            raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
+        if other.backbone.reads != judges[0].backbone.reads:
+            raise PrismError(
+                f"Judges that read different denoisers cannot be averaged, found {judges[0].backbone.reads!r} and "
+                f"{other.backbone.reads!r}; use each at the noise levels of its own."
+            )
+        if other.dimensions != judges[0].dimensions or other.eta != judges[0].eta:
+            raise PrismError(
+                f"Judges must have the same dimensions and eta to be averaged, found {', '.join(judges[0].dimensions)} "
+                f"with eta {judges[0].eta:g} and {', '.join(other.dimensions)} with eta {other.eta:g}."
+            )
 
 
 def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:

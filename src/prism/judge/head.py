@@ -16,15 +16,15 @@ keys, or in W_p as seen by the keys, adds the same number to all logits and canc
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from prism import files
 from prism.errors import PrismError, choice, quoted, whole
 from prism.judge import pooling
 
@@ -33,7 +33,7 @@ LARGEST = {"width": 2**20, "dim": 2**20, "num_dimensions": 1000, "num_queries": 
 LARGEST |= {"mlp_layers": 256}  # beyond any use: a file that says more is damaged
 
 
-class QueryHead(nn.Module, PyTorchModelHubMixin):
+class QueryHead(nn.Module):
     """Scores of noisy videos from a backbone's tokens.
 
     Args:
@@ -146,14 +146,6 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
         keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
         return (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
 
-    def load_weights(self, path: str | os.PathLike[str]) -> None:
-        """Load exactly this head's weights from a safetensors file.
-
-        Raises:
-            PrismError: where the file is missing, damaged or a pickle, or holds other tensors than this head's.
-        """
-        self.load_tensors(files.load_safetensors(path), path)
-
     def load_tensors(self, found: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         """Load exactly this head's weights, as float32; ``path`` is the file they came from, for errors."""
         self.check_shapes({name: tuple(value.shape) for name, value in found.items()}, path)
@@ -172,21 +164,17 @@ class QueryHead(nn.Module, PyTorchModelHubMixin):
                 sizes = f"{quoted(found[name], 80)} where this head's is {tuple(value.shape)}"
                 raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
 
-    @classmethod
-    def _from_pretrained(cls, **options: Any) -> Any:
-        with torch.device("meta"):  # weights come from the file: nothing is allocated for what it does not hold
-            return super()._from_pretrained(**options)
 
-    @classmethod
-    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        with torch.device("cpu"):
-            model.load_weights(model_file)
-        return model.to(map_location).eval()
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A head, the block it reads after (1-based), and its share in the judge's scores."""
 
-    @classmethod
-    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        """The Hub mixin falls back to a pickle where a repository holds no safetensors. This head does not."""
-        raise PrismError("The repository holds a pickle and no model.safetensors; a pickle is never loaded.")
+    tap: int
+    head: QueryHead
+    share: float = 1.0
+
+
+OPTIONS = tuple(inspect.signature(QueryHead).parameters)
 
 
 def check_fits(head: QueryHead, backbone: Any, tap: int, dimensions: Sequence[str]) -> None:

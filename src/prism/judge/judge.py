@@ -5,10 +5,10 @@ Mostly there is one head. ``Judge.average`` makes one judge of several, read in 
 
 from __future__ import annotations
 
-import inspect
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +17,18 @@ from torch import Tensor
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
-from prism.errors import DRAWS, PrismError, flag, quoted, whole
+from prism.errors import DRAWS, PrismError, flag, instance, whole
 from prism.judge import checks
 from prism.judge import saved as folders
 from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
-from prism.judge.head import QueryHead, check_fits
+from prism.judge.head import OPTIONS, Member, QueryHead, check_fits
 from prism.judge.objective import log_probabilities
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
 Prompts = str | Sequence[str] | None  # None: the call gives embeddings
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A head, the block it reads after (1-based), and its share in the judge's scores."""
-
-    tap: int
-    head: QueryHead
-    share: float = 1.0
+Rows = Sequence[Mapping[str, Any]]
+Token = str | bool | None
 
 
 class Judge:
@@ -62,6 +55,7 @@ class Judge:
         eta: float = 5.0,
         trained_on: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
+        evaluation: Rows = (),
     ) -> None:
         checks.check_dimensions(dimensions)
         for member in members:
@@ -70,7 +64,7 @@ class Judge:
         self.backbone, self.members = backbone, tuple(members)
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
-        self._told = False
+        self._told, self._evaluation = False, (evaluation, versions(member.head for member in members))
         self._random: tuple[int, ...] | None = None  # what `versions` gives until something trains the heads
 
     def __repr__(self) -> str:
@@ -114,7 +108,7 @@ class Judge:
         width = backbone.widths[min(max(tap, 1), backbone.num_blocks) - 1]
         dim = min(PAPER_DIM, 2 * width) if dim is None else whole("dim", dim)
         checks.check_dimensions(dimensions)
-        checks.check_options(head_options, _head_options())
+        checks.check_options(head_options, OPTIONS)
         seed = whole("seed", seed, 0, 2**63 - 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -139,49 +133,33 @@ class Judge:
         Raises:
             PrismError: for no judges, or judges that do not fit together.
         """
-        judges = checks.listed(judges, Judge)
-        first = judges[0]
-        for other in judges[1:]:
-            if other.backbone.pipe is not first.backbone.pipe:
-                raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
-            if other.backbone.reads != first.backbone.reads:
-                raise PrismError(
-                    f"Judges that read different denoisers cannot be averaged, found {first.backbone.reads!r} and "
-                    f"{other.backbone.reads!r}; use each at the noise levels of its own."
-                )
-            if other.dimensions != first.dimensions or other.eta != first.eta:
-                raise PrismError(
-                    f"Judges must have the same dimensions and eta to be averaged, found {', '.join(first.dimensions)} "
-                    f"with eta {first.eta:g} and {', '.join(other.dimensions)} with eta {other.eta:g}."
-                )
+        first, *_ = judges = checks.listed(judges, Judge)
+        checks.check_together(judges)
         if len(judges) == 1:
             return first
         members = [
             Member(member.tap, member.head, member.share / len(judges)) for judge in judges for member in judge.members
         ]
-        together = cls(
-            first.backbone,
-            members,
-            first.dimensions,
-            first.eta,
-            trained_together([judge.trained_on for judge in judges]),
-        )
+        trained_on = trained_together([judge.trained_on for judge in judges])
+        together = cls(first.backbone, members, first.dimensions, first.eta, trained_on)
         if any(judge.is_untrained for judge in judges):
             together._random = versions(member.head for member in members)
         return together
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None, **load: Any
+        cls, source: str | os.PathLike[str], pipe: Any, revision: str | None = None, token: Token = None, **load: Any
     ) -> Judge:
         """Put a saved judge onto a backbone.
 
         Args:
-            source: a folder written by ``save_pretrained``, or the id of such a repository on the Hub.
+            source: a folder written by ``save_pretrained``, or the id of a repository on the Hub ("user/name"), of
+                which config.json, model.safetensors and evaluation.json alone are fetched.
             pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or a
                 pipeline's folder or id on the Hub, of which the blocks that the heads read are loaded and no later
                 ones: for a judge that stands by itself.
             revision: branch, tag or commit of the head on the Hub.
+            token: for private repositories, the pipeline's too; None: the one logged in with.
             **load: where ``pipe`` is a folder or an id, arguments of diffusers' ``from_pretrained`` (``dtype``,
                 ``variant``, ``cache_dir``, ...).
 
@@ -189,9 +167,10 @@ class Judge:
             PrismError: where a file is missing, truncated, altered or a pickle, or the head was trained on another
                 denoiser or VAE (both are named). Other weights of the same architecture give a warning.
         """
-        saved = folders.read(source, revision)
+        saved = folders.read(source, revision, token)
         reads = saved.backbone.get("reads")
         if isinstance(pipe, str | os.PathLike):
+            load |= {} if token is None else {"token": token}
             backbone = Backbone.from_pretrained(os.fspath(pipe), up_to=saved.last_tap, reads=reads, **load)
         elif load:
             raise PrismError(
@@ -201,49 +180,73 @@ class Judge:
             backbone = _backbone(pipe, reads)
         folders.check_fingerprint(saved, backbone)
         members = [Member(tap, head, share) for tap, head, share in saved.heads]
-        return cls(backbone, members, saved.dimensions, saved.eta, saved.trained_on, saved.calibration)
+        described = saved.dimensions, saved.eta, saved.trained_on, saved.calibration, saved.evaluation
+        return cls(backbone, members, *described)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], trained_on: Mapping[str, Any] | None = None, overwrite: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        trained_on: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        evaluation: Rows | None = None,
+        license: str | None = None,
+        base_model: str | None = None,
     ) -> None:
         """Write config.json, model.safetensors and README.md (a model card) as a folder that appears whole.
 
         Args:
             folder: where to; an existing one is refused unless ``overwrite``.
             trained_on: replaces ``self.trained_on``.
+            evaluation: rows of ``prism.evaluate``, kept and shown in the card; None: ``self.evaluation``.
+            license: the head's, as the card is to name it ("apache-2.0", ...); None: the card names none.
+            base_model: the pipeline on the Hub, "user/name" or "user/name@revision"; None: where it was loaded from.
         """
         overwrite = flag("overwrite", overwrite)
         if trained_on is not None:
-            if not isinstance(trained_on, Mapping):
-                raise PrismError(f"trained_on must be a dict; found {quoted(trained_on, 80)}.")
+            instance("trained_on", trained_on, Mapping, "a dict")
             self.trained_on = dict(trained_on)
-        several = self.config()["schema"] == 2
-        tensors = {
-            f"{place}.{name}" if several else name: value
-            for place, member in enumerate(self.members)
-            for name, value in member.head.state_dict().items()
-        }
-        folders.write(folder, self.config() | {"trained_on": self.trained_on}, tensors, overwrite)
+        rows = self.evaluation if evaluation is None else folders.hub.check_rows(evaluation, "evaluation")
+        folders.write(self, folder, overwrite, rows, license, base_model)
+        self._evaluation = rows, versions(member.head for member in self.members)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: Token = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a PRISM judge",
+        **card: Any,
+    ) -> str:
+        """Put the folder that ``save_pretrained`` writes on the Hub, as one commit; return the commit's address.
+
+        Args:
+            repo_id: "user/name"; made where it does not exist, as is the branch ``revision`` (None: main).
+            private: whether a new repository is; None: as the account's settings say.
+            token: of the Hub, with the right to write; None: the one logged in with.
+            commit_message: first line of the commit.
+            **card: evaluation, license and base_model, as of ``save_pretrained``.
+
+        Raises:
+            PrismError: where the Hub cannot be reached or refuses, as one sentence.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "head"
+            self.save_pretrained(folder, **card)
+            return folders.hub.upload(folder, repo_id, private, token, revision, commit_message)
 
     def config(self) -> dict[str, Any]:
         """What describes this judge apart from its weights, as JSON."""
-        heads = [
-            {**{name: getattr(member.head, name) for name in _head_options()}, "tap": member.tap}
-            for member in self.members
-        ]
-        shares = [member.share for member in self.members]
-        several = [{**head, "share": share} for head, share in zip(heads, shares)]
-        return {
-            "format": folders.FORMAT,
-            "schema": 1 if shares == [1.0] else 2,
-            **(heads[0] if shares == [1.0] else {"members": several}),
-            "dimensions": list(self.dimensions),
-            "eta": self.eta,
-            "backbone": self.backbone.fingerprint(),
-            **({"calibration": self.calibration} if self.calibration else {}),
-        }
+        return folders.describe(self)
 
     # -- using it
+
+    @property
+    def evaluation(self) -> Rows:
+        """The accuracies that were saved with these heads; none once a head was trained further."""
+        rows, of = self._evaluation
+        return rows if of == versions(member.head for member in self.members) else []
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -391,7 +394,3 @@ class Judge:
 def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
     """`reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
     return pipe if isinstance(pipe, Backbone) else Backbone(pipe, reads)
-
-
-def _head_options() -> list[str]:
-    return [name for name in inspect.signature(QueryHead.__init__).parameters if name != "self"]

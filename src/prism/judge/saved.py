@@ -1,26 +1,27 @@
-"""A judge as a folder: config.json, model.safetensors and its model card; found, checked, written."""
+"""A judge as a folder: config.json, model.safetensors, evaluation.json and its model card; found, checked, written."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from prism import files, runs
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import fits
 from prism.errors import PrismError, number, quoted, whole
-from prism.judge.head import AGGREGATIONS, LARGEST, QueryHead
+from prism.judge import hub
+from prism.judge.head import AGGREGATIONS, LARGEST, OPTIONS, QueryHead
+
+if TYPE_CHECKING:
+    from prism.judge.judge import Judge
 
 FORMAT, SCHEMAS = "prism-head", (1, 2)
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -37,6 +38,7 @@ class SavedJudge:
     trained_on: Mapping[str, Any]
     calibration: Mapping[str, Any]
     backbone: Mapping[str, Any]
+    evaluation: Sequence[Mapping[str, Any]]
 
     @property
     def last_tap(self) -> int:
@@ -44,10 +46,28 @@ class SavedJudge:
 
 
 def write(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], overwrite: bool
+    judge: Judge,
+    folder: str | os.PathLike[str],
+    overwrite: bool,
+    evaluation: Sequence[Mapping[str, Any]],
+    licence: str | None,
+    base_model: str | None,
 ) -> None:
-    """Write a judge's folder, which appears whole; one that exists is refused, but a judge's with `overwrite`."""
+    """Write a judge's folder, which appears whole; one that exists is refused, but a judge's with `overwrite`.
+
+    base_model: None for what the pipeline says of where it was loaded from.
+    """
+    config = describe(judge) | {"trained_on": judge.trained_on}
+    tensors = {
+        f"{place}.{name}" if config["schema"] == 2 else name: value
+        for place, member in enumerate(judge.members)
+        for name, value in member.head.state_dict().items()
+    }
     _check_plain(config, "What the judge was trained on")
+    _check_plain(evaluation, "The evaluation of the judge")
+    for name, value in (("license", licence), ("base_model", base_model)):
+        if value is not None and (not isinstance(value, str) or not value.strip() or not value.isprintable()):
+            raise PrismError(f"{name} must be a text; found {quoted(value, 80)}.")
     _check_trained_on(config["trained_on"], "what the judge was trained on")
     with runs.new(folder, overwrite, FORMAT) as temporary:
         weights = temporary / "model.safetensors"
@@ -55,15 +75,18 @@ def write(
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, weights)
         sealed = {**config, "weights_sha256": files.sha256(weights)}
         files.write_json(temporary / "config.json", sealed)
-        (temporary / "README.md").write_text(model_card(sealed), encoding="utf-8")
+        if evaluation:
+            files.write_json(temporary / "evaluation.json", {"accuracy": list(evaluation)})
+        card = hub.model_card(sealed, evaluation, licence, base_model or hub.origin(judge.backbone.pipe))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
+def read(source: str | os.PathLike[str], revision: str | None, token: str | bool | None = None) -> SavedJudge:
     """What a judge's folder (or its snapshot from the Hub) holds.
 
     Raises PrismError where a file is missing, truncated, altered or a pickle, or says what no judge could be.
     """
-    folder = _locate(source, revision)
+    folder = _locate(source, revision, token)
     path, weights = folder / "config.json", folder / "model.safetensors"
     config = files.read_json(path)
     schema = config.get("schema") if isinstance(config, dict) and config.get("format") == FORMAT else None
@@ -85,6 +108,7 @@ def read(source: str | os.PathLike[str], revision: str | None) -> SavedJudge:
         trained_on,
         _calibration(config.get("calibration"), dimensions, path),
         fingerprint,
+        _evaluation(folder / "evaluation.json"),
     )
     header = _by_member(files.safetensors_header(weights), several)  # first, as it tells a pickle from a truncated file
     for place, (_, head, _) in enumerate(made):
@@ -126,6 +150,26 @@ def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
 
 
 # -- config.json, field by field
+
+
+def describe(judge: Judge) -> dict[str, Any]:
+    """What describes a judge apart from its weights and its training, as JSON."""
+    members = [
+        {**{name: getattr(member.head, name) for name in OPTIONS}, "tap": member.tap, "share": member.share}
+        for member in judge.members
+    ]
+    alone = [member["share"] for member in members] == [1.0]
+    if alone:
+        del members[0]["share"]
+    return {
+        "format": FORMAT,
+        "schema": 1 if alone else 2,
+        **(members[0] if alone else {"members": members}),
+        "dimensions": list(judge.dimensions),
+        "eta": judge.eta,
+        "backbone": judge.backbone.fingerprint(),
+        **({"calibration": judge.calibration} if judge.calibration else {}),
+    }
 
 
 def described(config: Mapping[str, Any], path: Path) -> tuple[list[str], float, dict[str, Any], Mapping[str, Any]]:
@@ -253,6 +297,15 @@ def _check_plain(value: Any, name: str) -> None:
         raise PrismError(f"{name} holds what is no plain JSON: {quoted(error, 120)}.") from error
 
 
+def _evaluation(path: Path) -> list[dict[str, Any]]:
+    """The accuracies that a folder holds beside its head; none in most, and in all of earlier versions."""
+    if not os.path.lexists(path):
+        return []
+    found = files.read_json(path)
+    _check_plain(found, f"The file {path}")
+    return hub.check_rows(found.get("accuracy") if isinstance(found, dict) else None, f"The accuracy in {path}")
+
+
 def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str, Any]]:
     """What belongs to tensors, by the number of the head that they are of, under the head's own names."""
     places: dict[str, dict[str, Any]] = {}
@@ -262,7 +315,7 @@ def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str,
     return places
 
 
-def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
+def _locate(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
     """The local folder of a head: as given, or its snapshot from the Hub."""
     try:
         folder = Path(source)
@@ -282,79 +335,6 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
         return folder
     if exists:
         raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if not hub.REPOSITORY.fullmatch(str(source)):
         raise PrismError(f"The head folder {folder} does not exist.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["config.json", "model.safetensors", "README.md"]
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the Hub's client raises many kinds: no network, no such repository, no access
-        reason = quoted((str(error).strip() or type(error).__name__).splitlines()[0])
-        raise PrismError(
-            f"There is no folder {folder}, and no head of this name came from the Hub: {reason}"
-        ) from error
-
-
-TEMPLATE = """---
-library_name: prism
-license: apache-2.0
-tags:
-- prism
-- diffusers
-- reward-model
-- video-generation
----
-
-# PRISM head for {denoiser}
-
-A preference head that scores the *noisy* latents of a frozen video diffusion model from its own hidden states after
-block {taps}, one score per dimension: {dimensions}. Higher is better; only differences within a prompt mean something.
-It holds no part of the backbone ({pipeline}: {denoiser}, {vae}), and is refused by others.
-
-```python
-import prism
-{made}  # the backbone it was trained on
-judge = prism.Judge.from_pretrained("path/or/id of this head", pipe)
-result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
-```
-
-| | |
-|---|---|
-{heads}
-| ties | Bradley-Terry with ties, eta = {eta:g} |
-
-## Trained on
-
-```json
-{trained_on}
-```
-
-Method: "Through the PRISM: Preference Representation in Intermediate States of Video Diffusion Models",
-arXiv 2606.20310.
-"""
-HEAD = (
-    "| head | after block {tap}, tokens of width {width}: {aggregation}, {num_queries} query, {num_heads} heads, "
-    "width {dim}, {mlp_layers}-layer MLP |"
-)
-
-
-def model_card(config: Mapping[str, Any]) -> str:
-    """README.md of a head from its config.json."""
-    # The prompts' hashes are for the leak check, not for reading.
-    trained_on = {name: value for name, value in config["trained_on"].items() if name != "prompt_keys"}
-    backbone = config["backbone"]
-    pipeline = str(backbone.get("pipeline"))
-    of_diffusers = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained(...)"
-    members = config.get("members", [config])
-    return TEMPLATE.format(
-        taps=" and ".join(str(tap) for tap in sorted({member["tap"] for member in members})),
-        heads="\n".join(HEAD.format(**member) for member in members),
-        eta=config["eta"],
-        dimensions=", ".join(config["dimensions"]),
-        denoiser=backbone.get("denoiser"),
-        pipeline=pipeline,
-        made=of_diffusers if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
-        vae=backbone.get("vae"),
-        trained_on=json.dumps(trained_on, indent=2, ensure_ascii=False),
-    )
+    return hub.fetch(str(source), revision, token)

@@ -1,0 +1,266 @@
+"""A judge on the Hub: its model card, and its way there and back. Only safetensors and JSON are fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, snapshot_download
+
+from prism.backbone.parts import config_of
+from prism.errors import PrismError, listed, number, quoted, whole
+from prism.judge.checks import trained_range
+
+FETCHED = ("config.json", "model.safetensors", "evaluation.json")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")  # of the Hub's cache
+
+
+# -- there and back
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Make the repository (and its branch `revision`) where it is missing, and put a judge's folder there as one
+    commit; return the commit's address.
+    """
+    if not isinstance(repo_id, str) or not REPOSITORY.fullmatch(repo_id):
+        raise PrismError(f'The repository on the Hub must be named "user/name"; found {quoted(repo_id, 80)}.')
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns=["evaluation.json"],  # one that is there is of earlier weights
+        )
+    except Exception as error:  # the Hub's client raises many kinds
+        raise PrismError(f"The judge did not reach {repo_id} on the Hub: {_reason(error, revision)}.") from error
+    return commit.commit_url
+
+
+def fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """The snapshot of a judge's repository in the Hub's cache."""
+    try:
+        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FETCHED)))
+    except Exception as error:  # the Hub's client raises many kinds
+        raise PrismError(
+            f"There is no folder {repo_id}, and no head of this name came from the Hub: {_reason(error, revision)}."
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise PrismError(f"The repository {repo_id} on the Hub holds no head: it has no config.json.")
+    return folder
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """Why the Hub gave or took nothing, as a clause."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {quoted(revision, 80)}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the repository does not exist, or it is private or gated and the token gives no access to it"
+    if status in (401, 403) or isinstance(error, errors.LocalTokenNotFoundError):
+        return "the token is missing or gives no such right; log in with `hf auth login`, or give token="
+    if any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, error.__cause__)):
+        return "HF_HUB_OFFLINE forbids network access"
+    if isinstance(error, errors.LocalEntryNotFoundError) or "Connect" in type(error).__name__:
+        return "the Hub cannot be reached; check the network"
+    return quoted((str(error).strip() or type(error).__name__).splitlines()[0], 200).rstrip(".")
+
+
+# -- what the card says
+
+
+def check_rows(rows: Any, where: str) -> list[dict[str, Any]]:
+    """Rows "accuracy" of metrics.json, as `prism.evaluate` gives them; each mistake is a sentence."""
+    found = listed(where, rows, Mapping, "the rows that prism.evaluate returns")
+    for place, row in enumerate(found):
+        name = f"{where}, row {place}:"
+        number(f"{name} t", row.get("t"), 0, 1000)
+        for field in ("pairs", "prompts"):
+            whole(f"{name} {field}", row.get(field), 0)
+        for field in ("dimension", "set"):
+            if not isinstance(row.get(field), str) or not row[field].isprintable() or "|" in row[field]:
+                raise PrismError(f"{name} {field} must be a name; found {quoted(row.get(field), 80)}.")
+        interval = row.get("without_ties_ci95")
+        if interval is not None and (not isinstance(interval, list | tuple) or len(interval) != 2):
+            raise PrismError(f"{name} without_ties_ci95 must be [low, high] or null; found {quoted(interval, 80)}.")
+        for value in (row.get("without_ties"), *(interval or ())):
+            if value is not None:
+                number(f"{name} without_ties and its interval", value, 0, 1)
+    return [dict(row) for row in found]
+
+
+def origin(pipe: Any) -> str | None:
+    """Where a pipeline came from, as "user/name" or "user/name@commit"; None where it was not loaded from the Hub."""
+    named = [_name(pipe), *(_name(part) for part in getattr(pipe, "components", {}).values())]
+    for name in named:
+        if snapshot := _SNAPSHOT.search(Path(name).as_posix()):
+            return "{}/{}@{}".format(*snapshot.groups())
+    return next((name for name in named[:1] if REPOSITORY.fullmatch(name) and not os.path.exists(name)), None)
+
+
+def _name(part: Any) -> str:
+    name = config_of(part).get("_name_or_path") or getattr(part, "name_or_path", "")
+    return name if isinstance(name, str) else ""
+
+
+def model_card(
+    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], licence: str | None, base_model: str | None
+) -> str:
+    """README.md of a head, from its config.json and the rows of its evaluation.
+
+    base_model: "user/name" or "user/name@revision"; None where it is not known.
+    """
+    backbone, trained_on = config["backbone"], config["trained_on"]
+    pipeline = str(backbone.get("pipeline"))
+    model, _, revision = (base_model or "").partition("@")
+    loaded = f'"{model}"' + (f', revision="{revision}"' if revision else "") if model else "..."
+    made = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained({loaded})"
+    members = config.get("members", [config])
+    low, high = trained_range(trained_on)
+    data = ModelCardData(
+        library_name="prism",
+        license=licence,
+        base_model=model or None,
+        tags=["prism", "diffusers", "reward-model", "video-generation"],
+        model_name=f"PRISM head for {backbone.get('denoiser')}",
+        eval_results=_results(rows) or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        taps=" and ".join(str(tap) for tap in sorted({member["tap"] for member in members})),
+        heads="\n".join(HEAD.format(**member) for member in members),
+        eta=f"{config['eta']:g}",
+        dimensions=", ".join(config["dimensions"]),
+        denoiser=backbone.get("denoiser"),
+        pipeline=pipeline,
+        vae=backbone.get("vae"),
+        made=made if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
+        base_model=(f"{model}, revision {revision}" if revision else model) or "not known: not loaded from the Hub",
+        data=_data(trained_on),
+        levels=f"t from {low:g} to {high:g}, of 0 (clean) to 1000 (noise)",
+        accuracy=_accuracy(rows, config["dimensions"]),
+        # The prompts' hashes are for the leak check, not for reading.
+        trained_on=json.dumps(
+            {name: value for name, value in trained_on.items() if name != "prompt_keys"}, indent=2, ensure_ascii=False
+        ),
+    )
+    return f"{card}\n"
+
+
+def _data(trained_on: Mapping[str, Any]) -> str:
+    store = trained_on.get("store")
+    name = store.get("name") if isinstance(store, Mapping) else store
+    counts = [f"{trained_on[key]:,} {key}" for key in ("pairs", "prompts") if type(trained_on.get(key)) is int]
+    return " of ".join([*counts, *([f'the store "{name}"'] if isinstance(name, str) else [])]) or "not known"
+
+
+def _results(rows: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
+    """Accuracy without ties, for the Hub's tables."""
+    return [
+        EvalResult(
+            task_type="reward-modeling",
+            dataset_type="preference-pairs",
+            dataset_name=f"pairs of the {row['set']} set",
+            dataset_split=row["set"],
+            metric_type="accuracy",
+            metric_name=f"accuracy without ties, {row['dimension']}, t = {row['t']:g}",
+            metric_value=row["without_ties"],
+            metric_args={"t": row["t"], "dimension": row["dimension"], "ci95": row.get("without_ties_ci95")},
+        )
+        for row in rows
+        if row.get("without_ties") is not None
+    ]
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]], dimensions: Sequence[str]) -> str:
+    """A table of a line per set and noise level, a column per dimension."""
+    if not rows:
+        return "Not measured for this folder: measure it (`prism eval`) before you rely on it."
+    lines = [f"| set | t | {' | '.join(dimensions)} | pairs | prompts |", "|---" * (len(dimensions) + 4) + "|"]
+    for place in dict.fromkeys((row["set"], row["t"]) for row in rows):
+        here = {row["dimension"]: row for row in rows if (row["set"], row["t"]) == place}
+        some = next(iter(here.values()))
+        counts = f"{max(row['pairs'] for row in here.values())} | {some['prompts']}"
+        shares = " | ".join(_share(here.get(name, {})) for name in dimensions)
+        lines.append(f"| {place[0]} | {place[1]:g} | {shares} | {counts} |")
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share, interval = row.get("without_ties"), row.get("without_ties_ci95")
+    if share is None:
+        return "-"
+    return f"{share:.1%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# PRISM head for {{ denoiser }}
+
+A preference head that scores the *noisy* latents of a frozen video diffusion model from its own hidden states after
+block {{ taps }}, one score per dimension: {{ dimensions }}. Higher is better; only differences within a prompt mean
+something. It holds no part of the backbone ({{ pipeline }}: {{ denoiser }}, {{ vae }}), and goes onto no other classes.
+
+```python
+import prism
+{{ made }}  # the backbone it was trained on
+judge = prism.Judge.from_pretrained("path/or/id of this head", pipe)
+result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
+```
+
+| | |
+|---|---|
+| base model | {{ base_model }} |
+{{ heads }}
+| ties | Bradley-Terry with ties, eta = {{ eta }} |
+| trained on | {{ data }} |
+| noise levels | {{ levels }} |
+
+## Accuracy
+
+Share of the decided pairs that are judged right at each noise level, with its 95 % bootstrap interval over prompts.
+Chance is 50 %.
+
+{{ accuracy }}
+
+## Known limits
+
+- Scores of different prompts, noise levels or judges cannot be compared.
+- It fits this denoiser's and VAE's classes and shapes alone. Other weights, such as a finetune, give a warning:
+  measure it there.
+- At noise levels it was not trained on, scores mean nothing. The closer to pure noise, the less can be seen.
+- It prefers what its labels preferred. Prompts and videos unlike its training data are outside what was measured.
+
+## Trained on
+
+```json
+{{ trained_on }}
+```
+
+Method: "Through the PRISM: Preference Representation in Intermediate States of Video Diffusion Models",
+arXiv 2606.20310.
+"""
+HEAD = (
+    "| head | after block {tap}, tokens of width {width}: {aggregation}, {num_queries} query, {num_heads} heads, "
+    "width {dim}, {mlp_layers}-layer MLP |"
+)
