@@ -20,7 +20,7 @@ from prism import files
 from prism.lab.claims import FULL_RUN, summary
 from prism.report.figures import Label, place_labels
 from prism.report.page import film
-from prism.report.wording import is_main, pooled, strategy_name
+from prism.report.wording import is_blind, is_main, is_ours, pooled, role, strategy_name
 
 DOCS = Path(__file__).parent
 LIGHT = {"paper": "#ffffff", "ink": "#1d1f24", "muted": "#5d616a", "line": "#e4e2da", "accent": "#3f3ec9"}
@@ -88,12 +88,12 @@ def _costs(figure: Figure, axes: Any, rows: list[dict[str, Any]], colours: dict[
     labels = []
     for row in rows:
         x, y = 100 * row["denoiser_share_of_full"], row["referee_gain"]
-        ours = row["strategy"] in ("early", "draft")
+        ours = is_ours(row)
         colour = colours["accent" if ours else "muted"]
-        if row["strategy"] not in ("none", "random") and row["referee_gain_ci95"]:
+        if not is_blind(row) and row["referee_gain_ci95"]:
             axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=1.6, alpha=0.5)
         axes.plot(x, y, "o", color=colour, markersize=8 if ours else 6.5)
-        name = "perfect pick" if row["strategy"] == "oracle" else strategy_name(row)
+        name = "perfect pick" if role(row) == "best" else strategy_name(row)
         labels.append(Label(x, y, name, colour, 11, ours))
     axes.set_facecolor(colours["paper"])
     axes.axhline(0, color=colours["muted"], linewidth=1, linestyle=(0, (2, 3)))

@@ -9,8 +9,8 @@ import platform
 import runpy
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +26,9 @@ from prism.backbone import Family
 from prism.backbone.arguments import FRAMES, PIXELS, STEPS
 from prism.errors import PrismError, whole
 from prism.sampling import plan as schedules
-from prism.sampling.arguments import DEFAULT_N, default_draft_steps
-from prism.sampling.plan import expected_rows
+from prism.sampling.arguments import DEFAULT_N
+from prism.sampling.plan import Workload
+from prism.sampling.strategies import Draft, Early, First, Full, default_draft_steps
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROMPT = "a red circle moves right"
@@ -255,29 +256,21 @@ def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: 
 
 def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
     guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
-    share, cfg = tap / backbone.num_blocks, backbone.family.cfg
-    if seconds is None:  # what a scheduler makes of it is known where the pipeline can be called
-        made = {"num_steps": backbone.num_inference_steps(call)}
-        drafts: dict[str, Any] = {"draft_steps": draft}
-        steps, first, last = made["num_steps"], schedules.default(made["num_steps"]), None
-    else:
+    told, short = None, None
+    if seconds is not None:  # what a scheduler makes of it is known where the pipeline can be called
         whole = {**call, **backbone.batch([PROMPT if backbone.family.prompts else ""], [0], call)}
         told, short = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
-        made, steps, last = {"num_steps": len(told), "calls": told.calls}, len(told), told.last_readable
-        drafts = {"draft_steps": len(short), "draft_calls": short.calls}
-        first = schedules.keep_one(told.nearest_readable(schedules.default(steps)[0][0]))
-    schedule = schedules.resolve(cuts or first, n, steps, last=last)
-    plans: Sequence[tuple[str, dict[str, Any]]] = (
-        ("one video, no choice", {"strategy": "none"}),
-        (
-            f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}",
-            {"strategy": "early", "schedule": schedule},
-        ),
-        (f"drafts of {drafts['draft_steps']} steps", {"strategy": "draft", **drafts}),
-        ("full", {"strategy": "full"}),
-    )
-    rows = [(what, expected_rows(n=n, cfg=cfg, guided=guided, tap_share=share, **made, **plan))
-            for what, plan in plans]  # fmt: skip
+    load = Workload.of(backbone, call, n, tap, told, short)
+    if short is None:
+        load = replace(load, draft_calls=(1 + guided,) * draft)
+    steps, early = len(load.calls), Early(cuts).settled(load, told)
+    schedule = early.cuts(load)
+    rows = [(what, plan.rows(load)) for what, plan in (
+        ("one video, no choice", First()),
+        (f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}", early),
+        (f"drafts of {len(load.draft_calls)} steps", Draft()),
+        ("full", Full()),
+    )]  # fmt: skip
     most = rows[-1][1]
     found = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]
     for what, count in rows:

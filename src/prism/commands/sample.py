@@ -152,6 +152,7 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
     """
     from prism.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking
+    from prism.sampling.strategies import kind_of
 
     backbone, call, name = load_backbone(config.backbone, config.device, config.dtype, config.offload, config.loras)
     if backbone.family.prompts and not config.prompt:
@@ -164,7 +165,7 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
             and not {**call, **config.call}.get(given)
         ):
             raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{given} FILE.")
-    judged = config.strategy not in ("none", "random")
+    judged = kind_of(config.strategy).needs_judge()
     judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
     call = {**call, **config.call}
     if judge and weights == {"overall": 1.0}:
@@ -235,8 +236,12 @@ def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | 
 
 
 def _check(config: SampleConfig) -> None:
-    if config.strategy == "oracle":
-        raise PrismError("The strategy oracle needs a measured truth, which sampling lacks; choose another --strategy.")
+    from prism.sampling.strategies import kind_of
+
+    if kind_of(config.strategy).needs_oracle():
+        raise PrismError(
+            f"The strategy {config.strategy} needs a measured truth, which sampling lacks; choose another --strategy."
+        )
     number("--fps", config.fps, *media.FPS)
     n = whole("--n", config.n, 1, 10_000)
     for flag, value, low, high in (
@@ -267,27 +272,22 @@ def _check(config: SampleConfig) -> None:
 def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
     """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
     from prism.backbone.arguments import normalised
-    from prism.sampling.plan import expected_rows
+    from prism.sampling.plan import Workload
+    from prism.sampling.strategies import Full, kind_of
 
-    ledger = result.ledger
-    steps, guided = backbone.num_inference_steps(dict(call)), backbone.guided(dict(call))
-    share = judge.tap / backbone.num_blocks if judge else 0.0
-    draws = config.num_draws if config.strategy in ("full", "draft") else FULL_DRAWS
+    ledger, kind = result.ledger, kind_of(config.strategy)
+    draws = config.num_draws if kind.looks_at in ("drafts", "finished") else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
-    calls = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)}).calls
-    everything = expected_rows(
-        "full", config.n, len(calls), backbone.family.cfg, guided, share, num_draws=draws, calls=calls
-    )
+    steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
+    everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
     return {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
         "strategy": config.strategy,
         "n": config.n,
-        "num_inference_steps": steps,
+        "num_inference_steps": backbone.num_inference_steps(dict(call)),
         "guidance_scale": call.get("guidance_scale"),
-        "schedule": [[cut["step"], len(cut["kept"])] for cut in result.scores] if config.strategy == "early" else None,
-        "draft_steps": result.scores[0]["step"] if config.strategy == "draft" else None,
-        "judge_at": result.scores[0]["t"] if config.strategy in ("draft", "full") else None,
+        **kind.settings(result.scores),
         "set": "prompt",
         "prompts": 1,
         "referee_gain": None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.sampling import best_of_n
 from prism.sampling.best_of_n import BestOfNResult
-from prism.sampling.plan import resolve
+from prism.sampling.plan import Plan, Schedule, Workload
+from prism.sampling.strategies import Blind, Early, Full, kind_of, plan_of
 
-JUDGED = ("full", "early", "draft")
 Referee = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # (videos (B, T, H, W, 3), prompts) -> name -> (B,)
 TOLERANCE = 0.02  # scores of a batch and of parts of it differ by rounding alone
 
@@ -76,41 +75,36 @@ class Contest:
         self.cuts: dict[int, np.ndarray] = {}
         self.drafts: dict[int, np.ndarray] = {}
         self.levels: dict[int, float] = {}
-        clean = next((dict(plan) for plan in plans.values() if plan["strategy"] == "full"), {"strategy": "full"})
+        self._made = {name: plan_of(**arguments) for name, arguments in self.plans.items()}
+        last = [plans[name] for name, plan in self._made.items() if plan.looks_at == "finished"]
+        clean: Mapping[str, Any] = last[0] if last else {"strategy": Full.strategy}
         full = self._run(clean, keep_latents=True)
         assert full.candidate_latents is not None
         self.latents = torch.stack([full.candidate_latents[candidate] for candidate in range(self.n)])
         self.final = self._by_judge(full.scores[-1])
         self.videos = panel.backbone.decode(self.latents).cpu()  # where the referee works
         self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
-        steps = sorted({step for name in plans for step, _ in self._cuts(name)})
+        steps = sorted({step for name in plans for step, _ in self._cuts_on_the_way(name)})
         if steps:
             watch = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
-            for cut in self._run({"strategy": "early", "schedule": watch}).scores:
+            for cut in self._run({"strategy": Early.strategy, "schedule": watch}).scores:
                 self.cuts[cut["step"]], self.levels[cut["step"]] = self._by_judge(cut), cut["t"]
-        for plan in plans.values():
-            if plan["strategy"] == "draft" and plan["draft_steps"] not in self.drafts:
-                self.drafts[plan["draft_steps"]] = self._by_judge(self._run(plan).scores[-1])
+        for name, plan in self._made.items():
+            if plan.drafts() and plan.drafts() not in self.drafts:
+                self.drafts[plan.drafts()] = self._by_judge(self._run(plans[name]).scores[-1])
 
     def picks(self, name: str) -> list[int]:
         """The candidate that each judge picks by a plan."""
-        plan, judges = self.plans[name], range(len(self.panel.judges))
-        strategy = plan["strategy"]
-        if strategy == "none":
-            return [0 for _ in judges]
-        if strategy == "random":
-            return [random.Random(f"{self.seed} {self.prompt}").randrange(self.n) for _ in judges]
-        if strategy == "oracle":
-            return [int(np.argmax(self.values["overall"])) for _ in judges]
-        if strategy == "early":
-            return [pick(self._cuts(name), {step: scores[k] for step, scores in self.cuts.items()}) for k in judges]
-        scores = self.final if strategy == "full" else self.drafts[plan["draft_steps"]]
-        return [int(np.argmax(scores[k])) for k in judges]
+        plan, judges = self._made[name], range(len(self.panel.judges))
+        if isinstance(plan, Blind):
+            return [plan.draw(self.n, 1, self.seed, self.prompt)[0] for _ in judges]
+        cuts = self._cuts(name)
+        return [pick(cuts, {step: self._known(plan, step, k) for step, _ in cuts}) for k in judges]
 
     def play(self, name: str, k: int) -> BestOfNResult:
         """A plan run by itself, by judge k."""
         plan, judge = dict(self.plans[name]), self.panel.judges[k]
-        if plan["strategy"] == "oracle":
+        if self._made[name].needs_oracle():
             plan["oracle"] = self._value
         return best_of_n(
             judge.backbone.pipe, judge, self.prompt, seeds=self.seeds, **{"seed": self.seed, **plan}, **self.call
@@ -122,10 +116,10 @@ class Contest:
         Raises:
             PrismError: where scores differ by more than rounding.
         """
-        plan, result, off = self.plans[name], self.play(name, k), 0.0
+        plan, result, off = self._made[name], self.play(name, k), 0.0
         for cut in result.scores:
             known = self._known(plan, cut["step"], k)[cut["candidates"]]
-            found = cut["scores"]["oracle" if plan["strategy"] == "oracle" else "overall"]
+            found = cut["scores"]["oracle" if plan.needs_oracle() else "overall"]
             off = max(off, float(np.abs(np.array(found) - known).max()))
         if off > TOLERANCE:
             raise PrismError(
@@ -137,7 +131,7 @@ class Contest:
     def fate(self, name: str, k: int) -> list[dict[str, Any]]:
         """The cuts of an early plan as `best_of_n` notes them down, for judge k."""
         alive, cuts = list(range(self.n)), []
-        for step, keep in self._cuts(name):
+        for step, keep in self._cuts_on_the_way(name):
             scores = self.cuts[step][k]
             kept = survivors(alive, scores, keep)
             columns = {"overall": [float(scores[candidate]) for candidate in alive]}
@@ -145,20 +139,23 @@ class Contest:
             alive = kept
         return cuts
 
-    def _cuts(self, name: str) -> tuple[tuple[int, int], ...]:
-        plan = self.plans[name]
-        return resolve(plan["schedule"], self.n, self._steps) if plan["strategy"] == "early" else ()
+    def _cuts(self, name: str) -> Schedule:
+        plan, load = self._made[name], Workload(self.n, (1,) * self._steps)
+        return plan.settled(load).cuts(load)
+
+    def _cuts_on_the_way(self, name: str) -> Schedule:
+        return self._cuts(name) if self._made[name].looks_at == "steps" else ()
 
     @property
     def _steps(self) -> int:
         return self.panel.backbone.num_inference_steps(self.call)
 
-    def _known(self, plan: Mapping[str, Any], step: int, k: int) -> np.ndarray:
-        if plan["strategy"] == "oracle":
-            return self.values["overall"]
-        if plan["strategy"] == "early":
+    def _known(self, plan: Plan, step: int, k: int) -> np.ndarray:
+        if plan.looks_at == "steps":
             return self.cuts[step][k]
-        return self.final[k] if plan["strategy"] == "full" else self.drafts[plan["draft_steps"]][k]
+        if plan.looks_at == "drafts":
+            return self.drafts[plan.drafts()][k]
+        return self.values["overall"] if plan.needs_oracle() else self.final[k]
 
     def _value(self, video: Any, prompt: str) -> float:
         return float(self.referee(torch.as_tensor(video)[None], [prompt])["overall"][0])
@@ -215,7 +212,8 @@ def rows(
     everything = _mean(ledgers["full"], "denoiser_rows")
     table = []
     for name, plan in plans.items():
-        judged = plan["strategy"] in JUDGED
+        kind = kind_of(plan["strategy"])
+        judged = kind.needs_judge()
         gains = _gains(records, values, name)
         several: list[tuple[int | None, np.ndarray]] = list(zip(head_seeds, gains)) if judged else [(None, gains[0])]
         if len(several) > 1:
@@ -224,7 +222,7 @@ def rows(
             sums = columns(gain, values)
             table.append(
                 {
-                    "judge": "prism" if judged else "referee" if plan["strategy"] == "oracle" else None,
+                    "judge": "prism" if judged else "referee" if kind.needs_oracle() else None,
                     "head_seed": head_seed,
                     **({"head_seeds": list(head_seeds)} if judged and head_seed is None else {}),
                     "name": name,

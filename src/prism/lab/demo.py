@@ -296,7 +296,7 @@ def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
     latents, the plans' runs by themselves, and where the first judge's query looks.
     """
     from prism.lab import attention as gaze
-    from prism.lab.contest import JUDGED
+    from prism.sampling.strategies import kind_of
 
     judge, looks = contest.panel.judges[0], {}
     for t in config.look_at:
@@ -312,7 +312,7 @@ def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
         "looks": looks,
     }
     if alone:
-        judged = {name: plan["strategy"] in JUDGED for name, plan in contest.plans.items()}
+        judged = {name: kind_of(plan["strategy"]).needs_judge() for name, plan in contest.plans.items()}
         count = len(contest.panel.judges)
         found["alone"] = {
             name: [contest.alone(name, k) for k in range(count if judged[name] else 1)] for name in contest.plans

@@ -23,6 +23,7 @@ from prism.errors import PrismError
 from prism.evaluation import Measurement, prompt_interval
 from prism.lab import attention as gaze
 from prism.lab import contest
+from prism.sampling.strategies import kind_of
 
 NAMES = ("accuracy", "candidates", "picks", "attention")
 COSTS = ("denoiser_rows", "vae_decodes", "head_calls", "seconds")
@@ -112,7 +113,7 @@ def _candidates(which: str, records: Contests, head_seeds: Sequence[int]) -> Ite
 def _picks(which: str, records: Contests, head_seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     for record in records:
         for name, picks in record["picks"].items():
-            judged = name.split()[0] in contest.JUDGED
+            judged = kind_of(name.split()[0]).needs_judge()
             alone = record.get("alone", {}).get(name, [])
             for place, head_seed in enumerate(head_seeds if judged else [None]):
                 costs = alone[place]["ledger"] if alone else {}

@@ -142,8 +142,8 @@ def cost_plot(rows: Sequence[Row]) -> str:
     labels: list[Label] = []
     for row in points:
         x, y, colour = 100 * row["denoiser_share_of_full"], row["referee_gain"], _colour(row)
-        ours, main = row["strategy"] in ("early", "draft"), wording.is_main(row)
-        if row["referee_gain_ci95"] and row["strategy"] not in ("none", "random"):  # theirs is luck around zero
+        ours, main = wording.is_ours(row), wording.is_main(row)
+        if row["referee_gain_ci95"] and not wording.is_blind(row):  # theirs is luck around zero
             width, alpha = (1.4, 0.55) if main else (0.8, 0.3)
             axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=width, alpha=alpha)
         size = 4.5 if not main else 8 if ours else 6.5
@@ -153,7 +153,7 @@ def cost_plot(rows: Sequence[Row]) -> str:
         if main:
             labels.insert(0, Label(x, y, wording.strategy_name(row), colour, 10.5 if ours else 10, ours))
         elif one:
-            labels.append(Label(x, y, str(row["draft_steps"] or row["schedule"][0][0]), colour, 8, False))
+            labels.append(Label(x, y, str(wording.setting(row)), colour, 8, False))
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
@@ -165,23 +165,24 @@ def cost_plot(rows: Sequence[Row]) -> str:
 
 
 def _colour(row: Row) -> str:
-    if row["strategy"] in ("early", "draft") and row["judge"] == "prism":
-        return _ACCENT if row["strategy"] == "early" else _SERIES[1]
-    return _INK if row["strategy"] == "full" else _MUTED
+    ours = wording.ours()
+    if row["strategy"] in ours and row["judge"] == "prism":
+        return (_ACCENT, *_SERIES[1:])[ours.index(row["strategy"]) % len(_SERIES)]
+    return _INK if wording.role(row) == "reference" else _MUTED
 
 
 def _curves(points: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of a strategy that was run with several settings of one number: early with one cut, and drafts."""
     found: dict[str, list[Row]] = {}
     for row in points:
-        if row["strategy"] == "draft" or (row["strategy"] == "early" and len(row["schedule"] or []) == 1):
+        if wording.setting(row) is not None:
             found.setdefault(row["strategy"], []).append(row)
     return {strategy: rows for strategy, rows in found.items() if len(rows) > 1}
 
 
 def _oracle_axis(axes: Axes, points: Sequence[Row]) -> None:
     """The right edge: gains as shares of the best candidate's."""
-    best = next((row["referee_gain"] for row in points if row["strategy"] == "oracle"), None)
+    best = next((row["referee_gain"] for row in points if wording.role(row) == "best"), None)
     if not best:
         return
     edge = axes.secondary_yaxis("right", functions=(lambda gain: 100 / best * gain, lambda share: best / 100 * share))

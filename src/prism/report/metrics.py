@@ -14,6 +14,7 @@ from typing import Any
 
 from prism import files
 from prism.errors import PrismError
+from prism.report import wording
 
 SCHEMA = 1
 
@@ -192,11 +193,10 @@ def _plain(value: Any) -> Any:
 
 def cut_entry(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> dict[str, Any]:
     """One cut for the report: its name, noise level, the deciding score by candidate, and who was kept."""
-    names = {"draft": f"drafts of {cut['step']} steps", "full": "finished"}
     columns = [(weight, cut["scores"][name]) for name, weight in weights.items()]
     deciding = [sum(weight * column[i] for weight, column in columns) for i in range(len(cut["candidates"]))]
     return {
-        "name": names.get(strategy, f"step {cut['step']}"),
+        "name": wording.cut_name(strategy, cut["step"]),
         "step": cut["step"],
         "t": cut["t"],
         "scores": {str(candidate): score for candidate, score in zip(cut["candidates"], deciding)},

@@ -134,8 +134,8 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-# the headline numbers' strategy and noise level, fixed before any run; the levels of the project's bars beside it
-HEADLINE, LEVEL, BARS = "early", 699, {899, 699, 499}
+# the headline numbers' noise level, fixed before any run; the levels of the project's bars beside it
+LEVEL, BARS = 699, {899, 699, 499}
 SIDE = 480  # most pixels of a page's clip
 
 
@@ -163,7 +163,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     picks = [row for row in wording.pooled(metrics["best_of_n"]) if wording.is_main(row)]
     # one strategy, named before the run: the better of several would be chosen by its luck
-    named = [row for strategy in (HEADLINE, "draft") for row in picks if row["strategy"] == strategy]
+    named = [row for strategy in wording.ours() for row in picks if row["strategy"] == strategy]
     if not named:
         return cards
     row = named[0]

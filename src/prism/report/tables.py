@@ -187,7 +187,7 @@ def best_of_n_table(rows: Sequence[Row], title: str | None = None, whole: bool =
         )
     sizes = "/".join(str(n) for n in sorted({row["n"] for row in rows}))
     measured = any(row["referee_gain"] is not None for row in rows)
-    main = [row for row in rows if wording.is_main(row) and row["strategy"] != "none"]
+    main = [row for row in rows if wording.is_main(row) and wording.role(row) != "plain"]
     settings = list(dict.fromkeys(f"{wording.strategy_name(row)}: {wording.how(row)}" for row in main))
     prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
     unit = f"{prompts} prompts; gain: over a random pick on average, in within-prompt standard deviations"

@@ -3,11 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
 MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
+# What a strategy is in a report: one plain call, a pick by luck, one of those that are to save work, the one whose cost
+# is the unit, the one whose gain is the unit, or none of these.
+Role = Literal["plain", "luck", "ours", "reference", "best", ""]
+
+
+class Strategy(Protocol):
+    """What a report asks of a strategy; `prism.sampling.Plan` answers."""
+
+    role: Role
+
+    @staticmethod
+    def how(row: Row) -> str: ...
+
+    @staticmethod
+    def cut_name(step: int) -> str: ...
+
+
+_strategies: Mapping[str, Any] = {}
+
+
+def tell(strategies: Mapping[str, Any]) -> None:
+    """Take what is said of the strategies in reports, by their names and in the order in which reports list them.
+
+    `prism.sampling` hands its plans on, since nothing here may import it.
+    """
+    global _strategies
+    _strategies = strategies
+
+
+def role(row: Row) -> Role:
+    """What a Best-of-N row's strategy is in a report."""
+    known: type[Strategy] | None = _strategies.get(row["strategy"])
+    return "" if known is None else known.role
+
+
+def is_ours(row: Row) -> bool:
+    """Whether a Best-of-N row is of a strategy that is to save work."""
+    return role(row) == "ours"
+
+
+def is_blind(row: Row) -> bool:
+    """Whether nobody looked at the candidates: what the pick gains is luck around zero."""
+    return role(row) in ("plain", "luck")
+
+
+def ours() -> list[str]:
+    """The strategies that are to save work, the headline's first."""
+    return [name for name, known in _strategies.items() if known.role == "ours"]
+
+
+def setting(row: Row) -> int | None:
+    """The number that Best-of-N rows of one strategy differ in: the length of a draft, or the step of a single cut."""
+    if row["draft_steps"] is not None:
+        return int(row["draft_steps"])
+    return int(row["schedule"][0][0]) if len(row["schedule"] or ()) == 1 else None
 
 
 def main_dimension(rows: Sequence[Row]) -> str:
@@ -41,7 +96,7 @@ def is_main(row: Row) -> bool:
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Best-of-N rows by strategy and then by cost."""
-    order = ("none", "random", "early", "draft", "full", "oracle")
+    order = list(_strategies)
 
     def key(row: Row) -> tuple[Any, ...]:
         place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
@@ -120,17 +175,21 @@ def strategy_name(row: Row) -> str:
     return row["strategy"] if row["judge"] in ("prism", "referee", None) else f"{row['strategy']} ({row['judge']})"
 
 
+def judged_at(row: Row) -> str:
+    """The noise level at which a Best-of-N row's finished latents were judged; "" where they were not re-noised."""
+    return "" if row["judge_at"] is None else f"judged at t{_SPACE}={_SPACE}{row['judge_at']:g}"
+
+
 def how(row: Row) -> str:
     """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
-    strategy = row["strategy"]
-    at = "" if row["judge_at"] is None else f"judged at t{_SPACE}={_SPACE}{row['judge_at']:g}"
-    if strategy == "early" and row["schedule"]:
-        return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"])
-    if strategy == "draft":
-        return ", ".join(part for part in (f"{row['draft_steps']}-step drafts", at) if part)
-    if strategy == "full":
-        return at or "judged clean"
-    return {"none": "first seed", "random": "any seed", "oracle": "referee picks"}.get(strategy, MISSING)
+    known: type[Strategy] | None = _strategies.get(row["strategy"])
+    return MISSING if known is None else known.how(row)
+
+
+def cut_name(strategy: str, step: int) -> str:
+    """A cut in words."""
+    known: type[Strategy] | None = _strategies.get(strategy)
+    return f"step {step}" if known is None else known.cut_name(step)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

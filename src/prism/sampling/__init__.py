@@ -3,7 +3,19 @@
 from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
-from prism.sampling.plan import Schedule, expected_rows
+from prism.sampling.plan import Plan, Schedule
 from prism.sampling.ranking import ranking
+from prism.sampling.strategies import STRATEGIES, expected_rows
 
-__all__ = ["BestOfNResult", "Ledger", "Schedule", "StepScores", "best_of_n", "expected_rows", "listen", "ranking"]
+__all__ = [
+    "STRATEGIES",
+    "BestOfNResult",
+    "Ledger",
+    "Plan",
+    "Schedule",
+    "StepScores",
+    "best_of_n",
+    "expected_rows",
+    "listen",
+    "ranking",
+]

@@ -13,7 +13,7 @@ from prism.backbone.arguments import shows_adapters
 from prism.errors import PrismError, number, quoted, whole
 from prism.judge import Judge
 from prism.sampling import ranking
-from prism.sampling.strategies import STRATEGIES
+from prism.sampling.plan import Plan
 
 RESERVED = {
     "generator": "candidates draw from CPU generators seeded with seed + i; give seed or seeds",
@@ -23,13 +23,10 @@ RESERVED = {
 }
 DEFAULT_N, MOST = 8, 10_000  # candidates
 SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
-JUDGED = ("full", "early", "draft")  # strategies that need a judge
 
 
-def backbone_of(pipe: Any, judge: Any, strategy: Any, oracle: Any) -> tuple[Backbone, Any]:
+def backbone_of(pipe: Any, judge: Any, kind: type[Plan], oracle: Any) -> tuple[Backbone, Any]:
     """The backbone of a run and its judge, loaded where it is named by its folder."""
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise PrismError(f'There is no strategy "{quoted(strategy, 60)}"; choose one of {", ".join(STRATEGIES)}.')
     if isinstance(pipe, Backbone):
         pipe = pipe.pipe
     if isinstance(pipe, str | os.PathLike):
@@ -38,13 +35,13 @@ def backbone_of(pipe: Any, judge: Any, strategy: Any, oracle: Any) -> tuple[Back
         )
     if _is_judge(pipe):
         raise PrismError("pipe is a judge; the arguments are best_of_n(pipe, judge, prompt).")
-    if strategy == "oracle":
+    if kind.needs_oracle():
         if oracle is None:
-            raise PrismError('The strategy "oracle" needs `oracle`, a function of a video and its prompt.')
+            raise PrismError(f'The strategy "{kind.strategy}" needs `oracle`, a function of a video and its prompt.')
         ranking.check(oracle)
     if judge is None:
-        if strategy in JUDGED:
-            raise PrismError(f'The strategy "{strategy}" needs a judge; load one with Judge.from_pretrained.')
+        if kind.needs_judge():
+            raise PrismError(f'The strategy "{kind.strategy}" needs a judge; load one with Judge.from_pretrained.')
         return Backbone(pipe), None
     if isinstance(judge, str | os.PathLike):
         judge = Judge.from_pretrained(judge, pipe)
@@ -57,9 +54,10 @@ def backbone_of(pipe: Any, judge: Any, strategy: Any, oracle: Any) -> tuple[Back
         raise PrismError(
             "The judge was put onto another pipeline; use Judge.from_pretrained(head, pipe) with this one."
         )
-    if strategy == "early" and not hasattr(judge, "score_tokens"):
+    if kind.looks_at == "steps" and not hasattr(judge, "score_tokens"):
         raise PrismError(
-            'The strategy "early" reads hidden states on the way, and this judge reads none; use full or draft.'
+            f'The strategy "{kind.strategy}" reads hidden states on the way, and this judge reads none; use full or '
+            "draft."
         )
     return judge.backbone, judge
 
@@ -119,24 +117,3 @@ def judge_at_of(judge_at: Any, default: float, t_range: tuple[float, float]) -> 
     """The noise level at which finished latents are judged."""
     low, high = t_range
     return min(max(default, low), high) if judge_at is None else number("judge_at", judge_at, 0, 1000, above=True)
-
-
-def default_draft_steps(num_steps: int) -> int:
-    """Steps of a draft where none are given: 15 % of the run's, at least 2 where it has as many."""
-    return min(num_steps, max(2, round(0.15 * num_steps)))
-
-
-def draft_steps_of(draft_steps: Any, num_steps: int, call: Mapping[str, Any]) -> int:
-    """Steps of a draft, which a call that names its own steps cannot have."""
-    for name in ("timesteps", "sigmas"):
-        if call.get(name) is not None:
-            raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
-    steps = default_draft_steps(num_steps) if draft_steps is None else whole("draft_steps", draft_steps)
-    if steps > num_steps:
-        raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; give it fewer steps.")
-    if steps == num_steps:
-        warnings.warn(
-            f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or "early".',
-            stacklevel=3,
-        )
-    return steps

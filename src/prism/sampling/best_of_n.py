@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -18,12 +17,11 @@ from prism.errors import DRAWS, PrismError, flag, quoted, whole
 from prism.sampling import arguments
 from prism.sampling import plan as schedules
 from prism.sampling.ledger import Ledger, Meter
-from prism.sampling.plan import settle
 from prism.sampling.ranking import check_weights, ranking
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
-from prism.sampling.strategies import STRATEGIES
+from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
 
 DEFAULT_JUDGE_AT = 700.0  # where a head reads finished latents best, in the paper's Table 1 and here
@@ -171,7 +169,8 @@ def best_of_n(
         PrismError: for a call that cannot be carried out, before any work where that can be known. A candidate with NaN
             in its latents or scores is dropped with a warning; fewer than `top_k` others are an error.
     """
-    backbone, judge = arguments.backbone_of(pipe, judge, strategy, oracle)
+    kind = kind_of(strategy)
+    backbone, judge = arguments.backbone_of(pipe, judge, kind, oracle)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
     call = normalised(call)
@@ -186,7 +185,7 @@ def best_of_n(
     check_protocol(backbone.pipe, backbone.family)  # parts may have been replaced since the judge was put onto it
     check_output_type(backbone.pipe, call.get("output_type"))
     backbone.check_call([text or "" for text in prompts], call)
-    if strategy not in ("none", "random"):
+    if kind.looks_at is not None:
         check_whole(backbone.denoisers)
         check_noise(backbone.pipe, backbone.family.counts_calls)
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
@@ -206,24 +205,22 @@ def best_of_n(
         "seeds": candidate_seeds,
         "seed": seed,
         "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds), call),
-        "weights": ranking(judge, select_by) if strategy in arguments.JUDGED else {},
+        "weights": ranking(judge, select_by) if kind.needs_judge() else {},
         "top_k": top_k,
-        "num_draws": num_draws,
-        "oracle": oracle,
-        "select_by": select_by,
     }
     cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-    if strategy == "early":
-        if cuts is not None:
-            schedules.resolve(cuts, len(candidate_seeds), sys.maxsize, top_k)  # what is wrong whatever the steps are
-    elif schedule is not None:
-        raise PrismError(f'A schedule belongs to the strategy "early", and this run\'s is "{strategy}"; leave it out.')
-    if strategy == "draft":
-        options["draft_steps"] = arguments.draft_steps_of(draft_steps, num_steps, call)
-    options["judge_at"] = arguments.judge_at_of(judge_at, DEFAULT_JUDGE_AT, backbone.t_range)
+    plan = plan_of(
+        strategy,
+        schedule=cuts,
+        draft_steps=draft_steps,
+        judge_at=arguments.judge_at_of(judge_at, DEFAULT_JUDGE_AT, backbone.t_range),
+        num_draws=num_draws,
+        oracle=oracle,
+        select_by=select_by,
+    ).checked(len(candidate_seeds), top_k, num_steps, call)
     told = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
-    told |= {name: options.get(name) for name in ("draft_steps", "top_k", "judge_at", "num_draws", "weights")}
-    team.same(told | call)
+    told |= {name: getattr(plan, name, None) for name in ("draft_steps", "judge_at", "num_draws")}
+    team.same(told | {"top_k": top_k, "weights": options["weights"]} | call)
 
     def run(place: int, among: Team) -> BestOfNResult:
         text = prompts[place] or ""
@@ -232,8 +229,9 @@ def best_of_n(
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
             def find(search: Search) -> list[int]:
-                bar.reset(total=settle(search, strategy, cuts) / among.size)
-                return STRATEGIES[strategy](search)
+                settled = search.settle(plan)
+                bar.reset(total=settled.rows(search.load) / among.size)
+                return settled.winners(search)
 
             return _run(search, find, Meter(backbone, judge, bar.update), keep_latents)
 

@@ -1,19 +1,23 @@
-"""The plan of a run: which candidates are cut at which step, and what that costs in closed form."""
+"""The plan of a run: its cuts, its checks, its cost in closed form, and its words in a report."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prism.errors import PrismError, quoted, whole
 
 if TYPE_CHECKING:
+    from prism.backbone import Backbone
+    from prism.backbone.steps import Steps
+    from prism.report.wording import Role, Row
     from prism.sampling.search import Search
 
-
-from typing import Literal
+CFG = Literal["two_calls", "one_batch"]
 
 # (step, keep): after the conditional evaluation of the 1-based scheduler step, keep that many candidates.
 Schedule = tuple[tuple[int, int], ...]
@@ -116,62 +120,6 @@ def resolve(
     return tuple(cuts)
 
 
-def settle(search: Search, strategy: str, cuts: Sequence[Sequence[int]] | None) -> float:
-    """Set what the search has to know of its steps, and give the denoiser rows that it is going to cost.
-
-    The call is run up to its first denoiser call for that, which encodes the prompt that all candidates share; an equal
-    call before it spares even this. The strategies none and random go by `num_inference_steps`.
-
-    Args:
-        cuts: of the strategy early; None: the default cut, moved to a step that the head's denoiser runs.
-
-    Raises:
-        PrismError: for cuts behind the last step, or at steps of another denoiser than the head's; for a scheduler
-            whose noise levels cannot be told.
-    """
-    backbone, n = search.backbone, len(search.seeds)
-    if strategy == "early":
-        backbone.family.check_scheduler(backbone.pipe.scheduler)
-    if strategy not in ("none", "random"):
-        first = list(range(n))[: search.batch_size]
-        ask = lambda **changes: backbone.steps(search.batch_call(first, output_type="latent", **changes))  # noqa: E731
-        search.steps = search.team.agree(ask)[search.team.rank]
-        if strategy == "draft":
-            drafts = search.team.agree(lambda: ask(num_inference_steps=search.draft_steps))
-            search.drafted = drafts[search.team.rank]
-    steps, drafted = search.steps, search.drafted
-    if strategy == "early":
-        assert steps is not None
-        if cuts is None:
-            ((step, keep),) = default(len(steps), search.top_k)
-            cuts = ((steps.nearest_readable(step), keep),)
-        search.schedule = resolve(cuts, n, len(steps), search.top_k, steps.last_readable)
-        steps.check_cuts([step for step, _ in search.schedule], backbone.reads)
-        if search.call.get("strength") is None:
-            warn_blind(search.schedule, n, len(steps))
-    return expected_rows(
-        strategy,
-        n,
-        backbone.num_inference_steps(search.call) if steps is None else len(steps),
-        backbone.family.cfg,
-        backbone.guided(search.call),
-        getattr(search.judge, "tap", 0) / backbone.num_blocks,
-        search.schedule,
-        0 if drafted is None else len(drafted),
-        search.num_draws,
-        search.top_k,
-        backbone.listens,
-        None if steps is None else steps.calls,
-        None if drafted is None else drafted.calls,
-    )
-
-
-CFG = Literal["two_calls", "one_batch"]
-
-
-# -- closed forms
-
-
 def cut_rows(
     alive: int, keep: int, cfg: CFG, guided: bool | int, tap_share: float, listens: bool = True
 ) -> tuple[float, bool]:
@@ -189,49 +137,110 @@ def cut_rows(
     return (probing, True) if probing < listening or not listens else (float(listening), False)
 
 
-def early_rows(
-    n: int, calls: Sequence[int], schedule: Schedule, cfg: CFG, tap_share: float, listens: bool = True
-) -> float:
-    """Denoiser rows of an early run with a resolved schedule, the winners finished from their recordings.
+@dataclass(frozen=True)
+class Workload:
+    """The part of a run that its plan does not decide: how many candidates there are, and what each of them takes.
 
-    calls: denoiser passes per step.
+    calls, draft_calls: denoiser passes (groups of rows) per step of the run and of a draft.
+    cfg: whether guidance is a second call or a second group of rows. tap_share: k/L, the share of a row that a judge
+    which stands alone runs. top_k: how many are finished. listens: see `cut_rows`.
     """
-    rows, alive, done = 0.0, n, 0
-    for step, keep in schedule:
-        rows += alive * sum(calls[done : step - 1]) + cut_rows(alive, keep, cfg, calls[step - 1], tap_share, listens)[0]
-        alive, done = keep, step
-    return rows + alive * sum(calls[done:])
+
+    n: int
+    calls: Sequence[int]
+    cfg: CFG = "two_calls"
+    tap_share: float = 0.0
+    draft_calls: Sequence[int] = ()
+    top_k: int = 1
+    listens: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        call: Mapping[str, Any],
+        n: int,
+        tap: int,
+        steps: Steps | None = None,
+        drafted: Steps | None = None,
+        top_k: int = 1,
+    ) -> Workload:
+        """The workload of `n` calls; where their steps are not known, of as many as are asked for."""
+        share, draft_calls = tap / backbone.num_blocks, () if drafted is None else drafted.calls
+        if steps is None:
+            calls: Sequence[int] = (1 + backbone.guided(dict(call)),) * backbone.num_inference_steps(dict(call))
+        else:
+            calls = steps.calls
+        return cls(n, calls, backbone.family.cfg, share, draft_calls, top_k, backbone.listens)
 
 
-def expected_rows(
-    strategy: str,
-    n: int,
-    num_steps: int,
-    cfg: CFG,
-    guided: bool,
-    tap_share: float,
-    schedule: Schedule | None = None,
-    draft_steps: int = 0,
-    num_draws: int = 2,
-    top_k: int = 1,
-    listens: bool = True,
-    calls: Sequence[int] | None = None,
-    draft_calls: Sequence[int] | None = None,
-) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest.
+@dataclass(frozen=True)
+class Plan(ABC):
+    """How a run spends: a strategy with its settings.
 
-    `num_steps` and `draft_steps` are those that the scheduler makes. `calls`, `draft_calls`: denoiser passes per step
-    of the run and of a draft, where a guider guides some of the steps; None: two per step where guided, else one.
-    `listens`: see `cut_rows`.
+    A strategy is a class derived from this one and an entry of `prism.sampling.strategies.STRATEGIES`. Its fields are
+    those arguments of `best_of_n` that it takes.
+
+    strategy: its name. looks_at: what it tells candidates apart by: hidden states on the way ("steps"), coarse runs
+    ("drafts"), latents at the end ("finished"), decoded videos ("videos"), or nothing. role: what it is in a report.
     """
-    calls = [1 + guided] * num_steps if calls is None else calls
-    drafted = sum([1 + guided] * draft_steps if draft_calls is None else draft_calls)
-    if strategy in ("none", "random"):
-        return float(sum(calls) * top_k)
-    if strategy == "oracle":
-        return float(n * sum(calls))
-    if strategy == "full":
-        return n * sum(calls) + n * num_draws * tap_share
-    if strategy == "draft":
-        return n * drafted + n * num_draws * tap_share + sum(calls) * top_k
-    return early_rows(n, calls, schedule or (), cfg, tap_share, listens)
+
+    strategy: ClassVar[str]
+    looks_at: ClassVar[Literal["steps", "drafts", "finished", "videos"] | None] = None
+    role: ClassVar[Role] = ""
+
+    @classmethod
+    def needs_judge(cls) -> bool:
+        """Whether a judge has to look at the candidates."""
+        return cls.looks_at in ("steps", "drafts", "finished")
+
+    @classmethod
+    def needs_oracle(cls) -> bool:
+        """Whether a function of the caller's has to measure the candidates' videos."""
+        return cls.looks_at == "videos"
+
+    def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Plan:
+        """The plan with its defaults filled in, checked against what is known before any work.
+
+        num_steps: the steps that are asked for.
+        """
+        return self
+
+    def settled(self, load: Workload, steps: Steps | None = None) -> Plan:
+        """The plan with its cuts resolved against the steps that the run makes."""
+        return self
+
+    def drafts(self) -> int:
+        """Steps of the coarse runs that it judges; 0 where there are none."""
+        return 0
+
+    @abstractmethod
+    def winners(self, search: Search) -> list[int]:
+        """The best `top_k` candidates, best first."""
+
+    @abstractmethod
+    def rows(self, load: Workload) -> float:
+        """Denoiser rows of a run, in closed form; its cuts must be settled."""
+
+    def decodes(self, load: Workload) -> int:
+        """VAE decodes of a run."""
+        return load.top_k
+
+    def cuts(self, load: Workload) -> Schedule:
+        """Where candidates are ranked, and how many are kept; those looked at in the end are at the last step."""
+        return () if self.looks_at is None else ((len(load.calls), load.top_k),)
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The fields of a row of metrics.json that say how it was run, from a result's `scores`."""
+        return {"schedule": None, "draft_steps": None, "judge_at": None}
+
+    @staticmethod
+    @abstractmethod
+    def how(row: Row) -> str:
+        """The settings of a row of metrics.json in words."""
+
+    @staticmethod
+    def cut_name(step: int) -> str:
+        """A cut in words."""
+        return f"step {step}"

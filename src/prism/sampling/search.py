@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,8 @@ from torch import Tensor
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
-from prism.backbone.steps import Steps
 from prism.errors import PrismError
-from prism.sampling.plan import Schedule
+from prism.sampling.plan import Plan, Workload, warn_blind
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor
 from prism.team import Team, merged
@@ -36,16 +35,9 @@ class Search:
     seed: int
     batch_size: int
     weights: Mapping[str, float]  # of the judge's dimensions, for ranking
-    select_by: str | Mapping[str, float] = "overall"  # as it was given, for the dimensions of an oracle
     top_k: int = 1
     team: Team = field(default_factory=Team)
-    schedule: Schedule = ()
-    steps: Steps | None = None  # of the call, and of a draft's: once the scheduler was asked
-    drafted: Steps | None = None
-    draft_steps: int = 0
-    judge_at: float = 0.0
-    num_draws: int = 2
-    oracle: Callable[[Any, Any], Any] | None = None
+    load: Workload = field(default_factory=lambda: Workload(0, ()))  # once the scheduler was asked for its steps
     scores: list[dict[str, Any]] = field(default_factory=list)
     recordings: dict[int, Recording] = field(default_factory=dict)
     latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
@@ -65,6 +57,35 @@ class Search:
         self.scores.clear()
         self.latents.clear()
         self.reserve.clear()
+
+    def settle(self, plan: Plan) -> Plan:
+        """The plan, its cuts settled against the steps that the call makes, which `load` then tells.
+
+        The call is run up to its first denoiser call for that, which encodes the prompt that all candidates share; an
+        equal call before it spares even this. A plan that looks at nothing goes by `num_inference_steps`.
+
+        Raises:
+            PrismError: for cuts behind the last step, or at steps of another denoiser than the head's; for a scheduler
+                whose noise levels cannot be told.
+        """
+        backbone, steps, drafted = self.backbone, None, None
+        if plan.looks_at == "steps":
+            backbone.family.check_scheduler(backbone.pipe.scheduler)
+        if plan.looks_at is not None:
+            first = list(range(len(self.seeds)))[: self.batch_size]
+            ask = lambda **changes: backbone.steps(self.batch_call(first, output_type="latent", **changes))  # noqa: E731
+            steps = self.team.agree(ask)[self.team.rank]
+            if plan.drafts():
+                drafted = self.team.agree(lambda: ask(num_inference_steps=plan.drafts()))[self.team.rank]
+        tap = getattr(self.judge, "tap", 0)
+        self.load = Workload.of(backbone, self.call, len(self.seeds), tap, steps, drafted, self.top_k)
+        plan = plan.settled(self.load, steps)
+        if plan.looks_at == "steps" and steps is not None:
+            cuts = plan.cuts(self.load)
+            steps.check_cuts([step for step, _ in cuts], backbone.reads)
+            if self.call.get("strength") is None:
+                warn_blind(cuts, len(self.seeds), len(steps))
+        return plan
 
     def own(self, candidates: Iterable[int]) -> list[int]:
         """Those of the candidates that are this process's, rising."""

@@ -1,109 +1,326 @@
-"""Strategies: none, random, full, early, draft, oracle; each a function from a search to its winners."""
+"""Strategies: none, random, early, draft, full, oracle; each a plan with a function from a search to its winners."""
 
 from __future__ import annotations
 
 import math
 import random
+import sys
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prism.backbone import Tokens
-from prism.errors import PrismError
+from prism.backbone.steps import Steps
+from prism.errors import PrismError, quoted, whole
+from prism.report import wording
+from prism.report.wording import Row
 from prism.sampling import ranking
-from prism.sampling.plan import cut_rows
+from prism.sampling.plan import CFG, Plan, Schedule, Workload, cut_rows, default, resolve
 from prism.sampling.replay import Interceptor, OnCut
 from prism.sampling.search import Search, _generator
 from prism.team import merged
 from prism.video import frames
 
 
-def none(search: Search) -> list[int]:
+class Blind(Plan):
+    """A pick of candidates that nobody looks at."""
+
+    @abstractmethod
+    def draw(self, n: int, top_k: int, seed: int, prompt: str) -> list[int]:
+        """The candidates that are picked."""
+
+    def winners(self, search: Search) -> list[int]:
+        n = len(search.seeds)
+        picked = self.draw(n, search.top_k, search.seed, search.prompt)
+        search.reserve = [candidate for candidate in range(n) if candidate not in picked]
+        return picked
+
+    def rows(self, load: Workload) -> float:
+        return float(sum(load.calls) * load.top_k)
+
+
+@dataclass(frozen=True)
+class First(Blind):
     """The first seeds."""
-    search.reserve = list(range(search.top_k, len(search.seeds)))
-    return list(range(search.top_k))
+
+    strategy, role = "none", "plain"
+
+    def draw(self, n: int, top_k: int, seed: int, prompt: str) -> list[int]:
+        return list(range(top_k))
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return "first seed"
 
 
-def pick_random(search: Search) -> list[int]:
+@dataclass(frozen=True)
+class Random(Blind):
     """Seeds drawn at random, from the run's seed and the prompt."""
-    draws = random.Random(f"{search.seed} {search.prompt}")
-    picked = draws.sample(range(len(search.seeds)), search.top_k)
-    search.reserve = [candidate for candidate in range(len(search.seeds)) if candidate not in picked]
-    return picked
+
+    strategy, role = "random", "luck"
+
+    def draw(self, n: int, top_k: int, seed: int, prompt: str) -> list[int]:
+        return random.Random(f"{seed} {prompt}").sample(range(n), top_k)
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return "any seed"
 
 
-def full(search: Search) -> list[int]:
-    """Every candidate to the end, judged re-noised; winners are decoded alone, from their recordings."""
-
-    def sample() -> dict[int, Tensor]:
-        for _ in search.sample_all(output_type="latent"):
-            pass
-        return dict(search.latents)
-
-    return _judge_clean(search, sample, step=len(search.steps or ()))
-
-
-def draft(search: Search) -> list[int]:
-    """Every candidate to the end in a few coarse steps, judged re-noised; then the winners in full."""
-
-    def sample() -> dict[int, Tensor]:
-        for _ in search.sample_all(record=False, output_type="latent", num_inference_steps=search.draft_steps):
-            pass
-        drafts, search.latents = search.latents, {}
-        return drafts
-
-    return _judge_clean(search, sample, step=len(search.drafted or ()))
-
-
-def oracle(search: Search) -> list[int]:
-    """Every candidate to the end and decoded; `oracle(video, prompt)` says how good each is."""
-    assert search.oracle is not None
-    ask = search.oracle
-
-    def look() -> dict[int, dict[str, float]]:
-        answers: dict[int, dict[str, float]] = {}
-        for videos in search.sample_all(output_type="np"):
-            shown: dict[int, Any] = {}
-            for candidate, video in videos.items():
-                try:
-                    shown[candidate] = frames(video, "its video")
-                except PrismError as error:  # a VAE that overflows
-                    search.warn_dropped(candidate, str(error).rstrip("."))
-            for candidate, answer in zip(shown, ranking.ask(ask, list(shown.values()), search.prompt)):
-                if all(math.isfinite(value) for value in answer.values()):
-                    answers[candidate] = answer
-                else:
-                    search.warn_dropped(candidate, "the oracle's score of it is NaN or infinite")
-        return answers
-
-    answers = merged(search.team.agree(look))
-    names, weights = ranking.columns(list(answers.values()), search.select_by)
-    scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
-    step = len(search.steps or ())
-    return search.rank(step, 0.0, scores, search.top_k, range(len(search.seeds)), names, weights)
-
-
-def early(search: Search) -> list[int]:
+@dataclass(frozen=True)
+class Early(Plan):
     """Candidates are judged on the way and dropped by the schedule; those left are recorded up to the last cut.
 
-    While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds replay
-    what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out. Processes that
-    share a run meet after each cut, so they go round by round.
+    schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
     """
-    alive, probed = list(range(len(search.seeds))), {}
-    left, backbone = len(alive), search.backbone
-    for step, keep in search.schedule:
-        calls, share = search.steps.calls[step - 1] if search.steps else 1, search.judge.tap / backbone.num_blocks
-        probed[step] = cut_rows(left, keep, backbone.family.cfg, calls, share, backbone.listens)[1]
-        left = keep
-    cuts = list(search.schedule)
-    while cuts:
-        if search.team.alone and len(alive) <= search.batch_size:
-            return _gate(search, sorted(alive), cuts, probed)
-        alive = _round(search, alive, *cuts.pop(0), probed)
-    return alive
+
+    strategy, looks_at, role = "early", "steps", "ours"
+
+    schedule: Sequence[Sequence[int]] | None = None
+
+    def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Early:
+        if self.schedule is not None:
+            resolve(self.schedule, n, sys.maxsize, top_k)  # what is wrong whatever the steps are
+        return self
+
+    def settled(self, load: Workload, steps: Steps | None = None) -> Early:
+        """Raises PrismError for cuts behind the last step."""
+        cuts = self.schedule
+        if cuts is None:
+            ((step, keep),) = default(len(load.calls), load.top_k)
+            cuts = ((step if steps is None else steps.nearest_readable(step), keep),)
+        last = None if steps is None else steps.last_readable
+        return replace(self, schedule=resolve(cuts, load.n, len(load.calls), load.top_k, last))
+
+    def cuts(self, load: Workload) -> Schedule:
+        return tuple((step, keep) for step, keep in self.schedule or ())
+
+    def rows(self, load: Workload) -> float:
+        """The winners are finished from their recordings."""
+        rows, alive, done = 0.0, load.n, 0
+        for (step, keep), (cost, _) in zip(self.cuts(load), self._reads(load)):
+            rows += alive * sum(load.calls[done : step - 1]) + cost
+            alive, done = keep, step
+        return rows + alive * sum(load.calls[done:])
+
+    def _reads(self, load: Workload) -> list[tuple[float, bool]]:
+        """Rows that the step of each cut costs, and whether its scores are read by a probe."""
+        alive, found = load.n, []
+        for step, keep in self.cuts(load):
+            found.append(cut_rows(alive, keep, load.cfg, load.calls[step - 1], load.tap_share, load.listens))
+            alive = keep
+        return found
+
+    def winners(self, search: Search) -> list[int]:
+        """While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds
+        replay what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out.
+        Processes that share a run meet after each cut, so they go round by round.
+        """
+        alive, cuts = list(range(len(search.seeds))), list(self.cuts(search.load))
+        probed = {step: probe for (step, _), (_, probe) in zip(cuts, self._reads(search.load))}
+        while cuts:
+            if search.team.alone and len(alive) <= search.batch_size:
+                return _gate(search, sorted(alive), cuts, probed)
+            alive = _round(search, alive, *cuts.pop(0), probed)
+        return alive
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "schedule": [[cut["step"], len(cut["kept"])] for cut in scores]}
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()) or wording.MISSING
+
+
+@dataclass(frozen=True)
+class _JudgedClean(Plan):
+    """Latents at the end of a run, judged re-noised to the level `judge_at` with `num_draws` draws of noise."""
+
+    judge_at: float = 700.0
+    num_draws: int = 2
+
+    def judging(self, load: Workload) -> float:
+        """Rows that the judge takes."""
+        return load.n * self.num_draws * load.tap_share
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "judge_at": scores[0]["t"]}
+
+    def best(self, search: Search, sample: Callable[[], Mapping[int, Tensor]]) -> list[int]:
+        """The best of the latents that `sample` makes, re-noised with the same draws."""
+        refused: dict[int, str] = {}
+
+        def scored(chunk: list[int], latents: Mapping[int, Tensor]) -> dict[int, list[float]]:
+            stacked = torch.stack([latents[candidate] for candidate in chunk])
+            # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
+            generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
+            prompts, draws = [search.prompt] * len(chunk), self.num_draws
+            own: dict[str, Any] = {}
+            if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
+                own["seeds"] = [search.seeds[candidate] for candidate in chunk]
+            try:
+                mean, _ = search.judge.score_clean(
+                    stacked, prompts, self.judge_at, num_draws=draws, generator=generator, **search.call, **own
+                )
+            except PrismError as error:
+                if len(chunk) == 1:
+                    refused[chunk[0]] = str(error)
+                    return {}
+                return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
+            return search.finite_scores(chunk, mean)
+
+        def judge() -> tuple[dict[int, list[float]], dict[int, str]]:
+            latents = sample()
+            chunks = search.chunks(latents)
+            return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
+
+        parts = search.team.agree(judge)
+        scores = merged(part for part, _ in parts)
+        for candidate, reason in merged(part for _, part in parts).items():
+            if not scores:  # no fault of a candidate's
+                raise PrismError(reason)
+            if search.owners[candidate] == search.team.rank:
+                search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
+        ((step, keep),) = self.cuts(search.load)
+        return search.rank(step, self.judge_at, scores, keep, range(len(search.seeds)))
+
+
+@dataclass(frozen=True)
+class Draft(_JudgedClean):
+    """Every candidate to the end in a few coarse steps, judged re-noised; then the winners in full.
+
+    draft_steps: None: 15 % of the steps, at least 2.
+    """
+
+    strategy, looks_at, role = "draft", "drafts", "ours"
+
+    draft_steps: int | None = None
+
+    def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Draft:
+        """Raises PrismError for a call that names its own steps, which a draft cannot follow."""
+        for name in ("timesteps", "sigmas"):
+            if call.get(name) is not None:
+                raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
+        given = self.draft_steps
+        steps = default_draft_steps(num_steps) if given is None else whole("draft_steps", given)
+        if steps > num_steps:
+            raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; give it fewer steps.")
+        if steps == num_steps:
+            warnings.warn(
+                f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or '
+                '"early".',
+                stacklevel=3,
+            )
+        return replace(self, draft_steps=steps)
+
+    def drafts(self) -> int:
+        return self.draft_steps or 0
+
+    def cuts(self, load: Workload) -> Schedule:
+        return ((len(load.draft_calls), load.top_k),)
+
+    def rows(self, load: Workload) -> float:
+        return load.n * sum(load.draft_calls) + self.judging(load) + sum(load.calls) * load.top_k
+
+    def winners(self, search: Search) -> list[int]:
+        def sample() -> dict[int, Tensor]:
+            for _ in search.sample_all(record=False, output_type="latent", num_inference_steps=self.draft_steps):
+                pass
+            drafts, search.latents = search.latents, {}
+            return drafts
+
+        return self.best(search, sample)
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "draft_steps": scores[0]["step"]}
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return ", ".join(part for part in (f"{row['draft_steps']}-step drafts", wording.judged_at(row)) if part)
+
+    @staticmethod
+    def cut_name(step: int) -> str:
+        return f"drafts of {step} steps"
+
+
+@dataclass(frozen=True)
+class Full(_JudgedClean):
+    """Every candidate to the end, judged re-noised; winners are decoded alone, from their recordings."""
+
+    strategy, looks_at, role = "full", "finished", "reference"
+
+    def rows(self, load: Workload) -> float:
+        return load.n * sum(load.calls) + self.judging(load)
+
+    def winners(self, search: Search) -> list[int]:
+        def sample() -> dict[int, Tensor]:
+            for _ in search.sample_all(output_type="latent"):
+                pass
+            return dict(search.latents)
+
+        return self.best(search, sample)
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return wording.judged_at(row) or "judged clean"
+
+    @staticmethod
+    def cut_name(step: int) -> str:
+        return "finished"
+
+
+@dataclass(frozen=True)
+class Oracle(Plan):
+    """Every candidate to the end and decoded; `oracle(video, prompt)` says how good each is."""
+
+    strategy, looks_at, role = "oracle", "videos", "best"
+
+    oracle: Callable[[Any, Any], Any] | None = None
+    select_by: str | Mapping[str, float] = "overall"
+
+    def rows(self, load: Workload) -> float:
+        return float(load.n * sum(load.calls))
+
+    def decodes(self, load: Workload) -> int:
+        return load.n + load.top_k
+
+    def winners(self, search: Search) -> list[int]:
+        assert self.oracle is not None
+        ask = self.oracle
+
+        def look() -> dict[int, dict[str, float]]:
+            answers: dict[int, dict[str, float]] = {}
+            for videos in search.sample_all(output_type="np"):
+                shown: dict[int, Any] = {}
+                for candidate, video in videos.items():
+                    try:
+                        shown[candidate] = frames(video, "its video")
+                    except PrismError as error:  # a VAE that overflows
+                        search.warn_dropped(candidate, str(error).rstrip("."))
+                for candidate, answer in zip(shown, ranking.ask(ask, list(shown.values()), search.prompt)):
+                    if all(math.isfinite(value) for value in answer.values()):
+                        answers[candidate] = answer
+                    else:
+                        search.warn_dropped(candidate, "the oracle's score of it is NaN or infinite")
+            return answers
+
+        answers = merged(search.team.agree(look))
+        names, weights = ranking.columns(list(answers.values()), self.select_by)
+        scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
+        ((step, keep),) = self.cuts(search.load)
+        return search.rank(step, 0.0, scores, keep, range(len(search.seeds)), names, weights)
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return "referee picks"
 
 
 def _gate(
@@ -150,50 +367,62 @@ def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], 
         )
 
 
-def _judge_clean(search: Search, sample: Callable[[], Mapping[int, Tensor]], step: int) -> list[int]:
-    """The best of the finished latents that `sample` makes, each re-noised to `judge_at` with the same draws."""
-
-    refused: dict[int, str] = {}
-
-    def scored(chunk: list[int], latents: Mapping[int, Tensor]) -> dict[int, list[float]]:
-        stacked = torch.stack([latents[candidate] for candidate in chunk])
-        # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
-        generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
-        prompts, draws = [search.prompt] * len(chunk), search.num_draws
-        own: dict[str, Any] = {}
-        if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
-            own["seeds"] = [search.seeds[candidate] for candidate in chunk]
-        try:
-            mean, _ = search.judge.score_clean(
-                stacked, prompts, search.judge_at, num_draws=draws, generator=generator, **search.call, **own
-            )
-        except PrismError as error:
-            if len(chunk) == 1:
-                refused[chunk[0]] = str(error)
-                return {}
-            return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
-        return search.finite_scores(chunk, mean)
-
-    def judge() -> tuple[dict[int, list[float]], dict[int, str]]:
-        latents = sample()
-        chunks = search.chunks(latents)
-        return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
-
-    parts = search.team.agree(judge)
-    scores = merged(part for part, _ in parts)
-    for candidate, reason in merged(part for _, part in parts).items():
-        if not scores:  # no fault of a candidate's
-            raise PrismError(reason)
-        if search.owners[candidate] == search.team.rank:
-            search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
-    return search.rank(step, search.judge_at, scores, search.top_k, range(len(search.seeds)))
+# By name, from the cheap to the dear.
+STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Draft, Full, Oracle)}
+wording.tell(STRATEGIES)
 
 
-STRATEGIES: dict[str, Callable[[Search], list[int]]] = {
-    "none": none,
-    "random": pick_random,
-    "full": full,
-    "early": early,
-    "draft": draft,
-    "oracle": oracle,
-}
+def kind_of(strategy: Any) -> type[Plan]:
+    """The plan's class of a strategy by its name."""
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
+        raise PrismError(f'There is no strategy "{quoted(strategy, 60)}"; choose one of {", ".join(STRATEGIES)}.')
+    return STRATEGIES[strategy]
+
+
+def plan_of(strategy: str, **settings: Any) -> Plan:
+    """The plan of a strategy with those of the settings that it takes; no other strategy may be given a schedule."""
+    kind = kind_of(strategy)
+    taken = {field.name for field in fields(kind)}
+    if settings.get("schedule") is not None and "schedule" not in taken:
+        owners = [name for name, other in STRATEGIES.items() if "schedule" in {field.name for field in fields(other)}]
+        raise PrismError(
+            f"A schedule belongs to the strategy {' or '.join(map(_in_quotes, owners))}, and this run's is "
+            f"{_in_quotes(strategy)}; leave it out."
+        )
+    return kind(**{name: value for name, value in settings.items() if name in taken})
+
+
+def _in_quotes(name: str) -> str:
+    return f'"{name}"'
+
+
+def default_draft_steps(num_steps: int) -> int:
+    """Steps of a draft where none are given: 15 % of the run's, at least 2 where it has as many."""
+    return min(num_steps, max(2, round(0.15 * num_steps)))
+
+
+def expected_rows(
+    strategy: str,
+    n: int,
+    num_steps: int,
+    cfg: CFG,
+    guided: bool,
+    tap_share: float,
+    schedule: Schedule | None = None,
+    draft_steps: int = 0,
+    num_draws: int = 2,
+    top_k: int = 1,
+    listens: bool = True,
+    calls: Sequence[int] | None = None,
+    draft_calls: Sequence[int] | None = None,
+) -> float:
+    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest.
+
+    `num_steps` and `draft_steps` are those that the scheduler makes. `calls`, `draft_calls`: denoiser passes per step
+    of the run and of a draft, where a guider guides some of the steps; None: two per step where guided, else one.
+    `listens`: see `cut_rows`.
+    """
+    calls = [1 + guided] * num_steps if calls is None else calls
+    drafted = [1 + guided] * draft_steps if draft_calls is None else draft_calls
+    load = Workload(n, calls, cfg, tap_share, drafted, top_k, listens)
+    return plan_of(strategy, schedule=schedule, num_draws=num_draws).rows(load)

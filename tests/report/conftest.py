@@ -1,0 +1,3 @@
+"""Reports say of a strategy what its plan says."""
+
+import prism.sampling  # noqa: F401
