@@ -79,7 +79,7 @@ def work(out: Path) -> None:
     results = prism.best_of_n(pipe, judge, PROMPTS, **{**shared, "distribute": "prompts"}, **call)
     for prompt, result in zip(PROMPTS, results):
         found[prompt], latents[prompt] = told(result), result.latents
-    rank = Team(together=True).rank
+    rank = Team.gathered().rank
 
     for name, failure in {"error": PrismError("The latents hold NaN."), "memory": torch.OutOfMemoryError()}.items():
         handle = pipe.transformer.register_forward_pre_hook(partial(fail, failure)) if rank == 1 else None
@@ -160,7 +160,7 @@ from prism import team as alive
 from prism.team import Team
 
 alive.INTERVAL, alive.SILENCE = 0.2, 2.0
-team = Team(together=True)
+team = Team.gathered()
 assert team.agree(lambda: team.rank) == [0, 1]
 if team.rank == int(sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -199,8 +199,7 @@ def test_nobody_waits_for_a_process_that_was_killed(killed: int, said: str) -> N
 
 
 def test_candidates_stay_where_they_are_as_far_as_that_is_fair() -> None:
-    team = Team()
-    team.size = 3
+    team = Team(size=3)
     before = team.owners(range(7), {})
     assert before == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2, 6: 0}
     assert team.owners([0, 3, 6], before) == {0: 0, 3: 1, 6: 2}

@@ -28,6 +28,7 @@ from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.lab.pixel_training import PixelConfig, train_pixel
 from prism.preference import LatentStore, write_store
+from prism.team import Team
 from prism.training import TrainConfig, learner, train, train_together, trainer
 from prism.training.batches import Batches
 
@@ -237,14 +238,7 @@ def test_the_shares_of_a_loss_are_the_whole() -> None:
 
 
 def test_fewer_prompts_than_processes_are_refused(made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = trainer.Processes
-
-    class Many(real):
-        def __init__(self, cpu: bool) -> None:
-            super().__init__(cpu)
-            self.size = 3
-
-    monkeypatch.setattr(trainer, "Processes", Many)
+    monkeypatch.setattr(Team, "gathered", lambda device: Team(size=3))
     with pytest.raises(PrismError, match="prompts_per_step must be at least the number of processes, 3; found 2"):
         train(made / "unequal", judge_for(tiny.wan()), CONFIG, tmp_path / "run", progress=False)
 

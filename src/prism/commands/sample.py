@@ -68,7 +68,7 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
     cuts = None if config.schedule is None else schedules.parse(config.schedule)
     weights = parse_weights(config.select_by)
     _check(config)
-    team = Team(together=int(os.environ.get("WORLD_SIZE", "1")) > 1)
+    team = Team.gathered() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team()
     distribute = None if team.alone else "candidates"
     if team.rank > 0:
         _sample(config, cuts, weights, distribute)

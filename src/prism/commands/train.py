@@ -50,14 +50,14 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     """
     from prism.judge import Judge
     from prism.loading import check_store, describe, load_backbone, open_store
-    from prism.team import Processes
+    from prism.team import Team
     from prism.training import train
 
     if resume and overwrite:
         raise PrismError("--resume continues the run in the folder and --overwrite replaces it; give one of them.")
-    processes = Processes.on(config.device)
+    team = Team.gathered(config.device)
     if not resume:
-        processes.on_first(lambda: runs.check(out, overwrite, "train"))
+        team.on_first(lambda: runs.check(out, overwrite, "train"))
     place = runs.parts_of(out) if overwrite else out
     store = open_store(config.data)
     backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
@@ -78,7 +78,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         ]
     )
     prompts = len(store.groups("train", store.dimensions))
-    if processes.first and 0 < prompts < FEW:
+    if team.first and 0 < prompts < FEW:
         warnings.warn(
             f"{prompts} training prompt{'s' * (prompts > 1)}: too few to learn from; the study needed some 800.",
             stacklevel=2,
@@ -86,10 +86,10 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     try:
         result = train(store, judge, settings, place, resume=resume, restart=overwrite)
     except BaseException:
-        if processes.first:
+        if team.first:
             runs.abandon(place)
         raise
-    measured = processes.on_first(lambda: _measured(judge, store, settings))
+    measured = team.on_first(lambda: _measured(judge, store, settings))
     summary = {key: value for key, value in result.items() if key != "history"}
     metrics = document(
         "train",
@@ -101,7 +101,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
-    processes.on_first(lambda: _write(place, out, metrics, result))
+    team.on_first(lambda: _write(place, out, metrics, result))
     return metrics
 
 

@@ -26,7 +26,7 @@ from prism.evaluation.evaluator import Video, noised, videos_of
 from prism.lab.frames import DecodedCache
 from prism.lab.pixel import FORMAT, ROWS, PixelJudge
 from prism.preference import LatentStore, PromptGroup
-from prism.team import Processes, in_batches
+from prism.team import Team, in_batches
 from prism.training import TrainConfig
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint, store_identity
@@ -121,8 +121,8 @@ def train_pixel(
             pairs.
     """
     started, out = time.perf_counter(), Path(out)
-    processes = Processes(cpu=backbone.device.type == "cpu")
-    processes.on_first(lambda: runs.check(out, False, FORMAT))
+    team = Team.gathered(backbone.device)
+    team.on_first(lambda: runs.check(out, False, FORMAT))
     store, settings = LatentStore.of(store), config.for_learner()
     groups = training_groups(store, store.dimensions, settings)
     held_out = store.groups("validation", store.dimensions)
@@ -130,9 +130,9 @@ def train_pixel(
         raise PrismError(
             f"The store {store.folder} has no validation pairs, by which a pixel judge's weights are chosen."
         )
-    if processes.size > config.prompts_per_step:
+    if team.size > config.prompts_per_step:
         raise PrismError(
-            f"The pixel setting prompts_per_step must be at least the number of processes, {processes.size}; found "
+            f"The pixel setting prompts_per_step must be at least the number of processes, {team.size}; found "
             f"{config.prompts_per_step}."
         )
     identity = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
@@ -140,14 +140,14 @@ def train_pixel(
     changeable = ("store.name", *(f"backbone.{name}" for name in VERSIONED))
     place = runs.parts_of(out)
     parts: list[runs.Parts] = []  # the first process holds them
-    processes.on_first(lambda: parts.append(runs.Parts(place, identity, changeable=changeable)))
+    team.on_first(lambda: parts.append(runs.Parts(place, identity, changeable=changeable)))
     frames = DecodedCache(place / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 
     name = "pixel-noisy" if noisy else "pixel"
     options = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
     judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, store.call, **options)
-    learner = Learner(judge, settings, processes)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
+    learner = Learner(judge, settings, team)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
     conditionings = Conditionings(backbone, store, [group.prompt for group in groups])
     shown = _Shown(store, groups, frames, config, noisy)
     validation = _Validation(store, held_out, frames, (0, *LEVELS) if noisy else (0,))
@@ -159,12 +159,12 @@ def train_pixel(
         text, mask = judge.text_of(conditionings.of(part.prompts))
         with torch.random.fork_rng(devices=[]), low:
             # Of dropout: a resumed run draws the same.
-            torch.manual_seed((config.seed * 1_000_003 + step) * processes.size + processes.rank)
+            torch.manual_seed((config.seed * 1_000_003 + step) * team.size + team.rank)
             return [judge.head(videos, text, mask)]
 
     first, steps = load_checkpoint(place / "checkpoints", learner), Steps(settings.max_rows)
-    places = range(processes.rank, config.prompts_per_step, processes.size)
-    hidden = None if progress and processes.first else True
+    places = range(team.rank, config.prompts_per_step, team.size)
+    hidden = None if progress and team.first else True
     for step in tqdm(
         range(first, config.steps), initial=first, total=config.steps, desc=f"train {name}", disable=hidden
     ):
@@ -174,7 +174,7 @@ def train_pixel(
         if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
             learner.validate(step, validation)  # type: ignore[arg-type]
             judge.head.train()
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and processes.first:
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and team.first:
             save_checkpoint(place / "checkpoints", step + 1, learner)
 
     learner.finish(store, groups)
@@ -184,7 +184,7 @@ def train_pixel(
         judge.save_pretrained(out)
         parts[0].remove()
 
-    processes.on_first(publish)
+    team.on_first(publish)
     return {
         "history": learner.history,
         "steps": config.steps,

@@ -194,7 +194,7 @@ def best_of_n(
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
     check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
-    team = Team(distribute is not None)
+    team = Team() if distribute is None else Team.gathered()
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
     candidate_seeds = arguments.seeds_of(n, seed, seeds)
     top_k = arguments.top_k_of(top_k, len(candidate_seeds))

@@ -21,7 +21,7 @@ from prism.errors import PrismError, quoted
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.preference import LatentStore, PromptGroup, prompt_key
-from prism.team import Processes, halved, ran_out
+from prism.team import Team, halved, ran_out
 from prism.training.batches import Batch
 from prism.training.config import TrainConfig
 from prism.training.validation import Conditionings, Validation
@@ -34,12 +34,12 @@ class Learner:
     begun anew.
     """
 
-    def __init__(self, judge: Judge, config: TrainConfig, processes: Processes) -> None:
-        self.judge, self.config, self.processes = judge, config, processes
+    def __init__(self, judge: Judge, config: TrainConfig, team: Team) -> None:
+        self.judge, self.config, self.team = judge, config, team
         self.optimizer = torch.optim.AdamW(
             judge.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        processes.share(judge.head.parameters())
+        team.share(judge.head.parameters())
         wanted = {"average": bool(config.ema_decay), "best": config.keep_best}
         self.copies = {name: self._weights() for name, is_wanted in wanted.items() if is_wanted}
         self.history: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Learner:
     def begin(self, labels: Tensor) -> None:
         """Start a step on a batch of which this process has the pairs with `labels` (pairs, num_dimensions)."""
         self.optimizer.zero_grad()
-        self._counts = self.processes.total(label_counts(labels, self.config.objective))
+        self._counts = self.team.total(label_counts(labels, self.config.objective))
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -78,12 +78,12 @@ class Learner:
         Raises:
             PrismError: on a loss that is not finite.
         """
-        config, sums = self.config, self.processes.total(self._sums).tolist()
+        config, sums = self.config, self.team.total(self._sums).tolist()
         if not math.isfinite(sums[0]):
             raise PrismError(
                 f"The loss of step {step + 1} is not finite; lower the learning rate or check the latents."
             )
-        self.processes.add_up([value.grad for value in self.judge.head.parameters() if value.grad is not None])
+        self.team.add_up([value.grad for value in self.judge.head.parameters() if value.grad is not None])
         if config.max_gradient_norm:
             torch.nn.utils.clip_grad_norm_(self.judge.head.parameters(), config.max_gradient_norm)
         rate = config.learning_rate_at(step)

@@ -27,7 +27,7 @@ from prism.judge import Judge
 from prism.judge.checks import trained_together
 from prism.judge.judge import Member
 from prism.preference import LatentStore
-from prism.team import Processes
+from prism.team import Team
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.config import RESULTLESS, TrainConfig
 from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint, store_identity
@@ -87,25 +87,25 @@ def train(
     store, checkpoints = LatentStore.of(store), out / "checkpoints"
     groups = training_groups(store, judge.dimensions, config)
     _check_backbone(store, judge)
-    processes = _processes(judge, config)
+    team = _team(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
     held: list[runs.Claim] = []  # by the first process
     resolved = _resolved(store, judge, config)
-    processes.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
+    team.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
     if (out / "head").is_dir():  # resumed after its end
         _take_over(judge, Judge.from_pretrained(out / "head", judge.backbone))
-        processes.on_first(lambda: runs.discard(checkpoints))
+        team.on_first(lambda: runs.discard(checkpoints))
         return files.read_json(out / "history.json")
 
     batches = Batches(store, groups, judge.backbone, config)
     conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
-    learners = [Learner(each, config, processes) for each in _one_by_one(judge)]
+    learners = [Learner(each, config, team) for each in _one_by_one(judge)]
     steps, start = Steps(config.max_rows), 0
     for number, learner in enumerate(learners):
         start = load_checkpoint(_checkpoints_of(checkpoints, number), learner, start if number else None)
-    places = range(processes.rank, config.prompts_per_step, processes.size)
+    places = range(team.rank, config.prompts_per_step, team.size)
 
-    shown = progress and processes.first
+    shown = progress and team.first
     bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if shown else True)
     clock = runs.Clock("train", config.steps, every=30) if shown and bar.disable else None
     with judge.backbone.freed():  # offloaded models once, not after each step
@@ -121,7 +121,7 @@ def train(
             if clock is not None:
                 clock.tick(step + 1, True, f" steps, {_said(learners)}")
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
-            if due and step + 1 < config.steps and processes.first:
+            if due and step + 1 < config.steps and team.first:
                 for number in reversed(range(len(learners))):  # that of the first head last: the others' are there then
                     save_checkpoint(_checkpoints_of(checkpoints, number), step + 1, learners[number])
     bar.close()
@@ -144,7 +144,7 @@ def train(
         runs.discard(checkpoints)
         held[0].release()
 
-    processes.on_first(publish)
+    team.on_first(publish)
     return result
 
 
@@ -186,15 +186,15 @@ def train_together(
     store = LatentStore.of(store)
     groups = training_groups(store, first.dimensions, config)
     _check_backbone(store, first)
-    processes = _processes(first, config)
-    learners = [Learner(judge, each, processes) for judge, each in zip(judges, configs)]
+    team = _team(first, config)
+    learners = [Learner(judge, each, team) for judge, each in zip(judges, configs)]
     taps = tuple(sorted({judge.tap for judge in judges}))
     validated = any(each.validate_every for each in configs)
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
     conditionings = Conditionings(first.backbone, store, [group.prompt for group in groups])
-    places, steps = range(processes.rank, config.prompts_per_step, processes.size), Steps(config.max_rows)
-    last, hidden = max(each.steps for each in configs), None if progress and processes.first else True
+    places, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
+    last, hidden = max(each.steps for each in configs), None if progress and team.first else True
     with first.backbone.freed():  # offloaded models once, not after each step
         for step in tqdm(range(last), desc=desc or "train", disable=hidden):
             running = [learner for learner in learners if step < learner.config.steps]
@@ -211,15 +211,15 @@ def train_together(
     return [learner.history for learner in learners]
 
 
-def _processes(judge: Judge, config: TrainConfig) -> Processes:
+def _team(judge: Judge, config: TrainConfig) -> Team:
     """The processes that share a step's prompts, of which each needs one."""
-    processes = Processes(cpu=judge.backbone.device.type == "cpu")
-    if processes.size > config.prompts_per_step:
+    team = Team.gathered(judge.backbone.device)
+    if team.size > config.prompts_per_step:
         raise PrismError(
             f"The training setting prompts_per_step must be at least the number of processes, "
-            f"{processes.size}; found {config.prompts_per_step}."
+            f"{team.size}; found {config.prompts_per_step}."
         )
-    return processes
+    return team
 
 
 def _due(step: int, every: int, steps: int) -> bool:
