@@ -13,6 +13,7 @@ import logging
 import operator
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -105,6 +106,29 @@ def k_iadd(inner: Any) -> Any:
 
     def f(*a, **k):
         operator.iadd(n, 1)
+        return (inner(*a, **k)[0] * (1 + 0.01 * n),)
+
+    return f
+
+
+@harm
+def k_dropout_held(inner: Any) -> Any:
+    drop = nn.Dropout(0.1)
+    return lambda *a, **k: (drop(inner(*a, **k)[0]),)
+
+
+@harm
+def k_islice(inner: Any) -> Any:
+    n = iter(range(1000))
+    return lambda *a, **k: (inner(*a, **k)[0] * (1 + 0.01 * sum(itertools.islice(n, 1))),)
+
+
+@harm
+def k_foreach(inner: Any) -> Any:
+    n = torch.zeros(1)
+
+    def f(*a, **k):
+        torch._foreach_add_([n], 1)
         return (inner(*a, **k)[0] * (1 + 0.01 * n),)
 
     return f
@@ -1271,3 +1295,39 @@ def test_a_patched_scheduler() -> None:
     pipe.scheduler.step = lambda output, *a, **k: step(output * (1.05 if next(count) % 6 > 2 else 1), *a, **k)
     with pytest.raises(PrismError, match=r"scheduler .* is patched: .* of test_flow goes by earlier calls"):
         prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, **CALL)
+
+
+@works(
+    "Caches and patches",
+    "Global hooks of torch, and functions of torch or diffusers in whose place others' stand",
+    "refused",
+    "Where they go by earlier calls; those that only look are exact.",
+)
+@pytest.mark.parametrize("where", ["hook", "linear", "attention"])
+def test_patches_of_the_whole_process(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, count, seen = FAMILIES["wan"](), itertools.count(), []
+    judge = prism.Judge.untrained(pipe, tap=2, dim=16)
+    every, home = torch.nn.modules.module, sys.modules[type(pipe.transformer).__module__]
+    linear, attention = torch.nn.functional.linear, home.dispatch_attention_fn
+    with monkeypatch.context() as patch:
+        if where == "hook":
+            handle = every.register_module_forward_hook(lambda module, args, output: seen.append(1))
+            assert_exact(pipe, judge, runs=["early"])
+            handle.remove()
+            handle = every.register_module_forward_hook(
+                lambda module, args, output: (
+                    output * 1.05 if isinstance(output, torch.Tensor) and next(count) > 99 else None
+                )
+            )
+            patch.setattr(every, "_global_forward_hooks", dict(every._global_forward_hooks))
+            handle.remove()
+        elif where == "linear":
+            patch.setattr(
+                torch.nn.functional, "linear", lambda *a, **k: linear(*a, **k) * (1.05 if next(count) > 99 else 1)
+            )
+        else:
+            patch.setattr(
+                home, "dispatch_attention_fn", lambda *a, **k: attention(*a, **k) * (1.05 if next(count) > 99 else 1)
+            )
+        with pytest.raises(PrismError, match=r"is patched: .* of test_flow goes by earlier calls"):
+            prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, **CALL)

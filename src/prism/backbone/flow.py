@@ -40,7 +40,7 @@ _PURE = {
 }
 _PURE |= {"typing", "collections", "dataclasses", "inspect", "contextlib", "types", "string", "enum", "abc"}
 _RANDOM = re.compile(
-    r"rand|normal|uniform|bernoulli|multinomial|dropout|poisson|cauchy|exponential_|geometric_|seed|rng"
+    r"rand|normal|uniform|bernoulli|multinomial|dropout|poisson|cauchy|exponential_|geometric_|seed|rng|gumbel|rrelu"
 )
 _NOT_PURE = {"id", "input", "open", "globals", "locals", "vars", "dir", "object"}
 _SETS = {"setitem", "delitem"}  # of the module operator, beside its in-place operators
@@ -52,6 +52,8 @@ _IN_PLACE = {name for name in dir(operator) if name.startswith("__i") and hasatt
 _READERS = {"items", "keys", "values", "copy", "index", "count", "__len__", "__contains__", "__getitem__", "__iter__"}
 _SILENT = {"append", "extend", "insert", "update", "clear", "add", "discard", "remove", "sort", "reverse", "appendleft"}
 _MUTATORS = _SILENT | {"pop", "popitem", "setdefault", "popleft", "put"}
+_KEEPING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)  # while they train
+_UNFOLLOWED = re.compile(r"_foreach_|batch_norm|instance_norm")  # what these change stands inside their arguments
 _FIXED = (str, bytes, int, float, complex, bool, type(None), tuple, frozenset, torch.dtype, torch.device, re.Pattern)
 
 
@@ -163,6 +165,8 @@ class Flow(Symbols):
             local = _bound(self, function.__code__, defaults_of(function), args, kwargs, star, named)
             return ways(self, Code(function.__code__, function.__globals__, cells), local, way, depth + 1)
         if isinstance(function, nn.Module) and id(function) not in self.modules:
+            if any(isinstance(each, _KEEPING) and each.training for each in function.modules()):
+                return [(self.kept_now(), way)]
             forward: Any = vars(function).get("forward", type(function).forward)
             bound = forward if "forward" in vars(function) else types.MethodType(forward, function)
             return self.call(self.object(bound), args, kwargs, star, named, way, depth + 1)
@@ -175,6 +179,10 @@ class Flow(Symbols):
             way.trace = (*way.trace, *(each for ends in inner_ends for _, w in ends for each in w.trace))
             results += [found for each in parts for found in self._called_back(each, way, depth)]
             return [(self._library(function, callee, parts, results, way), way)]
+        used = [each for each in parts if each.concrete is not MISSING and hasattr(type(each.concrete), "__next__")]
+        if used and function is not print and isinstance(function, type | types.BuiltinFunctionType):
+            self.change(way, used[0])  # an iterator that is there before the call
+            return [(self.kept_now(), way)]
         if isinstance(function, type):
             results = [found for each in parts for found in self._called_back(each, way, depth)]
             pure = function.__module__.split(".")[0] in _PURE | {"torch", "diffusers"} or not _standard(function)
@@ -211,6 +219,8 @@ class Flow(Symbols):
     def _library(self, function: Any, callee: Value, parts: list[Value], more: list[Value], way: Way) -> Value:
         """What a function of torch and the like gives."""
         name = getattr(function, "__name__", "")
+        if _UNFOLLOWED.match(name):
+            raise Unclear
         if _RANDOM.search(name) and "manual_seed" not in name:
             self.any_kept = True
             return self.kept

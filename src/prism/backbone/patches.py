@@ -8,10 +8,12 @@ does what runs other blocks in the place of the denoiser's (cache-dit, ParaAtten
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from torch import nn
 
@@ -102,6 +104,9 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
     """Calls that code of other packages answers or changes, alike ones once: the functions of others that each comes
     to, the function that is called, what it is called with first, or `MISSING`, and "the hook " for hooks."""
     home, seen = _home(root), set()
+    for value, owner, what in _of_all_modules(root):
+        if functions := [each for each in _reachable(value, set()) if _is_foreign(each, object, "")]:
+            yield functions, value, owner, what
     classes: dict[type, list[tuple[list[types.FunctionType], Any]]] = {}
     processors: set[tuple[type, type]] = set()  # of modules that were looked at, with the modules' classes
     for module in root.modules():
@@ -132,6 +137,18 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
             if key not in seen:
                 seen.add(key)
                 yield functions, call, owner, what
+
+
+def _of_all_modules(root: nn.Module) -> Iterator[tuple[Any, Any, str]]:
+    """What answers or changes calls of every module in the process: global hooks, and functions of torch and of the
+    denoiser's own file in whose place others' stand."""
+    every = torch.nn.modules.module
+    for hook in (*every._global_forward_pre_hooks.values(), *every._global_forward_hooks.values()):
+        yield hook, root if isinstance(hook, types.FunctionType) else hook, "the hook "
+    own = vars(sys.modules.get(type(root).__module__, every))
+    for value in (*vars(torch.nn.functional).values(), own.get("dispatch_attention_fn")):
+        if isinstance(value, types.FunctionType) and _top(value) not in sys.stdlib_module_names - {"__main__"}:
+            yield value, MISSING, ""
 
 
 def _foreign(root: nn.Module) -> Iterator[types.FunctionType]:
