@@ -17,7 +17,6 @@ from tests.zoo.wan_to_kandinsky import _image
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.family import noisy_name
 from prism.errors import PrismError
 from prism.judge import Judge
 
@@ -79,7 +78,7 @@ def test_a_last_image_is_shown_to_the_denoiser_where_it_stands() -> None:
     conditioning = backbone.condition([tiny.PROMPT], **call)
     assert conditioning.given.flatten(3).any(3).flatten().tolist() == [True, False, False, True]
     for arguments, states in zip(taken[::2], seen[::2]):
-        latents = arguments[noisy_name(arguments, backbone.family)].clone()
+        latents = backbone.denoiser_call(arguments).noisy.clone()
         latents[:, :, [0, -1]] = 7  # whatever stands there
         tokens = backbone.tokens(latents, conditioning, float(arguments["timestep"].max()), 1)
         assert tokens.grid == (4, 2, 3)

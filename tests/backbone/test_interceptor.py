@@ -13,7 +13,7 @@ from torch import nn
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.conditioning import by_name
+from prism.backbone.denoiser_call import by_name
 from prism.backbone.wrapping import around, around_module, state_kept
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor

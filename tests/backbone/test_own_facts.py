@@ -17,7 +17,7 @@ from tests.zoo.wan_to_kandinsky import _image
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.conditioning import has_rows, take_rows
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.commands import checks
 from prism.commands.subject import Subject
 from prism.errors import PrismError
@@ -92,15 +92,16 @@ def test_rows_are_taken_in_dictionaries_by_name() -> None:
         "empty": {},
         "odd": {1: torch.arange(3)},
     }
-    taken = take_rows(arguments, [2, 0], family)
+    call = DenoiserCall(arguments, family, {})
+    taken = call.rows([2, 0]).arguments
     assert taken["all"]["a"].tolist() == [2, 0]
     assert taken["all"]["b"].tolist() == [4, 5, 0, 1]
     assert taken["all"]["c"].tolist() == [0, 1]
     assert (taken["all"]["d"], taken["all"]["f"], taken["empty"]) == ({"e": [3, 1]}, 5, {})
     assert (taken["some"]["rows"].tolist(), taken["some"]["table"].tolist()) == ([2, 0], [0, 1, 2])
     assert taken["none"]["rows"].tolist() == taken["odd"][1].tolist() == [0, 1, 2]
-    assert has_rows("all", arguments["all"], 3, family)
-    assert not has_rows("none", arguments["none"], 3, family)
+    assert call.has_rows("all", arguments["all"])
+    assert not call.has_rows("none", arguments["none"])
 
 
 def test_a_vae_that_gives_no_latents_is_named() -> None:

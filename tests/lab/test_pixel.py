@@ -329,7 +329,7 @@ def test_it_works_on_another_family(tmp_path):
     noisy = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     scores = pixel.score(noisy, PROMPTS[:2], 500, **tiny.CALL_COGVIDEOX)
     embeds = pixel.backbone.condition(PROMPTS[:2], **tiny.CALL_COGVIDEOX).arguments["encoder_hidden_states"]
-    mask = backbone.family.text_mask(embeds)
+    mask = backbone.denoiser_call({"encoder_hidden_states": embeds}).text_mask
     with torch.no_grad():
         expected = pixel.head((backbone.decode(noisy) * 255).round() / 255, embeds, mask)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)

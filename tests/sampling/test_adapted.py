@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import prism
-from prism.backbone.conditioning import by_name
+from prism.backbone.denoiser_call import by_name
 from prism.errors import PrismError
 
 WAN = "wan21_t2v_unipc"

@@ -19,8 +19,7 @@ from torch import Tensor
 
 import prism
 from prism.backbone import Backbone, layout
-from prism.backbone.conditioning import by_name
-from prism.backbone.family import noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.errors import PrismError
 from prism.judge import Judge
 
@@ -95,8 +94,7 @@ def test_other_families(name: str) -> None:
     noisy: list[Tensor] = []
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
-        arguments = by_name(module, args, kwargs)
-        latents = arguments[noisy_name(arguments, family)]
+        latents = DenoiserCall.of(module, args, kwargs, family).noisy
         axis = layout.channel_axis(family.layout)
         own = latents.narrow(axis, 0, min(latents.shape[axis], family.channels(backbone.config, latents)))
         noisy.append(own[family.conditional(len(own), 1)].clone())

@@ -21,7 +21,7 @@ from tests.works import works
 from tests.zoo import VARIANTS
 
 import prism
-from prism.backbone.conditioning import by_name
+from prism.backbone.denoiser_call import by_name
 from prism.errors import PrismError
 
 RUNS: dict[str, dict[str, Any]] = {

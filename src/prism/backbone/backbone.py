@@ -28,8 +28,8 @@ from prism.backbone.arguments import (
 )
 from prism.backbone.cache import ConditioningCache, alone, cache_key, with_tensors
 from prism.backbone.conditioning import Conditioning, Ragged
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.facts import check_pipeline
-from prism.backbone.family import noisy_name
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.loading import load, make
 from prism.backbone.parts import config_of, device_of, dtype_of, is_denoiser
@@ -235,14 +235,16 @@ class Backbone:
         steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
         call = {**call, **unguided(self.family, call, self._call), "output_type": "latent"}  # PNDM needs 4 steps
         call |= {"num_inference_steps": steps, **self.batch(prompts, [seed] * len(prompts), call)}
-        arguments = capture(self.pipe, self.denoisers, call)
-        batch = len(arguments[noisy_name(arguments, self.family)])
-        if batch not in (len(prompts), 2 * len(prompts)):
+        captured = self.denoiser_call(capture(self.pipe, self.denoisers, call))
+        if captured.batch not in (len(prompts), 2 * len(prompts)):
             raise PrismError(
-                f"The pipeline made {batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
+                f"The pipeline made {captured.batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
-        rows = self.family.conditional(batch, len(prompts))
-        return Conditioning.of(arguments, rows, self.family, self.config, type(self.pipe))
+        return Conditioning.of(captured, captured.conditional(len(prompts)), type(self.pipe))
+
+    def denoiser_call(self, arguments: Mapping[str, Any]) -> DenoiserCall:
+        """A call of the denoiser with these arguments, by name."""
+        return DenoiserCall(arguments, self.family, self.config)
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that make one stock call of several rows, see `prism.backbone.arguments`."""
@@ -291,7 +293,7 @@ class Backbone:
 
     def read(
         self,
-        arguments: dict[str, Any],
+        arguments: Mapping[str, Any],
         block: int | Sequence[int],
         stop: bool,
         forward: Callable[..., Any] | None = None,
@@ -315,7 +317,7 @@ class Backbone:
         check_whole((self.denoiser,))
         chosen = {number: tapped[number - 1] for number in blocks}
         with self.held():
-            return taps.read(self.denoiser, self.family, self.config, arguments, chosen, stop, forward, self.listens)
+            return taps.read(self.denoiser, self.denoiser_call(arguments), chosen, stop, forward, self.listens)
 
     # -- videos
 
@@ -400,7 +402,7 @@ class Backbone:
 
         arguments: of a denoiser call with the same rows, by name.
         """
-        return finished(self.pipe, self.family, self.config, latents, arguments)
+        return finished(self.pipe, latents, self.denoiser_call(arguments))
 
     def guided(self, call: dict[str, Any]) -> bool:
         """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""

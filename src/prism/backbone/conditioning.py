@@ -1,10 +1,8 @@
-"""What a denoiser call is made of: the arguments kept from a stock call, and the tokens read from a block."""
+"""Conditionings: what a denoiser is told beside the latents, kept from a stock call."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +10,8 @@ import torch
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.family import Family, noisy_name
-from prism.backbone.parts import unwrapped
+from prism.backbone.denoiser_call import DenoiserCall, flattened, nested, take
 from prism.errors import PrismError
-
-# Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.
-_ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -45,21 +39,21 @@ class Conditioning:
     given_times: Tensor | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any], rows: slice, family: Family, config: Any, pipeline: type) -> Conditioning:
-        """Keep `rows` of a call's arguments; `config` is the denoiser's, `pipeline` the class of what called it."""
-        taken = take_rows(arguments, rows, family)
-        name, timed = noisy_name(taken, family), family.timestep_argument
-        batch = len(arguments[name])
-        timestep, latents = taken.pop(timed), taken.pop(name)
+    def of(cls, call: DenoiserCall, rows: slice, pipeline: type) -> Conditioning:
+        """Keep `rows` of a denoiser call; `pipeline` is the class of what made it."""
+        part, family = call.rows(rows), call.family
+        name, timed = part.noisy_name, family.timestep_argument
+        timestep, latents = part.timestep, part.noisy
         if timestep.ndim == 0:
-            timestep = timestep.expand(batch)[rows]
-        flat = {path: value for path, value in flattened(arguments).items() if path not in (name, timed)}
-        batched = frozenset(path for path, value in flat.items() if has_rows(path, value, batch, family))
+            timestep = timestep.expand(call.batch)[rows]
+        taken = {path: value for path, value in part.arguments.items() if path not in (name, timed)}
+        flat = {path: value for path, value in flattened(call.arguments).items() if path not in (name, timed)}
+        batched = frozenset(path for path, value in flat.items() if call.has_rows(path, value))
         axis = layout.channel_axis(family.layout)
-        count = family.channels(config, latents)
+        count = family.channels(call.config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
         latents = latents.narrow(axis, 0, count)
-        given, times = _given(taken, timestep, latents, family, config, pipeline)
+        given, times = _given(part, timestep, latents, pipeline)
         kept = None if given is None else latents
         told = (taken, batched, timestep, timed, name, axis, latents.dtype, tuple(latents.shape[1:]))
         return cls(*told, appended, kept, given, times)
@@ -70,9 +64,9 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> Conditioning:
         if isinstance(rows, int):
             rows = slice(rows, rows + 1 or None)
-        taken = _nested(
+        taken = nested(
             {
-                path: _take(value, rows, len(self)) if path in self.batched else value
+                path: take(value, rows, len(self)) if path in self.batched else value
                 for path, value in flattened(self.arguments).items()
             }
         )
@@ -90,7 +84,7 @@ class Conditioning:
         if any(part.shapes() != first.shapes() for part in parts[1:]):
             return Ragged(tuple(part[row] for part in parts for row in range(len(part))))
         every = [flattened(part.arguments) for part in parts]
-        joined = _nested(
+        joined = nested(
             {
                 path: _cat([flat[path] for flat in every]) if path in first.batched else value
                 for path, value in every[0].items()
@@ -150,15 +144,15 @@ class Ragged:
 
 
 def _given(
-    arguments: Mapping[str, Any], timestep: Tensor, latents: Tensor, family: Family, config: Any, pipeline: type
+    call: DenoiserCall, timestep: Tensor, latents: Tensor, pipeline: type
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which latents and which timesteps of a captured call are a condition's, or None where none is."""
-    mask = arguments.get("condition_mask")
+    family, mask = call.family, call.arguments.get("condition_mask")
     if mask is not None:
         given = mask.bool() if bool(mask.any()) else None
         times = None if given is None or timestep.ndim < 5 else given.flatten(3).any(3)[..., None, None]
         return given, times
-    if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame) and config.get(
+    if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame) and call.config.get(
         "image_condition_type"
     ) != "latent_concat":
         axis = family.layout.index("T")
@@ -180,98 +174,15 @@ def _given(
     cells = times
     if times.ndim == 2:  # one a frame, or one a token
         frames = times.shape[1] == latents.shape[2]
-        cells = (
-            times[:, None, :, None, None]
-            if frames
-            else times.unflatten(1, family.grid(config, arguments, latents))[:, None]
-        )
+        cells = times[:, None, :, None, None] if frames else times.unflatten(1, call.grid())[:, None]
     for axis in (2, 3, 4):
         if cells.shape[axis] not in (1, latents.shape[axis]):
             cells = cells.repeat_interleave(latents.shape[axis] // cells.shape[axis], axis)
     return cells, times
 
 
-def has_rows(name: str, value: Any, batch: int, family: Family) -> bool:
-    """Whether an argument of a denoiser call carries a row per sample of the batch, or several (a first and a last
-    image's embeddings). What stands in a dictionary is named "argument.key"; a dictionary does where any in it does.
-    """
-    if isinstance(value, dict):
-        return any(has_rows(f"{name}.{key}", inner, batch, family) for key, inner in value.items())
-    named = name in family.batched or any(
-        name.startswith(f"{other}.") for other in family.batched if len(other) < len(name)
-    )
-    named = named or _ADAPTERS.search(name) is not None
-    if not named or not isinstance(value, Tensor | list):
-        return False
-    if isinstance(value, list):
-        return len(value) == batch
-    return value.ndim > 0 and len(value) > 0 and len(value) % batch == 0
-
-
-def take_rows(arguments: Mapping[str, Any], rows: Any, family: Family) -> dict[str, Any]:
-    """The same denoiser call for some rows of its batch (a slice or a list of indices), in dictionaries too."""
-    batch = len(arguments[noisy_name(arguments, family)])
-    return _nested(
-        {
-            path: _take(value, rows, batch) if has_rows(path, value, batch, family) else value
-            for path, value in flattened(arguments).items()
-        }
-    )
-
-
-def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Arguments by name, what stands in dictionaries by "argument.key", and the tensors of several adapters by
-    "argument.key.[place]"."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            found |= flattened(value, f"{before}{name}.")
-        elif isinstance(value, list) and value and _ADAPTERS.search(before + name):
-            found |= {f"{before}{name}.[{place}]": each for place, each in enumerate(value)}
-        else:
-            found[before + name] = value
-    return found
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flattened`."""
-    found: dict[str, Any] = {}
-    for path, value in flat.items():
-        *outer, name = path.split(".")
-        listed = outer.pop() if name.startswith("[") else None  # one of a list, whose places rise
-        place = found
-        for each in outer:
-            place = place.setdefault(each, {})
-        if listed is not None:
-            place.setdefault(listed, []).append(value)
-        else:
-            place[name] = value
-    return found
-
-
-def _take(value: Any, rows: Any, batch: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
-    return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]
-
-
 def _cat(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else [row for value in values for row in value]
-
-
-def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a denoiser call by their names (some pipelines pass them by position)."""
-    if args:
-        plain = unwrapped(denoiser)
-        signature = inspect.signature(type(plain).forward)
-        bound = signature.bind(plain, *args, **kwargs).arguments
-        others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
-        found = dict(list(bound.items())[1:])
-        rest = found.pop(others[0], {}) if others else {}
-        kwargs = {**found, **rest}
-    if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 gives the call's one rate a row, and reads it at batch 1 only
-        kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
-    return kwargs
 
 
 def is_single(name: str, value: Any) -> bool:

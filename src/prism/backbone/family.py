@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -192,40 +191,6 @@ class Family:
             width = math.prod(_said(config, name, "widths") for name in names)
         return [width] * len(self.block_list(denoiser))
 
-    def states(self, output: Any, arguments: Mapping[str, Any], grid: Grid) -> Tensor:
-        """A block's output in the denoiser call of `arguments` as video tokens (B, L, D_vis), raster order t, h, w.
-
-        Raises PrismError where they are not as many as `grid` has cells: something stands before or behind them.
-        """
-        states = layout.tokens(self.video(output), self.token_form, len(noisy_of(arguments, self)))
-        cells = math.prod(grid)
-        if states.shape[1] != cells:  # some blocks of a denoiser may give the video's alone
-            before, behind = (self._count(count, arguments) for count in (self.tokens_before, self.tokens_behind))
-            if states.shape[1] != before + cells + behind:
-                raise PrismError(
-                    f"A block of the family {self.name!r} gives {states.shape[1]} tokens, and the video has "
-                    f"{' x '.join(map(str, grid))} = {cells}; say in the family what stands before and behind them "
-                    f"(tokens_before, tokens_behind: now {before} and {behind}), what a token covers (patch), or the "
-                    "latents' layout."
-                )
-            states = states[:, before : before + cells]
-        sparse = arguments.get("sparse_params")  # Kandinsky 5 with nabla attention
-        return layout.from_squares(states, sparse["visual_shape"]) if sparse and sparse["to_fractal"] else states
-
-    def _count(self, count: TokenCount, arguments: Mapping[str, Any]) -> int:
-        if count == "text":
-            shape = argument_of(arguments, self, "text_argument").shape
-            return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # or ids
-        if not callable(count):
-            return int(count)
-        try:
-            return operator.index(count(arguments))
-        except Exception as error:
-            raise PrismError(
-                f"A function of the family {self.name!r} that counts tokens gives no number for the denoiser's "
-                f"arguments {', '.join(arguments)}: {type(error).__name__}: {quoted(error, 120)}."
-            ) from error
-
     def video(self, output: Any) -> Tensor:
         """A block's output for the video."""
         return output[self.video_output] if isinstance(output, tuple) else output
@@ -253,40 +218,6 @@ class Family:
             return size
         found = config.get("out_channels") or config.get("out_visual_dim") or size
         return min(size, found)
-
-    def grid(
-        self, config: Mapping[str, Any], arguments: Mapping[str, Any], noisy: Tensor, output: Tensor | None = None
-    ) -> Any:
-        """Token grid (T, H, W) of a denoiser call; a U-Net's is that of a block's output."""
-        if self.token_form == "frames":
-            assert output is not None
-            return len(output) // len(noisy), *output.shape[2:]
-        if "img_shapes" in arguments:
-            return tuple(arguments["img_shapes"][0][0])
-        if "img_ids" in arguments:
-            return tuple(int(extent) + 1 for extent in arguments["img_ids"].reshape(-1, 3).max(0).values)
-        if "video_coords" in arguments:
-            return layout.grid_of(arguments["video_coords"][0])
-        if layout.is_packed(self.layout):
-            return tuple(arguments[name] for name in ("num_frames", "height", "width"))
-        size = dict(zip(self.layout, noisy.shape))
-        more = [patch - 1 if self.pads else 0 for patch in self.patches(config)]
-        return tuple(
-            (size.get(axis, 1) + extra) // patch for axis, patch, extra in zip("THW", self.patches(config), more)
-        )
-
-    def text(self, arguments: Mapping[str, Any]) -> Tensor:
-        """The text of a denoiser call, before its embedder: (B, Lt, width)."""
-        return layout.text_rows(argument_of(arguments, self, "text_argument"))
-
-    def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
-        """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
-        if self.text_padding == "unknown":
-            return None
-        if self.text_padding == "zeros":
-            return self.text(arguments).ne(0).any(-1)
-        mask = argument_of(arguments, self, "text_mask_argument")
-        return None if mask is None else mask.flatten(1) > 0
 
     def dropped_frames(self, config: Mapping[str, Any]) -> int:
         """Pixel frames that the pipeline drops from the front of what its VAE decodes."""
@@ -335,37 +266,6 @@ class Family:
 
     def _shift(self, pipe: Any) -> float:
         return float(config_of(pipe.vae).get("shift_factor") or 0.0) if self.vae_shift else 0.0
-
-
-def noisy_name(arguments: Mapping[str, Any], family: Family) -> str:
-    """The name under which the denoiser takes its latents."""
-    for name in family.latents_argument:
-        if name in arguments and name in family.batched:
-            return name
-        if name in arguments:
-            raise PrismError(
-                f"{name!r}, the latents, is not among the arguments with a row per sample; name it in batched of the "
-                f"family {family.name!r}."
-            )
-    raise PrismError(
-        f"The denoiser was called with {', '.join(arguments)}, none of which is the family's latents_argument, "
-        f"{' or '.join(family.latents_argument)}."
-    )
-
-
-def noisy_of(arguments: Mapping[str, Any], family: Family) -> Tensor:
-    """The latents that a denoiser call is given."""
-    return arguments[noisy_name(arguments, family)]
-
-
-def argument_of(arguments: Mapping[str, Any], family: Family, fact: str) -> Any:
-    """What a denoiser call is given under the name that `fact` ("timestep_argument", "text_argument") holds."""
-    name = getattr(family, fact)
-    if name not in arguments:
-        raise PrismError(
-            f"The denoiser was called with {', '.join(arguments)}, and not with the family's {fact}, {name!r}."
-        )
-    return arguments[name]
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism.backbone.cache import cache_key
-from prism.backbone.family import argument_of
 from prism.backbone.parts import config_of
 from prism.backbone.wrapping import capture
 from prism.errors import PrismError
@@ -102,11 +101,8 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
         )
     count, timesteps = told[0]
     if count is None:  # a pipeline that does not say it: from the first timestep on
-        first = (
-            float(argument_of(arguments, backbone.family, "timestep_argument").max())
-            * 1000
-            / backbone.family.timestep_of_one
-        )
+        timestep = backbone.denoiser_call(arguments).timestep
+        first = float(timestep.max()) * 1000 / backbone.family.timestep_of_one
         start = next((place for place, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
         count = len(timesteps) - start or backbone.num_inference_steps(dict(call))
     timesteps = timesteps[-count:] if len(timesteps) >= count else []

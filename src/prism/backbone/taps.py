@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone.family import Family, noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.parts import unwrapped
 from prism.backbone.patches import patch_of
 from prism.backbone.wrapping import StopForward, around_module, is_compiled
@@ -20,9 +20,7 @@ from prism.errors import PrismError
 
 def read(
     denoiser: Any,
-    family: Family,
-    config: Mapping[str, Any],
-    arguments: dict[str, Any],
+    call: DenoiserCall,
     blocks: Mapping[int, nn.Module],
     stop: bool,
     forward: Callable[..., Any] | None,
@@ -37,14 +35,13 @@ def read(
     """
     visual: dict[int, Tensor] = {}
     grids: dict[int, Any] = {}
-    noisy, last = arguments[noisy_name(arguments, family)], max(blocks)
     text: list[Tensor] = []
+    family, last = call.family, max(blocks)
     widths = family.block_widths(denoiser)
 
     def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
-        grids[number] = family.grid(config, arguments, noisy, family.video(output))
-        visual[number] = family.states(output, arguments, grids[number])
+        visual[number], grids[number] = call.tokens(output)
         if visual[number].shape[-1] != widths[number - 1]:
             raise PrismError(
                 f"Block {number} gives tokens {visual[number].shape[-1]} wide, and widths of the family "
@@ -74,7 +71,7 @@ def read(
         if family.text_embedder is not None:
             stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
-            output = (forward or denoiser)(**arguments)
+            output = (forward or denoiser)(**call.arguments)
     if stop and hasattr(denoiser, "_hf_hook"):  # a stopped call does not come to where offloaded weights are let go
         denoiser._hf_hook.post_forward(denoiser, None)
     if last not in visual and not is_compiled(denoiser) and listens:
@@ -92,7 +89,7 @@ def read(
             f"The module {family.text_embedder!r}, text_embedder of the family {family.name!r}, was not called before "
             f"block {last}; name the one that embeds the text, or None."
         )
-    mask = family.text_mask(arguments) if text else None
+    mask = call.text_mask if text else None
     return Tokens(visual.pop(last), grids[last], text[-1] if text else None, mask, visual, last), output
 
 

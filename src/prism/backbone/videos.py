@@ -12,16 +12,17 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.conditioning import Conditioning
-from prism.backbone.family import Family, noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.family import Family
 from prism.backbone.parts import config_of, dtype_of, tensor_of
 from prism.errors import PrismError, quoted, whole
 
 
-def finished(pipe: Any, family: Family, config: Any, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """See `Backbone.finished`; `config` is the denoiser's."""
+def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
+    """See `Backbone.finished`."""
+    family = call.family
     if family.given_back:
-        rows = family.conditional(len(arguments[noisy_name(arguments, family)]), len(latents))
-        shown = Conditioning.of(arguments, rows, family, config, type(pipe))
+        shown = Conditioning.of(call, call.conditional(len(latents)), type(pipe))
         if shown.given is not None and shown.kept is not None:
             latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
     if family.after_loop and hasattr(pipe, family.after_loop):

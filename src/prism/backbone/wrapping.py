@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prism.backbone.conditioning import by_name
+from prism.backbone.denoiser_call import by_name
 from prism.backbone.pipeline import failure, misfits_told
 from prism.errors import PrismError
 

@@ -17,8 +17,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.conditioning import by_name
-from prism.backbone.family import argument_of, noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.commands.subject import Subject, difference, require
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -98,7 +97,7 @@ def clock(subject: Subject) -> dict[str, Any]:
         raise PrismError(f"Look at clock, or at the scheduler: {error}") from error
     with subject.calls() as seen:
         subject.plain(output_type="latent")
-    steps = [float(argument_of(arguments, family, "timestep_argument").max()) for arguments, _ in seen]
+    steps = [float(call.timestep.max()) for call, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     strength = (
         subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
@@ -227,15 +226,16 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     calls = 2 if subject.two_calls else 1
     for index in range(calls):
         (one, states), (_, others) = runs[0][index], runs[1][index]
-        groups = len(one[noisy_name(one, family)])
         expected = 2 if guided and family.cfg == "one_batch" else 1
-        require(groups == expected, f"a denoiser call has {groups} rows instead of {expected}: look at cfg, guidance")
+        require(
+            one.batch == expected, f"a denoiser call has {one.batch} rows instead of {expected}: look at cfg, guidance"
+        )
         if states.shape != others.shape:
             continue
         moved = ((states - others).abs().amax((1, 2)) > 1e-6).tolist()
-        conditional = family.conditional(groups, 1).start
+        conditional = one.conditional(1).start
         require(
-            moved == [index == 0 and group == conditional for group in range(groups)],
+            moved == [index == 0 and group == conditional for group in range(one.batch)],
             f"of call {index + 1} in a step another prompt moves the rows {[i for i, m in enumerate(moved) if m]}: "
             "look at cfg, conditional_first, guidance",
         )
@@ -259,12 +259,11 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     low, high = backbone.t_range
     conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
     worst = 0.0
-    for arguments, states in seen[:: 2 if subject.two_calls else 1]:
-        t = family.t_of(backbone.pipe.scheduler, argument_of(arguments, family, "timestep_argument").max())
+    for denoising, states in seen[:: 2 if subject.two_calls else 1]:
+        t = denoising.t(backbone.pipe.scheduler)
         if not low <= t <= high:
             continue
-        noisy = arguments[noisy_name(arguments, family)]
-        row = family.conditional(len(noisy), 1)
+        noisy, row = denoising.noisy, denoising.conditional(1)
         size = noisy.shape[layout.channel_axis(family.layout)]
         own = noisy[row].narrow(
             layout.channel_axis(family.layout), 0, min(size, family.channels(backbone.config, noisy))
@@ -316,7 +315,7 @@ def _cuts(subject: Subject) -> list[tuple[int, int]]:
     times: list[Any] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        times.append(argument_of(by_name(module, args, kwargs), family, "timestep_argument").max())
+        times.append(DenoiserCall.of(module, args, kwargs, family).timestep.max())
 
     handles = [denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in backbone.denoisers]
     try:

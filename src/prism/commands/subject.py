@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Backbone
-from prism.backbone.conditioning import by_name
-from prism.backbone.family import noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.wrapping import around
 from prism.errors import PrismError
 
@@ -72,22 +71,19 @@ class Subject:
         return list(self.texts if self.backbone.family.prompts else ("", ""))[:count]
 
     @contextmanager
-    def calls(self) -> Iterator[list[tuple[dict[str, Any], Tensor]]]:
-        """The denoiser calls made meanwhile: arguments, and tokens after the default tap with all rows."""
-        seen: list[tuple[dict[str, Any], Tensor]] = []
-        latest: dict[str, Any] = {}
+    def calls(self) -> Iterator[list[tuple[DenoiserCall, Tensor]]]:
+        """The denoiser calls made meanwhile, and tokens after the default tap with all rows."""
+        seen: list[tuple[DenoiserCall, Tensor]] = []
+        latest: list[DenoiserCall] = []
         backbone, family = self.backbone, self.backbone.family
 
         def before(module: Any, args: Any, kwargs: Any) -> None:
-            latest.clear()
-            latest.update(by_name(module, args, kwargs))
-            name = noisy_name(latest, family)
-            latest[name] = latest[name].clone()  # some pipelines write their next latents into it
+            call = DenoiserCall.of(module, args, kwargs, family)
+            noisy = call.noisy.clone()  # some pipelines write their next latents into it
+            latest[:] = [replace(call, arguments={**call.arguments, call.noisy_name: noisy})]
 
         def after(_module: Any, _args: Any, output: Any) -> None:
-            noisy = latest[noisy_name(latest, family)]
-            grid = family.grid(backbone.config, latest, noisy, family.video(output))
-            seen.append((dict(latest), family.states(output, latest, grid).clone()))
+            seen.append((latest[0], latest[0].tokens(output)[0].clone()))
 
         handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
         handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))

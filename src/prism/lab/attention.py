@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism.backbone.family import noisy_name
 from prism.backbone.wrapping import capture, state_kept
 from prism.evaluation import prompt_interval
 from prism.judge import Judge
@@ -219,10 +218,9 @@ def _expected_clean(backbone: Any, prompt: str, seeds: Sequence[int], step: int,
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call = {**call, "generator": generators, "output_type": "latent"}
     if step == 1:  # no step ends before it
-        given = capture(pipe, backbone.denoisers, {"prompt": prompts, **call})
-        first = given[noisy_name(given, backbone.family)], given[backbone.family.timestep_argument]
-        rows = backbone.family.conditional(len(first[0]), len(seeds))
-        taken[1] = first[0][rows], first[1][rows][0]
+        first = backbone.denoiser_call(capture(pipe, backbone.denoisers, {"prompt": prompts, **call}))
+        rows = first.conditional(len(seeds))
+        taken[1] = first.noisy[rows], first.timestep[rows][0]
     else:
         with state_kept(pipe):  # the next call must not be found interrupted
             pipe(prompts, callback_on_step_end=take, **call)

@@ -180,7 +180,7 @@ class PixelJudge:
         """
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
         prompt = "a" if backbone.family.prompts else ""
-        width = backbone.family.text(backbone.condition([prompt], **(call or {}))[0].arguments).shape[-1]
+        width = backbone.denoiser_call(backbone.condition([prompt], **(call or {}))[0].arguments).text.shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = PixelNetwork(width, len(dimensions), **options)
@@ -196,8 +196,8 @@ class PixelJudge:
         """The same of conditionings (B rows)."""
         if not isinstance(conditioning, Conditioning):
             raise PrismError("A pixel judge needs texts of one length, and this pipeline trims them; use another one.")
-        mask = self.backbone.family.text_mask(conditioning.arguments)
-        return self.backbone.family.text(conditioning.arguments).float(), mask
+        call = self.backbone.denoiser_call(conditioning.arguments)
+        return call.text.float(), call.text_mask
 
     @torch.no_grad()
     def score_videos(self, videos: Any, prompts: str | Sequence[str], **call: Any) -> Tensor:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone import Backbone
-from prism.backbone.conditioning import by_name
-from prism.backbone.family import noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.wrapping import StopForward, around, around_module
 
 PARTS = ("denoiser", "head", "vae", "text", "scheduler")
@@ -108,8 +107,7 @@ class Meter:
             self.ledger.parts[part] += time.perf_counter() - start
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = by_name(denoiser, args, kwargs)
-        noisy = arguments[noisy_name(arguments, self.backbone.family)]
+        noisy = DenoiserCall.of(denoiser, args, kwargs, self.backbone.family).noisy
         if self._cuda is None and noisy.is_cuda:  # asked of the latents: a pipeline searches all its modules for it
             self._cuda = noisy.device
             torch.cuda.reset_peak_memory_stats(noisy.device)

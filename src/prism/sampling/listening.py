@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from prism.backbone import Backbone, Tokens
-from prism.backbone.conditioning import by_name
-from prism.backbone.family import argument_of
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.parts import tensor_of
 from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
@@ -90,15 +89,15 @@ class _Listener:
 
     def denoise(self, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         backbone, family = self.backbone, self.backbone.family
-        arguments = by_name(denoiser, args, kwargs)
-        t = self._level(arguments)
+        call = DenoiserCall.of(denoiser, args, kwargs, family)
+        t = call.t(backbone.pipe.scheduler)
         if family.counts_calls and t != self.t:  # a call that is not the unconditional one of the same step
             self.step, self.index = (1 if self.t == math.inf or t > self.t else self.step + 1), 0
         self.t, self.index = t, self.index + 1
         if self.index > 1 or denoiser is not backbone.denoiser:
             return forward(*args, **kwargs)
         _check_listens(backbone)
-        tokens, output = backbone.read(arguments, self.judge.taps, False, forward, denoiser)
+        tokens, output = backbone.read(call.arguments, self.judge.taps, False, forward, denoiser)
         if family.cfg == "two_calls":  # the conditional one comes first
             self._score(t, tokens)
         else:
@@ -112,11 +111,6 @@ class _Listener:
             self._score(t, tokens[self.backbone.family.conditional(len(tokens), len(tensor_of(output, "prev_sample")))])
         self.step, self.index = self.step + 1, 0
         return output
-
-    def _level(self, arguments: Mapping[str, Any]) -> float:
-        """The noise level of a denoiser call: frames that are given have lower ones than those that are sampled."""
-        family = self.backbone.family
-        return family.t_of(self.backbone.pipe.scheduler, argument_of(arguments, family, "timestep_argument").max())
 
     def _score(self, t: float, tokens: Tokens) -> None:
         if hasattr(self.judge, "check_level"):

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone.conditioning import flattened, has_rows
-from prism.backbone.family import Family, noisy_name
+from prism.backbone.denoiser_call import DenoiserCall, flattened
 from prism.backbone.fingerprint import weights_bits
 from prism.backbone.patches import giving, values_of
 
@@ -78,32 +77,30 @@ class Recording:
         self._outputs[inputs.exact] = [*others, (inputs, output.to("cpu", copy=True))]
 
 
-def moments_of(arguments: Mapping[str, Any], candidates: int, family: Family) -> list[int]:
+def moments_of(call: DenoiserCall, candidates: int) -> list[int]:
     """A hash of each candidate's timestep in a denoiser call."""
-    timestep = arguments.get(family.timestep_argument)
+    timestep = call.arguments.get(call.family.timestep_argument)
     if not isinstance(timestep, Tensor):
         return [0] * candidates
     if timestep.ndim == 0 or len(timestep) % candidates:
         return _bits(timestep.flatten()[None]).tolist() * candidates
-    each = max(1, len(timestep) // len(arguments[noisy_name(arguments, family)]))
+    each = max(1, len(timestep) // call.batch)
     return _bits(_by_candidate(timestep, candidates, each)).tolist()
 
 
-def inputs_of(
-    denoiser: nn.Module, place: int, arguments: Mapping[str, Any], candidates: int, family: Family, altered: str = ""
-) -> list[Inputs]:
+def inputs_of(denoiser: nn.Module, place: int, call: DenoiserCall, candidates: int, altered: str = "") -> list[Inputs]:
     """Digests of what each candidate's rows are computed from in a denoiser call; `place` says which denoiser it is,
     and `altered` is the `state_of` the denoisers where a callback changed it."""
-    batch = len(arguments[noisy_name(arguments, family)])
+    family, batch = call.family, call.batch
     shared = hashlib.sha256(f"{place} {switched(denoiser)}{altered}".encode())
     own = [hashlib.sha256() for _ in range(candidates)]
     bits: list[list[int]] = []
     sums: list[Tensor] = []
     tolerances: list[Tensor] = []
-    for name, value in sorted(flattened(arguments).items()):
+    for name, value in sorted(flattened(call.arguments).items()):
         if isinstance(value, Tensor) and name in family.batched and value.ndim and len(value) == 1:
             value = value.expand(batch, *value.shape[1:])  # one row for all, which the denoiser broadcasts
-        if not has_rows(name, value, batch, family):
+        if not call.has_rows(name, value):
             shared.update(f"{name} {_text(value)}".encode())
         elif isinstance(value, Tensor):
             shape = (batch // candidates, *value.unflatten(0, (batch, -1)).shape[1:])
@@ -121,7 +118,7 @@ def inputs_of(
         else:
             for candidate in range(candidates):
                 own[candidate].update(f"{name} {[_text(each) for each in value[candidate::candidates]]}".encode())
-    common, moments = shared.digest(), moments_of(arguments, candidates, family)
+    common, moments = shared.digest(), moments_of(call, candidates)
     parts = torch.stack(sums, 1).cpu()  # the latents at least
     tolerance = torch.stack(tolerances, 1).cpu()
     return [

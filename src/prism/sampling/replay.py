@@ -14,8 +14,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from prism.backbone.conditioning import by_name, take_rows
-from prism.backbone.family import noisy_name
+from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.family import Family
 from prism.backbone.parts import tensor_of
 from prism.backbone.patches import check_scheduler
 from prism.backbone.pipeline import callers_own
@@ -27,8 +27,6 @@ from prism.team import ran_out
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-from prism.backbone.conditioning import has_rows
-from prism.backbone.family import Family, noisy_of
 from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 
 
@@ -168,37 +166,37 @@ class Interceptor:
     # -- the denoiser
 
     def _denoise(self, place: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments, family = by_name(denoiser, args, kwargs), self.backbone.family
+        family = self.backbone.family
+        call = DenoiserCall.of(denoiser, args, kwargs, family)
         if family.given_back and not self.told:
-            self.told = dict(arguments)
+            self.told = dict(call.arguments)
         if family.counts_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
         probed = self.cuts.get(self.step) if self.index == 0 else None  # None where nothing is cut
         self.index += 1
         if probed:
-            conditional = take_rows(arguments, self._conditional_rows(arguments), family)
-            with rows_told(arguments, family, False):
-                tokens, _ = self._read(denoiser, forward, conditional, stop=True)
-            self._cut(arguments, tokens)
+            with rows_told(call, False):
+                tokens, _ = self._read(denoiser, forward, call.rows(self._conditional_rows(call)), stop=True)
+            self._cut(call, tokens)
         alive = self.alive  # of this call: a cut that listens is decided after it
         recordings = [self.recordings[self.candidates[row]] for row in alive]
         inputs: list[Inputs] = []
-        moments = moments_of(arguments, len(self.candidates), family) if all(recordings) else []
+        moments = moments_of(call, len(self.candidates)) if all(recordings) else []
         if self.record or (moments and all(moments[row] in each.moments for row, each in zip(alive, recordings))):
-            every = inputs_of(denoiser, place, arguments, len(self.candidates), family, self.altered)
+            every = inputs_of(denoiser, place, call, len(self.candidates), self.altered)
             inputs = [every[row] for row in alive]
         recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]
         if probed is not False and inputs and all(value is not None for value in recorded):
-            device = arguments[noisy_name(arguments, family)].device
+            device = call.noisy.device
             sample = torch.stack([value.to(device) for value in recorded if value is not None], 1).flatten(0, 1)
         else:
             whole = len(alive) == len(self.candidates)
-            live = arguments if whole else take_rows(arguments, self._rows(arguments, alive), family)
-            with rows_told(arguments, family, whole):
+            live = call if whole else call.rows(self._rows(call, alive))
+            with rows_told(call, whole):
                 if probed is False:
                     tokens, output = self._read(denoiser, forward, live, stop=False)
                 else:
-                    output = forward(**live)
+                    output = forward(**live.arguments)
             check_form(denoiser, output, family)
             sample = tensor_of(output)
             if self.record:
@@ -206,37 +204,33 @@ class Interceptor:
                 for recording, each, value in zip(recordings, inputs, by_candidate):
                     recording.keep(each, value)
             if probed is False:
-                self._cut(arguments, tokens[family.conditional(len(tokens), len(alive))])
+                self._cut(call, tokens[family.conditional(len(tokens), len(alive))])
             if whole:
                 return output
         if len(alive) < len(self.candidates):
-            batch = len(arguments[noisy_name(arguments, family)])
-            rows = self._rows(arguments, alive).to(sample.device)
-            sample = sample.new_zeros((batch, *sample.shape[1:])).index_copy_(0, rows, sample)
+            rows = self._rows(call, alive).to(sample.device)
+            sample = sample.new_zeros((call.batch, *sample.shape[1:])).index_copy_(0, rows, sample)
         if family.gives_tensor:
             return sample
-        return (sample,) if arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
+        return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 
-    def _rows(self, arguments: Mapping[str, Any], alive: Sequence[int]) -> Tensor:
+    def _rows(self, call: DenoiserCall, alive: Sequence[int]) -> Tensor:
         """Rows of the batch that belong to the living, group by group."""
-        n, batch = len(self.candidates), len(arguments[noisy_name(arguments, self.backbone.family)])
-        return torch.tensor([row + group * n for group in range(batch // n) for row in alive])
+        n = len(self.candidates)
+        return torch.tensor([row + group * n for group in range(call.batch // n) for row in alive])
 
-    def _conditional_rows(self, arguments: Mapping[str, Any]) -> Tensor:
+    def _conditional_rows(self, call: DenoiserCall) -> Tensor:
         """Those of them in the conditional group."""
-        rows = self._rows(arguments, self.alive)
+        rows = self._rows(call, self.alive)
         return rows[self.backbone.family.conditional(len(rows), len(self.alive))]
 
-    def _read(self, denoiser: nn.Module, forward: Any, arguments: dict[str, Any], stop: bool) -> tuple[Tokens, Any]:
+    def _read(self, denoiser: nn.Module, forward: Any, call: DenoiserCall, stop: bool) -> tuple[Tokens, Any]:
         assert self.tap is not None
-        return self.backbone.read(arguments, self.tap, stop, forward, denoiser)
+        return self.backbone.read(call.arguments, self.tap, stop, forward, denoiser)
 
-    def _cut(self, arguments: Mapping[str, Any], tokens: Tokens) -> None:
+    def _cut(self, call: DenoiserCall, tokens: Tokens) -> None:
         assert self.on_cut is not None
-        family = self.backbone.family
-        # Frames that are given have lower timesteps than those that are sampled.
-        t = family.t_of(self.backbone.pipe.scheduler, arguments[family.timestep_argument].max())
-        noisy = arguments[noisy_name(arguments, family)][self._conditional_rows(arguments)]
+        t, noisy = call.t(self.backbone.pipe.scheduler), call.noisy[self._conditional_rows(call)]
         candidates = [self.candidates[row] for row in self.alive]
         survivors = self.on_cut(self.step, t, candidates, tokens, noisy.flatten(1).isfinite().all(1))
         if survivors is None:
@@ -303,19 +297,20 @@ def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
 
 
 @contextmanager
-def rows_told(arguments: Mapping[str, Any], family: Family, whole: bool) -> Iterator[None]:
-    """Where a denoiser breaks at some rows of its call, name the `arguments` that have as many and were left whole."""
+def rows_told(call: DenoiserCall, whole: bool) -> Iterator[None]:
+    """Where a denoiser breaks at some rows of its call, name the arguments that have as many and were left whole."""
     try:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
-        batch = len(noisy_of(arguments, family))
-        tensors = {name: v for name, v in arguments.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-        left = [name for name, value in tensors.items() if not has_rows(name, value, batch, family)]
+        batch, values = call.batch, call.arguments.items()
+        tensors = {name: v for name, v in values if isinstance(v, Tensor) and v.ndim and len(v) == batch}
+        left = [name for name, value in tensors.items() if not call.has_rows(name, value)]
         if whole or batch == 1 or not left or ran_out(error):
             raise
         raise PrismError(
             f"The denoiser does not take some of its {batch} rows ({quoted(error, 120)}); it may have a row per sample "
-            f"in {', '.join(left[:6])}: name these in batched of the family {family.name!r}, or say alone."
+            f"in {', '.join(left[:6])}: name these in batched of the family {call.family.name!r}, or say "
+            "alone."
         ) from error
 
 
@@ -332,7 +327,7 @@ def packing(wrapper: Callable[..., Any], denoiser: nn.Module, family: Family) ->
         return wrapper
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        key = (type(denoiser).__name__, noisy_of(by_name(denoiser, args, kwargs), family).shape[1:])
+        key = (type(denoiser).__name__, DenoiserCall.of(denoiser, args, kwargs, family).noisy.shape[1:])
 
         def pack(*args: Any, **kwargs: Any) -> Tensor:
             output = forward(*args, **kwargs)

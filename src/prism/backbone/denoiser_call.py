@@ -1,0 +1,238 @@
+"""A denoiser call: its arguments by name, and what a family's facts say of them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from prism.backbone import layout
+from prism.backbone.family import Family, TokenCount
+from prism.backbone.layout import Grid
+from prism.backbone.parts import config_of, unwrapped
+from prism.errors import PrismError, quoted
+
+# Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.
+_ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserCall:
+    """One call of a denoiser: its arguments by name, its family's facts, its configuration."""
+
+    arguments: Mapping[str, Any]
+    family: Family
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any], family: Family) -> DenoiserCall:
+        """The call `denoiser(*args, **kwargs)`."""
+        return cls(by_name(denoiser, args, kwargs), family, config_of(denoiser))
+
+    # -- the latents and their level
+
+    @property
+    def noisy_name(self) -> str:
+        """The name under which the denoiser takes its latents."""
+        for name in self.family.latents_argument:
+            if name in self.arguments and name in self.family.batched:
+                return name
+            if name in self.arguments:
+                raise PrismError(
+                    f"{name!r}, the latents, is not among the arguments with a row per sample; name it in batched of "
+                    f"the family {self.family.name!r}."
+                )
+        raise PrismError(
+            f"The denoiser was called with {', '.join(self.arguments)}, none of which is the family's "
+            f"latents_argument, {' or '.join(self.family.latents_argument)}."
+        )
+
+    @property
+    def noisy(self) -> Tensor:
+        """The latents (batch, ...), with what the pipeline appends to their channels."""
+        return self.arguments[self.noisy_name]
+
+    @property
+    def batch(self) -> int:
+        """Rows: samples, or two groups of them for guidance in one batch."""
+        return len(self.noisy)
+
+    @property
+    def timestep(self) -> Tensor:
+        return self._argument("timestep_argument")
+
+    def t(self, scheduler: Any) -> float:
+        """The noise level in [0, 1000]. Frames that are given have lower timesteps than those that are sampled."""
+        return self.family.t_of(scheduler, self.timestep.max())
+
+    # -- rows
+
+    def rows(self, rows: Any) -> DenoiserCall:
+        """The same call for some rows of its batch (a slice or a list of indices), in dictionaries too."""
+        batch = self.batch
+        taken = {
+            path: take(value, rows, batch) if self.has_rows(path, value) else value
+            for path, value in flattened(self.arguments).items()
+        }
+        return replace(self, arguments=nested(taken))
+
+    def conditional(self, samples: int) -> slice:
+        """Where the conditional rows of `samples` lie."""
+        return self.family.conditional(self.batch, samples)
+
+    def has_rows(self, name: str, value: Any) -> bool:
+        """Whether an argument carries a row per sample of the batch, or several (a first and a last image's
+        embeddings). What stands in a dictionary is named "argument.key"; a dictionary does where any in it does.
+        """
+        if isinstance(value, dict):
+            return any(self.has_rows(f"{name}.{key}", inner) for key, inner in value.items())
+        batched, batch = self.family.batched, self.batch
+        named = name in batched or any(name.startswith(f"{other}.") for other in batched if len(other) < len(name))
+        named = named or _ADAPTERS.search(name) is not None
+        if not named or not isinstance(value, Tensor | list):
+            return False
+        if isinstance(value, list):
+            return len(value) == batch
+        return value.ndim > 0 and len(value) > 0 and len(value) % batch == 0
+
+    # -- tokens
+
+    def grid(self, output: Any = None) -> Any:
+        """Token grid (T, H, W); a U-Net's is that of a block's output."""
+        family, arguments = self.family, self.arguments
+        if family.token_form == "frames":
+            video = family.video(output)
+            return len(video) // self.batch, *video.shape[2:]
+        if "img_shapes" in arguments:
+            return tuple(arguments["img_shapes"][0][0])
+        if "img_ids" in arguments:
+            return tuple(int(extent) + 1 for extent in arguments["img_ids"].reshape(-1, 3).max(0).values)
+        if "video_coords" in arguments:
+            return layout.grid_of(arguments["video_coords"][0])
+        if layout.is_packed(family.layout):
+            return tuple(arguments[name] for name in ("num_frames", "height", "width"))
+        size = dict(zip(family.layout, self.noisy.shape))
+        more = [patch - 1 if family.pads else 0 for patch in family.patches(self.config)]
+        return tuple(
+            (size.get(axis, 1) + extra) // patch for axis, patch, extra in zip("THW", family.patches(self.config), more)
+        )
+
+    def tokens(self, output: Any) -> tuple[Tensor, Grid]:
+        """A block's output as video tokens (B, L, D_vis), raster order t, h, w, and their grid (T, H, W).
+
+        Raises PrismError where they are not as many as the grid has cells: something stands before or behind them.
+        """
+        family, grid = self.family, self.grid(output)
+        states = layout.tokens(family.video(output), family.token_form, self.batch)
+        cells = math.prod(grid)
+        if states.shape[1] != cells:  # some blocks of a denoiser may give the video's alone
+            before, behind = self._count(family.tokens_before), self._count(family.tokens_behind)
+            if states.shape[1] != before + cells + behind:
+                raise PrismError(
+                    f"A block of the family {family.name!r} gives {states.shape[1]} tokens, and the video has "
+                    f"{' x '.join(map(str, grid))} = {cells}; say in the family what stands before and behind them "
+                    f"(tokens_before, tokens_behind: now {before} and {behind}), what a token covers (patch), or the "
+                    "latents' layout."
+                )
+            states = states[:, before : before + cells]
+        sparse = self.arguments.get("sparse_params")  # Kandinsky 5 with nabla attention
+        if sparse and sparse["to_fractal"]:
+            states = layout.from_squares(states, sparse["visual_shape"])
+        return states, grid
+
+    def _count(self, count: TokenCount) -> int:
+        if count == "text":
+            shape = self._argument("text_argument").shape
+            return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # or ids
+        if not callable(count):
+            return int(count)
+        try:
+            return operator.index(count(self.arguments))
+        except Exception as error:
+            raise PrismError(
+                f"A function of the family {self.family.name!r} that counts tokens gives no number for the denoiser's "
+                f"arguments {', '.join(self.arguments)}: {type(error).__name__}: {quoted(error, 120)}."
+            ) from error
+
+    # -- the text
+
+    @property
+    def text(self) -> Tensor:
+        """Before its embedder: (B, Lt, width)."""
+        return layout.text_rows(self._argument("text_argument"))
+
+    @property
+    def text_mask(self) -> Tensor | None:
+        """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
+        if self.family.text_padding == "unknown":
+            return None
+        if self.family.text_padding == "zeros":
+            return self.text.ne(0).any(-1)
+        mask = self._argument("text_mask_argument")
+        return None if mask is None else mask.flatten(1) > 0
+
+    def _argument(self, fact: str) -> Any:
+        """What stands under the name that a fact of the family ("timestep_argument", "text_argument") holds."""
+        name = getattr(self.family, fact)
+        if name not in self.arguments:
+            raise PrismError(
+                f"The denoiser was called with {', '.join(self.arguments)}, and not with the family's {fact}, {name!r}."
+            )
+        return self.arguments[name]
+
+
+def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a denoiser call by their names (some pipelines pass them by position)."""
+    if args:
+        plain = unwrapped(denoiser)
+        signature = inspect.signature(type(plain).forward)
+        bound = signature.bind(plain, *args, **kwargs).arguments
+        others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
+        found = dict(list(bound.items())[1:])
+        rest = found.pop(others[0], {}) if others else {}
+        kwargs = {**found, **rest}
+    if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 gives the call's one rate a row, and reads it at batch 1 only
+        kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
+    return kwargs
+
+
+def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Arguments by name, what stands in dictionaries by "argument.key", and the tensors of several adapters by
+    "argument.key.[place]"."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
+            found |= flattened(value, f"{before}{name}.")
+        elif isinstance(value, list) and value and _ADAPTERS.search(before + name):
+            found |= {f"{before}{name}.[{place}]": each for place, each in enumerate(value)}
+        else:
+            found[before + name] = value
+    return found
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flattened`."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *outer, name = path.split(".")
+        listed = outer.pop() if name.startswith("[") else None  # one of a list, whose places rise
+        place = found
+        for each in outer:
+            place = place.setdefault(each, {})
+        if listed is not None:
+            place.setdefault(listed, []).append(value)
+        else:
+            place[name] = value
+    return found
+
+
+def take(value: Any, rows: Any, batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
+    return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]
