@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
+from tests.machinery import seeded
 from tests.sampling.conftest import Setting
 
 import prism
+from prism.backbone import Backbone
+from prism.backbone.encodings import encoded_once
 from prism.sampling import expected_rows
-from prism.sampling.ledger import Ledger
+from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.plan import cut_rows, resolve
 
 N, STEPS, BLOCKS = 5, 6, 3
@@ -112,3 +116,17 @@ def test_candidates_share_one_text_encode(setting: Setting) -> None:
     finally:
         handle.remove()
     assert rows == [(1, 12), (1, 12)]  # the prompt and the empty one
+
+
+def test_the_meter_counts_and_the_encodings_spare(setting: Setting) -> None:
+    """Counting changes no call; inside `encoded_once` each text is encoded once, and what ran is what is counted."""
+    call = {**setting.call, "output_type": "latent", "num_inference_steps": 2}
+    counted, outputs = [], []
+    for spare in (nullcontext, encoded_once):
+        backbone = Backbone(setting.pipe)
+        with Meter(backbone).open() as ledger, spare(backbone):
+            outputs += [setting.pipe([tiny.PROMPT] * 2, generator=seeded(0), **call)[0] for _ in range(2)]
+        counted.append(ledger.text_encodings)
+    assert counted == [8, 2]  # two prompts and two empty ones a call, or one of each in all
+    assert all(torch.allclose(output, outputs[0], atol=1e-5) for output in outputs)
+    assert "encode_prompt" not in vars(setting.pipe)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.backbone.arguments import check_output_type, embedded_rows, normalised, of_prompt, texts
+from prism.backbone.encodings import encoded_once
 from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
 from prism.errors import DRAWS, PrismError, flag, quoted, whole
@@ -246,7 +247,7 @@ def best_of_n(
 
 def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep_latents: bool) -> BestOfNResult:
     """One prompt's search, and its winners finished."""
-    with search.backbone.held(), meter.open():
+    with search.backbone.held(), meter.open(), encoded_once(search.backbone):
         if search.call.get("callback_on_step_end") is not None:
             search.state = state_of(search.backbone.denoisers)
         winners = _within_memory(search, find)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,11 +59,10 @@ class Ledger:
 
 
 class Meter:
-    """Counts a run into a ledger while it is open, and encodes each text and each conditioning image once."""
+    """Counts a run into a ledger while it is open."""
 
     def __init__(self, backbone: Backbone, judge: Any = None, on_rows: Callable[[float], Any] | None = None):
         self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
-        self._encoded: dict[Any, Any] = {}
         self._block_rows = 0
         self._cuda: torch.device | None = None
 
@@ -79,8 +76,6 @@ class Meter:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser), reads=True))
             for name, module in self.backbone.encoders.items():
                 stack.enter_context(around_module(module, partial(self._encode, name), reads=True))
-            if hasattr(pipe, "encode_prompt"):
-                stack.enter_context(around(pipe, "encode_prompt", self._encode_prompt, reads=True))
             for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
                 if hasattr(getattr(pipe, "vae", None), name):
                     stack.enter_context(around(pipe.vae, name, counted, reads=True))
@@ -132,9 +127,9 @@ class Meter:
             return inner(*args, **kwargs)
 
     def _vae_encode(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The posterior of a conditioning image, which every call asks for; what it samples of it is its own."""
-        known, found = self._once("vae", "vae", inner, *args, **kwargs)
-        self.ledger.vae_encodes += 0 if known else _rows(args, kwargs)
+        with self._timed("vae"):
+            found = inner(*args, **kwargs)
+        self.ledger.vae_encodes += _rows(args, kwargs)
         return found
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -146,58 +141,17 @@ class Meter:
         with self._timed("head"):
             return inner(tokens)
 
-    def _encode_prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's embeddings. Candidates repeat one text: it is encoded once, as one row, and repeated."""
-        given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        rows = len(given["prompt"]) if isinstance(given.get("prompt"), list) else 0
-        lists = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == rows}
-        repeated = all(_same(value) for value in lists.values())
-        if not rows or not repeated or any(isinstance(value, Tensor) for value in given.values()):
-            return inner(*args, **kwargs)
-        given |= {name: value[:1] for name, value in lists.items()}
-        if given.get("batch_size") == rows:
-            given["batch_size"] = 1
-        key = ("prompt", repr(sorted(given.items())))
-        if key not in self._encoded:
-            self._encoded[key] = inner(**given)
-        one = self._encoded[key]
-        if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
-            return inner(*args, **kwargs)  # not one row a text: leave it to the pipeline
-        return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
-
     def _encode(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A text or image encoder's output; captures and later chunks ask for the same."""
-        known, found = self._once(name, "text", inner, *args, **kwargs)
-        if name.startswith("text") and not known:
+        with self._timed("text"):
+            found = inner(*args, **kwargs)
+        if name.startswith("text"):
             self.ledger.text_encodings += _rows(args, kwargs)
         return found
-
-    def _once(self, name: str, part: str, inner: Any, *args: Any, **kwargs: Any) -> tuple[bool, Any]:
-        """Whether the same was asked before, and the answer."""
-        key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
-        known = key in self._encoded
-        if not known:
-            with self._timed(part):
-                self._encoded[key] = inner(*args, **kwargs)
-        return known, self._encoded[key]
 
 
 def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The batch size of a call: that of its first tensor."""
     return len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-
-
-def _same(values: list[Any]) -> bool:
-    """Whether all are one text, or one and the same object."""
-    return all(value is values[0] or (isinstance(value, str) and value == values[0]) for value in values)
-
-
-def _faithful(value: Any) -> Any:
-    """A hashable stand-in that is equal for equal arguments."""
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return value.dtype, tuple(value.shape), hashlib.sha256(plain.data).digest()
-    return repr(value)
 
 
 def _peak_resident_bytes() -> int:
