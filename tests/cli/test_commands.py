@@ -129,6 +129,9 @@ def test_train_then_eval_then_resume_and_overwrite(place, tmp_path, capsys):
     assert {row["set"] for row in rows} == {"validation"}
     assert all(f" {level} " in told for level in (899, 699, 499))
     assert (run / "head" / "model.safetensors").stat().st_mode & 0o044
+    measured = files.read_json(run / "metrics.json")["accuracy"]
+    assert files.read_json(run / "head" / "evaluation.json") == {"accuracy": measured}
+    assert f"| {measured[0]['set']} | {measured[0]['t']:g} |" in (run / "head" / "README.md").read_text()
 
     evaluation = ["eval", *common, "--head", str(run), "--timesteps", "900,0"]
     assert cli.main([*evaluation, "--out", str(tmp_path / "eval")]) == 0

@@ -33,10 +33,12 @@ def heads(place: Path) -> Case:
     one.trained_on = {"seed": 0, "source": "renoised", "steps": 5, "prompts": 2, "pairs": 3, "store": {"name": "big"}}
     one.trained_on |= {"config": {"t_low": 0.0, "t_high": 1000.0, "steps": 5}, "prompt_keys": ["0123456789abcdef"] * 3}
     one.calibration = {name: {"temperature": 2.0, "eta": 4.0, "tie_threshold": 0.5} for name in one.dimensions}
-    one.save_pretrained(place / "one")
+    row = {"t": 700.0, "set": "test", "pairs": 3, "prompts": 2, "without_ties": 0.5, "without_ties_ci95": [0.25, 0.75]}
+    rows = [{"dimension": name, **row} for name in one.dimensions]
+    one.save_pretrained(place / "one", evaluation=rows)
     other = prism.Judge.untrained(pipe, tap=3, dim=16, dimensions=one.dimensions, seed=1)
     other.trained_on = dict(one.trained_on)
-    prism.Judge.average([one, other]).save_pretrained(place / "average")
+    prism.Judge.average([one, other]).save_pretrained(place / "average", evaluation=rows)
 
     store = tiny_stores.make(place / "store", (1, 1, 1), 2)
 
@@ -52,7 +54,7 @@ def heads(place: Path) -> Case:
     def case(random: Random) -> tuple[str, str, str]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = copied(place / random.choice(["one", "average"]), Path(scratch) / "head")
-            names = random.choices(["config.json", "model.safetensors", "README.md"], [6, 4, 0.2])
+            names = random.choices(["config.json", "model.safetensors", "evaluation.json"], [6, 4, 2])
             told = damage(folder, random, names)
             weights = folder / "model.safetensors"
             if weights.is_file() and not weights.is_symlink() and random.random() < 0.7:

@@ -49,6 +49,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     first alone looks at folders and writes.
     """
     from prism.judge import Judge
+    from prism.judge.hub import origin
     from prism.loading import check_store, describe, load_backbone, open_store
     from prism.team import Team
     from prism.training import train
@@ -101,7 +102,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
-    team.on_first(lambda: _write(place, out, metrics, result))
+    team.on_first(lambda: _write(place, out, metrics, result, origin(backbone.pipe)))
     return metrics
 
 
@@ -133,7 +134,10 @@ def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any
     return []
 
 
-def _write(place: Path, out: Path, metrics: dict[str, Any], result: dict[str, Any]) -> None:
+def _write(place: Path, out: Path, metrics: dict[str, Any], result: dict[str, Any], base_model: str | None) -> None:
+    from prism.judge.saved import note_evaluation
+
+    note_evaluation(place / "head", metrics["accuracy"], base_model=base_model)
     files.write_json(place / "metrics.json", metrics)
     settings = files.read_json(place / "config.json")
     title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"

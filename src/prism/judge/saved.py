@@ -73,12 +73,19 @@ def write(
         weights = temporary / "model.safetensors"
         # Copies: an average may hold a head twice, and files do not share memory.
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, weights)
-        sealed = {**config, "weights_sha256": files.sha256(weights)}
-        files.write_json(temporary / "config.json", sealed)
-        if evaluation:
-            files.write_json(temporary / "evaluation.json", {"accuracy": list(evaluation)})
-        card = hub.model_card(sealed, evaluation, licence, base_model or hub.origin(judge.backbone.pipe))
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        files.write_json(temporary / "config.json", {**config, "weights_sha256": files.sha256(weights)})
+        note_evaluation(temporary, evaluation, licence, base_model or hub.origin(judge.backbone.pipe))
+
+
+def note_evaluation(
+    folder: Path, rows: Sequence[Mapping[str, Any]], licence: str | None = None, base_model: str | None = None
+) -> None:
+    """Write accuracies beside a head, where there are any, and the card that tells them."""
+    if rows:
+        files.write_json(folder / "evaluation.json", {"accuracy": list(rows)})
+    with files.new_file(folder / "README.md") as card:
+        text = hub.model_card(files.read_json(folder / "config.json"), rows, licence, base_model)
+        card.write_text(text, encoding="utf-8")
 
 
 def read(source: str | os.PathLike[str], revision: str | None, token: str | bool | None = None) -> SavedJudge:
