@@ -17,6 +17,7 @@ from prism.errors import PrismError
 from prism.preference import LatentStore
 from prism.shapeworld import CALL, candidates, generator, grammar, referee, train, world
 from prism.shapeworld import generator as video_vae
+from prism.team import Team
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,13 @@ def test_training_resumes_to_the_same_weights(tmp_path, vae, monkeypatch):
 
     real = train.fit
 
-    def killed(modules, loss_at, *arguments):
+    def killed(modules, loss_at, *arguments, team):
         def loss(step):
             if step == 2:
                 raise KeyboardInterrupt
             return loss_at(step)
 
-        real(modules, loss, *arguments, checkpoint_every=1)
+        real(modules, loss, *arguments, checkpoint_every=1, team=team)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", killed)
@@ -106,13 +107,13 @@ def test_a_run_takes_other_steps_until_its_step_size_falls(tmp_path, vae, monkey
     vae.save_pretrained(tmp_path / "vae" / "fitted")
     real = train.fit
 
-    def killed(modules, loss_at, *arguments):
+    def killed(modules, loss_at, *arguments, team):
         def loss(step):
             if step == 6:
                 raise KeyboardInterrupt
             return loss_at(step)
 
-        real(modules, loss, *arguments)
+        real(modules, loss, *arguments, team=team)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", killed)
@@ -166,9 +167,9 @@ def test_a_kill_while_the_pool_is_written_leaves_none(tmp_path, vae, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
-            train._latent_pool(tmp_path, code, 4, seed=0)
-    made, prompts = train._latent_pool(tmp_path, code, 4, seed=0)
-    read, same = train._latent_pool(tmp_path, code, 4, seed=0)
+            train._latent_pool(tmp_path, code, 4, seed=0, team=Team())
+    made, prompts = train._latent_pool(tmp_path, code, 4, seed=0, team=Team())
+    read, same = train._latent_pool(tmp_path, code, 4, seed=0, team=Team())
     assert torch.equal(made, read)
     assert prompts == same
 

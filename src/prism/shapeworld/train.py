@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from prism import files, runs
@@ -28,42 +27,15 @@ from prism.shapeworld import CALL, world
 from prism.shapeworld import generator as recipe
 from prism.shapeworld import generator as video_vae
 from prism.shapeworld.generator import write_manifest
+from prism.team import Team
 
 SHIFT = 3.0  # of the noise levels that are trained on
 DECAY = 0.3  # share of the steps, at the end, over which the step size falls
 
 
-def _step_generator(seed: int, step: int) -> torch.Generator:
-    rank, processes = _team()
-    return torch.Generator().manual_seed(seed * 1_000_003 + step * processes + rank)
-
-
-def _team() -> tuple[int, int]:
-    """This process's rank, and how many train together (under `torchrun -m prism shapeworld train ...`)."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-@contextmanager
-def _first_before_others() -> Iterator[None]:
-    """The first process goes through alone (it makes files), then the others (they find them)."""
-    rank, processes = _team()
-    if rank > 0:
-        distributed.barrier()
-    yield
-    if rank == 0 and processes > 1:
-        distributed.barrier()
-
-
-def _share_gradients(weights: Iterable[Tensor]) -> None:
-    """Average the gradients over the processes that train together."""
-    processes = _team()[1]
-    if processes == 1:
-        return
-    gradients = [p.grad for p in weights if p.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(together)
-    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient) / processes)
+def _step_seed(seed: int, step: int, team: Team) -> int:
+    """Another number for each step and process."""
+    return seed + step * team.size + team.rank
 
 
 def fit(
@@ -77,6 +49,8 @@ def fit(
     ema_decay: float = 0.999,
     checkpoint_every: int = 250,
     warmup: int = 100,
+    *,
+    team: Team | None = None,
 ) -> None:
     """AdamW with warm-up and a linear decay over the last 30 % of the steps, gradient norm 1, an EMA of the weights, a
     log, and checkpoints that resume.
@@ -84,8 +58,10 @@ def fit(
     `loss_at(step)` gives the loss of one batch. With a `matrix_rate`, the matrices inside blocks are trained by Muon at
     that step size: it gets as far as AdamW in about half the steps. Ends with the EMA in `modules`; checkpoints are
     `folder/checkpoint.safetensors`, the EMA after each step of `snapshots` `folder/step-N.safetensors`."""
+    team = team or Team()
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
+    team.share(weights.values())
     averages = {name: p.detach().clone() for name, p in weights.items()}
     in_blocks = {name for name, p in weights.items() if matrix_rate and p.ndim == 2 and ".blocks." in name}
     rest = [p for name, p in weights.items() if name not in in_blocks]
@@ -109,9 +85,8 @@ def fit(
             if name not in in_blocks:
                 states[name][p]["step"] = torch.tensor(float(first))
 
-    rank, processes = _team()
-    log, losses, started = _log_until(folder / "log.jsonl", first) if rank == 0 else None, [], time.time()
-    quiet = None if rank == 0 else True
+    log, losses, started = _log_until(folder / "log.jsonl", first) if team.first else None, [], time.time()
+    quiet = None if team.first else True
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=quiet, desc=folder.name):
         pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (DECAY * steps))
         for optimiser, rate in rated:
@@ -119,7 +94,9 @@ def fit(
             optimiser.zero_grad(set_to_none=True)
         loss = loss_at(step)
         loss.backward()
-        _share_gradients(weights.values())
+        gradients = [p.grad for p in weights.values() if p.grad is not None]
+        team.add_up(gradients)
+        torch._foreach_div_(gradients, team.size)
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimiser, _ in rated:
             optimiser.step()
@@ -130,7 +107,7 @@ def fit(
             continue
         if (step + 1) % 50 == 0:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.time() - started, 1)}
-            row["processes"] = processes
+            row["processes"] = team.size
             print(json.dumps(row), file=log, flush=True)
             losses = []
         if step + 1 in snapshots:
@@ -157,7 +134,7 @@ def _log_until(path: Path, step: int) -> TextIO:
     return path.open("a")
 
 
-def train_vae(folder: Path, config: PartConfig, device: str) -> None:
+def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None:
     """Fit the encoder in closed form, train the decoder by regression on its (jittered) latents; writes
     `folder/vae`.
 
@@ -165,8 +142,7 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    with _first_before_others():
-        vae = _with_encoder(folder, config)
+    vae = _with_encoder(folder, config, team)
     code = video_vae.LinearCode.of(vae)
     vae.requires_grad_(False).to(device)
     decoder = vae.decoder.requires_grad_(True)
@@ -179,9 +155,8 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
             decoder.conv_out.bias.zero_()
 
     def loss_at(step: int) -> Tensor:
-        generator = _step_generator(seed + 1, step)
-        rank, processes = _team()
-        video, _ = world.sample(batch_size, seed * 7_919 + step * processes + rank)
+        generator = torch.Generator().manual_seed(_step_seed((seed + 1) * 1_000_003, step, team))
+        video, _ = world.sample(batch_size, _step_seed(seed * 7_919, step, team))
         pixels = video_vae.to_input(video).to(device)
         latents = code(video)
         latents = (latents + 0.05 * torch.randn(latents.shape, generator=generator)).to(device)
@@ -191,15 +166,18 @@ def train_vae(folder: Path, config: PartConfig, device: str) -> None:
         error = output.float() - target
         return error.square().mean() + 0.1 * error.abs().mean()
 
-    fit({"decoder": decoder}, loss_at, folder, config.steps, config.learning_rate)
-    if _team()[0] == 0:
+    fit({"decoder": decoder}, loss_at, folder, config.steps, config.learning_rate, team=team)
+    if team.first:
         _save(vae.to("cpu"), folder / "vae")
 
 
-def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
+def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKLWan:
     """The VAE with its encoder fitted: by the first part of a run that needs it, then read from `folder/fitted`."""
     fitted = folder / "fitted"
-    if not fitted.is_dir():
+
+    def make() -> None:
+        if fitted.is_dir():
+            return
         torch.manual_seed(config.seed)
         if config.start:
             vae = AutoencoderKLWan.from_pretrained(config.start).float()
@@ -207,30 +185,37 @@ def _with_encoder(folder: Path, config: PartConfig) -> AutoencoderKLWan:
             vae = video_vae.build()
             print(f"The linear code loses {video_vae.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
         _save(vae, fitted)
+
+    team.on_first(make)
     return AutoencoderKLWan.from_pretrained(fitted)
 
 
-def _latent_pool(folder: Path, code: video_vae.LinearCode, videos: int, seed: int) -> tuple[Tensor, list[str]]:
+def _latent_pool(
+    folder: Path, code: video_vae.LinearCode, videos: int, seed: int, team: Team
+) -> tuple[Tensor, list[str]]:
     """`videos` random clean latents in half precision and their prompts, rendered once and kept beside the
     checkpoint.
     """
     path = folder / "latents.safetensors"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("latents"), json.loads(file.metadata()["prompts"])
-    folder.mkdir(parents=True, exist_ok=True)
-    latents, prompts, chunk = [], [], 250
-    for start in tqdm(range(0, videos, chunk), disable=None, desc="rendering"):
-        video, names = world.sample(min(chunk, videos - start), seed * 7_919 + start)
-        latents.append(code(video).half())
-        prompts += names
-    pool = torch.cat(latents).contiguous()
-    with files.new_file(path) as whole:  # a kill while it is written must not leave half a pool
-        save_file({"latents": pool}, whole, metadata={"prompts": json.dumps(prompts)})
-    return pool, prompts
+
+    def make() -> None:
+        if path.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        latents, prompts, chunk = [], [], 250
+        for start in tqdm(range(0, videos, chunk), disable=None, desc="rendering"):
+            video, names = world.sample(min(chunk, videos - start), seed * 7_919 + start)
+            latents.append(code(video).half())
+            prompts += names
+        with files.new_file(path) as whole:  # a kill while it is written must not leave half a pool
+            save_file({"latents": torch.cat(latents).contiguous()}, whole, metadata={"prompts": json.dumps(prompts)})
+
+    team.on_first(make)
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("latents"), json.loads(file.metadata()["prompts"])
 
 
-def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device: str) -> None:
+def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device: str, team: Team) -> None:
     """Flow matching on the VAE's latents, text encoder trained along; writes `folder/transformer` and
     `folder/text_encoder`.
 
@@ -239,9 +224,8 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    with _first_before_others():
-        vae = _with_encoder(vae_folder, DEFAULTS["vae"])  # final once fitted: this part need not wait for the decoder
-        latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed)
+    vae = _with_encoder(vae_folder, DEFAULTS["vae"], team)  # final once fitted: this part need not wait for the decoder
+    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed, team)
     if config.start:
         transformer, text_encoder = recipe.load_generator(Path(config.start))
     else:
@@ -250,7 +234,7 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     tokenizer = recipe.tokenizer()
 
     def loss_at(step: int) -> Tensor:
-        generator = _step_generator(seed + 2, step)
+        generator = torch.Generator().manual_seed(_step_seed((seed + 2) * 1_000_003, step, team))
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
         clean = latents[rows].float().to(device)
         dropped = torch.rand(batch_size, generator=generator) < 0.15
@@ -275,8 +259,9 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
         return (output.float() - (noise - clean)).square().mean()
 
     modules = {"transformer": transformer, "text_encoder": text_encoder}
-    fit(modules, loss_at, folder, config.steps, config.learning_rate, config.matrix_rate, config.snapshots)
-    if _team()[0] == 0:
+    rates = config.learning_rate, config.matrix_rate
+    fit(modules, loss_at, folder, config.steps, *rates, config.snapshots, team=team)
+    if team.first:
         _save(transformer.to("cpu"), folder / "transformer")
         _save(text_encoder.to("cpu"), folder / "text_encoder")
 
@@ -327,9 +312,9 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
-    if distributed.is_torchelastic_launched() and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    configs, claims = {}, []  # held until both are trained
+    team = Team.gathered(device)
+    configs: dict[str, PartConfig] = {}
+    claims: list[runs.Claim] = []  # held until both are trained
     for name in PARTS if part == "all" else (part,):
         config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
         most = {"steps": 10**8, "batch_size": 10**5, "layers": 1000, "heads": 1000, "videos": 10**8}
@@ -343,15 +328,13 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         if missing:
             raise PrismError(f"The --start {config.start} holds no {name} ({missing[0]} is missing); name another.")
         configs[name] = config
-        with _first_before_others():
-            if _team()[0] == 0:
-                claims.append(_claim(out / name, config, resume))
+    team.on_first(lambda: claims.extend(_claim(out / name, config, resume) for name, config in configs.items()))
     if "vae" in configs:
-        train_vae(out / "vae", configs["vae"], device)
+        train_vae(out / "vae", configs["vae"], device, team)
     if "transformer" in configs:
-        train_transformer(out / "transformer", out / "vae", configs["transformer"], device)
+        train_transformer(out / "transformer", out / "vae", configs["transformer"], device, team)
     made = ("vae/vae", "transformer/transformer", "transformer/text_encoder")
-    if _team()[0] == 0 and all((out / folder).is_dir() for folder in made):
+    if team.first and all((out / folder).is_dir() for folder in made):
         save_pipeline(out, out / "pipeline")
 
 
