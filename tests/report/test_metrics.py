@@ -51,6 +51,10 @@ def test_numbers_of_numpy_and_torch_become_plain(tmp_path):
         (("accuracy", 1, "pairs"), True, "int is needed"),
         (("accuracy", 2, "without_ties_ci95"), [0.7, 0.6], "low <= high"),
         (("accuracy", 2, "without_ties_ci95"), [0.7], "low <= high"),
+        (("accuracy", 0, "decided_pairs"), "871", r"'decided_pairs' is '871'; int is needed"),
+        (("accuracy", 0, "head_seed"), "0", "int or null is needed"),
+        (("best_of_n", 3, "denoiser_share_of_full"), "x", "int or float or null is needed"),
+        (("best_of_n", 3, "schedule"), 3, "list or null is needed"),
         (("best_of_n", 3, "denoiser_rows"), None, r"best_of_n\[3\]: the field 'denoiser_rows'"),
     ],
 )
@@ -71,6 +75,15 @@ def test_every_field_of_a_row_is_required(document, key):
         del broken[key][0][field]
         with pytest.raises(PrismError, match=f"'{field}' is missing"):
             metrics.validate(broken)
+
+
+@pytest.mark.parametrize("folder", ["docs/evidence", "docs/evidence/rerun"])
+def test_committed_files_of_the_schema_are_read(folder):
+    read = files.read_json(Path(__file__).parents[2] / folder / "metrics.json")
+    metrics.validate(read)
+    for key, kind in (("accuracy", metrics.AccuracyRow), ("best_of_n", metrics.BestOfNRow)):
+        known = kind.__required_keys__ | kind.__optional_keys__
+        assert {name for row in read[key] for name in row} <= known
 
 
 def test_environment_names_what_computed():

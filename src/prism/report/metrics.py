@@ -9,8 +9,9 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from prism import files
 from prism.errors import PrismError
@@ -18,50 +19,78 @@ from prism.report import wording
 
 SCHEMA = 1
 
-_NUMBER = (int, float)
-_OPTIONAL_NUMBER = (int, float, type(None))
 
-#: Field -> accepted types, of one row of "accuracy": one judge at one noise level on one dimension.
-ACCURACY_FIELDS: dict[str, tuple[type, ...]] = {
-    "judge": (str,),
-    "head_seed": (int, type(None)),
-    "source": (str,),
-    "t": _NUMBER,
-    "set": (str,),
-    "dimension": (str,),
-    "without_ties": _OPTIONAL_NUMBER,
-    "without_ties_ci95": (list, type(None)),
-    "with_ties": _OPTIONAL_NUMBER,
-    "with_ties_validation_threshold": _OPTIONAL_NUMBER,
-    "with_ties_model_rule": _OPTIONAL_NUMBER,
-    "pairs": (int,),
-    "prompts": (int,),
-}
+class _NewerAccuracy(TypedDict, total=False):
+    """Fields that older files of the schema lack, or that only pooled rows have."""
 
-#: Field -> accepted types, of one row of "best_of_n": one strategy on one set of prompts.
-#: The judge is null where nothing judged; gain and share are where no referee measured the candidates.
-BEST_OF_N_FIELDS: dict[str, tuple[type, ...]] = {
-    "judge": (str, type(None)),
-    "head_seed": (int, type(None)),
-    "strategy": (str,),
-    "n": (int,),
-    "num_inference_steps": (int,),
-    "guidance_scale": _OPTIONAL_NUMBER,
-    "schedule": (list, type(None)),
-    "draft_steps": (int, type(None)),
-    "judge_at": _OPTIONAL_NUMBER,
-    "set": (str,),
-    "prompts": (int,),
-    "referee_gain": _OPTIONAL_NUMBER,
-    "referee_gain_ci95": (list, type(None)),
-    "oracle_share": _OPTIONAL_NUMBER,
-    "oracle_share_ci95": (list, type(None)),
-    "denoiser_rows": _NUMBER,
-    "denoiser_share_of_full": _OPTIONAL_NUMBER,
-    "vae_decodes": (int,),
-    "head_calls": (int,),
-    "seconds": _NUMBER,
-}
+    log_snr: float | None
+    head_seeds: list[int | None]
+    decided_pairs: int
+    decided_prompts: int
+
+
+class AccuracyRow(_NewerAccuracy):
+    """One row of "accuracy": one judge at one noise level on one dimension."""
+
+    judge: str
+    head_seed: int | None
+    source: str
+    t: float
+    set: str
+    dimension: str
+    without_ties: float | None
+    without_ties_ci95: list[float] | None
+    with_ties: float | None
+    with_ties_validation_threshold: float | None
+    with_ties_model_rule: float | None
+    pairs: int
+    prompts: int
+
+
+class _MeasuredBestOfN(TypedDict, total=False):
+    """Fields that only a contest of strategies writes."""
+
+    head_seeds: list[int | None]
+    name: str
+    num_draws: int | None
+    referee_score: float
+    runs_timed: int
+
+
+class BestOfNRow(_MeasuredBestOfN):
+    """One row of "best_of_n": one strategy on one set of prompts.
+
+    The judge is null where nothing judged; gain and share are where no referee measured the candidates.
+    """
+
+    judge: str | None
+    head_seed: int | None
+    strategy: str
+    n: int
+    num_inference_steps: int
+    guidance_scale: float | None
+    schedule: list[list[int]] | None
+    draft_steps: int | None
+    judge_at: float | None
+    set: str
+    prompts: int
+    referee_gain: float | None
+    referee_gain_ci95: list[float] | None
+    oracle_share: float | None
+    oracle_share_ci95: list[float] | None
+    denoiser_rows: float
+    denoiser_share_of_full: float | None
+    vae_decodes: int
+    head_calls: int
+    seconds: float
+
+
+class _Document(TypedDict):
+    command: str
+    backbone: dict[str, Any]
+    seed: int
+    timings: dict[str, float]
+    environment: dict[str, Any]
 
 
 def document(
@@ -99,31 +128,37 @@ def validate(metrics: Any, name: str = "metrics.json") -> None:
         raise PrismError(f"{name} is not a JSON object; it is no metrics document.")
     if metrics.get("schema") != SCHEMA:
         raise PrismError(f"{name} has schema {metrics.get('schema')!r}; this version of prism reads schema {SCHEMA}.")
-    top: dict[str, tuple[type, ...]] = {
-        "command": (str,),
-        "backbone": (dict,),
-        "seed": (int,),
-        "timings": (dict,),
-        "environment": (dict,),
-    }
-    _check_fields(metrics, top, name)
-    for key, fields in (("accuracy", ACCURACY_FIELDS), ("best_of_n", BEST_OF_N_FIELDS)):
+    _check_fields(metrics, _Document, name)
+    for key, kind in (("accuracy", AccuracyRow), ("best_of_n", BestOfNRow)):
         rows = metrics.get(key)
         if not isinstance(rows, list):
             raise PrismError(f"{name}: the field {key!r} is missing or not a list.")
         for i, row in enumerate(rows):
-            _check_fields(row, fields, f"{name}: {key}[{i}]")
+            _check_fields(row, kind, f"{name}: {key}[{i}]")
 
 
-def _check_fields(row: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+@cache
+def _fields(kind: Any) -> tuple[tuple[str, bool, tuple[type, ...]], ...]:
+    """(name, whether it must be there, accepted types) of each field of a TypedDict; a whole number is a float too."""
+    found = []
+    for name, hint in get_type_hints(kind).items():
+        parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
+        types = [each for part in parts for each in ((int, float) if part is float else (get_origin(part) or part,))]
+        found.append((name, name in kind.__required_keys__, tuple(types)))
+    return tuple(found)
+
+
+def _check_fields(row: Any, kind: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise PrismError(f"{where} is not a JSON object.")
-    for field, types in fields.items():
+    for field, required, types in _fields(kind):
         if field not in row:
+            if not required:
+                continue
             raise PrismError(f"{where}: the field {field!r} is missing.")
         value = row[field]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            wanted = " or ".join("null" if each is type(None) else each.__name__ for each in types)
             raise PrismError(f"{where}: the field {field!r} is {value!r}; {wanted} is needed.")
         if isinstance(value, float) and not math.isfinite(value):
             raise PrismError(f"{where}: the field {field!r} is {value!r}; a finite number is needed.")
@@ -132,7 +167,7 @@ def _check_fields(row: Any, fields: Mapping[str, tuple[type, ...]], where: str) 
 
 
 def _check_interval(value: Any, where: str) -> None:
-    numbers = [isinstance(end, _NUMBER) and not isinstance(end, bool) and math.isfinite(end) for end in value]
+    numbers = [isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in value]
     if numbers != [True, True] or value[0] > value[1]:
         raise PrismError(f"{where} is {value!r}; [low, high] with low <= high is needed.")
 
