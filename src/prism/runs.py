@@ -278,7 +278,7 @@ def _enter(
             "--out."
         )
     temporary.sweep(folder, deep=True)
-    ours, theirs = (without(each, ("command", "files", *changeable)) for each in (wanted, found))
+    ours, theirs = (without(each, ("command", "files", "options", *changeable)) for each in (wanted, found))
     different = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
     if not different and (resume or restart):
         held.resumed = True

@@ -1,22 +1,23 @@
-"""What `prism sample` runs: Best-of-N for one prompt, with its video, ledger and report."""
+"""`prism sample`: Best-of-N for one prompt, with its video, ledger and report."""
 
 from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prism import files, runs
-from prism import video as media
+from prism.commands.options import Head, Models, Repeated, Replacing, named, recorded, said
+from prism.commands.printing import show
 from prism.errors import PrismError, number, quoted, whole
-from prism.report import wording
-from prism.report.metrics import cut_entry, document, write_config
-from prism.report.page import FilmRow, FilmStrip, write_report
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from prism.report.page import FilmRow
 
 NOTES = (
     "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
@@ -30,33 +31,95 @@ FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are shares of, as
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """Options of `prism sample`. `call` holds pipeline arguments that override those that go with the backbone; images
-    and videos by the paths of their files. A `seed` of None is drawn.
+class Sampling(Models):
+    """Models, and where they are kept."""
+
+    head: Head = None
+    offload: Annotated[str, named("NAME")] = "none"
+    """Keep models in host memory until needed: whole (model), or layer by layer (group)."""
+    loras: Annotated[tuple[str, ...], Repeated, named("FILE[:SCALE]", "lora")] = ()
+    """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of the pipeline's call; by default those of call.json beside the backbone, or its own."""
+
+    num_inference_steps: Annotated[int | None, said(name="steps")] = None
+    """Denoising steps."""
+    guidance_scale: Annotated[float | None, said()] = None
+    """Classifier-free guidance; 1 turns it off."""
+    height: Annotated[int | None, said(metavar="PIXELS")] = None
+    """Height."""
+    width: Annotated[int | None, said(metavar="PIXELS")] = None
+    """Width."""
+    num_frames: Annotated[int | None, said()] = None
+    """Frames."""
+    negative_prompt: Annotated[str | None, said(metavar="TEXT")] = None
+    """What the video should not show."""
+    image: Annotated[str | None, said(metavar="FILE")] = None
+    """Image to start from."""
+    last_image: Annotated[str | None, said(metavar="FILE")] = None
+    """Image to end with."""
+    video: Annotated[str | None, said(metavar="FILE")] = None
+    """Video to start from."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sample one good video: N seeds in, losers dropped early, one decoded.
+
+    Writes winner.mp4, metrics.json, config.json and the report. Under torchrun or accelerate launch the processes share
+    the candidates.
     """
 
-    prompt: str | None
+    output: Replacing
+    prompt: Annotated[str | None, said("none: of pipelines that take an image alone", "TEXT")] = None
+    """What the video should show."""
     n: int = 8
-    strategy: str = "early"
-    schedule: str | None = None
-    draft_steps: int | None = None
-    judge_at: float | None = None
+    """Candidates; candidate i has seed SEED + i."""
+    strategy: Annotated[str, named("NAME")] = "early"
+    """early: drop losers while sampling. draft: judge coarse runs. full: judge finished ones. random, none: none."""
+    schedule: Annotated[str | None, said("1 after a fifth of the steps", "CUTS")] = None
+    """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
+    draft_steps: Annotated[int | None, said("15 % of the steps")] = None
+    """Steps of a draft."""
+    judge_at: Annotated[float | None, said("700", "T")] = None
+    """Noise level at which draft and full judge, above 0 (clean) to 1000 (noise)."""
     num_draws: int = 2
-    select_by: str = "overall"
-    seed: int | None = 0
-    batch_size: int | None = None
+    """Noise draws that draft and full average over."""
+    select_by: Annotated[str, named("NAME")] = "overall"
+    """Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2."""
+    seed: Annotated[str, named("INT")] = "0"
+    """Seed of the first candidate; random: one is drawn."""
+    batch_size: Annotated[int | None, said("all, or 1 above 0.5 billion parameters")] = None
+    """Candidates sampled at once. 1: the video equals the stock pipeline's to the bit; more: to rounding."""
     top_k: int = 1
-    backbone: str | None = None
-    head: str | None = None
-    call: Mapping[str, Any] = field(default_factory=dict)
+    """How many of the best to finish: winner-2.mp4, ..."""
     fps: float = 8.0
-    device: str | None = None
-    dtype: str | None = None
-    offload: str = "none"
-    loras: tuple[str, ...] = ()
+    """Frames a second of the mp4, 0.1 to 240."""
+    models: Sampling = Sampling()
+    call: Call = Call()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Arguments of the call that were given."""
+        return {name: value for name, value in asdict(self.call).items() if value is not None}
+
+    def main(self) -> None:
+        """Sample, and say which candidate won."""
+        metrics = run(self)
+        if metrics is None:  # another process of this run writes and tells
+            return
+        seeds, out = metrics["seeds"], self.output.out
+        among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
+        print(f"The winner is seed {seeds[metrics['winner']]}{among}: {out / 'winner.mp4'}")
+        if metrics["referee_note"]:
+            print(metrics["referee_note"])
+        show(metrics, out)
 
 
-def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, Any] | None:
+def run(config: Sample) -> dict[str, Any] | None:
     """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics.
 
     Under `torchrun` or `accelerate launch` the processes share the candidates; the first one writes, the others return
@@ -73,18 +136,21 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
     if team.rank > 0:
         _sample(config, cuts, weights, distribute)
         return None
-    with runs.new(out, overwrite, "sample") as folder:
+    with runs.new(config.output.out, config.output.overwrite, "sample") as folder:
+        from prism import video as media
         from prism.loading import describe
+        from prism.report.metrics import cut_entry, document, write_config
+        from prism.report.page import FilmRow, FilmStrip, write_report
 
         backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
         videos = [media.frames(pick.video) for pick in result.top]
         names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
             media.write_video(folder / file, video, config.fps)
-        found = [refereed(video, config.prompt) if config.backbone is None else (None, "") for video in videos]
+        found = [refereed(video, config.prompt) if config.models.backbone is None else (None, "") for video in videos]
         scores, sentence = found[0]
         seed = result.seeds[0]
-        write_config(folder / "config.json", {**vars(config), "call": call, "seed": seed})
+        write_config(folder / "config.json", {**recorded(replace(config, seed=str(seed))), "call": call, "seed": seed})
         metrics = document(
             "sample",
             describe(backbone, name),
@@ -93,8 +159,8 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             timings={**result.ledger.parts, "total": result.ledger.seconds},
             prompt=config.prompt,
             dtype=str(backbone.dtype).removeprefix("torch."),
-            offload=config.offload,
-            loras=list(config.loras),
+            offload=config.models.offload,
+            loras=list(config.models.loras),
             seeds=list(result.seeds),
             winner=result.index,
             top=[
@@ -117,11 +183,11 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
             for pick, file, video, (measured, _) in zip(result.top, names, videos, found)
         ]
         caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
-        if config.backbone is None and judge and len(rows) == 1:
+        if config.models.backbone is None and judge and len(rows) == 1:
             loser = _loser(backbone, str(config.prompt), call, metrics)
             rows += loser
             caption = "The loser was finished for this page alone; that is not in the costs." if loser else ""
-        subject = config.prompt or Path(str(config.call.get("image") or config.call.get("video") or name)).name
+        subject = config.prompt or Path(str(config.told.get("image") or config.told.get("video") or name)).name
         strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
         title = f"The best of {config.n}: {subject}"
         config_written = files.read_json(folder / "config.json")
@@ -133,6 +199,10 @@ def run(config: SampleConfig, out: Path, overwrite: bool = False) -> dict[str, A
 def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[FilmRow]:
     """The candidate that the judge rated lowest at the first cut, finished by the stock pipeline."""
     import torch
+
+    from prism import video as media
+    from prism.report import wording
+    from prism.report.page import FilmRow
 
     scores = metrics["cuts"][0]["scores"]
     last = int(min(scores, key=scores.__getitem__))
@@ -146,7 +216,7 @@ def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping
     return [FilmRow("rated lowest", video, note + (f", referee {measured['overall']:.2f}" if measured else ""))]
 
 
-def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
+def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
     """The backbone, its name, the judge (None where none is asked), the pipeline's call, the weights by which it ranks
     and the result.
     """
@@ -154,7 +224,9 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
     from prism.sampling import best_of_n, ranking
     from prism.sampling.strategies import kind_of
 
-    backbone, call, name = load_backbone(config.backbone, config.device, config.dtype, config.offload, config.loras)
+    backbone, call, name = load_backbone(
+        config.models.backbone, config.models.device, config.models.dtype, config.models.offload, config.models.loras
+    )
     if backbone.family.prompts and not config.prompt:
         raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
     taken = inspect.signature(type(backbone.pipe).__call__).parameters
@@ -162,12 +234,12 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
         if (
             given in taken
             and taken[given].default is inspect.Parameter.empty
-            and not {**call, **config.call}.get(given)
+            and not {**call, **config.told}.get(given)
         ):
             raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{given} FILE.")
     judged = kind_of(config.strategy).needs_judge()
-    judge = load_judge(config.head, backbone, embedded=config.backbone is None) if judged else None
-    call = {**call, **config.call}
+    judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None) if judged else None
+    call = {**call, **config.told}
     if judge and weights == {"overall": 1.0}:
         weights = ranking(judge, "overall")
     result = best_of_n(
@@ -179,7 +251,7 @@ def _sample(config: SampleConfig, cuts: Any, weights: Mapping[str, float], distr
         strategy=config.strategy,
         draft_steps=config.draft_steps,
         judge_at=config.judge_at,
-        seed=config.seed,
+        seed=_seed(config.seed),
         batch_size=config.batch_size,
         top_k=config.top_k,
         select_by=weights,
@@ -235,7 +307,18 @@ def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | 
     )
 
 
-def _check(config: SampleConfig) -> None:
+def _seed(text: str) -> int | None:
+    """The seed that a text tells; None for "random"."""
+    if text == "random":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise PrismError(f'--seed must be a whole number, or "random"; found {quoted(text, 60)}.') from None
+
+
+def _check(config: Sample) -> None:
+    from prism import video as media
     from prism.sampling.strategies import kind_of
 
     if kind_of(config.strategy).needs_oracle():
@@ -249,27 +332,27 @@ def _check(config: SampleConfig) -> None:
         ("--num-draws", config.num_draws, 1, 1000),
         ("--batch-size", config.batch_size, 1, None),
         ("--draft-steps", config.draft_steps, 1, 10_000),
-        ("--seed", config.seed, 0, 2**63 - n),
-        ("--steps", config.call.get("num_inference_steps"), 1, 10_000),
-        ("--height", config.call.get("height"), 1, 16_384),
-        ("--width", config.call.get("width"), 1, 16_384),
-        ("--num-frames", config.call.get("num_frames"), 1, 10_000),
+        ("--seed", _seed(config.seed), 0, 2**63 - n),
+        ("--steps", config.told.get("num_inference_steps"), 1, 10_000),
+        ("--height", config.told.get("height"), 1, 16_384),
+        ("--width", config.told.get("width"), 1, 16_384),
+        ("--num-frames", config.told.get("num_frames"), 1, 10_000),
     ):
         if value is not None:
             whole(flag, value, low, high)
     if config.judge_at is not None:
         number("--judge-at", config.judge_at, 0, 1000, above=True)
-    if config.call.get("guidance_scale") is not None:
-        number("--guidance-scale", config.call["guidance_scale"], -100, 1000)
-    if config.backbone is None and not (config.prompt or "").strip():
+    if config.told.get("guidance_scale") is not None:
+        number("--guidance-scale", config.told["guidance_scale"], -100, 1000)
+    if config.models.backbone is None and not (config.prompt or "").strip():
         raise PrismError("The embedded model needs a prompt; give --prompt.")
     for name in ("image", "last_image", "video"):
-        if config.call.get(name) is not None and not os.path.isfile(str(config.call[name])):
+        if config.told.get(name) is not None and not os.path.isfile(str(config.told[name])):
             flag = name.replace("_", "-")
-            raise PrismError(f"The --{flag} {quoted(str(config.call[name]), 200)} is no file; give a local one.")
+            raise PrismError(f"The --{flag} {quoted(str(config.told[name]), 200)} is no file; give a local one.")
 
 
-def _row(config: SampleConfig, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
+def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
     """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
     from prism.backbone.arguments import normalised
     from prism.sampling.plan import Workload

@@ -1,16 +1,16 @@
-"""What `prism train` runs: a fresh head on a labelled store, resumable, with its report."""
+"""`prism train`: a fresh head on a labelled store, resumable, with its report."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prism import files, runs
-from prism.errors import PrismError
-from prism.report.metrics import document
-from prism.report.page import write_report
+from prism.commands.options import Labelled, Replacing, Resuming, named, recorded, said
+from prism.commands.printing import show
+from prism.errors import PrismError, quoted
 from prism.training.config import TrainConfig
 
 TAPS, DIM = (4, 5), 144  # the study's choice for the embedded backbone (docs/study.md)
@@ -22,26 +22,65 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class TrainRun:
-    """Options of `prism train`: which store and backbone, the shape of the head, and how it is trained.
+class Folder(Replacing, Resuming):
+    """Where results go."""
 
-    data: a latent store; None for the labelled candidates that ship with the package.
-    train: settings; None for `recipe`. taps: blocks whose tokens are read, from 1, a head for each, whose scores are
-    averaged; None for the study's on the embedded backbone, and the default one on another. dim: width D of the heads;
-    None for the study's, and on another backbone 1536 as in the paper, or twice the backbone's width where less.
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The head, or the heads whose scores are averaged."""
+
+    tap: Annotated[str | None, said("4,5 of the embedded model, else one at 0.4 of the blocks", "BLOCK,BLOCK")] = None
+    """Blocks whose tokens are read, from 1; each gets a head, whose scores are averaged."""
+    dim: Annotated[int | None, said("144 on the embedded model, else 1536, or twice the backbone's if less")] = None
+    """Width of a head."""
+    aggregation: Annotated[str, named("NAME")] = "query"
+    """query: cross-attention, as in the paper. Ablations: mean pooling, or a linear probe."""
+
+
+Rate = Annotated[float | None, said("5e-4 on the embedded model, else 1e-4")]
+WarmUp = Annotated[int | None, said("20, or a tenth of the steps if less")]
+
+
+@dataclass(frozen=True)
+class Training(TrainConfig):
+    """Every setting of the training; where a default is another than the paper's, the study chose it."""
+
+    steps: int = 1500
+    learning_rate: Rate = None  # type: ignore[assignment]
+    schedule: str = "cosine"
+    warmup_steps: WarmUp = None  # type: ignore[assignment]
+    max_gradient_norm: Annotated[float, named("NUM")] = 1.0
+    max_rows: Annotated[int, named("INT", "batch-size")] = 64
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Check nothing yet: `recipe` does, when all settings are known."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a judge on labelled pairs; the backbone stays frozen.
+
+    Writes head/ (what --head takes), history.json and the report, and prints the accuracy on validation pairs. As
+    printed here it trains the recipe that the study chose, on the embedded model some ten minutes on two cores.
+
+    A run that was stopped or killed goes on with --resume, on CPU to the same weights bit for bit.
     """
 
-    data: Path | None = None
-    train: TrainConfig | None = None
-    taps: tuple[int, ...] | None = None
-    dim: int | None = None
-    aggregation: str = "query"
-    backbone: str | None = None
-    device: str | None = None
-    dtype: str | None = None
+    output: Folder
+    models: Labelled = field(default_factory=Labelled)
+    head: HeadOptions = HeadOptions()
+    training: Training = Training()
+
+    def main(self) -> None:
+        """Train, and say where the head is and how good."""
+        metrics = run(self)
+        print(f"Head: {self.output.out / 'head'}")
+        show(metrics, self.output.out)
 
 
-def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run(config: Train) -> dict[str, Any]:
     """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics.
 
     With `overwrite` the work is done in `<out>.parts`, which takes the name `out` at the end; a run of the same
@@ -51,31 +90,33 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
     from prism.judge import Judge
     from prism.judge.hub import origin
     from prism.loading import check_store, describe, load_backbone, open_store
+    from prism.report.metrics import document
     from prism.team import Team
     from prism.training import train
 
-    if resume and overwrite:
+    models, head, out, overwrite = config.models, config.head, config.output.out, config.output.overwrite
+    embedded, taps = models.backbone is None, _blocks(head.tap)
+    settings = recipe(embedded, **vars(config.training))
+    if config.output.resume and overwrite:
         raise PrismError("--resume continues the run in the folder and --overwrite replaces it; give one of them.")
-    team = Team.gathered(config.device)
-    if not resume:
+    team = Team.gathered(models.device)
+    if not config.output.resume:
         team.on_first(lambda: runs.check(out, overwrite, "train"))
     place = runs.parts_of(out) if overwrite else out
-    store = open_store(config.data)
-    backbone, _, name = load_backbone(config.backbone, config.device, config.dtype)
-    check_store(config.data, store, backbone)
-    embedded = config.backbone is None
-    settings = config.train or recipe(embedded)
+    store = open_store(models.data)
+    backbone, _, name = load_backbone(models.backbone, models.device, models.dtype)
+    check_store(models.data, store, backbone)
     judge = Judge.average(
         [
             Judge.untrained(
                 backbone,
                 tap=tap,
-                dim=DIM if embedded and config.dim is None else config.dim,
+                dim=DIM if embedded and head.dim is None else head.dim,
                 dimensions=store.dimensions,
-                aggregation=config.aggregation,
+                aggregation=head.aggregation,
                 seed=settings.seed + 1000 * number,
             )
-            for number, tap in enumerate(config.taps or (TAPS if embedded else (None,)))
+            for number, tap in enumerate(taps or (TAPS if embedded else (None,)))
         ]
     )
     prompts = len(store.groups("train", store.dimensions))
@@ -85,7 +126,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
             stacklevel=2,
         )
     try:
-        result = train(store, judge, settings, place, resume=resume, restart=overwrite)
+        result = train(store, judge, settings, place, resume=config.output.resume, restart=overwrite)
     except BaseException:
         if team.first:
             runs.abandon(place)
@@ -102,7 +143,7 @@ def run(config: TrainRun, out: Path, resume: bool = False, overwrite: bool = Fal
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
-    team.on_first(lambda: _write(place, out, metrics, result, origin(backbone.pipe)))
+    team.on_first(lambda: _write(config, place, metrics, result, origin(backbone.pipe)))
     return metrics
 
 
@@ -134,13 +175,24 @@ def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any
     return []
 
 
-def _write(place: Path, out: Path, metrics: dict[str, Any], result: dict[str, Any], base_model: str | None) -> None:
+def _blocks(text: str | None) -> tuple[int, ...] | None:
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PrismError(
+            f'The --tap "{quoted(text, 80)}" is no block\'s number, nor several apart by commas.'
+        ) from None
+
+
+def _write(config: Train, place: Path, metrics: dict[str, Any], result: dict[str, Any], base_model: str | None) -> None:
     from prism.judge.saved import note_evaluation
+    from prism.report.page import write_report
 
     note_evaluation(place / "head", metrics["accuracy"], base_model=base_model)
     files.write_json(place / "metrics.json", metrics)
     settings = files.read_json(place / "config.json")
+    files.write_json(place / "config.json", {**settings, "options": recorded(config)})
     title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"
     write_report(place / "report.html", metrics, title=title, notes=NOTES, config=settings)
-    if place != out:
-        runs.publish(place, out)
+    if place != config.output.out:
+        runs.publish(place, config.output.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,12 @@ def run(
     only: Sequence[str] = (),
     confirm: Sequence[str] = (),
     resume: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run the study, or the variants and questions named in `only`, in `out`; returns the metrics.
 
     With `resume` what is done is kept. Variants named in `confirm` are measured on the test split, each once for all.
+    config.json also holds the `options` of the command line.
     """
     from prism.lab import ablation_results as results
     from prism.loading import check_alone, check_store, describe, load_backbone, open_store
@@ -118,7 +120,8 @@ def run(
     )
     files.write_json(out / "metrics.json", metrics)
     (out / "study.md").write_text(results.markdown(rows, metrics["calibration"]), encoding="utf-8")
-    settings = files.read_json(out / "config.json")
+    settings = {**files.read_json(out / "config.json"), "options": dict(options or {})}
+    files.write_json(out / "config.json", settings)
     write_report(out / "report.html", metrics, title="What makes the judge better", notes=NOTES, config=settings)
     claim.release()
     return metrics

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,10 @@ def run(
     device: str | None = None,
     batch_size: int | None = None,
     config: DemoConfig | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
-    full run evidence/ too; returns the metrics.
+    full run evidence/ too; returns the metrics. `options` of the command line are kept in config.json.
 
     A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
     """
@@ -122,10 +123,12 @@ def run(
     runs.check(out, overwrite, "demo")
     with contextlib.nullcontext() if config.full else temporary.scratch(out) as scratch:
         place = runs.parts_of(out) if scratch is None else scratch / "parts"
-        return _run(out, place, config, overwrite, device)
+        return _run(out, place, config, overwrite, device, options)
 
 
-def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None) -> dict[str, Any]:
+def _run(
+    out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None, options: Any
+) -> dict[str, Any]:
     from prism.backbone.fingerprint import VERSIONED
     from prism.lab import attention as films
     from prism.lab import attention as gaze
@@ -226,7 +229,7 @@ def _run(out: Path, place: Path, config: DemoConfig, overwrite: bool, device: st
     )
     metrics["beside"] = None if config.full else claims.beside(metrics)
     with runs.new(out, overwrite, "demo") as folder:
-        _publish(folder, place, config, metrics, {**asdict(config), "call": call})
+        _publish(folder, place, config, metrics, {**asdict(config), "call": call, "options": options or {}})
         video.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism.errors import SEEDS, PrismError, flag, instance, number, quoted, whole
-from prism.judge.objective import OBJECTIVES
 
 MOST = 10**12  # of any whole setting
 SOURCES = ("renoised", "trajectory", "mixed")
@@ -27,10 +26,13 @@ class TrainConfig:
     prompts_per_step: int = 8
     """Prompt groups of a step, over all processes: each with one t, all of its videos and pairs."""
     learning_rate: float = 1e-4
+    """AdamW's step size after warm-up."""
     schedule: str = "constant"
     """Of the learning rate after warm-up: "constant" or "cosine" (to zero)."""
     warmup_steps: int = 0
+    """Steps over which the learning rate rises to its full size."""
     weight_decay: float = 0.01
+    """Weight decay of AdamW."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm; 0 clips nothing."""
     objective: str = "btt"
@@ -38,8 +40,7 @@ class TrainConfig:
     eta: float = 5.0
     """Tie threshold of Eq. 3-4."""
     source: str = "renoised"
-    """"renoised": finished latents, noised anew at each step (Eq. 1). "trajectory": states recorded while sampling.
-    "mixed": one or the other, by a coin per prompt and step."""
+    """"renoised": finished latents, noised anew (Eq. 1). "trajectory": recorded states. "mixed": one or the other."""
     trajectory_share: float = 0.5
     """Of "mixed": how often the coin falls on the trajectory."""
     max_prompts: int = 0
@@ -47,8 +48,9 @@ class TrainConfig:
     per_prompt: int = 0
     """Videos of each prompt to train on, the store's first; 0: all."""
     t_low: float = 0.0
+    """Lowest noise level trained on, 0: clean."""
     t_high: float = 1000.0
-    """t ~ U(t_low, t_high). Of a trajectory, the states within are drawn evenly."""
+    """Highest noise level trained on, 1000: noise. t ~ U(t_low, t_high); of a trajectory, the states within evenly."""
     levels: str = "uniform"
     """Density of t: "uniform", or falling linearly to zero away from the "clean" or the "noise" end."""
     draws_per_step: int = 1
@@ -70,9 +72,13 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none, and a killed run starts anew."""
     log_every: int = 50
+    """Steps between entries of the history."""
     seed: int = 0
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
+        from prism.judge.objective import OBJECTIVES
+
         for field in dataclasses.fields(self):
             value, kind, name = getattr(self, field.name), type(field.default), f"The training setting {field.name}"
             if kind is float:
