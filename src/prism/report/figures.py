@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from prism.report import wording
+from prism.report.metrics import AccuracyRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ class _Line(NamedTuple):
     """One judge's accuracies on one dimension, by rising t; `main` lines are drawn strong and with their interval."""
 
     name: str
-    rows: list[Row]
+    rows: Sequence[Row]
     colour: str
     main: bool
 
@@ -54,7 +55,7 @@ class Label(NamedTuple):
 _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.unicode_minus": True, "path.simplify": False}
 
 
-def accuracy_plot(rows: Sequence[Row]) -> str:
+def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
     """Accuracy without ties against t: each judge's overall line with its interval, and thin lines of the dimensions.
 
     Returns an SVG element, or "" where no row has an accuracy.
@@ -91,9 +92,9 @@ def accuracy_plot(rows: Sequence[Row]) -> str:
     return _svg(figure, "Pairwise accuracy without ties against the noise level t")
 
 
-def _accuracy_lines(rows: Sequence[Row]) -> list[_Line]:
+def _accuracy_lines(rows: Sequence[AccuracyRow]) -> list[_Line]:
     """Overall lines of every judge and set; where there is one judge, its dimensions as thin lines behind."""
-    series: dict[tuple[Any, ...], list[Row]] = {}
+    series: dict[tuple[Any, ...], list[AccuracyRow]] = {}
     for row in rows:
         if row["without_ties"] is not None:
             series.setdefault((wording.judge_name(row), row["set"], row["dimension"]), []).append(row)

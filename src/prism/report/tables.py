@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prism.report import wording
+from prism.report.metrics import AccuracyRow, BestOfNRow
 
 Row = Mapping[str, Any]
-Group = Mapping[str, Row]  # accuracy rows of one judge at one level, by dimension
+Count = Literal["pairs", "prompts", "decided_pairs", "decided_prompts"]
+Group = Mapping[str, AccuracyRow]  # accuracy rows of one judge at one level, by dimension
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def _interval(key: str, words: Callable[[Any], str]) -> Column:
 
 
 def accuracy_table(
-    rows: Sequence[Row], title: str = "Judge: pairwise accuracy by noise level", whole: bool = False
+    rows: Sequence[AccuracyRow], title: str = "Judge: pairwise accuracy by noise level", whole: bool = False
 ) -> Table:
     """`rows` as in metrics.json's "accuracy": one line per judge and noise level, noisiest first.
 
@@ -81,13 +83,13 @@ def accuracy_table(
     """
     main, others = wording.main_dimension(rows), wording.dimensions(rows)
 
-    def leading(group: Group) -> Row:
+    def leading(group: Group) -> AccuracyRow:
         return group.get(main) or next(iter(group.values()))
 
-    def of(head: str, cell: Callable[[Row], str], **changes: Any) -> Column:
+    def of(head: str, cell: Callable[[AccuracyRow], str], **changes: Any) -> Column:
         return Column(head, lambda group: cell(leading(group)), **changes)
 
-    def count(head: str, key: str) -> Column:
+    def count(head: str, key: Count) -> Column:
         return of(head, lambda row: wording.whole(row.get(key)), style="dim")
 
     def dimension(name: str) -> Column:
@@ -121,12 +123,12 @@ def accuracy_table(
     return Table(columns, groups, title, caption)
 
 
-def judges_table(rows: Sequence[Row], title: str = "Judges: pairwise accuracy by noise level") -> Table:
+def judges_table(rows: Sequence[AccuracyRow], title: str = "Judges: pairwise accuracy by noise level") -> Table:
     """The main accuracy of several judges side by side, one line per noise level, noisiest first; fits 80 columns."""
     main, groups = wording.main_dimension(rows), wording.by_level(rows)
     short = wording.short_names(rows)
     names = list(dict.fromkeys(wording.judge_name(next(iter(group.values()))) for group in groups))
-    by_t: dict[float, dict[str, Row]] = {}
+    by_t: dict[float, dict[str, AccuracyRow]] = {}
     for group in groups:
         row = group.get(main) or next(iter(group.values()))
         by_t.setdefault(row["t"], {})[wording.judge_name(row)] = row
@@ -154,7 +156,7 @@ def judges_table(rows: Sequence[Row], title: str = "Judges: pairwise accuracy by
     )
 
 
-def best_of_n_table(rows: Sequence[Row], title: str | None = None, whole: bool = False) -> Table:
+def best_of_n_table(rows: Sequence[BestOfNRow], title: str | None = None, whole: bool = False) -> Table:
     """`rows` as in metrics.json's "best_of_n": one line per strategy, as given.
 
     Fits 80 columns unless `whole`, which is for a page and names settings and judge in every row. The columns of what

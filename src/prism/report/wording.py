@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+
+from prism.report.metrics import AccuracyRow
 
 MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
+AnyRow = TypeVar("AnyRow", bound=Row)  # of one kind, and so is what comes back
 # What a strategy is in a report: one plain call, a pick by luck, one of those that are to save work, the one whose cost
 # is the unit, the one whose gain is the unit, or none of these.
 Role = Literal["plain", "luck", "ours", "reference", "best", ""]
@@ -65,25 +68,25 @@ def setting(row: Row) -> int | None:
     return int(row["schedule"][0][0]) if len(row["schedule"] or ()) == 1 else None
 
 
-def main_dimension(rows: Sequence[Row]) -> str:
+def main_dimension(rows: Sequence[AccuracyRow]) -> str:
     """The dimension that leads a table of accuracy rows: overall, or the first of a judge that has no overall."""
     names = [row["dimension"] for row in rows]
     return "overall" if "overall" in names or not names else names[0]
 
 
-def dimensions(rows: Sequence[Row]) -> list[str]:
+def dimensions(rows: Sequence[AccuracyRow]) -> list[str]:
     """The dimensions of accuracy rows besides the main one, in order of appearance."""
     main = main_dimension(rows)
     return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != main]
 
 
-def pooled(rows: Sequence[Row]) -> list[Row]:
+def pooled(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows to show where judges of several seeds were measured: one for all of them in place of one each."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if row.get("head_seeds") or (row["judge"], row["set"]) not in together]
 
 
-def apart(rows: Sequence[Row]) -> list[Row]:
+def apart(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """The rows of single judges where judges of several seeds were measured; none where there was one."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if not row.get("head_seeds") and (row["judge"], row["set"]) in together]
@@ -94,20 +97,20 @@ def is_main(row: Row) -> bool:
     return bool(row.get("name", row["strategy"]) == row["strategy"])
 
 
-def in_order(rows: Sequence[Row]) -> list[Row]:
+def in_order(rows: Sequence[AnyRow]) -> list[AnyRow]:
     """Best-of-N rows by strategy and then by cost."""
     order = list(_strategies)
 
-    def key(row: Row) -> tuple[Any, ...]:
+    def key(row: AnyRow) -> tuple[Any, ...]:
         place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
         return place, row["n"], len(row["schedule"] or []), row["denoiser_share_of_full"] or 0.0
 
     return sorted(rows, key=key)
 
 
-def by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_set(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
     """Rows by the prompts they were measured on, in order of appearance."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[AnyRow]] = {}
     for row in rows:
         found.setdefault(row["set"], []).append(row)
     return found
@@ -154,15 +157,15 @@ def judge_name(row: Row) -> str:
     return f"{row['judge']}{seed}{source}"
 
 
-def short_names(rows: Sequence[Row]) -> dict[str, str]:
+def short_names(rows: Sequence[AccuracyRow]) -> dict[str, str]:
     """Names of judges without seeds where they are told apart without: name -> short name."""
     names = {judge_name(row): row["judge"] for row in rows}
     return {name: short if list(names.values()).count(short) == 1 else name for name, short in names.items()}
 
 
-def by_level(rows: Sequence[Row]) -> list[dict[str, Row]]:
+def by_level(rows: Sequence[AccuracyRow]) -> list[dict[str, AccuracyRow]]:
     """Accuracy rows as one {dimension: row} per judge, set and noise level; judges as they come, noisiest first."""
-    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    groups: dict[tuple[Any, ...], dict[str, AccuracyRow]] = {}
     for row in rows:
         key = (row["judge"], row["head_seed"], row["source"], row["set"], row["t"])
         groups.setdefault(key, {})[row["dimension"]] = row
