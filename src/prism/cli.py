@@ -237,7 +237,7 @@ def _shown(argument: Any) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1, 0.4)
+    near = difflib.get_close_matches(word, list(known), 1)
     return f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
 
 
