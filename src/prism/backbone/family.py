@@ -193,7 +193,8 @@ class Family:
 
     def video(self, output: Any) -> Tensor:
         """A block's output for the video."""
-        return output[self.video_output] if isinstance(output, tuple) else output
+        states: Tensor = output[self.video_output] if isinstance(output, tuple) else output
+        return states
 
     def conditional(self, rows: int, samples: int) -> slice:
         """Where the conditional rows of `samples` lie in a denoiser call of `rows`, a whole number of groups."""

@@ -199,9 +199,10 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
     for name in ("latents_mean", "latents_std"):  # buffers of LTX-Video's VAE
         value = config[name] if name in config else getattr(vae, name, None)
         statistics[name] = value.double().flatten().tolist() if isinstance(value, Tensor) else _json(value)
-    time = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    space = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
-    first = lambda names: next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)  # noqa: E731
+
+    def first(*names: str) -> Any:
+        return next((getattr(pipe, name) for name in names if hasattr(pipe, name)), None)
+
     sigma_data = config_of(pipe.scheduler).get("sigma_data") if backbone.family.vae_factor == "sigma_data" else None
     return {
         "layout": backbone.family.layout,
@@ -210,8 +211,8 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
         "scaling_factor": config.get("scaling_factor") or 1.0,
         "shift_factor": config.get("shift_factor") or 0.0,
         "sigma_data": sigma_data,
-        "compression_of_time": first(time),
-        "compression_of_space": first(space),
+        "compression_of_time": first("vae_scale_factor_temporal", "vae_temporal_compression_ratio"),
+        "compression_of_space": first("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor"),
     }
 
 
@@ -378,7 +379,7 @@ def weights_bits(module: nn.Module) -> str:
 def _plain(value: Tensor) -> list[Tensor]:
     """What holds a weight's numbers: itself, a quantised one's integers, a tensor subclass's parts. Meta holds none."""
     if is_traceable_wrapper_subclass(value):
-        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, _ = value.__tensor_flatten__()
         return [plain for name in names for plain in _plain(getattr(value, name))]
     if value.is_meta:
         return []

@@ -35,10 +35,11 @@ def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
         return latents.permute(*[layout.index(axis) for axis in STANDARD])
     if grid is None:
         raise PrismError("Packed latents do not tell their grid (T, H, W) in tokens; give it.")
-    cells = latents.unflatten(1, grid)  # (B, T, H, W, C')
+    cells: Tensor = latents.unflatten(1, grid)  # (B, T, H, W, C')
     if layout == "BLC":
         return cells.permute(0, 4, 1, 2, 3)
-    return cells.unflatten(-1, (-1, 2, 2)).permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    cells = cells.unflatten(-1, (-1, 2, 2)).permute(0, 4, 1, 2, 5, 3, 6)
+    return cells.flatten(5, 6).flatten(3, 4)
 
 
 def pack(latents: Tensor, layout: Layout) -> Tensor:
@@ -55,7 +56,7 @@ def pack(latents: Tensor, layout: Layout) -> Tensor:
 def from_squares(states: Tensor, grid: Grid, side: int = 8) -> Tensor:
     """Tokens (B, L, D) that run square by square, `side` x `side` of them, in raster order."""
     frames, height, width = grid
-    squares = states.unflatten(1, (frames, height // side, width // side, side, side))
+    squares: Tensor = states.unflatten(1, (frames, height // side, width // side, side, side))
     return squares.transpose(3, 4).flatten(1, 5)
 
 
@@ -76,9 +77,9 @@ def grid_of(places: Tensor) -> Grid:
 def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
     """A block's output as (B, L, D), raster order t, h, w."""
     if form == "temporal":
-        return output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
-    if form == "frames":
-        return output.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        output = output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
+    elif form == "frames":
+        output = output.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
     return output
 
 

@@ -37,7 +37,8 @@ def config_of(part: Any) -> Mapping[str, Any]:
     config = getattr(unwrapped(part), "config", None)
     if config is None or isinstance(config, Mapping):
         return config or {}
-    return config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    fields: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else vars(config)
+    return fields
 
 
 def dtype_of(part: Any) -> torch.dtype:

@@ -133,7 +133,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
         guider = copy.copy(backbone.pipe.guider)
         if hasattr(guider, "set_state"):  # which a call before it left at its last step
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
-        return guider.num_conditions > 1
+        return bool(guider.num_conditions > 1)
     scale = call.get(name, backbone.default(name))
     if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
         given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))

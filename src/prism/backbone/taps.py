@@ -129,9 +129,10 @@ class Tokens:
         raise PrismError(f"The tokens are those after block {tapped}, and not after {block}; tap that one as well.")
 
     def __getitem__(self, rows: Any) -> Tokens:
-        take = lambda value: None if value is None else value[rows]  # noqa: E731
+        text = None if self.text is None else self.text[rows]
+        text_mask = None if self.text_mask is None else self.text_mask[rows]
         lower = {block: value[rows] for block, value in self.lower.items()}
-        return Tokens(self.visual[rows], self.grid, take(self.text), take(self.text_mask), lower, self.block)
+        return Tokens(self.visual[rows], self.grid, text, text_mask, lower, self.block)
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:

@@ -86,7 +86,7 @@ def decode(
         # Asked of `forward`, as the pipelines do: some versions of diffusers wrap `decode` and hide its signature.
         told = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
         options: dict[str, Any] = {"num_frames": latents.shape[2]} if told else {}
-        pixels = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
+        pixels: Tensor = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
         if family.vae_told is not None:
@@ -115,7 +115,8 @@ def _mode(vae: Any, pixels: Tensor) -> Tensor:
             f"{type(vae).__name__}.encode gives {type(found).__name__}; latents are needed, themselves, first in a "
             "tuple, as .latents, or as a posterior .latent_dist with a .mode()."
         )
-    return found.mode()
+    mode: Tensor = found.mode()
+    return mode
 
 
 @contextmanager

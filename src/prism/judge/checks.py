@@ -37,15 +37,15 @@ def listed(judges: Any, kind: type) -> list[Any]:
     iterable = (
         isinstance(judges, Iterable) and getattr(judges, "ndim", None) != 0 and not isinstance(judges, str | bytes)
     )
-    judges = list(judges) if iterable else [judges]
-    if not judges:
+    members: list[Any] = list(judges) if iterable else [judges]
+    if not members:
         raise PrismError("There is no judge to average; give at least one.")
-    for judge in judges:
+    for judge in members:
         if not isinstance(judge, kind):
             raise PrismError(
                 f"A list of judges is needed to average; found {quoted(judge, 80)} of type {type(judge).__name__}."
             )
-    return judges
+    return members
 
 
 def check_together(judges: Sequence[Judge]) -> None:

@@ -114,10 +114,12 @@ class QueryHead(nn.Module):
         # The head is small: reduced precision would save nothing and cost rank changes between near-equal candidates.
         with torch.autocast(visual.device.type, enabled=False):
             if self.aggregation == "query":
-                return self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
+                scores: Tensor = self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
+                return scores
             none = torch.zeros(1, self.width, device=visual.device)  # a query that looks at all tokens alike
             mean = pooling.read(none, visual, text, text_mask, self.chunk_size)[:, 0]
-            return self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
+            scores = self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
+            return scores
 
     def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
         """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
@@ -126,7 +128,8 @@ class QueryHead(nn.Module):
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
         values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
         values = values.flatten(2) + self.w_v.bias
-        return self.w_o(values).mean(1)
+        pooled: Tensor = self.w_o(values)
+        return pooled.mean(1)
 
     @torch.no_grad()
     def attention(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
@@ -142,9 +145,10 @@ class QueryHead(nn.Module):
     def _folded(self) -> Tensor:
         """a_h for each query and head, (N_q * heads, D_vis)."""
         heads, size = self.num_heads, self.dim // self.num_heads
-        query = self.w_q(self.query).view(self.num_queries, heads, size)
+        query: Tensor = self.w_q(self.query).view(self.num_queries, heads, size)
         keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
-        return (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
+        folded: Tensor = (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
+        return folded
 
     def load_tensors(self, found: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         """Load exactly this head's weights, as float32; ``path`` is the file they came from, for errors."""

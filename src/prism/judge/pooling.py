@@ -39,7 +39,7 @@ def read(
         mask: (B, L_t) bool, True at real tokens; None when all are real.
         chunk_size: tokens read at a time; None: as many as memory suggests.
     """
-    return _centred(_Read.apply(_centred(queries), visual, text, mask, chunk_size))
+    return _centred(_Read.apply(_centred(queries), visual, text, mask, chunk_size))  # type: ignore[no-untyped-call]
 
 
 def weights(
@@ -135,10 +135,11 @@ def _variance(tokens: Tensor, mean: Tensor) -> Tensor:
     if tokens.device.type != "cpu":
         return tokens.var(-1, correction=0)[:, None]
     square = mean.square()
-    found = torch.linalg.vector_norm(tokens, dim=-1)[:, None].square_().div_(tokens.shape[2]).sub_(square)
-    if bool((found < 0.1 * square).any()):  # a difference of large numbers: too few digits are left
-        return torch.linalg.vector_norm(tokens - mean.transpose(1, 2), dim=-1)[:, None].square_().div_(tokens.shape[2])
-    return found
+    variance: Tensor = torch.linalg.vector_norm(tokens, dim=-1)[:, None].square_().div_(tokens.shape[2]).sub_(square)
+    if bool((variance < 0.1 * square).any()):  # a difference of large numbers: too few digits are left
+        variance = torch.linalg.vector_norm(tokens - mean.transpose(1, 2), dim=-1)[:, None]
+        variance = variance.square_().div_(tokens.shape[2])
+    return variance
 
 
 def _to_tokens(tokens: Tensor, scale: Tensor, weights: Tensor, grad: Tensor, slopes: Tensor, queries: Tensor) -> Tensor:

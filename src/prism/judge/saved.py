@@ -204,7 +204,10 @@ def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[i
     """A head without weights, at the size that its entry says."""
     if not isinstance(entry, dict):
         raise PrismError(f"The field 'members' of {path} must list objects; found {quoted(entry, 80)}.")
-    told = lambda name: f"The field {name!r} of {path}"  # noqa: E731
+
+    def told(name: str) -> str:
+        return f"The field {name!r} of {path}"
+
     sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in LARGEST.items()}
     chunk_size = entry.get("chunk_size")
     if chunk_size is not None:
@@ -225,7 +228,7 @@ def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[i
 
 
 def _dimensions(config: Mapping[str, Any], path: Path) -> list[str]:
-    names = field(config, "dimensions", list, path)
+    names: list[str] = field(config, "dimensions", list, path)
     bad = [name for name in names if not isinstance(name, str) or not name.strip() or not name.isprintable()]
     if bad or not names or len(set(names)) != len(names) or max(map(len, names)) > 100:
         raise PrismError(

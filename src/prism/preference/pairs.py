@@ -102,7 +102,8 @@ def _scores(videos: pa.Table, dimension: str) -> np.ndarray:
     kind = videos[dimension].type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise PrismError(f"The scores {dimension} of the videos must be numbers, found {quoted(str(kind), 80)}.")
-    return videos[dimension].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    scores: np.ndarray = videos[dimension].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return scores
 
 
 def overall(votes: np.ndarray) -> np.ndarray:

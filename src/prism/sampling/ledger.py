@@ -139,7 +139,8 @@ class Meter:
     def _score(self, inner: Any, tokens: Any) -> Tensor:
         self.ledger.head_calls += len(tokens.visual) * len(self.judge.members)
         with self._timed("head"):
-            return inner(tokens)
+            scores: Tensor = inner(tokens)
+        return scores
 
     def _encode(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._timed("text"):

@@ -213,7 +213,8 @@ def _text(value: Any) -> str:
 
 def _by_candidate(value: Tensor, candidates: int, each: int) -> Tensor:
     """Rows of a batch of groups, `each` per sample, as one row per candidate: (candidates, ...) flat."""
-    return value.unflatten(0, (-1, candidates, each)).transpose(0, 1).flatten(1)
+    rows: Tensor = value.unflatten(0, (-1, candidates, each))
+    return rows.transpose(0, 1).flatten(1)
 
 
 def _bits(rows: Tensor) -> Tensor:
