@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -13,6 +14,19 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
+WARNINGS_ARE_ERRORS = ("evaluation", "preference", "report")
+EXCEPTIONS = (
+    "ignore:This judge is untrained:UserWarning",  # PRISM's own: most tests build a head with random weights
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folders = {Path(__file__).parent / name for name in WARNINGS_ARE_ERRORS}
+    for item in items:
+        if item.path.parent in folders:
+            item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS))
 
 
 @pytest.fixture
