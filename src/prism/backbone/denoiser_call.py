@@ -56,7 +56,8 @@ class DenoiserCall:
     @property
     def noisy(self) -> Tensor:
         """The latents (batch, ...), with what the pipeline appends to their channels."""
-        return self.arguments[self.noisy_name]
+        latents: Tensor = self.arguments[self.noisy_name]
+        return latents
 
     @property
     def batch(self) -> int:
@@ -65,7 +66,8 @@ class DenoiserCall:
 
     @property
     def timestep(self) -> Tensor:
-        return self._argument("timestep_argument")
+        timestep: Tensor = self._argument("timestep_argument")
+        return timestep
 
     def t(self, scheduler: Any) -> float:
         """The noise level in [0, 1000]. Frames that are given have lower timesteps than those that are sampled."""

@@ -18,7 +18,7 @@ from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
 from prism.errors import DRAWS, PrismError, flag, instance, whole
-from prism.judge import checks
+from prism.judge import checks, hub
 from prism.judge import saved as folders
 from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
 from prism.judge.head import OPTIONS, Member, QueryHead, check_fits
@@ -133,7 +133,8 @@ class Judge:
         Raises:
             PrismError: for no judges, or judges that do not fit together.
         """
-        first, *_ = judges = checks.listed(judges, Judge)
+        judges = checks.listed(judges, Judge)
+        first: Judge = judges[0]
         checks.check_together(judges)
         if len(judges) == 1:
             return first
@@ -205,7 +206,7 @@ class Judge:
         if trained_on is not None:
             instance("trained_on", trained_on, Mapping, "a dict")
             self.trained_on = dict(trained_on)
-        rows = self.evaluation if evaluation is None else folders.hub.check_rows(evaluation, "evaluation")
+        rows = self.evaluation if evaluation is None else hub.check_rows(evaluation, "evaluation")
         folders.write(self, folder, overwrite, rows, license, base_model)
         self._evaluation = rows, versions(member.head for member in self.members)
 
@@ -234,7 +235,7 @@ class Judge:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "head"
             self.save_pretrained(folder, **card)
-            return folders.hub.upload(folder, repo_id, private, token, revision, commit_message)
+            return hub.upload(folder, repo_id, private, token, revision, commit_message)
 
     def config(self) -> dict[str, Any]:
         """What describes this judge apart from its weights, as JSON."""

@@ -73,7 +73,10 @@ class Search:
             backbone.family.check_scheduler(backbone.pipe.scheduler)
         if plan.looks_at is not None:
             first = list(range(len(self.seeds)))[: self.batch_size]
-            ask = lambda **changes: backbone.steps(self.batch_call(first, output_type="latent", **changes))  # noqa: E731
+
+            def ask(**changes: Any) -> Any:
+                return backbone.steps(self.batch_call(first, output_type="latent", **changes))
+
             steps = self.team.agree(ask)[self.team.rank]
             if plan.drafts():
                 drafted = self.team.agree(lambda: ask(num_inference_steps=plan.drafts()))[self.team.rank]
