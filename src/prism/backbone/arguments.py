@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,12 @@ from torch import Tensor
 
 from prism.backbone.conditioning import is_single
 from prism.backbone.family import Family
+from prism.backbone.pipeline import check_denoisers, warn_cut_off
 from prism.errors import PrismError, number, quoted, reason, whole
 from prism.video import frames, read_video
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
 
 STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # ranges that are sane
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
@@ -327,3 +331,29 @@ def _repeated(name: str, value: Any, n: int) -> Any:
     elif len(value) == 1:
         return value.repeat_interleave(n, 0) if isinstance(value, Tensor) else [value[0]] * n
     raise PrismError(f"{name} holds {len(value)} rows for a prompt's candidates; give one, which all of them share.")
+
+
+def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any]) -> None:
+    """See `Backbone.check_call`."""
+    if isinstance(prompts, str) or not prompts:
+        raise PrismError(f"prompts must be a list of texts; found {'a single' if prompts else 'no'} text.")
+    check_denoisers(backbone)
+    unknown = sorted(set(call) - set(backbone._call))
+    if unknown:
+        raise PrismError(f"{type(backbone.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
+    for name, why in backbone.family.fixed.items():
+        if call.get(name, backbone.default(name)) != backbone.default(name):
+            raise PrismError(
+                f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}."
+            )
+    if not backbone.family.prompts:
+        if any(prompts):
+            raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
+        return
+    check_texts(prompts, call)
+    check_encoders(backbone.pipe, backbone._call, call, backbone.guided(call))
+    limit = call.get("max_sequence_length", backbone.default("max_sequence_length")) or backbone.family.text_limit
+    tokenizer = None if embedded_rows(call) else getattr(backbone.pipe, "tokenizer", None)
+    if limit is not None and tokenizer is not None:
+        with backbone.held():
+            warn_cut_off(prompts, tokenizer, limit, backbone.takes("max_sequence_length"), backbone._measured)

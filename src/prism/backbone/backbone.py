@@ -15,8 +15,7 @@ from prism.backbone import layout, taps, videos
 from prism.backbone import noise as clocks
 from prism.backbone.arguments import (
     batch_of,
-    check_encoders,
-    check_texts,
+    check_call,
     draws_conditions,
     embedded_rows,
     normalised,
@@ -33,7 +32,7 @@ from prism.backbone.facts import check_pipeline
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.loading import load, make
 from prism.backbone.parts import config_of, device_of, dtype_of, is_denoiser
-from prism.backbone.pipeline import breaks_told, check, check_denoisers, check_whole, misfits_told, warn_cut_off
+from prism.backbone.pipeline import breaks_told, check, check_denoisers, check_whole, misfits_told
 from prism.backbone.registry import family_of
 from prism.backbone.steps import Steps, ask, is_guided
 from prism.backbone.taps import Tokens
@@ -347,28 +346,7 @@ class Backbone:
 
     def check_call(self, prompts: Sequence[str], call: dict[str, Any]) -> None:
         """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
-        if isinstance(prompts, str) or not prompts:
-            raise PrismError(f"prompts must be a list of texts; found {'a single' if prompts else 'no'} text.")
-        check_denoisers(self)
-        unknown = sorted(set(call) - set(self._call))
-        if unknown:
-            raise PrismError(f"{type(self.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
-        for name, reason in self.family.fixed.items():
-            if call.get(name, self.default(name)) != self.default(name):
-                raise PrismError(
-                    f"{name} = {call[name]!r} is not supported: {reason}. Leave it at {self.default(name)}."
-                )
-        if not self.family.prompts:
-            if any(prompts):
-                raise PrismError(f"{type(self.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
-            return
-        check_texts(prompts, call)
-        check_encoders(self.pipe, self._call, call, self.guided(call))
-        limit = call.get("max_sequence_length", self.default("max_sequence_length")) or self.family.text_limit
-        tokenizer = None if embedded_rows(call) else getattr(self.pipe, "tokenizer", None)
-        if limit is not None and tokenizer is not None:
-            with self.held():
-                warn_cut_off(prompts, tokenizer, limit, self.takes("max_sequence_length"), self._measured)
+        check_call(self, prompts, call)
 
     def steps(self, call: Mapping[str, Any]) -> Steps:
         """The steps that `pipe(**call)` makes, see `prism.backbone.steps`; `call` holds all that the pipeline needs."""
