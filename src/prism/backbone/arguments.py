@@ -343,9 +343,7 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
         raise PrismError(f"{type(backbone.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
     for name, why in backbone.family.fixed.items():
         if call.get(name, backbone.default(name)) != backbone.default(name):
-            raise PrismError(
-                f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}."
-            )
+            raise PrismError(f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}.")
     if not backbone.family.prompts:
         if any(prompts):
             raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
