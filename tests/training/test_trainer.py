@@ -475,10 +475,17 @@ def test_overwriting_keeps_the_old_head_until_the_new_one_is_whole(wan, store, t
 
     monkeypatch.setattr(loading, "load_backbone", lambda *_: (judge_for(wan).backbone, {}, "tiny"))
 
+    def command(settings, out, dim=None, **options):
+        return experiment.Train(
+            experiment.Folder(out=tmp_path / "runs" / out, **options),
+            experiment.Labelled(data=store.folder),
+            experiment.HeadOptions(tap="1,2", dim=dim),
+            experiment.Training(**settings.to_dict()),
+        )
+
     def work(seed, out="out", **options):
         settings = dataclasses.replace(CONFIG, steps=2, checkpoint_every=1, seed=seed)
-        config = experiment.TrainRun(data=store.folder, train=settings, taps=(1, 2), dim=16)
-        experiment.run(config, tmp_path / "runs" / out, **options)
+        experiment.run(command(settings, out, dim=16, **options))
 
     head = "head/model.safetensors"
     work(1, "other")
@@ -494,8 +501,8 @@ def test_overwriting_keeps_the_old_head_until_the_new_one_is_whole(wan, store, t
             break
     assert ends == {old, new}
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]
-    bad = experiment.TrainRun(store.folder, dataclasses.replace(CONFIG, source="trajectory", t_low=950), (1, 2))
+    bad = command(dataclasses.replace(CONFIG, source="trajectory", t_low=950), "out", overwrite=True)
     with pytest.raises(PrismError, match="No recorded state"):  # which is known once the run has its folder
-        experiment.run(bad, tmp_path / "runs" / "out", overwrite=True)
+        experiment.run(bad)
     assert (tmp_path / "runs" / "out" / head).read_bytes() == new
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]

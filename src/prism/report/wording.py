@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from prism.report.metrics import AccuracyRow
+if TYPE_CHECKING:
+    from prism.report.metrics import AccuracyRow
 
 MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line

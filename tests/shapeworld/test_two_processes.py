@@ -29,7 +29,7 @@ def work(out: Path) -> None:
 
 def test_two_processes_train_as_one_on_both_batches(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.shapeworld.test_processes", str(tmp_path / "two")]
+    command += ["tests.shapeworld.test_two_processes", str(tmp_path / "two")]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
     torch.manual_seed(0)

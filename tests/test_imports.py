@@ -1,0 +1,32 @@
+"""Every module imports by itself, whatever was imported before: no circle that an order of imports hides."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import importlib, pathlib, sys, warnings
+warnings.simplefilter("ignore")
+root = pathlib.Path(sys.argv[1])
+failed = []
+for path in sorted((root / "prism").rglob("*.py")):
+    parts = path.relative_to(root).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    if name == "prism.__main__":
+        continue
+    for other in [other for other in sys.modules if other.split(".")[0] == "prism"]:
+        del sys.modules[other]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        failed.append(f"{name}: {error}")
+sys.exit("; ".join(failed) or 0)
+"""
+
+
+def test_each_module_imports_by_itself() -> None:
+    source = Path(__file__).parents[1] / "src"
+    run = subprocess.run([sys.executable, "-c", CODE, str(source)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
