@@ -18,6 +18,7 @@ from typing import Any
 from prism.judge import Judge
 from prism.judge.judge import DIMENSIONS
 from prism.training import TrainConfig
+from prism.training.trainer import untrained_heads
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,5 @@ class Recipe:
 
     def judge(self, pipe: Any, dimensions: Sequence[str] = DIMENSIONS) -> Judge:
         """The judge to train, with random heads. pipe: a pipeline or a `Backbone`."""
-        seed = self.train.seed
-        heads = [
-            Judge.untrained(pipe, tap=tap, dim=self.dim, dimensions=dimensions, seed=seed + 1000 * number, **self.head)
-            for number, tap in enumerate(self.taps)
-        ]
+        heads = untrained_heads(pipe, self.taps, self.train.seed, dim=self.dim, dimensions=dimensions, **self.head)
         return Judge.average(heads)

@@ -20,8 +20,8 @@ from prism.errors import PrismError, quoted
 
 T = TypeVar("T")
 
-# In an allocator's words; on a CPU torch raises a plain RuntimeError.
 CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
+# In an allocator's words; on a CPU torch raises a plain RuntimeError.
 _WORDS = (
     "out of memory",
     "not enough memory",

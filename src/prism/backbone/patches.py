@@ -22,7 +22,7 @@ from prism.backbone.symbols import MISSING
 from prism.errors import PrismError
 
 # Packages whose wrappers and layers keep a call's output a function of its arguments (their caches are told by
-# `obstacles.check_whole`), and those that cache or slice.
+# `pipeline.check_whole`), and those that cache or slice.
 _TRUSTED = {"accelerate", "bitsandbytes", "builtins", "contextlib", "deepspeed", "diffusers", "functools", "optimum"}
 _TRUSTED |= {"peft", "prism", "torch", "torchao", "transformers", "unittest"}
 _PLACES = {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}  # where others' code stands in a module
@@ -59,7 +59,7 @@ def check_patches(denoiser: nn.Module) -> None:
 
 def check_scheduler(scheduler: Any) -> None:
     """Raise PrismError naming what stands in the place of a scheduler's own methods and goes by earlier calls."""
-    own = [value for value in vars(scheduler).values() if callable(value) and _outermost(value)]
+    own = _in_place_of_methods(scheduler)
     flow = _flow(nn.Module())
     flow.learn([(call, MISSING) for call in own])
     for call in own:
@@ -73,12 +73,16 @@ def check_scheduler(scheduler: Any) -> None:
 
 def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
     """True where code of other packages answers or may change calls of a denoiser, or of the scheduler's own."""
-    own = (value for value in vars(scheduler).values() if callable(value))
     roots = [getattr(each, "_orig_mod", each) for each in denoisers]
     entries = ((root, entry) for root in roots for entry in _entries(root))
-    return any(not (kind and _flow(root).only_looks(call, owner)) for root, (_, call, owner, kind) in entries) or any(
-        map(_outermost, own)
+    return bool(_in_place_of_methods(scheduler)) or any(
+        not (kind and _flow(root).only_looks(call, owner)) for root, (_, call, owner, kind) in entries
     )
+
+
+def _in_place_of_methods(part: Any) -> list[Any]:
+    """What was set on a part itself, in the place of a method of its class, and comes to code of other packages."""
+    return [value for value in vars(part).values() if callable(value) and _outermost(value)]
 
 
 def _flow(root: nn.Module) -> Flow:

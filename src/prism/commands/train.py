@@ -93,6 +93,7 @@ def run(config: Train) -> dict[str, Any]:
     from prism.report.metrics import document
     from prism.team import Team
     from prism.training import train
+    from prism.training.trainer import untrained_heads
 
     models, head, out, overwrite = config.models, config.head, config.output.out, config.output.overwrite
     embedded, taps = models.backbone is None, _blocks(head.tap)
@@ -106,19 +107,9 @@ def run(config: Train) -> dict[str, Any]:
     store = open_store(models.data)
     backbone, _, name = load_backbone(models.backbone, models.device, models.dtype)
     check_store(models.data, store, backbone)
-    judge = Judge.average(
-        [
-            Judge.untrained(
-                backbone,
-                tap=tap,
-                dim=DIM if embedded and head.dim is None else head.dim,
-                dimensions=store.dimensions,
-                aggregation=head.aggregation,
-                seed=settings.seed + 1000 * number,
-            )
-            for number, tap in enumerate(taps or (TAPS if embedded else (None,)))
-        ]
-    )
+    options = {"dim": DIM if embedded and head.dim is None else head.dim, "aggregation": head.aggregation}
+    options["dimensions"] = store.dimensions
+    judge = Judge.average(untrained_heads(backbone, taps or (TAPS if embedded else (None,)), settings.seed, **options))
     prompts = len(store.groups("train", store.dimensions))
     if team.first and 0 < prompts < FEW:
         warnings.warn(

@@ -15,6 +15,7 @@ from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.runs import Parts
 from prism.training import TrainConfig, train_together
+from prism.training.trainer import untrained_heads
 
 PIXEL = {"pixel": False, "pixel-noisy": True}  # name, as of the asset -> whether it trains on noisy videos too
 
@@ -29,10 +30,7 @@ def trained(
     folder = parts.folder / f"head-{seed}"
 
     def make() -> dict[str, Any]:
-        judges = [
-            Judge.untrained(backbone, tap=tap, dim=dim, dimensions=store.dimensions, seed=seed + 1000 * number)
-            for number, tap in enumerate(taps)
-        ]
+        judges = untrained_heads(backbone, taps, seed, dim=dim, dimensions=store.dimensions)
         configs = [replace(config, seed=seed) for _ in judges]
         train_together(store, judges, configs, desc=f"train judge {seed}")
         judge = Judge.average(judges)

@@ -48,6 +48,14 @@ CHANGEABLE = (
 )
 
 
+def untrained_heads(pipe: Any, taps: Sequence[int | None], seed: int, **options: Any) -> list[Judge]:
+    """A judge with a fresh head at each of `taps` (None: the backbone's default), to be trained together and averaged.
+
+    The seeds of their weights are 1,000 apart. options: further arguments of `Judge.untrained`.
+    """
+    return [Judge.untrained(pipe, tap=tap, seed=seed + 1000 * place, **options) for place, tap in enumerate(taps)]
+
+
 def train(
     store: LatentStore | str | Path,
     judge: Judge,
