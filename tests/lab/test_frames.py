@@ -81,6 +81,22 @@ def test_other_weights_of_the_vae_and_other_folders_are_refused(backbone, tmp_pa
         DecodedCache(tmp_path / "file", backbone)
 
 
+def test_processes_that_begin_a_folder_at_once_do_not_take_each_other_for_strangers(backbone, tmp_path, monkeypatch):
+    (tmp_path / "writing" / ".cache.json.prism-0123abcd").mkdir(parents=True)  # another's label is on its way
+    assert DecodedCache(tmp_path / "writing", backbone)(latents(1)).shape[0] == 1
+    begin = DecodedCache._begin
+
+    def after_another(cache, label, wanted):
+        monkeypatch.setattr(DecodedCache, "_begin", begin)
+        DecodedCache(cache.folder, backbone)(latents(1))  # looked after us, and has decoded since
+        begin(cache, label, wanted)
+
+    monkeypatch.setattr(DecodedCache, "_begin", after_another)
+    late = DecodedCache(tmp_path / "late", backbone)
+    late(latents(1))
+    assert late.decoded == 0
+
+
 def test_a_full_disk_is_told_and_leaves_no_half_file(backbone, tmp_path, monkeypatch):
     cache = DecodedCache(tmp_path, backbone)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prism import files
+from prism import files, temporary
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import vae_hash, vae_hashes
 from prism.errors import PrismError
@@ -49,16 +50,25 @@ class DecodedCache:
         self.decoded = 0  # videos that this process had to decode
         wanted = {"format": FORMAT, "schema": SCHEMA, "vae": vae_hash(backbone)}
         label = self.folder / "cache.json"
-        if label.is_file():
-            known = files.read_json(label)
-            if not isinstance(known, dict) or known.get("format") != FORMAT or known.get("schema") != SCHEMA:
-                raise PrismError(f"The file {label} does not describe decoded frames of schema {SCHEMA}; delete it.")
-            if {**known, "vae": None} != {**wanted, "vae": None} or str(known.get("vae")) not in vae_hashes(backbone):
-                raise PrismError(f"The frames in {self.folder} were decoded by another VAE; choose another folder.")
-            return
+        if not label.is_file():
+            self._begin(label, wanted)
+        known = files.read_json(label)
+        if not isinstance(known, dict) or known.get("format") != FORMAT or known.get("schema") != SCHEMA:
+            raise PrismError(f"The file {label} does not describe decoded frames of schema {SCHEMA}; delete it.")
+        if {**known, "vae": None} != {**wanted, "vae": None} or str(known.get("vae")) not in vae_hashes(backbone):
+            raise PrismError(f"The frames in {self.folder} were decoded by another VAE; choose another folder.")
+
+    def _begin(self, label: Path, wanted: dict[str, Any]) -> None:
+        """Make the folder and its label, unless something else is there. Other processes may be at the same."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(path.suffix == ".npy" or path.is_dir() for path in self.folder.iterdir()):
+            taken = any(
+                path.suffix == ".npy" or (path.is_dir() and not temporary.NAME.fullmatch(path.name))
+                for path in self.folder.iterdir()
+            )
+            if label.is_file():  # another process was first; whoever sees frames of its sees its label after them
+                return
+            if taken:
                 raise PrismError(f"The folder {self.folder} holds something else than frames; choose another one.")
             files.write_json(label, wanted)
         except OSError as error:
