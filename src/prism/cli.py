@@ -25,10 +25,10 @@ COMMANDS = {
     "eval": "evaluate:Evaluate",
     "study": "lab:Study",
     "doctor": "doctor:Doctor",
-    "shapeworld train": "shapeworld:Train",
-    "shapeworld candidates": "shapeworld:Candidates",
-    "shapeworld quality": "shapeworld:Quality",
-    "shapeworld weaker": "shapeworld:Weaker",
+    "shapeworld train": "lab:Train",
+    "shapeworld candidates": "lab:Candidates",
+    "shapeworld quality": "lab:Quality",
+    "shapeworld weaker": "lab:Weaker",
 }
 """Command -> module and dataclass of its options, in `prism.commands`."""
 HELP = """\

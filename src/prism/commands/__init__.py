@@ -1,1 +1,26 @@
-"""The commands of `prism`: one file a command, its settings and its `run`."""
+"""The commands of `prism`: each a dataclass of its options with a `main`; `show` is how most of them end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def show(metrics: Mapping[str, Any], out: Path) -> None:
+    """Print the tables that `metrics` has rows for, and where the files are."""
+    from rich.console import Console
+
+    from prism.report import wording
+    from prism.report.tables import accuracy_table, beside_table, best_of_n_table, judges_table
+
+    console = Console(highlight=False)
+    if metrics["accuracy"]:
+        for name, rows in wording.by_set(wording.pooled(metrics["accuracy"])).items():
+            several = len({wording.judge_name(row) for row in rows}) > 1
+            console.print(judges_table(rows, f"Judges on {name} prompts") if several else accuracy_table(rows))
+    for rows in wording.by_set(wording.in_order(wording.pooled(metrics["best_of_n"]))).values():
+        console.print(best_of_n_table(rows))
+    if metrics.get("beside"):
+        console.print(beside_table(metrics["beside"]))
+    console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

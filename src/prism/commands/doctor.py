@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from prism.commands.options import Models, said
+from prism.errors import PrismError, whole
 
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+PROMPT = "a red circle moves right"
+PROMPTS = 800  # that the study's judges took, with four videos each (docs/study.md)
+MANY = 256  # candidates in a batch beyond which the number says nothing
+Line = tuple[str, str]
 BESIDE = "call.json beside the pipeline, else its own"
 
 
@@ -57,20 +72,251 @@ class Doctor:
     """Check the `family` that this Python file defines on the pipeline. The file is run: it is your own code."""
     sizes: Sizes = Sizes()
 
+    @property
+    def changes(self) -> dict[str, int]:
+        """The arguments of the pipeline's call that options change."""
+        given = {"num_inference_steps": self.steps, **asdict(self.sizes)}
+        return {name: value for name, value in given.items() if value is not None}
+
     def main(self) -> int:
-        """Print what is found; 1 where a check of a family does not hold."""
+        """Print the lines; 1 where a check of a family does not hold."""
         from rich.console import Console
 
-        from prism.commands.examination import check_family, run
+        from prism.backbone.arguments import FRAMES, PIXELS, STEPS
 
+        limits = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
+        for name, size in self.changes.items():
+            flag = "--steps" if name == "num_inference_steps" else f"--{name.replace('_', '-')}"
+            whole(flag, size, *limits[name])
         console = Console(highlight=False)
         if self.family is not None:
-            checked = check_family(self)
-            for what, holds, found in checked:
-                console.print(f"  {'holds' if holds else 'FAILS':8}{what:22}{found}", soft_wrap=True, markup=False)
+            from prism.commands.checks import run_all
+            from prism.commands.subject import with_own_facts
+
+            models = self.models
+            checked = run_all(with_own_facts(models.backbone, self.family, models.device, models.dtype, **self.changes))
+            for name, holds, sentence in checked:
+                console.print(f"  {'holds' if holds else 'FAILS':8}{name:22}{sentence}", soft_wrap=True, markup=False)
             return int(not all(holds for _, holds, _ in checked))
         for title, lines in run(self):
             console.print(f"[bold]{title}[/bold]")
-            for what, found in lines:
-                console.print(f"  {what:24}{found}", soft_wrap=True, markup=False)
+            for name, value in lines:
+                console.print(f"  {name:24}{value}", soft_wrap=True, markup=False)
         return 0
+
+
+def run(config: Doctor) -> list[tuple[str, list[Line]]]:
+    """Sections of lines (what, found). Raises PrismError for a folder that is no supported pipeline, as any command."""
+    from prism.loading import load_backbone
+    from prism.sampling import plan as schedules
+
+    whole("--n", config.n, 1, 10_000)
+    backbone, call, name = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
+    call |= config.changes
+    cuts = schedules.parse(config.schedule) if config.schedule else None
+    seconds, memory = None, 0
+    trouble = "--no-run"
+    if config.run:
+        try:
+            seconds, memory = _measured(backbone, call)
+        except (PrismError, RuntimeError) as error:
+            used = {key: call.get(key) or backbone.default(key) for key in asdict(config.sizes)}
+            tried = ", ".join(f"{key} {size}" for key, size in used.items() if size)
+            reason = str(error).strip().splitlines()[0][:300]
+            trouble = f"{reason}{f' (tried {tried}; choose another, as --height and --width)' if tried else ''}"
+    tap, judge = _judge(backbone, config.models.backbone)
+    return [
+        ("machine", _machine(backbone)),
+        ("backbone", [*_backbone(backbone, name), ("judge", judge)]),
+        ("one step", _step(backbone, tap, seconds, memory, trouble, backbone.guided(call))),
+        (f"best of {config.n}", _costs(backbone, tap, call, config.n, cuts, seconds)),
+    ]
+
+
+def _machine(backbone: Any) -> list[Line]:
+    import torch
+
+    import prism
+
+    found = [("prism", prism.__version__), ("python", platform.python_version())]
+    found += [(name, version(name)) for name in PACKAGES]
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        found.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
+    threads = torch.get_num_threads()
+    found.append(("cpu", f"{threads} thread{'' if threads == 1 else 's'}, {_size(_free(torch.device('cpu')))} free"))
+    return [*found, ("runs on", str(backbone.device))]
+
+
+def _backbone(backbone: Any, name: str) -> list[Line]:
+    family, low_high = backbone.family, backbone.t_range
+    widths = sorted(set(backbone.widths))
+    reads = (
+        "" if low_high == (0.0, 1000.0) else f"; {backbone.reads}, used for t from {low_high[0]:g} to {low_high[1]:g}"
+    )
+    guidance = {"two_calls": "two denoiser calls a step", "one_batch": "one denoiser call of twice the rows"}[
+        family.cfg
+    ]
+    return [
+        ("name", name),
+        ("pipeline", f"{type(backbone.pipe).__name__} ({family.models})"),
+        (
+            "denoiser",
+            f"{type(backbone.denoiser).__name__}, {backbone.num_parameters:,} weights, {backbone.dtype}{reads}",
+        ),
+        ("taps", f"1 to {backbone.num_blocks}, {' or '.join(map(str, widths))} wide; default {backbone.default_tap}"),
+        ("a judge by itself", _alone(backbone)),
+        ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
+        ("guidance", f"{guidance}, where {family.guidance} turns it on"),
+    ]
+
+
+def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
+    """The block a judge reads after here, and which judge that is: the one that ships, or one to be trained."""
+    from prism import files, shapeworld
+
+    if folder is not None:
+        advice = "none ships for this model; train one (prism train) on labelled pairs; "
+        advice += f"the toy world's took about {PROMPTS} prompts"
+        return backbone.default_tap, advice
+    config = files.read_json(shapeworld.asset_folder("head") / "config.json")
+    tap = max(member["tap"] for member in config.get("members", [config]))
+    return tap, f"the one that ships, after block {tap}"
+
+
+def _alone(backbone: Any) -> str:
+    """What a judge that stands by itself holds of the denoiser."""
+    try:
+        lists = backbone.family.first_blocks(backbone.denoiser, backbone.default_tap)
+    except PrismError as error:
+        return str(error)
+    blocks = [block for part, kept in lists for block in part[kept:]]
+    later = {id(value) for block in blocks for value in (*block.parameters(), *block.buffers())}
+    sizes = {id(value): value.nbytes for value in (*backbone.denoiser.parameters(), *backbone.denoiser.buffers())}
+    needed = sum(size for key, size in sizes.items() if key not in later)
+    return f"loads {_size(needed)} of the denoiser's {_size(sum(sizes.values()))}, up to the default tap"
+
+
+def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
+    """Seconds of a denoiser row, and the bytes that a further row takes (0 where they cannot be told)."""
+    import torch
+    from PIL import Image
+
+    if backbone.takes("image") and "image" not in call:
+        size = [call.get(name) or backbone.default(name) or 512 for name in ("width", "height")]
+        call["image"] = Image.new("RGB", size, "gray")
+    prompts = [PROMPT if backbone.family.prompts else ""]
+    conditioning = backbone.condition(prompts, **call)[0]
+    latents = torch.zeros((1, *conditioning.shape), dtype=conditioning.dtype, device=backbone.device)
+    t = torch.full((1,), sum(backbone.t_range) / 2, device=latents.device)
+    _, _, timestep = backbone.family.level(backbone.pipe.scheduler, t)
+
+    def denoise(rows: int) -> None:
+        some = conditioning[[0] * rows]
+        arguments = some.call(latents.expand(rows, *latents.shape[1:]), timestep.expand(rows))
+        with torch.no_grad(), backbone.held():
+            backbone.denoiser(**arguments)
+
+    most = 1 if backbone.family.alone else 2
+    peaks = [_peak(backbone.device, partial(denoise, rows)) for rows in (1, most)]
+    start = time.perf_counter()
+    denoise(1)
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
+    return time.perf_counter() - start, peaks[0] if most == 1 else peaks[1] - peaks[0]
+
+
+def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
+    if seconds is None:
+        return [("measured", f"no: {trouble}")]
+    found = [("a denoiser row", f"{_time(seconds)}, of which a judge after block {tap} that stands alone needs "
+              f"{tap / backbone.num_blocks:.0%}")]  # fmt: skip
+    if memory > 0:
+        rows = 2 if guided and backbone.family.cfg != "two_calls" else 1
+        fit = max(1, int(0.9 * _free(backbone.device) / memory / rows))
+        many = f"about {fit}" if fit <= MANY else f"more than {MANY}"
+        found.append(("candidates that fit", f"{many} per batch; a row of the denoiser takes {_size(memory)}"))
+    else:
+        found.append(("candidates that fit", "not measured: this device does not tell its memory"))
+    return found
+
+
+def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+    from prism.sampling.plan import Workload, is_blind
+    from prism.sampling.strategies import Draft, Early, First, Full, default_draft_steps
+
+    guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
+    told, short = None, None
+    if seconds is not None:  # what a scheduler makes of it is known where the pipeline can be called
+        whole = {**call, **backbone.batch([PROMPT if backbone.family.prompts else ""], [0], call)}
+        told, short = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
+    load = Workload.of(backbone, call, n, tap, told, short)
+    if short is None:
+        load = replace(load, draft_calls=(1 + guided,) * draft)
+    steps, early = len(load.calls), Early(cuts).settled(load, told)
+    schedule = early.cuts(load)
+    rows = [(what, plan.rows(load)) for what, plan in (
+        ("one video, no choice", First()),
+        (f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}", early),
+        (f"drafts of {len(load.draft_calls)} steps", Draft()),
+        ("full", Full()),
+    )]  # fmt: skip
+    most = rows[-1][1]
+    found = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]
+    for what, count in rows:
+        time_ = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
+        found.append((what, f"{count:.0f} denoiser rows, {count / most:.0%} of full{time_}"))
+    if is_blind(schedule):
+        cost = rows[2][1] / most
+        said = (
+            f"little: of {steps} steps, as a distilled model takes, the first cut comes at step 1, which sees pure "
+            f"noise. Take the strategy full, or drafts at {cost:.0%} of its cost"
+        )
+        found.append(("to cut", said))
+    else:
+        found.append(("to cut", f"yes: {steps - schedule[0][0]} of {steps} steps come after the first cut"))
+    return found
+
+
+def _peak(device: torch.device, work: Callable[[], None]) -> int:
+    """Most bytes that `work` holds at once beyond what was held before; 0 where they are not told."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        work()
+        return 0
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr when it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def _free(device: torch.device) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds:.3g} s"
+
+
+def _size(count: int) -> str:
+    for power, unit in ((30, "GiB"), (20, "MiB")):
+        if count >= 2 ** (power - 2):
+            return f"{count / 2**power:.1f} {unit}"
+    return f"{count / 2**10:.0f} KiB"

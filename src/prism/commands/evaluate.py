@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from prism import files, runs
+from prism.commands import show
 from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, named, recorded
-from prism.commands.printing import show
 from prism.errors import SEEDS, PrismError, quoted, whole
 
 NOTES = (

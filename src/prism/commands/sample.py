@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prism import files, runs
+from prism.commands import show
 from prism.commands.options import Head, Models, Repeated, Replacing, named, recorded, said
-from prism.commands.printing import show
 from prism.errors import PrismError, number, quoted, whole
 
 if TYPE_CHECKING:

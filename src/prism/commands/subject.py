@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prism.backbone import Backbone
@@ -134,3 +138,63 @@ def require(holds: bool, told: str) -> None:
     """Raise `Mismatch` with a sentence where something does not hold."""
     if not holds:
         raise Mismatch(f"{told[0].upper()}{told[1:]}.")
+
+
+def with_own_facts(folder: str | None, file: Path, device: str | None, dtype: str | None, **changes: Any) -> Subject:
+    """The pipeline in a folder with the `family` that a Python file defines; `changes` are arguments of its call.
+
+    Raises PrismError for a file without a family, which is run as Python, and for a folder that cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    from prism.backbone import Family, register
+    from prism.backbone.registry import pipeline_class
+    from prism.loading import load_backbone
+
+    if folder is None:
+        raise PrismError("--family takes a file and the folder of a pipeline: prism doctor --family FILE FOLDER.")
+    names = _run_file(file)
+    family = names.get("family")
+    if not isinstance(family, Family):
+        others = [name for name, value in names.items() if isinstance(value, Family)]
+        hint = f"; {others[0]} is one: call it `family`" if others else ""
+        hint = hint or (f"; its `family` is {type(family).__name__}" if family is not None else "")
+        raise PrismError(f"The file {file} defines no `family`, a prism.backbone.Family{hint}.")
+    try:
+        kind = str(DiffusionPipeline.load_config(folder).get("_class_name"))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PrismError(f"No diffusers pipeline could be loaded from {folder}: {reason}") from error
+    pipeline = names.get(kind)
+    others = [name for name in family.pipelines if name != kind]
+    if not isinstance(pipeline, type) and pipeline_class(kind) is None:
+        raise PrismError(
+            f"The folder {folder} holds a {kind[:60]}, which is none of diffusers'; the file "
+            f"{file} must import or define that class beside `family`."
+        )
+    register(family, pipeline=[pipeline if isinstance(pipeline, type) else kind, *others], replace=True)
+    backbone, call, _ = load_backbone(folder, device, dtype)
+    call |= changes
+    call["num_inference_steps"] = call.get("num_inference_steps", 5)
+    if backbone.takes("image") and "image" not in call:
+        call["image"] = _noise_image(backbone, call)
+    return Subject(backbone, call)
+
+
+def _run_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = "is a folder" if path.is_dir() else "does not exist"
+        raise PrismError(f"--family takes a Python file that defines `family`; {path} {there}.")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:  # as Python itself has it: modules beside the file are imported, a pipeline's parts too
+        sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PrismError(f"The file {path} could not be run: {type(error).__name__}: {reason}") from error
+
+
+def _noise_image(backbone: Any, call: dict[str, Any]) -> Image.Image:
+    width, height = (call.get(name) or backbone.default(name) or 512 for name in ("width", "height"))
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prism import files, runs
+from prism.commands import show
 from prism.commands.options import Labelled, Replacing, Resuming, named, recorded, said
-from prism.commands.printing import show
 from prism.errors import PrismError, quoted
 from prism.training.config import TrainConfig
 
