@@ -15,7 +15,7 @@ import prism
 from prism import team
 from prism.backbone import Backbone
 from prism.backbone import backbone as backbone_module
-from prism.backbone.cache import ConditioningCache, Stowed, alone, tensors_of, with_tensors
+from prism.backbone.conditioning import ConditioningCache, Stowed, alone, tensors_of, with_tensors
 from prism.errors import PrismError
 from prism.evaluation import evaluate, evaluator, measure
 from prism.judge import Judge

@@ -12,7 +12,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from prism.backbone.conditioning import is_single
 from prism.backbone.family import Family
 from prism.backbone.pipeline import check_denoisers, warn_cut_off
 from prism.errors import PrismError, number, quoted, reason, whole
@@ -190,6 +189,13 @@ def _row(name: str, value: Any, place: int, prompts: int) -> Any:
     if len(value) != prompts:
         raise PrismError(f"{name} has {len(value)} entries for {prompts} prompts; give one, or one per prompt.")
     return value[place : place + 1] if isinstance(value, Tensor) else value[place]
+
+
+def is_single(name: str, value: Any) -> bool:
+    """Whether a call's `image` or `video` is one for all rows, not a list with one a row; a video lists its frames."""
+    if name == "video" and isinstance(value, list | tuple) and value:
+        value = value[0]
+    return value is not None and not isinstance(value, list | tuple)
 
 
 def check_encoders(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any], guided: bool) -> None:

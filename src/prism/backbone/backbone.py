@@ -25,8 +25,7 @@ from prism.backbone.arguments import (
     texts,
     unguided,
 )
-from prism.backbone.cache import ConditioningCache, alone, cache_key, with_tensors
-from prism.backbone.conditioning import Conditioning, Ragged
+from prism.backbone.conditioning import Conditioning, ConditioningCache, Ragged, alone, cache_key, with_tensors
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.facts import check_pipeline
 from prism.backbone.fingerprint import fingerprint, surroundings, weights

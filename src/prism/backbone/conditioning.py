@@ -1,17 +1,34 @@
-"""Conditionings: what a denoiser is told beside the latents, kept from a stock call."""
+"""Conditionings: what a denoiser is given beside the latents, captured from a stock call, encoded once, and kept.
+
+`Conditioning` is captured once per prompt and kept in a `ConditioningCache`, which is limited by the memory it holds.
+`encoded_once` spares a search the same text and image encodings again: its calls make their own conditionings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.denoiser_call import DenoiserCall, flattened, nested, take
+from prism.backbone.wrapping import around, around_module
 from prism.errors import PrismError
+
+if TYPE_CHECKING:
+    from prism.backbone.backbone import Backbone
+
+Key = TypeVar("Key", bound=Hashable)
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -185,8 +202,186 @@ def _cat(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else [row for value in values for row in value]
 
 
-def is_single(name: str, value: Any) -> bool:
-    """Whether a call's `image` or `video` is one for all rows, not a list with one a row; a video lists its frames."""
-    if name == "video" and isinstance(value, list | tuple) and value:
-        value = value[0]
-    return value is not None and not isinstance(value, list | tuple)
+# -- kept between calls
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in lists and dictionaries as deep as they go, and in a `Conditioning`."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Conditioning):
+        yield from tensors_of([value.arguments, *value._beside().values()])
+    elif isinstance(value, Mapping):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_of(each)
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same value with `change` made to each of `tensors_of`, in that order."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Conditioning):
+        arguments = with_tensors(value.arguments, change)
+        return replace(value, arguments=arguments, **with_tensors(value._beside(), change))
+    if isinstance(value, dict):
+        return {name: with_tensors(each, change) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_tensors(each, change) for each in value)
+    return value
+
+
+def alone(value: Tensor) -> Tensor:
+    """The tensor, copied where it is part of a larger one, which it would keep in memory."""
+    return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+@dataclass(frozen=True)
+class Stowed:
+    """A conditioning in host memory, and where its tensors belong."""
+
+    conditioning: Conditioning
+    devices: tuple[torch.device, ...]
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> Stowed:
+        devices = tuple(value.device for value in tensors_of(conditioning))
+        return cls(with_tensors(conditioning, lambda value: alone(value).cpu()), devices)
+
+    def back(self) -> Conditioning:
+        devices = iter(self.devices)
+        back: Conditioning = with_tensors(self.conditioning, lambda value: value.to(next(devices)))
+        return back
+
+
+class ConditioningCache(Generic[Key, Entry]):
+    """Conditionings by key; `nbytes` is what they hold, tensors that several share counted once.
+
+    An entry that is read or put in counts as used just now.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._entries: OrderedDict[Key, Entry] = OrderedDict()
+        self._users: dict[int, int] = {}  # of each storage, by its address
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: Key) -> Entry:
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+    def __setitem__(self, key: Key, entry: Entry) -> None:
+        """Put an entry in. Rows of larger tensors hold these whole: see `alone`."""
+        if key in self._entries:
+            self._drop(key)
+        self._entries[key] = entry
+        for address, size in self._storages(entry).items():
+            self._users[address] = self._users.get(address, 0) + 1
+            self.nbytes += size if self._users[address] == 1 else 0
+
+    def trim(self, most_bytes: int, spared: int = 1) -> None:
+        """Drop entries until the rest fits, those used longest ago first, but for the `spared` used last."""
+        while self.nbytes > most_bytes and len(self._entries) > spared:
+            self._drop(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        self.nbytes = 0
+        self._entries.clear()
+        self._users.clear()
+
+    def _drop(self, key: Key) -> None:
+        for address, size in self._storages(self._entries.pop(key)).items():
+            self._users[address] -= 1
+            if not self._users[address]:
+                del self._users[address]
+                self.nbytes -= size
+
+    @staticmethod
+    def _storages(entry: Any) -> dict[int, int]:
+        held = entry.conditioning if isinstance(entry, Stowed) else entry
+        storages = (value.untyped_storage() for value in tensors_of(held))
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def cache_key(call: dict[str, Any]) -> str | None:
+    """A key for what a call conditions on, or None where an argument (a tensor) has no short faithful text."""
+    plain = (str, int, float, bool, type(None))
+    faithful = {}
+    for name, value in call.items():
+        if isinstance(value, Image.Image):
+            value = f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+        if not isinstance(value, plain):
+            return None
+        faithful[name] = value
+    return repr(sorted(faithful.items()))
+
+
+# -- encoded once per search
+
+
+@contextmanager
+def encoded_once(backbone: Backbone) -> Iterator[None]:
+    """While open, each text and each conditioning image is encoded once: candidates, captures, drafts and winners ask
+    for the same. What counts the encoders' work is opened before this, and sees the calls that are made.
+    """
+    pipe, encodings = backbone.pipe, _Encodings()
+    with ExitStack() as stack:
+        for name, module in backbone.encoders.items():
+            stack.enter_context(around_module(module, partial(encodings.once, name), reads=True))
+        if hasattr(pipe, "encode_prompt"):
+            stack.enter_context(around(pipe, "encode_prompt", encodings.prompt, reads=True))
+        if hasattr(getattr(pipe, "vae", None), "encode"):  # the posterior; what a call samples of it is its own
+            stack.enter_context(around(pipe.vae, "encode", partial(encodings.once, "vae"), reads=True))
+        yield
+
+
+class _Encodings:
+    """Outputs of encoders by what they were computed from."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Any, Any] = {}
+
+    def once(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """An encoder's output, computed where it was not asked for before."""
+        key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
+        if key not in self.kept:
+            self.kept[key] = inner(*args, **kwargs)
+        return self.kept[key]
+
+    def prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's embeddings. Candidates repeat one text: it is encoded once, as one row, and repeated."""
+        given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+        rows = len(given["prompt"]) if isinstance(given.get("prompt"), list) else 0
+        lists = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == rows}
+        repeated = all(_same(value) for value in lists.values())
+        if not rows or not repeated or any(isinstance(value, Tensor) for value in given.values()):
+            return inner(*args, **kwargs)
+        given |= {name: value[:1] for name, value in lists.items()}
+        if given.get("batch_size") == rows:
+            given["batch_size"] = 1
+        key = ("prompt", repr(sorted(given.items())))
+        if key not in self.kept:
+            self.kept[key] = inner(**given)
+        one = self.kept[key]
+        if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
+            return inner(*args, **kwargs)  # not one row a text: leave it to the pipeline
+        return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
+
+
+def _same(values: list[Any]) -> bool:
+    """True where all are one text, or one and the same object."""
+    return all(value is values[0] or (isinstance(value, str) and value == values[0]) for value in values)
+
+
+def _faithful(value: Any) -> Any:
+    """A hashable stand-in that is equal for equal arguments."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return value.dtype, tuple(value.shape), hashlib.sha256(plain.data).digest()
+    return repr(value)

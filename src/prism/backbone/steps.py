@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prism.backbone.cache import cache_key
+from prism.backbone.conditioning import cache_key
 from prism.backbone.parts import config_of
 from prism.backbone.wrapping import capture
 from prism.errors import PrismError

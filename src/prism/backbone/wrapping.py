@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from prism.backbone.denoiser_call import by_name
 from prism.backbone.pipeline import failure, misfits_told
 from prism.errors import PrismError
-
-if TYPE_CHECKING:
-    pass
-
 
 _CIRCLE = (
     "This thread works with one pipeline and asks for another whose own search waits for the first; let one thread "

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.backbone.arguments import check_output_type, embedded_rows, normalised, of_prompt, texts
-from prism.backbone.encodings import encoded_once
+from prism.backbone.conditioning import encoded_once
 from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
 from prism.errors import DRAWS, PrismError, flag, quoted, whole

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prism.backbone import Backbone, Conditioning, Ragged, Tokens
-from prism.backbone.cache import ConditioningCache, Stowed
+from prism.backbone.conditioning import ConditioningCache, Stowed
 from prism.errors import PrismError
 from prism.evaluation.evaluator import Video, check_call, noised, pair_margins, videos_of
 from prism.judge import Judge
