@@ -1,4 +1,4 @@
-"""Preference pairs: from scores to labels, from dimensions to an overall label, and splits that share no prompt.
+"""Tables of videos and of preference pairs: read with checks, labelled by scores, grouped and split by prompt.
 
 A table of pairs has the columns prompt, video_a, video_b, split and one int8 column per dimension:
 1 (A preferred), -1 (B preferred), 0 (tie), null (no label).
@@ -7,13 +7,17 @@ A table of pairs has the columns prompt, video_a, video_b, split and one int8 co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from prism import files
 from prism.errors import PrismError, instance, listed, number, quoted
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
@@ -222,3 +226,77 @@ def check_disjoint(pairs: pa.Table) -> None:
                     f"The {kind} {cut(name, 200)} is in the splits {quoted(other, 40)} and {quoted(split, 40)}; "
                     "a split must share no prompt and no video with another, or accuracy means nothing."
                 )
+
+
+# -- Parquet files
+
+
+def named(path: Path) -> str:
+    """A path on one line, cut where it is long."""
+    return quoted(str(path), 150)
+
+
+def check_file(path: Path, wanted_by: str = "") -> None:
+    """Refuse a path that is missing or no regular file (a pipe would be waited for without end)."""
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "does not exist"
+        raise PrismError(f"The file {named(path)} {what}{wanted_by}.")
+    files.check_regular(path)
+
+
+def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), others: Sequence[str] = ()) -> pa.Table:
+    """A Parquet file that has at least these columns.
+
+    Args:
+        path: the file.
+        texts: columns of texts; they come as Arrow's `string`.
+        wholes: columns of whole numbers from 0; they come as `int64`.
+        others: columns of anything.
+
+    Raises:
+        PrismError: naming the file, the column and what is wrong with it.
+    """
+    check_file(path)
+    try:
+        table = pq.ParquetFile(path).read()  # read_table would add columns from folders named a=b
+        table.validate(full=True)
+    except Exception as error:
+        raise PrismError(f"The file {named(path)} is not a whole Parquet file ({quoted(error, 150)}).") from error
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise PrismError(f"The file {named(path)} has the column {quoted(twice[0], 80)} twice.")
+    for name in (*texts, *wholes, *others):
+        if name not in table.column_names:
+            raise PrismError(f"The file {named(path)} lacks the column {name}.")
+    for name in texts:
+        table = _cast(table, path, name, _is_text, pa.string(), "texts")
+    for name in wholes:
+        table = _cast(table, path, name, pa.types.is_integer, pa.int64(), "whole numbers from 0")
+        if len(table) and min(table[name].to_pylist()) < 0:
+            raise PrismError(
+                f"The column {name} of {named(path)} must hold whole numbers from 0, found a negative one."
+            )
+    return table
+
+
+def _cast(
+    table: pa.Table, path: Path, name: str, is_kind: Callable[[pa.DataType], bool], kind: pa.DataType, wanted: str
+) -> pa.Table:
+    column = table[name]
+    if column.null_count:
+        row = column.is_null().to_pylist().index(True)
+        raise PrismError(f"The column {name} of {named(path)} must hold {wanted}, found none in row {row}.")
+    if len(column) and not is_kind(column.type):
+        raise PrismError(
+            f"The column {name} of {named(path)} must hold {wanted}, found {quoted(str(column.type), 80)}."
+        )
+    try:
+        return table.set_column(table.column_names.index(name), name, column.cast(kind))
+    except pa.ArrowException as error:
+        raise PrismError(f"The column {name} of {named(path)} must hold {wanted} ({quoted(error, 150)}).") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

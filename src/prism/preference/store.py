@@ -13,6 +13,7 @@ Latents are read row by row from memory-mapped files, so a store may be larger t
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,25 +24,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prism import files
 from prism.errors import PrismError, flag, instance, listed, quoted, whole
-from prism.preference import tables
 from prism.preference.pairs import (
     PAIR_COLUMNS,
     SPLITS,
     PromptGroup,
     check_disjoint,
+    check_file,
     cut,
     group_by_prompt,
     label_matrix,
+    named,
+    read_table,
 )
 
 SCHEMA = 1
 SHARD_BYTES = 1 << 30
+FLOATS = ("F16", "BF16", "F32", "F64")
+NUMBERS = (*FLOATS, "I8")  # eight bits come with a scale
 
 
 def write_store(
@@ -68,7 +73,7 @@ def write_store(
     instance("folder", folder, str | os.PathLike, "a path")
     folder = Path(folder)
     if not os.path.isdir(folder):
-        raise PrismError(f"The folder {tables.named(folder)} does not exist; make it first, with files.new_folder.")
+        raise PrismError(f"The folder {named(folder)} does not exist; make it first, with files.new_folder.")
     instance("videos", videos, pa.Table, "a table of pyarrow")
     instance("pairs", pairs, pa.Table, "a table of pyarrow")
     instance("meta", meta, Mapping, "a dict")
@@ -134,22 +139,20 @@ class LatentStore:
         if not os.path.isdir(folder):  # also of a name too long for the file system
             found = "is a file" if os.path.exists(folder) else "does not exist"
             raise PrismError(
-                f"The store {tables.named(folder)} {found}; it is a folder that prism.preference.write_store writes."
+                f"The store {named(folder)} {found}; it is a folder that prism.preference.write_store writes."
             )
         if not (folder / "store.json").exists():
             raise PrismError(
-                f"The folder {tables.named(folder)} is no store: its store.json does not exist. Latents and labels "
+                f"The folder {named(folder)} is no store: its store.json does not exist. Latents and labels "
                 "become one by prism.preference.write_store."
             )
-        meta = tables.read_meta(folder / "store.json")
+        meta = _read_meta(folder / "store.json")
         if meta.get("schema") != SCHEMA:
             found = quoted(meta.get("schema"), 80)
-            raise PrismError(
-                f"The store {tables.named(folder)} has schema {found}; this version reads schema {SCHEMA}."
-            )
+            raise PrismError(f"The store {named(folder)} has schema {found}; this version reads schema {SCHEMA}.")
         texts, others = ("video", "prompt", "split"), ("seed",)
-        videos = tables.read_table(folder / "videos.parquet", texts, ("shard", "row"), others)
-        pairs = tables.read_table(folder / "pairs.parquet", PAIR_COLUMNS)
+        videos = read_table(folder / "videos.parquet", texts, ("shard", "row"), others)
+        pairs = read_table(folder / "pairs.parquet", PAIR_COLUMNS)
         store = cls(folder, meta, videos, pairs)
         check_disjoint(pairs)
         store._check_videos()
@@ -196,7 +199,7 @@ class LatentStore:
             raise PrismError(f"The store {self.folder} holds no trajectories; make it anew with trajectories recorded.")
         ids, count = list(listed("The videos", ids)), self.num_states()
         if index is not None:
-            index = whole(f"The index of a state in {tables.named(self.folder)}", index, -count, count - 1) % count
+            index = whole(f"The index of a state in {named(self.folder)}", index, -count, count - 1) % count
         states, t = self._read("trajectory", "states", ids, index), self._read("trajectory", "t", ids, index)
         if not bool(((t >= 0) & (t <= 1000)).all()):
             raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file is altered.")
@@ -216,14 +219,14 @@ class LatentStore:
             shard, row = self._place[video]
             path = self._path(kind, shard)
             self._check_seal(path)
-            view = self._tensor(path, name, tables.NUMBERS)
+            view = self._tensor(path, name, NUMBERS)
             try:
                 value = (view[row : row + 1] if index is None else view[row : row + 1, index : index + 1]).float()
                 if view.get_dtype() == "I8":
                     value = value * self._scale(path)
             except (SafetensorError, OSError, RuntimeError, IndexError, ValueError) as error:
                 raise PrismError(
-                    f"The {name} of row {row} cannot be read from {tables.named(path)} ({quoted(error, 150)})."
+                    f"The {name} of row {row} cannot be read from {named(path)} ({quoted(error, 150)})."
                 ) from error
             if not bool(torch.isfinite(value).all()):
                 raise PrismError(f"The {name} of video {cut(video)} in {self.folder} hold NaN or infinity.")
@@ -235,18 +238,16 @@ class LatentStore:
     def _scale(self, path: Path) -> Tensor:
         scale: Tensor = self._tensor(path, "scale")[:].float()
         if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
-            raise PrismError(
-                f"The tensor scale in {tables.named(path)} must hold finite numbers from 0; the file is altered."
-            )
+            raise PrismError(f"The tensor scale in {named(path)} must hold finite numbers from 0; the file is altered.")
         return scale
 
     def _path(self, kind: str, shard: int) -> Path:
         return self.folder / f"{kind}-{shard:05d}.safetensors"
 
-    def _tensor(self, path: Path, name: str, kinds: Sequence[str] = tables.FLOATS) -> Any:
+    def _tensor(self, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> Any:
         if path not in self._shards:
-            self._shards[path] = tables.open_shard(path)
-        return tables.tensor(self._shards[path], path, name, kinds)
+            self._shards[path] = _open_shard(path)
+        return _view(self._shards[path], path, name, kinds)
 
     def _check_seal(self, path: Path) -> None:
         """Compare a file with its checksum, the first time it is read; stores of earlier versions have none."""
@@ -254,7 +255,7 @@ class LatentStore:
             return
         if files.sha256(path) != self.meta["sha256"][path.name]:
             raise PrismError(
-                f"The file {tables.named(path)} is not the one that was written: store.json has another SHA-256. "
+                f"The file {named(path)} is not the one that was written: store.json has another SHA-256. "
                 "Copy or write the store anew; if it was changed on purpose, delete its line under sha256 there."
             )
         self._unread.discard(path)
@@ -275,11 +276,11 @@ class LatentStore:
         shapes: dict[str, tuple[int, ...]] = {}
         for shard in sorted({*needed, 0} if recorded and needed else needed):
             path = self._path("latents", shard)
-            latents = self._tensor(path, "latents", tables.NUMBERS)
+            latents = self._tensor(path, "latents", NUMBERS)
             self._check_shape(shapes, path, "latents", latents, needed.get(shard, 0))
             if recorded:
                 path = self._path("trajectory", shard)
-                states, t = self._tensor(path, "states", tables.NUMBERS), self._tensor(path, "t")
+                states, t = self._tensor(path, "states", NUMBERS), self._tensor(path, "t")
                 self._check_shape(shapes, path, "states", states, needed.get(shard, 0))
                 self._check_shape(shapes, path, "t", t, needed.get(shard, 0))
         if recorded and needed and shapes["states"] != shapes["t"] + shapes["latents"]:
@@ -296,14 +297,14 @@ class LatentStore:
             raise PrismError(f"The file {path} holds {rows} videos where {table} refers to {needed}.")
         if shapes.setdefault(name, tuple(shape)) != tuple(shape):
             raise PrismError(
-                f"The {name} in {tables.named(path)} have the shape (rows, {_listed(shape)}), those of other files "
+                f"The {name} in {named(path)} have the shape (rows, {_listed(shape)}), those of other files "
                 f"(rows, {_listed(shapes[name])})."
             )
         if view.get_dtype() == "I8":
             scale, wanted = self._tensor(path, "scale").get_shape(), [1, *shape]
             if list(scale) != wanted:
                 raise PrismError(
-                    f"The tensor scale in {tables.named(path)} must have the shape ({_listed(wanted)}), found "
+                    f"The tensor scale in {named(path)} must have the shape ({_listed(wanted)}), found "
                     f"({_listed(scale)})."
                 )
 
@@ -316,7 +317,7 @@ class LatentStore:
             for video in (video_a, video_b):
                 if known.get(video) == (prompt, split):
                     continue
-                pair = f"The pair ({cut(video_a)}, {cut(video_b)}) in {tables.named(table)}"
+                pair = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(table)}"
                 if video not in known:
                     raise PrismError(f"{pair} names no video of the store.")
                 raise PrismError(
@@ -334,3 +335,42 @@ def _check_splits(splits: Iterable[str], table: Path) -> None:
     strange = set(splits) - set(SPLITS)
     if strange:
         raise PrismError(f"The split {cut(min(strange))} in {table} is none of {', '.join(SPLITS)}.")
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """store.json: an object whose parts have the kinds that a store relies on."""
+    check_file(path)
+    meta = files.read_json(path)
+    if not isinstance(meta, dict):
+        raise PrismError(f"The file {named(path)} is a {type(meta).__name__} where an object is needed.")
+    for name in ("call", "backbone", "sha256"):
+        if not isinstance(meta.get(name) or {}, dict):
+            raise PrismError(f"The field {name} of {named(path)} must be an object, found {quoted(meta[name], 80)}.")
+    return meta
+
+
+def _open_shard(path: Path) -> Any:
+    """A safetensors file, memory-mapped."""
+    check_file(path, ", though the store's videos refer to it")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:
+        with contextlib.suppress(MemoryError, TypeError, AttributeError, RuntimeError, IndexError):
+            files.load_safetensors(path)  # says what is wrong: truncated, a pickle, no safetensors at all
+        raise PrismError(f"The file {named(path)} is not a whole safetensors file ({quoted(error, 150)}).") from error
+
+
+def _view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> Any:
+    """A tensor of an opened shard, not read yet, of one of some kinds of numbers, with at least one of them in it."""
+    try:
+        found = shard.get_slice(name)
+        kind, shape = found.get_dtype(), found.get_shape()
+    except Exception:
+        raise PrismError(f"The file {named(path)} holds no tensor {name!r}.") from None
+    if kind not in kinds:
+        raise PrismError(f"The tensor {name} in {named(path)} must be of {', '.join(kinds)}; found {quoted(kind, 40)}.")
+    if len(shape) < 2 or not all(shape):
+        raise PrismError(
+            f"The tensor {name} in {named(path)} must be (rows, ...), found the shape {quoted(shape, 80)}."
+        )
+    return found
