@@ -13,6 +13,7 @@ from tests import tiny
 from tests.zoo import VARIANTS
 
 from prism.backbone import Backbone, Conditioning, layout
+from prism.backbone.videos import denormalise
 from prism.errors import PrismError
 
 PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
@@ -168,7 +169,7 @@ def test_decode_is_the_pipeline_decode_and_encode_its_inverse(setting: Any) -> N
     encoded = backbone.encode(decoded)
     assert encoded.shape == latents.shape
     vae, pixels = backbone.pipe.vae, decoded.permute(0, 4, 1, 2, 3) * 2 - 1
-    mode = backbone.family.denormalise(backbone.pipe, layout.unpack(encoded, backbone.family.layout))
+    mode = denormalise(backbone.family, backbone.pipe, layout.unpack(encoded, backbone.family.layout))
     expected = vae.encode(pixels).latent_dist.mode()
     torch.testing.assert_close(mode, expected, atol=1e-5, rtol=1e-5)
 

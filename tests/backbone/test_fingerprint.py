@@ -24,7 +24,7 @@ from torch import nn
 import prism
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import class_name, config_text, fits
-from prism.backbone.parts import unwrapped
+from prism.backbone.pipeline import unwrapped
 from prism.errors import PrismError
 
 CALL = tiny.CALL_WAN

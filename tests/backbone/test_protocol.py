@@ -15,7 +15,7 @@ from torch import nn
 import prism
 from prism.backbone import Backbone
 from prism.backbone.denoiser_call import by_name
-from prism.backbone.parts import config_of, device_of, dtype_of, tensor_of
+from prism.backbone.pipeline import config_of, device_of, dtype_of, tensor_of
 from prism.errors import PrismError
 from prism.judge import Judge
 

@@ -27,12 +27,20 @@ from prism.backbone.arguments import (
 )
 from prism.backbone.conditioning import Conditioning, ConditioningCache, Ragged, alone, cache_key, with_tensors
 from prism.backbone.denoiser_call import DenoiserCall
-from prism.backbone.facts import check_pipeline
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.loading import load, make
-from prism.backbone.parts import config_of, device_of, dtype_of, is_denoiser
-from prism.backbone.pipeline import breaks_told, check, check_denoisers, check_whole, misfits_told
-from prism.backbone.registry import family_of
+from prism.backbone.pipeline import (
+    breaks_told,
+    check,
+    check_denoisers,
+    check_whole,
+    config_of,
+    device_of,
+    dtype_of,
+    is_denoiser,
+    misfits_told,
+)
+from prism.backbone.registry import check_pipeline, family_of
 from prism.backbone.steps import Steps, ask, is_guided
 from prism.backbone.taps import Tokens
 from prism.backbone.videos import finished

@@ -15,7 +15,7 @@ from torch import Tensor
 from prism.backbone import layout
 from prism.backbone.family import Family, TokenCount
 from prism.backbone.layout import Grid
-from prism.backbone.parts import config_of, unwrapped
+from prism.backbone.pipeline import config_of, unwrapped
 from prism.errors import PrismError, quoted
 
 # Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 from torch import Tensor, nn
 
-from prism.backbone import facts, layout, noise
+from prism.backbone import layout, noise
 from prism.backbone.layout import Grid, Layout, TokenForm
-from prism.backbone.parts import config_of, unwrapped
-from prism.errors import PrismError, quoted
+from prism.backbone.pipeline import config_of, unwrapped
+from prism.errors import PrismError, quoted, whole
 
 TokenCount = int | Literal["text"] | Callable[[Mapping[str, Any]], int]
 # Arguments of a denoiser call in diffusers that carry one row per sample.
@@ -144,7 +145,7 @@ class Family:
     """why there (for the page)"""
 
     def __post_init__(self) -> None:
-        facts.check_values(self)
+        _check_values(self)
         if self.one_text and not self.alone:
             object.__setattr__(self, "alone", True)
 
@@ -242,53 +243,100 @@ class Family:
         own = isinstance(self.clock, noise.OwnClock)
         return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.timestep_of_one))
 
-    # -- the VAE
-
-    def normalise(self, pipe: Any, latents: Tensor) -> Tensor:
-        """VAE latents (B, C, T, H, W) to the scale of the sampling loop."""
-        if self.vae_mean_std:
-            mean, inverse_std = _channel_statistics(pipe.vae, latents)
-            latents = (latents - mean) * inverse_std
-        return (latents - self._shift(pipe)) * self._factor(pipe)
-
-    def denormalise(self, pipe: Any, latents: Tensor) -> Tensor:
-        """The inverse of `normalise`, with the arithmetic of the pipelines."""
-        if self.vae_factor:
-            latents = 1 / self._factor(pipe) * latents + self._shift(pipe)
-        if self.vae_mean_std:
-            mean, inverse_std = _channel_statistics(pipe.vae, latents)
-            latents = latents / inverse_std + mean
-        return latents
-
-    def _factor(self, pipe: Any) -> float:
-        if not self.vae_factor:
-            return 1.0
-        return float(config_of(pipe.scheduler if self.vae_factor == "sigma_data" else pipe.vae)[self.vae_factor])
-
-    def _shift(self, pipe: Any) -> float:
-        return float(config_of(pipe.vae).get("shift_factor") or 0.0) if self.vae_shift else 0.0
-
-
-def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
-    config = config_of(vae)
-    names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
-    mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
-    if mean is None or std is None:
-        return like.new_zeros(()), like.new_ones(())
-    frames = like.shape[2]
-    try:
-        mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PrismError(
-            f"The {' and '.join(names)} of {type(vae).__name__} must hold a number for each of the {like.shape[1]} "
-            f"channels of its latents; found {quoted(mean, 80)} and {quoted(std, 80)}."
-        ) from error
-    return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
-
 
 def _said(config: Mapping[str, Any], name: str, fact: str) -> Any:
     """A field of the denoiser's configuration, which the fact of a family may say in its place."""
     if name not in config:
         raise PrismError(f"The denoiser's configuration has no {name!r}; say it as {fact!r} in the pipeline's family.")
     return config[name]
+
+
+# -- what a fact may say
+
+_NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
+_SETS = ("batched",)
+_SEQUENCES = ("pipelines", "blocks", "beside", "latents_argument", "first_frame", "patch")
+_LEAST = {"widths": 1, "text_limit": 1, "outputs": 1, "tokens_before": 0, "tokens_behind": 0}
+_NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched")
+
+
+def _check_values(family: Family) -> None:
+    """Raise PrismError for a fact of another kind, or out of its range; lists are made the tuples or sets they mean."""
+    name = quoted(repr(family.name), 60)
+    row: Any = type(family)
+    kinds = _kinds(row)
+    for fact in fields(family):
+        value, kind = getattr(family, fact.name), kinds[fact.name]
+        whole_list = list if fact.name in _SEQUENCES else list | tuple | set
+        if fact.name in (*_SEQUENCES, *_SETS) and isinstance(value, whole_list):
+            value = (frozenset if fact.name in _SETS else tuple)(value) if _hashable(value) else value
+            object.__setattr__(family, fact.name, value)
+        label = f"{fact.name} of the family {name}"
+        if not _is(value, kind):
+            raise PrismError(f"{label} must be {_described(kind)}; found {quoted(repr(value), 80)}.")
+        if fact.name in _NEEDED and not value:
+            raise PrismError(f"{label} must not be empty.")
+        if fact.name in _LEAST and isinstance(value, int):
+            whole(label, value, _LEAST[fact.name])
+    twice = [path for place, path in enumerate(family.blocks) if path in family.blocks[:place]]
+    if twice:
+        raise PrismError(f"blocks of the family {name} names {twice[0]!r} twice; each runs once a denoiser call.")
+    if family.patch is not None:
+        for size in family.patch:
+            whole(f"patch of the family {name}", size)
+    if not 0 < family.tap <= 1:
+        raise PrismError(
+            f"tap of the family {name} must be a share of the blocks, above 0, at most 1; found {family.tap}."
+        )
+    if not (math.isfinite(family.timestep_of_one) and family.timestep_of_one > 0):
+        raise PrismError(
+            f"timestep_of_one of the family {name} must be a number above 0; found {family.timestep_of_one}."
+        )
+
+
+@cache
+def _kinds(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _hashable(values: Any) -> bool:
+    return all(getattr(value, "__hash__", None) is not None for value in values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_is(value, each) for each in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is tuple:
+        each = [arguments[0]] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is, value, each))
+    if origin is frozenset:
+        return isinstance(value, frozenset) and all(_is(each, arguments[0]) for each in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            _is(k, arguments[0]) and _is(v, arguments[1]) for k, v in value.items()
+        )
+    if origin is Callable:
+        return callable(value) and not isinstance(value, type)
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if kind is int else int | float)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return ", ".join(map(_described, arguments[:-1])) + f" or {_described(arguments[-1])}"
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if origin is tuple:
+        return "a tuple of texts, as ('one',)" if arguments[-1] is ... else f"{len(arguments)} whole numbers"
+    if origin is frozenset:
+        return "a set of texts"
+    if origin is Mapping:
+        return f"a dict of texts to {'texts' if arguments[1] is str else 'whole numbers'}"
+    if origin is Callable:
+        return "a function"
+    return _NAMES.get(kind) or f"an {kind.__name__}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prism.backbone.parts import config_of, is_denoiser, unwrapped
+from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
 from prism.errors import PrismError, quoted
 
 if TYPE_CHECKING:

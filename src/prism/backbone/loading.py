@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import safe_open
 
 from prism.backbone.family import Family
-from prism.backbone.parts import is_denoiser
+from prism.backbone.pipeline import is_denoiser
 from prism.backbone.registry import component_class, family_named, loader
 from prism.errors import PrismError, quoted
 from prism.files import check_regular, read_json, safetensors_told

@@ -17,7 +17,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from prism.backbone.parts import config_of
+from prism.backbone.pipeline import config_of
 from prism.errors import PrismError, quoted
 
 Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prism.backbone.family import Family
-from prism.backbone.parts import dtype_of
+from prism.backbone.pipeline import dtype_of
 from prism.errors import PrismError
 
 CHUNK, LATENT_CHUNK, STRIDE = 17, 5, 4  # the VAE turns 17 frames into 5 latent ones, and of a rest 4 into 1

@@ -16,7 +16,7 @@ from torch import nn
 
 from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
-from prism.backbone.parts import is_denoiser
+from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
 from prism.errors import PrismError, quoted
 
 ENTRY_POINTS = "prism.families"  # the group of entry points under which an installed package gives rows
@@ -145,6 +145,39 @@ def _register_entry_points() -> None:
                 f"The entry point {point.name!r} of {package} in the group {ENTRY_POINTS!r} gives no family "
                 f"({type(error).__name__}: {reason}); it is left out.",
                 stacklevel=2,
+            )
+
+
+def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
+    """Raise PrismError for a fact that names what the pipeline or its denoiser has not."""
+    kind, inner, config = type(unwrapped(denoiser)).__name__, unwrapped(denoiser), config_of(denoiser)
+    label = f"of the family {quoted(repr(family.name), 60)}"
+    paths = {path for path, _ in inner.named_modules()} - {""}
+    named = [*(("blocks", path) for path in family.blocks), *(("beside", path) for path in family.beside)]
+    for fact, path in [*named, *([] if family.text_embedder is None else [("text_embedder", family.text_embedder)])]:
+        if path not in paths:
+            lists = [path for path, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
+            known = f"its lists are {', '.join(lists[:4])}" if lists else "it has no lists of modules"
+            raise PrismError(f"The denoiser {kind} has no {fact} {path!r}, which the {label[7:]} names; {known}.")
+    if family.without_last:
+        left = config.get(family.without_last)
+        total = sum(
+            len(p) if isinstance(p := inner.get_submodule(path), nn.ModuleList) else 1 for path in family.blocks
+        )
+        if isinstance(left, bool) or not isinstance(left, int) or not 0 <= left < total:
+            raise PrismError(
+                f"without_last {label} names {family.without_last!r}, which the configuration of {kind} has as "
+                f"{quoted(left, 40)}; a number of its {total} blocks is needed."
+            )
+    if family.token_form == "frames" and not config.get("block_out_channels"):
+        raise PrismError(f"{kind} has no block_out_channels, as a U-Net has; look at token_form {label}.")
+    if family.guidance == "guider" and not hasattr(pipe, "guider"):
+        raise PrismError(f"{type(pipe).__name__} has no guider, which guidance {label} names.")
+    if family.vae_factor:
+        owner = "scheduler" if family.vae_factor == "sigma_data" else "vae"
+        if family.vae_factor not in config_of(getattr(pipe, owner)):
+            raise PrismError(
+                f"The configuration of the {owner} has no {family.vae_factor}; look at vae_factor {label}."
             )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism.backbone.conditioning import cache_key
-from prism.backbone.parts import config_of
+from prism.backbone.pipeline import config_of
 from prism.backbone.wrapping import capture
 from prism.errors import PrismError
 

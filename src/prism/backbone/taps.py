@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prism.backbone.denoiser_call import DenoiserCall
-from prism.backbone.parts import unwrapped
 from prism.backbone.patches import patch_of
+from prism.backbone.pipeline import unwrapped
 from prism.backbone.wrapping import StopForward, around_module, is_compiled
 from prism.errors import PrismError
 

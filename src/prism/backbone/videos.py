@@ -14,7 +14,7 @@ from prism.backbone import layout
 from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
-from prism.backbone.parts import config_of, dtype_of, tensor_of
+from prism.backbone.pipeline import config_of, dtype_of, tensor_of
 from prism.errors import PrismError, quoted, whole
 
 
@@ -53,7 +53,7 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
         latents = _mode(vae, pixels).float()
     if family.token_form != "frames" and (missing := -latents.shape[2] % family.patches(config)[0]):
         latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
-    return layout.pack(family.normalise(pipe, latents), family.layout).contiguous()
+    return layout.pack(normalise(family, pipe, latents), family.layout).contiguous()
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def decode(
         more = latents.shape[2] - ((num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio))
         kept = latents.shape[2] - max(0, more)
         latents = latents[:, :, -kept:] if family.frames_more == "before" else latents[:, :, :kept]
-    latents = family.denormalise(pipe, latents)
+    latents = denormalise(family, pipe, latents)
     if family.vae_frames:
         frames = latents.transpose(1, 2).flatten(0, 1)
         # Asked of `forward`, as the pipelines do: some versions of diffusers wrap `decode` and hide its signature.
@@ -97,6 +97,52 @@ def decode(
         pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
     pixels = pixels[:, family.dropped_frames(config) :]
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
+
+
+def normalise(family: Family, pipe: Any, latents: Tensor) -> Tensor:
+    """VAE latents (B, C, T, H, W) to the scale of the sampling loop."""
+    if family.vae_mean_std:
+        mean, inverse_std = _channel_statistics(pipe.vae, latents)
+        latents = (latents - mean) * inverse_std
+    return (latents - _shift(family, pipe)) * _factor(family, pipe)
+
+
+def denormalise(family: Family, pipe: Any, latents: Tensor) -> Tensor:
+    """The inverse of `normalise`, with the arithmetic of the pipelines."""
+    if family.vae_factor:
+        latents = 1 / _factor(family, pipe) * latents + _shift(family, pipe)
+    if family.vae_mean_std:
+        mean, inverse_std = _channel_statistics(pipe.vae, latents)
+        latents = latents / inverse_std + mean
+    return latents
+
+
+def _factor(family: Family, pipe: Any) -> float:
+    if not family.vae_factor:
+        return 1.0
+    return float(config_of(pipe.scheduler if family.vae_factor == "sigma_data" else pipe.vae)[family.vae_factor])
+
+
+def _shift(family: Family, pipe: Any) -> float:
+    return float(config_of(pipe.vae).get("shift_factor") or 0.0) if family.vae_shift else 0.0
+
+
+def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
+    config = config_of(vae)
+    names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
+    mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
+    if mean is None or std is None:
+        return like.new_zeros(()), like.new_ones(())
+    frames = like.shape[2]
+    try:
+        mean, std = (torch.as_tensor(v).view(1, like.shape[1], -1, 1, 1)[:, :, :frames] for v in (mean, std))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PrismError(
+            f"The {' and '.join(names)} of {type(vae).__name__} must hold a number for each of the {like.shape[1]} "
+            f"channels of its latents; found {quoted(mean, 80)} and {quoted(std, 80)}."
+        ) from error
+    return mean.to(like.device, like.dtype), (1.0 / std).to(like.device, like.dtype)
 
 
 def _mode(vae: Any, pixels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.videos import denormalise, normalise
 from prism.commands.subject import Subject, difference, require
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -175,7 +176,7 @@ def vae(subject: Subject) -> dict[str, Any]:
     places = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
     cells = layout.unpack(latents, family.layout, places.grid)
     require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
-    ours, theirs = family.denormalise(backbone.pipe, cells), torch.cat(given).to(cells)
+    ours, theirs = denormalise(family, backbone.pipe, cells), torch.cat(given).to(cells)
     ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frames else ours
     frames = theirs.shape[2] if theirs.ndim == 5 else None
     if frames and ours.ndim == 5:  # of those that a loop carries beside the video's
@@ -186,7 +187,7 @@ def vae(subject: Subject) -> dict[str, Any]:
         f"the VAE is given other latents than ours, by {error:.1g} of the largest: look at vae_mean_std, vae_factor, "
         "vae_shift, vae_frames, given_back, after_loop",
     )
-    back = family.normalise(backbone.pipe, family.denormalise(backbone.pipe, cells))
+    back = normalise(family, backbone.pipe, denormalise(family, backbone.pipe, cells))
     require(difference(back, cells) < subject.tolerance(1e-4), "normalising does not invert denormalising")
     told = {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
     # A safety checker is shown bytes, to which the video is rounded.

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, snapshot_download
 
-from prism.backbone.parts import config_of
+from prism.backbone.pipeline import config_of
 from prism.errors import PrismError, listed, number, quoted, whole
 from prism.judge.checks import trained_range
 

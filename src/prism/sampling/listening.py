@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from prism.backbone import Backbone, Tokens
 from prism.backbone.denoiser_call import DenoiserCall
-from prism.backbone.parts import tensor_of
 from prism.backbone.pipeline import check as check_protocol
-from prism.backbone.pipeline import check_whole
+from prism.backbone.pipeline import check_whole, tensor_of
 from prism.backbone.wrapping import around, around_module
 from prism.errors import PrismError, quoted
 

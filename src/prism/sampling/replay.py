@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
-from prism.backbone.parts import tensor_of
 from prism.backbone.patches import check_scheduler
-from prism.backbone.pipeline import callers_own
+from prism.backbone.pipeline import callers_own, tensor_of
 from prism.backbone.taps import Tokens
 from prism.errors import PrismError, quoted, reason
 from prism.sampling.recording import Inputs, Recording, inputs_of, moments_of, state_of
