@@ -9,9 +9,8 @@ from tests import stores, tiny
 
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.lab.frames import DecodedCache
 from prism.lab.pixel import PixelJudge
-from prism.lab.pixel_training import PixelConfig, train_pixel
+from prism.lab.pixel_training import DecodedCache, PixelConfig, train_pixel
 
 SMALL = {"width": 8, "layers": 1}
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, tiny.PROMPT]

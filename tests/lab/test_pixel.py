@@ -17,9 +17,8 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import compare_judges, measure
 from prism.judge import Judge
-from prism.lab.frames import DecodedCache
 from prism.lab.pixel import PixelJudge, PixelNetwork
-from prism.lab.pixel_training import PixelConfig, train_pixel
+from prism.lab.pixel_training import DecodedCache, PixelConfig, train_pixel
 from prism.preference import LatentStore, pairs_from_scores, write_store
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, tiny.PROMPT]

@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.report import rows
 
 from prism import files
-from prism.report import evidence, metrics, tables, wording
+from prism.report import metrics, page, tables, wording
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def document():
 
 
 def test_every_table_is_there_and_whole(document):
-    text = evidence.markdown(document, {"prompts": 200}, "prism demo --full --out runs/full")
+    text = page.markdown(document, {"prompts": 200}, "prism demo --full --out runs/full")
     for needle in (
         "`prism demo --full --out runs/full`",
         "Minutes: train 1.5, total 2.0.",
@@ -66,7 +66,7 @@ def test_every_table_is_there_and_whole(document):
 
 
 def test_the_folder_holds_what_made_it(document, tmp_path):
-    evidence.write(tmp_path / "evidence", document, {"prompts": 200}, "prism demo --full")
+    page.write_evidence(tmp_path / "evidence", document, {"prompts": 200}, "prism demo --full")
     assert sorted(path.name for path in (tmp_path / "evidence").iterdir()) == [
         "README.md",
         "config.json",
@@ -87,12 +87,12 @@ def test_judges_of_several_seeds_are_shown_as_one(document):
 
 def test_the_tables_of_the_committed_run_are_written_as_they_stand():
     place = Path(__file__).parents[2] / "docs" / "evidence" / "rerun"
-    page = (place / "README.md").read_text(encoding="utf-8")
-    text = evidence.markdown(files.read_json(place / "metrics.json"), {}, "prism demo --full")
+    committed = (place / "README.md").read_text(encoding="utf-8")
+    text = page.markdown(files.read_json(place / "metrics.json"), {}, "prism demo --full")
     blocks = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(blocks) > 5
     for table in blocks:
-        assert table in page
+        assert table in committed
 
 
 def test_a_table_has_the_same_cells_on_the_terminal_and_on_a_page(document):

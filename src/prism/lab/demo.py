@@ -20,12 +20,11 @@ from tqdm import tqdm
 import prism
 from prism import files, runs, shapeworld, temporary, video
 from prism.errors import SEEDS, whole
-from prism.lab import claims, per_prompt
+from prism.lab import claims
 from prism.lab import contest as compare
 from prism.loading import check_alone, describe, load_backbone
-from prism.report import evidence
 from prism.report.metrics import cut_entry, document, write_config
-from prism.report.page import write_report
+from prism.report.page import write_evidence, write_report
 from prism.runs import Clock, Parts
 from prism.training.config import RESULTLESS, TrainConfig
 
@@ -234,9 +233,9 @@ def _run(
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
         write_report(folder / "report.html", metrics, strips, title, claims.notes(metrics), written, looks=looks)
-        per_prompt.write(folder / "per_prompt", measured, contested, head_seeds)
+        claims.write_values(folder / "per_prompt", measured, contested, head_seeds)
         if config.full:
-            evidence.write(folder / "evidence", metrics, written, _command(out, config))
+            write_evidence(folder / "evidence", metrics, written, _command(out, config))
             shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")
     if config.full:
         parts.remove()

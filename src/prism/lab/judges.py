@@ -47,9 +47,8 @@ def pixel_judges(
     """The judges on decoded frames, trained on clean videos and with noisy ones among them: the shipped ones, or, where
     `fresh`, trained on `store`. They share the frames that they decode. `steps`: None for the settings' own.
     """
-    from prism.lab.frames import DecodedCache
     from prism.lab.pixel import PixelJudge
-    from prism.lab.pixel_training import PixelConfig, train_pixel
+    from prism.lab.pixel_training import DecodedCache, PixelConfig, train_pixel
 
     found, frames = [], DecodedCache(parts.folder / "frames", backbone)
     for name, noisy in PIXEL.items():

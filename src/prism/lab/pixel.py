@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from prism.backbone.fingerprint import fits, vae_hash, vae_hashes
 from prism.errors import PrismError, number, whole
 from prism.judge import Judge
 from prism.judge import saved as folders
-from prism.lab.frames import DecodedCache, decode
 
 _SAID = 64  # width of the prompt's summary, which scales and shifts channels (FiLM, Perez et al. 2018)
 
@@ -139,6 +138,14 @@ _SIZES = {"text_width": 2**20, "width": 4096, "layers": 256}  # the largest that
 ROWS = 16  # videos that the network looks at together
 
 
+def decode(backbone: Backbone, latents: Tensor) -> Tensor:
+    """Latents (B, ...), noisy or not, decoded as they are: (B, T, H, W, 3) uint8.
+
+    One at a time: a video's bytes must not depend on which others are decoded beside it.
+    """
+    return torch.cat([(backbone.decode(row) * 255).round().to(torch.uint8).cpu() for row in latents.split(1)])
+
+
 class PixelJudge:
     """Scores noisy latents by what they decode to; the counterpart of `prism.Judge`.
 
@@ -147,7 +154,8 @@ class PixelJudge:
         head: the network, float32.
         dimensions, eta, trained_on: as of `Judge`.
         name: "pixel", or "pixel-noisy" where noisy videos were among those it learned from.
-        frames: where decoded frames are kept, or None: decode every time. Scores are the same.
+        frames: does what `decode` does and keeps the frames (`prism.lab.pixel_training.DecodedCache`), or None: decode
+            every time. Scores are the same.
     """
 
     def __init__(
@@ -158,7 +166,7 @@ class PixelJudge:
         eta: float = 5.0,
         trained_on: Mapping[str, Any] | None = None,
         name: str = "pixel",
-        frames: DecodedCache | None = None,
+        frames: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.backbone, self.head = backbone, head.to(backbone.device)
         self.dimensions, self.eta, self.name = tuple(dimensions), float(eta), name
@@ -240,7 +248,7 @@ class PixelJudge:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], pipe: Any, frames: DecodedCache | None = None
+        cls, folder: str | os.PathLike[str], pipe: Any, frames: Callable[[Tensor], Tensor] | None = None
     ) -> PixelJudge:
         """Put a saved pixel judge onto a backbone. Raises PrismError for a damaged folder or another VAE.
 

@@ -1,11 +1,14 @@
 """Train a pixel judge on the same pairs, groups and objective as the judge on hidden states, by the same machinery.
 
-Only what a batch shows differs: decoded frames. Decoding is what costs, so that frames are kept (see `frames`) and a
-noisy video is one of a few re-noised copies, which come up again epoch by epoch.
+Only what a batch shows differs: decoded frames. Decoding takes most of the time, so frames are kept in a folder
+(`DecodedCache`), which several judges share, and a noisy video is one of a few re-noised copies, which come up again
+epoch by epoch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prism import runs
+from prism import files, runs, temporary
 from prism.backbone import Backbone
-from prism.backbone.fingerprint import VERSIONED
+from prism.backbone.fingerprint import VERSIONED, vae_hash, vae_hashes
 from prism.errors import PrismError
 from prism.evaluation.evaluator import Video, noised, videos_of
-from prism.lab.frames import DecodedCache
-from prism.lab.pixel import FORMAT, ROWS, PixelJudge
+from prism.lab.pixel import FORMAT, ROWS, PixelJudge, decode
 from prism.preference import LatentStore, PromptGroup
 from prism.team import Team, in_batches
 from prism.training import TrainConfig
@@ -251,3 +253,86 @@ def _bfloat16(config: PixelConfig, backbone: Backbone) -> bool:
         return torch.cuda.is_bf16_supported()
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("amx_bf16", False))
+
+
+DECODED, DECODED_SCHEMA = "prism-decoded", 1
+
+
+class DecodedCache:
+    """A folder of decoded frames: called, it does what `decode` does, and decodes no latent a second time.
+
+    Frames are bytes, as in a video file. They are kept under a hash of the latent that they were decoded from, so that
+    whatever gives the same latent (the same store, level, seed and draw) finds them, and no stale frames are ever read.
+
+    A file holds a video of T * H * W * 3 bytes, 209 kB of 17 frames of 64 x 64. Files appear whole, so that a run that
+    was killed goes on where it was, and several processes may share a folder.
+
+    Args:
+        folder: made where it does not exist.
+        backbone: whose VAE decodes.
+
+    Raises:
+        PrismError: where the folder holds something else, or frames of another VAE.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], backbone: Backbone) -> None:
+        self.folder, self.backbone = Path(folder), backbone
+        self.decoded = 0  # videos that this process had to decode
+        wanted = {"format": DECODED, "schema": DECODED_SCHEMA, "vae": vae_hash(backbone)}
+        label = self.folder / "cache.json"
+        if not label.is_file():
+            self._begin(label, wanted)
+        known = files.read_json(label)
+        if not isinstance(known, dict) or known.get("format") != DECODED or known.get("schema") != DECODED_SCHEMA:
+            raise PrismError(
+                f"The file {label} does not describe decoded frames of schema {DECODED_SCHEMA}; delete it."
+            )
+        if {**known, "vae": None} != {**wanted, "vae": None} or str(known.get("vae")) not in vae_hashes(backbone):
+            raise PrismError(f"The frames in {self.folder} were decoded by another VAE; choose another folder.")
+
+    def _begin(self, label: Path, wanted: dict[str, Any]) -> None:
+        """Make the folder and its label, unless something else is there. Other processes may be at the same."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            taken = any(
+                path.suffix == ".npy" or (path.is_dir() and not temporary.NAME.fullmatch(path.name))
+                for path in self.folder.iterdir()
+            )
+            if label.is_file():  # another process was first; whoever sees frames of its sees its label after them
+                return
+            if taken:
+                raise PrismError(f"The folder {self.folder} holds something else than frames; choose another one.")
+            files.write_json(label, wanted)
+        except OSError as error:
+            raise PrismError(
+                f"Decoded frames cannot be kept in {self.folder}: {error.strerror or error}; choose another folder."
+            ) from error
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(B, T, H, W, 3) uint8 of latents (B, ...), as of `decode`."""
+        return torch.stack([self._one(row) for row in latents])
+
+    def __len__(self) -> int:
+        """The number of videos kept."""
+        return sum(1 for _ in self.folder.glob("*.npy"))
+
+    def _one(self, latent: Tensor) -> Tensor:
+        values = latent.detach().cpu().float().contiguous().numpy()
+        name = hashlib.sha256(str(values.shape).encode() + values.tobytes()).hexdigest()[:32]
+        path = self.folder / f"{name}.npy"
+        if path.is_file():
+            try:
+                return torch.from_numpy(np.load(path, allow_pickle=False))
+            except (OSError, ValueError, EOFError):  # damaged: decoded anew
+                path.unlink(missing_ok=True)
+        frames = decode(self.backbone, latent[None])[0]
+        self.decoded += 1
+        try:
+            with files.new_file(path) as whole, whole.open("wb") as stream:
+                np.save(stream, frames.numpy(), allow_pickle=False)
+        except OSError as error:
+            raise PrismError(
+                f"Decoded frames cannot be kept in {self.folder}: {error.strerror or error}; make room and start "
+                "again, what is decoded already is found again."
+            ) from error
+        return frames
