@@ -20,9 +20,8 @@ from prism.errors import PrismError
 from prism.evaluation import evaluate, evaluator, measure
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.training import TrainConfig, train, train_together, validation
-from prism.training.batches import Batches, training_groups
-from prism.training.validation import Validation
+from prism.training import TrainConfig, batches, train, train_together
+from prism.training.batches import Batches, Validation, training_groups
 
 CONFIG = TrainConfig(steps=4, prompts_per_step=3, learning_rate=1e-3, log_every=2, checkpoint_every=0)
 CPU = (
@@ -257,11 +256,11 @@ def test_prompts_that_do_not_fit_are_encoded_as_batches_need_them_and_resume_to_
     pipe = tiny.wan()
     rows, results = encoded(pipe), []
     groups = store.groups("train")
-    one = validation.Conditionings(Backbone(pipe), store, [group.prompt for group in groups])
+    one = batches.Conditionings(Backbone(pipe), store, [group.prompt for group in groups])
     entry = one._kept.nbytes // len(groups)
     config = dataclasses.replace(CONFIG, prompts_per_step=1, steps=12, checkpoint_every=5)
     for name, room in (("all", 100 * entry), ("few", 2 * entry)):
-        monkeypatch.setattr(validation, "HELD_BYTES", room)
+        monkeypatch.setattr(batches, "HELD_BYTES", room)
         judge = judge_for(pipe)
         rows.clear()
         train(store, judge, config, tmp_path / name, progress=False)

@@ -156,7 +156,7 @@ def recipe(embedded: bool, **changes: Any) -> TrainConfig:
 def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """Rows "accuracy" on validation pairs, or on test pairs where there are none, at the main noise levels."""
     from prism.evaluation import evaluate
-    from prism.training.validation import levels
+    from prism.training.batches import levels
 
     for split in ("validation", "test"):
         if store.groups(split, judge.dimensions):

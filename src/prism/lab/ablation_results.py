@@ -15,14 +15,14 @@ from torch import Tensor
 from prism import files
 from prism.errors import PrismError, quoted
 from prism.evaluation import calibrate, compare_judges, measure, prompt_interval
-from prism.evaluation.calibration import fit, margins_of, reliability
 from prism.evaluation.evaluator import Video, noised, videos_of
+from prism.evaluation.measurement import fit, margins_of, reliability
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.report import tables, wording
 from prism.team import in_batches
+from prism.training.batches import LEVELS, conditioned, levels
 from prism.training.config import TrainConfig
-from prism.training.validation import LEVELS, conditioned, levels
 
 BASE = "base"
 BASE_HEADS = 5  # heads of the recipe that are trained, for the averages

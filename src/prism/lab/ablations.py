@@ -71,8 +71,8 @@ def run(
     from prism.loading import check_alone, check_store, describe, load_backbone, open_store
     from prism.report.metrics import document
     from prism.report.page import write_report
+    from prism.training.batches import levels
     from prism.training.learner import store_identity
-    from prism.training.validation import levels
 
     check_alone("study")
     for name in ("seeds", "inits", "draws"):

@@ -30,9 +30,8 @@ from prism.lab.pixel import FORMAT, ROWS, PixelJudge, decode
 from prism.preference import LatentStore, PromptGroup
 from prism.team import Team, in_batches
 from prism.training import TrainConfig
-from prism.training.batches import Batch, Batches, training_groups
+from prism.training.batches import LEVELS, Batch, Batches, Conditionings, mean_accuracy, training_groups
 from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint, store_identity
-from prism.training.validation import LEVELS, Conditionings, mean_accuracy
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.team import Team, halved, ran_out
-from prism.training.batches import Batch
+from prism.training.batches import Batch, Conditionings, Validation
 from prism.training.config import TrainConfig
-from prism.training.validation import Conditionings, Validation
 
 
 class Learner:
