@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
-import re
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from importlib import import_module
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from pkgutil import resolve_name
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import tyro
+import yaml
+from tyro import _errors, conf  # _errors alone says what was wrong; tyro's version is bounded for it
+
+from prism import __version__
+from prism.commands.options import leaves
 from prism.errors import PrismError, quoted
 
-COMMANDS = {
-    "demo": "lab:Demo",
-    "sample": "sample:Sample",
-    "train": "train:Train",
-    "eval": "evaluate:Evaluate",
-    "study": "lab:Study",
-    "doctor": "doctor:Doctor",
-    "shapeworld train": "lab:Train",
-    "shapeworld candidates": "lab:Candidates",
-    "shapeworld quality": "lab:Quality",
-    "shapeworld weaker": "lab:Weaker",
+COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
+    "demo": "prism.commands.lab:Demo",
+    "sample": "prism.commands.sample:Sample",
+    "train": "prism.commands.train:Train",
+    "eval": "prism.commands.evaluate:Evaluate",
+    "study": "prism.commands.lab:Study",
+    "doctor": "prism.commands.doctor:Doctor",
+    "shapeworld train": "prism.commands.lab:Train",
+    "shapeworld candidates": "prism.commands.lab:Candidates",
+    "shapeworld quality": "prism.commands.lab:Quality",
+    "shapeworld weaker": "prism.commands.lab:Weaker",
 }
-"""Command -> module and dataclass of its options, in `prism.commands`."""
 HELP = """\
 usage: prism COMMAND [OPTIONS]
 
@@ -44,286 +49,180 @@ Judge the samples of a video diffusion model from its own hidden states, and pic
 
 Start with: prism demo. A backbone or head that is not named is the small one that ships with the package.
 """
-NO_OPTIONS = ("command", "files", "call")  # that a config.json holds besides
-SHELLS = ("bash", "zsh", "tcsh")
+DISK_IS_FULL = (
+    "there is no space left on the disk; make room and run the same command again, with --resume where it has one: "
+    "what was finished is kept."
+)
 
 
 def run(words: Sequence[str]) -> int:
     """Run the command that the words name; its exit code."""
-    first = words[0] if words else "--help"
-    name = " ".join(words[: 1 + (first == "shapeworld")])
-    if first in ("-h", "--help") or name in ("shapeworld", "shapeworld -h", "shapeworld --help"):
-        shown = [each for each in COMMANDS if first != "shapeworld" or each.startswith(first)]
-        lines = (f"  prism {each:<28}{str(_options_of(each).__doc__).splitlines()[0]}" for each in shown)
-        print(HELP.format(commands="\n".join(lines)), end="")
-        return 0 if words and name != "shapeworld" else 2
-    if first == "--version":
-        from prism import __version__
-
+    name = " ".join(words[: 2 if words[:1] == ["shapeworld"] else 1])
+    if name in COMMANDS:
+        options = resolve_name(COMMANDS[name])
+        return int(_parsed(name, options, [*_overlaid(name, options, words[len(name.split()) :])]).main() or 0)
+    if name == "--version":
         print(f"prism {__version__}")
-        return 0
-    if first == "--print-completion":
-        return _print_completion(words[1:])
-    if name not in COMMANDS:
+    elif name == "--print-completion":
+        _print_completion(words[1:])
+    elif name in ("", "-h", "--help", "shapeworld", "shapeworld -h", "shapeworld --help"):
+        shown = [each for each in COMMANDS if each.startswith("shapeworld") or not name.startswith("shapeworld")]
+        lines = (f"  prism {each:<28}{str(resolve_name(COMMANDS[each]).__doc__).splitlines()[0]}" for each in shown)
+        print(HELP.format(commands="\n".join(lines)), end="")
+    else:
         raise PrismError(f'There is no command "{quoted(name, 60)}"; {_nearest(name, COMMANDS)}.')
-    options = _options_of(name)
-    values = words[len(name.split()) :]
-    return int(_parsed(name, options, _overlaid(name, options, values)).main() or 0)
+    return 2 if name in ("", "shapeworld") else 0
 
 
-def _options_of(name: str) -> Any:
-    """The dataclass of a command."""
-    module, _, kind = COMMANDS[name].partition(":")
-    return getattr(import_module(f"prism.commands.{module}"), kind)
+def _print_completion(words: Sequence[str]) -> None:
+    if len(words) != 1 or words[0] not in ("bash", "zsh", "tcsh"):
+        raise PrismError("--print-completion needs the name of a shell: bash, zsh, tcsh.")
+    kinds = {name: Annotated[resolve_name(COMMANDS[name]), conf.subcommand(name.split()[-1])] for name in COMMANDS}
+    group = tuple(kinds.pop(name) for name in COMMANDS if name.startswith("shapeworld "))
+    kinds["shapeworld"] = Annotated[Union[group], conf.subcommand("shapeworld")]  # noqa: UP007
+    _parsed("", Union[tuple(kinds.values())], ["--tyro-print-completion", words[0]])  # noqa: UP007
 
 
-def _print_completion(words: Sequence[str]) -> int:
-    import tyro
-
-    if len(words) != 1 or words[0] not in SHELLS:
-        raise PrismError(f"--print-completion needs the name of a shell: {', '.join(SHELLS)}.")
-
-    def group(names: Iterable[str]) -> Any:
-        return Union[  # noqa: UP007
-            tuple(Annotated[_options_of(name), tyro.conf.subcommand(name.split()[-1])] for name in names)
-        ]
-
-    plain, nested = ([name for name in COMMANDS if (" " in name) is several] for several in (False, True))
-    everything: Any = Union[group(plain), Annotated[group(nested), tyro.conf.subcommand("shapeworld")]]  # noqa: UP007
-    tyro.cli(everything, prog="prism", args=["--tyro-print-completion", words[0]], config=_markers())
-    return 0
-
-
-def _markers() -> tuple[Any, ...]:
-    from tyro import conf
-
-    return (
-        conf.FlagCreatePairsOff,
-        conf.OmitArgPrefixes,
-        conf.OmitSubcommandPrefixes,
-        conf.DisallowNone,
-        conf.HelptextFromCommentsOff,
-    )
-
-
-# -- a configuration file, under the flags
-
-
-class Flag(NamedTuple):
-    """An option on the command line."""
-
-    text: str
-    kind: Any
-    default: Any
-
-    @property
-    def negative(self) -> str:
-        return f"--no-{self.text[2:]}"
-
-
-def _flags(options: Any) -> dict[str, Flag]:
-    """The options of a dataclass and of those in it, by the attribute's name and by the flag's."""
-    flags: dict[str, Flag] = {}
-    hints = get_type_hints(options, include_extras=True)
-    for field in fields(options):
-        hint = hints[field.name]
+def _flags(options: Any) -> dict[str, tuple[str, Any]]:
+    """Flag and type of each option of a dataclass and of those in it, by the attribute's name and by the flag's."""
+    flags: dict[str, tuple[str, Any]] = {}
+    for name, hint in get_type_hints(options, include_extras=True).items():
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else [hint]
         if is_dataclass(kind):
             flags |= _flags(kind)
         elif not any("Positional" in str(mark) for mark in marks):
-            names = [mark.name for mark in marks if hasattr(mark, "metavar") and mark.name]
-            name = (names or [field.name])[0].replace("_", "-")
-            flags[field.name] = flags[name.replace("-", "_")] = Flag(f"--{name}", kind, field.default)
+            flag = next((mark.name for mark in marks if getattr(mark, "name", None)), name).replace("_", "-")
+            flags[name] = flags[flag.replace("-", "_")] = (f"--{flag}", kind)
     return flags
 
 
-def _overlaid(name: str, options: Any, words: Sequence[str]) -> list[str]:
+def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
     """The words, and before them those of the file that --config names, of options that the words leave open."""
     flags = _flags(options)
-    given = [word.partition("=")[0].replace("_", "-") for word in words]
-    found: list[str] = []
-    for key, value in _read(name, words, given).items():
-        flag = flags.get(str(key).replace("-", "_"))
-        if flag is None:
-            near = _nearest(str(key), [known.text[2:] for known in flags.values()])
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    for key, value in _read(name, words):
+        flag, kind = flags.get(str(key).replace("-", "_"), ("", None))
+        if not flag:
+            near = _nearest(str(key), [text[2:] for text in dict(flags.values())])
             raise PrismError(f'The --config holds "{quoted(key, 60)}", which is no option of prism {name}; {near}.')
-        if value is None or flag.text in given or flag.negative in given:
+        if value is None or flag in given:
             continue
-        if flag.kind is bool and isinstance(value, bool):
-            found += [flag.text if value else flag.negative]
-        elif get_origin(flag.kind) is tuple and isinstance(value, list):
-            found += [f"{flag.text}={item}" for item in value]
+        if kind is bool and isinstance(value, bool):
+            yield flag if value else flag.replace("--", "--no-", 1)
+        elif get_origin(kind) is tuple and isinstance(value, list):
+            yield from (f"{flag}={item}" for item in value)
         else:
-            found.append(f"{flag.text}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    usual = {flag.text if flag.default else flag.negative for flag in flags.values() if flag.kind is bool}
-    return [word for word in [*found, *words] if word not in usual]  # tyro takes what changes something alone
+            yield f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
+    yield from words
 
 
-def _read(name: str, words: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
+def _read(name: str, words: Sequence[str]) -> Iterable[tuple[str, Any]]:
     """The options in the file that --config names, in whatever groups; of a run's config.json those of its command."""
-    if "--config" not in given:
-        return {}
-    place = given.index("--config")
-    path = [*words[place].partition("=")[2:], *words[place + 1 :], ""][0 if "=" in words[place] else 1]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    path = parser.parse_known_args(list(words))[0].config
     if not path:
-        return {}
-    import yaml
-
+        return ()
+    file = f"The --config {quoted(path, 200)}"
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = error.strerror if isinstance(error, OSError) else quoted(error, 160)
-        raise PrismError(f"The --config {quoted(path, 200)} cannot be read: {why}.") from None
-    if not isinstance(content, dict):
-        raise PrismError(f"The --config {quoted(path, 200)} must hold options by name; found {quoted(content, 60)}.")
+        raise PrismError(f"{file} cannot be read: {getattr(error, 'strerror', '') or quoted(error, 160)}.") from None
+    options = content.get("options", content) if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise PrismError(f"{file} must hold options by name; found {quoted(content, 60)}.")
     if content.get("command", name) != name:
-        command = quoted(content["command"], 60)
-        raise PrismError(f"The --config {quoted(path, 200)} is of prism {command}; name one of prism {name}.")
-    content = content.get("options", content)
-    return _flat({key: value for key, value in content.items() if key not in NO_OPTIONS})
+        raise PrismError(f"{file} is of prism {quoted(content['command'], 60)}; name one of prism {name}.")
+    return leaves({key: value for key, value in options.items() if key not in ("command", "files", "call")})
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value) if isinstance(value, dict) else {key: value}
-    return found
-
-
-# -- parsing, and what is wrong in a sentence
-
-
-def _parsed(name: str, options: Any, words: Sequence[str]) -> Any:
+def _parsed(name: str, kind: Any, words: Sequence[str]) -> Any:
     """The options that the words give, as the command's dataclass."""
-    import tyro
-    from tyro import _errors  # the only way to learn what was wrong; tyro's version is bounded for it
 
     def refuse(event: Any) -> None:
-        flags = {flag.text for flag in _flags(options).values()}
-        raise PrismError(f"{_wrong(event, sorted(flags))}; prism {name} --help has every option.")
+        raise PrismError(f"{_wrong(event, dict(_flags(kind).values()))}; prism {name} --help has every option.")
 
+    markers = [conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.DisallowNone, conf.HelptextFromCommentsOff]
+    if {"-h", "--help", "--tyro-print-completion"} & set(words):  # that show one form of a switch, not --no- beside it
+        markers.append(conf.FlagCreatePairsOff)
     with _errors.on_parse_error(refuse):
-        return tyro.cli(options, args=list(words), prog=f"prism {name}", config=_markers())
+        return tyro.cli(kind, args=list(words), prog=f"prism {name}".strip(), config=markers)
 
 
-def _wrong(event: Any, flags: Sequence[str]) -> str:
-    """What an event of tyro's says, in half a sentence."""
-    argument, message = getattr(event, "argument", None), str(getattr(event, "message", type(event).__name__))
-    flag = _shown(argument) if argument is not None else "A value"
-    unknown = [*getattr(event, "unrecognized_tokens", ()), *getattr(event, "tokens", ())]
-    missing = [_shown(each.arg) for each in getattr(event, "missing_arguments", ())]
-    number = re.fullmatch(
-        r"(?:invalid literal for (int)\(\)|could not convert string to (float)).*?: (.*)", message, re.S
-    )
-    if unknown and unknown[0].startswith("-"):
-        return f"There is no option {quoted(unknown[0], 60)}; {_nearest(unknown[0].partition('=')[0], flags)}"
-    if unknown:
-        return f'The word "{quoted(unknown[0], 60)}" belongs to no option'
-    if missing:
-        return f"{' and '.join(missing)} must be given"
-    if number is not None:
-        return f"{flag} must be a {'whole ' if number[1] else ''}number; found {quoted(number[3].strip(chr(39)), 80)}"
-    if getattr(event, "choices", ()):
-        return f"{flag} must be one of {', '.join(event.choices)}; found {quoted(event.value, 80)}"
-    if hasattr(event, "offending_value"):
-        return f"{flag} needs a value"
-    return f"{flag} cannot be taken: {quoted(message, 160)}"
+def _wrong(event: Any, flags: Iterable[str]) -> str:
+    """The mistake that tyro reports by an event, in half a sentence."""
+    words = [*getattr(event, "unrecognized_tokens", ()), *getattr(event, "tokens", ())]
+    if words and words[0].startswith("-"):
+        return f"There is no option {quoted(words[0], 60)}; {_nearest(words[0].partition('=')[0], flags)}"
+    if words:
+        return f'The word "{quoted(words[0], 60)}" belongs to no option'
+    if missing := getattr(event, "missing_arguments", ()):
+        names = (each.arg.lowered.metavar if each.arg.is_positional() else each.arg.display_name() for each in missing)
+        return f"{' and '.join(names)} must be given"
+    flag, message = event.argument.display_name(), getattr(event, "message", "")
+    for kind, error in {"whole number": "invalid literal for int() with base 10: ", "number": "to float: "}.items():
+        if error in message:
+            return f"{flag} must be a {kind}; found {quoted(message.partition(error)[2].strip(chr(39)), 80)}"
+    return f"{flag} cannot be taken: {quoted(message, 160)}" if message else f"{flag} needs a value"
 
 
-def _shown(argument: Any) -> str:
-    """An option as --help shows it, or what stands for a word that is none."""
-    name = str(argument.lowered.name_or_flags[0])
-    return name if name.startswith("-") else str(argument.lowered.metavar)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
+def _nearest(word: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(names), 1)
+    return f"the nearest is {near[0]}" if near else f"there are {', '.join(names)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM."""
-    with _plain_warnings(), _noted_interrupts() as interrupts:
+    with _as_a_process() as signals:
         try:
             code = run(sys.argv[1:] if arguments is None else list(arguments))
         except KeyboardInterrupt:
             code = 130
-        except PrismError as error:
-            code = 2
-            if not interrupts:
-                print(f"prism: {error}", file=sys.stderr)
-        except Exception as error:
-            code = 2
-            told = _of_the_system(error)
-            if told is None:
-                raise
-            print(f"prism: {told}.", file=sys.stderr)
-            if "disk" not in told:
-                return code
         except SystemExit as end:  # as tyro ends after --help
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    if code == 130 or (code and interrupts):
-        ended = interrupts[0] if interrupts else signal.SIGINT
-        print(f"prism: {'interrupted' if ended == signal.SIGINT else 'terminated'}", file=sys.stderr)
-        return 128 + ended
+        except Exception as error:
+            code, sentence = 2, str(error) if isinstance(error, PrismError) else _refusal(error)
+            if sentence == DISK_IS_FULL:
+                signals.clear()
+            if not signals:  # some libraries turn a KeyboardInterrupt into an error of another kind
+                print(f"prism: {sentence}", file=sys.stderr)
+    if code == 130 or (code and signals):
+        code = 128 + (signals[0] if signals else signal.SIGINT)
+        print(f"prism: {'interrupted' if code == 130 else 'terminated'}", file=sys.stderr)
     return code
 
 
-def _of_the_system(error: Exception) -> str | None:
-    """What the system refused, in a sentence; None for a bug of ours."""
-    if _disk_is_full(error):
-        return (
-            "there is no space left on the disk; make room and run the same command again, with --resume where it has "
-            "one: what was finished is kept"
-        )
-    if not isinstance(error, OSError) or (error.filename is None and error.errno is None):
-        return None
-    if error.filename is not None:
-        return f"{quoted(str(error.filename))} cannot be used: {error.strerror}"
-    return f"the system could not read or write: {quoted(error.strerror)}"
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Whether a file could not be written for want of space; safetensors says so in words alone."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    from safetensors import SafetensorError
-
-    return isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error)
+def _refusal(error: Exception) -> str:
+    """The sentence for a file or disk that the system refused; any other error is a bug of ours, and raised again."""
+    full = type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error)
+    if full or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return DISK_IS_FULL
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{quoted(str(error.filename))} cannot be used: {error.strerror}."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the system could not read or write: {quoted(error.strerror)}."
+    raise error
 
 
 @contextmanager
-def _noted_interrupts() -> Iterator[list[int]]:
-    """The signals that came and end the command as Ctrl-C does: SIGINT, SIGTERM, SIGHUP, where nothing else is set.
+def _as_a_process() -> Iterator[list[int]]:
+    """Print warnings as sentences; end at SIGINT, SIGTERM or SIGHUP, unless ignored, and list the signals that came."""
+    came: list[int] = []
 
-    They are noted, as a library in whose middle one falls may pass it on as an error of another kind.
-    """
-    noted: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        if number == signal.SIGINT or len(noted) == 1:  # a second SIGTERM does not disturb the cleaning up
+    def end(number: int, frame: Any) -> None:
+        came.append(number)
+        if number == signal.SIGINT or len(came) == 1:  # a second SIGTERM does not disturb the cleaning up
             signal.default_int_handler(number, frame)
 
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
-                handlers[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, usual in handlers.items():
-            signal.signal(number, usual)
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Warnings as sentences, without the line of code that gave them."""
-    usual = warnings.formatwarning
+    layout, handlers = warnings.formatwarning, {}
     warnings.formatwarning = lambda message, *_, **__: f"prism: warning: {message}\n"
+    if threading.current_thread() is threading.main_thread():
+        for number in filter(None, (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))):  # not on Windows
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                handlers[number] = signal.signal(number, end)
     try:
-        yield
+        yield came
     finally:
-        warnings.formatwarning = usual
+        warnings.formatwarning = layout
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pkgutil import resolve_name
 
 import pytest
 from tests import stores, tiny
@@ -31,12 +32,13 @@ def test_help_names_every_option_without_heavy_imports(command):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: prism")
     if command in cli.COMMANDS:
-        for flag in cli._flags(cli._options_of(command)).values():
-            assert {flag.text, flag.negative} & set(re.findall(r"--[a-z-]+", done.stdout))
+        for flag, kind in cli._flags(resolve_name(cli.COMMANDS[command])).values():
+            forms = {flag, f"--no-{flag[2:]}"} if kind is bool else {flag}
+            assert len(forms & set(re.findall(r"--[a-z-]+", done.stdout))) == 1
     else:
         assert all(f"  prism {name} " in done.stdout for name in cli.COMMANDS if command in name)
     if command == "train":
-        flags = cli._flags(cli._options_of("train"))
+        flags = cli._flags(resolve_name(cli.COMMANDS["train"]))
         assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(flags)
         assert "(default: 5e-4 on the embedded model, else 1e-4)" in re.sub(r"[\s│]+", " ", done.stdout)
 
@@ -57,11 +59,15 @@ WRONG = {
     "train --out x --stpes 5": "There is no option --stpes; the nearest is --steps; ",
     "train --out x --steps five": "--steps must be a whole number; found five; ",
     "train --out x --steps 1.5": "--steps must be a whole number; found 1.5; ",
+    "train --out x --dim 2.5": "--dim must be a whole number; found 2.5; ",
+    "train --out x --learning-rate a:b": "--learning-rate must be a number; found a:b; ",
     "train --out x --eta=": "--eta must be a number; found ; ",
     "train --out x --steps": "--steps needs a value; ",
     "train --out x y": 'The word "y" belongs to no option; ',
     "train --out x --config none.yaml": "The --config none.yaml cannot be read: No such file or directory.",
     "train --out x --config list.yaml": "The --config list.yaml must hold options by name; found [1].",
+    "train --out x --config options.yaml": "must hold options by name; found {'options': 5}.",
+    "train --out x --config": "--config needs a value; ",
     "train --out x --config broken.yaml": "The --config broken.yaml cannot be read: ",
     "train --out x --config other.yaml": "The --config other.yaml is of prism eval; name one of prism train.",
     "train --out x --config key.yaml": 'holds "step", which is no option of prism train; the nearest is steps.',
@@ -72,7 +78,14 @@ WRONG = {
 @pytest.mark.parametrize("line", WRONG)
 def test_a_mistake_is_one_sentence(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    texts = {"list": "[1]", "broken": "a: [", "other": "command: eval", "key": "step: 5", "value": "steps: many"}
+    texts = {
+        "list": "[1]",
+        "options": "options: 5",
+        "broken": "a: [",
+        "other": "command: eval",
+        "key": "step: 5",
+        "value": "steps: many",
+    }
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     assert cli.main(shlex.split(line)) == 2
@@ -89,21 +102,20 @@ def test_flags_go_before_the_file_and_the_file_before_defaults(tmp_path):
         "training: {steps: 7, learning-rate: 1e-3, max_rows: 3}\ntap: [1, 2]\nkeep_best: true\nresume: true\n"
     )
     words = ["--out", "x", "--steps=9", "--no-resume", f"--config={tmp_path / 'some.yaml'}"]
-    kind = cli._options_of("train")
-    config = cli._parsed("train", kind, cli._overlaid("train", kind, words))
+    kind = resolve_name(cli.COMMANDS["train"])
+    config = cli._parsed("train", kind, [*cli._overlaid("train", kind, words)])
     assert (config.training.steps, config.training.learning_rate, config.training.max_rows) == (9, 1e-3, 3)
     assert config.head.tap == "1,2"
     assert config.training.keep_best
     assert not config.output.resume
     assert config.training.eta == 5
-    (tmp_path / "doctor.yaml").write_text("run: false\nn: 3\n")
-    kind = cli._options_of("doctor")
-    assert not cli._overlaid("doctor", kind, ["--run"])
+    kind = resolve_name(cli.COMMANDS["doctor"])
+    assert [cli._parsed("doctor", kind, words).run for words in (["--no-run"], ["--no-run", "--run"])] == [False, True]
     (tmp_path / "sample.yaml").write_text("lora: [a, b]\nsteps: 4\n")
-    kind = cli._options_of("sample")
+    kind = resolve_name(cli.COMMANDS["sample"])
     words = ["--out", "x", "--config", str(tmp_path / "sample.yaml")]
-    assert cli._parsed("sample", kind, cli._overlaid("sample", kind, words)).models.loras == ("a", "b")
-    replaced = cli._parsed("sample", kind, cli._overlaid("sample", kind, [*words, "--lora", "c", "--lora", "d"]))
+    assert cli._parsed("sample", kind, [*cli._overlaid("sample", kind, words)]).models.loras == ("a", "b")
+    replaced = cli._parsed("sample", kind, [*cli._overlaid("sample", kind, [*words, "--lora", "c", "--lora", "d"])])
     assert replaced.models.loras == ("c", "d")
     assert replaced.call.num_inference_steps == 4
 

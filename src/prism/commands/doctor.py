@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from prism.commands.options import Models, said
+from prism.commands.options import Models, option
 from prism.errors import PrismError, whole
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ BESIDE = "call.json beside the pipeline, else its own"
 class Examined(Models):
     """The model, by default the embedded one."""
 
-    backbone: Annotated[tyro.conf.Positional[str | None], said("the embedded ShapeWorld model", "[BACKBONE]")] = None
+    backbone: Annotated[tyro.conf.Positional[str | None], option("[BACKBONE]", "the embedded ShapeWorld model")] = None
     """Diffusers pipeline: a folder, or an id on the Hub."""
 
 
@@ -40,11 +40,11 @@ class Examined(Models):
 class Sizes:
     """Sizes of a video."""
 
-    height: Annotated[int | None, said(BESIDE)] = None
+    height: Annotated[int | None, option(default=BESIDE)] = None
     """Height in pixels."""
-    width: Annotated[int | None, said(BESIDE)] = None
+    width: Annotated[int | None, option(default=BESIDE)] = None
     """Width in pixels."""
-    num_frames: Annotated[int | None, said(BESIDE)] = None
+    num_frames: Annotated[int | None, option(default=BESIDE)] = None
     """Frames."""
 
 
@@ -62,13 +62,13 @@ class Doctor:
     models: Examined = Examined()
     n: int = 8
     """Candidates."""
-    schedule: Annotated[str | None, said("one, at a fifth", "STEP:KEEP,...")] = None
+    schedule: Annotated[str | None, option("STEP:KEEP,...", "one, at a fifth")] = None
     """Cuts."""
-    steps: Annotated[int | None, said("the pipeline's own")] = None
+    steps: Annotated[int | None, option(default="the pipeline's own")] = None
     """Steps of a run."""
-    run: Annotated[bool, said()] = True
+    run: Annotated[bool, option(default="")] = True
     """Run no step of the denoiser to time it."""
-    family: Annotated[Path | None, said(metavar="FILE")] = None
+    family: Annotated[Path | None, option("FILE", "")] = None
     """Check the `family` that this Python file defines on the pipeline. The file is run: it is your own code."""
     sizes: Sizes = Sizes()
 

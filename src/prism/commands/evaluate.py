@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from prism import files, runs
 from prism.commands import show
-from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, named, recorded
+from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, option, recorded
 from prism.errors import SEEDS, PrismError, quoted, whole
 
 NOTES = (
@@ -37,9 +37,9 @@ class Evaluate:
     """
 
     output: Replacing
-    split: Annotated[str, named("NAME")] = "test"
+    split: Annotated[str, option("NAME")] = "test"
     """Split to measure: test, validation or train."""
-    timesteps: Annotated[str, named("T,T")] = TIMESTEPS
+    timesteps: Annotated[str, option("T,T")] = TIMESTEPS
     """Noise levels to judge at, 0 (clean) to 1000 (noise)."""
     num_draws: int = 1
     """Noise draws averaged over at each level."""

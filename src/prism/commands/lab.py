@@ -17,9 +17,8 @@ from prism.commands.options import (
     Replacing,
     Resuming,
     Seed,
-    named,
+    option,
     recorded,
-    said,
 )
 
 
@@ -27,7 +26,7 @@ from prism.commands.options import (
 class Anywhere(Replacing):
     """Where results go."""
 
-    out: Annotated[Path | None, said("runs/demo, with --full runs/full", "FOLDER")] = None  # type: ignore[assignment]
+    out: Annotated[Path | None, option("FOLDER", "runs/demo, with --full runs/full")] = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Recipe:
     """Training prompts; 0: all."""
     learning_rate: float = 5e-4
     """AdamW's step size."""
-    tap: Annotated[int | None, said("0.4 of the blocks", "BLOCK")] = None
+    tap: Annotated[int | None, option("BLOCK", "0.4 of the blocks")] = None
     """Block whose tokens are read, from 1."""
 
 
@@ -92,9 +91,9 @@ class Study:
     """
 
     output: Resuming
-    only: Annotated[tuple[str, ...], Repeated, named("NAME")] = ()
+    only: Annotated[tuple[str, ...], Repeated, option("NAME")] = ()
     """A variant or a question, instead of all."""
-    confirm: Annotated[tuple[str, ...], Repeated, named("VARIANT")] = ()
+    confirm: Annotated[tuple[str, ...], Repeated, option("VARIANT")] = ()
     """Measure it on the test prompts; each but once."""
     recipe: Recipe = Recipe()
     seeds: int = 2
@@ -134,22 +133,22 @@ class Train:
     """
 
     output: Resuming
-    part: Annotated[str, named("NAME")] = "all"
+    part: Annotated[str, option("NAME")] = "all"
     """vae, transformer, or all: the VAE comes first."""
-    steps: Annotated[int | None, said("4000 vae, 16000 transformer")] = None
+    steps: Annotated[int | None, option(default="4000 vae, 16000 transformer")] = None
     """Optimiser steps."""
-    batch_size: Annotated[int | None, said("8 vae, 32 transformer")] = None
+    batch_size: Annotated[int | None, option(default="8 vae, 32 transformer")] = None
     """Videos of a step."""
-    learning_rate: Annotated[float | None, said("0.0015 vae, 0.001 transformer")] = None
+    learning_rate: Annotated[float | None, option(default="0.0015 vae, 0.001 transformer")] = None
     """AdamW's highest step size."""
-    layers: Annotated[int | None, said("6")] = None
+    layers: Annotated[int | None, option(default="6")] = None
     """Blocks of the transformer."""
-    heads: Annotated[int | None, said("4")] = None
+    heads: Annotated[int | None, option(default="4")] = None
     """Attention heads; the width is 32 a head."""
-    start: Annotated[str | None, said(metavar="FOLDER")] = None
+    start: Annotated[str | None, option("FOLDER", "")] = None
     """Earlier weights to train on: a VAE (its encoder is kept), or a transformer and its text encoder."""
     seed: Seed = 0
-    device: Annotated[str, named("NAME")] = "cpu"
+    device: Annotated[str, option("NAME")] = "cpu"
     """Where to compute: cpu, cuda, mps."""
 
     def main(self) -> None:
@@ -166,7 +165,7 @@ class Candidates:
 
     output: Replacing
     split: Annotated[
-        tuple[str, ...], Repeated, said("train:750x4 validation:40x6 test:100x4", "NAME[:PROMPTS[xEACH]]")
+        tuple[str, ...], Repeated, option("NAME[:PROMPTS[xEACH]]", "train:750x4 validation:40x6 test:100x4")
     ] = ()
     """train, validation, test or unseen; may be repeated."""
     trajectories: bool = False
@@ -193,17 +192,17 @@ class Quality:
     """Referee what a generator samples: scores, how often each part of a prompt is right, how candidates differ."""
 
     output: Replacing
-    backbone: Annotated[str, named("NAME")] = "default"
+    backbone: Annotated[str, option("NAME")] = "default"
     """default, early, small, or the folder of a training run."""
-    step: Annotated[tuple[int, ...], Repeated, named("INT")] = ()
+    step: Annotated[tuple[int, ...], Repeated, option("INT")] = ()
     """Steps at which that run kept its weights."""
     prompts: int = 100
     """Prompts of each kind."""
     per_prompt: int = 2
     """Videos of each prompt."""
-    split: Annotated[str, named("NAME")] = "validation"
+    split: Annotated[str, option("NAME")] = "validation"
     """Whose prompts."""
-    guidance_scale: Annotated[float | None, said("the default call's")] = None
+    guidance_scale: Annotated[float | None, option(default="the default call's")] = None
     """Classifier-free guidance."""
     seed: Seed = 0
 
@@ -230,10 +229,10 @@ class Quality:
 class Weaker:
     """Save the transformer and text encoder of a run, or of a step of it, as an embedded weaker backbone."""
 
-    run: Annotated[Path, tyro.conf.Positional, named("RUN")]
+    run: Annotated[Path, tyro.conf.Positional, option("RUN")]
     """Folder of a training run."""
     output: Replacing
-    step: Annotated[int | None, said("the end")] = None
+    step: Annotated[int | None, option(default="the end")] = None
     """A step at which the run kept its weights."""
 
     def main(self) -> None:

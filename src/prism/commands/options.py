@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 
-def said(default: str = "", metavar: str | None = None, name: str | None = None) -> Any:
-    """Mark an option whose default is said in words, as its value is None until the command finds a better one."""
-    return tyro.conf.arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {default})" if default else "")
-
-
-def named(metavar: str, name: str | None = None) -> Any:
-    """Mark an option by what --help calls its value, and by its name where that is not the attribute's."""
-    return tyro.conf.arg(name=name, metavar=metavar)
+def option(metavar: str | None = None, default: str | None = None, name: str | None = None, about: str = "") -> Any:
+    """Describe an option: its value's name and its default in words ("": none) in --help, its name, its docstring."""
+    hint = default and f"(default: {default})"
+    return tyro.conf.arg(name=name, metavar=metavar, help=about or None, help_behavior_hint=hint)
 
 
 Repeated = tyro.conf.UseAppendAction
-Seed = Annotated[int, tyro.conf.arg(help="Seed of everything random.")]
-BatchSize = Annotated[int, tyro.conf.arg(help="Videos per denoiser call; halved where memory runs out.")]
+Seed = Annotated[int, option(about="Seed of everything random.")]
+BatchSize = Annotated[int, option(about="Videos per denoiser call; halved where memory runs out.")]
+Head = Annotated[str | None, option("NAME", "the embedded head", about="Trained head: a folder, or an id on the Hub.")]
 
 
 @dataclass(frozen=True)
 class Output:
     """Where results go."""
 
-    out: Annotated[Path, named("FOLDER")]
+    out: Annotated[Path, option("FOLDER")]
     """Folder to write; it appears whole."""
-    config: Annotated[Path | None, said(metavar="FILE")] = None
+    config: Annotated[Path | None, option("FILE", "")] = None
     """YAML or JSON file of options, such as the config.json of a run; flags go before it."""
 
 
@@ -54,7 +52,7 @@ class Resuming(Output):
 class Device:
     """Where models compute."""
 
-    device: Annotated[str | None, said("cuda, else cpu", "NAME")] = None
+    device: Annotated[str | None, option("NAME", "cuda, else cpu")] = None
     """Where to compute: cpu, cuda, cuda:1, mps."""
 
 
@@ -62,9 +60,9 @@ class Device:
 class Models(Device):
     """Models and their precision."""
 
-    dtype: Annotated[str | None, said("bf16 on cuda, else fp32", "NAME")] = None
+    dtype: Annotated[str | None, option("NAME", "bf16 on cuda, else fp32")] = None
     """Precision of the backbone: fp32, bf16 or fp16. The embedded model stays in fp32."""
-    backbone: Annotated[str | None, said("the embedded ShapeWorld model", "NAME")] = None
+    backbone: Annotated[str | None, option("NAME", "the embedded ShapeWorld model")] = None
     """Diffusers pipeline: a folder, or an id on the Hub."""
 
 
@@ -72,27 +70,17 @@ class Models(Device):
 class Labelled(Models):
     """Models and data."""
 
-    data: Annotated[Path | None, said("the embedded candidates", "FOLDER")] = None
+    data: Annotated[Path | None, option("FOLDER", "the embedded candidates")] = None
     """Latent store: videos as latents, with labelled pairs."""
 
 
-Head = Annotated[
-    str | None,
-    tyro.conf.arg(
-        metavar="NAME",
-        help="Trained head: a folder, or an id on the Hub.",
-        help_behavior_hint="(default: the embedded head)",
-    ),
-]
+def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options in groups of options, without the groups."""
+    for name, value in values.items():
+        yield from leaves(value) if isinstance(value, dict) else [(name, value)]
 
 
 def recorded(config: Any) -> dict[str, Any]:
     """A command's options by name, as config.json holds them; none of where results go."""
-    options: dict[str, Any] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            options |= {} if isinstance(value, Output) else recorded(value)
-        else:
-            options[field.name] = str(value) if isinstance(value, Path) else value
-    return options
+    options = {**asdict(config), "output": {}}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in leaves(options)}

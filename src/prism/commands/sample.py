@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from prism import files, runs
 from prism.commands import show
-from prism.commands.options import Head, Models, Repeated, Replacing, named, recorded, said
+from prism.commands.options import Head, Models, Repeated, Replacing, option, recorded
 from prism.errors import PrismError, number, quoted, whole
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ class Sampling(Models):
     """Models, and where they are kept."""
 
     head: Head = None
-    offload: Annotated[str, named("NAME")] = "none"
+    offload: Annotated[str, option("NAME")] = "none"
     """Keep models in host memory until needed: whole (model), or layer by layer (group)."""
-    loras: Annotated[tuple[str, ...], Repeated, named("FILE[:SCALE]", "lora")] = ()
+    loras: Annotated[tuple[str, ...], Repeated, option("FILE[:SCALE]", name="lora")] = ()
     """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
 
 
@@ -45,23 +45,23 @@ class Sampling(Models):
 class Call:
     """Arguments of the pipeline's call; by default those of call.json beside the backbone, or its own."""
 
-    num_inference_steps: Annotated[int | None, said(name="steps")] = None
+    num_inference_steps: Annotated[int | None, option(default="", name="steps")] = None
     """Denoising steps."""
-    guidance_scale: Annotated[float | None, said()] = None
+    guidance_scale: Annotated[float | None, option(default="")] = None
     """Classifier-free guidance; 1 turns it off."""
-    height: Annotated[int | None, said(metavar="PIXELS")] = None
+    height: Annotated[int | None, option("PIXELS", "")] = None
     """Height."""
-    width: Annotated[int | None, said(metavar="PIXELS")] = None
+    width: Annotated[int | None, option("PIXELS", "")] = None
     """Width."""
-    num_frames: Annotated[int | None, said()] = None
+    num_frames: Annotated[int | None, option(default="")] = None
     """Frames."""
-    negative_prompt: Annotated[str | None, said(metavar="TEXT")] = None
+    negative_prompt: Annotated[str | None, option("TEXT", "")] = None
     """What the video should not show."""
-    image: Annotated[str | None, said(metavar="FILE")] = None
+    image: Annotated[str | None, option("FILE", "")] = None
     """Image to start from."""
-    last_image: Annotated[str | None, said(metavar="FILE")] = None
+    last_image: Annotated[str | None, option("FILE", "")] = None
     """Image to end with."""
-    video: Annotated[str | None, said(metavar="FILE")] = None
+    video: Annotated[str | None, option("FILE", "")] = None
     """Video to start from."""
 
 
@@ -74,25 +74,25 @@ class Sample:
     """
 
     output: Replacing
-    prompt: Annotated[str | None, said("none: of pipelines that take an image alone", "TEXT")] = None
+    prompt: Annotated[str | None, option("TEXT", "none: of pipelines that take an image alone")] = None
     """What the video should show."""
     n: int = 8
     """Candidates; candidate i has seed SEED + i."""
-    strategy: Annotated[str, named("NAME")] = "early"
+    strategy: Annotated[str, option("NAME")] = "early"
     """early: drop losers while sampling. draft: judge coarse runs. full: judge finished ones. random, none: none."""
-    schedule: Annotated[str | None, said("1 after a fifth of the steps", "CUTS")] = None
+    schedule: Annotated[str | None, option("CUTS", "1 after a fifth of the steps")] = None
     """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
-    draft_steps: Annotated[int | None, said("15 % of the steps")] = None
+    draft_steps: Annotated[int | None, option(default="15 % of the steps")] = None
     """Steps of a draft."""
-    judge_at: Annotated[float | None, said("700", "T")] = None
+    judge_at: Annotated[float | None, option("T", "700")] = None
     """Noise level at which draft and full judge, above 0 (clean) to 1000 (noise)."""
     num_draws: int = 2
     """Noise draws that draft and full average over."""
-    select_by: Annotated[str, named("NAME")] = "overall"
+    select_by: Annotated[str, option("NAME")] = "overall"
     """Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2."""
-    seed: Annotated[str, named("INT")] = "0"
+    seed: Annotated[str, option("INT")] = "0"
     """Seed of the first candidate; random: one is drawn."""
-    batch_size: Annotated[int | None, said("all, or 1 above 0.5 billion parameters")] = None
+    batch_size: Annotated[int | None, option(default="all, or 1 above 0.5 billion parameters")] = None
     """Candidates sampled at once. 1: the video equals the stock pipeline's to the bit; more: to rounding."""
     top_k: int = 1
     """How many of the best to finish: winner-2.mp4, ..."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from prism import files, runs
 from prism.commands import show
-from prism.commands.options import Labelled, Replacing, Resuming, named, recorded, said
+from prism.commands.options import Labelled, Replacing, Resuming, option, recorded
 from prism.errors import PrismError, quoted
 from prism.training.config import TrainConfig
 
@@ -26,20 +26,21 @@ class Folder(Replacing, Resuming):
     """Where results go."""
 
 
+Width = Annotated[int | None, option(default="144 on the embedded model, else 1536, or twice the backbone's if less")]
+Rate = Annotated[float | None, option(default="5e-4 on the embedded model, else 1e-4")]
+WarmUp = Annotated[int | None, option(default="20, or a tenth of the steps if less")]
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     """The head, or the heads whose scores are averaged."""
 
-    tap: Annotated[str | None, said("4,5 of the embedded model, else one at 0.4 of the blocks", "BLOCK,BLOCK")] = None
+    tap: Annotated[str | None, option("BLOCK,BLOCK", "4,5 of the embedded model, else one at 0.4 of the blocks")] = None
     """Blocks whose tokens are read, from 1; each gets a head, whose scores are averaged."""
-    dim: Annotated[int | None, said("144 on the embedded model, else 1536, or twice the backbone's if less")] = None
+    dim: Width = None
     """Width of a head."""
-    aggregation: Annotated[str, named("NAME")] = "query"
+    aggregation: Annotated[str, option("NAME")] = "query"
     """query: cross-attention, as in the paper. Ablations: mean pooling, or a linear probe."""
-
-
-Rate = Annotated[float | None, said("5e-4 on the embedded model, else 1e-4")]
-WarmUp = Annotated[int | None, said("20, or a tenth of the steps if less")]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Training(TrainConfig):
     learning_rate: Rate = None  # type: ignore[assignment]
     schedule: str = "cosine"
     warmup_steps: WarmUp = None  # type: ignore[assignment]
-    max_gradient_norm: Annotated[float, named("NUM")] = 1.0
-    max_rows: Annotated[int, named("INT", "batch-size")] = 64
+    max_gradient_norm: Annotated[float, option("NUM")] = 1.0
+    max_rows: Annotated[int, option("INT", name="batch-size")] = 64
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
