@@ -1,4 +1,4 @@
-"""Checks of what a judge is made of, asked, and was trained on; each mistake is a sentence."""
+"""Checks of a judge's heads, arguments and training provenance; each mistake is a sentence."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def check_dimensions(dimensions: Any) -> None:
-    """Names of scores are a list of texts; a text alone would be taken letter by letter."""
+    """Refuse names of scores that are no list of texts: a single text would be taken letter by letter."""
     if not isinstance(dimensions, list | tuple) or not all(isinstance(name, str) and name for name in dimensions):
         raise PrismError(f"The dimensions must be a list of names; found {quoted(dimensions, 80)}.")
 
 
-def check_options(options: Iterable[str], known: Sequence[str]) -> None:
-    """Options of a head are those it has."""
-    for name in sorted(set(options) - set(known)):
-        raise PrismError(f"A head has no option {quoted(name, 60)}; it has {', '.join(known)}.")
+def check_options(options: Iterable[str], allowed: Sequence[str]) -> None:
+    """Refuse options that a head does not have."""
+    for name in sorted(set(options) - set(allowed)):
+        raise PrismError(f"A head has no option {quoted(name, 60)}; it has {', '.join(allowed)}.")
 
 
 def check_generator(generator: Any) -> None:
@@ -33,7 +33,7 @@ def check_generator(generator: Any) -> None:
 
 
 def listed(judges: Any, kind: type) -> list[Any]:
-    """The judges of any iterable, at least one, all of them of a kind."""
+    """List the judges of any iterable. Raise PrismError for none, or for items that are not of this kind."""
     iterable = (
         isinstance(judges, Iterable) and getattr(judges, "ndim", None) != 0 and not isinstance(judges, str | bytes)
     )
@@ -49,7 +49,7 @@ def listed(judges: Any, kind: type) -> list[Any]:
 
 
 def check_together(judges: Sequence[Judge]) -> None:
-    """Judges that are averaged read one pipeline, and their scores mean the same."""
+    """Refuse to average judges of different pipelines, or whose scores differ in meaning."""
     for other in judges[1:]:
         if other.backbone.pipe is not judges[0].backbone.pipe:
             raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
@@ -66,21 +66,21 @@ def check_together(judges: Sequence[Judge]) -> None:
 
 
 def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
-    """Margins (..., num_dimensions) as a tensor."""
+    """Convert margins (..., num_dimensions) to a tensor."""
     try:
-        given = margins if isinstance(margins, Tensor) else torch.as_tensor(margins, dtype=torch.float32)
-    except Exception:  # numbers of no kind: NumPy and torch raise what they like
+        values = margins if isinstance(margins, Tensor) else torch.as_tensor(margins, dtype=torch.float32)
+    except Exception:  # NumPy and torch raise many kinds
         raise PrismError(f"The margins must be a tensor; found {quoted(margins, 80)}.") from None
-    if given.ndim == 0 or given.shape[-1] != len(dimensions) or given.is_complex():
+    if values.ndim == 0 or values.shape[-1] != len(dimensions) or values.is_complex():
         raise PrismError(
             f"The margins must be (..., {len(dimensions)}), one for each of {', '.join(dimensions)}; found the shape "
-            f"{tuple(given.shape)}."
+            f"{tuple(values.shape)}."
         )
-    return given
+    return values
 
 
 def finite(values: Tensor, what: str) -> Tensor:
-    """Values (B, n), all of them finite."""
+    """Return values (B, n) unchanged; raise PrismError naming the first row that is not finite."""
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
         raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite {what}; its latents hold NaN or infinity.")
@@ -88,7 +88,7 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 
 def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
-    """(t_low, t_high) of a head's training, of an average what its heads share; 0 to 1000 where unknown."""
+    """(t_low, t_high) that a head was trained at; the range that all members share; 0 to 1000 where unknown."""
     ranges = [trained_range(member) for member in trained_on.get("members", ())]
     config = trained_on.get("config") or {}
     low, high = config.get("t_low"), config.get("t_high")
@@ -97,13 +97,13 @@ def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -> bool:
-    """Warn where noise levels from `lowest` to `highest` leave what a head was trained at; whether they do."""
+    """Warn where noise levels from `lowest` to `highest` leave the trained range; return True then."""
     low, high = trained_range(trained_on)
-    outside = lowest < low - 1 or highest > high + 1  # schedulers round
+    outside = lowest < low - 1 or highest > high + 1  # 1: schedulers round
     if outside:
-        found = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+        levels = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
         warnings.warn(
-            f"The head was trained at t from {low:g} to {high:g} and is asked to score at t = {found}; do not rely on "
+            f"The head was trained at t from {low:g} to {high:g} and is asked to score at t = {levels}; do not rely on "
             "its scores there.",
             stacklevel=4,
         )
@@ -111,13 +111,13 @@ def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -
 
 
 def versions(heads: Iterable[nn.Module]) -> tuple[int, ...]:
-    """How often each weight was written to, which any training changes, by whatever loop."""
+    """Number of in-place writes to each weight (-1: torch does not count them), which any training loop changes."""
     weights = [weight for head in heads for weight in head.parameters()]
     return tuple(-1 if weight.is_inference() else weight._version for weight in weights)
 
 
 def warn_untrained() -> bool:
-    """Warn of scores of random weights; True."""
+    """Warn that the scores of random weights are noise; return True."""
     warnings.warn(
         "This judge is untrained: its scores are noise, and a pick by them is random. Train it (prism.train), or load "
         "a trained one (Judge.from_pretrained).",
@@ -126,13 +126,16 @@ def warn_untrained() -> bool:
     return True
 
 
-def trained_together(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What an average was trained on: what its members share, null where they differ, and every prompt of any."""
-    keys = {key for trained_on in known for key in trained_on.get("prompt_keys", ())}
-    members = [{name: value for name, value in trained_on.items() if name != "prompt_keys"} for trained_on in known]
+def trained_together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Training provenance of an average: values that its members share, None where they differ, and all prompts."""
+    keys = {key for trained_on in provenances for key in trained_on.get("prompt_keys", ())}
+    members = [
+        {name: value for name, value in trained_on.items() if name != "prompt_keys"} for trained_on in provenances
+    ]
+    first = provenances[0]
     shared = {
-        name: known[0].get(name) if all(other.get(name) == known[0].get(name) for other in known) else None
+        name: first.get(name) if all(other.get(name) == first.get(name) for other in provenances) else None
         for name in ("store", "seed", "steps", "prompts", "pairs")
     }
-    sources = sorted({str(trained_on.get("source", "untrained")) for trained_on in known})
+    sources = sorted({str(trained_on.get("source", "untrained")) for trained_on in provenances})
     return {**shared, "source": "+".join(sources), "members": members, "prompt_keys": sorted(keys)}

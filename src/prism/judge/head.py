@@ -30,7 +30,7 @@ from prism.judge import pooling
 
 AGGREGATIONS = ("query", "mean", "linear")
 LARGEST = {"width": 2**20, "dim": 2**20, "num_dimensions": 1000, "num_queries": 2**16, "num_heads": 2**16}
-LARGEST |= {"mlp_layers": 256}  # beyond any use: a file that says more is damaged
+LARGEST |= {"mlp_layers": 256}  # limits far above any use, so that a damaged config.json is refused
 
 
 class QueryHead(nn.Module):
@@ -116,8 +116,8 @@ class QueryHead(nn.Module):
             if self.aggregation == "query":
                 scores: Tensor = self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
                 return scores
-            none = torch.zeros(1, self.width, device=visual.device)  # a query that looks at all tokens alike
-            mean = pooling.read(none, visual, text, text_mask, self.chunk_size)[:, 0]
+            uniform = torch.zeros(1, self.width, device=visual.device)  # a query of zeros attends to all tokens equally
+            mean = pooling.read(uniform, visual, text, text_mask, self.chunk_size)[:, 0]
             scores = self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
             return scores
 
@@ -133,9 +133,9 @@ class QueryHead(nn.Module):
 
     @torch.no_grad()
     def attention(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """What each query and head looks at: (B, N_q * heads, L + L_t) float32 weights that sum to one.
+        """Attention of each query and head, (B, N_q * heads, L + L_t) float32 weights that sum to one.
 
-        Without text, (B, N_q * heads, L). Arguments as of ``forward``. Raises PrismError for the ablations, which pool.
+        Arguments as of ``forward``; without text L_t is 0. Raises PrismError for the ablations, which have no query.
         """
         if self.aggregation != "query":
             raise PrismError(f"A head with the aggregation {self.aggregation} has no query, and looks at all alike.")
@@ -143,35 +143,35 @@ class QueryHead(nn.Module):
             return pooling.weights(self._folded(), visual, text, text_mask, self.chunk_size)
 
     def _folded(self) -> Tensor:
-        """a_h for each query and head, (N_q * heads, D_vis)."""
+        """a_h of each query and head, (N_q * heads, D_vis)."""
         heads, size = self.num_heads, self.dim // self.num_heads
         query: Tensor = self.w_q(self.query).view(self.num_queries, heads, size)
         keys = torch.einsum("nhd,hde->nhe", query, self.w_k.weight.view(heads, size, self.dim))  # W_k,h^T q_h
         folded: Tensor = (keys @ self.w_p.weight).flatten(0, 1) / size**0.5
         return folded
 
-    def load_tensors(self, found: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
         """Load exactly this head's weights, as float32; ``path`` is the file they came from, for errors."""
-        self.check_shapes({name: tuple(value.shape) for name, value in found.items()}, path)
-        # Copies, which torch aligns: sums over memory as a file maps it round otherwise.
-        weights = {name: value.to(torch.float32, copy=True) for name, value in found.items()}
+        self.check_shapes({name: tuple(value.shape) for name, value in tensors.items()}, path)
+        # Copies, which torch aligns: sums over the unaligned memory of a mapped file are rounded differently.
+        weights = {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
         self.load_state_dict(weights, assign=True)
 
-    def check_shapes(self, found: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]) -> None:
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]) -> None:
         """Refuse tensors that are not exactly this head's; ``path`` is the file they lie in."""
-        wanted = self.state_dict()
-        for name in sorted(found.keys() ^ wanted.keys()):
-            side = "lacks" if name in wanted else "has, beyond this head's,"
+        expected = self.state_dict()
+        for name in sorted(shapes.keys() ^ expected.keys()):
+            side = "lacks" if name in expected else "has, beyond this head's,"
             raise PrismError(f"The file {path} {side} the tensor {quoted(name, 80)}; it belongs to another head.")
-        for name, value in wanted.items():
-            if found[name] != tuple(value.shape):
-                sizes = f"{quoted(found[name], 80)} where this head's is {tuple(value.shape)}"
+        for name, value in expected.items():
+            if shapes[name] != tuple(value.shape):
+                sizes = f"{quoted(shapes[name], 80)} where this head's is {tuple(value.shape)}"
                 raise PrismError(f"The tensor {name} in {path} is {sizes}; it belongs to another head.")
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A head, the block it reads after (1-based), and its share in the judge's scores."""
+    """A head, the block whose output it reads (1-based), and its share in the judge's scores."""
 
     tap: int
     head: QueryHead

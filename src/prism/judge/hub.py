@@ -1,4 +1,4 @@
-"""A judge on the Hub: its model card, and its way there and back. Only safetensors and JSON are fetched."""
+"""A judge on the Hub: upload, download and model card. Only safetensors and JSON are downloaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")  # of the Hub's cache
 
 
-# -- there and back
+# -- upload and download
 
 
 def upload(
@@ -47,7 +47,7 @@ def upload(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=["evaluation.json"],  # one that is there is of earlier weights
+            delete_patterns=["evaluation.json"],  # the one in the repository is of earlier weights
         )
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(f"The judge did not reach {repo_id} on the Hub: {_reason(error, revision)}.") from error
@@ -55,7 +55,7 @@ def upload(
 
 
 def fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
-    """The snapshot of a judge's repository in the Hub's cache."""
+    """Download a judge's repository; return its snapshot in the Hub's cache."""
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FETCHED)))
     except Exception as error:  # the Hub's client raises many kinds
@@ -68,7 +68,7 @@ def fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
 
 
 def _reason(error: Exception, revision: str | None) -> str:
-    """Why the Hub gave or took nothing, as a clause."""
+    """Explain an error of the Hub's client in a clause."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {quoted(revision, 80)}"
@@ -83,14 +83,14 @@ def _reason(error: Exception, revision: str | None) -> str:
     return quoted((str(error).strip() or type(error).__name__).splitlines()[0], 200).rstrip(".")
 
 
-# -- what the card says
+# -- model card
 
 
 def check_rows(rows: Any, where: str) -> list[dict[str, Any]]:
-    """Rows "accuracy" of metrics.json, as `prism.evaluate` gives them; each mistake is a sentence."""
-    found = listed(where, rows, Mapping, "the rows that prism.evaluate returns")
-    for place, row in enumerate(found):
-        name = f"{where}, row {place}:"
+    """Check and copy the rows "accuracy" of metrics.json, as `prism.evaluate` returns them."""
+    checked = listed(where, rows, Mapping, "the rows that prism.evaluate returns")
+    for index, row in enumerate(checked):
+        name = f"{where}, row {index}:"
         number(f"{name} t", row.get("t"), 0, 1000)
         for field in ("pairs", "prompts"):
             whole(f"{name} {field}", row.get(field), 0)
@@ -103,16 +103,16 @@ def check_rows(rows: Any, where: str) -> list[dict[str, Any]]:
         for value in (row.get("without_ties"), *(interval or ())):
             if value is not None:
                 number(f"{name} without_ties and its interval", value, 0, 1)
-    return [dict(row) for row in found]
+    return [dict(row) for row in checked]
 
 
 def origin(pipe: Any) -> str | None:
-    """Where a pipeline came from, as "user/name" or "user/name@commit"; None where it was not loaded from the Hub."""
-    named = [_name(pipe), *(_name(part) for part in getattr(pipe, "components", {}).values())]
-    for name in named:
+    """The repository that a pipeline was loaded from, "user/name" or "user/name@commit"; None where it has none."""
+    names = [_name(pipe), *(_name(part) for part in getattr(pipe, "components", {}).values())]
+    for name in names:
         if snapshot := _SNAPSHOT.search(Path(name).as_posix()):
             return "{}/{}@{}".format(*snapshot.groups())
-    return next((name for name in named[:1] if REPOSITORY.fullmatch(name) and not os.path.exists(name)), None)
+    return next((name for name in names[:1] if REPOSITORY.fullmatch(name) and not os.path.exists(name)), None)
 
 
 def _name(part: Any) -> str:
@@ -125,13 +125,13 @@ def model_card(
 ) -> str:
     """README.md of a head, from its config.json and the rows of its evaluation.
 
-    base_model: "user/name" or "user/name@revision"; None where it is not known.
+    base_model: "user/name" or "user/name@revision"; None where unknown.
     """
     backbone, trained_on = config["backbone"], config["trained_on"]
     pipeline = str(backbone.get("pipeline"))
     model, _, revision = (base_model or "").partition("@")
     loaded = f'"{model}"' + (f', revision="{revision}"' if revision else "") if model else "..."
-    made = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained({loaded})"
+    loading = f"from diffusers import {pipeline}\n\npipe = {pipeline}.from_pretrained({loaded})"
     members = config.get("members", [config])
     low, high = trained_range(trained_on)
     data = ModelCardData(
@@ -152,7 +152,7 @@ def model_card(
         denoiser=backbone.get("denoiser"),
         pipeline=pipeline,
         vae=backbone.get("vae"),
-        made=made if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
+        loading=loading if hasattr(diffusers, pipeline) else f"\npipe = {pipeline}(...)",
         base_model=(f"{model}, revision {revision}" if revision else model) or "not known: not loaded from the Hub",
         data=_data(trained_on),
         levels=f"t from {low:g} to {high:g}, of 0 (clean) to 1000 (noise)",
@@ -191,16 +191,16 @@ def _results(rows: Iterable[Mapping[str, Any]]) -> list[EvalResult]:
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]], dimensions: Sequence[str]) -> str:
-    """A table of a line per set and noise level, a column per dimension."""
+    """A Markdown table with a line per set and noise level, and a column per dimension."""
     if not rows:
         return "Not measured for this folder: measure it (`prism eval`) before you rely on it."
     lines = [f"| set | t | {' | '.join(dimensions)} | pairs | prompts |", "|---" * (len(dimensions) + 4) + "|"]
-    for place in dict.fromkeys((row["set"], row["t"]) for row in rows):
-        here = {row["dimension"]: row for row in rows if (row["set"], row["t"]) == place}
-        some = next(iter(here.values()))
-        counts = f"{max(row['pairs'] for row in here.values())} | {some['prompts']}"
-        shares = " | ".join(_share(here.get(name, {})) for name in dimensions)
-        lines.append(f"| {place[0]} | {place[1]:g} | {shares} | {counts} |")
+    for subset, t in dict.fromkeys((row["set"], row["t"]) for row in rows):
+        by_dimension = {row["dimension"]: row for row in rows if (row["set"], row["t"]) == (subset, t)}
+        first = next(iter(by_dimension.values()))
+        counts = f"{max(row['pairs'] for row in by_dimension.values())} | {first['prompts']}"
+        shares = " | ".join(_share(by_dimension.get(name, {})) for name in dimensions)
+        lines.append(f"| {subset} | {t:g} | {shares} | {counts} |")
     return "\n".join(lines)
 
 
@@ -223,7 +223,7 @@ something. It holds no part of the backbone ({{ pipeline }}: {{ denoiser }}, {{ 
 
 ```python
 import prism
-{{ made }}  # the backbone it was trained on
+{{ loading }}  # the backbone it was trained on
 judge = prism.Judge.from_pretrained("path/or/id of this head", pipe)
 result = prism.best_of_n(pipe, judge, "a prompt", n=8, schedule=[(5, 1)])
 ```

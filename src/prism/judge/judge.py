@@ -1,6 +1,6 @@
 """The judge: a frozen backbone, the blocks it is tapped at, and trained heads that score noisy latents.
 
-Mostly there is one head. ``Judge.average`` makes one judge of several, read in one pass of the backbone.
+Usually there is one head. ``Judge.average`` combines several, which read tokens of one pass of the backbone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Judge:
     Attributes:
         name: what a report calls this kind of judge.
         backbone: the frozen generator.
-        members: the heads, float32, on the backbone's device; mostly one.
+        members: the heads, float32, on the backbone's device; usually one.
         dimensions: what the columns of scores mean, such as ("VQ", "MQ", "TA", "overall").
         eta: the tie threshold the heads were trained with (Eq. 3-4).
-        trained_on: what is known of the training: store, steps, seed, source, prompts.
+        trained_on: provenance of the training: store, steps, seed, source, prompts.
         calibration: dimension -> {"temperature", "eta", "tie_threshold"}, see ``prism.evaluation.calibrate``; empty
             where the judge was not calibrated.
     """
@@ -64,15 +64,17 @@ class Judge:
         self.backbone, self.members = backbone, tuple(members)
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
-        self._told, self._evaluation = False, (evaluation, versions(member.head for member in members))
-        self._random: tuple[int, ...] | None = None  # what `versions` gives until something trains the heads
+        self._warned, self._evaluation = False, (evaluation, versions(member.head for member in members))
+        self._random: tuple[int, ...] | None = (
+            None  # `versions` of random heads: they change once something trains them
+        )
 
     def __repr__(self) -> str:
         heads = f"{'untrained, ' if self.is_untrained else ''}{len(self.members)} heads, taps {self.taps}"
         return f"Judge({heads}, {', '.join(self.dimensions)}, {self.backbone})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles. A deep copy has heads of its own and shares the backbone; a pickle holds it all."""
+        """State for copies and pickles. A deep copy has its own heads and shares the backbone; a pickle holds both."""
         return {**vars(self), "_random": self.is_untrained}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -232,22 +234,22 @@ class Judge:
         Raises:
             PrismError: where the Hub cannot be reached or refuses, as one sentence.
         """
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "head"
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "head"
             self.save_pretrained(folder, **card)
             return hub.upload(folder, repo_id, private, token, revision, commit_message)
 
     def config(self) -> dict[str, Any]:
-        """What describes this judge apart from its weights, as JSON."""
+        """Describe this judge apart from its weights, as JSON."""
         return folders.describe(self)
 
     # -- using it
 
     @property
     def evaluation(self) -> Rows:
-        """The accuracies that were saved with these heads; none once a head was trained further."""
-        rows, of = self._evaluation
-        return rows if of == versions(member.head for member in self.members) else []
+        """The accuracies that were saved with these heads; empty once a head was trained further."""
+        rows, measured = self._evaluation
+        return rows if measured == versions(member.head for member in self.members) else []
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -261,12 +263,12 @@ class Judge:
 
     @property
     def is_untrained(self) -> bool:
-        """Whether a head still has the random weights that ``Judge.untrained`` gave it."""
+        """True as long as the heads have the random weights that ``Judge.untrained`` gave them."""
         return self._random is not None and self._random == versions(member.head for member in self.members)
 
     @property
     def head(self) -> QueryHead:
-        """The head of a judge that has one, to be trained. Raises PrismError for an average."""
+        """The only head of this judge, to be trained. Raises PrismError for an average."""
         if len(self.members) > 1:
             raise PrismError(f"This judge averages {len(self.members)} heads; train each of them apart.")
         return self.members[0].head
@@ -308,7 +310,7 @@ class Judge:
             latents: (B, ...) normalised latents of finished videos.
             prompts: one per row, or one for all.
             t: noise level in [0, 1000].
-            num_draws: noise draws to average over.
+            num_draws: number of noise draws to average over.
             generator: CPU generator of the noise; None: seeded with 0.
             **call: further arguments of the pipeline's call.
 
@@ -316,12 +318,12 @@ class Judge:
             Mean over draws and its standard error (NaN for one draw), each (B, num_dimensions) float32.
         """
         num_draws = whole("num_draws", num_draws, 1, DRAWS)
-        per_row(t, latents)  # refuses what are no latents
+        per_row(t, latents)  # refuses anything but latents
         checks.check_generator(generator)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         latents = latents.to(self.backbone.device)
         draws = []
-        with self.backbone.held(), self.backbone.freed():  # once, not after each draw
+        with self.backbone.held(), self.backbone.freed():  # freed once, not after each draw
             for _ in range(num_draws):
                 noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
                 draws.append(self.score(self.backbone.add_noise(latents, t, noise), prompts, t, **call))
@@ -338,31 +340,31 @@ class Judge:
 
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
-        """Each member's own scores (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
+        """Scores of each member (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
         for member in self.members:
-            member.head.to(tokens.visual.device)  # the pipeline may have been moved since
+            member.head.to(tokens.visual.device)  # where the pipeline is now
         return torch.stack(
             [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
         )
 
     def probabilities(self, margins: Tensor) -> Tensor:
-        """P(A preferred), P(tie), P(B preferred) (Eq. 3-4), stacked last, of margins (..., num_dimensions).
+        """Probabilities (..., num_dimensions, 3) of A preferred, tie and B preferred (Eq. 3-4).
 
-        A margin is the score of A minus the score of B at one noise level. Where the judge is calibrated, these are
-        meant to be believed; otherwise they are what its objective says, which is mostly too sure.
+        `margins` (..., num_dimensions) are scores of A minus scores of B at one noise level. The probabilities of a
+        calibrated judge are meant to be believed; others are what the objective gives, mostly overconfident.
         """
         margins = checks.margins_of(margins, self.dimensions)
         columns = []
         for column, name in enumerate(self.dimensions):
-            known = self.calibration.get(name, {"temperature": 1.0, "eta": self.eta})
-            columns.append(log_probabilities(margins[..., column] / known["temperature"], known["eta"]).exp())
+            fitted = self.calibration.get(name, {"temperature": 1.0, "eta": self.eta})
+            columns.append(log_probabilities(margins[..., column] / fitted["temperature"], fitted["eta"]).exp())
         return torch.stack(columns, -2)
 
     @torch.no_grad()
     def attention(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, **call: Any) -> Tensor:
-        """Where the query looks: (B, T, H, W) weights on the token grid, averaged over heads and members.
+        """Attention of the query, (B, T, H, W) on the token grid, averaged over attention heads and members.
 
-        With the share that the prompt's tokens get they sum to one. Arguments as of ``score``.
+        Together with the weights of the prompt's tokens it sums to one. Arguments as of ``score``.
         """
         with self.backbone.held():
             tokens = self._tokens(noisy_latents, prompts, t, call)
@@ -384,14 +386,14 @@ class Judge:
         return self.backbone.tokens(noisy_latents, conditioning, t, self.taps)
 
     def check_level(self, t: float | Tensor) -> None:
-        """Warn, once, of noise levels that the heads were not trained at, and of heads that were not trained at all."""
-        if not self._told and self.is_untrained:
-            self._told = warn_untrained()
-        if not self._told:
+        """Warn once of heads that were not trained, or not at these noise levels."""
+        if not self._warned and self.is_untrained:
+            self._warned = warn_untrained()
+        if not self._warned:
             levels = torch.as_tensor(t, dtype=torch.float32)
-            self._told = warn_outside(self.trained_on, float(levels.min()), float(levels.max()))
+            self._warned = warn_outside(self.trained_on, float(levels.min()), float(levels.max()))
 
 
 def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
-    """`reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
+    """A pipeline as a backbone; `reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
     return pipe if isinstance(pipe, Backbone) else Backbone(pipe, reads)

@@ -18,7 +18,7 @@ OBJECTIVES = ("btt", "bt")
 
 
 def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
-    """Log-probabilities of (A preferred, tie, B preferred), stacked last: shape (..., 3).
+    """Log-probabilities (..., 3) of A preferred, tie and B preferred, of margins of any shape.
 
     Eq. 3: P(A > B) = e^rA / (e^rA + eta e^rB) = sigmoid(margin - ln eta), and P(B > A) likewise with -margin.
     Eq. 4: P(tie) = (eta^2 - 1) e^rA e^rB / ((e^rA + eta e^rB)(eta e^rA + e^rB)) = (eta^2 - 1) P(A > B) P(B > A).
@@ -34,11 +34,12 @@ def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
 
 
 def label_counts(labels: Tensor, objective: str = "btt") -> Tensor:
-    """Labels that count in the loss, by dimension: (num_dimensions,) of (pairs, num_dimensions)."""
+    """Number of labels (pairs, num_dimensions) that count in the loss, per dimension: (num_dimensions,)."""
     return _counted(labels, objective).sum(0)
 
 
 def _counted(labels: Tensor, objective: str) -> Tensor:
+    """(pairs, num_dimensions) bool, True at the labels that count in the loss."""
     return ~labels.isnan() if objective == "btt" else labels.abs() == 1
 
 
@@ -56,21 +57,21 @@ def preference_loss(
 
     Args:
         margins: (pairs, num_dimensions), r_A - r_B.
-        labels: same shape, 1 / -1 / 0, NaN where there is no label.
+        labels: (pairs, num_dimensions), 1 / -1 / 0, NaN where there is no label.
         eta: threshold of Eq. 3-4. Unused by ``"bt"``.
         objective: ``"btt"`` (Eq. 3-4) or ``"bt"`` (plain Bradley-Terry, which leaves ties out).
         smoothing: share of each label, in [0, 1), that is spread over all outcomes alike.
-        counts: (num_dimensions,) ``label_counts`` of the whole batch, where these pairs are a part of it: the losses of
-            its parts add up to the whole's, and so do their gradients. None: these pairs are all there is.
+        counts: (num_dimensions,) ``label_counts`` of the whole batch, where these pairs are a part of it: losses and
+            gradients of the parts then add up to those of the whole. None: these pairs are the whole batch.
     """
     if objective not in OBJECTIVES:
         raise PrismError(f"The objective {objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
     labelled = _counted(labels, objective)
-    known = torch.where(labelled, labels, torch.zeros_like(labels))
+    targets = torch.where(labelled, labels, torch.zeros_like(labels))
     if objective == "bt":
-        log_p, outcome = logsigmoid(torch.stack([margins, -margins], -1)), (known < 0).long()
+        log_p, outcome = logsigmoid(torch.stack([margins, -margins], -1)), (targets < 0).long()
     else:
-        log_p, outcome = log_probabilities(margins, eta), (1 - known).long()  # 1, 0, -1 -> columns 0, 1, 2
+        log_p, outcome = log_probabilities(margins, eta), (1 - targets).long()  # 1, 0, -1 -> columns 0, 1, 2
     losses = -log_p.gather(-1, outcome[..., None]).squeeze(-1)
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)

@@ -1,15 +1,15 @@
 """Softmax reading of normalised tokens in one pass, and its gradient: no float32 copy of all tokens ever exists.
 
 A token x with the mean m and the reciprocal deviation r is normalised to r (x - m). Centring is linear, so it is done
-once on what the tokens are asked and once on what was read; of the norm only the number r a token remains. For a
-centred query a, and for the gradient g of what it read:
+once on the queries and once on the result; of the norm only one number per token, r, remains. For a centred query a,
+and for the gradient g of its result:
 
     logits = r (a . x)       weights p = softmax(logits)       read = sum_i p_i r_i x_i
     dp     = r (g . x)       ds = p (dp - g . read)            da   = sum_i ds_i r_i x_i
 
-so that both directions take each chunk of tokens to float32 once and pass two thin products over it. A chunk is as
-large as its float32 copy may be: some of a core's cache on a CPU; on an accelerator, where launches cost, as few as
-fit. The copy is written into the same memory for all chunks: fresh memory costs more than what is done to it.
+so that the forward and the backward pass each convert a chunk of tokens to float32 once and multiply it with two thin
+matrices. The float32 copy of a chunk fills a part of a core's cache on a CPU; it is larger on an accelerator, where
+each kernel launch costs time. All copies use the same memory: allocating would cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def weights(
     queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
 ) -> Tensor:
     """The weights of ``read``, (B, rows, L + L_t), which sum to one. Arguments as there; not for gradients."""
-    asked, widen = _with_mean(_centred(queries)), _Widen(queries.dtype)
+    extended, widen = _with_mean(_centred(queries)), _Widen(queries.dtype)
     chunks = _chunks(visual, text, mask, chunk_size)
-    return torch.cat([_look(asked, widen(tokens), real)[0] for tokens, real in chunks], -1).softmax(-1)
+    return torch.cat([_logits(extended, widen(tokens), real)[0] for tokens, real in chunks], -1).softmax(-1)
 
 
 class _Read(torch.autograd.Function):
@@ -56,31 +56,31 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, visual: Tensor, text: Any, mask: Any, chunk_size: int | None) -> Tensor:
-        asked, shape = _with_mean(queries), (len(visual), *queries.shape)
+        extended, shape = _with_mean(queries), (len(visual), *queries.shape)
         peak, sums = queries.new_full((*shape[:2], 1), -torch.inf), _accumulator(queries, shape)
         seen, widen = [], _Widen(queries.dtype)
         for tokens, real in _chunks(visual, text, mask, chunk_size):
             tokens = widen(tokens)
-            logits, scale = _look(asked, tokens, real)
+            logits, scale = _logits(extended, tokens, real)
             seen.append((logits, scale))
-            before, peak = peak, torch.maximum(peak, logits.amax(-1, keepdim=True))  # the peak keeps exp in range
+            before, peak = peak, torch.maximum(peak, logits.amax(-1, keepdim=True))  # keeps exp in range
             sums.mul_((before - peak).exp_()).add_((logits - peak).exp_().mul_(scale) @ tokens)
         logits, scales = (torch.cat(parts, -1) for parts in zip(*seen))
         weights = (logits - peak).exp_()
         total = weights.sum(-1, keepdim=True)
-        found = sums.div_(total).to(queries.dtype)
+        result = sums.div_(total).to(queries.dtype)
         ctx.chunk_size = chunk_size
-        ctx.save_for_backward(queries, visual, text, mask, weights.div_(total), scales, found)
-        return found
+        ctx.save_for_backward(queries, visual, text, mask, weights.div_(total), scales, result)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, visual, text, mask, all_weights, scales, found = ctx.saved_tensors
+        queries, visual, text, mask, all_weights, scales, result = ctx.saved_tensors
         to_visual = torch.empty_like(visual) if any(ctx.needs_input_grad[1:3]) else None
         to_text = None if text is None or to_visual is None else torch.empty_like(text)
         targets: Any = repeat((None, None)) if to_visual is None else _chunks(to_visual, to_text, None, ctx.chunk_size)
-        offset, start, to_queries = (grad * found).sum(-1, keepdim=True), 0, _accumulator(queries, found.shape)
+        offset, start, to_queries = (grad * result).sum(-1, keepdim=True), 0, _accumulator(queries, result.shape)
         widen = _Widen(queries.dtype)
         with torch.autocast(grad.device.type, enabled=False):
             for (tokens, _), (target, _) in zip(_chunks(visual, text, mask, ctx.chunk_size), targets):
@@ -97,7 +97,7 @@ class _Read(torch.autograd.Function):
 def _chunks(
     visual: Tensor, text: Tensor | None, mask: Tensor | None, size: int | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """F_uni piece by piece, each with its mask: the concatenation of Eq. 2 never exists."""
+    """Yield F_uni in chunks (B, chunk, D_vis), each with its mask: the concatenation of Eq. 2 is never built."""
     if size is None:
         scratch = CPU_BYTES if visual.device.type == "cpu" else ACCELERATOR_BYTES
         size = max(1, scratch // (4 * len(visual) * visual.shape[2]))
@@ -109,7 +109,7 @@ def _chunks(
 
 
 class _Widen:
-    """Chunks of tokens in another dtype, one at a time, all in the same memory."""
+    """Conversion of one chunk of tokens at a time to another dtype, always into the same memory."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self.scratch = dtype, torch.empty(0)
@@ -122,29 +122,29 @@ class _Widen:
         return self.scratch[: tokens.numel()].view(tokens.shape).copy_(tokens)
 
 
-def _look(asked: Tensor, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logits (B, rows, chunk) of a chunk of tokens, and r, (B, 1, chunk)."""
-    products = asked @ tokens.transpose(1, 2)
+def _logits(extended: Tensor, tokens: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits (B, rows, chunk) of a chunk of tokens, and their r (B, 1, chunk)."""
+    products = extended @ tokens.transpose(1, 2)
     logits, mean = products[:, :-1], products[:, -1:]
     logits.mul_(scale := (_variance(tokens, mean) + EPS).rsqrt_())
     return logits if real is None else logits.masked_fill(~real[:, None], -torch.inf), scale
 
 
 def _variance(tokens: Tensor, mean: Tensor) -> Tensor:
-    """Of each token over its channels, (B, 1, chunk). `torch.var` takes longer on a CPU than all the rest together."""
+    """Variance of each token over its channels, (B, 1, chunk). `torch.var` would take most of the time on a CPU."""
     if tokens.device.type != "cpu":
         return tokens.var(-1, correction=0)[:, None]
     square = mean.square()
     variance: Tensor = torch.linalg.vector_norm(tokens, dim=-1)[:, None].square_().div_(tokens.shape[2]).sub_(square)
-    if bool((variance < 0.1 * square).any()):  # a difference of large numbers: too few digits are left
+    if bool((variance < 0.1 * square).any()):  # too few digits are left of a difference of large numbers
         variance = torch.linalg.vector_norm(tokens - mean.transpose(1, 2), dim=-1)[:, None]
         variance = variance.square_().div_(tokens.shape[2])
     return variance
 
 
 def _to_tokens(tokens: Tensor, scale: Tensor, weights: Tensor, grad: Tensor, slopes: Tensor, queries: Tensor) -> Tensor:
-    """The gradient of a chunk's tokens, through r x and then through r."""
-    outer = weights.transpose(1, 2) @ grad + slopes.transpose(1, 2) @ queries  # of r x
+    """The gradient (B, chunk, D_vis) of a chunk's tokens, through r x and through r."""
+    outer = weights.transpose(1, 2) @ grad + slopes.transpose(1, 2) @ queries  # the gradient of r x
     scale = scale.transpose(1, 2)
     along = (outer * tokens).mean(-1, keepdim=True) * scale.square()
     return scale * (outer - along * _centred(tokens))
@@ -155,10 +155,10 @@ def _centred(values: Tensor) -> Tensor:
 
 
 def _with_mean(queries: Tensor) -> Tensor:
-    """One row more, so that the product that gives a token's logits gives its mean as well."""
+    """The queries and one more row, so that the product that gives a token's logits gives its mean as well."""
     return torch.cat([queries, torch.full_like(queries[:1], 1 / queries.shape[1])])
 
 
 def _accumulator(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros to add chunks up in: many of them on a CPU, where float64 costs nothing beside them."""
+    """Zeros to add up chunks in; float64 on a CPU, where chunks are many and it costs nothing."""
     return like.new_zeros(shape, dtype=torch.float64 if like.device.type == "cpu" else like.dtype)

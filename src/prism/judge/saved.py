@@ -1,4 +1,4 @@
-"""A judge as a folder: config.json, model.safetensors, evaluation.json and its model card; found, checked, written."""
+"""A judge as a folder: config.json, model.safetensors, evaluation.json and a model card; written, read and checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 @dataclass(frozen=True)
 class SavedJudge:
-    """A judge's folder, read and checked, on no backbone yet; ``heads`` are (tap, head, share)."""
+    """A judge's folder, read and checked, before it meets a backbone; ``heads`` are (tap, head, share)."""
 
     folder: Path
     heads: Sequence[tuple[int, QueryHead, float]]
@@ -53,14 +53,14 @@ def write(
     licence: str | None,
     base_model: str | None,
 ) -> None:
-    """Write a judge's folder, which appears whole; one that exists is refused, but a judge's with `overwrite`.
+    """Write a judge's folder, which appears whole. With `overwrite` it replaces a judge's folder, and no other.
 
-    base_model: None for what the pipeline says of where it was loaded from.
+    base_model: on the Hub; None: where the pipeline was loaded from.
     """
     config = describe(judge) | {"trained_on": judge.trained_on}
     tensors = {
-        f"{place}.{name}" if config["schema"] == 2 else name: value
-        for place, member in enumerate(judge.members)
+        f"{index}.{name}" if config["schema"] == 2 else name: value
+        for index, member in enumerate(judge.members)
         for name, value in member.head.state_dict().items()
     }
     _check_plain(config, "What the judge was trained on")
@@ -80,7 +80,7 @@ def write(
 def note_evaluation(
     folder: Path, rows: Sequence[Mapping[str, Any]], licence: str | None = None, base_model: str | None = None
 ) -> None:
-    """Write accuracies beside a head, where there are any, and the card that tells them."""
+    """Write accuracies beside a head, where there are any, and the model card that shows them."""
     if rows:
         files.write_json(folder / "evaluation.json", {"accuracy": list(rows)})
     with files.new_file(folder / "README.md") as card:
@@ -89,9 +89,9 @@ def note_evaluation(
 
 
 def read(source: str | os.PathLike[str], revision: str | None, token: str | bool | None = None) -> SavedJudge:
-    """What a judge's folder (or its snapshot from the Hub) holds.
+    """Read a judge's folder, or its snapshot from the Hub.
 
-    Raises PrismError where a file is missing, truncated, altered or a pickle, or says what no judge could be.
+    Raises PrismError where a file is missing, truncated, altered or a pickle, or describes no possible judge.
     """
     folder = _locate(source, revision, token)
     path, weights = folder / "config.json", folder / "model.safetensors"
@@ -102,14 +102,14 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
     several = schema == 2
     entries = field(config, "members", list, path) if several else [config]
     dimensions, eta, trained_on, fingerprint = described(config, path)
-    made = [_head(entry, len(dimensions), several, path) for entry in entries]
-    if not made:
+    heads = [_head(entry, len(dimensions), several, path) for entry in entries]
+    if not heads:
         raise PrismError(f"The field 'members' of {path} lists no head.")
-    if abs(sum(share for _, _, share in made) - 1) > 1e-3:
+    if abs(sum(share for _, _, share in heads) - 1) > 1e-3:
         raise PrismError(f"The shares of the members in {path} must add up to 1.")
     saved = SavedJudge(
         folder,
-        made,
+        heads,
         dimensions,
         eta,
         trained_on,
@@ -117,11 +117,13 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
         fingerprint,
         _evaluation(folder / "evaluation.json"),
     )
-    header = _by_member(files.safetensors_header(weights), several)  # first, as it tells a pickle from a truncated file
-    for place, (_, head, _) in enumerate(made):
-        found = header.pop(str(place), {})
-        head.check_shapes({name: shape for name, (_, shape) in found.items()}, weights)
-        for name, (dtype, _) in found.items():
+    header = _by_member(
+        files.safetensors_header(weights), several
+    )  # read first: it tells a pickle from a truncated file
+    for index, (_, head, _) in enumerate(heads):
+        stored = header.pop(str(index), {})
+        head.check_shapes({name: shape for name, (_, shape) in stored.items()}, weights)
+        for name, (dtype, _) in stored.items():
             if dtype not in DTYPES:
                 raise PrismError(
                     f"The tensor {name} in {weights} is {dtype}; a head's are {', '.join(DTYPES.values())}."
@@ -134,19 +136,19 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
     tensors = _by_member(files.load_safetensors(weights), several)
     if files.sha256(weights) != config.get("weights_sha256"):
         raise PrismError(f"The file {weights} is not the one its config.json was written for; it was altered.")
-    for place, (_, head, _) in enumerate(made):
-        head.load_tensors(tensors[str(place)], weights)
+    for index, (_, head, _) in enumerate(heads):
+        head.load_tensors(tensors[str(index)], weights)
         head.eval()
     return saved
 
 
 def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
-    """Refuse a backbone that the heads cannot be used on; warn of one that may make them less sure."""
+    """Refuse a backbone that the heads cannot be used on; warn of one on which they may be less accurate."""
     refusals, differences = fits(saved.backbone, backbone)
-    for was, found in refusals:
+    for trained, loaded in refusals:
         raise PrismError(
-            f"The head in {saved.folder} was trained on the {was}, this pipeline has {found}; load the backbone it was "
-            "trained on."
+            f"The head in {saved.folder} was trained on the {trained}, this pipeline has {loaded}; load the backbone it "
+            "was trained on."
         )
     for clause in differences:
         warnings.warn(
@@ -160,18 +162,18 @@ def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
 
 
 def describe(judge: Judge) -> dict[str, Any]:
-    """What describes a judge apart from its weights and its training, as JSON."""
+    """Describe a judge apart from its weights and its training, as JSON."""
     members = [
         {**{name: getattr(member.head, name) for name in OPTIONS}, "tap": member.tap, "share": member.share}
         for member in judge.members
     ]
-    alone = [member["share"] for member in members] == [1.0]
-    if alone:
+    single = [member["share"] for member in members] == [1.0]
+    if single:
         del members[0]["share"]
     return {
         "format": FORMAT,
-        "schema": 1 if alone else 2,
-        **(members[0] if alone else {"members": members}),
+        "schema": 1 if single else 2,
+        **(members[0] if single else {"members": members}),
         "dimensions": list(judge.dimensions),
         "eta": judge.eta,
         "backbone": judge.backbone.fingerprint(),
@@ -180,7 +182,7 @@ def describe(judge: Judge) -> dict[str, Any]:
 
 
 def described(config: Mapping[str, Any], path: Path) -> tuple[list[str], float, dict[str, Any], Mapping[str, Any]]:
-    """What every judge's config.json holds: dimensions, eta, what it was trained on, and the backbone's fingerprint."""
+    """Read the fields of every judge's config.json: dimensions, eta, training provenance, backbone's fingerprint."""
     _check_plain(config, f"The file {path}")
     return (
         _dimensions(config, path),
@@ -191,7 +193,7 @@ def described(config: Mapping[str, Any], path: Path) -> tuple[list[str], float, 
 
 
 def field(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
-    """A field that must be there, of this type."""
+    """Return a required field of this type."""
     if name not in config:
         raise PrismError(f"The file {path} lacks the field {name!r}.")
     if not isinstance(config[name], kind):
@@ -201,28 +203,28 @@ def field(config: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
 
 
 def _head(entry: Any, num_dimensions: int, several: bool, path: Path) -> tuple[int, QueryHead, float]:
-    """A head without weights, at the size that its entry says."""
+    """Make a (tap, head, share) of the size that its entry states, without weights."""
     if not isinstance(entry, dict):
         raise PrismError(f"The field 'members' of {path} must list objects; found {quoted(entry, 80)}.")
 
-    def told(name: str) -> str:
+    def label(name: str) -> str:
         return f"The field {name!r} of {path}"
 
-    sizes = {name: whole(told(name), field(entry, name, object, path), 1, most) for name, most in LARGEST.items()}
+    sizes = {name: whole(label(name), field(entry, name, object, path), 1, most) for name, most in LARGEST.items()}
     chunk_size = entry.get("chunk_size")
     if chunk_size is not None:
-        chunk_size = whole(told("chunk_size"), chunk_size, 1, 2**31)
+        chunk_size = whole(label("chunk_size"), chunk_size, 1, 2**31)
     aggregation = field(entry, "aggregation", str, path)
     if aggregation not in AGGREGATIONS:
         raise PrismError(
-            f"{told('aggregation')} must be one of {', '.join(AGGREGATIONS)}; found {quoted(aggregation, 80)}."
+            f"{label('aggregation')} must be one of {', '.join(AGGREGATIONS)}; found {quoted(aggregation, 80)}."
         )
     if sizes["num_dimensions"] != num_dimensions:
         raise PrismError(
-            f"{told('num_dimensions')} is {sizes['num_dimensions']}, and 'dimensions' names {num_dimensions} of them."
+            f"{label('num_dimensions')} is {sizes['num_dimensions']}, and 'dimensions' names {num_dimensions} of them."
         )
-    tap = whole(told("tap"), field(entry, "tap", object, path), 1, 2**16)
-    share = number(told("share"), field(entry, "share", object, path), 0.0, 1.0, above=True) if several else 1.0
+    tap = whole(label("tap"), field(entry, "tap", object, path), 1, 2**16)
+    share = number(label("share"), field(entry, "share", object, path), 0.0, 1.0, above=True) if several else 1.0
     with torch.device("meta"):  # no memory, and no draw from the global generator
         return tap, QueryHead(**sizes, aggregation=aggregation, chunk_size=chunk_size), share
 
@@ -239,7 +241,7 @@ def _dimensions(config: Mapping[str, Any], path: Path) -> list[str]:
 
 
 def _calibration(value: Any, dimensions: Sequence[str], path: Path) -> dict[str, dict[str, float | None]]:
-    """dimension -> {"temperature", "eta", "tie_threshold"}."""
+    """Check a calibration: dimension -> {"temperature", "eta", "tie_threshold"}."""
     calibration = {} if value is None else value
     if not isinstance(calibration, dict) or not calibration.keys() <= set(dimensions):
         raise PrismError(
@@ -271,18 +273,18 @@ def _fingerprint(backbone: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _check_trained_on(value: Any, where: Any) -> Any:
-    """What evaluation and scoring read of `trained_on`: prompt keys, levels, the seed, the source, members."""
+    """Check the fields of `trained_on` that evaluation and scoring read; return `value` unchanged."""
     if value is not None and not isinstance(value, dict):
         raise PrismError(f"The field 'trained_on' of {where} must be an object; found {quoted(value, 80)}.")
-    known = value or {}
-    config = known.get("config")
+    fields = value or {}
+    config = fields.get("config")
     low, high = (config.get(name) for name in ("t_low", "t_high")) if isinstance(config, dict) else (None, None)
     wrong = {
-        "prompt_keys": "a list of texts" if not _all(known.get("prompt_keys", []), str) else "",
-        "members": "a list of objects" if not _all(known.get("members", []), dict) else "",
+        "prompt_keys": "a list of texts" if not _all(fields.get("prompt_keys", []), str) else "",
+        "members": "a list of objects" if not _all(fields.get("members", []), dict) else "",
         "config": "an object" if not isinstance(config, dict | None) else "",
-        "seed": "a whole number" if not isinstance(known.get("seed"), int | None) else "",
-        "source": "a text" if not isinstance(known.get("source"), str | None) else "",
+        "seed": "a whole number" if not isinstance(fields.get("seed"), int | None) else "",
+        "source": "a text" if not isinstance(fields.get("source"), str | None) else "",
         "config.t_low and .t_high": "numbers"
         if not all(isinstance(t, int | float | None) for t in (low, high))
         else "",
@@ -290,7 +292,7 @@ def _check_trained_on(value: Any, where: Any) -> Any:
     for name, words in wrong.items():
         if words:
             raise PrismError(f"The field 'trained_on.{name}' of {where} must be {words}.")
-    for member in known.get("members", []):
+    for member in fields.get("members", []):
         _check_trained_on(member, where)
     return value
 
@@ -300,7 +302,7 @@ def _all(value: Any, kind: type) -> bool:
 
 
 def _check_plain(value: Any, name: str) -> None:
-    """Refuse what cannot be written as JSON again: NaN, texts that are no text, nesting without end."""
+    """Refuse values that JSON cannot hold: NaN, texts that are not Unicode, nesting without end."""
     try:
         json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -308,35 +310,37 @@ def _check_plain(value: Any, name: str) -> None:
 
 
 def _evaluation(path: Path) -> list[dict[str, Any]]:
-    """The accuracies that a folder holds beside its head; none in most, and in all of earlier versions."""
+    """Read the accuracies beside a head; many folders have none, and all of earlier versions."""
     if not os.path.lexists(path):
         return []
-    found = files.read_json(path)
-    _check_plain(found, f"The file {path}")
-    return hub.check_rows(found.get("accuracy") if isinstance(found, dict) else None, f"The accuracy in {path}")
+    evaluation = files.read_json(path)
+    _check_plain(evaluation, f"The file {path}")
+    return hub.check_rows(
+        evaluation.get("accuracy") if isinstance(evaluation, dict) else None, f"The accuracy in {path}"
+    )
 
 
 def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str, Any]]:
-    """What belongs to tensors, by the number of the head that they are of, under the head's own names."""
-    places: dict[str, dict[str, Any]] = {}
+    """Group values by the index of the member whose tensors they describe, under the names that its head uses."""
+    members: dict[str, dict[str, Any]] = {}
     for name, value in tensors.items():
-        place, _, inner = name.partition(".") if several else ("0", "", name)
-        places.setdefault(place, {})[inner] = value
-    return places
+        index, _, inner = name.partition(".") if several else ("0", "", name)
+        members.setdefault(index, {})[inner] = value
+    return members
 
 
 def _locate(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """The local folder of a head: as given, or its snapshot from the Hub."""
+    """The local folder of a head: `source` itself, or its snapshot from the Hub."""
     try:
         folder = Path(source)
         is_folder, exists = folder.is_dir(), folder.exists()
-    except (OSError, TypeError, ValueError) as error:  # a name that is too long, or holds a null
+    except (OSError, TypeError, ValueError) as error:  # a name that is too long or contains a null character
         raise PrismError(
             f"The head folder {quoted(source, 80)} cannot be read: {getattr(error, 'strerror', None) or error}."
         ) from error
     if is_folder:
-        own = folder / "head"  # of a run's folder
-        folder = own if own.is_dir() else folder
+        inner = folder / "head"  # of a run's folder
+        folder = inner if inner.is_dir() else folder
         if not os.path.lexists(folder / "config.json"):
             raise PrismError(
                 f"The folder {folder} holds no head: its config.json does not exist; name the folder that prism train "
