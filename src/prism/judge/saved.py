@@ -147,8 +147,8 @@ def check_fingerprint(saved: SavedJudge, backbone: Backbone) -> None:
     refusals, differences = fits(saved.backbone, backbone)
     for trained, loaded in refusals:
         raise PrismError(
-            f"The head in {saved.folder} was trained on the {trained}, this pipeline has {loaded}; load the backbone it "
-            "was trained on."
+            f"The head in {saved.folder} was trained on the {trained}, this pipeline has {loaded}; load the backbone "
+            "it was trained on."
         )
     for clause in differences:
         warnings.warn(
