@@ -192,7 +192,7 @@ def test_finished_latents_are_judged_with_their_own_condition(variant: str) -> N
     """All were read with seed 0's."""
     pipe, call = build(variant, output_type="latent")
     judge = Judge.untrained(pipe, dim=16)
-    prompt = tiny.PROMPT if judge.backbone.family.prompts else None
+    prompt = tiny.PROMPT if judge.backbone.family.takes_prompts else None
     run = {"n": 2, "seed": 5, "strategy": "full", "batch_size": 2, "keep_latents": True}
     found = prism.best_of_n(pipe, judge, prompt, **run, **call)
     (cut,) = found.scores

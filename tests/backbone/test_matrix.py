@@ -131,7 +131,7 @@ def test_matrix_encodes_once(subject: Subject) -> None:
             assert len(asked) == len(set(asked))
             assert ledger.vae_encodes == sum(rows for name, rows, *_ in asked if name == "vae")
             assert ledger.text_encodings == sum(rows for name, rows, *_ in asked if name.startswith("text"))
-            assert ledger.text_encodings > 0 or not backbone.family.prompts
+            assert ledger.text_encodings > 0 or not backbone.family.takes_prompts
     finally:
         del vae.encode
         for handle in handles:

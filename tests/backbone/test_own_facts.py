@@ -83,7 +83,7 @@ def test_a_sound_beside_the_video_is_sampled_recorded_and_cut_with_it() -> None:
 
 
 def test_rows_are_taken_in_dictionaries_by_name() -> None:
-    family = replace(ClockPipeline.family, batched=frozenset(["z", "all", "some.rows"]))
+    family = replace(ClockPipeline.family, batched_arguments=frozenset(["z", "all", "some.rows"]))
     arguments: dict[str, Any] = {
         "z": torch.arange(3.0),
         "all": {"a": torch.arange(3), "b": torch.arange(6), "c": torch.arange(2), "d": {"e": [1, 2, 3]}, "f": 5},

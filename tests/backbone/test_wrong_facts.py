@@ -13,6 +13,7 @@ from tests.zoo.own import own
 
 import prism
 from prism.backbone import FAMILIES, Backbone, Family, OwnClock
+from prism.backbone.family import FORMER_NAMES
 from prism.commands import checks
 from prism.commands.subject import Subject
 from prism.errors import PrismError
@@ -51,9 +52,9 @@ def _refusal(changes: dict[str, Any]) -> str:
         ({"patch": (1, 2)}, "patch of the family 'own' must be 3 whole numbers or None"),
         ({"patch": (0, 2, 2)}, "patch of the family 'own' must be a whole number of at least 1; found 0"),
         ({"tap": 12}, "must be a share of the blocks, above 0, at most 1; found 12"),
-        ({"timestep_of_one": 0}, "timestep_of_one of the family 'own' must be a number above 0"),
-        ({"vae_drops": {None: 1}}, "must be a dict of texts to whole numbers"),
-        ({"batched": frozenset()}, "batched of the family 'own' must not be empty"),
+        ({"pure_noise_timestep": 0}, "pure_noise_timestep of the family 'own' must be a number above 0"),
+        ({"dropped_frames_by_condition": {None: 1}}, "must be a dict of texts to whole numbers"),
+        ({"batched_arguments": frozenset()}, "batched_arguments of the family 'own' must not be empty"),
     ],
 )
 def test_the_sentence_says_what_a_fact_takes(changes: dict[str, Any], sentence: str) -> None:
@@ -61,9 +62,27 @@ def test_the_sentence_says_what_a_fact_takes(changes: dict[str, Any], sentence: 
         replace(ROW, **changes)
 
 
+def test_former_names_of_facts_are_taken_with_a_warning_that_names_the_new_ones() -> None:
+    told = "vae_told of a Family is called decode_num_frames now; the old name goes in the next version"
+    with pytest.warns(FutureWarning, match=told):
+        row = Family(name="x", models="X", pipelines=("P",), blocks=("b",), cfg="one_batch", vae_told=len)  # type: ignore[call-arg]
+    assert row.decode_num_frames is len
+    with pytest.warns(FutureWarning) as seen:
+        row = replace(FAMILIES["latte"], alone=False, beside=["other"])  # type: ignore[call-arg]
+    assert (row.batch_size_one, row.parallel_blocks, len(seen)) == (False, ("other",), 2)
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(PrismError, match="batch_size_one of the family 'latte' must be True"),
+    ):
+        replace(FAMILIES["latte"], alone=5)  # type: ignore[call-arg]
+    names = {fact.name for fact in fields(Family)}
+    assert set(FORMER_NAMES.values()) <= names
+    assert not names & set(FORMER_NAMES)
+
+
 def test_lists_are_taken_for_tuples_and_sets_and_a_clock_has_functions() -> None:
-    row = replace(ROW, blocks=["blocks"], batched=["hidden_states", "timestep"])  # type: ignore[arg-type]
-    assert (row.blocks, row.batched) == (("blocks",), frozenset({"hidden_states", "timestep"}))
+    row = replace(ROW, blocks=["blocks"], batched_arguments=["hidden_states", "timestep"])  # type: ignore[arg-type]
+    assert (row.blocks, row.batched_arguments) == (("blocks",), frozenset({"hidden_states", "timestep"}))
     with pytest.raises(PrismError, match="level of an OwnClock must be a function; found 5"):
         OwnClock(5, 6)  # type: ignore[arg-type]
     clock = OwnClock(lambda scheduler, t: (t, t), lambda scheduler, step: step)  # type: ignore[arg-type,return-value]
@@ -87,7 +106,7 @@ def test_lists_are_taken_for_tuples_and_sets_and_a_clock_has_functions() -> None
     ("changes", "sentence"),
     [
         ({"blocks": ("layers",)}, "has no blocks 'layers', which the family 'own' names; its lists are blocks"),
-        ({"beside": ("nope",)}, "has no beside 'nope'"),
+        ({"parallel_blocks": ("nope",)}, "has no parallel_blocks 'nope'"),
         ({"text_embedder": "nope"}, "has no text_embedder 'nope'"),
         ({"text_embedder": "blocks"}, "text_embedder of the family 'own', was not called before block 1"),
         ({"text_embedder": "condition_embedder"}, "gives tuple; one that gives the text's tokens"),
@@ -96,18 +115,18 @@ def test_lists_are_taken_for_tuples_and_sets_and_a_clock_has_functions() -> None
             r"gives a tensor \(2, 24\); one that gives the text's",
         ),
         ({"text_padding": "mask"}, "not with the family's text_mask_argument, 'encoder_attention_mask'"),
-        ({"without_last": "num_layers"}, "configuration of OwnTransformer has as 3; a number of its 3 blocks"),
+        ({"trailing_blocks_field": "num_layers"}, "configuration of OwnTransformer has as 3; a number of its 3 blocks"),
         ({"token_form": "frames"}, "look at token_form of the family 'own'"),
         ({"guidance": "guider"}, "OwnPipeline has no guider"),
         ({"vae_factor": "scaling_factor"}, "The configuration of the vae has no scaling_factor"),
-        ({"prompts": False}, "needs a prompt; say prompts=True"),
+        ({"takes_prompts": False}, "needs a prompt; say takes_prompts=True"),
         ({"widths": 5}, "Block 1 gives tokens 24 wide, and widths of the family 'own' says 5"),
         ({"latents_argument": ("x",)}, "none of which is the family's latents_argument, x"),
         ({"timestep_argument": "t"}, "not with the family's timestep_argument, 't'"),
         ({"text_argument": "words"}, "not with the family's text_argument, 'words'"),
-        ({"batched": frozenset({"timestep"})}, "name it in batched of the family 'own'"),
-        ({"gives_tensor": True}, "gives no plain tensor; say gives_tensor=False"),
-        ({"counts_calls": True}, "look at counts_calls"),
+        ({"batched_arguments": frozenset({"timestep"})}, "name it in batched_arguments of the family 'own'"),
+        ({"returns_tensor": True}, "gives no plain tensor; say returns_tensor=False"),
+        ({"counts_steps_by_calls": True}, "look at counts_steps_by_calls"),
         ({"after_loop": "encode"}, "after_loop of the family 'own', does not take latents"),
         ({"tokens_before": lambda arguments: arguments["nope"], "patch": (1, 1, 1)}, "counts tokens gives no number"),
     ],
@@ -123,15 +142,17 @@ def test_a_search_says_what_is_not_so(changes: dict[str, Any], sentence: str) ->
 def test_a_plain_tensor_is_said() -> None:
     """A replayed recording was given as an output with `.sample`, on which the pipeline broke in its own lines."""
     pipe, call = bare()
-    pipe.family = replace(pipe.family, gives_tensor=False)
-    with pytest.raises(PrismError, match="Net gives a plain tensor; say gives_tensor=True in the family 'bare'"):
+    pipe.family = replace(pipe.family, returns_tensor=False)
+    with pytest.raises(PrismError, match="Net gives a plain tensor; say returns_tensor=True in the family 'bare'"):
         prism.best_of_n(pipe, Judge.untrained(pipe, dim=16), tiny.PROMPT, n=2, schedule=[(2, 1)], **call)
 
 
 def test_an_argument_with_rows_that_is_not_named_is() -> None:
     pipe, call = own()
-    pipe.family = replace(ROW, batched=frozenset({"hidden_states"}))
-    with pytest.raises(PrismError, match=r"row per sample in encoder_hidden_states, timestep: name these in batched"):
+    pipe.family = replace(ROW, batched_arguments=frozenset({"hidden_states"}))
+    with pytest.raises(
+        PrismError, match=r"row per sample in encoder_hidden_states, timestep: name these in batched_arguments"
+    ):
         prism.best_of_n(
             pipe, Judge.untrained(pipe, dim=16), tiny.PROMPT, n=3, batch_size=3, schedule=[(1, 2), (2, 1)], **call
         )
@@ -141,10 +162,10 @@ def test_an_argument_with_rows_that_is_not_named_is() -> None:
     ("changes", "check", "fact"),
     [
         ({"clock": "ddpm"}, "noise levels", "Look at clock"),
-        ({"timestep_of_one": 1.0}, "noise levels", "timestep_of_one"),
-        ({"first_frame": ("OwnPipeline",)}, "inside and outside", "first_frame"),
+        ({"pure_noise_timestep": 1.0}, "noise levels", "pure_noise_timestep"),
+        ({"first_frame_pipelines": ("OwnPipeline",)}, "inside and outside", "first_frame_pipelines"),
         ({"guidance": "strength"}, "conditional rows", "guidance"),
-        ({"vae_gives": "BTCHW"}, "latents and videos", "vae_gives"),
+        ({"decoded_layout": "BTCHW"}, "latents and videos", "decoded_layout"),
     ],
 )
 def test_doctor_names_the_fact(changes: dict[str, Any], check: str, fact: str) -> None:

@@ -338,7 +338,7 @@ def test_it_works_on_another_family(tmp_path):
 def test_pipelines_that_need_an_image_are_called_with_it(variant):
     pipe, call = VARIANTS[variant]()
     backbone = Backbone(pipe)
-    prompt = tiny.PROMPT if backbone.family.prompts else ""
+    prompt = tiny.PROMPT if backbone.family.takes_prompts else ""
     judge = PixelJudge.untrained(backbone, DIMENSIONS, call=call, **SMALL)
     noise = torch.randn(2, *backbone.condition([prompt], **call).shape)
     assert judge.score(noise, prompt, 500, **call).shape == (2, len(DIMENSIONS))

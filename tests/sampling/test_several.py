@@ -126,7 +126,7 @@ def test_each_prompt_has_its_own_image_or_video(variant: str, name: str) -> None
     image = call.pop("image")
     given = [image, ImageOps.invert(image)]
     given = [[each] * 5 for each in given] if name == "video" else given
-    prompt = tiny.PROMPT if judge.backbone.family.prompts else None
+    prompt = tiny.PROMPT if judge.backbone.family.takes_prompts else None
     together = prism.best_of_n(pipe, judge, [prompt, prompt], **{name: given}, **call)
     for own, found in zip(given, together):
         assert torch.equal(found.video, prism.best_of_n(pipe, judge, prompt, **{name: own}, **call).video)

@@ -58,7 +58,7 @@ def build(name: str, scheduler: Any = None, **changes: Any) -> tuple[Any, dict[s
 
 
 def prompt_of(pipe: Any) -> str | None:
-    return tiny.PROMPT if Backbone(pipe).family.prompts else None
+    return tiny.PROMPT if Backbone(pipe).family.takes_prompts else None
 
 
 def plain(pipe: Any, call: dict[str, Any], seed: int) -> torch.Tensor:
@@ -183,7 +183,7 @@ def video_to_video() -> tuple[Any, dict[str, Any]]:
     pipe, call = build("wan21_t2v_unipc")
     other = diffusers.WanVideoToVideoPipeline(**{k: v for k, v in pipe.components.items() if "_2" not in k})
     other.set_progress_bar_config(disable=True)
-    other.family = replace(FAMILIES["wan"], name="wan-v2v", pipelines=("WanVideoToVideoPipeline",), images="single")
+    other.family = replace(FAMILIES["wan"], name="wan-v2v", pipelines=("WanVideoToVideoPipeline",), image_form="single")
     frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
     call = {name: value for name, value in call.items() if name != "num_frames"}
     return other, {**call, "video": [frame] * 9}

@@ -115,7 +115,9 @@ class JoinedPipeline(OddPipeline):
 
 
 class DictionaryPipeline(OddPipeline):
-    family = replace(BarePipeline.family, name="dictionary", batched=frozenset(["z", "when", "told.inner.words"]))
+    family = replace(
+        BarePipeline.family, name="dictionary", batched_arguments=frozenset(["z", "when", "told.inner.words"])
+    )
     kind = InDictionary
 
     def told(self, words: Tensor) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class ClockPipeline(OddPipeline):
 class CarriedPipeline(OddPipeline):
     """Its loop, and what it gives as latents, has channels before frames; its denoiser frames before channels."""
 
-    family = replace(BarePipeline.family, name="carried", carried="BCTHW")
+    family = replace(BarePipeline.family, name="carried", loop_layout="BCTHW")
 
     def start(self, shape: tuple[int, ...], generator: Any) -> Tensor:
         return super().start(shape, generator).transpose(1, 2)
@@ -154,7 +156,7 @@ class CarriedPipeline(OddPipeline):
 
 
 class OneTextPipeline(OddPipeline):
-    family = replace(BarePipeline.family, name="one-text", one_text=True)
+    family = replace(BarePipeline.family, name="one-text", single_prompt=True)
 
     def __call__(
         self, prompt: Any, generator: Any, strength: float = 4.0, num_inference_steps: int = 6, output_type: str = "np"
@@ -179,9 +181,9 @@ class SoundPipeline(OddPipeline):
     family = replace(
         BarePipeline.family,
         name="sound",
-        gives_tensor=False,
+        returns_tensor=False,
         outputs=2,
-        batched=frozenset(["z", "when", "words", "sound"]),
+        batched_arguments=frozenset(["z", "when", "words", "sound"]),
     )
     kind = WithSound
 

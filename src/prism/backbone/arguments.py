@@ -317,13 +317,13 @@ def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call:
     n = len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
-    if family.prompts and not embedded_rows(call):
-        found["prompt"] = prompts[0] if family.one_text else list(prompts)
-    if family.images == "list":
+    if family.takes_prompts and not embedded_rows(call):
+        found["prompt"] = prompts[0] if family.single_prompt else list(prompts)
+    if family.image_form == "list":
         found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
     for name, value in call.items():
         if name.startswith("negative_prompt") and isinstance(value, str):
-            found |= {name: [value] * n} if family.negatives == "list" else {}
+            found |= {name: [value] * n} if family.negative_prompt_form == "list" else {}
         elif n > 1 and _OF_A_PROMPT.match(name) and isinstance(value, str | Tensor | list | tuple):
             found[name] = _repeated(name, [value] if isinstance(value, str) else value, n)
     return found
@@ -347,10 +347,10 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
     unknown = sorted(set(call) - set(backbone._call))
     if unknown:
         raise PrismError(f"{type(backbone.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
-    for name, why in backbone.family.fixed.items():
+    for name, why in backbone.family.refused_arguments.items():
         if call.get(name, backbone.default(name)) != backbone.default(name):
             raise PrismError(f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}.")
-    if not backbone.family.prompts:
+    if not backbone.family.takes_prompts:
         if any(prompts):
             raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
         return

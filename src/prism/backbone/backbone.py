@@ -205,7 +205,7 @@ class Backbone:
         if key is not None:
             found = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
             missing = [prompt for prompt in missing if prompt not in found]
-        size = 1 if self.family.alone or self.family.texts_alone or shows_adapters(call) else 16
+        size = 1 if self.family.batch_size_one or self.family.encode_prompts_singly or shows_adapters(call) else 16
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             captured = self._capture(chunk, told, seed)
@@ -288,7 +288,7 @@ class Backbone:
                 "read the pipeline's other denoiser there."
             )
         with self.held(), self.freed():
-            if isinstance(conditioning, Ragged) or (self.family.alone and len(noisy_latents) > 1):
+            if isinstance(conditioning, Ragged) or (self.family.batch_size_one and len(noisy_latents) > 1):
                 ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
                 read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
                 return Tokens.cat(read)
@@ -377,8 +377,8 @@ class Backbone:
     def main(self, latents: Tensor) -> Tensor:
         """What a pipeline carries through its loop as the denoiser is given it, without the condition that some append
         to its channels."""
-        if self.family.carried is not None:
-            latents = layout.pack(layout.unpack(latents, self.family.carried), self.family.layout)
+        if self.family.loop_layout is not None:
+            latents = layout.pack(layout.unpack(latents, self.family.loop_layout), self.family.layout)
         axis = layout.channel_axis(self.family.layout)
         return latents.narrow(axis, 0, self.family.channels(self.config, latents))
 

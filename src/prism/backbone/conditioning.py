@@ -169,7 +169,7 @@ def _given(
         given = mask.bool() if bool(mask.any()) else None
         times = None if given is None or timestep.ndim < 5 else given.flatten(3).any(3)[..., None, None]
         return given, times
-    if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame) and call.config.get(
+    if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame_pipelines) and call.config.get(
         "image_condition_type"
     ) != "latent_concat":
         axis = family.layout.index("T")

@@ -41,12 +41,12 @@ class DenoiserCall:
     def noisy_name(self) -> str:
         """The name under which the denoiser takes its latents."""
         for name in self.family.latents_argument:
-            if name in self.arguments and name in self.family.batched:
+            if name in self.arguments and name in self.family.batched_arguments:
                 return name
             if name in self.arguments:
                 raise PrismError(
-                    f"{name!r}, the latents, is not among the arguments with a row per sample; name it in batched of "
-                    f"the family {self.family.name!r}."
+                    f"{name!r}, the latents, is not among the arguments with a row per sample; name it in "
+                    f"batched_arguments of the family {self.family.name!r}."
                 )
         raise PrismError(
             f"The denoiser was called with {', '.join(self.arguments)}, none of which is the family's "
@@ -94,7 +94,7 @@ class DenoiserCall:
         """
         if isinstance(value, dict):
             return any(self.has_rows(f"{name}.{key}", inner) for key, inner in value.items())
-        batched, batch = self.family.batched, self.batch
+        batched, batch = self.family.batched_arguments, self.batch
         named = name in batched or any(name.startswith(f"{other}.") for other in batched if len(other) < len(name))
         named = named or _ADAPTERS.search(name) is not None
         if not named or not isinstance(value, Tensor | list):

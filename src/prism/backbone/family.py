@@ -1,12 +1,13 @@
-"""What is known of a family of pipelines: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
+"""The row of facts of a family of pipelines: blocks, clock, latent layout, VAE normalisation, CFG form, text tokens."""
 
 from __future__ import annotations
 
 import math
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
@@ -28,7 +29,51 @@ BATCHED = frozenset(
     ]
 )
 
+FORMER_NAMES = {
+    "alone": "batch_size_one",
+    "batched": "batched_arguments",
+    "beside": "parallel_blocks",
+    "carried": "loop_layout",
+    "counts_calls": "counts_steps_by_calls",
+    "first_frame": "first_frame_pipelines",
+    "fixed": "refused_arguments",
+    "frames_more": "extra_frames",
+    "given_back": "restores_condition",
+    "gives_tensor": "returns_tensor",
+    "images": "image_form",
+    "negatives": "negative_prompt_form",
+    "one_text": "single_prompt",
+    "prompts": "takes_prompts",
+    "texts_alone": "encode_prompts_singly",
+    "timestep_of_one": "pure_noise_timestep",
+    "vae_alone": "vae_batch_size_one",
+    "vae_drops": "dropped_frames_by_condition",
+    "vae_frames": "vae_frame_by_frame",
+    "vae_gives": "decoded_layout",
+    "vae_told": "decode_num_frames",
+    "without_last": "trailing_blocks_field",
+}  # of fields of `Family`, to those of today; rows may use them for one more version
 
+
+def _takes_former_names(kind: type[Family]) -> type[Family]:
+    """Let `kind(...)`, and `dataclasses.replace` with it, take fields by their former names, with a FutureWarning."""
+    init: Any = kind.__init__
+
+    @wraps(init)
+    def with_former_names(self: Family, *args: Any, **values: Any) -> None:
+        for old in [name for name in values if name in FORMER_NAMES]:
+            new = FORMER_NAMES[old]
+            warnings.warn(
+                f"{old} of a Family is called {new} now; the old name goes in the next version.", FutureWarning, 2
+            )
+            values[new] = values.pop(old)  # over what `replace` copies from the row that it is given
+        init(self, *args, **values)
+
+    kind.__init__ = with_former_names  # type: ignore[method-assign]
+    return kind
+
+
+@_takes_former_names
 @dataclass(frozen=True)
 class Family:
     """Facts shared by pipelines with one latent layout, clock, VAE normalisation and form of guidance."""
@@ -36,118 +81,123 @@ class Family:
     name: str
     """its key in `FAMILIES`"""
     models: str
-    """what people call them"""
+    """the models' usual names"""
     pipelines: tuple[str, ...]
-    """class names of its pipelines; pipelines derived from these are of the family too"""
+    """class names of its pipelines; subclasses of these are of the family too"""
     blocks: tuple[str, ...]
     """the denoiser's lists of blocks, in the order in which they run"""
     cfg: Literal["two_calls", "one_batch"]
-    """guidance: a conditional call, then an unconditional one; or both groups of rows in one batch"""
-    beside: tuple[str, ...] = ()
-    """lists of blocks that run in step with those, and carry other tokens"""
+    """classifier-free guidance: a conditional call, then an unconditional one; or both groups of rows in one batch"""
+    parallel_blocks: tuple[str, ...] = ()
+    """further lists of blocks, which run in turn with these and carry other tokens (Latte's spatial ones)"""
     conditional_first: bool = False
-    """in one batch: conditional rows first, not last"""
+    """in one batch: the conditional rows come first, not last"""
     guidance: str = "guidance_scale"
-    """the argument that turns guidance on above 1; "guider": the pipeline's own"""
+    """the argument that turns guidance on above 1; "guider": the pipeline's own guider decides"""
     clock: noise.Clock | noise.OwnClock = "flow"
     """how a noise level becomes alpha, sigma and the model's timestep: "flow", "rising_flow" (timesteps rise from
-    noise), "ddpm", "euler" (that between indices), "edm", or functions of one's own, a `prism.backbone.OwnClock`"""
-    timestep_of_one: float = 1000.0
+    noise), "ddpm", "euler" (ddpm, also between whole indices), "edm", or functions of one's own, a
+    `prism.backbone.OwnClock`"""
+    pure_noise_timestep: float = 1000.0
     """the model timestep at which a flow is pure noise"""
     layout: Layout = "BCTHW"
-    """of the latents that the denoiser is given"""
-    carried: Layout | None = None
-    """of the latents that the loop carries and the scheduler steps; None: the same (no packed one)"""
+    """axes of the latents that the denoiser is given"""
+    loop_layout: Layout | None = None
+    """axes of the latents that the sampling loop holds and the scheduler steps; None: as `layout` (no packed one)"""
     latents_argument: tuple[str, ...] = ("hidden_states", "sample")
     """the denoiser's argument with the latents: the first of these names that is there"""
     timestep_argument: str = "timestep"
-    """its argument with the timestep"""
+    """the denoiser's argument with the timestep"""
     text_argument: str = "encoder_hidden_states"
-    """its argument with the text"""
+    """the denoiser's argument with the text"""
     text_mask_argument: str = "encoder_attention_mask"
-    """its argument that says which text rows are real"""
+    """the denoiser's argument that says which rows of the text are real tokens"""
     # Rows are taken by name and never by shape alone: a list of rotary positions may happen to be as long as the batch.
-    batched: frozenset[str] = BATCHED
-    """arguments with a row per sample; of one that holds a dict all tensors in it, or "name.key" for one of them"""
-    gives_tensor: bool = False
-    """the denoiser gives a plain tensor, as those outside diffusers may"""
+    batched_arguments: frozenset[str] = BATCHED
+    """the denoiser's arguments with one row per sample; for a dict, its name takes all tensors in it, and "name.key"
+    one of them"""
+    returns_tensor: bool = False
+    """the denoiser returns a plain tensor, as those outside diffusers may"""
     outputs: int = 1
-    """tensors that the denoiser gives, a row per sample each, the video's first: 2 with a sound beside it"""
+    """number of tensors that the denoiser returns, one row per sample each, the video's first: 2 with a sound beside
+    it"""
     patch: Grid | None = None
-    """latent cells (T, H, W) in a token; None: the denoiser's configuration says"""
+    """latent cells (T, H, W) per token; None: as the denoiser's configuration says"""
     pads: bool = False
-    """latents that no whole number of tokens covers are padded by the denoiser"""
+    """the denoiser pads latents that are no whole number of tokens high, wide or long"""
     token_form: TokenForm = "BLD"
     """a block's output: plain (B, L, D); "temporal": (B H W, T, D); "frames": a U-Net's (B T, D, H, W)"""
     tokens_before: TokenCount = 0
-    """tokens before the video's in a block's output: how many, "text": as many as the text has, or a function of the
+    """number of tokens before the video's in a block's output; "text": as many as the text has; or a function of the
     denoiser's arguments"""
     tokens_behind: TokenCount = 0
-    """tokens behind the video's, likewise"""
+    """number of tokens after the video's, likewise"""
     video_output: int = 0
-    """which output of a block that gives several is the video's"""
+    """index of the video's tokens among a block's outputs, where it has several"""
     widths: str | int = ""
-    """D_vis, or the field of the denoiser's configuration that holds it; "": heads times their width"""
-    without_last: str = ""
-    """the field with the number of last blocks that do not carry video tokens"""
+    """D_vis, or the field of the denoiser's configuration that holds it; "": number of heads times width of a head"""
+    trailing_blocks_field: str = ""
+    """field of the denoiser's configuration with the number of blocks at the end of `blocks` that do not carry the
+    video's tokens; "": all carry them"""
     text_embedder: str | None = None
-    """the denoiser's own text embedding: its output is D_vis wide and does not see the timestep; None: no such thing"""
+    """the denoiser's own text embedding: its output is D_vis wide and does not see the timestep; None: there is none"""
     text_padding: Literal["zeros", "mask", "unknown"] = "unknown"
-    """how text rows behind the prompt are known: they are zero, a mask says so, or it cannot be known"""
+    """how text rows after the prompt's end are recognised: they are zero, a mask says so, or not at all"""
     text_limit: int | None = None
-    """tokens of a prompt, where the call has no max_sequence_length to say it"""
+    """largest number of tokens of a prompt, where the call has no max_sequence_length to say it"""
     text_reason: str = ""
-    """why that module, or why none (for the page)"""
-    prompts: bool = True
-    """whether the pipelines take a prompt"""
-    one_text: bool = False
-    """the prompt is one text and never a list: everything runs at batch size 1"""
-    images: Literal["single", "list"] = "list"
-    """how one conditioning image or video is given to a batch: once, or as a list with one a row"""
-    negatives: Literal["single", "list"] = "single"
-    """how one negative prompt is given to a batch: once, or as a list with one a row"""
-    fixed: Mapping[str, str] = field(default_factory=dict)
-    """arguments that must stay at their defaults, with the reason: what they ask for a judge cannot read"""
-    first_frame: tuple[str, ...] = ()
-    """pipelines that keep the first frame as given and say so to the denoiser alone"""
-    given_back: bool = False
-    """what is given is put into the latents after the loop alone, which ends with what was sampled there"""
+    """why that module is the text embedding, or why there is none (for the page)"""
+    takes_prompts: bool = True
+    """the pipelines take a prompt"""
+    single_prompt: bool = False
+    """the pipelines take one prompt and no list of them: everything runs at batch size 1"""
+    image_form: Literal["single", "list"] = "list"
+    """how one conditioning image or video is given to a batch: once, or as a list with one per row"""
+    negative_prompt_form: Literal["single", "list"] = "single"
+    """how one negative prompt is given to a batch: once, or as a list with one per row"""
+    refused_arguments: Mapping[str, str] = field(default_factory=dict)
+    """arguments of the call that are refused unless they have their defaults, as a judge cannot read what they do; each
+    with the reason"""
+    first_frame_pipelines: tuple[str, ...] = ()
+    """pipelines whose latents hold a given image as their first frame, which neither a mask nor the timestep shows"""
+    restores_condition: bool = False
+    """only after the loop the pipeline puts the given frames back into the latents; within it they are sampled too"""
     after_loop: str = ""
-    """a method of the pipeline that changes the latents (1, ...) after the loop"""
-    frames_more: Literal["before", "behind"] = "before"
-    """where latent frames stand that the loop carries beside the video's"""
+    """name of the pipeline's method that changes latents (1, ...) after the loop"""
+    extra_frames: Literal["before", "behind"] = "before"
+    """on which side of the video's latent frames the loop holds further ones, which are not decoded"""
     vae_mean_std: bool = False
     """latents are normalised by the VAE's latents_mean and latents_std"""
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""
-    """and by this, of the VAE's or the scheduler's configuration"""
+    """latents are multiplied by this field of the VAE's configuration (sigma_data: of the scheduler's)"""
     vae_shift: bool = False
-    """and by the VAE's shift_factor"""
-    vae_frames: bool = False
-    """the VAE takes frames one by one"""
-    vae_alone: bool = False
+    """latents are shifted by the VAE's shift_factor"""
+    vae_frame_by_frame: bool = False
+    """the VAE takes single frames, not videos"""
+    vae_batch_size_one: bool = False
     """the VAE takes one video at a time"""
-    vae_drops: Mapping[str, int] = field(default_factory=dict)
-    """pixel frames that the pipeline drops from the front of what its VAE decodes, by the denoiser's
-    image_condition_type"""
-    vae_gives: Literal["BCTHW", "BTCHW"] = "BCTHW"
-    """the VAE's decoded videos"""
-    vae_told: Callable[[int], int] | None = None
-    """latent frames to frames, of a VAE whose decode is given num_frames"""
-    alone: bool = False
-    """rows of a batch get other inputs than a row alone: everything runs at batch size 1"""
-    texts_alone: bool = False
-    """a prompt's text depends on those encoded beside it: each is captured by itself"""
-    counts_calls: bool = False
-    """steps are told by denoiser calls: the scheduler is copied, or steps twice"""
+    dropped_frames_by_condition: Mapping[str, int] = field(default_factory=dict)
+    """how many frames the pipeline drops from the front of the decoded video, by the image_condition_type of the
+    denoiser's configuration"""
+    decoded_layout: Literal["BCTHW", "BTCHW"] = "BCTHW"
+    """axes of the VAE's decoded videos"""
+    decode_num_frames: Callable[[int], int] | None = None
+    """the number of frames for a number of latent frames, where the VAE's decode must be given num_frames"""
+    batch_size_one: bool = False
+    """a row's inputs depend on the rows beside it in a batch: everything runs at batch size 1"""
+    encode_prompts_singly: bool = False
+    """a prompt's embedding depends on the prompts that are encoded with it: each is captured by itself"""
+    counts_steps_by_calls: bool = False
+    """steps are counted by denoiser calls and not by the scheduler's, which the pipeline copies or steps twice"""
     tap: float = 0.4
     """default depth of the tap, as a share of the blocks"""
     tap_reason: str = ""
-    """why there (for the page)"""
+    """why at that depth (for the page)"""
 
     def __post_init__(self) -> None:
         _check_values(self)
-        if self.one_text and not self.alone:
-            object.__setattr__(self, "alone", True)
+        if self.single_prompt and not self.batch_size_one:
+            object.__setattr__(self, "batch_size_one", True)
 
     # -- the denoiser
 
@@ -161,7 +211,8 @@ class Family:
             except AttributeError as error:
                 raise PrismError(f"The denoiser {type(denoiser).__name__} has no blocks {name!r}: {error}.") from error
             found += list(part) if isinstance(part, nn.ModuleList) else [part]
-        return found[: len(found) - int(config_of(denoiser)[self.without_last] if self.without_last else 0)]
+        without = int(config_of(denoiser)[self.trailing_blocks_field]) if self.trailing_blocks_field else 0
+        return found[: len(found) - without]
 
     def first_blocks(self, denoiser: Any, up_to: int) -> list[tuple[nn.ModuleList, int]]:
         """The lists of blocks, each with how many of its first ones a read after `up_to` blocks needs.
@@ -178,7 +229,7 @@ class Family:
             kept = min(left, len(part))
             found.append((part, kept))
             left -= kept
-        return found + [(denoiser.get_submodule(name), up_to) for name in self.beside]
+        return found + [(denoiser.get_submodule(name), up_to) for name in self.parallel_blocks]
 
     def block_widths(self, denoiser: Any) -> list[int]:
         """D_vis after each block."""
@@ -223,7 +274,7 @@ class Family:
 
     def dropped_frames(self, config: Mapping[str, Any]) -> int:
         """Pixel frames that the pipeline drops from the front of what its VAE decodes."""
-        return self.vae_drops.get(config.get("image_condition_type") or "", 0)
+        return self.dropped_frames_by_condition.get(config.get("image_condition_type") or "", 0)
 
     # -- noise levels
 
@@ -236,12 +287,12 @@ class Family:
         alpha, sigma, timestep = noise.level(self.clock, scheduler, t)
         if isinstance(self.clock, noise.OwnClock):
             return alpha, sigma, timestep
-        return alpha, sigma, timestep * (self.timestep_of_one / 1000)
+        return alpha, sigma, timestep * (self.pure_noise_timestep / 1000)
 
     def t_of(self, scheduler: Any, timestep: Any) -> float:
         """The noise level in [0, 1000] at which the model was called with `timestep`."""
         own = isinstance(self.clock, noise.OwnClock)
-        return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.timestep_of_one))
+        return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.pure_noise_timestep))
 
 
 def _said(config: Mapping[str, Any], name: str, fact: str) -> Any:
@@ -254,10 +305,10 @@ def _said(config: Mapping[str, Any], name: str, fact: str) -> Any:
 # -- what a fact may say
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
-_SETS = ("batched",)
-_SEQUENCES = ("pipelines", "blocks", "beside", "latents_argument", "first_frame", "patch")
+_SETS = ("batched_arguments",)
+_SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch")
 _LEAST = {"widths": 1, "text_limit": 1, "outputs": 1, "tokens_before": 0, "tokens_behind": 0}
-_NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched")
+_NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched_arguments")
 
 
 def _check_values(family: Family) -> None:
@@ -288,9 +339,9 @@ def _check_values(family: Family) -> None:
         raise PrismError(
             f"tap of the family {name} must be a share of the blocks, above 0, at most 1; found {family.tap}."
         )
-    if not (math.isfinite(family.timestep_of_one) and family.timestep_of_one > 0):
+    if not (math.isfinite(family.pure_noise_timestep) and family.pure_noise_timestep > 0):
         raise PrismError(
-            f"timestep_of_one of the family {name} must be a number above 0; found {family.timestep_of_one}."
+            f"pure_noise_timestep of the family {name} must be a number above 0; found {family.pure_noise_timestep}."
         )
 
 

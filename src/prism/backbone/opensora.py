@@ -41,15 +41,15 @@ OPEN_SORA = Family(
     latents_argument=("x",),
     text_argument="y",  # (B, 1, Lt, width)
     text_mask_argument="mask",
-    batched=frozenset(["x", "timestep", "y", "mask", "fps", "height", "width"]),
-    gives_tensor=True,
+    batched_arguments=frozenset(["x", "timestep", "y", "mask", "fps", "height", "width"]),
+    returns_tensor=True,
     pads=True,
     widths="hidden_size",
     text_embedder="y_embedder",
     text_padding="mask",
     text_reason="T5's, projected to the video's width before the first block",
     tap_reason="as deep as the paper's block 12 of 30: 11 of 28, each behind its spatial one",
-    vae_told=frames_of,  # it normalises by itself
+    decode_num_frames=frames_of,  # it normalises by itself
 )
 
 

@@ -53,9 +53,9 @@ class Pipeline(Protocol):
         scheduler, vae: as above. Both are also looked up here, by these names, at every use.
 
     The denoiser is called as a module, `self.transformer(...)`, so that hooks run, with its arguments by name or by
-    position, the timestep as a tensor, () or (B,). It gives a tensor (with `gives_tensor` in the family), a tuple that
-    begins with it, or an object with `.sample`. Each block of the family's lists is called as a module too, in order
-    and once a denoiser call, and gives the video's tokens (B, L, D_vis) in raster order t, h, w.
+    position, the timestep as a tensor, () or (B,). It returns a tensor (with `returns_tensor` in the family), a tuple
+    that begins with it, or an object with `.sample`. Each block of the family's lists is called as a module too, in
+    order and once per denoiser call, and returns the video's tokens (B, L, D_vis) in raster order t, h, w.
 
     Used where they are there, as diffusers pipelines have them: `config` (`boundary_ratio`, of two denoisers),
     `tokenizer` (with a call argument `max_sequence_length`: a longer prompt is warned of), `encode_prompt(prompt, ...)`
@@ -96,14 +96,14 @@ def check(pipe: Any, family: Family) -> None:
     if not callable(pipe):
         raise PrismError(f"The pipeline {kind} cannot be called; see prism.backbone.Pipeline.")
     taken = inspect.signature(type(pipe).__call__).parameters
-    for name in CALL + (("prompt",) if family.prompts else ()):
+    for name in CALL + (("prompt",) if family.takes_prompts else ()):
         if name not in taken:
             raise PrismError(
                 f"The call of the pipeline {kind} lacks the argument {name!r}; see prism.backbone.Pipeline."
             )
     prompt = taken.get("prompt")
-    if not family.prompts and prompt is not None and prompt.default is prompt.empty:
-        raise PrismError(f"The call of the pipeline {kind} needs a prompt; say prompts=True in its family.")
+    if not family.takes_prompts and prompt is not None and prompt.default is prompt.empty:
+        raise PrismError(f"The call of the pipeline {kind} needs a prompt; say takes_prompts=True in its family.")
 
 
 # -- its parts, read alike whatever they are wrapped in

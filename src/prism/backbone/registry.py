@@ -153,21 +153,24 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
     kind, inner, config = type(unwrapped(denoiser)).__name__, unwrapped(denoiser), config_of(denoiser)
     label = f"of the family {quoted(repr(family.name), 60)}"
     paths = {path for path, _ in inner.named_modules()} - {""}
-    named = [*(("blocks", path) for path in family.blocks), *(("beside", path) for path in family.beside)]
+    named = [
+        *(("blocks", path) for path in family.blocks),
+        *(("parallel_blocks", path) for path in family.parallel_blocks),
+    ]
     for fact, path in [*named, *([] if family.text_embedder is None else [("text_embedder", family.text_embedder)])]:
         if path not in paths:
             lists = [path for path, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
             known = f"its lists are {', '.join(lists[:4])}" if lists else "it has no lists of modules"
             raise PrismError(f"The denoiser {kind} has no {fact} {path!r}, which the {label[7:]} names; {known}.")
-    if family.without_last:
-        left = config.get(family.without_last)
+    if family.trailing_blocks_field:
+        left = config.get(family.trailing_blocks_field)
         total = sum(
             len(p) if isinstance(p := inner.get_submodule(path), nn.ModuleList) else 1 for path in family.blocks
         )
         if isinstance(left, bool) or not isinstance(left, int) or not 0 <= left < total:
             raise PrismError(
-                f"without_last {label} names {family.without_last!r}, which the configuration of {kind} has as "
-                f"{quoted(left, 40)}; a number of its {total} blocks is needed."
+                f"trailing_blocks_field {label} names {family.trailing_blocks_field!r}, which the configuration of "
+                f"{kind} has as {quoted(left, 40)}; a number of its {total} blocks is needed."
             )
     if family.token_form == "frames" and not config.get("block_out_channels"):
         raise PrismError(f"{kind} has no block_out_channels, as a U-Net has; look at token_form {label}.")

@@ -102,7 +102,7 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
     count, timesteps = told[0]
     if count is None:  # a pipeline that does not say it: from the first timestep on
         timestep = backbone.denoiser_call(arguments).timestep
-        first = float(timestep.max()) * 1000 / backbone.family.timestep_of_one
+        first = float(timestep.max()) * 1000 / backbone.family.pure_noise_timestep
         start = next((place for place, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
         count = len(timesteps) - start or backbone.num_inference_steps(dict(call))
     timesteps = timesteps[-count:] if len(timesteps) >= count else []

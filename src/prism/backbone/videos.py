@@ -21,7 +21,7 @@ from prism.errors import PrismError, quoted, whole
 def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
     """See `Backbone.finished`."""
     family = call.family
-    if family.given_back:
+    if family.restores_condition:
         shown = Conditioning.of(call, call.conditional(len(latents)), type(pipe))
         if shown.given is not None and shown.kept is not None:
             latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
@@ -40,13 +40,13 @@ def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
 @torch.no_grad()
 def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) -> Tensor:
     """See `Backbone.encode`; `config` is the denoiser's."""
-    if family.vae_alone and len(video) > 1:
+    if family.vae_batch_size_one and len(video) > 1:
         return torch.cat([encode(pipe, family, config, row[None]) for row in video])
     vae = pipe.vae
     pixels = video.to(dtype_of(vae)).permute(0, 4, 1, 2, 3) * 2 - 1
     if dropped := family.dropped_frames(config):
         pixels = torch.cat([pixels[:, :, :1].expand(-1, -1, dropped, -1, -1), pixels], 2)
-    if family.vae_frames:
+    if family.vae_frame_by_frame:
         frames = _mode(vae, pixels.transpose(1, 2).flatten(0, 1))
         latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
     else:
@@ -69,7 +69,7 @@ def decode(
     num_frames = None if num_frames is None else whole("num_frames", num_frames)
     if not layout.is_packed(family.layout) and latents.ndim != len(family.layout):
         raise PrismError(f"The latents must be ({', '.join(family.layout)}); found the shape {tuple(latents.shape)}.")
-    if family.vae_alone and len(latents) > 1:
+    if family.vae_batch_size_one and len(latents) > 1:
         return torch.cat([decode(pipe, family, config, row[None], grid, num_frames) for row in latents])
     vae = pipe.vae
     if layout.is_packed(family.layout) and grid is None:
@@ -79,9 +79,9 @@ def decode(
     if num_frames is not None and ratio is not None:
         more = latents.shape[2] - ((num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio))
         kept = latents.shape[2] - max(0, more)
-        latents = latents[:, :, -kept:] if family.frames_more == "before" else latents[:, :, :kept]
+        latents = latents[:, :, -kept:] if family.extra_frames == "before" else latents[:, :, :kept]
     latents = denormalise(family, pipe, latents)
-    if family.vae_frames:
+    if family.vae_frame_by_frame:
         frames = latents.transpose(1, 2).flatten(0, 1)
         # Asked of `forward`, as the pipelines do: some versions of diffusers wrap `decode` and hide its signature.
         told = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
@@ -89,12 +89,12 @@ def decode(
         pixels: Tensor = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
-        if family.vae_told is not None:
-            options["num_frames"] = family.vae_told(latents.shape[2])
+        if family.decode_num_frames is not None:
+            options["num_frames"] = family.decode_num_frames(latents.shape[2])
         if config_of(vae).get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
             options["temb"] = latents.new_zeros(len(latents))
         pixels = tensor_of(vae.decode(latents, **options))
-        pixels = pixels.transpose(1, 2) if family.vae_gives == "BCTHW" else pixels
+        pixels = pixels.transpose(1, 2) if family.decoded_layout == "BCTHW" else pixels
     pixels = pixels[:, family.dropped_frames(config) :]
     return (pixels * 0.5 + 0.5).clamp(0, 1).permute(0, 1, 3, 4, 2).float()
 

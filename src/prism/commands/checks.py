@@ -61,7 +61,10 @@ def grid(subject: Subject) -> dict[str, Any]:
         changed = cells.clone()
         changed[:, :, 0] += 5
         moved_tokens = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1)
-        require(torch.equal(moved_tokens.visual, plain.visual), "a latent's given frame is read: look at first_frame")
+        require(
+            torch.equal(moved_tokens.visual, plain.visual),
+            "a latent's given frame is read: look at first_frame_pipelines",
+        )
     return {"grid": "x".join(map(str, plain.grid)), "tap": f"{backbone.default_tap}/{backbone.num_blocks}"}
 
 
@@ -106,7 +109,7 @@ def clock(subject: Subject) -> dict[str, Any]:
     told = f"timesteps {steps[0]:g} to {steps[-1]:g} are told as t = {levels[0]:g} to {levels[-1]:g}"
     require(
         levels == sorted(levels, reverse=True) and levels[0] > 0.8 * backbone.t_range[1] * strength,
-        f"{told}, which does not fall from noise: look at clock and timestep_of_one",
+        f"{told}, which does not fall from noise: look at clock and pure_noise_timestep",
     )
     z, noise = torch.randn(2, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     for step, t in zip(steps, levels):
@@ -114,7 +117,7 @@ def clock(subject: Subject) -> dict[str, Any]:
         require(
             math.isclose(float(timestep), step, rel_tol=1e-4, abs_tol=1e-3),
             f"the timestep {step:g} is t = {t:g}, which is the timestep {float(timestep):g}: look at clock "
-            "and timestep_of_one",
+            "and pure_noise_timestep",
         )
         if t == 0:  # exactly clean by our definition, nearly so by some schedulers'
             continue
@@ -142,7 +145,7 @@ def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step
         sigma = float(np.exp(4 * step))
         data = float(scheduler.config.get("sigma_data", 1.0))
         return (z + sigma * noise) / (sigma**2 + data**2) ** 0.5
-    own, place_or_none = _at(scheduler, 1000 * step / family.timestep_of_one)
+    own, place_or_none = _at(scheduler, 1000 * step / family.pure_noise_timestep)
     if place_or_none is not None and not scheduler.config.get("invert_sigmas"):  # which diffusers noises the wrong way
         if hasattr(own, "scale_noise"):
             return own.scale_noise(z, own.timesteps[place_or_none : place_or_none + 1], noise)
@@ -150,7 +153,7 @@ def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step
     if not isinstance(family.clock, str):  # nothing to hold it against
         alpha, sigma, _ = family.level(scheduler, torch.tensor([family.t_of(scheduler, step)]))
         return alpha * z + sigma * noise
-    share = step / family.timestep_of_one
+    share = step / family.pure_noise_timestep
     share = 1 - share if family.clock == "rising_flow" else share
     return (1 - share) * z + share * noise
 
@@ -177,15 +180,15 @@ def vae(subject: Subject) -> dict[str, Any]:
     cells = layout.unpack(latents, family.layout, places.grid)
     require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
     ours, theirs = denormalise(family, backbone.pipe, cells), torch.cat(given).to(cells)
-    ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frames else ours
+    ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frame_by_frame else ours
     frames = theirs.shape[2] if theirs.ndim == 5 else None
     if frames and ours.ndim == 5:  # of those that a loop carries beside the video's
-        ours = ours[:, :, -frames:] if family.frames_more == "before" else ours[:, :, :frames]
+        ours = ours[:, :, -frames:] if family.extra_frames == "before" else ours[:, :, :frames]
     error = difference(ours, theirs)
     require(
         error < subject.tolerance(1e-5),
         f"the VAE is given other latents than ours, by {error:.1g} of the largest: look at vae_mean_std, vae_factor, "
-        "vae_shift, vae_frames, given_back, after_loop",
+        "vae_shift, vae_frame_by_frame, restores_condition, after_loop",
     )
     back = normalise(family, backbone.pipe, denormalise(family, backbone.pipe, cells))
     require(difference(back, cells) < subject.tolerance(1e-4), "normalising does not invert denormalising")
@@ -202,11 +205,12 @@ def vae(subject: Subject) -> dict[str, Any]:
         require(
             tuple(decoded.shape) == expected.shape and difference(decoded, expected) < close,
             f"decode gives {tuple(decoded.shape)}, and the pipeline {expected.shape}, or other values: look at "
-            "vae_gives, vae_drops, vae_told, frames_more, given_back, after_loop",
+            "decoded_layout, dropped_frames_by_condition, decode_num_frames, extra_frames, "
+            "restores_condition, after_loop",
         )
     require(
         backbone.encode(backbone.decode(latents, places.grid, **told)).shape == latents.shape,
-        "encode gives latents of another shape than the loop's: look at vae_drops, layout, patch",
+        "encode gives latents of another shape than the loop's: look at dropped_frames_by_condition, layout, patch",
     )
     return {"latents": "x".join(map(str, latents.shape[1:]))}
 
@@ -219,7 +223,7 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     runs = []
     for prompt in subject.texts:
         changes: dict[str, Any] = {}
-        if not family.prompts and prompt == subject.texts[1]:
+        if not family.takes_prompts and prompt == subject.texts[1]:
             changes["image"] = ImageOps.invert(subject.call["image"])
         with subject.calls() as seen:
             subject.plain(prompt=prompt, output_type="latent", **changes)
@@ -273,8 +277,9 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
         worst = max(worst, difference(tokens.visual, states[row]))
     require(
         worst < subject.tolerance(2e-5),
-        f"tokens read outside the call differ from those inside by {worst:.1g} of the largest: look at clock, batched, "
-        "text_argument, first_frame, or whether the pipeline draws a condition anew at each step",
+        f"tokens read outside the call differ from those inside by {worst:.1g} of the largest: look at clock, "
+        "batched_arguments, text_argument, first_frame_pipelines, or whether the pipeline draws a "
+        "condition anew at each step",
     )
     return {"tap_error": worst}
 
@@ -296,17 +301,24 @@ def winner(subject: Subject) -> dict[str, Any]:
     require(ours == theirs, f"{ours} videos were decoded for one winner, and a plain call decodes {theirs}")
     require(
         np.array_equal(one.video, video[0]),
-        "the winner is not the plain call's video: look at gives_tensor, batched, cfg, counts_calls, and whether the "
-        "pipeline draws from the global generator",
+        "the winner is not the plain call's video: look at returns_tensor, batched_arguments, cfg, "
+        "counts_steps_by_calls, and whether the pipeline draws from the global generator",
     )
     error = difference(many.video, subject.plain(many.seed, output_type="latent")[0])
-    require(error < subject.tolerance(1e-4), f"in a batch the winner differs by {error:.1g} of the largest: say alone")
+    require(
+        error < subject.tolerance(1e-4),
+        f"in a batch the winner differs by {error:.1g} of the largest: say batch_size_one",
+    )
     same = many.seed == one.seed
     for cut, other in zip(one.scores, many.scores):
         for name in judge.dimensions:
             left, right = torch.tensor([cut["scores"][name], other["scores"][name]])
             same = same and torch.allclose(left, right, rtol=subject.tolerance(1e-3), atol=subject.tolerance(1e-4))
-    require(same, "in a batch the candidates' scores are others than one by one: say alone, or look at batched")
+    require(
+        same,
+        "in a batch the candidates' scores are others than one by one: say batch_size_one, or look at "
+        "batched_arguments",
+    )
     return {"one_by_one": "to the bit", "in_a_batch": error}
 
 

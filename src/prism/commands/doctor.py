@@ -205,7 +205,7 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
     if backbone.takes("image") and "image" not in call:
         size = [call.get(name) or backbone.default(name) or 512 for name in ("width", "height")]
         call["image"] = Image.new("RGB", size, "gray")
-    prompts = [PROMPT if backbone.family.prompts else ""]
+    prompts = [PROMPT if backbone.family.takes_prompts else ""]
     conditioning = backbone.condition(prompts, **call)[0]
     latents = torch.zeros((1, *conditioning.shape), dtype=conditioning.dtype, device=backbone.device)
     t = torch.full((1,), sum(backbone.t_range) / 2, device=latents.device)
@@ -217,7 +217,7 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
         with torch.no_grad(), backbone.held():
             backbone.denoiser(**arguments)
 
-    most = 1 if backbone.family.alone else 2
+    most = 1 if backbone.family.batch_size_one else 2
     peaks = [_peak(backbone.device, partial(denoise, rows)) for rows in (1, most)]
     start = time.perf_counter()
     denoise(1)
@@ -248,7 +248,7 @@ def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, sec
     guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
     told, short = None, None
     if seconds is not None:  # what a scheduler makes of it is known where the pipeline can be called
-        whole = {**call, **backbone.batch([PROMPT if backbone.family.prompts else ""], [0], call)}
+        whole = {**call, **backbone.batch([PROMPT if backbone.family.takes_prompts else ""], [0], call)}
         told, short = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
     load = Workload.of(backbone, call, n, tap, told, short)
     if short is None:

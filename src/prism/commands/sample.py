@@ -227,7 +227,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
     backbone, call, name = load_backbone(
         config.models.backbone, config.models.device, config.models.dtype, config.models.offload, config.models.loras
     )
-    if backbone.family.prompts and not config.prompt:
+    if backbone.family.takes_prompts and not config.prompt:
         raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
     taken = inspect.signature(type(backbone.pipe).__call__).parameters
     for given, what in (("image", "an image"), ("video", "a video")):

@@ -44,7 +44,7 @@ class Subject:
     def plain(self, seed: int = 0, prompt: str | None = None, **changes: Any) -> Any:
         """The stock call's first output."""
         call = {**self.call, **changes, "generator": torch.Generator("cpu").manual_seed(seed)}
-        if self.backbone.family.prompts:
+        if self.backbone.family.takes_prompts:
             call["prompt"] = self.texts[0] if prompt is None else prompt
         with torch.no_grad():
             return self.pipe(**call)[0]
@@ -72,7 +72,7 @@ class Subject:
         return self.kept[key]
 
     def prompts(self, count: int) -> list[str]:
-        return list(self.texts if self.backbone.family.prompts else ("", ""))[:count]
+        return list(self.texts if self.backbone.family.takes_prompts else ("", ""))[:count]
 
     @contextmanager
     def calls(self) -> Iterator[list[tuple[DenoiserCall, Tensor]]]:

@@ -187,7 +187,7 @@ class PixelJudge:
         call: the pipeline's arguments that videos are made with, without which some refuse to run (an image).
         """
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
-        prompt = "a" if backbone.family.prompts else ""
+        prompt = "a" if backbone.family.takes_prompts else ""
         width = backbone.denoiser_call(backbone.condition([prompt], **(call or {}))[0].arguments).text.shape[-1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -100,7 +100,7 @@ def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
 def batch_size_of(backbone: Backbone, batch_size: Any, n: int, call: Mapping[str, Any]) -> int:
     """Candidates per denoiser call."""
     size = None if batch_size is None else min(n, whole("batch_size", batch_size))
-    if backbone.family.alone or shows_adapters(call):
+    if backbone.family.batch_size_one or shows_adapters(call):
         return 1
     return size or (n if backbone.num_parameters <= SMALL_DENOISER else 1)
 

@@ -188,7 +188,7 @@ def best_of_n(
     backbone.check_call([text or "" for text in prompts], call)
     if kind.looks_at is not None:
         check_whole(backbone.denoisers)
-        check_noise(backbone.pipe, backbone.family.counts_calls)
+        check_noise(backbone.pipe, backbone.family.counts_steps_by_calls)
     calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
@@ -268,7 +268,7 @@ def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep
         scores=search.scores,
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
         candidate_latents=latents,
-        reproduce=reproduction(search.backbone.family.prompts, search.seeds[next(iter(finished))], noise),
+        reproduce=reproduction(search.backbone.family.takes_prompts, search.seeds[next(iter(finished))], noise),
     )
 
 

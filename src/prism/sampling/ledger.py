@@ -79,7 +79,7 @@ class Meter:
             for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
                 if hasattr(getattr(pipe, "vae", None), name):
                     stack.enter_context(around(pipe.vae, name, counted, reads=True))
-            if not self.backbone.family.counts_calls:
+            if not self.backbone.family.counts_steps_by_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step, reads=True))
             if hasattr(self.judge, "score_tokens"):
                 stack.enter_context(around(self.judge, "score_tokens", self._score, reads=True))

@@ -64,7 +64,7 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
         listener = _Listener(backbone, judge)
         for denoiser in backbone.denoisers:
             stack.enter_context(around_module(denoiser, partial(listener.denoise, denoiser)))
-        if not backbone.family.counts_calls:  # its pipelines copy the scheduler, and a copy must be left alone
+        if not backbone.family.counts_steps_by_calls:  # its pipelines copy the scheduler, and a copy must be left alone
             stack.enter_context(around(pipe.scheduler, "step", listener.scheduler_step))
             if hasattr(pipe.scheduler, "set_timesteps"):
                 stack.enter_context(around(pipe.scheduler, "set_timesteps", listener.start))
@@ -90,7 +90,7 @@ class _Listener:
         backbone, family = self.backbone, self.backbone.family
         call = DenoiserCall.of(denoiser, args, kwargs, family)
         t = call.t(backbone.pipe.scheduler)
-        if family.counts_calls and t != self.t:  # a call that is not the unconditional one of the same step
+        if family.counts_steps_by_calls and t != self.t:  # a call that is not the unconditional one of the same step
             self.step, self.index = (1 if self.t == math.inf or t > self.t else self.step + 1), 0
         self.t, self.index = t, self.index + 1
         if self.index > 1 or denoiser is not backbone.denoiser:

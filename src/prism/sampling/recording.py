@@ -98,7 +98,7 @@ def inputs_of(denoiser: nn.Module, place: int, call: DenoiserCall, candidates: i
     sums: list[Tensor] = []
     tolerances: list[Tensor] = []
     for name, value in sorted(flattened(call.arguments).items()):
-        if isinstance(value, Tensor) and name in family.batched and value.ndim and len(value) == 1:
+        if isinstance(value, Tensor) and name in family.batched_arguments and value.ndim and len(value) == 1:
             value = value.expand(batch, *value.shape[1:])  # one row for all, which the denoiser broadcasts
         if not call.has_rows(name, value):
             shared.update(f"{name} {_text(value)}".encode())

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 
 
-def check_noise(pipe: Any, counts_calls: bool) -> None:
+def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
     """Raise PrismError where the scheduler's steps draw noise that no candidate's seed decides.
 
     A copy of the scheduler makes a few steps on zeros. Those that take a generator are given one in a search, except
-    where the pipeline steps copies of its scheduler (`counts_calls`). So does code of others in a method's place that
-    goes by earlier calls.
+    where the pipeline steps copies of its scheduler (`counts_steps_by_calls`). So does code of others in a
+    method's place that goes by earlier calls.
     """
     check_scheduler(pipe.scheduler)
     try:
         scheduler = copy.deepcopy(pipe.scheduler)
-        lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_calls
+        lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_steps_by_calls
         lent = {"generator": torch.Generator("cpu")} if lends else {}
         shifts = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
         scheduler.set_timesteps(4, **shifts)
@@ -145,9 +145,9 @@ class Interceptor:
             for place, denoiser in enumerate(self.backbone.denoisers):
                 wrapper = packing(partial(self._denoise, place, denoiser), denoiser, self.backbone.family)
                 stack.enter_context(around_module(denoiser, wrapper))
-            if not self.backbone.family.counts_calls:
+            if not self.backbone.family.counts_steps_by_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
-            if self.backbone.family.vae_alone and len(self.candidates) > 1:
+            if self.backbone.family.vae_batch_size_one and len(self.candidates) > 1:
                 stack.enter_context(around(pipe.vae, "decode", _one_by_one))
             return run_until_stopped(
                 pipe, self._with_callback(call), lambda: self.step if (self.step, self.index) > (1, 0) else 0
@@ -158,7 +158,7 @@ class Interceptor:
         if self.latents is None:
             raise PrismError(
                 f"The latents of {type(self.backbone.pipe).__name__} were not seen: it took no step of its scheduler "
-                "that tells them and no callback_on_step_end; look at counts_calls in its family."
+                "that tells them and no callback_on_step_end; look at counts_steps_by_calls in its family."
             )
         return self.backbone.finished(self.latents, self.told)
 
@@ -167,9 +167,9 @@ class Interceptor:
     def _denoise(self, place: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         family = self.backbone.family
         call = DenoiserCall.of(denoiser, args, kwargs, family)
-        if family.given_back and not self.told:
+        if family.restores_condition and not self.told:
             self.told = dict(call.arguments)
-        if family.counts_calls and self.index == self.calls_per_step:
+        if family.counts_steps_by_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
         probed = self.cuts.get(self.step) if self.index == 0 else None  # None where nothing is cut
         self.index += 1
@@ -209,7 +209,7 @@ class Interceptor:
         if len(alive) < len(self.candidates):
             rows = self._rows(call, alive).to(sample.device)
             sample = sample.new_zeros((call.batch, *sample.shape[1:])).index_copy_(0, rows, sample)
-        if family.gives_tensor:
+        if family.returns_tensor:
             return sample
         return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 
@@ -288,10 +288,10 @@ class Interceptor:
 def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
     """Raise PrismError where the denoiser gives a tensor and its family says otherwise: a recording would answer in
     the other form, of which a pipeline may take the first row for the whole."""
-    if family.outputs == 1 and isinstance(output, Tensor) != family.gives_tensor:
+    if family.outputs == 1 and isinstance(output, Tensor) != family.returns_tensor:
         raise PrismError(
             f"{type(denoiser).__name__} gives {'a plain tensor' if isinstance(output, Tensor) else 'no plain tensor'}; "
-            f"say gives_tensor={isinstance(output, Tensor)} in the family {family.name!r}."
+            f"say returns_tensor={isinstance(output, Tensor)} in the family {family.name!r}."
         )
 
 
@@ -308,8 +308,8 @@ def rows_told(call: DenoiserCall, whole: bool) -> Iterator[None]:
             raise
         raise PrismError(
             f"The denoiser does not take some of its {batch} rows ({quoted(error, 120)}); it may have a row per sample "
-            f"in {', '.join(left[:6])}: name these in batched of the family {call.family.name!r}, or say "
-            "alone."
+            f"in {', '.join(left[:6])}: name these in batched_arguments of the family {call.family.name!r}, or say "
+            "batch_size_one."
         ) from error
 
 

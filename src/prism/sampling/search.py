@@ -135,7 +135,7 @@ class Search:
             self.recordings.pop(candidate, None)
         self.recordings.setdefault(candidate, Recording())
         call = {**self.call, "generator": _generator(self.seeds[candidate])}
-        if self.backbone.family.prompts and not embedded_rows(call):
+        if self.backbone.family.takes_prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
         interceptor = Interceptor(self.backbone, [candidate], self.recordings, False, searches=False, state=self.state)
         output = interceptor.run(call)
