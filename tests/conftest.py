@@ -16,7 +16,7 @@ import torch
 torch.set_num_threads(1)
 
 # In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
-WARNINGS_ARE_ERRORS = ("evaluation", "preference", "report")
+WARNINGS_ARE_ERRORS = ("evaluation", "preference", "report", "shapeworld")
 EXCEPTIONS = (
     "ignore:This judge is untrained:UserWarning",  # PRISM's own: most tests build a head with random weights
 )

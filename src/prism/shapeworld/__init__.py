@@ -1,8 +1,8 @@
-"""ShapeWorld: a small synthetic video world with an exact referee, and the generators trained on it (the embedded
-default, and two weaker ones).
+"""ShapeWorld: a small synthetic video world with an exact referee, and three generators trained on it: the embedded
+default and two weaker ones.
 
-`pipeline()` is a plain diffusers `WanPipeline`, `CALL` its arguments; `prompts(split)` the prompts of train,
-validation, test and unseen; `referee.score(video, prompt)` the truth about a video."""
+`pipeline()` is a plain diffusers `WanPipeline`, and `CALL` holds its arguments; `prompts(split)` gives the prompts of
+train, validation, test and unseen; `referee.score(video, prompt)` gives the true quality of a video."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CALL: dict[str, Any] = {
     "guidance_scale": 3.0,
     "max_sequence_length": 24,
 }
-"""Arguments of a call of the embedded pipeline; also in `call.json` beside its weights."""
+"""Arguments of a call of the embedded pipeline; `call.json` beside its weights holds the same."""
 
 
 BACKBONES = {
@@ -40,7 +40,7 @@ BACKBONES = {
 def pipeline(name: str = "default") -> WanPipeline:
     """The embedded generator, or a weaker one of `BACKBONES`, loaded from the package in float32.
 
-    Raises PrismError where its files are missing or altered, or the name is none of these."""
+    Raises PrismError where its files are missing or altered, and for another name."""
     if name not in BACKBONES:
         raise PrismError(f'There is no embedded backbone "{name}"; choose one of {", ".join(BACKBONES)}.')
     from prism.shapeworld import generator

@@ -1,7 +1,8 @@
-"""Simulated annotators of known noise: so what ties, disagreement and wrong labels do to a judge can be studied.
+"""Simulated annotators of known noise, to study what ties, disagreement and wrong labels do to a judge.
 
-An annotator sees each score with an error, normal and new for each look at a video of a pair, calls a small difference
-a tie, and sometimes clicks at random. Votes of several are joined by majority, and dimensions by the paper's rule."""
+An annotator sees each score of a pair with a normally distributed error, drawn anew for each pair, calls a small
+difference a tie, and sometimes votes at random. The votes of several annotators are joined by majority, and the overall
+label follows from the dimensions by the paper's rule."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ def _each(value: float) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Annotator:
-    """How one annotator errs, by dimension (VQ, MQ, TA).
+    """The errors of one annotator, per dimension (VQ, MQ, TA).
 
     Attributes:
-        noise: standard deviation of the error of a score seen, in the score's unit [0, 1]; at least 0.
-        margin: largest difference seen that is called a tie; at least 0.
-        bias: added to the difference of A and B; what prefers the video that is shown first.
-        lapse: share of votes given at random: A, B or a tie, each as likely; in [0, 1].
+        noise: standard deviation of the error of a score, in the score's unit [0, 1]; at least 0.
+        margin: largest difference of the two scores, errors included, that is called a tie; at least 0.
+        bias: added to score A less score B; a positive bias prefers the video that is shown first.
+        lapse: share of votes at random, where A, B and tie are equally likely; in [0, 1].
     """
 
     noise: Mapping[str, float] = field(default_factory=lambda: _each(0.05))
@@ -42,31 +43,31 @@ class Annotator:
 
     def __post_init__(self) -> None:
         for name in ("noise", "margin", "bias"):
-            given = getattr(self, name)
-            if set(given) != set(NAMES):
+            values = getattr(self, name)
+            if set(values) != set(NAMES):
                 raise PrismError(
-                    f"An annotator's {name} needs a number for each of {', '.join(NAMES)}, found {', '.join(given)}."
+                    f"An annotator's {name} needs a number for each of {', '.join(NAMES)}, found {', '.join(values)}."
                 )
-            if name != "bias" and not all(value >= 0 for value in given.values()):
-                raise PrismError(f"An annotator's {name} must be 0 or more, found {min(given.values())}.")
+            if name != "bias" and not all(value >= 0 for value in values.values()):
+                raise PrismError(f"An annotator's {name} must be 0 or more, found {min(values.values())}.")
         if not 0 <= self.lapse <= 1:
             raise PrismError(f"An annotator's lapse is a share from 0 to 1, found {self.lapse}.")
 
     def probabilities(self, difference: np.ndarray, dimension: str) -> np.ndarray:
-        """Chances of the votes -1, 0 and 1, (..., 3), for true differences of A's and B's score, (...)."""
+        """Probabilities of the votes -1, 0 and 1, (..., 3), for true scores of A less those of B, (...)."""
         spread = math.sqrt(2) * self.noise[dimension]
         edges = np.array([-self.margin[dimension], self.margin[dimension]])
         above = edges - np.asarray(difference)[..., None] - self.bias[dimension]
         if spread > 0:
             below = ndtr(above / spread)
-        else:  # a difference of just the margin is a tie
+        else:  # a difference equal to the margin is a tie
             below = np.stack([above[..., 0] > 0, above[..., 1] >= 0], -1).astype(float)
         chances = np.stack([below[..., 0], below[..., 1] - below[..., 0], 1 - below[..., 1]], -1)
         return (1 - self.lapse) * chances + self.lapse / 3
 
 
 def team(count: int, noise: float, lapse: float = 0.0, bias: float = 0.0) -> tuple[Annotator, ...]:
-    """`count` annotators alike, with the referee's tie margins."""
+    """`count` annotators with the same settings and the referee's tie margins."""
     return tuple(Annotator(noise=_each(noise), bias=_each(bias), lapse=lapse) for _ in range(count))
 
 
@@ -76,8 +77,8 @@ def vote(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], see
     Args:
         videos: columns video, VQ, MQ and TA: the true scores.
         pairs: columns video_a and video_b.
-        annotators: who votes; each draws on its own stream, so that adding one changes no other's votes.
-        seed: fixes all errors.
+        annotators: each draws from a random stream of its own, so adding one changes no other's votes.
+        seed: fixes all errors and random votes.
 
     Raises:
         PrismError: where a pair's video has no scores."""
@@ -87,24 +88,24 @@ def vote(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], see
         chance = np.random.default_rng((seed, number))
         error = chance.standard_normal((2, *scores.shape[1:]))
         noise, margin, bias = (
-            np.array([given[name] for name in NAMES]) for given in (annotator.noise, annotator.margin, annotator.bias)
+            np.array([values[name] for name in NAMES]) for values in (annotator.noise, annotator.margin, annotator.bias)
         )
-        seen = scores + noise * error
-        difference = seen[0] - seen[1] + bias
-        own = np.where(np.abs(difference) <= margin, 0, np.sign(difference))
-        lapsed = chance.random(own.shape) < annotator.lapse
-        votes[number] = np.where(lapsed, chance.integers(-1, 2, own.shape), own)
+        noisy = scores + noise * error
+        difference = noisy[0] - noisy[1] + bias
+        drawn = np.where(np.abs(difference) <= margin, 0, np.sign(difference))
+        lapsed = chance.random(drawn.shape) < annotator.lapse
+        votes[number] = np.where(lapsed, chance.integers(-1, 2, drawn.shape), drawn)
     return votes
 
 
 def majority(votes: np.ndarray) -> np.ndarray:
-    """(annotators, ...) votes to (...): the vote that more than half of them gave; a tie where there is none."""
+    """(annotators, ...) votes to (...): the vote of more than half of the annotators; a tie where there is none."""
     half = len(votes) / 2
     return ((votes == 1).sum(0) > half).astype(np.int8) - ((votes == -1).sum(0) > half).astype(np.int8)
 
 
 def label(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], seed: int) -> pa.Table:
-    """The same pairs, labelled by the majority of annotators instead of the referee: a table of pairs as a store's.
+    """Label pairs by the majority of annotators in place of the referee; return a table of pairs like a store's.
 
     The overall label follows from the three by the paper's rule, `prism.preference.pairs.overall`.
 
@@ -123,35 +124,35 @@ def label(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], se
 
 
 def agreement(votes: np.ndarray, pairs: pa.Table) -> dict[str, dict[str, float]]:
-    """How far annotators agree, by dimension, for votes (annotators, P, 3) on `pairs` that the referee labelled.
+    """Agreement of annotators, per dimension, for votes (annotators, P, 3) on P `pairs` that the referee labelled.
 
-    `between`: share of pairs on which two annotators vote alike, mean over all twos (NaN for a single one); `referee`:
-    share of votes that are the referee's label; `flipped`: share of votes for the worse video, where the referee
-    prefers one; `ties`: share of votes that are ties."""
+    `between`: share of pairs on which two annotators vote alike, the mean over all couples of annotators (NaN for a
+    single annotator); `referee`: share of votes equal to the referee's label; `flipped`: share of votes for the worse
+    video, where the referee prefers one; `ties`: share of votes that are ties."""
     truth, count = label_matrix(pairs, NAMES), len(votes)
-    found = {}
+    rows = {}
     for number, name in enumerate(NAMES):
-        own, right = votes[:, :, number], truth[:, number]
-        clear = np.abs(right) == 1
-        alike = [np.mean(own[i] == own[j]) for i in range(count) for j in range(i)]
-        found[name] = {
+        cast, labels = votes[:, :, number], truth[:, number]
+        decided = np.abs(labels) == 1
+        alike = [np.mean(cast[i] == cast[j]) for i in range(count) for j in range(i)]
+        rows[name] = {
             "between": float(np.mean(alike)) if alike else math.nan,
-            "referee": float(np.mean(own[:, ~np.isnan(right)] == right[~np.isnan(right)])),
-            "flipped": float(np.mean(own[:, clear] == -right[clear])) if clear.any() else math.nan,
-            "ties": float(np.mean(own == 0)),
+            "referee": float(np.mean(cast[:, ~np.isnan(labels)] == labels[~np.isnan(labels)])),
+            "flipped": float(np.mean(cast[:, decided] == -labels[decided])) if decided.any() else math.nan,
+            "ties": float(np.mean(cast == 0)),
         }
-    return found
+    return rows
 
 
 def _scores(videos: pa.Table, pairs: pa.Table) -> np.ndarray:
     """True scores of A and B, (2, pairs, 3)."""
     matrix = np.stack([videos[name].to_numpy().astype(np.float64) for name in NAMES], 1)
-    place = {video: row for row, video in enumerate(videos["video"].to_pylist())}
+    row_of = {video: row for row, video in enumerate(videos["video"].to_pylist())}
     sides = []
     for column in ("video_a", "video_b"):
         ids = pairs[column].to_pylist()
         for video in ids:
-            if video not in place:
+            if video not in row_of:
                 raise PrismError(f"The pairs name a video {video!r} that has no scores; label pairs of the same store.")
-        sides.append(matrix[[place[video] for video in ids]])
+        sides.append(matrix[[row_of[video] for video in ids]])
     return np.stack(sides)

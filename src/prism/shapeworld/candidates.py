@@ -1,4 +1,4 @@
-"""Candidates of prompts, sampled and labelled by the referee, and the generator's quality by them."""
+"""Candidates sampled from the embedded generator and scored by the referee: stores of them, and measured quality."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from prism.shapeworld import CALL, generator, grammar, referee
 from prism.shapeworld.generator import write_manifest
 
 SHIPPED = {"train": (750, 4), "validation": (40, 6), "test": (100, 4)}
-"""Split -> prompts and candidates of each, of the store that ships with the package."""
-BATCH = 32  # videos sampled together
+"""Split -> (number of prompts, candidates per prompt) of the store that ships with the package."""
+BATCH = 32  # videos per pipeline call
 
 
 def candidate_seed(seed: int, prompt: str, index: int) -> int:
-    """The seed of a prompt's candidate: fixed by the run's seed and the prompt, whatever else is sampled."""
+    """The seed of a prompt's candidate: a function of the run's seed, the prompt and the candidate's index alone."""
     return int(hashlib.sha256(f"{seed} {prompt} {index}".encode()).hexdigest()[:15], 16)
 
 
 def parse_share(text: str) -> tuple[str, tuple[int, int]]:
-    """`train`, `train:200` or `train:200x6`: a split, how many of its prompts, and candidates of each (8).
+    """Parse `train`, `train:200` or `train:200x6`: a split, a number of its prompts (all), candidates per prompt (8).
 
-    Raises PrismError where the text is none of these."""
-    found = re.fullmatch(rf"({'|'.join(grammar.SPLITS)})(?::(\d+)(?:x(\d+))?)?", text)
-    if not found:
+    Raises PrismError for another text."""
+    match = re.fullmatch(rf"({'|'.join(grammar.SPLITS)})(?::(\d+)(?:x(\d+))?)?", text)
+    if not match:
         raise PrismError(f'The --split "{text}" is not one of {", ".join(grammar.SPLITS)}, or like train:200x6.')
-    name, prompts, per_prompt = found.groups()
+    name, prompts, per_prompt = match.groups()
     return name, (int(prompts or grammar.SPLITS[name]), int(per_prompt or 8))
 
 
@@ -57,10 +57,10 @@ def run(
 ) -> None:
     """Sample candidates of the first prompts of `splits` with `CALL`, and write a latent store to `out`.
 
-    splits: name -> prompts, candidates of each. With `trajectories`, the states after each step but the last are kept
-    too, with their noise level. Parts go to `<out>.parts` as they are done, so that a killed run goes on where it was.
-    share: (i, n) with n > 1 makes the parts i, i + n, ... alone, so that n processes work side by side; a run without
-    it then joins them. Raises PrismError where another run's parts lie there, unless `overwrite`.
+    splits: name -> (number of prompts, candidates per prompt). With `trajectories`, the states after each step but the
+    last are kept too, with their noise levels. Parts are written to `<out>.parts`, so that a killed run goes on from
+    there. share: (i, n) with n > 1 makes only the parts i, i + n, ..., so that n processes can work side by side; a run
+    without it then joins the parts. Raises PrismError where another run's parts lie there, unless `overwrite`.
     """
     whole("--seed", seed, 0, SEEDS)
     for split, (prompts, per_prompt) in splits.items():
@@ -92,11 +92,11 @@ def run(
     parts = runs.Parts(runs.parts_of(out), identity, restart=overwrite, shared=share[1] > 1, changeable=changeable)
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
-    for place, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
-        if place % share[1] != share[0]:
+    for index, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
+        if index % share[1] != share[0]:
             continue
-        path = parts.folder / f"{place:05d}.safetensors"
-        part = _whole(path, len(chunk))
+        path = parts.folder / f"{index:05d}.safetensors"
+        part = _made_before(path, len(chunk))
         if part is None:
             part = _sample(backbone, call, chunk, trajectories)
             with files.new_file(path) as finished:
@@ -120,8 +120,8 @@ def run(
     parts.remove()
 
 
-def _whole(path: Path, count: int) -> dict[str, torch.Tensor] | None:
-    """A part of `count` videos that was made before; None where it is to be made, anew if its file is damaged."""
+def _made_before(path: Path, count: int) -> dict[str, torch.Tensor] | None:
+    """Load a part of `count` videos; None where it does not exist, is damaged (with a warning), or has another size."""
     if not path.is_file():
         return None
     try:
@@ -176,11 +176,12 @@ def measure(
     seed: int = 0,
     call: Mapping[str, Any] = CALL,
 ) -> dict[str, Any]:
-    """Sample `per_prompt` videos of each prompt and referee them.
+    """Sample `per_prompt` videos per prompt and have the referee score them.
 
-    Returns, for the prompts of one thing, of two ("single", "pair"), and for "all": `videos`; `mean`: mean of VQ, MQ,
-    TA and overall; `right`: share of videos in which colour, shape, motion, ... are the prompt's; `within_over_total`:
-    pooled standard deviation of the overall score within a prompt, over that of all videos."""
+    Returns, for prompts with one thing ("single"), with two ("pair"), and for "all": `prompts`, `videos`: their
+    numbers; `mean`: mean of VQ, MQ, TA and overall; `right`: share of videos in which colour, shape, motion, ... are
+    those of the prompt; `within_sd`, `total_sd`: standard deviation of the overall score, pooled within prompts and of
+    all videos; `within_over_total`: the former divided by the latter."""
     backbone, videos, work = Backbone(pipe), [], [(p, i) for p in prompts for i in range(per_prompt)]
     for start in tqdm(range(0, len(work), BATCH), disable=None, desc="quality", unit=f"x{BATCH} videos"):
         chunk = work[start : start + BATCH]
@@ -189,14 +190,14 @@ def measure(
         videos += [backbone.decode(rows).cpu() for rows in latents.split(8)]
     seen, names = torch.cat(videos), [p for p, _ in work]
     scores, right = referee.batch(seen, names), referee.correct(seen, names)
-    found: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
+    measured: dict[str, Any] = {"seed": seed, "per_prompt": per_prompt, "call": dict(call)}
     for group in GROUPS:
         rows = [row for row, p in enumerate(names) if (scene := grammar.parse(p)) and group in (scene.kind, "all")]
         if rows:
             overall = scores["overall"][rows].numpy().reshape(-1, per_prompt)
             within = float(np.sqrt(overall.var(1, ddof=1).mean())) if per_prompt > 1 else None
             total = float(overall.std(ddof=1))
-            found[group] = {
+            measured[group] = {
                 "prompts": len(rows) // per_prompt,
                 "videos": len(rows),
                 "mean": {name: float(scores[name][rows].mean()) for name in referee.DIMENSIONS},
@@ -209,11 +210,11 @@ def measure(
                 "total_sd": total,
                 "within_over_total": None if within is None else within / total,
             }
-    return found
+    return measured
 
 
 def snapshot(out: Path, step: int) -> WanPipeline:
-    """The generator of the training run in `out` as it was after `step` steps (their averaged weights)."""
+    """The generator of the training run in `out` after `step` steps, with the averaged (EMA) weights of that step."""
     path, settings = out / "transformer" / f"step-{step}.safetensors", out / "transformer" / "config.json"
     if not path.is_file():
         raise PrismError(f"The run in {out} kept no weights of step {step} ({path} is missing).")
@@ -221,8 +222,8 @@ def snapshot(out: Path, step: int) -> WanPipeline:
     transformer = generator.build_transformer(config["layers"], config["heads"])
     encoder = generator.build_text_encoder()
     for name, module in (("transformer", transformer), ("text_encoder", encoder)):
-        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
-        missing, strange = module.load_state_dict(own, strict=False)
+        state = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        missing, strange = module.load_state_dict(state, strict=False)
         tied = {"encoder.embed_tokens.weight"}  # one tensor under two names
         if strange or set(missing) - tied:
             raise PrismError(f"The file {path} does not hold this model's weights; it belongs to another version.")
@@ -240,9 +241,9 @@ def quality(
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Measure an embedded backbone, or snapshots of a training run, and write `quality.json` to `out`; returns it.
+    """Measure an embedded backbone, or snapshots of a training run; write `quality.json` to `out`, and return it.
 
-    `prompts` are drawn of each kind (one thing, two). Raises PrismError for a backbone that does not exist."""
+    `prompts`: number of prompts of each kind (one thing, two things). Raises PrismError for an unknown backbone."""
     from prism.shapeworld import BACKBONES, pipeline
 
     if backbone not in BACKBONES and not (Path(backbone) / "transformer").is_dir():
@@ -260,14 +261,14 @@ def quality(
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}
     chosen = [prompt for kind in grammar.KINDS for prompt in grammar.prompts(split, prompts, kind)]
     with runs.new(out, overwrite, "quality") as folder:
-        found = []
-        wanted: Sequence[int | None] = steps or (None,)
-        for step in wanted:
+        rows = []
+        measured_steps: Sequence[int | None] = steps or (None,)
+        for step in measured_steps:
             pipe = pipeline(backbone) if backbone in BACKBONES else _of_run(Path(backbone), step)
-            found.append({"backbone": backbone, "step": step, **measure(pipe, chosen, per_prompt, seed, call)})
-            print(_line(found[-1]))
-        files.write_json(folder / "quality.json", {"split": split, "measured": found})
-    return {"split": split, "measured": found}
+            rows.append({"backbone": backbone, "step": step, **measure(pipe, chosen, per_prompt, seed, call)})
+            print(_line(rows[-1]))
+        files.write_json(folder / "quality.json", {"split": split, "measured": rows})
+    return {"split": split, "measured": rows}
 
 
 def _of_run(out: Path, step: int | None) -> WanPipeline:
@@ -279,19 +280,19 @@ def _of_run(out: Path, step: int | None) -> WanPipeline:
     return generator.assemble(generator.load_vae(out / "vae"), *generator.load_generator(parts))
 
 
-def _line(found: Mapping[str, Any]) -> str:
+def _line(row: Mapping[str, Any]) -> str:
     parts = []
     for group in GROUPS:
-        if group in found:
-            right = ", ".join(f"{name} {share:.0%}" for name, share in found[group]["right"].items())
-            means = " ".join(f"{name} {mean:.2f}" for name, mean in found[group]["mean"].items())
-            parts.append(f"{group}: {means}; right: {right}; within/total {found[group]['within_over_total'] or 0:.2f}")
-    return f"step {found['step'] or 'last'}: " + " | ".join(parts)
+        if group in row:
+            right = ", ".join(f"{name} {share:.0%}" for name, share in row[group]["right"].items())
+            means = " ".join(f"{name} {mean:.2f}" for name, mean in row[group]["mean"].items())
+            parts.append(f"{group}: {means}; right: {right}; within/total {row[group]['within_over_total'] or 0:.2f}")
+    return f"step {row['step'] or 'last'}: " + " | ".join(parts)
 
 
 def save_weaker(run: Path, folder: Path, step: int | None = None, overwrite: bool = False) -> None:
-    """Write what `shapeworld.pipeline` needs of a weaker backbone: transformer and text encoder of a training run, at
-    the end or at a step whose weights it kept, with settings beside them.
+    """Write the files of a weaker backbone: transformer and text encoder of a training run, at its end or at a `step`
+    whose weights it kept, and its settings.
     """
     source = run / "transformer"
     pipe = _of_run(run, step)

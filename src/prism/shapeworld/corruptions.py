@@ -1,8 +1,8 @@
-"""Graded corruptions of ShapeWorld's clean renders: what a generator may get wrong, one fault at a time.
+"""Graded corruptions of ShapeWorld's clean renders: one fault at a time that a generator may have.
 
-Faults of place, colour and shape are drawn anew with the scene's own paths, so that nothing else changes; blur and
-noise are put on the pixels. Strength 0 is the clean render, 1 as bad as it gets; what is random about a fault is fixed
-by the seed, so that only its size grows with strength."""
+For a fault of place, colour or shape the scene is drawn again along the same paths, so that nothing else changes; blur
+and noise are applied to the pixels. Strength 0 is the clean render, 1 the worst. The seed fixes what is random about a
+fault, so that only its size grows with strength."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLUR = 3.0  # pixels, standard deviation at strength 1
 NOISE = 0.10  # standard deviation at strength 1, in units of the pixels' range [0, 1]
 FLICKER = 0.5  # share of its contrast that a thing loses in every other frame
 JUMP = 7.0  # pixels a thing jumps aside for a frame
-ODD_FRAMES = (2, 14, 6, 10)  # in which things jump or melt, in the order in which they join in
+ODD_FRAMES = (2, 14, 6, 10)  # frames in which things jump or melt, in the order in which a growing strength adds them
 DRIFT = 20.0  # pixels a still shape drifts
 CORRUPTIONS = {
     "blur": "VQ",
@@ -35,12 +35,12 @@ CORRUPTIONS = {
     "wrong order": "TA",
     "missing object": "TA",
 }
-"""Kind -> the dimension it should hurt (most)."""
+"""Kind -> the dimension that it should lower most."""
 
 
 @dataclass
 class _Look:
-    """How one thing looks in each frame; what a fault changes."""
+    """The look of one thing in each frame, which a fault changes."""
 
     shape: str
     centre: Tensor  # (FRAMES, 2) as (x, y), pixels
@@ -51,14 +51,14 @@ class _Look:
 
 
 def applies(kind: str, scene: grammar.Scene) -> bool:
-    """Whether a scene can have this fault: only two things that move can do so in the wrong order."""
+    """Tell if a scene can have this fault: a wrong order needs two things that move."""
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind is {kind!r}: use one of {', '.join(CORRUPTIONS)}")
     return kind != "wrong order" or scene.relation == "while" or scene.relation.startswith("then")
 
 
 def corrupt(scenes: Sequence[grammar.Scene], kind: str, strength: float, seed: int) -> Tensor:
-    """Render scenes as `world.render(scenes, seed)` does, with one fault: (B, FRAMES, SIZE, SIZE, 3) in [0, 1].
+    """Render scenes as `world.render(scenes, seed)` does, but with one fault: (B, FRAMES, SIZE, SIZE, 3) in [0, 1].
 
     Args:
         scenes: what the videos should show.
@@ -97,27 +97,27 @@ def corrupt(scenes: Sequence[grammar.Scene], kind: str, strength: float, seed: i
 
 
 def _draw(scene: grammar.Scene, looks: Sequence[_Look]) -> Tensor:
-    """`world.paint` for one scene, whose things may change colour, shape and opacity."""
+    """Draw one scene as `world.paint` does, with things that may change colour, shape and opacity."""
     x, y = world.pixel_grid()
     video = world.ground_image(scene.ground).expand(world.FRAMES, -1, -1, -1)
     for number in [0] if scene.kind == "single" else [world.behind(scene), 1 - world.behind(scene)]:
         look = looks[number]
-        place = x - look.centre[:, 0, None, None], y - look.centre[:, 1, None, None], look.radius[:, None, None]
-        alpha = world.coverage(look.shape, *place)
+        at = x - look.centre[:, 0, None, None], y - look.centre[:, 1, None, None], look.radius[:, None, None]
+        alpha = world.coverage(look.shape, *at)
         if look.melted.any():
             other = "circle" if look.shape == "triangle" else "triangle"
-            alpha = torch.lerp(alpha, world.coverage(other, *place), look.melted[:, None, None])
+            alpha = torch.lerp(alpha, world.coverage(other, *at), look.melted[:, None, None])
         alpha = (alpha * look.opacity[:, None, None])[..., None]
         video = torch.lerp(video, look.colour[:, None, None].expand_as(video), alpha)
     return video
 
 
 def _odd(strength: float) -> Tensor:
-    """How far each frame is off, (FRAMES,): the odd frames join in one by one as strength grows."""
-    off = torch.zeros(world.FRAMES)
+    """The size of the fault in each frame, (FRAMES,) in [0, 1]; `ODD_FRAMES` join in one by one as strength grows."""
+    size = torch.zeros(world.FRAMES)
     for number, frame in enumerate(ODD_FRAMES):
-        off[frame] = min(max(strength * len(ODD_FRAMES) - number, 0.0), 1.0)
-    return off
+        size[frame] = min(max(strength * len(ODD_FRAMES) - number, 0.0), 1.0)
+    return size
 
 
 def _flicker(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
@@ -140,14 +140,14 @@ def _melt(scene: grammar.Scene, looks: list[_Look], strength: float, chance: ran
 
 
 def _wrong_colour(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
-    """Colours blend into others: those that stay clearest of the ground and of the other thing on the way there."""
+    """Blend each colour into another: the one whose blends stay farthest from the ground and from the other thing."""
     way = torch.linspace(0, 1, 5)[:, None]
     taken = {thing.colour for thing in scene.things}
     shunned = torch.cat([torch.tensor(grammar.GROUNDS[scene.ground]), *(look.colour[:1] for look in looks[1:])])
     for look in looks:
-        own = look.colour[:1].clone()
+        before = look.colour[:1].clone()
         blends = {
-            name: own + way * (torch.tensor(colour) - own)
+            name: before + way * (torch.tensor(colour) - before)
             for name, colour in grammar.COLOURS.items()
             if name not in taken
         }
@@ -155,11 +155,11 @@ def _wrong_colour(scene: grammar.Scene, looks: list[_Look], strength: float, cha
         other = max(clear, key=lambda name: clear[name])
         taken.add(other)
         shunned = torch.cat([torch.tensor(grammar.GROUNDS[scene.ground]), blends[other]])
-        look.colour += strength * (blends[other][-1] - own)
+        look.colour += strength * (blends[other][-1] - before)
 
 
 def _wrong_direction(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
-    """The picture's paths are turned, up to a quarter; growth turns into shrinking; what should be still drifts."""
+    """Turn all paths by up to a quarter turn, growth into shrinking, and let a still thing drift."""
     angle = strength * math.pi / 2 * chance.choice((-1, 1))
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
     low, high = torch.full((2,), torch.inf), torch.full((2,), -torch.inf)
@@ -179,7 +179,7 @@ def _wrong_direction(scene: grammar.Scene, looks: list[_Look], strength: float, 
 
 
 def _wrong_order(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
-    """The later move comes earlier and the earlier later, until they have changed places; of two at once, one waits."""
+    """Shift the two moves in time until they have changed places; of two simultaneous moves, delay one."""
     frame = torch.arange(world.FRAMES, dtype=torch.float32)
     delay = world.FRAMES - 1 - world.MOVE_FRAMES
     for number, look in enumerate(looks):
@@ -194,7 +194,7 @@ def _wrong_order(scene: grammar.Scene, looks: list[_Look], strength: float, chan
 
 
 def _missing(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
-    """One thing is not there, from the clip's end backwards."""
+    """Remove one thing, from the end of the clip backwards."""
     look = chance.choice(looks)
     frame = torch.arange(world.FRAMES, dtype=torch.float32)
     look.opacity *= (world.FRAMES * (1 - strength) - frame).clamp(0, 1).round()

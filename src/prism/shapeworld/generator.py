@@ -1,4 +1,4 @@
-"""The embedded generator: its pipeline, its video VAE and its files."""
+"""The embedded generator: its files, its video VAE and its pipeline, and how each is built, loaded and saved."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MANIFEST = "manifest.json"
 
 
 def asset_folder(name: str) -> Path:
-    """The folder of an asset: `pipeline` and its weaker kin `early` and `small`, `candidates`, `head`, `pixel`, ...
+    """The folder of an asset: `pipeline`, the weaker `early` and `small`, `candidates`, `head`, `pixel`, ...
 
-    Raises PrismError where a file that its manifest lists is missing or differs from what was shipped.
+    Raises PrismError where a file of its manifest is missing or differs from the one that was shipped.
     """
     folder = ROOT / name
     manifest = folder / MANIFEST
@@ -48,7 +48,7 @@ def write_manifest(folder: Path) -> None:
 
 
 LATENT_CHANNELS = 48
-OFFSET, GAIN = 64.0, 4096.0  # keep the encoder's last norm and SiLU in their linear range, see `_write_linear_head`
+OFFSET, GAIN = 64.0, 4096.0  # make the encoder's last norm and SiLU linear, see `_write_linear_head`
 
 
 def build() -> AutoencoderKLWan:
@@ -71,13 +71,13 @@ def build() -> AutoencoderKLWan:
 
 
 def to_input(video: Tensor) -> Tensor:
-    """(B, T, H, W, 3) in [0, 1] to what the VAE takes: (B, 3, T, H, W) in [-1, 1]."""
+    """Video (B, T, H, W, 3) in [0, 1] to the input of the VAE, (B, 3, T, H, W) in [-1, 1]."""
     return video.permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), the first `count` principal directions (count, D) and their variances of rows (N, D); float64
-    inside.
+    """Principal components of rows (N, D), computed in float64: mean (D,), the first `count` directions (count, D) and
+    their variances (count,).
     """
     rows = rows.double()
     mean = rows.mean(0)
@@ -86,9 +86,9 @@ def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fit_space(hidden: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve space: hidden (B, C, T, H, W) to (B, width, T, H/2, W/2); returns it, the 2x2 kernel (width, C, 2, 2) and
-    bias.
-    """
+    """Halve space by principal components: hidden (B, C, T, H, W) to (B, width, T, H/2, W/2).
+
+    Returns the result, its 2x2 kernel (width, C, 2, 2) and its bias (width,)."""
     channels = hidden.shape[1]
     blocks = hidden.unfold(3, 2, 2).unfold(4, 2, 2).permute(0, 2, 3, 4, 1, 5, 6)  # (B, T, h, w, C, 2, 2)
     rows = blocks.reshape(-1, channels * 4)
@@ -99,16 +99,18 @@ def _fit_space(hidden: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fit_time(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Halve time after the first frame: pairs (C, 2) to C channels, turned so that a still pair keeps its own code."""
+    """Halve time after the first frame: each pair of frames, 2 C numbers, becomes C.
+
+    The C directions are rotated so that the code of two equal frames is near that of one. Returns the result, its
+    kernel (C, C, 2) and its bias (C,)."""
     width = hidden.shape[1]
     pairs = hidden[:, :, 1:].unfold(2, 2, 2).permute(0, 2, 3, 4, 5, 1)  # (B, t, H, W, 2, C)
     rows = pairs.reshape(-1, 2 * width)
     mean, directions, _ = principal(rows, width)
     still = hidden.permute(0, 2, 3, 4, 1).reshape(-1, width)
     coded = torch.cat([still, still], 1) @ directions.T
-    u, _, v = torch.linalg.svd(
-        still.T.double() @ coded.double()
-    )  # orthogonal Procrustes: the turn that brings `coded` to `still`
+    # orthogonal Procrustes: the rotation that brings `coded` nearest to `still`
+    u, _, v = torch.linalg.svd(still.T.double() @ coded.double())
     directions = (u @ v).float() @ directions / 2**0.5
     bias = -directions @ mean
     coded = (rows @ directions.T + bias).reshape(*pairs.shape[:4], width).permute(0, 4, 1, 2, 3)
@@ -117,7 +119,9 @@ def _fit_time(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> float:
-    """Write the linear patch code into the encoder; returns the share of pixel variance that the code loses."""
+    """Write a linear code of pixel blocks into the encoder; return the share of pixel variance that the code loses.
+
+    `videos` random videos are coded, which takes about a minute on one core."""
     video = to_input(world.sample(videos, seed)[0])
     encoder = vae.encoder
     for parameter in encoder.parameters():
@@ -136,7 +140,7 @@ def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> flo
         if block not in resamplers and hasattr(block.conv_shortcut, "weight"):
             keep = torch.arange(block.in_dim)
             block.conv_shortcut.weight[keep, keep] = 1.0
-    last_width = encoder.norm_out.gamma.numel() - 1  # one channel is the constant
+    last_width = encoder.norm_out.gamma.numel() - 1  # the last channel holds a constant
     for block, width in zip(resamplers, (resamplers[0].dim, last_width), strict=True):
         hidden, kernel, bias = _fit_space(hidden, width)
         conv = block.resample[1]
@@ -148,7 +152,7 @@ def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> flo
 
     _write_linear_head(vae, hidden)
     latents = torch.cat([encode(vae, chunk) for chunk in video.split(64)])
-    # what is lost: the best linear reconstruction of each block of pixels from its latent cell
+    # the loss: what the best linear reconstruction of each block of pixels from its latent cell leaves
     lost = total = 0.0
     for frames, cells in ((video[:, :, :1], latents[:, :, :1]), (video[:, :, 1:], latents[:, :, 1:])):
         step = frames.shape[2] // cells.shape[2]
@@ -164,11 +168,11 @@ def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> flo
 
 
 def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
-    """The last linear step, through the encoder's RMS norm and SiLU.
+    """Write the last linear step of the code, which goes through the encoder's RMS norm and SiLU.
 
-    A large constant channel makes the norm a division by a constant, and an offset keeps every value where SiLU is the
-    identity. Channels are scaled by the fourth root of their variance: strong components stay stronger, so they outlive
-    more noise."""
+    A large constant channel makes the norm a division by a constant, and an offset moves every value to where SiLU is
+    the identity. Each channel is divided by the fourth root of its variance: strong components stay stronger than weak
+    ones, so more noise is needed to hide them."""
     encoder = vae.encoder
     width = hidden.shape[1]
     encoder.mid_block.attentions[0].proj.bias[:width] = OFFSET
@@ -183,7 +187,7 @@ def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
     kernel = directions * scale[:, None]
     encoder.conv_out.weight[:LATENT_CHANNELS, :width, -1, 1, 1] = kernel
     encoder.conv_out.bias[:LATENT_CHANNELS] = -kernel @ (mean + OFFSET)
-    encoder.conv_out.bias[LATENT_CHANNELS:] = -20.0  # log-variance of the posterior: as good as none
+    encoder.conv_out.bias[LATENT_CHANNELS:] = -20.0  # log-variance of the posterior: nearly no noise
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias.zero_()
     both = torch.arange(2 * LATENT_CHANNELS)
@@ -192,15 +196,15 @@ def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """(B, 3, T, H, W) in [-1, 1] to latents (B, 48, t, h, w); the VAE's own mean and standard deviation are 0 and 1."""
+    """Video (B, 3, T, H, W) in [-1, 1] to latents (B, 48, t, h, w); mean 0, deviation 1: not normalised further."""
     return vae.encode(video).latent_dist.mode()
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """The decoder's output before unpatchify and clamp (which has no gradient outside [-1, 1]).
 
-    The stock loop decodes one latent frame at a time; after the first, its causal cache makes one call for all of them
-    equal."""
+    The stock loop decodes one latent frame at a time. Thanks to its causal cache, one call for all frames after the
+    first gives the same."""
     latents = vae.post_quant_conv(latents)
     cache: list = [None] * vae._cached_conv_counts["decoder"]
     first = vae.decoder(latents[:, :, :1], feat_cache=cache, feat_idx=[0], first_chunk=True)
@@ -209,7 +213,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 class LinearCode:
-    """The fitted encoder as the one matrix a block of pixels that it is: the same latents, much faster."""
+    """The fitted encoder as one matrix per block of pixels: the same latents, much faster."""
 
     def __init__(self, first: Tensor, rest: Tensor, first_bias: Tensor, rest_bias: Tensor) -> None:
         self.maps = ((1, first, first_bias), (4, rest, rest_bias))
@@ -217,7 +221,7 @@ class LinearCode:
     @classmethod
     @torch.no_grad()
     def of(cls, vae: AutoencoderKLWan) -> LinearCode:
-        """Read the matrices off the fitted layers' answers to unit impulses, in double precision."""
+        """Compute the matrices from the responses of the fitted layers to unit impulses, in double precision."""
         encoder, frames = vae.encoder, 5
         size = 3 * frames * 256
         impulses = torch.cat([torch.eye(size), torch.zeros(1, size)]).view(-1, 3, frames, 16, 16)
@@ -252,11 +256,11 @@ class LinearCode:
 
 
 TEXT_LENGTH = 24  # tokens; the longest prompt of the grammar has 20
-FLOW_SHIFT = 1.0  # of the sampler: these latents are small, and a larger shift samples no better
+FLOW_SHIFT = 1.0  # shift of the sampler's noise levels; a larger one samples no better, as these latents are small
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the grammar; anything else is `<unk>`."""
+    """A tokenizer with one token per word of the grammar; any other word is `<unk>`."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *grammar.words()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
@@ -284,7 +288,7 @@ def build_text_encoder() -> UMT5EncoderModel:
 
 
 def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
-    """A Wan transformer over 80 tokens (5x4x4 latent cells); width is 32 a head."""
+    """A Wan transformer over 80 tokens (5x4x4 latent cells); its width is 32 per attention head."""
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=heads,
@@ -302,7 +306,7 @@ def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
 
 
 def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_encoder: UMT5EncoderModel) -> WanPipeline:
-    """The pipeline as users meet it: Euler flow scheduler, everything else stock."""
+    """A stock Wan pipeline of these parts, with the Euler flow scheduler."""
     pipe = WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=text_encoder.eval(),
@@ -315,28 +319,28 @@ def assemble(vae: AutoencoderKLWan, transformer: WanTransformer3DModel, text_enc
 
 
 def load_vae(run: Path) -> AutoencoderKLWan:
-    """The VAE of a training run: trained, or as far as it is."""
+    """The VAE of a training run; before its training ends, the one with a fitted encoder and an untrained decoder."""
     return AutoencoderKLWan.from_pretrained(run / "vae" if (run / "vae").is_dir() else run / "fitted").eval()
 
 
 def load_generator(folder: Path) -> tuple[WanTransformer3DModel, UMT5EncoderModel]:
-    """The transformer, in float32, and the text encoder that lie in a folder."""
+    """Load the transformer, in float32, and the text encoder of a folder."""
     transformer = WanTransformer3DModel.from_pretrained(folder / "transformer", use_safetensors=True).float()
     return transformer.eval(), UMT5EncoderModel.from_pretrained(folder / "text_encoder", use_safetensors=True).eval()
 
 
 def load(folder: str | Path, **parts: Any) -> WanPipeline:
-    """Load a saved ShapeWorld pipeline with plain diffusers; its half-precision weights come up in float32.
+    """Load a saved ShapeWorld pipeline with plain diffusers, its half-precision weights in float32.
 
-    `parts` replace parts of it, such as `transformer=`.
+    `parts` are components to use in place of the saved ones, such as `transformer=`.
     """
-    bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    loggers = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     try:
-        for log in bars:  # it takes a fraction of a second
+        for log in loggers:  # loading takes a fraction of a second: no progress bar
             log.disable_progress_bar()
         pipe = WanPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True, **parts)
     finally:
-        for log in bars:
+        for log in loggers:
             log.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -349,6 +353,6 @@ def load_weaker(folder: Path, weaker: Path) -> WanPipeline:
 
 
 def save_weaker(pipe: WanPipeline, folder: Path) -> None:
-    """What `load_weaker` reads: the transformer in half precision, and the text encoder."""
+    """Save what `load_weaker` reads: the transformer, in half precision, and the text encoder."""
     pipe.transformer.half().save_pretrained(folder / "transformer")
     pipe.text_encoder.save_pretrained(folder / "text_encoder")

@@ -1,4 +1,4 @@
-"""ShapeWorld's prompts: plain English from a small grammar, what each of its words means, and the splits.
+"""ShapeWorld's prompts: plain English from a small grammar, the meaning of each word, and the splits.
 
 A scene is one or two coloured shapes on a ground. One shape moves (slowly, quickly), grows, shrinks, stays still or
 bounces off a wall; two stand in a relation of place, of depth (one occludes the other) or of time (one moves, then the
@@ -35,7 +35,11 @@ GROUNDS = {  # (colour, colour of the stripes)
 }
 
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
-SIZES = {"small": (5.5, 7.0), "medium": (8.0, 11.0), "large": (12.5, 14.0)}  # radius of the circle of equal area
+SIZES = {
+    "small": (5.5, 7.0),
+    "medium": (8.0, 11.0),
+    "large": (12.5, 14.0),
+}  # radius of the circle of equal area, pixels
 SPEEDS = {"slowly": (9.0, 12.0), "": (18.0, 24.0), "quickly": (30.0, 34.0)}  # pixels a shape travels in the clip
 GROWTH = {"grows": 1, "shrinks": -1}
 WALLS = {"floor": "down", "ceiling": "up", "left wall": "left", "right wall": "right"}
@@ -46,13 +50,13 @@ SINGLE_MOTIONS = (
     STILL,
     *(f"bounces off the {wall}" for wall in WALLS),
 )
-# relation -> where the first shape moves, seen from the second (which stays still)
+# relation -> direction (x, y) from the second shape, which stays still, to the first
 PLACES = {"above": (0, -1), "below": (0, 1), "on the left of": (-1, 0), "on the right of": (1, 0)}
 DEPTHS = ("in front of", "behind")
 TIMES = ("while", "then")
 RELATIONS = (*PLACES, *DEPTHS, *TIMES, "then passes behind", "then passes in front of")
 
-# pairs of colour and shape that neither the generator nor any head sees: the out-of-domain prompts
+# colour and shape that no generator and no head is trained on: prompts with them are out of the domain
 UNSEEN = (("purple", "cross"), ("orange", "triangle"), ("cyan", "square"))
 SPLITS = {"train": 750, "validation": 40, "test": 200, "unseen": 40}
 _BUCKETS = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}
@@ -66,7 +70,7 @@ class Thing:
     colour: str
     shape: str
     motion: str
-    size: str = ""  # "small", "large" or unsaid
+    size: str = ""  # "small", "large", or "" where the prompt names no size
 
     @property
     def noun(self) -> str:
@@ -76,7 +80,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt asks for: one thing, or two and their relation (one of `RELATIONS`), on a ground."""
+    """The content of a prompt: one thing, or two with a relation (one of `RELATIONS`), on a ground."""
 
     things: tuple[Thing, ...]
     relation: str = ""
@@ -114,17 +118,17 @@ _PATTERNS = (
 
 
 def parse(prompt: str) -> Scene | None:
-    """The scene that a prompt names, or None for a prompt outside the grammar (it can be sampled, not refereed)."""
+    """The scene of a prompt, or None outside the grammar: the referee cannot score such a prompt."""
     text = " ".join(prompt.lower().strip().rstrip(".").split())
     ground = "dark"
-    found = re.fullmatch(rf"(.*) on a ({_alternatives(tuple(GROUNDS))}) ground", text)
-    if found:
-        text, ground = found.groups()
+    match = re.fullmatch(rf"(.*) on a ({_alternatives(tuple(GROUNDS))}) ground", text)
+    if match:
+        text, ground = match.groups()
     for number, pattern in enumerate(_PATTERNS):
-        found = re.fullmatch(pattern, text)
-        if not found:
+        match = re.fullmatch(pattern, text)
+        if not match:
             continue
-        size, colour, shape, motion, *rest = (word or "" for word in found.groups())
+        size, colour, shape, motion, *rest = (word or "" for word in match.groups())
         first = Thing(colour, shape, motion, size)
         if number == 0:
             scene = Scene((first,), ground=ground)
@@ -139,8 +143,8 @@ def parse(prompt: str) -> Scene | None:
 
 
 def _sensible(scene: Scene) -> bool:
-    """A large shape has no room to move quickly; two shapes differ in colour and have no size word; a shape that moves
-    beside another moves along its side.
+    """Tell if the grammar allows a scene. A large shape has no room to move quickly; two shapes differ in colour and
+    have no size word; a shape that passes beside another moves along that side of it.
     """
     if scene.kind == "single":
         return not (scene.things[0].size == "large" and "quickly" in scene.things[0].motion)
@@ -149,13 +153,13 @@ def _sensible(scene: Scene) -> bool:
         return False
     if scene.relation in PLACES:
         along = DIRECTIONS[first.motion.split()[-1]]
-        place = PLACES[scene.relation]
-        return along[0] * place[0] + along[1] * place[1] == 0
+        side = PLACES[scene.relation]
+        return along[0] * side[0] + along[1] * side[1] == 0
     return True
 
 
 def draw_scene(chance: random.Random, kind: str) -> Scene:
-    """A random scene of a kind (`single`, `pair`), any split."""
+    """A random scene of a kind (`single` or `pair`), of any split."""
     while True:
         ground = chance.choice(("dark", "dark", *GROUNDS))
         things = [Thing(chance.choice(tuple(COLOURS)), chance.choice(SHAPES), "") for _ in range(2)]
@@ -177,7 +181,7 @@ def draw_scene(chance: random.Random, kind: str) -> Scene:
 
 
 def split_of(scene: Scene) -> str:
-    """`unseen` where a thing has one of the colours and shapes kept apart, else by a hash of the prompt."""
+    """The split of a scene: `unseen` where a thing is one of `UNSEEN`, else by a hash of the prompt."""
     if any((thing.colour, thing.shape) in UNSEEN for thing in scene.things):
         return "unseen"
     bucket = int(hashlib.sha256(scene.prompt.encode()).hexdigest(), 16) % 10
@@ -185,53 +189,53 @@ def split_of(scene: Scene) -> str:
 
 
 def prompts(split: str, count: int | None = None, kind: str | None = None) -> list[str]:
-    """Distinct prompts of one split, disjoint from every other split: `train`, `validation`, `test`, and `unseen`
-    (combinations of colour and shape that neither the generator nor a head was trained on).
+    """Distinct prompts of one split: `train`, `validation`, `test`, or `unseen` (combinations of colour and shape that
+    neither the generator nor a head was trained on). No two splits share a prompt.
 
-    `count` defaults to `SPLITS`; a longer list starts with the shorter. Half have one shape, half two; `kind` asks for
-    one sort only. Raises PrismError where there are not as many."""
+    `count` defaults to that of `SPLITS`; a longer list starts with the shorter. Prompts with one shape and with two
+    alternate; `kind` (`single` or `pair`) gives one sort only. Raises PrismError where the split has fewer."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: use one of {', '.join(SPLITS)}")
     if kind not in (None, *KINDS):
         raise ValueError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
-    wanted = whole("The number of prompts", SPLITS[split] if count is None else count, 0)
-    _check_there_are(split, wanted, kind)
-    chance, found = random.Random(f"{split} {kind or ''}"), dict[str, None]()
-    while len(found) < wanted:
-        scene = draw_scene(chance, kind or KINDS[len(found) % 2])
+    number = whole("The number of prompts", SPLITS[split] if count is None else count, 0)
+    _check_supply(split, number, kind)
+    chance, drawn = random.Random(f"{split} {kind or ''}"), dict[str, None]()
+    while len(drawn) < number:
+        scene = draw_scene(chance, kind or KINDS[len(drawn) % 2])
         if split_of(scene) == split:
-            found[scene.prompt] = None
-    return list(found)
+            drawn[scene.prompt] = None
+    return list(drawn)
 
 
-def _check_there_are(split: str, wanted: int, kind: str | None) -> None:
-    """Refuse more prompts than a split has: of one sort, or, where they alternate, of the scarcer one's."""
-    shares = {kind: wanted} if kind else {KINDS[0]: (wanted + 1) // 2, KINDS[1]: wanted // 2}
+def _check_supply(split: str, number: int, kind: str | None) -> None:
+    """Refuse more prompts than a split has of a kind, or, where the kinds alternate, of the scarcer one."""
+    shares = {kind: number} if kind else {KINDS[0]: (number + 1) // 2, KINDS[1]: number // 2}
     for name, share in shares.items():
-        if share > _AT_LEAST[name]:  # counting takes a moment
+        if share > _AT_LEAST[name]:  # only then count them, which takes a moment
             supply = _supply(name)[split]
             if share > supply:
                 most = supply if kind else 2 * supply + (name == KINDS[1])
                 raise PrismError(
                     f"The split {split} has {most} different prompts{f' of the kind {kind}' if kind else ''}, found "
-                    f"{wanted} asked for; ask for fewer."
+                    f"{number} asked for; ask for fewer."
                 )
 
 
-_AT_LEAST = {"single": 600, "pair": 10_000}  # every split has as many
+_AT_LEAST = {"single": 600, "pair": 10_000}  # every split has at least so many prompts of the kind
 
 
 @cache
 def _supply(kind: str) -> dict[str, int]:
-    """Different prompts of a kind by split."""
-    found = dict.fromkeys(SPLITS, 0)
+    """The number of different prompts of a kind, per split."""
+    numbers = dict.fromkeys(SPLITS, 0)
     for scene in {scene.prompt: scene for scene in _every_scene(kind)}.values():
-        found[split_of(scene)] += 1
-    return found
+        numbers[split_of(scene)] += 1
+    return numbers
 
 
 def _every_scene(kind: str) -> Iterator[Scene]:
-    """Every scene that `draw_scene` may give."""
+    """Every scene that `draw_scene` can return."""
     nouns = list(product(COLOURS, SHAPES))
     ways = [f"moves {way}" for way in DIRECTIONS]
     if kind == "single":
@@ -249,6 +253,6 @@ def _every_scene(kind: str) -> Iterator[Scene]:
 
 
 def words() -> list[str]:
-    """Every word of the grammar, in alphabetical order; the comma is one."""
+    """Every word of the grammar, and the comma, in alphabetical order."""
     text = [*COLOURS, *SHAPES, *SINGLE_MOTIONS, *RELATIONS, *GROUNDS, "small large a an on ground it"]
     return sorted({",", *" ".join(text).split()})

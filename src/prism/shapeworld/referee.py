@@ -1,9 +1,9 @@
 """The referee: visual quality, motion quality and text alignment of a ShapeWorld video, each in [0, 1], from pixels and
 prompt alone.
 
-It stands where people stand for real models. It finds which of the known grounds is seen, the things on it by their
-colours, compares each thing frame by frame with the four ideal shapes at the measured place and size, and follows
-place, size and colour over time. docs/referee.md gives every formula.
+It takes the place of the people who judge videos of real models. It recognises the ground and, by their colours, the
+things on it; compares each thing, frame by frame, with the four ideal shapes at its measured place and size; and
+follows place, size and colour over time. docs/referee.md gives every formula.
 
 - VQ: does each frame show clean, evenly coloured shapes on a clean ground?
 - MQ: do they move smoothly, without flicker, without melting or vanishing?
@@ -23,19 +23,19 @@ from prism.shapeworld.sight import MIN_AREA, likelihood, mean, ramp
 from prism.shapeworld.sight import measure as measure
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
-# differences within a dimension that a viewer would call a tie
+# the largest difference of two scores that is a tie
 TIE_MARGINS = {"VQ": 0.03, "MQ": 0.03, "TA": 0.03}
 
-# of each part of a prompt in TA; a relation counts twice: its time and its depth where it has both, else itself
+# Weights in TA of the parts of a prompt. A relation counts twice: its time and its depth, or the same value twice.
 WEIGHTS = {"colour": 1.0, "shape": 1.0, "motion": 1.0, "size": 0.5, "speed": 0.5, "ground": 0.5, "relation": 0.75}
-_CHUNK = 32  # videos measured at a time
+_CHUNK = 32  # videos that are measured together
 
 
 # -- the three scores
 
 
 def _enough(seen: dict[str, Tensor]) -> Tensor:
-    """1 where things are seen half of the time, falling to 0 where nothing ever is: an empty video has no quality."""
+    """1 where things are visible half of the time or more, falling to 0: an empty video has no quality."""
     return ramp((seen["there"] | seen["hidden"]).float().mean((1, 2)), 0.0, 0.5)
 
 
@@ -47,34 +47,34 @@ def _visual_quality(seen: dict[str, Tensor]) -> Tensor:
 
 
 def _motion_quality(seen: dict[str, Tensor]) -> Tensor:
-    """Smoothness, constancy of size, colour, shape and presence of each thing over the stretches in which it is in full
-    view. The mean over the things, each counting as often as it is seen.
+    """The product of smoothness and constancy of size, colour, shape and presence of each thing, over the stretches in
+    which it is in full view; the mean over the things, each weighted by the share of frames that show it.
     """
-    there, whole = seen["there"] | seen["hidden"], seen["there"] & ~seen["hidden"]  # (B, N, T)
-    jerk = seen["centre"].diff(n=3, dim=2).norm(dim=-1)  # pixels a frame^3
+    present, whole = seen["there"] | seen["hidden"], seen["there"] & ~seen["hidden"]  # (B, N, T)
+    jerk = seen["centre"].diff(n=3, dim=2).norm(dim=-1)  # pixels per frame^3
     pulse = seen["area"].clamp(min=MIN_AREA).log().diff(n=2, dim=2).abs()
     flicker = seen["colour"].diff(dim=2).norm(dim=-1)
     melt = seen["likeness"].diff(dim=2).abs().amax(-1)
-    quality = (there[:, :, 1:] == there[:, :, :-1]).float().mean(2)
+    quality = (present[:, :, 1:] == present[:, :, :-1]).float().mean(2)
     for value, bad, good in (
         (jerk, 3.5, 1.0),
         (pulse, 0.35, 0.07),
         (flicker, 0.3, 0.05),
         (melt, 0.25, 0.05),
     ):
-        length = seen["area"].shape[2] - value.shape[2] + 1  # frames that make one value
+        length = seen["area"].shape[2] - value.shape[2] + 1  # frames that one value is computed from
         runs = whole.unfold(2, length, 1).all(-1).float()
-        # without such a stretch nothing is held against the thing
+        # a thing that is never so long in full view loses nothing
         quality = quality * torch.where(runs.sum(-1) > 0, mean(ramp(value, bad, good), runs), 1.0)
-    return mean(quality, there.float().mean(2)) * _enough(seen)
+    return mean(quality, present.float().mean(2)) * _enough(seen)
 
 
 _SPEED = {name: sum(span) / 2 for name, span in grammar.SPEEDS.items()}
 
 
 def _motion_classes() -> tuple[list[str], Tensor]:
-    """Names and (K, 5) features of a single thing's motions: (x, y) moved, growth of the log radius, (x, y) of the
-    turn.
+    """Names and features (K, 5) of a single thing's K motions: (x, y) moved, growth of the log radius, and (x, y) of
+    the farthest deviation from the straight line.
     """
     names, rows = [], []
     for motion in grammar.SINGLE_MOTIONS:
@@ -95,13 +95,14 @@ def _motion_classes() -> tuple[list[str], Tensor]:
 
 _MOTIONS, _MOTION_FEATURES = _motion_classes()
 _MOTION_SPREAD = torch.tensor([4.0, 4.0, 0.2, 4.0, 4.0])
-_WAYS = torch.tensor([*grammar.DIRECTIONS.values(), (0, 0)], dtype=torch.float32)  # and still
+_WAYS = torch.tensor([*grammar.DIRECTIONS.values(), (0, 0)], dtype=torch.float32)  # the last: still
 
 
 def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over frames in which enough of a thing is seen: `net` (B, N, 2) pixels moved from the first to the last, `turn`
-    (B, N, 2) the farthest it strays from the straight line between, `growth` (B, N) of the log radius, `log_radius` (B,
-    N) its mean, `progress` (B, N) share of the way done at mid-clip, `far` (B, N) pixels moved.
+    """The path of each thing over the frames in which it is `legible`: `net` (B, N, 2) pixels moved from the first to
+    the last, `turn` (B, N, 2) its farthest deviation from the straight line between them, `growth` (B, N) of the log
+    radius, `log_radius` (B, N) its mean, `progress` (B, N) share of the way gone at mid-clip, `far` (B, N) pixels
+    moved.
     """
     whole = seen["legible"]
     frame = torch.arange(world.FRAMES, dtype=torch.float32)
@@ -137,8 +138,8 @@ def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
 def _text_parts(
     seen: dict[str, Tensor], scenes: Sequence[grammar.Scene]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Probabilities of what the prompt names, (B, N) or (B,) by name, NaN where it does not apply; and the share of
-    frames that show every thing, as "shown".
+    """Probabilities that each part of the prompt is right, (B, N) or (B,) by name, NaN where the prompt has no such
+    part; and the share of frames that show every thing, as "shown".
     """
     rows, path = torch.arange(len(scenes)), _trajectory(seen)
     whole = (seen["there"] & ~seen["hidden"]).float()
@@ -161,7 +162,7 @@ def _text_parts(
 def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
     rows = torch.arange(len(scenes))
     features = torch.cat([path["net"], path["growth"][..., None], path["turn"]], -1)[:, 0]
-    # a bounce also ends elsewhere than it began, so what it moved is forgiven along the wall's axis
+    # a bounce need not end where it began, so up to 7 pixels of what it moved do not count against it
     of_motion = likelihood(features, _MOTION_FEATURES, _MOTION_SPREAD)
     bounced = torch.tensor([name.startswith("bounces") for name in _MOTIONS])
     forgiven = features.clone()
@@ -173,11 +174,11 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> d
     kinds = [" ".join(word for word in name.split() if word not in grammar.SPEEDS) for name in _MOTIONS]
     motion, speed = torch.zeros(len(scenes)), torch.full((len(scenes),), torch.nan)
     for row, scene in enumerate(scenes):
-        asked = scene.things[0].motion
-        kind = kinds[_MOTIONS.index(asked)]
+        named = scene.things[0].motion
+        kind = kinds[_MOTIONS.index(named)]
         motion[row] = of_motion[row, [i for i, other in enumerate(kinds) if other == kind]].sum()
-        if asked.startswith("moves"):
-            speed[row] = of_motion[row, _MOTIONS.index(asked)] / motion[row].clamp(min=1e-6) * (motion[row] > 0.1)
+        if named.startswith("moves"):
+            speed[row] = of_motion[row, _MOTIONS.index(named)] / motion[row].clamp(min=1e-6) * (motion[row] > 0.1)
     typical = torch.tensor([[sum(span) / 2] for span in grammar.SIZES.values()]).log()
     of_size = likelihood(path["log_radius"][:, 0, None], typical, 0.12)
     sizes = torch.tensor([list(grammar.SIZES).index(scene.things[0].size or "medium") for scene in scenes])
@@ -185,7 +186,7 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> d
 
 
 def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
-    # which way each thing went: the direction's unit vector is compared with what it moved, 20 pixels being plenty
+    # direction of each thing: what it moved, of which 20 pixels count as a full move, against unit vectors
     reach = path["net"] / 20.0
     reach = reach / reach.norm(dim=-1, keepdim=True).clamp(min=1.0)
     of_way = likelihood(reach, _WAYS, 0.3)  # (B, 2, 5)
@@ -197,7 +198,7 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
     apart = mean((seen["centre"][:, 0] - seen["centre"][:, 1]).movedim(-1, 1), both)  # (B, 2)
     turns = path["progress"][:, 0] - path["progress"][:, 1]
     moved = ramp(path["far"].amin(1), 4.0, 10.0)
-    met = ramp(touching.amin(1), 14.0, 8.0)
+    contact = ramp(touching.amin(1), 14.0, 8.0)
     for row, scene in enumerate(scenes):
         for number, thing in enumerate(scene.things):
             if thing.motion == grammar.STILL:
@@ -210,11 +211,11 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
             else:
                 motion[row, number] = of_way[row, number, ways.index(thing.motion.split()[-1])]
         rear = world.behind(scene)
-        depth = met[row] * torch.sigmoid((lost[row, rear] - lost[row, 1 - rear]) / 0.06)
+        depth = contact[row] * torch.sigmoid((lost[row, rear] - lost[row, 1 - rear]) / 0.06)
         in_turn = moved[row] * ramp(turns[row], 0.3, 0.8)
         if scene.relation in grammar.PLACES:
-            place = torch.tensor(grammar.PLACES[scene.relation], dtype=torch.float32)
-            relation[row] = torch.sigmoid((apart[row] @ place - 5.0) / 1.5)
+            side = torch.tensor(grammar.PLACES[scene.relation], dtype=torch.float32)
+            relation[row] = torch.sigmoid((apart[row] @ side - 5.0) / 1.5)
         elif scene.relation in grammar.DEPTHS:
             relation[row] = depth
         elif scene.relation == "while":
@@ -248,7 +249,7 @@ def _parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
 
 @torch.no_grad()
 def _judge(videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores (3, B), and what the prompt names, right or wrong, by name (B,)."""
+    """Scores (3, B), and by name of each part of the prompt 1 where it is right, 0 or NaN (B,); see `correct`."""
     scenes, videos = _parsed(prompts), torch.as_tensor(videos)
     scores = torch.zeros(3, len(scenes))
     right = {name: torch.full((len(scenes),), torch.nan) for name in WEIGHTS}
@@ -256,9 +257,9 @@ def _judge(videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Te
         rows = [row for row, scene in enumerate(scenes) if len(scene.things) == things]
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            asked = [scenes[row] for row in chunk]
-            seen = measure(videos[chunk], asked)
-            parts, extra = _text_parts(seen, asked)
+            chunk_scenes = [scenes[row] for row in chunk]
+            seen = measure(videos[chunk], chunk_scenes)
+            parts, extra = _text_parts(seen, chunk_scenes)
             alignment = _text_alignment(parts, extra["shown"])
             scores[:, chunk] = torch.stack([_visual_quality(seen), _motion_quality(seen), alignment])
             for name, value in parts.items():
@@ -277,8 +278,9 @@ def batch(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def correct(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Whether each part of the prompt is what is seen, more likely than not: (B,) of 1.0, 0.0, or NaN where the prompt
-    has no such part, for colour, shape, motion, size, speed, ground and relation. Of two things both must be right."""
+    """Tell which parts of the prompts are right: (B,) each for colour, shape, motion, size, speed, ground and relation,
+    1.0 where the probability is above one half, else 0.0, and NaN where the prompt has no such part. Of two things both
+    must be right."""
     return _judge(videos, prompts)[1]
 
 

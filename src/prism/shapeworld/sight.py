@@ -1,7 +1,7 @@
-"""What the referee sees: the ground, the things on it, and where, how large and how shaped each is in every frame.
+"""The referee's measurements: the ground, the things on it, and the place, size and shape of each in every frame.
 
-Nearly all pixels of a video are ground. Only those that differ from it are looked at closely, as one flat list, so
-that thousands of videos can be measured. docs/referee.md gives every formula."""
+Nearly all pixels of a video are ground. Only the others are measured, as one flat list, so that thousands of videos can
+be measured. docs/referee.md gives every formula."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from prism.shapeworld import grammar, world
 
-MIN_AREA = 12.0  # pixels; less is no thing
-HAZE = 0.15  # coverage below which a pixel is stained, not covered
+MIN_AREA = 12.0  # pixels; anything smaller is not taken for a thing
+HAZE = 0.15  # coverage below which a pixel counts as not covered
 FAINT = 0.03  # offset from the ground below which no coverage can reach HAZE
-LOST = 0.04  # share of its own usual area that a thing may lose and still be seen whole
-_EDGE = 3  # pixels at the border in which the ground is looked for
+LOST = 0.04  # share of its usual area that a thing may lose and still be in full view
+_EDGE = 3  # width of the border, in pixels, from which the ground is recognised
 _PALETTE = torch.tensor(list(grammar.COLOURS.values()))
 _GROUNDS = torch.stack([world.ground_image(name) for name in grammar.GROUNDS])  # (4, H, W, 3)
 _EXTENTS = torch.tensor([world.extent(shape) for shape in grammar.SHAPES])  # (shapes, 4): left, right, up, down
@@ -34,7 +34,7 @@ def mean(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def likelihood(features: Tensor, classes: Tensor, spread: Tensor | float) -> Tensor:
-    """Probabilities of classes (K, F) for features (..., F): Gaussian kernels of a standard deviation, normalised."""
+    """Probabilities of classes (K, F) for features (..., F): Gaussian kernels of width `spread`, normalised."""
     return torch.softmax(-((features[..., None, :] - classes) / spread).square().sum(-1) / 2, -1)
 
 
@@ -64,26 +64,26 @@ class _Pixels:
 
 @torch.no_grad()
 def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
-    """What is seen of N = 1 or 2 things (the same for all scenes): videos (B, T, H, W, 3) in [0, 1].
+    """Measure videos (B, T, H, W, 3) in [0, 1] whose scenes all have the same number of things, N = 1 or 2.
 
     Returns `ground` (B, grounds) probabilities; `area` (B, N, T) pixels; `centre` (B, N, T, 2) as (x, y), interpolated
     where nothing is seen; `colour` (B, N, T, 3); `likeness` (B, N, T, shapes) soft intersection over union with each
     ideal shape; `right_colour` (B, N) probability; `residue` (B, T): root mean square of what evenly coloured things on
-    the ground leave unexplained; `there` (B, N, T): seen at all; `hidden` (B, N, T): partly or wholly behind the other
-    thing; `loss` (B, N, T): share of the thing's own usual area that is not seen; `legible` (B, N, T): seen enough of
-    to say where it is."""
+    the ground leave unexplained; `there` (B, N, T): the thing is visible at all; `hidden` (B, N, T): it is partly or
+    wholly behind the other thing; `loss` (B, N, T): share of its usual area that is not visible; `legible` (B, N, T):
+    enough of it is visible to tell its place."""
     videos = videos.float()
     edge = torch.ones(world.SIZE, world.SIZE, dtype=torch.bool)
     edge[_EDGE:-_EDGE, _EDGE:-_EDGE] = False
-    off = (videos[:, :, edge][:, None] - _GROUNDS[:, edge][None, :, None]).abs().mean(-1).clamp(max=0.2).mean((2, 3))
-    pixels = _Pixels(videos, _GROUNDS[off.argmin(1)])
+    misfit = (videos[:, :, edge][:, None] - _GROUNDS[:, edge][None, :, None]).abs().mean(-1).clamp(max=0.2).mean((2, 3))
+    pixels = _Pixels(videos, _GROUNDS[misfit.argmin(1)])
     single = len(scenes[0].things) == 1
     alphas, colour, right_colour = (_one if single else _two)(pixels, scenes)
 
     painted, area, centre, likeness = torch.zeros_like(pixels.offset), [], [], []
     for thing, alpha in enumerate(alphas):
-        own = colour[:, thing].flatten(0, 1)[pixels.frame]
-        painted += alpha[:, None] * (own - pixels.ground)
+        paint = colour[:, thing].flatten(0, 1)[pixels.frame]
+        painted += alpha[:, None] * (paint - pixels.ground)
         area.append(pixels.sum(alpha))
         safe = area[-1].clamp(min=1e-3)
         centre.append(torch.stack([pixels.sum(alpha * pixels.x) / safe, pixels.sum(alpha * pixels.y) / safe], -1))
@@ -91,7 +91,7 @@ def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor
     left = (pixels.offset - painted).square().sum(1) - pixels.far.square()
     residue = pixels.strength.square().sum(2) + pixels.sum(left)
     seen = {
-        "ground": torch.softmax(-off / 0.015, 1), "area": torch.stack(area, 1), "centre": torch.stack(centre, 1),
+        "ground": torch.softmax(-misfit / 0.015, 1), "area": torch.stack(area, 1), "centre": torch.stack(centre, 1),
         "colour": colour, "likeness": torch.stack(likeness, 1), "right_colour": right_colour,
         "residue": (residue.clamp(min=0) / (3 * world.SIZE**2)).sqrt(),
     }  # fmt: skip
@@ -99,32 +99,32 @@ def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor
 
 
 def _likeness(pixels: _Pixels, alpha: Tensor, area: Tensor, centre: Tensor) -> Tensor:
-    """(B, T, shapes) soft intersection over union with each ideal shape of the same area at the same place.
+    """(B, T, shapes) soft intersection over union with each ideal shape of the same area at the same middle.
 
     Both have the same area A, so the union is 2 A less the intersection, which lies where there is coverage."""
-    own = alpha > 0
-    alpha, frame = alpha[own], pixels.frame[own]
-    place = centre.flatten(0, 1)[frame]
+    covered = alpha > 0
+    alpha, frame = alpha[covered], pixels.frame[covered]
+    middle = centre.flatten(0, 1)[frame]
     radius = (area.flatten() / torch.pi).sqrt().clamp(min=0.5)[frame]
-    dx, dy = pixels.x[own] - place[:, 0], pixels.y[own] - place[:, 1]
+    dx, dy = pixels.x[covered] - middle[:, 0], pixels.y[covered] - middle[:, 1]
     ideal = torch.stack([world.coverage(shape, dx, dy, radius) for shape in grammar.SHAPES], 1)
     common = torch.zeros(area.numel(), len(grammar.SHAPES)).index_add_(0, frame, torch.minimum(alpha[:, None], ideal))
     common = common.view(*area.shape, -1)
     return common / (2 * area[..., None] - common).clamp(min=1e-3) * (area >= MIN_AREA)[..., None]
 
 
-def _solid_colour(pixels: _Pixels, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean colour (B, T, 3), in each frame, of the pixels that differ most from the ground among those of `own` (P,),
-    and how many these are (B, T).
+def _solid_colour(pixels: _Pixels, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean colour (B, T, 3), per frame, of those pixels of a mask (P,) that differ most from the ground, and the number
+    of these pixels (B, T).
     """
-    top = torch.zeros(pixels.frames).scatter_reduce_(0, pixels.frame[own], pixels.far[own], "amax")
-    solid = (own & (pixels.far > 0.6 * top[pixels.frame]) & (pixels.far > 0.2)).float()
+    top = torch.zeros(pixels.frames).scatter_reduce_(0, pixels.frame[mask], pixels.far[mask], "amax")
+    solid = (mask & (pixels.far > 0.6 * top[pixels.frame]) & (pixels.far > 0.2)).float()
     count = pixels.sum(solid)
     return pixels.sum(pixels.seen * solid[:, None]) / count.clamp(min=1)[..., None], count
 
 
 def _coverage(pixels: _Pixels, alpha: Tensor) -> Tensor:
-    """Coverage without haze, and without what lies far from most of it: stains, not thing."""
+    """Coverage (P,) with haze, and stains far from the covered middle, set to 0."""
     alpha = torch.where(alpha < HAZE, 0.0, alpha).clamp(max=1)
     core = (alpha > 0.5).float()
     area = pixels.sum(core)
@@ -134,18 +134,18 @@ def _coverage(pixels: _Pixels, alpha: Tensor) -> Tensor:
     return torch.where(away > 2.2 * radius + 3, 0.0, alpha)
 
 
-def _right(colour: Tensor, count: Tensor, asked: Sequence[str]) -> Tensor:
-    """Probability (B,) of the asked colour, given the mean colour (B, T, 3) over frames with `count` (B, T) pixels."""
+def _right(colour: Tensor, count: Tensor, names: Sequence[str]) -> Tensor:
+    """Probability (B,) of the prompt's colour, given the mean colour (B, T, 3) per frame of `count` (B, T) pixels."""
     weight = (count >= MIN_AREA / 2).float()
     whole = (colour * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
-    index = torch.tensor([_COLOUR_INDEX[name] for name in asked])
-    return likelihood(whole, _PALETTE, 0.12)[torch.arange(len(asked)), index] * weight.amax(1)
+    index = torch.tensor([_COLOUR_INDEX[name] for name in names])
+    return likelihood(whole, _PALETTE, 0.12)[torch.arange(len(names)), index] * weight.amax(1)
 
 
 def _one(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The one thing: whatever differs from the ground, in its own mean colour in each frame.
+    """Measure one thing: all that differs from the ground, whose colour is its mean in each frame.
 
-    Returns coverages [(P,)], colours (B, 1, T, 3) and the probability of the asked colour (B, 1)."""
+    Returns coverages [(P,)], colours (B, 1, T, 3) and the probability of the prompt's colour (B, 1)."""
     colour, count = _solid_colour(pixels, torch.ones_like(pixels.far, dtype=torch.bool))
     direction = colour.flatten(0, 1)[pixels.frame] - pixels.ground
     alpha = (pixels.offset * direction).sum(1) / direction.square().sum(1).clamp(min=0.04)
@@ -155,31 +155,31 @@ def _one(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
 
 
 def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Two things by their hues against the ground: those asked for, or where one is not there the strongest that is
-    left. In each pixel, offset = a_1 (c_1 - ground) + a_2 (c_2 - ground) is solved for the coverages by least squares.
+    """Measure two things by their hues against the ground: those of the prompt, or, where one is missing, the strongest
+    other. In each pixel, offset = a_1 (c_1 - ground) + a_2 (c_2 - ground) is solved for the coverages by least squares.
 
-    Returns coverages [(P,), (P,)], colours (B, 2, T, 3) and the probabilities of the asked colours (B, 2)."""
+    Returns coverages [(P,), (P,)], colours (B, 2, T, 3) and the probabilities of the prompt's colours (B, 2)."""
     rows, count = torch.arange(len(scenes)), len(_PALETTE)
     hues = torch.nn.functional.normalize(_PALETTE - pixels.ground[:, None], dim=-1)  # (P, colours, 3)
     alike = (hues * pixels.offset[:, None]).sum(-1)  # cosine times the offset's length
     strong = pixels.far > 0.2
     places = pixels.video[strong] * count + alike[strong].argmax(1)
-    mass = torch.bincount(places, minlength=count * len(scenes)).view(-1, count) / pixels.shape[1]  # pixels a frame
-    asked = torch.tensor([[_COLOUR_INDEX[thing.colour] for thing in scene.things] for scene in scenes])
-    chosen = asked.clone()
+    mass = torch.bincount(places, minlength=count * len(scenes)).view(-1, count) / pixels.shape[1]  # pixels per frame
+    named = torch.tensor([[_COLOUR_INDEX[thing.colour] for thing in scene.things] for scene in scenes])
+    chosen = named.clone()
     for thing in (0, 1):
         others = mass.clone()
-        for taken in (asked[:, 0], asked[:, 1], chosen[:, 0]):
+        for taken in (named[:, 0], named[:, 1], chosen[:, 0]):
             others[rows, taken] = 0
         value, strongest = others.max(1)
-        missing = mass[rows, asked[:, thing]] < MIN_AREA
-        chosen[:, thing] = torch.where(missing & (value > MIN_AREA), strongest, asked[:, thing])
+        missing = mass[rows, named[:, thing]] < MIN_AREA
+        chosen[:, thing] = torch.where(missing & (value > MIN_AREA), strongest, named[:, thing])
     like = alike.gather(1, chosen[pixels.video])  # (P, 2)
-    owned = ((like[:, 0] >= like[:, 1]) & strong, (like[:, 0] < like[:, 1]) & strong)
+    masks = ((like[:, 0] >= like[:, 1]) & strong, (like[:, 0] < like[:, 1]) & strong)
 
     colours, rights = [], []
-    for thing, own in enumerate(owned):
-        colour, pixels_of = _solid_colour(pixels, own & (like[:, thing] > 0.9 * pixels.far))
+    for thing, mask in enumerate(masks):
+        colour, pixels_of = _solid_colour(pixels, mask & (like[:, thing] > 0.9 * pixels.far))
         rights.append(_right(colour, pixels_of, [scene.things[thing].colour for scene in scenes]))
         colours.append(torch.where((pixels_of > 3)[..., None], colour, _PALETTE[chosen[:, thing]][:, None]))
     one, two = (colour.flatten(0, 1)[pixels.frame] - pixels.ground for colour in colours)  # (P, 3)
@@ -188,7 +188,7 @@ def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
     determinant = (aa * bb - ab * ab).clamp(min=1e-4)
     first, second = (bb * va - ab * vb) / determinant, (aa * vb - ab * va) / determinant
     no_first, no_second = first < HAZE, second < HAZE
-    # where one has no part it is the other's alone; where neither has, that one's which leaves less unexplained
+    # a pixel without the one belongs to the other alone; without both, to the one that leaves less unexplained
     only_first = no_second & (~no_first | (va.clamp(min=0).square() / aa > vb.clamp(min=0).square() / bb))
     only_second = no_first & ~only_first
     first = torch.where(only_first, va / aa, torch.where(only_second, 0.0, first))
@@ -197,35 +197,35 @@ def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
 
 
 def _occlusion(seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """When a thing is there, and when it is behind the other: the one that loses more area while their boxes meet is
-    the rear one, and hidden in the frames in which it loses any, and in those beside them.
+    """Presence and occlusion per frame. While the boxes of two things meet, the one that loses more area is the rear
+    one; it is hidden in the frames in which it loses any, and in the frames next to them.
     """
     area, rows = seen["area"], torch.arange(len(seen["area"]))
     there = area >= MIN_AREA
     usual = torch.where(there, area, torch.nan).nanquantile(0.9, dim=2, keepdim=True).nan_to_num(0.0).clamp(min=1e-3)
     loss = (1 - area / usual).clamp(0, 1)
-    hidden, place = torch.zeros_like(there), _interpolated(seen["centre"], there)
+    hidden, centre = torch.zeros_like(there), _interpolated(seen["centre"], there)
     if area.shape[1] == 2:
         radius = (usual / torch.pi).sqrt()  # (B, 2, 1)
         shape = mean(seen["likeness"].movedim(-1, 2), there[:, :, None].float()).argmax(-1)
         reach = _EXTENTS[shape] * radius + 0.5  # (B, 2, 4), half a pixel of soft edge
-        apart = place[:, 1] - place[:, 0]  # (B, T, 2), from the first to the second
+        apart = centre[:, 1] - centre[:, 0]  # (B, T, 2), from the first to the second
         towards = torch.stack([reach[:, 0, [1, 3]] + reach[:, 1, [0, 2]], reach[:, 0, [0, 2]] + reach[:, 1, [1, 3]]], 1)
         meet = ((apart < towards[:, :1]) & (-apart < towards[:, 1:])).all(-1)
-        # so near that nothing of the rear one need be seen, if it is seen again
+        # so near that the rear one may be wholly invisible, if it is visible before and after
         spell = (there.cumsum(2) > 0) & (there.flip(2).cumsum(2).flip(2) > 0)
         deep = (apart.norm(dim=-1) < 0.75 * radius.sum(1))[:, None] & spell
         covered = (there | deep) & meet[:, None] & (usual > MIN_AREA).all(1, keepdim=True)
         rear = (loss * covered).sum(2).argmax(1)  # (B,)
         lost = covered[rows, rear] & (loss[rows, rear] > LOST)
-        beside = torch.nn.functional.max_pool1d(lost.float()[:, None], 3, 1, 1)[:, 0] > 0
-        hidden[rows, rear] = beside & covered[rows, rear]
+        near = torch.nn.functional.max_pool1d(lost.float()[:, None], 3, 1, 1)[:, 0] > 0
+        hidden[rows, rear] = near & covered[rows, rear]
     legible = there & (~hidden | (loss < 0.35))
-    return {"there": there, "hidden": hidden, "loss": loss, "legible": legible, "centre": place}
+    return {"there": there, "hidden": hidden, "loss": loss, "legible": legible, "centre": centre}
 
 
 def _interpolated(centre: Tensor, there: Tensor) -> Tensor:
-    """Centres (B, N, T, 2), where a thing is not there on the straight line between where it was and will be."""
+    """Centres (B, N, T, 2); while a thing is invisible, on the straight line between its last and its next place."""
     frame = torch.arange(there.shape[2])
     before = torch.where(there, frame, -1).cummax(2)[0]
     after = torch.where(there, frame, there.shape[2]).flip(2).cummin(2)[0].flip(2)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -23,18 +23,15 @@ from tqdm import tqdm
 
 from prism import files, runs
 from prism.errors import SEEDS, PrismError, number, whole
-from prism.shapeworld import CALL, world
-from prism.shapeworld import generator as recipe
-from prism.shapeworld import generator as video_vae
-from prism.shapeworld.generator import write_manifest
+from prism.shapeworld import CALL, generator, world
 from prism.team import Team
 
-SHIFT = 3.0  # of the noise levels that are trained on
-DECAY = 0.3  # share of the steps, at the end, over which the step size falls
+SHIFT = 3.0  # moves the noise levels of training towards noise
+DECAY = 0.3  # the learning rate falls over this last share of the steps
 
 
 def _step_seed(seed: int, step: int, team: Team) -> int:
-    """Another number for each step and process."""
+    """A seed that is different for each step and process."""
     return seed + step * team.size + team.rank
 
 
@@ -52,12 +49,13 @@ def fit(
     *,
     team: Team | None = None,
 ) -> None:
-    """AdamW with warm-up and a linear decay over the last 30 % of the steps, gradient norm 1, an EMA of the weights, a
-    log, and checkpoints that resume.
+    """Train `modules` with AdamW: warm-up, a linear decay over the last 30 % of the steps, gradients clipped to norm 1,
+    an EMA of the weights, a log, and checkpoints from which a run resumes.
 
-    `loss_at(step)` gives the loss of one batch. With a `matrix_rate`, the matrices inside blocks are trained by Muon at
-    that step size: it gets as far as AdamW in about half the steps. Ends with the EMA in `modules`; checkpoints are
-    `folder/checkpoint.safetensors`, the EMA after each step of `snapshots` `folder/step-N.safetensors`."""
+    `loss_at(step)` returns the loss of one batch. With a `matrix_rate`, Muon trains the matrices inside blocks at that
+    learning rate: it reaches the same loss in about half of AdamW's steps. At the end `modules` hold the EMA.
+    `folder/checkpoint.safetensors` is the last checkpoint; `folder/step-N.safetensors` is the EMA after step N, for
+    each N in `snapshots`."""
     team = team or Team()
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
@@ -85,7 +83,9 @@ def fit(
             if name not in in_blocks:
                 states[name][p]["step"] = torch.tensor(float(first))
 
-    log, losses, started = _log_until(folder / "log.jsonl", first) if team.first else None, [], time.time()
+    log, losses, started = folder / "log.jsonl", [], time.time()
+    if team.first:
+        _cut_log(log, first)
     quiet = None if team.first else True
     for step in tqdm(range(first, steps), initial=first, total=steps, disable=quiet, desc=folder.name):
         pace = min(1.0, (step + 1) / warmup, 0.01 + (steps - step) / (DECAY * steps))
@@ -100,15 +100,18 @@ def fit(
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimiser, _ in rated:
             optimiser.step()
+        # Not diffusers' EMAModel: with warm-up (inv_gamma 9, power 1, update_after_step -1) it has the same decay, but
+        # its sums differ in the last bit. Not LambdaLR: to resume it takes more lines than setting "lr" above.
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), [p.detach() for p in weights.values()], 1 - decay)
         losses.append(loss.item())
-        if log is None:  # the first process keeps the log and the checkpoints, the others only lend their gradients
+        if not team.first:  # the first process alone writes the log and the checkpoints
             continue
         if (step + 1) % 50 == 0:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": round(time.time() - started, 1)}
             row["processes"] = team.size
-            print(json.dumps(row), file=log, flush=True)
+            with log.open("a") as file:
+                print(json.dumps(row), file=file)
             losses = []
         if step + 1 in snapshots:
             with files.new_file(folder / f"step-{step + 1}.safetensors") as path:
@@ -122,32 +125,30 @@ def fit(
                 save_file({key: value.contiguous() for key, value in state.items()}, path)
     for name, p in weights.items():
         p.data.copy_(averages[name])
-    if log is not None:
-        log.close()
 
 
-def _log_until(path: Path, step: int) -> TextIO:
-    """The log, open to go on after `step`: what a killed run wrote beyond its last checkpoint is done again."""
+def _cut_log(path: Path, step: int) -> None:
+    """Drop the rows after `step` from the log: a killed run repeats the steps since its checkpoint."""
     rows = path.read_text().splitlines() if path.is_file() else []
     kept = [row for row in rows if json.loads(row)["step"] <= step]
     path.write_text("".join(f"{row}\n" for row in kept))
-    return path.open("a")
 
 
 def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None:
-    """Fit the encoder in closed form, train the decoder by regression on its (jittered) latents; writes
+    """Fit the encoder in closed form, train the decoder by regression on latents with a little noise; write
     `folder/vae`.
 
-    Where `config.start` names the folder of an earlier VAE, its encoder is kept and its decoder trained on.
+    Where `config.start` names the folder of an earlier VAE, its encoder is kept and the training of its decoder goes
+    on.
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
     vae = _with_encoder(folder, config, team)
-    code = video_vae.LinearCode.of(vae)
+    code = generator.LinearCode.of(vae)
     vae.requires_grad_(False).to(device)
     decoder = vae.decoder.requires_grad_(True)
     if not config.start and not (folder / "checkpoint.safetensors").exists():
-        with torch.no_grad():  # residual branches start at zero, and outputs start near grey
+        with torch.no_grad():  # start with no residual branches and nearly grey outputs
             for module in decoder.modules():
                 if hasattr(module, "conv2"):
                     module.conv2.weight.zero_()
@@ -155,14 +156,14 @@ def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None
             decoder.conv_out.bias.zero_()
 
     def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_step_seed((seed + 1) * 1_000_003, step, team))
+        chance = torch.Generator().manual_seed(_step_seed((seed + 1) * 1_000_003, step, team))
         video, _ = world.sample(batch_size, _step_seed(seed * 7_919, step, team))
-        pixels = video_vae.to_input(video).to(device)
+        pixels = generator.to_input(video).to(device)
         latents = code(video)
-        latents = (latents + 0.05 * torch.randn(latents.shape, generator=generator)).to(device)
+        latents = (latents + 0.05 * torch.randn(latents.shape, generator=chance)).to(device)
         target = patchify(pixels, vae.config.patch_size)
         with torch.autocast(device_type=torch.device(device).type, dtype=torch.bfloat16):
-            output = video_vae.decode_unclamped(vae, latents)
+            output = generator.decode_unclamped(vae, latents)
         error = output.float() - target
         return error.square().mean() + 0.1 * error.abs().mean()
 
@@ -172,7 +173,9 @@ def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None
 
 
 def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKLWan:
-    """The VAE with its encoder fitted: by the first part of a run that needs it, then read from `folder/fitted`."""
+    """The VAE with its encoder fitted. The part of a run that needs it first makes `folder/fitted`; the other reads it.
+
+    Fitting takes about a minute on one core; other processes wait meanwhile."""
     fitted = folder / "fitted"
 
     def make() -> None:
@@ -182,8 +185,8 @@ def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKL
         if config.start:
             vae = AutoencoderKLWan.from_pretrained(config.start).float()
         else:
-            vae = video_vae.build()
-            print(f"The linear code loses {video_vae.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
+            vae = generator.build()
+            print(f"The linear code loses {generator.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
         _save(vae, fitted)
 
     team.on_first(make)
@@ -191,9 +194,9 @@ def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKL
 
 
 def _latent_pool(
-    folder: Path, code: video_vae.LinearCode, videos: int, seed: int, team: Team
+    folder: Path, code: generator.LinearCode, videos: int, seed: int, team: Team
 ) -> tuple[Tensor, list[str]]:
-    """`videos` random clean latents in half precision and their prompts, rendered once and kept beside the
+    """Latents of `videos` random clean videos, in half precision, and their prompts; made once, kept beside the
     checkpoint.
     """
     path = folder / "latents.safetensors"
@@ -216,40 +219,41 @@ def _latent_pool(
 
 
 def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device: str, team: Team) -> None:
-    """Flow matching on the VAE's latents, text encoder trained along; writes `folder/transformer` and
+    """Train transformer and text encoder by flow matching on the VAE's latents; write `folder/transformer` and
     `folder/text_encoder`.
 
     Sigma is logit-normal with a shift of 3; 15 % of the prompts are dropped for classifier-free guidance.
-    Where `config.start` names the folder of such a pair, its weights are trained on.
+    Where `config.start` names the folder of such a pair, training goes on from its weights.
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
-    vae = _with_encoder(vae_folder, DEFAULTS["vae"], team)  # final once fitted: this part need not wait for the decoder
-    latents, prompts = _latent_pool(folder, video_vae.LinearCode.of(vae), config.videos, seed, team)
+    vae = _with_encoder(vae_folder, DEFAULTS["vae"], team)  # the decoder is not needed
+    latents, prompts = _latent_pool(folder, generator.LinearCode.of(vae), config.videos, seed, team)
     if config.start:
-        transformer, text_encoder = recipe.load_generator(Path(config.start))
+        transformer, text_encoder = generator.load_generator(Path(config.start))
     else:
-        transformer, text_encoder = recipe.build_transformer(config.layers, config.heads), recipe.build_text_encoder()
+        transformer = generator.build_transformer(config.layers, config.heads)
+        text_encoder = generator.build_text_encoder()
     transformer, text_encoder = transformer.to(device).train(), text_encoder.to(device).train()
-    tokenizer = recipe.tokenizer()
+    tokenizer = generator.tokenizer()
 
     def loss_at(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_step_seed((seed + 2) * 1_000_003, step, team))
-        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        chance = torch.Generator().manual_seed(_step_seed((seed + 2) * 1_000_003, step, team))
+        rows = torch.randint(len(latents), (batch_size,), generator=chance)
         clean = latents[rows].float().to(device)
-        dropped = torch.rand(batch_size, generator=generator) < 0.15
+        dropped = torch.rand(batch_size, generator=chance) < 0.15
         tokens = tokenizer(
             ["" if drop else prompt for prompt, drop in zip([prompts[i] for i in rows], dropped, strict=True)],
             padding="max_length",
-            max_length=recipe.TEXT_LENGTH,
+            max_length=generator.TEXT_LENGTH,
             return_tensors="pt",
         ).to(device)
         text = (
             text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state * tokens.attention_mask[..., None]
         )
-        level = torch.sigmoid(torch.randn(batch_size, generator=generator))
+        level = torch.sigmoid(torch.randn(batch_size, generator=chance))
         level = (SHIFT * level / (1 + (SHIFT - 1) * level)).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        noise = torch.randn(clean.shape, generator=chance).to(device)
         sigma = level.view(-1, 1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise
         with torch.autocast(
@@ -278,9 +282,9 @@ PARTS = ("vae", "transformer")
 class PartConfig:
     """Settings of one part of the training; see `DEFAULTS`.
 
-    `start`: folder of earlier weights to train on: of a VAE, whose encoder is kept, or of a transformer and its text
-    encoder. `matrix_rate`, `snapshots`: see `fit`. `layers`, `heads`: of the transformer. `videos`: clean videos that
-    it learns from, rendered once."""
+    `start`: folder of weights to start from: a VAE, whose encoder is kept, or a transformer and its text encoder.
+    `matrix_rate`, `snapshots`: see `fit`. `layers`, `heads`: size of the transformer. `videos`: number of clean videos
+    that it learns from, rendered once."""
 
     steps: int
     batch_size: int
@@ -303,13 +307,12 @@ DEFAULTS = {
 
 
 def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False, **settings: Any) -> None:
-    """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are done, `out/pipeline` is the saved
-    pipeline.
+    """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are trained, write `out/pipeline`.
 
     `settings` are fields of `PartConfig`; None takes the part's default. Each part keeps its settings, log and last
-    checkpoint in `out/<part>`; with `resume`, a run that was stopped goes on from there, also to another number of
-    steps as long as the step size has not begun to fall. Raises PrismError for an unknown part, settings out of range,
-    or a folder of another run."""
+    checkpoint in `out/<part>`. With `resume`, a run that was stopped goes on from its checkpoint; it may have another
+    number of steps then, as long as its learning rate has not begun to fall. Raises PrismError for an unknown part,
+    settings out of range, or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
     team = Team.gathered(device)
@@ -323,8 +326,8 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         number("The learning_rate of a training run", config.learning_rate, 0, 100, above=True)
         whole("The seed of a training run", config.seed, 0, SEEDS)
         needed = {"vae": ("",), "transformer": ("transformer", "text_encoder")}[name]
-        wanted = [Path(config.start, folder, "config.json") for folder in needed if config.start]
-        missing = [path for path in wanted if not path.is_file()]
+        paths = [Path(config.start, folder, "config.json") for folder in needed if config.start]
+        missing = [path for path in paths if not path.is_file()]
         if missing:
             raise PrismError(f"The --start {config.start} holds no {name} ({missing[0]} is missing); name another.")
         configs[name] = config
@@ -339,30 +342,32 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
 
 
 def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Claim:
-    """Refuse a folder of another run; write down the settings of a new one, and those of one that goes on longer."""
-    known, settings = folder / "config.json", {"command": "shapeworld train", **asdict(config)}
-    claim = runs.claim(folder, settings, resume, changeable=("steps",), besides=("fitted",))  # of the other part
+    """Claim a part's folder: refuse another run's, write the settings of a new run, and the new number of steps of a
+    resumed one.
+    """
+    saved, settings = folder / "config.json", {"command": "shapeworld train", **asdict(config)}
+    claim = runs.claim(folder, settings, resume, changeable=("steps",), besides=("fitted",))  # by either part
     if claim.resumed:
-        steps = files.read_json(known)["steps"]
+        steps = files.read_json(saved)["steps"]
         checkpoint = folder / "checkpoint.safetensors"
         if steps != config.steps and checkpoint.is_file():
             done = int(files.load_safetensors(checkpoint)["step"])
             if done > (1 - DECAY) * min(steps, config.steps):
                 raise PrismError(
-                    f"The run in {folder} is at step {done} of {steps}, where the step size falls already; "
+                    f"The run in {folder} is at step {done} of {steps}, where the learning rate falls already; "
                     f"it cannot go on to {config.steps} steps. Resume it with --steps {steps}."
                 )
-        files.write_json(known, settings)
+        files.write_json(saved, settings)
     return claim
 
 
 def save_pipeline(out: Path, folder: Path) -> None:
-    """Put the trained parts of `out` together: a diffusers pipeline in half precision, `call.json` and settings
-    beside it.
+    """Save the trained parts of `out` as a diffusers pipeline in half precision, with `call.json` and the settings of
+    both parts.
     """
-    pipe = recipe.assemble(
+    pipe = generator.assemble(
         AutoencoderKLWan.from_pretrained(out / "vae" / "vae"),
-        *recipe.load_generator(out / "transformer"),
+        *generator.load_generator(out / "transformer"),
     )
     with files.new_folder(folder, overwrite=True) as temporary:
         for part in (pipe.vae, pipe.transformer):  # not the text encoder: transformers would load it in half precision
@@ -371,4 +376,4 @@ def save_pipeline(out: Path, folder: Path) -> None:
         files.write_json(temporary / "call.json", CALL)
         for name in PARTS:
             shutil.copy(out / name / "config.json", temporary / f"{name}-config.json")
-        write_manifest(temporary)
+        generator.write_manifest(temporary)

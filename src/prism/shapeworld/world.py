@@ -1,6 +1,6 @@
-"""ShapeWorld's videos: a seeded renderer of the scenes that prompts describe.
+"""ShapeWorld's videos: a seeded renderer of the scenes that prompts describe, 17 frames of 64x64 pixels.
 
-17 frames of 64x64 pixels; shapes are signed distances with a one-pixel soft edge, so every quantity that the referee
+Shapes are drawn from signed distances with an edge one pixel soft, so the true value of every quantity that the referee
 measures is known."""
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from prism.shapeworld.grammar import (
     split_of,
 )
 
-SIZE = 64  # pixels a side
-FRAMES = 17  # 1 + 4 * 4, what a causal video VAE with temporal compression 4 takes
+SIZE = 64  # width and height in pixels
+FRAMES = 17  # 1 + 4 * 4, as a causal video VAE with temporal compression 4 needs
 FPS = 8
-STRIPE = 16  # pixels a period
+STRIPE = 16  # pixels per period of the stripes
 GROWN = (0.65, 0.85)  # change of the log radius of a growing or shrinking shape
 PAIR_RADIUS = (6.0, 8.0)
-BESIDE = (18.0, 24.0)  # travel in pixels beside a still shape, and of two shapes at once
-PASSING = (28.0, 34.0)  # travel across the other shape
-HALF = (15.0, 20.0)  # travel of each shape where one moves after the other
-BOUNCE = (14.0, 19.0)  # pixels from the wall, eight frames before and after
-TURN = 0.3  # roundness of a bounce, as a share of eight frames
-MOVE_FRAMES = 9  # "first" takes frames 0 to 9, "then" 7 to 16
+BESIDE = (18.0, 24.0)  # pixels that a shape travels beside a still one, and each of two that move at once
+PASSING = (28.0, 34.0)  # pixels that a shape travels across the other
+HALF = (15.0, 20.0)  # pixels that each shape travels where one moves after the other
+BOUNCE = (14.0, 19.0)  # distance in pixels from the wall, eight frames before and after the bounce
+TURN = 0.3  # how round a bounce is, as a share of eight frames
+MOVE_FRAMES = 9  # of two moves in turn, the first takes frames 0 to 9, the second 7 to 16
 
 
 def extent(shape: str) -> tuple[float, float, float, float]:
-    """How far a shape of radius 1 reaches from its centroid: left, right, up, down."""
+    """The reach of a shape of radius 1 from its centroid: left, right, up, down."""
     if shape == "circle":
         return (1.0,) * 4
     if shape == "square":
@@ -57,7 +57,7 @@ def extent(shape: str) -> tuple[float, float, float, float]:
 
 
 def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Share of a pixel that a shape covers, in [0, 1]; (x, y) is the pixel's place relative to the shape's centroid.
+    """Share of a pixel that a shape covers, in [0, 1]; (x, y) is the pixel's position relative to the shape's centroid.
 
     All shapes have the area of a circle of `radius` pixels, and their centroid at the origin. Shapes broadcast.
     """
@@ -95,7 +95,7 @@ def ground_image(ground: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Path:
-    """Where one thing is in each frame: centres (FRAMES, 2) as (x, y) and radii (FRAMES,), in pixels."""
+    """The path of one thing: per frame its centre (FRAMES, 2) as (x, y) and its radius (FRAMES,), in pixels."""
 
     centre: torch.Tensor
     radius: torch.Tensor
@@ -106,7 +106,7 @@ def _uniform(chance: random.Random, span: tuple[float, float]) -> float:
 
 
 def _steps(span: tuple[int, int] | None = None) -> torch.Tensor:
-    """Progress from 0 to 1 by frame, (FRAMES, 1): even over the clip, or eased within frames `span`."""
+    """Progress from 0 to 1 per frame, (FRAMES, 1): even over the clip, or with soft start and end in frames `span`."""
     frame = torch.arange(FRAMES, dtype=torch.float32)[:, None]
     if span is None:
         return frame / (FRAMES - 1)
@@ -115,8 +115,8 @@ def _steps(span: tuple[int, int] | None = None) -> torch.Tensor:
 
 
 def _room(shape: str, radius: torch.Tensor, move: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The box (low (2,), high (2,)) in which the origin of `move` (FRAMES, 2) may lie so that the shape stays in the
-    frame, a pixel from its edge.
+    """The box, low (2,) and high (2,), in which `move` (FRAMES, 2) may start so that the shape stays at least a pixel
+    inside the picture.
     """
     left, right, up, down = extent(shape)
     low = 1 - (move - radius[:, None] * torch.tensor([left, up])).amin(0)
@@ -146,7 +146,7 @@ def _single(thing: Thing, chance: random.Random) -> Path:
         move = -way * away * _uniform(chance, BOUNCE)
         low, high = _room(thing.shape, radius, move)
         origin = _place(chance, (low, high))
-        wall = torch.where(way > 0, high, low)  # the nearest it comes to the wall touches it
+        wall = torch.where(way > 0, high, low)  # its nearest point touches the wall
         return Path(torch.where(way != 0, wall, origin) + move, radius)
     return Path(_place(chance, _room(thing.shape, radius, move)) + move, radius)
 
@@ -158,7 +158,7 @@ def _pair(scene: Scene, chance: random.Random) -> list[Path]:
     spans: tuple[tuple[int, int] | None, ...] = (None, None)
     if scene.relation.startswith("then"):
         spans = ((0, MOVE_FRAMES), (FRAMES - 1 - MOVE_FRAMES, FRAMES - 1))
-    if "passes" in scene.relation:  # across the first's way
+    if "passes" in scene.relation:  # across the path of the first
         ways[1] = ways[0].flip(0) * chance.choice((-1, 1))
     travel = [_uniform(chance, BESIDE), _uniform(chance, BESIDE)]
     if scene.relation in DEPTHS:
@@ -170,24 +170,24 @@ def _pair(scene: Scene, chance: random.Random) -> list[Path]:
     best, clearest = [], -math.inf
     for _ in range(40):
         origins = [_place(chance, room) for room in rooms]
-        if scene.relation in (*PLACES, *DEPTHS):  # the way's middle lies beside, or on, the still shape
+        if scene.relation in (*PLACES, *DEPTHS):  # the middle of the path lies beside, or on, the still shape
             origins[0] = origins[1] - moves[0][-1] / 2
             if scene.relation in PLACES:
-                place = torch.tensor(PLACES[scene.relation], dtype=torch.float32)
-                reach = _reach(first.shape, radii[0], -place) + _reach(second.shape, radii[1], place)
-                origins[0] += place * (reach + chance.uniform(2, 6)) + place.flip(0).abs() * chance.uniform(-5, 5)
+                side = torch.tensor(PLACES[scene.relation], dtype=torch.float32)
+                reach = _reach(first.shape, radii[0], -side) + _reach(second.shape, radii[1], side)
+                origins[0] += side * (reach + chance.uniform(2, 6)) + side.flip(0).abs() * chance.uniform(-5, 5)
             else:
                 origins[0] += ways[0].flip(0).abs() * chance.uniform(-2.5, 2.5)
         elif "passes" in scene.relation:
             origins[1] = origins[0] + moves[0][-1] - moves[1][-1] / 2 + ways[0] * chance.uniform(-2.5, 2.5)
-        # how far within the frame, and apart where they should be
+        # 0 where both stay inside the picture, and apart where they should, else below 0
         inside = torch.cat(
             [torch.cat([o - low, high - o]) for o, (low, high) in zip(origins, rooms, strict=True)]
         ).min()
         clear = min(float(inside), 0.0)
         if scene.relation in TIMES or "passes" in scene.relation:
             apart = (origins[0] + moves[0] - origins[1] - moves[1]).norm(dim=1) - 1.25 * (radii[0] + radii[1])
-            # who passes must only be clear of the first while that moves
+            # the one that passes must be apart from the first only while the first moves
             clear += min(float(apart[: 8 if "passes" in scene.relation else None].min()), 0.0)
         if clear > clearest:
             best, clearest = origins, clear
@@ -203,17 +203,17 @@ def _reach(shape: str, radius: torch.Tensor, way: torch.Tensor) -> float:
 
 
 def behind(scene: Scene) -> int:
-    """The number of the thing that is drawn first, behind the other."""
+    """The index of the thing that is behind the other, and so is drawn first."""
     return 0 if scene.relation in ("behind", "then passes in front of") else 1
 
 
 def paths(scene: Scene, chance: random.Random) -> list[Path]:
-    """Where each thing of a scene goes; size, place and speed are drawn from `chance`."""
+    """The path of each thing of a scene; size, place and speed are drawn from `chance`."""
     return [_single(scene.things[0], chance)] if scene.kind == "single" else _pair(scene, chance)
 
 
 def paint(scenes: Sequence[Scene], ways: Sequence[Sequence[Path]]) -> torch.Tensor:
-    """Draw scenes whose things go given ways: (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]."""
+    """Draw scenes whose things follow the given paths: (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]."""
     x, y = pixel_grid()
     grounds = {name: ground_image(name) for name in GROUNDS}
     video = torch.stack([grounds[scene.ground].expand(FRAMES, -1, -1, -1) for scene in scenes])
@@ -234,12 +234,12 @@ def paint(scenes: Sequence[Scene], ways: Sequence[Sequence[Path]]) -> torch.Tens
 
 
 def render(scenes: Sequence[Scene], seed: int) -> torch.Tensor:
-    """One video a scene, (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]; scene i of a seed is always the same."""
+    """One video per scene, (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]; a seed and an index fix a scene's path."""
     return paint(scenes, [paths(scene, random.Random(f"{seed} {i}")) for i, scene in enumerate(scenes)])
 
 
 def sample(count: int, seed: int, pairs: float = 0.5) -> tuple[torch.Tensor, list[str]]:
-    """`count` random videos and their prompts, none of the `unseen` ones; a share of `pairs` shows two things."""
+    """`count` random videos and their prompts, none of split `unseen`; a share of `pairs` of them shows two things."""
     scenes: list[Scene] = []
     chance = random.Random(seed)
     while len(scenes) < count:
