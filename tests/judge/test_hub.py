@@ -25,6 +25,7 @@ import prism
 from prism import files
 from prism.errors import PrismError
 from prism.judge import Judge, QueryHead
+from prism.judge.hub import model_card
 
 DIMENSIONS = ("VQ", "MQ", "overall")
 ROOT = Path(__file__).parents[2]
@@ -281,3 +282,12 @@ def test_words_of_the_card_are_texts(tmp_path, option):
 def test_a_head_by_itself_is_no_model_of_the_hub():
     assert not hasattr(QueryHead, "from_pretrained")
     assert not hasattr(QueryHead, "push_to_hub")
+
+
+def test_the_card_of_the_embedded_head_is_made_by_this_code():
+    """From its config.json and the accuracies of the full run, as the paragraph below the card says."""
+    folder = Path(prism.__file__).parent / "shapeworld" / "assets" / "head"
+    rows = files.read_json(ROOT / "docs/evidence/metrics.json")["accuracy"]
+    rows = [row for row in rows if (row["judge"], row["head_seed"]) == ("prism", 0)]
+    card = model_card(files.read_json(folder / "config.json"), rows, "apache-2.0", None)
+    assert (folder / "README.md").read_text(encoding="utf-8").startswith(card)
