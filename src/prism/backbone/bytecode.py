@@ -8,9 +8,10 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from prism.backbone.symbols import Code, Unclear, Value, Way
+
 if TYPE_CHECKING:
     from prism.backbone.flow import Flow
-    from prism.backbone.symbols import Value, Way
 
 STEPS, VISITS = 40_000, 64  # of instructions in all, of one instruction in one call
 _NOTHING = {"NOP", "RESUME", "CACHE", "PRECALL", "EXTENDED_ARG", "MAKE_CELL", "COPY_FREE_VARS", "POP_BLOCK"}
@@ -25,18 +26,6 @@ _ADDS = {"LIST_APPEND": 1, "SET_ADD": 1, "MAP_ADD": 2, "LIST_EXTEND": 1, "SET_UP
 _ADDS |= {"DICT_MERGE": 1}
 _ROTATES = {"ROT_TWO": 2, "ROT_THREE": 3, "ROT_FOUR": 4}
 _OLD, _VERSION = sys.version_info < (3, 11), sys.version_info[:2]
-
-
-class Unclear(Exception):
-    """Code that cannot be followed."""
-
-
-class Code(NamedTuple):
-    """A function's code, its globals, and its cells by name: cell objects, or symbols where it was made in a call."""
-
-    code: types.CodeType
-    scope: dict[str, Any]
-    cells: dict[str, Any]
 
 
 class _Frame(NamedTuple):
@@ -81,7 +70,7 @@ class _Run:
                 if forks:  # ways that meet again with all the same go on as one
                     key = _key(frame)
                     if (first := passed.setdefault(key, frame.way)) is not frame.way:
-                        _join(first, frame.way)
+                        first.join(frame.way)
                         break
                     counts[place] = counts.get(place, 0) + 1
                     if counts[place] > VISITS or self.flow.steps > STEPS:
@@ -393,11 +382,3 @@ def _key(frame: _Frame) -> Any:
     local = frozenset((name, id(value)) for name, value in frame.local.items())
     visits = frozenset((place, count) for place, count in frame.visits.items() if place >= 0)
     return frame.place, tuple(map(id, frame.stack)), local, memory, frame.way.trace, visits
-
-
-def _join(first: Way, second: Way) -> None:
-    """Conditions on which two ways differ do not count for the one that goes on for both."""
-    others = {(id(symbol), taken) for symbol, taken, live in second.conditions if live}
-    for condition in first.conditions:
-        if (id(condition[0]), condition[1]) not in others:
-            condition[2] = False

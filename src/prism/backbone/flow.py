@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prism.backbone.bytecode import Code, Unclear, ways
-from prism.backbone.symbols import MISSING, PLAIN, Symbols, Value, Way, lookup
+from prism.backbone.bytecode import ways
+from prism.backbone.symbols import MISSING, PLAIN, Code, Symbols, Unclear, Value, Way, lookup
 
 _DEPTH = 12  # of calls inside calls
 _PURE = {
@@ -88,7 +88,8 @@ class Flow(Symbols):
                 self.unclean(function, owner)
 
     def only_looks(self, function: Any, owner: Any = MISSING) -> bool:
-        """True where a call gives None and changes nothing that it is shown."""
+        """True where a call gives None and changes nothing that it is shown, whatever other calls wrote before."""
+        self.written.clear()
         ends = self._ends(function, owner)
         return ends is not None and all(result is self.none and not self.changes(result, way) for result, way in ends)
 
@@ -116,7 +117,7 @@ class Flow(Symbols):
             kinds.setdefault((result, changes), []).append(way)
         groups = list(kinds.values())
         pairs = ((a, b) for i, one in enumerate(groups) for other in groups[:i] for a in one for b in other)
-        return any((a.parted or b.parted) and _compatible(a, b) for a, b in pairs)
+        return any((a.parted or b.parted) and a.compatible(b) for a, b in pairs)
 
     # -- calls
 
@@ -193,8 +194,7 @@ class Flow(Symbols):
             if pure and function.__name__ != "count":
                 op = function.__name__ if function.__name__ in PLAIN else ("new", function.__name__)
                 return [(self.made(op, *parts, *results), way)]
-            self.any_kept = True
-            return [(self.kept, way)]
+            return [(self.kept_now(), way)]
         if isinstance(function, types.BuiltinFunctionType | types.MethodDescriptorType | types.WrapperDescriptorType):
             return [(self._builtin(function, callee, args, parts, way, depth), way)]
         special = lookup(function, "__call__")
@@ -207,8 +207,7 @@ class Flow(Symbols):
             return self.call(self.object(special), args, kwargs, star, named, way, depth + 1)
         if type(function).__module__.split(".")[0] == "torch":  # an operator
             return [(self._library(function, callee, parts, [], way), way)]
-        self.any_kept = True
-        return [(self.kept, way)]
+        return [(self.kept_now(), way)]
 
     def property_of(self, found: property, target: Value, name: str, way: Way, depth: int) -> Value:
         if not isinstance(found.fget, types.FunctionType) or self.trusted(found.fget):
@@ -222,8 +221,7 @@ class Flow(Symbols):
         if _UNFOLLOWED.match(name):
             raise Unclear
         if _RANDOM.search(name) and "manual_seed" not in name:
-            self.any_kept = True
-            return self.kept
+            return self.kept_now()
         if name.endswith("_") and not name.endswith("__") and parts:
             self.change(way, *parts)
         return self.made("call", callee, *parts, *more)
@@ -268,8 +266,7 @@ class Flow(Symbols):
         if kind is not None and args:  # list.append(log, 1)
             return self._method(args[0], name, args[1:], {}, parts[1:], way)
         if (module.split(".")[0] not in _PURE and owner is not torch._C) or name in _NOT_PURE or _RANDOM.search(name):
-            self.any_kept = True
-            return self.kept
+            return self.kept_now()
         return self.made(name if name in PLAIN else "call", callee, *parts, *results)
 
     def _method(
@@ -281,8 +278,7 @@ class Flow(Symbols):
         if concrete is MISSING or isinstance(concrete, torch.Tensor):
             if _RANDOM.search(name) and "manual_seed" not in name:
                 self.change(way, target, self.kept)
-                self.any_kept = True
-                return self.kept_input if target.inputs else self.kept
+                return self.kept_now(target.inputs)
             if inplace or name in _MUTATORS:
                 self.change(way, target, *parts)
             if name in _SILENT:
@@ -302,8 +298,7 @@ class Flow(Symbols):
         self.written.add(id(concrete))
         if name in _SILENT or type(concrete).__module__ == "logging":
             return self.none
-        self.any_kept = True
-        return self.kept
+        return self.kept_now()
 
 
 def gives(function: types.FunctionType) -> bool:
@@ -322,15 +317,6 @@ def gives(function: types.FunctionType) -> bool:
             attribute = ""
         before = each
     return False
-
-
-def _compatible(one: Way, other: Way) -> bool:
-    """True where the same arguments may lead to both ways."""
-    answers: dict[int, set[bool]] = {}
-    for symbol, taken, live in (*one.conditions, *other.conditions):
-        if live:
-            answers.setdefault(id(symbol), set()).add(taken)
-    return all(len(each) == 1 for each in answers.values())
 
 
 def _sways(kind: type) -> bool:

@@ -73,11 +73,14 @@ def check_scheduler(scheduler: Any) -> None:
 
 def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
     """True where code of other packages answers or may change calls of a denoiser, or of the scheduler's own."""
-    roots = [getattr(each, "_orig_mod", each) for each in denoisers]
-    entries = ((root, entry) for root in roots for entry in _entries(root))
-    return bool(_in_place_of_methods(scheduler)) or any(
-        not (kind and _flow(root).only_looks(call, owner)) for root, (_, call, owner, kind) in entries
-    )
+    if _in_place_of_methods(scheduler):
+        return True
+    for root in (getattr(each, "_orig_mod", each) for each in denoisers):
+        if entries := list(_entries(root)):
+            flow = _flow(root)
+            if not all(kind and flow.only_looks(call, owner) for _, call, owner, kind in entries):
+                return True
+    return False
 
 
 def _in_place_of_methods(part: Any) -> list[Any]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from prism.backbone.bytecode import Code
-
 MISSING = object()
 PLAIN = {"item", "tolist", "size", "dim", "numel", "shape", "dtype", "device", "ndim", "len", "float", "int", "str"}
 PLAIN |= {"bool", "repr", "format", "type", "isinstance", "hasattr", "id", "BUILD_STRING"}
+
+
+class Unclear(Exception):
+    """Code that cannot be followed."""
+
+
+class Code(NamedTuple):
+    """A function's code, its globals, and its cells by name: cell objects, or symbols where it was made in a call."""
+
+    code: types.CodeType
+    scope: dict[str, Any]
+    cells: dict[str, Any]
 
 
 class Value:
@@ -50,6 +60,21 @@ class Way:
         else:
             way.conditions = (*self.conditions, [symbol, taken, True])
         return way
+
+    def join(self, other: Way) -> None:
+        """Go on for both: conditions on which the two differ do not count any more."""
+        others = {(id(symbol), taken) for symbol, taken, live in other.conditions if live}
+        for condition in self.conditions:
+            if (id(condition[0]), condition[1]) not in others:
+                condition[2] = False
+
+    def compatible(self, other: Way) -> bool:
+        """True where the same arguments may lead to both."""
+        answers: dict[int, set[bool]] = {}
+        for symbol, taken, live in (*self.conditions, *other.conditions):
+            if live:
+                answers.setdefault(id(symbol), set()).add(taken)
+        return all(len(each) == 1 for each in answers.values())
 
 
 class Symbols:
@@ -97,13 +122,13 @@ class Symbols:
         """A symbol of what is computed from others."""
         inputs = any(part.inputs for part in parts) and not (isinstance(op, str) and op in PLAIN)
         if any(part.kept for part in parts):
-            self.any_kept = True
-            return self.kept_input if inputs else self.kept
+            return self.kept_now(inputs)
         return self.new(op, *parts, inputs=inputs)
 
-    def kept_now(self) -> Value:
+    def kept_now(self, inputs: bool = False) -> Value:
+        """The symbol of what is kept; where it is of `inputs`, a change of it is one of the call's arguments."""
         self.any_kept = True
-        return self.kept
+        return self.kept_input if inputs else self.kept
 
     def function(self, code: Code, defaults: Value | None) -> Value:
         """A function that is made in the call; its symbol is what it gives."""
@@ -144,8 +169,7 @@ class Symbols:
             return way.memory[target, name]
         concrete = target.concrete
         if (target.kept and concrete is MISSING) or {(id(concrete), name), (None, name)} & self.written:
-            self.any_kept = True
-            return self.kept_input if target.inputs else self.kept
+            return self.kept_now(target.inputs)
         if target.op == "super":
             found = lookup(target.parts[1].concrete, name, target.parts[0].concrete)
         elif concrete is MISSING:
