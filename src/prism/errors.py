@@ -25,7 +25,7 @@ class PrismError(Exception):
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - end - 5]} ... {line[-end:]}")
 
 
-SEEDS = 2**32 - 1  # the largest seed of what draws from many generators: NumPy's, torch's, and sums of these
+SEEDS = 2**32 - 1  # the largest seed that NumPy's and torch's generators take
 DRAWS = 1000  # the most noise draws that a score is the mean of
 QUOTED = 300  # characters of a foreign text that a sentence quotes at most
 
@@ -34,19 +34,19 @@ def quoted(foreign: Any, limit: int = QUOTED) -> str:
     """A foreign text, error or value on one line, cut at `limit` characters."""
     try:
         text = str(foreign) if isinstance(foreign, str | BaseException) else repr(foreign)
-    except Exception:  # of an object whose own repr fails
+    except Exception:  # a repr that fails
         text = f"a {type(foreign).__name__}"
     text = " ".join(text.split()) or ("" if isinstance(foreign, str) else type(foreign).__name__)
     return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """What an error says, behind its kind, which alone may say what happened: `KeyError: None`."""
+    """An error's class and message; the class alone may say what happened: `KeyError: None`."""
     return quoted(f"{type(error).__name__}: {quoted(error, limit)}", limit).rstrip(".")
 
 
 def is_bool(value: Any) -> bool:
-    """Whether a value is True or False, or an array of these, of whatever library."""
+    """True for a boolean, or an array of booleans, of whatever library."""
     return str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
 
 
@@ -104,13 +104,13 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     try:
         if isinstance(value, str | bytes) or is_bool(value):
             raise TypeError
-        found = float(value)
+        converted = float(value)
     except Exception:
-        found = math.nan
-    if not math.isfinite(found) or not low <= found <= high or (above and found == low):
+        converted = math.nan
+    if not math.isfinite(converted) or not low <= converted <= high or (above and converted == low):
         kind = "number" if math.isfinite(low) or math.isfinite(high) else "finite number"
         raise PrismError(f"{name} must be a {kind}{_bounds(low, high, above)}; found {quoted(value, 80)}.")
-    return found
+    return converted
 
 
 def _bounds(low: float | None, high: float | None, above: bool = False) -> str:
@@ -141,13 +141,13 @@ def without(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return left
 
 
-def first_difference(found: Any, wanted: Any) -> str:
-    """Where two configurations differ first, in words: "steps was 4 and is now 8"."""
-    place = ""
-    while isinstance(found, dict) and isinstance(wanted, dict):
-        key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
-        place, found, wanted = (f"{place}.{key}" if place else key), found.get(key), wanted.get(key)
-    return f"{place or 'it'} was {_short(found)} and is now {_short(wanted)}"
+def first_difference(old: Any, new: Any) -> str:
+    """Name the first difference of two configurations: "steps was 4 and is now 8"."""
+    name = ""
+    while isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**new, **old} if old.get(key) != new.get(key))
+        name, old, new = (f"{name}.{key}" if name else key), old.get(key), new.get(key)
+    return f"{name or 'it'} was {_short(old)} and is now {_short(new)}"
 
 
 def _short(value: Any) -> str:

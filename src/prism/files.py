@@ -22,7 +22,7 @@ def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> P
     """Refuse an output folder that holds something (unless `overwrite`) or cannot be made; return it as a path.
 
     Commands call this before the first expensive step, so that a run is not lost to a typo at its end. An empty folder
-    is as good as none. What dead processes left of earlier attempts at this name is removed.
+    is as good as none. Temporary folders that dead processes left beside it are removed.
     """
     target = check_place(path)
     if target.exists():
@@ -52,7 +52,7 @@ def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> P
 def check_place(path: str | os.PathLike[str]) -> Path:
     """Refuse a path that no folder can have or that is something else than a folder; make its parent; return it.
 
-    What dead processes left beside and in it is removed (`sweep`).
+    Temporary folders that dead processes left beside and in it are removed (`temporary.sweep`).
     """
     try:
         target = Path(path)
@@ -95,9 +95,10 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or cannot be listed because it is not there."""
+    """True for a folder that is missing or holds nothing."""
     try:
-        return next(os.scandir(folder), None) is None
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
     except FileNotFoundError:
         return True
 
@@ -168,7 +169,7 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
 
 
 def appeared(work: Path, target: Path) -> PrismError:
-    """What is to be raised where somebody made `target` while a run worked, whose finished work is kept beside it."""
+    """The error where somebody made `target` while a run worked; the finished work is kept beside it."""
     kept = target.with_name(
         f"{temporary.name_beside(target).name[1:].partition('.prism-')[0]}.kept-{os.urandom(2).hex()}"
     )
@@ -196,8 +197,8 @@ def open_to_readers(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root) / name
-            if not path.is_symlink() and (found := stat.S_IMODE(path.stat().st_mode)) | mode != found:
-                path.chmod(found | mode)
+            if not path.is_symlink() and (present := stat.S_IMODE(path.stat().st_mode)) | mode != present:
+                path.chmod(present | mode)
 
 
 def sync_tree(folder: Path) -> None:
@@ -219,7 +220,9 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    with contextlib.suppress(OSError, StopIteration):  # Linux tells it; elsewhere it can only be set, for all threads
+    with contextlib.suppress(
+        OSError, StopIteration
+    ):  # Linux shows it; elsewhere it can only be read by setting it, for all threads
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0)
@@ -307,17 +310,17 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tup
     from safetensors import safe_open
 
     check_regular(path)
-    found = {}
+    header = {}
     with safetensors_told(Path(path)), safe_open(path, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118  # no dict
             view = opened.get_slice(name)
-            found[name] = (str(view.get_dtype()), tuple(view.get_shape()))
-    return found
+            header[name] = (str(view.get_dtype()), tuple(view.get_shape()))
+    return header
 
 
 @contextlib.contextmanager
 def safetensors_told(file: Path) -> Iterator[None]:
-    """What is wrong with a safetensors file that is read in the block, said in a sentence."""
+    """Raise PrismError for whatever is wrong with a safetensors file that is read in the block."""
     try:
         yield
     except MemoryError:

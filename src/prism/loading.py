@@ -11,8 +11,6 @@ from prism import files
 from prism.errors import PrismError, number, quoted
 
 EMBEDDED = "ShapeWorld (embedded)"
-
-
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # short names
 OFFLOAD = ("none", "model", "group")
 
@@ -42,8 +40,10 @@ def load_backbone(
     for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""  # of several processes on a machine
-    device = device or (f"cuda{own}" if torch.cuda.is_available() else "cpu")
+    local_rank = (
+        f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+    )  # of several processes on a machine
+    device = device or (f"cuda{local_rank}" if torch.cuda.is_available() else "cpu")
     check_device(device)
     dtype = DTYPES.get(str(dtype), dtype)
     if dtype is not None and dtype not in DTYPES.values():
@@ -71,7 +71,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=device).cpu()  # which a device without numbers (meta) cannot
+        torch.empty(0, device=device).cpu()  # fails on the meta device, which holds no numbers
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = quoted(str(error).splitlines()[0], 200)
         raise PrismError(
@@ -115,7 +115,7 @@ def _float(text: str) -> Any:
     try:
         return float(text)
     except ValueError:
-        return text  # which is quoted as it is
+        return text  # quoted in the error
 
 
 def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
@@ -124,16 +124,16 @@ def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
         return
     if not hasattr(pipe, "load_lora_weights"):
         raise PrismError(f"{type(pipe).__name__} takes no LoRA; leave --lora out.")
-    for place, (file, _) in enumerate(adapters):
+    for index, (file, _) in enumerate(adapters):
         try:
             pipe.load_lora_weights(
-                str(file.parent), weight_name=file.name, adapter_name=f"lora-{place}", local_files_only=True
+                str(file.parent), weight_name=file.name, adapter_name=f"lora-{index}", local_files_only=True
             )
         except Exception as error:  # of diffusers, peft and safetensors, each with its own
             raise PrismError(f"The --lora {file} cannot be loaded: {quoted(error).rstrip('.')}.") from error
-        if not any(f"lora-{place}" in names for names in pipe.get_list_adapters().values()):
+        if not any(f"lora-{index}" in names for names in pipe.get_list_adapters().values()):
             raise PrismError(f"The --lora {file} holds nothing for {type(pipe).__name__}; it is of another model.")
-    pipe.set_adapters([f"lora-{place}" for place in range(len(adapters))], [scale for _, scale in adapters])
+    pipe.set_adapters([f"lora-{index}" for index in range(len(adapters))], [scale for _, scale in adapters])
 
 
 def _call_beside(name: str) -> dict[str, Any]:

@@ -94,21 +94,19 @@ def kind_of(folder: Path) -> str | None:
 
 def check_replaceable(folder: Path, kind: str) -> None:
     """Refuse to replace a folder that is no run of this kind, or holds a user's file."""
-    found = kind_of(folder)
-    if found != kind:
+    held = kind_of(folder)
+    if held != kind:
         names = {None: "nothing that PRISM made", "store": "a latent store", "parts": "parts of a run"}
         names |= {"prism-head": "a head", "weaker": "a backbone", "quality": "measurements of a backbone"}
         raise PrismError(
-            f"The folder {files.shown(folder)} holds {names.get(found, f'a run of {found}')}, so it is not replaced by "
-            "another thing; choose another --out."
+            f"The folder {files.shown(folder)} holds {names.get(held, f'a run of {held}')}, so it is not replaced "
+            "by another thing; choose another --out."
         )
     _refuse_foreign(folder)
 
 
 def is_vacant(folder: Path, besides: Sequence[str] = ()) -> bool:
-    """Whether a run may begin here: nothing lies in it but what a run of ours leaves that died at its start, and
-    `besides` what lies in these of its folders.
-    """
+    """True for a folder in which a run may begin (see above); what lies in its folders `besides` does not count."""
     left = [path for path in _files(folder) if path.relative_to(folder).parts[0] not in besides]
     return not left or (
         all(path.parent == folder and path.name in (CONFIG, IDENTITY) for path in left) and kind_of(folder) is not None
@@ -153,8 +151,9 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _listed(folder: Path) -> set[str]:
-    found = (_read(folder / CONFIG) or {}).get("files")
-    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+    """Names of the files that a finished run wrote down (`note_files`); none for an unfinished one."""
+    names = (_read(folder / CONFIG) or {}).get("files")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
@@ -164,8 +163,7 @@ def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
         return path.relative_to(folder).as_posix() in listed
     if path.stem == "state":  # of a checkpoint, and not of somebody's copy of one
         return re.fullmatch(r"step-\d{8}|\.step-\d{8}\.prism-[0-9a-f]{8}", path.parent.name) is not None
-    known = _OURS.fullmatch(path.name)
-    return bool(known) or (path.suffix == ".json" and "seconds" in (_read(path) or {}))
+    return bool(_OURS.fullmatch(path.name)) or (path.suffix == ".json" and "seconds" in (_read(path) or {}))
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -180,10 +178,10 @@ def _refuse_foreign(folder: Path) -> None:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object of a file; None where there is none."""
     try:
-        found = files.read_json(path) if path.is_file() else None
+        content = files.read_json(path) if path.is_file() else None
     except PrismError:
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 # -- folders that a run works in, and that it can go on in after a kill
@@ -196,6 +194,7 @@ class Claim:
         self.folder, self.resumed, self._lock = folder, resumed, lock
 
     def release(self) -> None:
+        """Let other processes have the folder."""
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
@@ -238,11 +237,11 @@ def claim(
     if not main:
         return Claim(folder, False, None)
     folder = files.check_place(folder)
-    wanted = json.loads(json.dumps(dict(identity), allow_nan=False))
+    new = json.loads(json.dumps(dict(identity), allow_nan=False))
     was_there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        return _enter(_hold(folder, shared), wanted, resume, restart and not shared, name, changeable, besides)
+        return _enter(_hold(folder, shared), new, resume, restart and not shared, name, changeable, besides)
     except OSError as error:
         with contextlib.suppress(OSError):
             if not was_there:
@@ -254,32 +253,30 @@ def claim(
 
 def _enter(
     held: Claim,
-    wanted: dict[str, Any],
+    new: dict[str, Any],
     resume: bool,
     restart: bool,
     name: str,
     changeable: Sequence[str],
     besides: Sequence[str],
 ) -> Claim:
-    folder, known = held.folder, held.folder / name
+    """Begin the run `new` in a held folder, or go on with the one that is there; arguments as of `claim`."""
+    folder, path, command = held.folder, held.folder / name, new.get("command")
     held.resumed = False
     if is_vacant(folder, besides):
-        if _read(known) != wanted:
-            files.write_json(known, wanted)
+        if _read(path) != new:
+            files.write_json(path, new)
         return held
-    found = _read(known)
-    other = (
-        name == CONFIG and found is not None and found.get("command", wanted.get("command")) != wanted.get("command")
-    )
-    if found is None or other:
-        holds = "parts of a run" if name == IDENTITY else f"run of {wanted.get('command', 'this kind')}"
+    old = _read(path)
+    if old is None or (name == CONFIG and old.get("command", command) != command):
+        holds = "parts of a run" if name == IDENTITY else f"run of {new.get('command', 'this kind')}"
         raise PrismError(
             f"The folder {files.shown(folder)} exists already and holds no {holds}; move it away, or choose another "
             "--out."
         )
     temporary.sweep(folder, deep=True)
-    ours, theirs = (without(each, ("command", "files", "options", *changeable)) for each in (wanted, found))
-    different = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+    old, now = (without(each, ("command", "files", "options", *changeable)) for each in (old, new))
+    different = [key for key in {**now, **old} if old.get(key) != now.get(key)]
     if not different and (resume or restart):
         held.resumed = True
         return held
@@ -287,7 +284,7 @@ def _enter(
         _refuse_foreign(folder)
         print(f"prism: deleting the run in {folder}, which is of another configuration", file=sys.stderr)
         _clear(folder)
-        files.write_json(known, wanted)
+        files.write_json(path, new)
         return held
     if not resume:
         raise PrismError(
@@ -295,22 +292,22 @@ def _enter(
         )
     key = different[0]
     raise PrismError(
-        f"The run in {files.shown(folder)} differs in {key}: {first_difference(theirs.get(key), ours.get(key))}; "
+        f"The run in {files.shown(folder)} differs in {key}: {first_difference(old.get(key), now.get(key))}; "
         "continue it as it was started, choose another --out, or start anew with --overwrite where the command has it."
     )
 
 
 def _hold(folder: Path, shared: bool = False) -> Claim:
     """This process's claim on a folder, which may be one that it has already."""
-    place = folder.stat()
-    held = _held.get((place.st_dev, place.st_ino))
+    status = folder.stat()
+    held = _held.get((status.st_dev, status.st_ino))
     if held is not None and held._lock is not None:
         return held
     try:
         held = Claim(folder, False, temporary.hold(folder, shared))
     except BlockingIOError:
         raise _busy(folder) from None
-    _held[place.st_dev, place.st_ino] = held
+    _held[status.st_dev, status.st_ino] = held
     return held
 
 
@@ -373,13 +370,13 @@ class Parts:
 
 
 def parts_of(out: str | os.PathLike[str]) -> Path:
-    """Where a run keeps its parts until its folder `out` is made: `<out>.parts`."""
+    """The folder of a run's parts until its folder `out` is made: `<out>.parts`."""
     out = Path(out).absolute()
     return out.with_name(f"{out.name}.parts")
 
 
 class Clock:
-    """A line now and then on how far a long loop is, for logs: at most one per `every` seconds, with the time left."""
+    """Progress of a long loop for logs: at most one line per `every` seconds, with the time left."""
 
     def __init__(self, what: str, total: int, every: float = 300.0) -> None:
         self.what, self.total, self.every = what, total, every
@@ -393,8 +390,5 @@ class Clock:
         if now - self.last >= self.every and self.worked:
             self.last = now
             left = (now - self.start) / self.worked * (self.total - done) / 60
-            print(
-                f"prism: {self.what}: {done} of {self.total}{more}, about {left:.0f} minutes left",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"prism: {self.what}: {done} of {self.total}{more}, about {left:.0f} minutes left"
+            print(line, file=sys.stderr, flush=True)
