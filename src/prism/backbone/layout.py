@@ -1,4 +1,4 @@
-"""Where things lie: latents of a sampling loop as (B, C, T, H, W), a block's output as tokens in raster order.
+"""Layouts: latents of a sampling loop as (B, C, T, H, W), a block's output as tokens in raster order.
 
 The forms that occur, by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1), "BLC" for tokens packed in
 raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 cells (Flux, Qwen-Image).
@@ -28,7 +28,7 @@ def is_packed(layout: Layout) -> bool:
 
 
 def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
-    """Latents of the loop as (B, C, T, H, W). `grid`: (T, H, W) in tokens, which packed latents do not tell."""
+    """Latents of the loop as (B, C, T, H, W). `grid`: (T, H, W) in tokens, needed for packed latents."""
     if layout == "BCHW":
         return latents.unsqueeze(2)
     if not is_packed(layout):
@@ -61,9 +61,9 @@ def from_squares(states: Tensor, grid: Grid, side: int = 8) -> Tensor:
 
 
 def grid_of(places: Tensor) -> Grid:
-    """The grid (T, H, W) of tokens at `places` (3, L), a coordinate an axis.
+    """The grid (T, H, W) of tokens at `places` (3, L), one coordinate per axis.
 
-    Raises PrismError where they do not run through one in order: a condition's tokens stand before the video's.
+    Raises PrismError where they are not a whole grid in raster order, as where a condition's tokens come first.
     """
     grid = tuple(len(axis.unique()) for axis in places)
     if grid[0] * grid[1] * grid[2] != places.shape[1] or bool((places[0].diff() < 0).any()):
@@ -84,7 +84,7 @@ def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
 
 
 def text_rows(text: Tensor) -> Tensor:
-    """The text of a denoiser call, before or behind its embedder, as (B, Lt, width)."""
+    """The text of a denoiser call, before or after its embedder, as (B, Lt, width)."""
     if text.ndim < 3:
         raise PrismError(
             f"The text that the denoiser is given must be (B, tokens, width); found the shape {tuple(text.shape)}, so "
@@ -94,7 +94,7 @@ def text_rows(text: Tensor) -> Tensor:
 
 
 def check_noise(noise: Any, latents: Tensor) -> None:
-    """Raise PrismError for noise that does not go with latents (B, ...)."""
+    """Raise PrismError unless noise has the shape of the latents (B, ...), or of one row of them."""
     instance("noise", noise, Tensor, "a tensor")
     if noise.shape[1:] != latents.shape[1:] or len(noise) not in (1, len(latents)):
         shapes = f"{tuple(noise.shape)} and {tuple(latents.shape)}"
@@ -102,7 +102,7 @@ def check_noise(noise: Any, latents: Tensor) -> None:
 
 
 def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
-    """t as (B,) beside latents (B, ...). Raises PrismError unless it is a number in [0, 1000], or one a row."""
+    """t as (B,) beside latents (B, ...). Raises PrismError unless it is a number in [0, 1000], or one per row."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 2:
         shape = f" {tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else ""
         raise PrismError(

@@ -2,7 +2,7 @@
 model timestep), on the scale at which the denoiser is given its latents.
 
 Where a scheduler divides its latents before the denoiser sees them (Allegro, Stable Video Diffusion, Cosmos), alpha and
-sigma are divided too: a noisy latent is always what the denoiser takes, and needs no scaling of its own.
+sigma are divided too: a noisy latent is always as the denoiser takes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TAKEN = {
 
 @dataclass(frozen=True)
 class OwnClock:
-    """A map of one's own.
+    """A map from noise levels given as functions, for a model that none of the named clocks fits.
 
     level: (scheduler, t in [0, 1000], float32) -> (alpha, sigma, model timestep), float32 and shaped like t.
     t_of: (scheduler, model timestep) -> t, its inverse.
@@ -47,9 +47,9 @@ class OwnClock:
 
 
 def check(clock: Clock | OwnClock, scheduler: Any) -> None:
-    """Raise PrismError for a scheduler of another form of diffusion than `clock`: its noise levels mean other things.
+    """Raise PrismError for a scheduler of another form of diffusion than `clock`, whose timesteps mean other noise.
 
-    A scheduler that is none of diffusers' is taken at its family's word, and so is a clock of one's own.
+    Not checked are schedulers outside diffusers and an `OwnClock`: the family answers for them.
     """
     if isinstance(clock, OwnClock) or not isinstance(scheduler, SchedulerMixin):
         return
@@ -62,7 +62,7 @@ def check(clock: Clock | OwnClock, scheduler: Any) -> None:
 
 
 def _forms(scheduler: Any) -> set[str]:
-    """The forms of diffusion in which a scheduler of diffusers may noise its latents."""
+    """The forms of diffusion that a scheduler of diffusers may use."""
     config = scheduler.config
     if any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__) or config.get("use_flow_sigmas"):
         return {"flow"}
@@ -133,13 +133,13 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
 
 
 def _own_level(clock: OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    found = clock.level(scheduler, t)
-    several = found if isinstance(found, tuple | list) else [found]
+    levels = clock.level(scheduler, t)
+    several = levels if isinstance(levels, tuple | list) else [levels]
     if len(several) != 3 or not all(isinstance(each, Tensor) and each.shape == t.shape for each in several):
-        told = ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else type(e).__name__ for e in several[:4])
+        shapes = ", ".join(str(tuple(e.shape)) if isinstance(e, Tensor) else type(e).__name__ for e in several[:4])
         raise PrismError(
             "The level of an OwnClock must give alpha, sigma and the model timestep, three tensors shaped like t, "
-            f"{tuple(t.shape)}; found {told or 'nothing'}."
+            f"{tuple(t.shape)}; found {shapes or 'nothing'}."
         )
     return several[0], several[1], several[2]
 

@@ -1,4 +1,4 @@
-"""A pipeline as PRISM uses it: what it has to offer, how its parts are read, which modifications are refused."""
+"""A pipeline as PRISM uses it: its contract, the reading of its parts, refused modifications, its failures."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from prism.team import CALLERS, ran_out
 if TYPE_CHECKING:
     from prism.backbone.family import Family
 
-CALL = ("generator", "num_inference_steps", "output_type")  # what every call of a pipeline must take
+CALL = ("generator", "num_inference_steps", "output_type")  # arguments that every pipeline's call must take
 
 
 class Scheduler(Protocol):
-    """Steps the latents. Its attributes are put back after a call: state is assigned to them, not written into them."""
+    """The scheduler: it steps the latents. Its attributes are put back after a call, so its state must be
+    assigned to attributes and not written into the objects that they hold."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Called once a step, after its denoiser calls, with whatever the loop gives it. Gives the next latents
-        (B, ...): themselves, first in a tuple, or as `.prev_sample`."""
+        """Return the next latents (B, ...): themselves, first in a tuple, or as `.prev_sample`. Called once per step,
+        after its denoiser calls, with whatever the loop passes."""
 
 
 class VAE(Protocol):
-    """Turns videos (B, 3, F, H, W) in [-1, 1] into latents (B, C, T, h, w) and back; an `nn.Module`, or not."""
+    """The VAE: videos (B, 3, F, H, W) in [-1, 1] to latents (B, C, T, h, w) and back; it need not be an `nn.Module`."""
 
     def encode(self, x: Tensor) -> Any:
         """The latents: themselves, or a posterior `.latent_dist` with a `.mode()`."""
@@ -42,14 +43,14 @@ class VAE(Protocol):
 
 
 class Pipeline(Protocol):
-    """What `Backbone`, and with it judges and `best_of_n`, use of a pipeline.
+    """Everything that `Backbone`, and with it judges and `best_of_n`, uses of a pipeline.
 
     Attributes:
         family: the row of facts of this denoiser (`prism.backbone.Family`): its lists of blocks, the names of its
             arguments, its clock, its form of guidance.
         components: the parts by name. Among them the denoiser, an `nn.Module` called `transformer` (a second one
             `transformer_2`) or `unet`, which is an attribute of that name as well; parts whose names begin with
-            `text_encoder` are run once a text. Modules among them are in evaluation mode while PRISM calls.
+            `text_encoder` are run once per text. Modules among them are in evaluation mode while PRISM calls.
         scheduler, vae: as above. Both are also looked up here, by these names, at every use.
 
     The denoiser is called as a module, `self.transformer(...)`, so that hooks run, with its arguments by name or by
@@ -57,9 +58,9 @@ class Pipeline(Protocol):
     that begins with it, or an object with `.sample`. Each block of the family's lists is called as a module too, in
     order and once per denoiser call, and returns the video's tokens (B, L, D_vis) in raster order t, h, w.
 
-    Used where they are there, as diffusers pipelines have them: `config` (`boundary_ratio`, of two denoisers),
+    Optional, as diffusers pipelines have them: `config` (`boundary_ratio`, where there are two denoisers),
     `tokenizer` (with a call argument `max_sequence_length`: a longer prompt is warned of), `encode_prompt(prompt, ...)`
-    giving a tuple of tensors (one row a prompt: candidates then share one encoding), `guider`, `_execution_device`,
+    returning a tuple of tensors (a row per prompt: candidates then share one encoding), `guider`, `_execution_device`,
     `maybe_free_model_hooks()`, `_progress_bar_config` (`{"disable": True}` while PRISM calls).
     """
 
@@ -71,11 +72,11 @@ class Pipeline(Protocol):
     def components(self) -> Mapping[str, Any]: ...
 
     def __call__(self, prompt: Any, *, generator: Any, num_inference_steps: int, output_type: str) -> Any:
-        """Sample; the first item of the result, `result[0]`, holds one video a prompt.
+        """Sample; the first item of the result, `result[0]`, holds one video per prompt.
 
         Args:
-            prompt: one text, or a list with one a row (where the family takes prompts).
-            generator: a CPU generator, or a list with one a row: the only source of randomness. The first noise of a
+            prompt: one text, or a list with one per row (where the family takes prompts).
+            generator: a CPU generator, or a list with one per row: the only source of randomness. The first noise of a
                 row is the same whatever the other rows and the number of steps.
             num_inference_steps: steps of the loop; has a default.
             output_type: "np" for videos (B, F, H, W, 3) in [0, 1], "latent" for what the loop ends with.
@@ -87,7 +88,7 @@ class Pipeline(Protocol):
 
 
 def check(pipe: Any, family: Family) -> None:
-    """Raise PrismError naming what an object lacks to be used as a pipeline."""
+    """Raise PrismError for the first member or argument that an object lacks to be used as a pipeline."""
     kind = type(pipe).__name__
     for owner, name in (("", "components"), ("", "scheduler"), ("scheduler", "step"), ("", "vae"), ("vae", "decode")):
         if not hasattr(getattr(pipe, owner) if owner else pipe, name):
@@ -95,18 +96,18 @@ def check(pipe: Any, family: Family) -> None:
             raise PrismError(f"The pipeline {kind} lacks the member {member!r}; see prism.backbone.Pipeline.")
     if not callable(pipe):
         raise PrismError(f"The pipeline {kind} cannot be called; see prism.backbone.Pipeline.")
-    taken = inspect.signature(type(pipe).__call__).parameters
+    parameters = inspect.signature(type(pipe).__call__).parameters
     for name in CALL + (("prompt",) if family.takes_prompts else ()):
-        if name not in taken:
+        if name not in parameters:
             raise PrismError(
                 f"The call of the pipeline {kind} lacks the argument {name!r}; see prism.backbone.Pipeline."
             )
-    prompt = taken.get("prompt")
+    prompt = parameters.get("prompt")
     if not family.takes_prompts and prompt is not None and prompt.default is prompt.empty:
         raise PrismError(f"The call of the pipeline {kind} needs a prompt; say takes_prompts=True in its family.")
 
 
-# -- its parts, read alike whatever they are wrapped in
+# -- its parts, read in the same way whatever they are wrapped in
 
 
 def unwrapped(part: Any) -> Any:
@@ -128,7 +129,7 @@ def _inside(part: Any) -> Any:
 
 
 def config_of(part: Any) -> Mapping[str, Any]:
-    """What a part says of its configuration: a mapping as in diffusers, an object with fields, or nothing."""
+    """The configuration of a part as a mapping: diffusers' own, an object's fields, or empty where there is none."""
     config = getattr(unwrapped(part), "config", None)
     if config is None or isinstance(config, Mapping):
         return config or {}
@@ -137,19 +138,21 @@ def config_of(part: Any) -> Mapping[str, Any]:
 
 
 def dtype_of(part: Any) -> torch.dtype:
-    """Of a module: as it says itself, else its first parameter's."""
-    found = getattr(part, "dtype", None)
-    return found if isinstance(found, torch.dtype) else _first_parameter(part).dtype
+    """The part's attribute `dtype`, or its first parameter's dtype."""
+    dtype = getattr(part, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else _first_parameter(part).dtype
 
 
 def device_of(pipe: Any, denoiser: nn.Module) -> torch.device:
-    """Where the pipeline runs: as it says itself, else where its denoiser lies."""
-    found = getattr(pipe, "_execution_device", None)
-    return _first_parameter(denoiser).device if found is None else found
+    """The device that the pipeline runs on: its attribute `_execution_device`, or its denoiser's device."""
+    device = getattr(pipe, "_execution_device", None)
+    return _first_parameter(denoiser).device if device is None else device
 
 
 def tensor_of(output: Any, name: str = "sample") -> Tensor:
-    """The tensor that a part gives: itself, first in a tuple or list, or under `name`. Else a PrismError."""
+    """The tensor in a part's output: the output itself, the first of a tuple or list, or the attribute `name`.
+
+    Raises PrismError where there is none."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     tensor = output if isinstance(output, Tensor) else getattr(output, name, None)
@@ -164,28 +167,32 @@ def _first_parameter(part: Any) -> Tensor:
 
 
 def is_denoiser(name: str) -> bool:
-    """Whether a pipeline's component of this name is a denoiser: transformer, transformer_2, unet."""
+    """Tell whether a pipeline's component of this name is a denoiser: transformer, transformer_2, unet."""
     return name.split("_")[0] in ("transformer", "unet")
 
 
 # -- what is refused, and how failures are told
 
-# Parts of the names that diffusers gives to its hooks, which may be there without its `enable_...` methods.
+# Parts of the names of diffusers' hooks, which may be set without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
-_MEASURED_PROMPTS = 10_000  # whose length is remembered
+_MEASURED_PROMPTS = 10_000  # so many prompts are remembered as measured
 _LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
-_BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}  # who broke is who called them
+# Where code of these raises, whoever called it is taken for the one that failed.
+_BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 
 
 def check_denoisers(backbone: Any) -> None:
-    """Raise PrismError where a denoiser was taken off the pipeline, or the one that is read was replaced by one with
-    other blocks, since the backbone was made of it."""
-    gone = [name for name, part in zip(backbone.denoiser_names, backbone.denoisers) if not isinstance(part, nn.Module)]
-    if gone:
+    """Raise PrismError where, since the backbone was made, a denoiser was removed from the pipeline, or the one that is
+    read was replaced by one with other blocks."""
+    missing = [
+        name for name, part in zip(backbone.denoiser_names, backbone.denoisers) if not isinstance(part, nn.Module)
+    ]
+    if missing:
         raise PrismError(
-            f"The pipeline's {gone[0]} was taken off, found {quoted(getattr(backbone.pipe, gone[0]), 40)}; put it back."
+            f"The pipeline's {missing[0]} was taken off, found {quoted(getattr(backbone.pipe, missing[0]), 40)}; "
+            "put it back."
         )
     try:
         widths = backbone.family.block_widths(backbone.denoiser)
@@ -226,7 +233,7 @@ def check_whole(denoisers: tuple[Any, ...]) -> None:
 
 @contextmanager
 def misfits_told(pipe: Any) -> Iterator[None]:
-    """Where torch finds devices or dtypes that do not fit, and the pipeline's parts have several, they are named."""
+    """Name the devices and dtypes of the pipeline's parts where torch fails because they do not fit together."""
     try:
         yield
     except RuntimeError as error:
@@ -235,18 +242,18 @@ def misfits_told(pipe: Any) -> Iterator[None]:
         parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
         floats = {name: (p for p in part.parameters() if p.is_floating_point()) for name, part in parts.items()}
         firsts = {name: next(values, None) for name, values in floats.items()}
-        places = {name: f"{p.device} {p.dtype}".replace("torch.", "") for name, p in firsts.items() if p is not None}
-        if len(set(places.values())) < 2 or not _MISFIT.search(str(error)):
+        kinds = {name: f"{p.device} {p.dtype}".replace("torch.", "") for name, p in firsts.items() if p is not None}
+        if len(set(kinds.values())) < 2 or not _MISFIT.search(str(error)):
             raise
-        told = ", ".join(f"{name} {place}" for name, place in places.items())
+        described = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
         raise PrismError(
-            f"The parts of {type(pipe).__name__} do not fit together ({told}); bring them to one device and dtype. "
-            f"torch says: {quoted(error, 160)}"
+            f"The parts of {type(pipe).__name__} do not fit together ({described}); bring them to one device and "
+            f"dtype. torch says: {quoted(error, 160)}"
         ) from error
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether a pipeline's own code broke: not PRISM's, nor a caller's own kind of exception, nor an allocator."""
+    """Tell whether code outside PRISM failed, by an error of Python's, torch's or numpy's other than lack of memory."""
     plain = isinstance(error, Exception) and type(error).__module__.split(".")[0] in ("builtins", "torch", "numpy")
     if not plain or ran_out(error):
         return False
@@ -255,7 +262,7 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
-    """What a pipeline's call that raised is told as, at a 1-based step, or 0 before it made any; None: as it is."""
+    """The PrismError for an error of a pipeline's call at a 1-based step (0: before the first); None: raise it."""
     kind = type(pipe).__name__
     if not step:
         refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
@@ -266,7 +273,7 @@ def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
 
 @contextmanager
 def callers_own() -> Iterator[None]:
-    """What a caller's callback raises inside passes as it is, whatever of the pipeline's it called."""
+    """Mark errors of a caller's callback, so that they pass unchanged, even where it called the pipeline's code."""
     try:
         yield
     except Exception as error:
@@ -275,7 +282,7 @@ def callers_own() -> Iterator[None]:
 
 
 def is_pipelines(error: BaseException, pipe: Any) -> bool:
-    """Whether a pipeline's code broke on the way, and no function of the caller's that it called, such as a hook."""
+    """Tell whether the pipeline's code failed, not a function of the caller's that it called, such as a hook."""
     called = [module for module in _modules(error) if module.split(".")[0] not in _BENEATH]
     home = type(pipe).__module__
     return is_foreign(error) and bool(called) and (called[-1] == home or called[-1].split(".")[0] in _LIBRARIES)
@@ -291,7 +298,7 @@ def _modules(error: BaseException) -> Iterator[str]:
 
 @contextmanager
 def breaks_told(part: Any, work: str) -> Iterator[None]:
-    """Where a part of a pipeline breaks at its work, as one whose configuration was altered does, it is named."""
+    """Name the part of a pipeline that fails at its `work`, as one whose configuration was altered does."""
     try:
         yield
     except Exception as error:
@@ -304,7 +311,7 @@ def breaks_told(part: Any, work: str) -> Iterator[None]:
 
 
 def warn_cut_off(prompts: Sequence[str], tokenizer: Any, limit: int, raisable: bool, measured: dict[str, None]) -> None:
-    """Warn, once each, of prompts that have more tokens than the pipeline takes; `measured` are those seen before."""
+    """Warn, once each, of prompts with more tokens than the pipeline takes; `measured` holds those seen before."""
     new = [prompt for prompt in prompts if prompt not in measured]
     for prompt, ids in zip(new, tokenizer(new).input_ids if new else ()):
         if len(ids) > limit:

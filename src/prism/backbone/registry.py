@@ -1,4 +1,4 @@
-"""Which row of facts a pipeline has: by its class or the classes it comes from, of PRISM's table or of the user's."""
+"""Rows of facts registered, found by a pipeline's class or its base classes, and checked against the pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
 from prism.errors import PrismError, quoted
 
-ENTRY_POINTS = "prism.families"  # the group of entry points under which an installed package gives rows
+ENTRY_POINTS = "prism.families"  # the group of entry points by which installed packages bring rows
 PAGE = "docs/backbones.md"
 Names = str | type | Iterable[str | type]
 
@@ -28,44 +28,45 @@ _classes: dict[str, type] = {}  # of registered pipelines: diffusers cannot load
 
 
 def register(family: Family, pipeline: Names | None = None, *, replace: bool = False) -> Family:
-    """Make a row of facts known: to `Backbone`, to folders whose `model_index.json` names its pipelines, to commands.
+    """Register a row of facts, for `Backbone`, folders whose `model_index.json` names its pipelines, and commands.
 
     An installed package does so for every process, commands too, by an entry point of the group "prism.families" that
-    names a `Family`, a dict of pipelines to families, a list of families, or a function that gives one of these.
+    names a `Family`, a dict of pipelines to families, a list of families, or a function that returns one of these.
 
     Args:
-        family: the row; it is known as `FAMILIES[family.name]` afterwards.
-        pipeline: the pipelines it is of, as classes or their names; None takes `family.pipelines`. A pipeline outside
-            diffusers has to be given as its class, or it cannot be loaded from a folder.
+        family: the row; it is `FAMILIES[family.name]` afterwards.
+        pipeline: its pipelines, as classes or their names; None takes `family.pipelines`. A pipeline outside diffusers
+            has to be given as its class, or it cannot be loaded from a folder.
         replace: take the place of a row of that name, or of those pipelines.
 
     Returns:
-        The row, with its pipelines' names.
+        The row, with the names of its pipelines.
 
     Raises:
-        PrismError: where `family` is none, or the name or a pipeline is known and `replace` is not given.
+        PrismError: where `family` is no `Family`, or its name or a pipeline has a row already and `replace` is False.
     """
     if not isinstance(family, Family):
         raise PrismError(f"register takes a prism.backbone.Family; found {type(family).__name__}.")
-    given = family.pipelines if pipeline is None else pipeline
-    several = isinstance(given, Iterable) and not isinstance(given, str | type)
-    kinds: list[Any] = list(given) if several else [given]  # type: ignore[arg-type]
+    pipelines = family.pipelines if pipeline is None else pipeline
+    several = isinstance(pipelines, Iterable) and not isinstance(pipelines, str | type)
+    kinds: list[Any] = list(pipelines) if several else [pipelines]  # type: ignore[arg-type]
     if not kinds or not all(isinstance(kind, str | type) and kind for kind in kinds):
         raise PrismError(
             f"The family {family.name!r} is of no pipeline; give `pipeline`, a class or its name, or a list of these; "
-            f"found {quoted(given, 80)}."
+            f"found {quoted(pipelines, 80)}."
         )
     names = tuple(kind if isinstance(kind, str) else kind.__name__ for kind in kinds)
     family = dataclasses.replace(family, pipelines=names)
-    known = FAMILIES.get(family.name)
-    if known is not None and dataclasses.replace(known, pipelines=names) == family:  # the same for further pipelines
-        family = dataclasses.replace(family, pipelines=tuple(dict.fromkeys((*known.pipelines, *names))))
-        names = family.pipelines if all(_rows.get(name) is known for name in known.pipelines) else names
+    registered = FAMILIES.get(family.name)
+    # The same facts once more, for further pipelines.
+    if registered is not None and dataclasses.replace(registered, pipelines=names) == family:
+        family = dataclasses.replace(family, pipelines=tuple(dict.fromkeys((*registered.pipelines, *names))))
+        names = family.pipelines if all(_rows.get(name) is registered for name in registered.pipelines) else names
     if not replace:
-        if known is not None and dataclasses.replace(known, pipelines=family.pipelines) != family:
+        if registered is not None and dataclasses.replace(registered, pipelines=family.pipelines) != family:
             raise PrismError(f"There is a family {family.name!r} already; give yours another name, or replace=True.")
         for name in names:
-            if _rows.get(name, known) is not known:
+            if _rows.get(name, registered) is not registered:
                 raise PrismError(f"{name} is of the family {_rows[name].name!r} already; give replace=True.")
     FAMILIES[family.name] = family
     _rows.update(dict.fromkeys(names, family))
@@ -74,9 +75,9 @@ def register(family: Family, pipeline: Names | None = None, *, replace: bool = F
 
 
 def family_of(pipe: Any) -> Family:
-    """The row of a pipeline: the one it carries, or that of its class or the nearest class that this one comes from."""
-    own = getattr(pipe, "family", None)
-    return own if isinstance(own, Family) else _of_class(type(pipe)) or _refuse(type(pipe).__name__, pipe)
+    """The row of a pipeline: its attribute `family`, or the row of its class or nearest base class."""
+    row = getattr(pipe, "family", None)
+    return row if isinstance(row, Family) else _of_class(type(pipe)) or _refuse(type(pipe).__name__, pipe)
 
 
 def family_named(name: str) -> Family:
@@ -84,22 +85,22 @@ def family_named(name: str) -> Family:
     kind = pipeline_class(name)
     if kind is None:
         return _rows.get(name) or _refuse(name)
-    own = getattr(kind, "family", None)
-    return own if isinstance(own, Family) else _of_class(kind) or _refuse(name)
+    row = getattr(kind, "family", None)
+    return row if isinstance(row, Family) else _of_class(kind) or _refuse(name)
 
 
 def pipeline_class(name: str) -> type | None:
-    """The class of that name: the registered one, or diffusers'. None where neither has one."""
+    """The class of that name: the registered one, or diffusers'; None where there is neither."""
     if name not in _rows:
         _register_entry_points()
-    found = _classes.get(name) or getattr(diffusers, name, None)
-    return found if isinstance(found, type) else None
+    kind = _classes.get(name) or getattr(diffusers, name, None)
+    return kind if isinstance(kind, type) else None
 
 
 def loader(name: str) -> Any:
     """The class that loads the folder of a supported pipeline.
 
-    Raises PrismError for one without facts, and for one outside diffusers that was registered by its name alone.
+    Raises PrismError for a pipeline without a row, and for one outside diffusers that was registered by its name alone.
     """
     family_named(name)
     kind = pipeline_class(name)
@@ -112,8 +113,8 @@ def loader(name: str) -> Any:
 
 
 def component_class(library: str, name: str, pipeline: str) -> Any:
-    """The class of a component as a folder names it: of diffusers, or of an installed library that is imported for a
-    pipeline whose class was registered."""
+    """The class of a component by the names in a folder: of diffusers, or of the named library, which is imported only
+    for a pipeline whose class was registered."""
     return getattr(importlib.import_module(library) if pipeline in _classes else diffusers, name)
 
 
@@ -126,19 +127,19 @@ def _of_class(kind: type) -> Family | None:
 
 @cache
 def _register_entry_points() -> None:
-    """Register what installed packages bring, once; what cannot be is warned of and left out."""
+    """Register the rows of installed packages, once; warn of those that cannot be, and leave them out."""
     for point in entry_points(group=ENTRY_POINTS):
         try:
-            given = point.load()
-            if callable(given) and not isinstance(given, Family):
-                given = given()
-            if isinstance(given, Mapping):
-                for pipeline, family in given.items():
+            rows = point.load()
+            if callable(rows) and not isinstance(rows, Family):
+                rows = rows()
+            if isinstance(rows, Mapping):
+                for pipeline, family in rows.items():
                     register(family, pipeline)
-            elif given is not None:  # a function may have registered by itself
-                for family in [given] if isinstance(given, Family) else given:
+            elif rows is not None:  # a function may have registered its rows by itself
+                for family in [rows] if isinstance(rows, Family) else rows:
                     register(family)
-        except (Exception, SystemExit) as error:  # a module may end as a program does
+        except (Exception, SystemExit) as error:  # the code of a package, which may do anything, sys.exit too
             package = point.dist.name if point.dist else "an installed package"
             reason = quoted(error, 200)
             warnings.warn(
@@ -149,7 +150,7 @@ def _register_entry_points() -> None:
 
 
 def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
-    """Raise PrismError for a fact that names what the pipeline or its denoiser has not."""
+    """Raise PrismError for a fact that names a part or field that the pipeline or its denoiser does not have."""
     kind, inner, config = type(unwrapped(denoiser)).__name__, unwrapped(denoiser), config_of(denoiser)
     label = f"of the family {quoted(repr(family.name), 60)}"
     paths = {path for path, _ in inner.named_modules()} - {""}
@@ -160,17 +161,17 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
     for fact, path in [*named, *([] if family.text_embedder is None else [("text_embedder", family.text_embedder)])]:
         if path not in paths:
             lists = [path for path, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
-            known = f"its lists are {', '.join(lists[:4])}" if lists else "it has no lists of modules"
-            raise PrismError(f"The denoiser {kind} has no {fact} {path!r}, which the {label[7:]} names; {known}.")
+            has = f"its lists are {', '.join(lists[:4])}" if lists else "it has no lists of modules"
+            raise PrismError(f"The denoiser {kind} has no {fact} {path!r}, which the {label[7:]} names; {has}.")
     if family.trailing_blocks_field:
-        left = config.get(family.trailing_blocks_field)
+        trailing = config.get(family.trailing_blocks_field)
         total = sum(
             len(p) if isinstance(p := inner.get_submodule(path), nn.ModuleList) else 1 for path in family.blocks
         )
-        if isinstance(left, bool) or not isinstance(left, int) or not 0 <= left < total:
+        if isinstance(trailing, bool) or not isinstance(trailing, int) or not 0 <= trailing < total:
             raise PrismError(
                 f"trailing_blocks_field {label} names {family.trailing_blocks_field!r}, which the configuration of "
-                f"{kind} has as {quoted(left, 40)}; a number of its {total} blocks is needed."
+                f"{kind} has as {quoted(trailing, 40)}; a number of its {total} blocks is needed."
             )
     if family.token_form == "frames" and not config.get("block_out_channels"):
         raise PrismError(f"{kind} has no block_out_channels, as a U-Net has; look at token_form {label}.")
@@ -185,17 +186,17 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
 
 
 def _refuse(name: str, pipe: Any = None) -> Any:
-    """Raise PrismError, short, with the nearest known family."""
+    """Raise PrismError with the nearest family's name."""
     near = _nearest(name, pipe)
-    told = f" Nearest is {near.name!r} ({near.models[:40]})." if near else ""
+    hint = f" Nearest is {near.name!r} ({near.models[:40]})." if near else ""
     raise PrismError(
-        f"The pipeline {name[:60]} is not supported yet.{told} Give PRISM a row of facts with "
+        f"The pipeline {name[:60]} is not supported yet.{hint} Give PRISM a row of facts with "
         f"prism.backbone.register, and check it with `prism doctor --family`: {PAGE}."
     )
 
 
 def _nearest(name: str, pipe: Any) -> Family | None:
-    """By the denoiser's lists of blocks and text embedder, where there is one, and by the names of classes."""
+    """The nearest family by the denoiser's blocks and text embedding, where there is one, and by names of classes."""
     parts = getattr(pipe, "components", None)
     parts = parts if isinstance(parts, Mapping) else {}
     denoiser = next((p for n, p in parts.items() if is_denoiser(n) and isinstance(p, nn.Module)), None)
@@ -209,11 +210,11 @@ def _nearest(name: str, pipe: Any) -> Family | None:
         return blocks and family.text_embedder in paths, common if common > 2 else 0, alike
 
     best = max(FAMILIES.values(), key=nearness)
-    embedded, common, alike = nearness(best)
-    return best if embedded or common or alike > 0.7 else None
+    same_parts, common, alike = nearness(best)
+    return best if same_parts or common or alike > 0.7 else None
 
 
 def _common(one: str, other: str) -> str:
-    """What two names begin with alike."""
-    size = next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+    """The longest common beginning of two names."""
+    size = next((index for index, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
     return one[:size]

@@ -1,7 +1,7 @@
-"""The steps that a stock call really makes: asked of its scheduler at the call's first denoiser call.
+"""The steps that a stock call really makes, read from its scheduler at the call's first denoiser call.
 
-`num_inference_steps` says it for some schedulers and calls only: `sigmas` and `timesteps` replace it, `strength` leaves
-out the first steps, and second-order schedulers take further ones between.
+`num_inference_steps` is their number for some schedulers and calls only: `sigmas` and `timesteps` replace it,
+`strength` leaves out the first steps, and second-order schedulers take further ones in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prism.errors import PrismError
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-_MOST = 64  # calls whose steps are remembered
+_MOST = 64  # so many calls' steps are remembered
 _PLAIN = (str, int, float, bool, type(None))
 # Arguments that change neither the number of steps nor their timesteps.
 _IRRELEVANT = ("prompt", "negative_prompt", "generator", "output_type", "return_dict")
@@ -29,9 +29,9 @@ _IRRELEVANT = ("prompt", "negative_prompt", "generator", "output_type", "return_
 class Steps:
     """The steps of a stock call, in order.
 
-    timesteps: the scheduler's, one per step; empty where it does not tell them.
+    timesteps: the scheduler's, one per step; empty where it does not hold them.
     calls: denoiser calls per step (families with guidance in one batch: groups of rows).
-    readable: whether the denoiser that is read runs the step.
+    readable: per step, whether the denoiser that is read runs it.
     """
 
     timesteps: tuple[float, ...]
@@ -42,8 +42,8 @@ class Steps:
         return len(self.calls)
 
     def check_cuts(self, steps: Sequence[int], reads: str) -> None:
-        """Raise PrismError for a cut (a 1-based step) at a step that another denoiser runs than `reads`."""
-        readable = [step for step, own in enumerate(self.readable, 1) if own]
+        """Raise PrismError for a cut (a 1-based step) that does not run on the denoiser `reads`."""
+        readable = [step for step, runs in enumerate(self.readable, 1) if runs]
         for step in steps:
             if step > len(self) or self.readable[step - 1]:
                 continue
@@ -60,26 +60,26 @@ class Steps:
     @property
     def last_readable(self) -> int:
         """The last step that the denoiser that is read runs, or the call's last one where it runs none."""
-        return max((step for step, own in enumerate(self.readable, 1) if own), default=len(self))
+        return max((step for step, runs in enumerate(self.readable, 1) if runs), default=len(self))
 
     def nearest_readable(self, step: int) -> int:
         """The step nearest to `step` that the denoiser that is read runs, or `step` where it runs none."""
-        readable = [number for number, own in enumerate(self.readable, 1) if own]
+        readable = [number for number, runs in enumerate(self.readable, 1) if runs]
         return min(readable, key=lambda number: abs(number - step), default=step)
 
 
 def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
-    """The steps of `pipe(**call)`, which is run up to its first denoiser call, or of an equal call before it.
+    """The steps of `pipe(**call)`, remembered from an equal call or found by running it up to its first denoiser call.
 
     Raises:
         PrismError: for a call that the pipeline refuses, or that makes no step.
     """
     pipe, scheduler = backbone.pipe, backbone.pipe.scheduler
-    own = {name: value for name, value in call.items() if name not in _IRRELEVANT and not name.startswith("callback")}
+    relevant = {n: value for n, value in call.items() if n not in _IRRELEVANT and not n.startswith("callback")}
     for name in ("timesteps", "sigmas"):
-        if own.get(name) is not None:
-            own[name] = repr([float(value) for value in own[name]])
-    key = cache_key(own)
+        if relevant.get(name) is not None:
+            relevant[name] = repr([float(value) for value in relevant[name]])
+    key = cache_key(relevant)
     if key is not None:
         guider = getattr(pipe, "guider", None)
         parts = (scheduler, config_of(scheduler), config_of(pipe), *((guider,) if guider is not None else ()))
@@ -87,11 +87,12 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
         key += " ".join(type(part).__name__ + _plain(part) for part in parts)
         if key in backbone.known_steps:
             return backbone.known_steps[key]
-    told: list[tuple[int | None, list[float]]] = []
+    scheduled: list[tuple[int | None, list[float]]] = []  # number of steps, timesteps
 
     def look() -> None:
         timesteps = getattr(pipe.scheduler, "timesteps", None)
-        told.append((getattr(pipe, "_num_timesteps", None), [] if timesteps is None else [float(t) for t in timesteps]))
+        values = [] if timesteps is None else [float(t) for t in timesteps]
+        scheduled.append((getattr(pipe, "_num_timesteps", None), values))
 
     arguments = capture(pipe, backbone.denoisers, call, look)
     if not arguments:
@@ -99,50 +100,50 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
             f"{type(pipe).__name__} makes no denoiser call with these arguments; give more steps"
             + (", or a greater strength." if backbone.takes("strength") else ".")
         )
-    count, timesteps = told[0]
-    if count is None:  # a pipeline that does not say it: from the first timestep on
+    count, timesteps = scheduled[0]
+    if count is None:  # the pipeline does not say: count from the first call's timestep on
         timestep = backbone.denoiser_call(arguments).timestep
         first = float(timestep.max()) * 1000 / backbone.family.pure_noise_timestep
-        start = next((place for place, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
+        start = next((index for index, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
         count = len(timesteps) - start or backbone.num_inference_steps(dict(call))
     timesteps = timesteps[-count:] if len(timesteps) >= count else []
-    found = Steps(tuple(timesteps), _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count))
+    steps = Steps(tuple(timesteps), _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count))
     if key is not None:
-        backbone.known_steps[key] = found
+        backbone.known_steps[key] = steps
         for old in list(backbone.known_steps)[:-_MOST]:
             del backbone.known_steps[old]
-    return found
+    return steps
 
 
 def _calls(backbone: Backbone, call: Mapping[str, Any], timesteps: Sequence[float], count: int) -> tuple[int, ...]:
     """Denoiser calls per step: two where guidance is on, which a guider may turn on for some of the steps."""
     if backbone.family.guidance != "guider":
         return (2 if backbone.guided(dict(call)) else 1,) * count
-    guider, asked = copy.copy(backbone.pipe.guider), backbone.num_inference_steps(dict(call))
+    guider, requested = copy.copy(backbone.pipe.guider), backbone.num_inference_steps(dict(call))
     calls = []
     for step in range(count):
-        guider.set_state(step=step, num_inference_steps=asked, timestep=None)
+        guider.set_state(step=step, num_inference_steps=requested, timestep=None)
         calls.append(guider.num_conditions)
     return tuple(calls)
 
 
 def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
-    """Whether `pipe(**call)` runs an unconditional pass beside the conditional one, at some step at least."""
+    """Tell whether `pipe(**call)` runs unconditional passes too, at some of its steps at least."""
     name = backbone.family.guidance
     if name == "guider":
         guider = copy.copy(backbone.pipe.guider)
-        if hasattr(guider, "set_state"):  # which a call before it left at its last step
+        if hasattr(guider, "set_state"):  # an earlier call left it at that call's last step
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
         return bool(guider.num_conditions > 1)
     scale = call.get(name, backbone.default(name))
-    if name == "true_cfg_scale":  # guidance is embedded as well, and this one takes a negative prompt
-        given = (call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
-        return scale is not None and scale > 1.0 and any(given)
+    if name == "true_cfg_scale":  # beside the embedded guidance; on only with a negative prompt
+        negative = any(call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
+        return scale is not None and scale > 1.0 and negative
     return scale is not None and scale > 1.0
 
 
 def _readable(backbone: Backbone, timesteps: Sequence[float], count: int) -> tuple[bool, ...]:
-    """Per step, whether it is on the side of the pipeline's boundary that the denoiser that is read works on."""
+    """Per step, whether the denoiser that is read runs, by the pipeline's `boundary_ratio`."""
     ratio = config_of(backbone.pipe).get("boundary_ratio")
     if ratio is None or len(backbone.denoisers) == 1 or not timesteps:
         return (True,) * count

@@ -83,9 +83,9 @@ def decode(
     latents = denormalise(family, pipe, latents)
     if family.vae_frame_by_frame:
         frames = latents.transpose(1, 2).flatten(0, 1)
-        # Asked of `forward`, as the pipelines do: some versions of diffusers wrap `decode` and hide its signature.
-        told = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
-        options: dict[str, Any] = {"num_frames": latents.shape[2]} if told else {}
+        # From `forward`'s signature, as the pipelines do: some versions of diffusers wrap `decode` and hide its own.
+        takes_num_frames = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
+        options: dict[str, Any] = {"num_frames": latents.shape[2]} if takes_num_frames else {}
         pixels: Tensor = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
@@ -128,7 +128,7 @@ def _shift(family: Family, pipe: Any) -> float:
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """latents_mean and 1 / latents_std beside latents (B, C, T, H, W): a value a channel, or a channel and frame."""
+    """latents_mean and 1 / latents_std for latents (B, C, T, H, W): one value per channel, or per channel and frame."""
     config = config_of(vae)
     names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
     mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
@@ -146,28 +146,28 @@ def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mode(vae: Any, pixels: Tensor) -> Tensor:
-    """The posterior's mode. A VAE that gives latents instead may draw them: it draws the same of a video each time."""
+    """The posterior's mode, or the latents of a VAE that returns these; if it draws them, the same each time."""
     with _seeded(pixels.device):
-        found = vae.encode(pixels)
-    if isinstance(found, tuple):
-        found = found[0]
+        latents = vae.encode(pixels)
+    if isinstance(latents, tuple):
+        latents = latents[0]
     for name in ("latent_dist", "latents", "latent", "sample"):
-        if not isinstance(found, Tensor) and not hasattr(found, "mode"):
-            found = getattr(found, name, found)
-    if isinstance(found, Tensor):
-        return found
-    if not hasattr(found, "mode"):
+        if not isinstance(latents, Tensor) and not hasattr(latents, "mode"):
+            latents = getattr(latents, name, latents)
+    if isinstance(latents, Tensor):
+        return latents
+    if not hasattr(latents, "mode"):
         raise PrismError(
-            f"{type(vae).__name__}.encode gives {type(found).__name__}; latents are needed, themselves, first in a "
+            f"{type(vae).__name__}.encode gives {type(latents).__name__}; latents are needed, themselves, first in a "
             "tuple, as .latents, or as a posterior .latent_dist with a .mode()."
         )
-    mode: Tensor = found.mode()
+    mode: Tensor = latents.mode()
     return mode
 
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Fixed global generators of CPU and device meanwhile; afterwards they are as they were."""
+    """Seed the global generators of CPU and device inside; afterwards they are as they were."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(0)
