@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from prism import shapeworld
-from prism.training import TrainConfig
-from recipes import Recipe
+from prism.training import Recipe, TrainConfig
 
 TAPS, DIM = (4, 5), 144  # chosen by the study, docs/study.md
 
 
 def default() -> Recipe:
-    """What `prism train` does unless told otherwise: some ten minutes on two cores."""
+    """The defaults of `prism train`: some ten minutes on two cores."""
     train = TrainConfig(steps=1500, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=100)
     return Recipe(None, shapeworld.CALL, TAPS, DIM, train)
 
 
 def full() -> Recipe:
-    """What `prism demo --full` trains each of its three judges by, on 1,600 prompts of 4 videos each."""
+    """The training of each of the three judges of `prism demo --full`, on 1,600 prompts of 4 videos each."""
     train = TrainConfig(steps=2000, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0)
     return Recipe(None, shapeworld.CALL, TAPS, DIM, train)

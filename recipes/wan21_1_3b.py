@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from prism.training import TrainConfig
-from recipes import Recipe
+from prism.training import Recipe, TrainConfig
 
 
 def paper() -> Recipe:

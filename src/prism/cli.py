@@ -97,14 +97,19 @@ def _flags(options: Any) -> dict[str, tuple[str, Any]]:
 
 
 def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
-    """The words, and before them those of the file that --config names, of options that the words leave open."""
+    """The words, and before them those of --recipe and --config, of options that the words leave open."""
     flags = _flags(options)
     given = {word.partition("=")[0].replace("_", "-") for word in words}
-    for key, value in _read(name, words):
+    values: list[tuple[Any, Any]] = []
+    if "recipe" in flags and (recipe := _value(words, "recipe")):
+        values += resolve_name("prism.commands.train:recipe_options")(recipe).items()
+    for key, value in [*values, *_read(name, words)]:
         flag, kind = flags.get(str(key).replace("-", "_"), ("", None))
         if not flag:
             near = _nearest(str(key), [text[2:] for text in dict(flags.values())])
             raise PrismError(f'The --config holds "{quoted(key, 60)}", which is no option of prism {name}; {near}.')
+        if flag == "--recipe":
+            raise PrismError('The --config holds "recipe", which is run: name it on the command line.')
         if value is None or flag in given:
             continue
         if kind is bool and isinstance(value, bool):
@@ -118,9 +123,7 @@ def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
 
 def _read(name: str, words: Sequence[str]) -> Iterable[tuple[str, Any]]:
     """The options in the file that --config names, in whatever groups; of a run's config.json those of its command."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?")
-    path = parser.parse_known_args(list(words))[0].config
+    path = _value(words, "config")
     if not path:
         return ()
     file = f"The --config {quoted(path, 200)}"
@@ -134,6 +137,14 @@ def _read(name: str, words: Sequence[str]) -> Iterable[tuple[str, Any]]:
     if content.get("command", name) != name:
         raise PrismError(f"{file} is of prism {quoted(content['command'], 60)}; name one of prism {name}.")
     return leaves({key: value for key, value in options.items() if key not in ("command", "files", "call")})
+
+
+def _value(words: Sequence[str], name: str) -> str | None:
+    """The value that the words give an option, which is needed before the others are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", nargs="?")
+    value: str | None = getattr(parser.parse_known_args(list(words))[0], name)
+    return value
 
 
 def _parsed(name: str, kind: Any, words: Sequence[str]) -> Any:

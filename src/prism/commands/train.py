@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import runpy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ from prism import files, runs
 from prism.commands import show
 from prism.commands.options import Labelled, Replacing, Resuming, option, recorded
 from prism.errors import PrismError, quoted
-from prism.training.config import TrainConfig
+from prism.training.config import Recipe, TrainConfig
 
 TAPS, DIM = (4, 5), 144  # the study's choice for the embedded backbone (docs/study.md)
 FEW = 100  # training prompts, below which nothing is learned
@@ -24,6 +26,9 @@ NOTES = (
 @dataclass(frozen=True)
 class Folder(Replacing, Resuming):
     """Where results go."""
+
+    recipe: Annotated[str | None, option("FILE[:NAME]", "")] = None
+    """Python file that is run; its function returns a prism.training.Recipe. Flags and --config go before it."""
 
 
 Width = Annotated[int | None, option(default="144 on the embedded model, else 1536, or twice the backbone's if less")]
@@ -41,6 +46,12 @@ class HeadOptions:
     """Width of a head."""
     aggregation: Annotated[str, option("NAME")] = "query"
     """query: cross-attention, as in the paper. Ablations: mean pooling, or a linear probe."""
+    num_queries: int = 1
+    """Queries, whose readings are averaged."""
+    num_heads: int = 8
+    """Attention heads; their number divides the width."""
+    mlp_layers: int = 5
+    """Linear layers of the MLP."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +119,8 @@ def run(config: Train) -> dict[str, Any]:
     store = open_store(models.data)
     backbone, _, name = load_backbone(models.backbone, models.device, models.dtype)
     check_store(models.data, store, backbone)
-    options = {"dim": DIM if embedded and head.dim is None else head.dim, "aggregation": head.aggregation}
-    options["dimensions"] = store.dimensions
+    options = {name: value for name, value in vars(head).items() if name != "tap"}
+    options |= {"dim": DIM if embedded and head.dim is None else head.dim, "dimensions": store.dimensions}
     judge = Judge.average(untrained_heads(backbone, taps or (TAPS if embedded else (None,)), settings.seed, **options))
     prompts = len(store.groups("train", store.dimensions))
     if team.first and 0 < prompts < FEW:
@@ -151,7 +162,33 @@ def recipe(embedded: bool, **changes: Any) -> TrainConfig:
         "checkpoint_every": 100,
     }
     settings = {**defaults, **{name: value for name, value in changes.items() if value is not None}}
-    return TrainConfig(**{"warmup_steps": min(20, settings["steps"] // 10), **settings})
+    return TrainConfig.from_dict({"warmup_steps": min(20, settings["steps"] // 10), **settings})
+
+
+def recipe_options(text: str) -> dict[str, Any]:
+    """The options of `prism train` that a recipe sets. text: FILE, or FILE:NAME where it holds several functions.
+
+    The file is run, which is why the command line alone may name one.
+    """
+    path, _, name = (text, "", "") if text.endswith(".py") else text.rpartition(":")
+    said = f"The --recipe {quoted(text, 200)}"
+    try:
+        held = runpy.run_path(path or text, run_name="prism_recipe").items()
+        makers = {key: value for key, value in held if inspect.isfunction(value) and value.__module__ == "prism_recipe"}
+        public = [key for key in makers if not key.startswith("_")]
+        if not name and len(public) == 1:
+            name = public[0]
+        if name not in makers:
+            raise PrismError(f"{said} must name one function of its file, FILE:NAME; there are {', '.join(public)}.")
+        chosen = makers[name]()
+    except PrismError:
+        raise
+    except Exception as error:
+        raise PrismError(f"{said} cannot be run: {type(error).__name__}: {quoted(error, 160)}.") from error
+    if not isinstance(chosen, Recipe):
+        raise PrismError(f"{said} must return a prism.training.Recipe, found {quoted(chosen, 60)}.")
+    taps = ",".join(map(str, chosen.taps))
+    return {"backbone": chosen.backbone, "tap": taps, "dim": chosen.dim, **chosen.head, **asdict(chosen.train)}
 
 
 def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any]]:

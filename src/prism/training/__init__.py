@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from prism.training.config import Recipe as Recipe
 from prism.training.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:

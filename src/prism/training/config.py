@@ -1,14 +1,17 @@
-"""What a training run is told: one frozen dataclass, checked when it is made."""
+"""Settings of a training run, checked when they are made; and a recipe: all that determines a trained judge."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prism.errors import SEEDS, PrismError, flag, instance, number, quoted, whole
+
+if TYPE_CHECKING:
+    from prism.judge import Judge
 
 MOST = 10**12  # of any whole setting
 SOURCES = ("renoised", "trajectory", "mixed")
@@ -134,3 +137,30 @@ class TrainConfig:
             return self.learning_rate
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A backbone, the heads that are put onto it, and how they are trained."""
+
+    backbone: str | None
+    """The pipeline's id on the Hub; None: the model that ships with the package."""
+    call: Mapping[str, Any]
+    """Arguments of the pipeline's call, for the videos that are labelled and for those that are judged."""
+    taps: tuple[int, ...]
+    """Blocks that are read, from 1 (N_b of the paper); a head for each, whose scores are averaged."""
+    dim: int
+    """D, the width of a head."""
+    train: TrainConfig
+    head: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of `QueryHead`."""
+
+    def judge(self, pipe: Any, dimensions: Sequence[str] | None = None) -> Judge:
+        """The judge to train, with random heads. pipe: a pipeline or a `Backbone`."""
+        from prism.judge import Judge
+        from prism.judge.judge import DIMENSIONS
+        from prism.training.trainer import untrained_heads
+
+        options = {"dim": self.dim, "dimensions": dimensions or DIMENSIONS, **self.head}
+        heads = untrained_heads(pipe, self.taps, self.train.seed, **options)
+        return Judge.average(heads)
