@@ -17,6 +17,7 @@ from prism.errors import PrismError, number, quoted, whole
 if TYPE_CHECKING:
     import numpy as np
 
+    from prism.report.metrics import BestOfNRow
     from prism.report.page import FilmRow
 
 NOTES = (
@@ -352,7 +353,7 @@ def _check(config: Sample) -> None:
             raise PrismError(f"The --{flag} {quoted(str(config.told[name]), 200)} is no file; give a local one.")
 
 
-def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> dict[str, Any]:
+def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> BestOfNRow:
     """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
     from prism.backbone.arguments import normalised
     from prism.sampling.plan import Workload
@@ -363,6 +364,7 @@ def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], res
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
     everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
+    settings = kind.settings(result.scores)
     return {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
@@ -370,7 +372,9 @@ def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], res
         "n": config.n,
         "num_inference_steps": backbone.num_inference_steps(dict(call)),
         "guidance_scale": call.get("guidance_scale"),
-        **kind.settings(result.scores),
+        "schedule": settings["schedule"],
+        "draft_steps": settings["draft_steps"],
+        "judge_at": settings["judge_at"],
         "set": "prompt",
         "prompts": 1,
         "referee_gain": None,

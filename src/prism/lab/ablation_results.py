@@ -20,6 +20,7 @@ from prism.evaluation.measurement import fit, margins_of, reliability
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.report import tables, wording
+from prism.report.metrics import AccuracyRow, CalibrationRow, StudyRow
 from prism.team import in_batches
 from prism.training.batches import LEVELS, conditioned, levels
 from prism.training.config import TrainConfig
@@ -240,8 +241,8 @@ class Results:
         margins = (self.margins(variant, heads)[:, :, decided, column] for heads in replicates(variant, self.config))
         return np.stack([(values * labels > 0).mean(1) for values in margins])
 
-    def row(self, variant: Variant) -> dict[str, Any]:
-        """What came of a variant: accuracy without ties, and its difference from the recipe's, with intervals."""
+    def row(self, variant: Variant) -> StudyRow:
+        """Accuracy of a variant without ties, and its difference from the recipe's, with intervals."""
         right = {dimension: self.right(variant, dimension) for dimension in self.dimensions}
         if not self._base:
             self._base = {d: self.right(Variant(BASE, "", ""), d) for d in self.dimensions}
@@ -270,9 +271,9 @@ class Results:
             "prompts": len(set(prompts.tolist())),
         }
 
-    def calibration(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    def calibration(self, variants: Sequence[Variant]) -> list[CalibrationRow]:
         """Temperature and eta fitted on half of the prompts, and what they do on the other half, each way round."""
-        rows = []
+        rows: list[CalibrationRow] = []
         for variant in variants:
             margins = self.margins(variant, replicates(variant, self.config)[0])[:, 0]  # one draw a level
             for column, dimension in enumerate(self.dimensions):
@@ -288,7 +289,18 @@ class Results:
                     numbers = {"temperature": found.temperature, "eta": found.eta}
                     halves.append({**numbers, **reliability(*on_other, self.config.train.eta, numbers)})
                 mean = {name: float(np.mean([half[name] for half in halves])) for name in halves[0]}
-                rows.append({"variant": variant.name, "dimension": dimension, **mean})
+                rows.append(
+                    {
+                        "variant": variant.name,
+                        "dimension": dimension,
+                        "temperature": mean["temperature"],
+                        "eta": mean["eta"],
+                        "nll_before": mean["nll_before"],
+                        "nll_after": mean["nll_after"],
+                        "calibration_error_before": mean["calibration_error_before"],
+                        "calibration_error_after": mean["calibration_error_after"],
+                    }
+                )
         return rows
 
 
@@ -340,17 +352,17 @@ def confirm(
 
 
 def confirmations(out: Path) -> list[dict[str, Any]]:
-    """What was confirmed so far."""
+    """The entries of the variants that were confirmed so far."""
     return [files.read_json(path) for path in sorted((out / "confirmed").glob("*.json"))]
 
 
-def accuracy(confirmed: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def accuracy(confirmed: Sequence[Mapping[str, Any]]) -> list[AccuracyRow]:
     """The "accuracy" rows of what was confirmed; the recipe's, which each brings along, once."""
-    rows = [row for entry in confirmed for row in entry["accuracy"] if row["judge"] != BASE]
+    rows: list[AccuracyRow] = [row for entry in confirmed for row in entry["accuracy"] if row["judge"] != BASE]
     return rows + [row for row in confirmed[0]["accuracy"] if row["judge"] == BASE] if confirmed else []
 
 
-def markdown(rows: Sequence[dict[str, Any]], calibration: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[StudyRow], calibration: Sequence[CalibrationRow]) -> str:
     """The study's tables as Markdown, by question; shares in percent."""
     parts = [
         f"### {question.capitalize()}\n\n{tables.study_table(some).markdown()}\n"

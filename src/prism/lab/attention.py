@@ -14,6 +14,7 @@ from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.lab.contest import Contest
 from prism.report import wording
+from prism.report.metrics import AttentionRow
 from prism.report.page import FilmRow, FilmStrip
 from prism.shapeworld import grammar, world
 
@@ -81,31 +82,31 @@ def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None)
     return (dimmed * (1 - weight) + weight * (0.7 * TINT + 0.5 * video)).clip(0, 1)
 
 
-def rows(found: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+def rows(records: Sequence[Mapping[str, Any]], seed: int) -> list[AttentionRow]:
     """The "attention" rows of metrics.json, one per noise level, for the best and for the worst candidates of prompts.
 
-    found: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
+    records: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
     "lift" is the mean share of attention on the object over the mean share of cells that it takes: 1 where the query
     looks anywhere. Intervals are 95 % bootstrap intervals over prompts.
     """
-    table = []
-    for t in [] if not found else found[0]["looks"]:
+    table: list[AttentionRow] = []
+    for t in records[0]["looks"] if records else ():
         for which, choose in CHOSEN.items():
-            rows_of = [entry["looks"][t][int(choose(entry["values"]))] for entry in found]
+            rows_of = [entry["looks"][t][int(choose(entry["values"]))] for entry in records]
             columns = np.array([[row["attention"], row["area"], row["video"]] for row in rows_of])
-            prompts = [entry["prompt"] for entry in found]
+            prompts = [entry["prompt"] for entry in records]
             mean = columns.mean(0)
             table.append(
                 {
                     "t": float(t),
                     "candidates": which,
-                    "referee": float(np.mean([choose_value(entry["values"], choose) for entry in found])),
+                    "referee": float(np.mean([choose_value(entry["values"], choose) for entry in records])),
                     "attention_share": float(mean[0]),
                     "area_share": float(mean[1]),
                     "video_share": float(mean[2]),
                     "lift": float(mean[0] / mean[1]) if mean[1] else None,
                     "lift_ci95": prompt_interval(columns, prompts, ratio, seed),
-                    "prompts": len(found),
+                    "prompts": len(records),
                 }
             )
     return table

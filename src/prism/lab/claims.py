@@ -28,10 +28,19 @@ from prism.evaluation import Measurement, prompt_interval
 from prism.lab import contest
 from prism.lab.attention import CHOSEN, ratio
 from prism.report import wording
+from prism.report.metrics import (  # fmt: skip
+    AccuracyRow,
+    Beside,
+    BesideRow,
+    BestOfNRow,
+    ClaimRow,
+    ComparisonRow,
+    Summary,
+    SummaryRow,
+)
 from prism.sampling.strategies import kind_of
 from prism.shapeworld.generator import ROOT
 
-Row = Mapping[str, Any]
 LEVELS = (899, 699, 499)
 ROWS = 0.35  # most denoiser rows, as a share of full Best-of-N's
 EARLY, DRAFT = (0.50, 0.40), (0.65, 0.55)  # least share of the oracle's gain, and of its interval's lower end
@@ -40,8 +49,8 @@ OVERHEAD = 0.03
 
 
 def check(
-    comparison: Sequence[Row], picks: Sequence[Row], early: str, draft: str, overhead: float | None
-) -> list[dict[str, Any]]:
+    comparison: Sequence[ComparisonRow], picks: Sequence[BestOfNRow], early: str, draft: str, overhead: float | None
+) -> list[ClaimRow]:
     """Rows "bar", "reached", "met" (None where it was not measured, or on too few prompts for an interval).
 
     comparison: "judge_comparison" rows. picks: "best_of_n" rows of the test prompts; `early` and `draft` name those
@@ -58,35 +67,33 @@ def check(
             None,
         )
         interval = None if row is None else row["ci95"]
-        text = (
-            "" if row is None else f"{wording.points(row['difference'])} points ({wording.points_interval(interval)})"
-        )
-        found.append(
-            _bar(
-                f"more accurate than the pixel judge trained on clean videos at t = {t}: interval above zero",
-                text,
-                None if interval is None else interval[0] > 0,
-            )
-        )
+        bar = f"more accurate than the pixel judge trained on clean videos at t = {t}: interval above zero"
+        text = ""
+        if row is not None:
+            text = f"{wording.points(row['difference'])} points ({wording.points_interval(interval)})"
+        found.append(_bar(bar, text, None if interval is None else interval[0] > 0))
     asked = ((early, "one cut in the first fifth of the steps", EARLY), (draft, "drafts", DRAFT))
     for name, what, (least, low) in asked:
-        row = next((row for row in wording.pooled(picks) if row["name"] == name and row["set"] == "test"), None)
+        pick = next((row for row in wording.pooled(picks) if row["name"] == name and row["set"] == "test"), None)
         bar = (
             f"{what}: at least {least:.0%} of the oracle’s gain, its interval’s lower end {low:.0%}, for at most "
             f"{ROWS:.0%} of the denoiser rows"
         )
-        if row is None:
+        if pick is None:
             found.append(_bar(bar, "", None))
             continue
-        share, interval, cost = row["oracle_share"], row["oracle_share_ci95"], row["denoiser_share_of_full"]
+        share, interval, cost = pick["oracle_share"], pick["oracle_share_ci95"], pick["denoiser_share_of_full"]
         text = f"{wording.percent(share)} ({wording.percent_interval(interval)}) for {wording.percent(cost)}"
-        met = None if interval is None else share >= least and interval[0] >= low and cost <= ROWS
-        cuts = row["schedule"]
+        met = None
+        if interval is not None and share is not None and cost is not None:
+            met = share >= least and interval[0] >= low and cost <= ROWS
+        cuts = pick["schedule"]
         if met and cuts:
-            met = len(cuts) == 1 and cuts[0][0] <= FIRST * row["num_inference_steps"]
-        found.append(_bar(bar, f"{text} ({wording.how(row)})", met))
+            met = len(cuts) == 1 and cuts[0][0] <= FIRST * pick["num_inference_steps"]
+        found.append(_bar(bar, f"{text} ({wording.how(pick)})", met))
     bar = f"the sampler’s overhead (neither denoiser, head nor VAE) under {OVERHEAD:.0%} of a run"
-    found.append(_bar(bar, "" if overhead is None else wording.percent(overhead), _under(overhead)))
+    met = None if overhead is None else overhead < OVERHEAD
+    found.append(_bar(bar, "" if overhead is None else wording.percent(overhead), met))
     return found
 
 
@@ -102,11 +109,7 @@ def overhead(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> floa
     return largest
 
 
-def _under(share: float | None) -> bool | None:
-    return None if share is None else share < OVERHEAD
-
-
-def _bar(bar: str, reached: str, met: bool | None) -> dict[str, Any]:
+def _bar(bar: str, reached: str, met: bool | None) -> ClaimRow:
     return {"bar": bar, "reached": reached or wording.MISSING, "met": met}
 
 
@@ -130,9 +133,9 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     return [" ".join(sentence for sentence in said if sentence), *LIMITS]
 
 
-def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def summary(metrics: Mapping[str, Any]) -> Summary:
     """The main numbers of a run on test prompts: what they are, each with its value and interval."""
-    rows = [
+    rows: list[SummaryRow] = [
         {"what": f"accuracy at t = {row['t']}", "value": row["without_ties"], "ci95": row["without_ties_ci95"]}
         for row in _accuracies(metrics)
     ]
@@ -146,23 +149,27 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompts": picks[0]["prompts"] if picks else 0, "judges": sum(judges), "rows": rows}
 
 
-def beside(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def beside(metrics: Mapping[str, Any]) -> Beside:
     """A run's main numbers beside those of the full run that the documentation reports (docs/evidence)."""
     here, full = summary(metrics), files.read_json(FULL_RUN)
-    known = {row["what"]: row for row in full["rows"]}
-    rows = [{**row, "full": known[row["what"]]["value"], "full_ci95": known[row["what"]]["ci95"]}
-            for row in here["rows"] if row["what"] in known]  # fmt: skip
+    known: dict[str, SummaryRow] = {row["what"]: row for row in full["rows"]}
+    rows: list[BesideRow] = [
+        {**row, "full": known[row["what"]]["value"], "full_ci95": known[row["what"]]["ci95"]}
+        for row in here["rows"] if row["what"] in known
+    ]  # fmt: skip
     return {**here, "rows": rows, "full_prompts": full["prompts"], "full_judges": full["judges"]}
 
 
-def _accuracies(metrics: Mapping[str, Any]) -> list[Row]:
-    rows = [row for row in wording.pooled(metrics["accuracy"])
+def _accuracies(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
+    shown: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
+    rows = [row for row in shown
             if (row["judge"], row["set"], row["dimension"]) == ("prism", "test", "overall")]  # fmt: skip
     return [row for t in LEVELS for row in rows if row["t"] == t and row["without_ties"] is not None]
 
 
-def _picks(metrics: Mapping[str, Any]) -> list[Row]:
-    return [row for row in wording.pooled(metrics["best_of_n"]) if row["set"] == "test" and wording.is_main(row)]
+def _picks(metrics: Mapping[str, Any]) -> list[BestOfNRow]:
+    rows: list[BestOfNRow] = wording.pooled(metrics["best_of_n"])
+    return [row for row in rows if row["set"] == "test" and wording.is_main(row)]
 
 
 def _of_judge(metrics: Mapping[str, Any]) -> str:
@@ -194,7 +201,7 @@ def _of_pick(metrics: Mapping[str, Any]) -> str:
             f"{what} gains {wording.signed(early['referee_gain'])} over a random pick, and the interval includes zero, "
             "or there are too few prompts for one: that it picks better than chance, this run does not show."
         )
-    if early["referee_gain"] < 0:
+    if (early["referee_gain"] or 0.0) < 0:
         return f"{what} picks worse than chance in this run."
     full, share = rows.get("full"), wording.percent(early["oracle_share"], 0)
     of_full = "" if full is None else f"; full, which finishes all, reaches {wording.percent(full['oracle_share'], 0)}"
@@ -205,7 +212,8 @@ def _of_pick(metrics: Mapping[str, Any]) -> str:
 
 
 def _of_pixels(metrics: Mapping[str, Any]) -> str:
-    rows = [row for row in metrics.get("judge_comparison", [])
+    every: list[ComparisonRow] = metrics.get("judge_comparison", [])
+    rows = [row for row in every
             if (row["set"], row["dimension"]) == ("test", "overall") and row["t"] in (*LEVELS, 0)]  # fmt: skip
     found = []
     for name in dict.fromkeys(row["against"] for row in rows):
@@ -222,7 +230,7 @@ def _of_pixels(metrics: Mapping[str, Any]) -> str:
     return " ".join(found)
 
 
-def _levels(rows: Sequence[Row]) -> str:
+def _levels(rows: Sequence[AccuracyRow] | Sequence[ComparisonRow]) -> str:
     return "t = " + ", ".join(f"{row['t']:g}" for row in sorted(rows, key=lambda row: -row["t"]))
 
 

@@ -13,6 +13,7 @@ from prism.backbone import Tokens
 from prism.errors import PrismError
 from prism.evaluation import prompt_interval
 from prism.judge import Judge
+from prism.report.metrics import Agreement, BestOfNRow, HeadSeeds, PlanFields
 from prism.sampling import best_of_n
 from prism.sampling.best_of_n import BestOfNResult
 from prism.sampling.plan import Plan, Schedule, Workload
@@ -193,7 +194,7 @@ def rows(
     which: str,
     seed: int,
     measured: Sequence[Record] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[BestOfNRow]:
     """The "best_of_n" rows of metrics.json: one per plan and judge, and where there are several judges one for all of
     them first, whose "head_seed" is None and whose gains are the judges' mean.
 
@@ -210,7 +211,7 @@ def rows(
     spread = float(np.sqrt(values.var(1, ddof=1).mean()))
     ledgers = _ledgers(records if measured is None else measured)
     everything = _mean(ledgers["full"], "denoiser_rows")
-    table = []
+    table: list[BestOfNRow] = []
     for name, plan in plans.items():
         kind = kind_of(plan["strategy"])
         judged = kind.needs_judge()
@@ -224,9 +225,10 @@ def rows(
                 {
                     "judge": "prism" if judged else "referee" if kind.needs_oracle() else None,
                     "head_seed": head_seed,
-                    **({"head_seeds": list(head_seeds)} if judged and head_seed is None else {}),
+                    **(HeadSeeds(head_seeds=list(head_seeds)) if judged and head_seed is None else HeadSeeds()),
                     "name": name,
                     **_settings(plan, call),
+                    "num_draws": plan.get("num_draws"),
                     "n": values.shape[1],
                     "set": which,
                     "prompts": len(records),
@@ -246,7 +248,7 @@ def rows(
     return table
 
 
-def agreement(records: Sequence[Record]) -> dict[str, Any]:
+def agreement(records: Sequence[Record]) -> Agreement:
     """How the runs of plans by themselves compare with what all plans share: how many there were, how many picked the
     same candidate, and the largest difference of a score.
     """
@@ -264,7 +266,7 @@ def agreement(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> PlanFields:
     return {
         "strategy": plan["strategy"],
         "num_inference_steps": call["num_inference_steps"],
@@ -272,7 +274,6 @@ def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any
         "schedule": [list(cut) for cut in plan["schedule"]] if "schedule" in plan else None,
         "draft_steps": plan.get("draft_steps"),
         "judge_at": plan.get("judge_at"),
-        "num_draws": plan.get("num_draws"),
     }
 
 

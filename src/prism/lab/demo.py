@@ -23,7 +23,7 @@ from prism.errors import SEEDS, whole
 from prism.lab import claims
 from prism.lab import contest as compare
 from prism.loading import check_alone, describe, load_backbone
-from prism.report.metrics import cut_entry, document, write_config
+from prism.report.metrics import ClaimRow, cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
 from prism.runs import Clock, Parts
 from prism.training.config import RESULTLESS, TrainConfig
@@ -337,8 +337,8 @@ def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, An
     return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
 
 
-def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[dict[str, Any]]:
-    """They are a full run's."""
+def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
+    """The claims of a full run; a short run is held to none."""
     share = claims.overhead(records, ("early", "draft", "full"))
     return claims.check(comparison, picks, "early", "draft", share) if config.full else []
 

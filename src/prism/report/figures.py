@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from prism.report import wording
-from prism.report.metrics import AccuracyRow
+from prism.report.metrics import AccuracyRow, BestOfNRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = Mapping[str, Any]
 
 # Matplotlib draws in these stand-ins; each becomes a CSS variable of the page, so that one drawing suits both styles.
 _INK, _MUTED, _GRID, _ACCENT, _PAPER = "#010203", "#020304", "#030405", "#040506", "#050607"
@@ -36,9 +34,17 @@ class _Line(NamedTuple):
     """One judge's accuracies on one dimension, by rising t; `main` lines are drawn strong and with their interval."""
 
     name: str
-    rows: Sequence[Row]
+    rows: Sequence[AccuracyRow]
     colour: str
     main: bool
+
+
+class _Point(NamedTuple):
+    """A strategy's share of full Best-of-N's denoiser rows, in percent, and its gain."""
+
+    cost: float
+    gain: float
+    row: BestOfNRow
 
 
 class Label(NamedTuple):
@@ -69,10 +75,11 @@ def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
     ends, levels = [], {row["t"] for line in lines for row in line.rows}
     for line in lines:
         t = [row["t"] for row in line.rows]
-        value = [100 * row["without_ties"] for row in line.rows]
+        value = [100 * share for row in line.rows if (share := row["without_ties"]) is not None]
         width, size = (2.2, 5) if line.main else (1.2, 0)
-        if line.main and all(row["without_ties_ci95"] for row in line.rows):
-            low, high = ([100 * row["without_ties_ci95"][end] for row in line.rows] for end in (0, 1))
+        intervals = [interval for row in line.rows if (interval := row["without_ties_ci95"])]
+        if line.main and len(intervals) == len(line.rows):
+            low, high = ([100 * interval[end] for interval in intervals] for end in (0, 1))
             axes.fill_between(
                 t, low, high, color=line.colour, alpha=0.14 if line.colour == _ACCENT else 0.09, linewidth=0
             )
@@ -112,7 +119,7 @@ def _accuracy_lines(rows: Sequence[AccuracyRow]) -> list[_Line]:
     return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
 
 
-def training_plot(history: Sequence[Row]) -> str:
+def training_plot(history: Sequence[Mapping[str, Any]]) -> str:
     """Mean loss against optimiser steps, from a training run's history; "" for fewer than two entries."""
     if len(history) < 2:
         return ""
@@ -123,26 +130,30 @@ def training_plot(history: Sequence[Row]) -> str:
     return _svg(figure, "Training loss against optimiser steps")
 
 
-def cost_plot(rows: Sequence[Row]) -> str:
+def cost_plot(rows: Sequence[BestOfNRow]) -> str:
     """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains.
 
     Where a strategy was run with several settings, they are joined in the order of their cost, the one that was fixed
     beforehand (its name is the strategy's) is large, and small figures at the others say the step of the cut or the
     length of the draft. The right edge tells gains as shares of the oracle's.
     """
-    points = [row for row in rows if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None]
+    points = [
+        _Point(100 * row["denoiser_share_of_full"], row["referee_gain"], row)
+        for row in rows
+        if row["referee_gain"] is not None and row["denoiser_share_of_full"] is not None
+    ]
     if not points:
         return ""
-    figure, axes = _figure(4.9, 4.2 if any(not wording.is_main(row) for row in points) else 3.5)
+    figure, axes = _figure(4.9, 4.2 if any(not wording.is_main(point.row) for point in points) else 3.5)
     axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
-    right = max(*(100 * row["denoiser_share_of_full"] for row in points), 100.0)
+    right = max(*(point.cost for point in points), 100.0)
     for several in _curves(points).values():
-        line = sorted(several, key=lambda row: row["denoiser_share_of_full"])
-        x, y = ([row[name] for row in line] for name in ("denoiser_share_of_full", "referee_gain"))
-        axes.plot([100 * value for value in x], y, color=_colour(line[0]), linewidth=1.3, alpha=0.7)
+        line = sorted(several, key=lambda point: point.cost)
+        costs, gains = [point.cost for point in line], [point.gain for point in line]
+        axes.plot(costs, gains, color=_colour(line[0].row), linewidth=1.3, alpha=0.7)
     labels: list[Label] = []
-    for row in points:
-        x, y, colour = 100 * row["denoiser_share_of_full"], row["referee_gain"], _colour(row)
+    for x, y, row in points:
+        colour = _colour(row)
         ours, main = wording.is_ours(row), wording.is_main(row)
         if row["referee_gain_ci95"] and not wording.is_blind(row):  # theirs is luck around zero
             width, alpha = (1.4, 0.55) if main else (0.8, 0.3)
@@ -158,35 +169,37 @@ def cost_plot(rows: Sequence[Row]) -> str:
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
-    sizes = "/".join(str(n) for n in sorted({int(row["n"]) for row in points}))
+    sizes = "/".join(str(n) for n in sorted({int(point.row["n"]) for point in points}))
     axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
     _oracle_axis(axes, points)
     place_labels(figure, axes, labels)
     return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
 
 
-def _colour(row: Row) -> str:
+def _colour(row: BestOfNRow) -> str:
     ours = wording.ours()
     if row["strategy"] in ours and row["judge"] == "prism":
         return (_ACCENT, *_SERIES[1:])[ours.index(row["strategy"]) % len(_SERIES)]
     return _INK if wording.role(row) == "reference" else _MUTED
 
 
-def _curves(points: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of a strategy that was run with several settings of one number: early with one cut, and drafts."""
-    found: dict[str, list[Row]] = {}
-    for row in points:
-        if wording.setting(row) is not None:
-            found.setdefault(row["strategy"], []).append(row)
-    return {strategy: rows for strategy, rows in found.items() if len(rows) > 1}
+def _curves(points: Sequence[_Point]) -> dict[str, list[_Point]]:
+    """Points of a strategy that was run with several settings of one number: early with one cut, and drafts."""
+    curves: dict[str, list[_Point]] = {}
+    for point in points:
+        if wording.setting(point.row) is not None:
+            curves.setdefault(point.row["strategy"], []).append(point)
+    return {strategy: curve for strategy, curve in curves.items() if len(curve) > 1}
 
 
-def _oracle_axis(axes: Axes, points: Sequence[Row]) -> None:
+def _oracle_axis(axes: Axes, points: Sequence[_Point]) -> None:
     """The right edge: gains as shares of the best candidate's."""
-    best = next((row["referee_gain"] for row in points if wording.role(row) == "best"), None)
+    best: float | None = next((point.gain for point in points if wording.role(point.row) == "best"), None)
     if not best:
         return
-    edge = axes.secondary_yaxis("right", functions=(lambda gain: 100 / best * gain, lambda share: best / 100 * share))
+    to_share, to_gain = 100 / best, best / 100
+    conversions: Any = (lambda gain: to_share * gain, lambda share: to_gain * share)
+    edge = axes.secondary_yaxis("right", functions=conversions)
     edge.set_yticks([0, 25, 50, 75, 100])
     edge.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     edge.set_ylabel("share of the oracle’s gain", color=_MUTED)

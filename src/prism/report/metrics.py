@@ -1,4 +1,4 @@
-"""metrics.json: the versioned document that every command which computes leaves behind."""
+"""metrics.json, the versioned document that every command which computes leaves behind, and the types of its rows."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ from prism.report import wording
 SCHEMA = 1
 
 
-class _NewerAccuracy(TypedDict, total=False):
-    """Fields that older files of the schema lack, or that only pooled rows have."""
+class HeadSeeds(TypedDict, total=False):
+    """The judges behind a row that is the mean over several of them; other rows lack the field."""
+
+    head_seeds: list[int | None]
+
+
+class _NewerAccuracy(HeadSeeds, total=False):
+    """Fields that older files of the schema lack."""
 
     log_snr: float | None
-    head_seeds: list[int | None]
     decided_pairs: int
     decided_prompts: int
 
@@ -47,17 +52,27 @@ class AccuracyRow(_NewerAccuracy):
     prompts: int
 
 
-class _MeasuredBestOfN(TypedDict, total=False):
+class PlanFields(TypedDict):
+    """The fields of a Best-of-N row that say how the pipeline was called and how the strategy was run."""
+
+    strategy: str
+    num_inference_steps: int
+    guidance_scale: float | None
+    schedule: list[list[int]] | None
+    draft_steps: int | None
+    judge_at: float | None
+
+
+class _MeasuredBestOfN(HeadSeeds, total=False):
     """Fields that only a contest of strategies writes."""
 
-    head_seeds: list[int | None]
     name: str
     num_draws: int | None
     referee_score: float
     runs_timed: int
 
 
-class BestOfNRow(_MeasuredBestOfN):
+class BestOfNRow(_MeasuredBestOfN, PlanFields):
     """One row of "best_of_n": one strategy on one set of prompts.
 
     The judge is null where nothing judged; gain and share are where no referee measured the candidates.
@@ -65,13 +80,7 @@ class BestOfNRow(_MeasuredBestOfN):
 
     judge: str | None
     head_seed: int | None
-    strategy: str
     n: int
-    num_inference_steps: int
-    guidance_scale: float | None
-    schedule: list[list[int]] | None
-    draft_steps: int | None
-    judge_at: float | None
     set: str
     prompts: int
     referee_gain: float | None
@@ -83,6 +92,151 @@ class BestOfNRow(_MeasuredBestOfN):
     vae_decodes: int
     head_calls: int
     seconds: float
+
+
+class ComparisonRow(TypedDict):
+    """One row of "judge_comparison" or "confirmed": the accuracy of one judge minus another's, paired."""
+
+    judge: str
+    against: str
+    set: str
+    t: float
+    dimension: str
+    difference: float
+    ci95: list[float] | None
+    pairs: int
+    prompts: int
+
+
+class AttentionRow(TypedDict):
+    """One row of "attention": the share of attention that falls on objects, at one level, in some candidates.
+
+    lift: `attention_share` over `area_share`; null where there are no cells of objects.
+    """
+
+    t: float
+    candidates: str
+    referee: float
+    attention_share: float
+    area_share: float
+    video_share: float
+    lift: float | None
+    lift_ci95: list[float] | None
+    prompts: int
+
+
+class ClaimRow(TypedDict):
+    """One row of "bars": a limit that a full run is held to; `met` is null where it was not measured."""
+
+    bar: str
+    reached: str
+    met: bool | None
+
+
+class _NewerCut(TypedDict, total=False):
+    """Fields that older files of the schema lack."""
+
+    dropped: list[int]
+
+
+class CutRow(_NewerCut):
+    """One row of "cuts": one cut of the run that is shown. `scores` decide; candidates are their keys, as text."""
+
+    name: str
+    step: int
+    t: float | None
+    scores: dict[str, float]
+    dimensions: dict[str, list[float]]
+    kept: list[int]
+
+
+class Agreement(TypedDict):
+    """The field "agreement": strategies run separately, compared with the run that all share."""
+
+    prompts: int
+    runs: int
+    same_pick: int
+    largest_difference: float
+
+
+class StudyRow(TypedDict):
+    """One row of "study": the accuracy of one variant of a recipe, and its difference from the recipe's."""
+
+    variant: str
+    question: str
+    what: str
+    train: dict[str, Any]
+    head: dict[str, Any]
+    set: str
+    dimension: str
+    accuracy: float
+    accuracy_ci95: list[float] | None
+    difference: float
+    difference_ci95: list[float] | None
+    spread: float | None
+    judges: int
+    by_level: dict[str, float]
+    by_dimension: dict[str, float]
+    pairs: int
+    prompts: int
+
+
+class CalibrationRow(TypedDict):
+    """One row of a study's "calibration": one variant on one dimension."""
+
+    variant: str
+    dimension: str
+    temperature: float
+    eta: float
+    nll_before: float
+    nll_after: float
+    calibration_error_before: float
+    calibration_error_after: float
+
+
+class SummaryRow(TypedDict):
+    """One main number of a run, and its interval."""
+
+    what: str
+    value: float | None
+    ci95: list[float] | None
+
+
+class BesideRow(SummaryRow):
+    """The same, with the full run's number and interval."""
+
+    full: float | None
+    full_ci95: list[float] | None
+
+
+class Summary(TypedDict):
+    """The main numbers of a run on `prompts` prompts, by `judges` judges."""
+
+    prompts: int
+    judges: int
+    rows: list[SummaryRow]
+
+
+class Beside(TypedDict):
+    """The field "beside": a run's main numbers beside the full run's."""
+
+    prompts: int
+    judges: int
+    rows: list[BesideRow]
+    full_prompts: int
+    full_judges: int
+
+
+_ROWS = {"accuracy": AccuracyRow, "best_of_n": BestOfNRow}  # every document has these lists, empty or not
+_OPTIONAL_ROWS = {
+    "judge_comparison": ComparisonRow,
+    "confirmed": ComparisonRow,
+    "attention": AttentionRow,
+    "bars": ClaimRow,
+    "cuts": CutRow,
+    "study": StudyRow,
+    "calibration": CalibrationRow,
+}
 
 
 class _Document(TypedDict):
@@ -129,8 +283,8 @@ def validate(metrics: Any, name: str = "metrics.json") -> None:
     if metrics.get("schema") != SCHEMA:
         raise PrismError(f"{name} has schema {metrics.get('schema')!r}; this version of prism reads schema {SCHEMA}.")
     _check_fields(metrics, _Document, name)
-    for key, kind in (("accuracy", AccuracyRow), ("best_of_n", BestOfNRow)):
-        rows = metrics.get(key)
+    for key, kind in {**_ROWS, **_OPTIONAL_ROWS}.items():
+        rows = metrics.get(key, [] if key in _OPTIONAL_ROWS else None)
         if not isinstance(rows, list):
             raise PrismError(f"{name}: the field {key!r} is missing or not a list.")
         for i, row in enumerate(rows):
@@ -140,12 +294,12 @@ def validate(metrics: Any, name: str = "metrics.json") -> None:
 @cache
 def _fields(kind: Any) -> tuple[tuple[str, bool, tuple[type, ...]], ...]:
     """(name, whether it must be there, accepted types) of each field of a TypedDict; a whole number is a float too."""
-    found = []
+    fields = []
     for name, hint in get_type_hints(kind).items():
         parts = get_args(hint) if type(None) in get_args(hint) else (hint,)
         types = [each for part in parts for each in ((int, float) if part is float else (get_origin(part) or part,))]
-        found.append((name, name in kind.__required_keys__, tuple(types)))
-    return tuple(found)
+        fields.append((name, name in kind.__required_keys__, tuple(types)))
+    return tuple(fields)
 
 
 def _check_fields(row: Any, kind: Any, where: str) -> None:
@@ -158,8 +312,8 @@ def _check_fields(row: Any, kind: Any, where: str) -> None:
             raise PrismError(f"{where}: the field {field!r} is missing.")
         value = row[field]
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join("null" if each is type(None) else each.__name__ for each in types)
-            raise PrismError(f"{where}: the field {field!r} is {value!r}; {wanted} is needed.")
+            accepted = " or ".join("null" if each is type(None) else each.__name__ for each in types)
+            raise PrismError(f"{where}: the field {field!r} is {value!r}; {accepted} is needed.")
         if isinstance(value, float) and not math.isfinite(value):
             raise PrismError(f"{where}: the field {field!r} is {value!r}; a finite number is needed.")
         if field.endswith("_ci95") and value is not None:
@@ -173,7 +327,7 @@ def _check_interval(value: Any, where: str) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Where a run took place: versions of what computes, the processor, its cores and the threads used."""
+    """The place of a run: versions of what computes, the processor, its cores and the threads used."""
     import torch
 
     def version(package: str) -> str | None:
@@ -226,7 +380,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def cut_entry(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> dict[str, Any]:
+def cut_entry(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> CutRow:
     """One cut for the report: its name, noise level, the deciding score by candidate, and who was kept."""
     columns = [(weight, cut["scores"][name]) for name, weight in weights.items()]
     deciding = [sum(weight * column[i] for weight, column in columns) for i in range(len(cut["candidates"]))]

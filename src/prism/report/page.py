@@ -19,7 +19,7 @@ from prism import files
 from prism import video as media
 from prism.report import figures as plots
 from prism.report import tables, wording
-from prism.report.metrics import validate
+from prism.report.metrics import AccuracyRow, Agreement, BestOfNRow, validate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ def write_report(
     Plots, tables and headline numbers appear for what `metrics` holds. Raises `PrismError` where it breaks the schema.
     """
     validate(metrics)
-    accuracy, picks = wording.pooled(metrics["accuracy"]), wording.pooled(metrics["best_of_n"])
+    accuracy: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
+    picks: list[BestOfNRow] = wording.pooled(metrics["best_of_n"])
     first = list(wording.by_set(picks).values())[:1]
     near = list(wording.by_set(accuracy).values())[:1]
     page = _template().render(
@@ -143,7 +144,7 @@ SIDE = 480  # most pixels of a page's clip
 def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     """The few numbers a reader should take away, each with its name and what it is measured in or against."""
     cards = []
-    shown = wording.pooled(metrics["accuracy"])
+    shown: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
     main = wording.main_dimension(shown)
     overall = [row for row in shown if row["dimension"] == main and row["without_ties"] is not None]
     if overall:
@@ -162,30 +163,31 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         if pixel and row["judge"] != "pixel":
             text += f"; a pixel judge at {row['t']:g}: {wording.percent(pixel[0]['without_ties'])}"
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
-    picks = [row for row in wording.pooled(metrics["best_of_n"]) if wording.is_main(row)]
+    every: list[BestOfNRow] = wording.pooled(metrics["best_of_n"])
+    picks = [row for row in every if wording.is_main(row)]
     # one strategy, named before the run: the better of several would be chosen by its luck
     named = [row for strategy in wording.ours() for row in picks if row["strategy"] == strategy]
     if not named:
         return cards
-    row = named[0]
-    if row["referee_gain"] is not None:
-        interval = row["referee_gain_ci95"]
+    pick = named[0]
+    if pick["referee_gain"] is not None:
+        interval = pick["referee_gain_ci95"]
         between = f", 95\u00a0% interval {wording.signed_interval(interval)}" if interval else ""
-        text = f"standard deviations over a random pick on average, by the {row['strategy']} strategy{between}"
-        cards.append({"name": "Gain", "value": wording.signed(row["referee_gain"]), "text": text})
-    if row["denoiser_share_of_full"] is not None:
-        value = wording.percent(row["denoiser_share_of_full"], 0)
-        text = f"of full Best-of-{row['n']}’s denoiser work ({wording.how(row)})"
+        text = f"standard deviations over a random pick on average, by the {pick['strategy']} strategy{between}"
+        cards.append({"name": "Gain", "value": wording.signed(pick["referee_gain"]), "text": text})
+    if pick["denoiser_share_of_full"] is not None:
+        value = wording.percent(pick["denoiser_share_of_full"], 0)
+        text = f"of full Best-of-{pick['n']}’s denoiser work ({wording.how(pick)})"
         cards.append({"name": "Cost", "value": value, "text": text})
-    decodes = row["vae_decodes"] / row["prompts"]
-    text = f"VAE decode{'' if decodes == 1 else 's'} per prompt instead of {row['n']}"
+    decodes = pick["vae_decodes"] / pick["prompts"]
+    text = f"VAE decode{'' if decodes == 1 else 's'} per prompt instead of {pick['n']}"
     cards.append({"name": "Decodes", "value": wording.count(decodes), "text": text})
     return cards
 
 
-def _seeds_apart(metrics: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What tells the judges of several seeds apart: each seed's main strategies on the first set of prompts."""
-    rows = wording.apart(metrics["best_of_n"])
+def _seeds_apart(metrics: Mapping[str, Any]) -> list[BestOfNRow]:
+    """The rows of each head seed where there are several: its main strategies on the first set of prompts."""
+    rows: list[BestOfNRow] = wording.apart(metrics["best_of_n"])
     named = [row for row in rows if wording.is_main(row) and row["set"] == rows[0]["set"]]
     return sorted(named, key=lambda row: (row["strategy"], row["head_seed"]))
 
@@ -219,7 +221,7 @@ def _embedded(strip: FilmStrip) -> dict[str, Any]:
     return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips}
 
 
-def _levels(rows: Sequence[Mapping[str, Any]]) -> dict[str, set[float]]:
+def _levels(rows: Sequence[AccuracyRow]) -> dict[str, set[float]]:
     """Judge -> the noise levels it was measured at."""
     levels: dict[str, set[float]] = {}
     for row in rows:
@@ -282,14 +284,16 @@ def write_evidence(folder: Path, metrics: Mapping[str, Any], config: Mapping[str
 
 def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str) -> str:
     """The tables of a run, after the command, date, machine and time that made them."""
-    place, parts = metrics["environment"], metrics["timings"]
-    minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items() if name != "this process")
-    rows, picks = metrics["accuracy"], metrics["best_of_n"]
-    found = metrics.get("agreement", {})
+    machine, timings = metrics["environment"], metrics["timings"]
+    minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in timings.items() if name != "this process")
+    rows: list[AccuracyRow] = metrics["accuracy"]
+    picks: list[BestOfNRow] = metrics["best_of_n"]
+    shared: Agreement | None = metrics.get("agreement")
     sections = [
         "# A full run of the demo",
-        f"`{command}`, {place['date']}, seed {metrics['seed']}, on {place['processor']} with {place['threads']} threads"
-        f"{' and ' + place['accelerator'] if place.get('accelerator') else ''}. Minutes: {minutes}. "
+        f"`{command}`, {machine['date']}, seed {metrics['seed']}, on {machine['processor']} with "
+        f"{machine['threads']} threads"
+        f"{' and ' + machine['accelerator'] if machine.get('accelerator') else ''}. Minutes: {minutes}. "
         "`config.json` holds every setting, `metrics.json` every number.",
         METHOD,
         "## Bars",
@@ -305,11 +309,11 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
             f"## Best-of-{some[0]['n']} on {some[0]['prompts']} prompts of the split {name}",
             tables.best_of_n_table(wording.in_order(some), whole=True).markdown(),
         ]
-    if found:
+    if shared:
         sections.append(
-            f"Run by itself on {found['prompts']} prompts, each strategy picked the same candidate in "
-            f"{found['same_pick']} of {found['runs']} runs as in the run that all share; the largest difference of a "
-            f"score was {found['largest_difference']:.1e}. Rows and seconds come from these separate runs, "
+            f"Run by itself on {shared['prompts']} prompts, each strategy picked the same candidate in "
+            f"{shared['same_pick']} of {shared['runs']} runs as in the run that all share; the largest difference of a "
+            f"score was {shared['largest_difference']:.1e}. Rows and seconds come from these separate runs, "
             "scaled to all prompts."
         )
     if metrics.get("attention"):

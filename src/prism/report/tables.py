@@ -4,36 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from prism.report import wording
-from prism.report.metrics import AccuracyRow, BestOfNRow
+from prism.report.metrics import (
+    AccuracyRow,
+    AttentionRow,
+    Beside,
+    BesideRow,
+    BestOfNRow,
+    CalibrationRow,
+    ClaimRow,
+    ComparisonRow,
+    StudyRow,
+)
 
-Row = Mapping[str, Any]
 Count = Literal["pairs", "prompts", "decided_pairs", "decided_prompts"]
+Row = TypeVar("Row")
 Group = Mapping[str, AccuracyRow]  # accuracy rows of one judge at one level, by dimension
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Generic[Row]):
     """A head and the cell that it has for a row. `page`: the head on a page, where that is another.
 
     A line break in `head` is one on the terminal and a space on a page.
     """
 
     head: str
-    cell: Callable[[Any], str]
+    cell: Callable[[Row], str]
     page: str = ""
     style: str = ""
     left: bool = False
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Generic[Row]):
     """Columns over rows. rich prints it as it is; `markdown` is the same for a page, without title and caption."""
 
-    columns: Sequence[Column]
-    rows: Sequence[Any]
+    columns: Sequence[Column[Row]]
+    rows: Sequence[Row]
     title: str = ""
     caption: str = ""
     no_wrap: bool = False
@@ -70,13 +80,13 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *lines))
 
 
-def _interval(key: str, words: Callable[[Any], str]) -> Column:
-    return Column("95 %\ninterval", lambda row: words(row[key]), style="dim")
+def _interval(cell: Callable[[Row], str]) -> Column[Row]:
+    return Column("95 %\ninterval", cell, style="dim")
 
 
 def accuracy_table(
     rows: Sequence[AccuracyRow], title: str = "Judge: pairwise accuracy by noise level", whole: bool = False
-) -> Table:
+) -> Table[Group]:
     """`rows` as in metrics.json's "accuracy": one line per judge and noise level, noisiest first.
 
     Fits 80 columns unless `whole`, which is for a page and names the judge and every count.
@@ -86,13 +96,13 @@ def accuracy_table(
     def leading(group: Group) -> AccuracyRow:
         return group.get(main) or next(iter(group.values()))
 
-    def of(head: str, cell: Callable[[AccuracyRow], str], **changes: Any) -> Column:
+    def of(head: str, cell: Callable[[AccuracyRow], str], **changes: Any) -> Column[Group]:
         return Column(head, lambda group: cell(leading(group)), **changes)
 
-    def count(head: str, key: Count) -> Column:
+    def count(head: str, key: Count) -> Column[Group]:
         return of(head, lambda row: wording.whole(row.get(key)), style="dim")
 
-    def dimension(name: str) -> Column:
+    def dimension(name: str) -> Column[Group]:
         return Column(name, lambda group: wording.percent(group[name]["without_ties"] if name in group else None))
 
     names = [of("judge", wording.judge_name, left=True), of("set", lambda row: row["set"], left=True)]
@@ -123,7 +133,9 @@ def accuracy_table(
     return Table(columns, groups, title, caption)
 
 
-def judges_table(rows: Sequence[AccuracyRow], title: str = "Judges: pairwise accuracy by noise level") -> Table:
+def judges_table(
+    rows: Sequence[AccuracyRow], title: str = "Judges: pairwise accuracy by noise level"
+) -> Table[tuple[float, dict[str, AccuracyRow]]]:
     """The main accuracy of several judges side by side, one line per noise level, noisiest first; fits 80 columns."""
     main, groups = wording.main_dimension(rows), wording.by_level(rows)
     short = wording.short_names(rows)
@@ -135,9 +147,9 @@ def judges_table(rows: Sequence[AccuracyRow], title: str = "Judges: pairwise acc
     missing = f"; {wording.MISSING}: not measured" if any(len(some) < len(names) for some in by_t.values()) else ""
     of = next((f" of {row['decided_pairs']} decided pairs" for row in rows if row.get("decided_pairs")), "")
 
-    def judge(name: str) -> list[Column]:
-        def value(line: Any, key: str) -> Any:
-            return line[1].get(name, {}).get(key)
+    def judge(name: str) -> list[Column[tuple[float, dict[str, AccuracyRow]]]]:
+        def value(line: tuple[float, dict[str, AccuracyRow]], key: str) -> Any:
+            return line[1][name].get(key) if name in line[1] else None
 
         return [
             Column(short[name], lambda line: wording.percent(value(line, "without_ties")), style="bold"),
@@ -156,34 +168,34 @@ def judges_table(rows: Sequence[AccuracyRow], title: str = "Judges: pairwise acc
     )
 
 
-def best_of_n_table(rows: Sequence[BestOfNRow], title: str | None = None, whole: bool = False) -> Table:
+def best_of_n_table(rows: Sequence[BestOfNRow], title: str | None = None, whole: bool = False) -> Table[BestOfNRow]:
     """`rows` as in metrics.json's "best_of_n": one line per strategy, as given.
 
     Fits 80 columns unless `whole`, which is for a page and names settings and judge in every row. The columns of what
     a pick gains are left out on the terminal where no referee measured it.
     """
 
-    def of(key: str, head: str, words: Callable[[Any], str], **changes: Any) -> Column:
-        return Column(head, lambda row: words(row[key]), **changes)
-
-    gain = of("referee_gain", "gain", wording.signed), _interval("referee_gain_ci95", wording.signed_interval)
-    cost = [
-        of("denoiser_rows", "denoiser\nrows", wording.count),
-        of("denoiser_share_of_full", "share of\nfull", wording.percent, page="of full"),
-        of("vae_decodes", "VAE\ndecodes", str if whole else wording.count),
+    gain: list[Column[BestOfNRow]] = [
+        Column("gain", lambda row: wording.signed(row["referee_gain"])),
+        _interval(lambda row: wording.signed_interval(row["referee_gain_ci95"])),
+    ]
+    cost: list[Column[BestOfNRow]] = [
+        Column("denoiser\nrows", lambda row: wording.count(row["denoiser_rows"])),
+        Column("share of\nfull", lambda row: wording.percent(row["denoiser_share_of_full"]), page="of full"),
+        Column("VAE\ndecodes", lambda row: str(row["vae_decodes"]) if whole else wording.count(row["vae_decodes"])),
     ]
     if whole:
         return Table(
             [
-                of("strategy", "strategy", str),
+                Column("strategy", lambda row: row["strategy"]),
                 Column("how", wording.how),
                 Column("judge", lambda row: wording.judge_name(row) if row["judge"] else wording.MISSING),
                 *gain,
-                of("oracle_share", "share of the oracle's gain", wording.percent),
-                _interval("oracle_share_ci95", wording.percent_interval),
+                Column("share of the oracle's gain", lambda row: wording.percent(row["oracle_share"])),
+                _interval(lambda row: wording.percent_interval(row["oracle_share_ci95"])),
                 *cost,
-                of("head_calls", "head calls", str),
-                of("seconds", "seconds", "{:.0f}".format),
+                Column("head calls", lambda row: str(row["head_calls"])),
+                Column("seconds", lambda row: f"{row['seconds']:.0f}"),
             ],
             rows,
         )
@@ -194,20 +206,20 @@ def best_of_n_table(rows: Sequence[BestOfNRow], title: str | None = None, whole:
     prompts = "/".join(str(n) for n in sorted({row["prompts"] for row in rows}))
     unit = f"{prompts} prompts; gain: over a random pick on average, in within-prompt standard deviations"
     name = f"Best-of-{sizes}: {'what each strategy picks and what it costs' if measured else 'what it cost'}"
-    strategy = Column(
+    strategy: Column[BestOfNRow] = Column(
         "strategy",
         lambda row: wording.strategy_name(row) if wording.is_main(row) else row["name"],
         style="bold",
         left=True,
     )
-    share = of("oracle_share", "share of\noracle", lambda value: wording.percent(value, 0))
-    seconds = of("seconds", "seconds", "{:.1f}".format, style="dim")
+    share: Column[BestOfNRow] = Column("share of\noracle", lambda row: wording.percent(row["oracle_share"], 0))
+    seconds: Column[BestOfNRow] = Column("seconds", lambda row: f"{row['seconds']:.1f}", style="dim")
     columns = [strategy, *gain, share, *cost] if measured else [strategy, *cost, seconds]
     caption = "\n".join([*([unit] if measured else []), "; ".join(settings)])
     return Table(columns, rows, title or name, caption, no_wrap=True)
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table[ComparisonRow]:
     """`rows` as in metrics.json's "judge_comparison", one line each."""
     return Table(
         [
@@ -216,7 +228,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
             Column("t", lambda row: f"{row['t']:g}"),
             Column("dimension", lambda row: row["dimension"]),
             Column("difference", lambda row: wording.points(row["difference"])),
-            _interval("ci95", wording.points_interval),
+            _interval(lambda row: wording.points_interval(row["ci95"])),
             Column("decided pairs", lambda row: str(row["pairs"])),
             Column("prompts", lambda row: str(row["prompts"])),
         ],
@@ -224,7 +236,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     )
 
 
-def attention_table(rows: Sequence[Row]) -> Table:
+def attention_table(rows: Sequence[AttentionRow]) -> Table[AttentionRow]:
     """`rows` as in metrics.json's "attention", one line each."""
     return Table(
         [
@@ -234,32 +246,30 @@ def attention_table(rows: Sequence[Row]) -> Table:
             Column("attention on objects", lambda row: wording.percent(row["attention_share"])),
             Column("cells that are objects", lambda row: wording.percent(row["area_share"])),
             Column("ratio", lambda row: wording.MISSING if row["lift"] is None else f"{row['lift']:.2f}"),
-            _interval(
-                "lift_ci95", lambda ends: wording.MISSING if ends is None else " … ".join(f"{end:.2f}" for end in ends)
-            ),
+            _interval(lambda row: " … ".join(f"{end:.2f}" for end in row["lift_ci95"] or ()) or wording.MISSING),
         ],
         rows,
     )
 
 
-def bars_table(rows: Sequence[Row]) -> Table:
+def bars_table(rows: Sequence[ClaimRow]) -> Table[ClaimRow]:
     """`rows` as in metrics.json's "bars", one line each."""
-    met = {None: wording.MISSING, True: "yes", False: "no"}
+    verdicts = {None: wording.MISSING, True: "yes", False: "no"}
     return Table(
         [
             Column("bar", lambda row: row["bar"]),
             Column("reached", lambda row: row["reached"]),
-            Column("met", lambda row: met[row["met"]]),
+            Column("met", lambda row: verdicts[row["met"]]),
         ],
         rows,
     )
 
 
-def beside_table(beside: Mapping[str, Any]) -> Table:
+def beside_table(beside: Beside) -> Table[BesideRow]:
     """A run's main numbers beside the full run's; fits 80 columns."""
     many = f"{beside['full_prompts']} prompts, {beside['full_judges']} judges"
     few = f"{beside['prompts']} prompt{'' if beside['prompts'] == 1 else 's'}"
-    columns = [
+    columns: list[Column[BesideRow]] = [
         Column("", lambda row: row["what"], left=True),
         Column("this run", lambda row: wording.percent(row["value"])),
         Column("95 %\ninterval", lambda row: wording.percent_interval(row["ci95"], 0)),
@@ -270,41 +280,38 @@ def beside_table(beside: Mapping[str, Any]) -> Table:
     return Table(columns, beside["rows"], "This run beside the full run", caption, no_wrap=True)
 
 
-def study_table(rows: Sequence[Row]) -> Table:
+def study_table(rows: Sequence[StudyRow]) -> Table[StudyRow]:
     """`rows` as in a study's metrics.json, one line per variant; shares in percent."""
 
-    def interval(key: str) -> Column:
-        def cell(row: Row) -> str:
-            return "" if row[key] is None else f"{100 * row[key][0]:.1f} to {100 * row[key][1]:.1f}"
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{100 * value:.1f}"
 
-        return Column("95 %", cell)
+    def interval(ends: Sequence[float] | None) -> str:
+        return "" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
 
-    def share(head: str, *path: str) -> Column:
-        def cell(row: Row) -> str:
-            value: Any = row
-            for key in path:
-                value = value.get(key)
-            return "" if value is None else f"{100 * value:.1f}"
+    def level(t: str) -> Column[StudyRow]:
+        return Column(t, lambda row: share(row["by_level"].get(t)))
 
-        return Column(head, cell)
+    def dimension(name: str) -> Column[StudyRow]:
+        return Column(name, lambda row: share(row["by_dimension"].get(name)))
 
     return Table(
         [
             Column("variant", lambda row: f"`{row['variant']}`"),
             Column("", lambda row: row["what"]),
-            share("accuracy", "accuracy"),
-            interval("accuracy_ci95"),
+            Column("accuracy", lambda row: share(row["accuracy"])),
+            Column("95 %", lambda row: interval(row["accuracy_ci95"])),
             Column("difference", lambda row: f"{100 * row['difference']:+.1f}"),
-            interval("difference_ci95"),
-            share("spread", "spread"),
-            *(share(t, "by_level", t) for t in rows[0]["by_level"]),
-            *(share(name, "by_dimension", name) for name in ("VQ", "MQ", "TA")),
+            Column("95 %", lambda row: interval(row["difference_ci95"])),
+            Column("spread", lambda row: share(row["spread"])),
+            *(level(t) for t in rows[0]["by_level"]),
+            *(dimension(name) for name in ("VQ", "MQ", "TA")),
         ],
         rows,
     )
 
 
-def calibration_table(rows: Sequence[Row]) -> Table:
+def calibration_table(rows: Sequence[CalibrationRow]) -> Table[CalibrationRow]:
     """`rows` as in the "calibration" of a study's metrics.json, one line per variant and dimension."""
 
     def temperature(value: float) -> str:

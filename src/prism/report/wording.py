@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from prism.report.metrics import AccuracyRow
+    from prism.report.metrics import AccuracyRow, BestOfNRow, ComparisonRow, StudyRow
 
 MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
-AnyRow = TypeVar("AnyRow", bound=Row)  # of one kind, and so is what comes back
+JudgedRow = TypeVar("JudgedRow", "AccuracyRow", "BestOfNRow")  # all of one kind
 # What a strategy is in a report: one plain call, a pick by luck, one of those that are to save work, the one whose cost
 # is the unit, the one whose gain is the unit, or none of these.
 Role = Literal["plain", "luck", "ours", "reference", "best", ""]
@@ -41,18 +41,18 @@ def tell(strategies: Mapping[str, Any]) -> None:
     _strategies = strategies
 
 
-def role(row: Row) -> Role:
+def role(row: BestOfNRow) -> Role:
     """What a Best-of-N row's strategy is in a report."""
     known: type[Strategy] | None = _strategies.get(row["strategy"])
     return "" if known is None else known.role
 
 
-def is_ours(row: Row) -> bool:
+def is_ours(row: BestOfNRow) -> bool:
     """Whether a Best-of-N row is of a strategy that is to save work."""
     return role(row) == "ours"
 
 
-def is_blind(row: Row) -> bool:
+def is_blind(row: BestOfNRow) -> bool:
     """Whether nobody looked at the candidates: what the pick gains is luck around zero."""
     return role(row) in ("plain", "luck")
 
@@ -62,11 +62,12 @@ def ours() -> list[str]:
     return [name for name, known in _strategies.items() if known.role == "ours"]
 
 
-def setting(row: Row) -> int | None:
+def setting(row: BestOfNRow) -> int | None:
     """The number that Best-of-N rows of one strategy differ in: the length of a draft, or the step of a single cut."""
     if row["draft_steps"] is not None:
         return int(row["draft_steps"])
-    return int(row["schedule"][0][0]) if len(row["schedule"] or ()) == 1 else None
+    cuts = row["schedule"] or []
+    return int(cuts[0][0]) if len(cuts) == 1 else None
 
 
 def main_dimension(rows: Sequence[AccuracyRow]) -> str:
@@ -81,58 +82,58 @@ def dimensions(rows: Sequence[AccuracyRow]) -> list[str]:
     return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != main]
 
 
-def pooled(rows: Sequence[AnyRow]) -> list[AnyRow]:
+def pooled(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
     """The rows to show where judges of several seeds were measured: one for all of them in place of one each."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if row.get("head_seeds") or (row["judge"], row["set"]) not in together]
 
 
-def apart(rows: Sequence[AnyRow]) -> list[AnyRow]:
+def apart(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
     """The rows of single judges where judges of several seeds were measured; none where there was one."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if not row.get("head_seeds") and (row["judge"], row["set"]) in together]
 
 
-def is_main(row: Row) -> bool:
+def is_main(row: BestOfNRow) -> bool:
     """Whether a Best-of-N row is its strategy with the settings that were fixed beforehand."""
     return bool(row.get("name", row["strategy"]) == row["strategy"])
 
 
-def in_order(rows: Sequence[AnyRow]) -> list[AnyRow]:
+def in_order(rows: Sequence[BestOfNRow]) -> list[BestOfNRow]:
     """Best-of-N rows by strategy and then by cost."""
     order = list(_strategies)
 
-    def key(row: AnyRow) -> tuple[Any, ...]:
+    def key(row: BestOfNRow) -> tuple[Any, ...]:
         place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
         return place, row["n"], len(row["schedule"] or []), row["denoiser_share_of_full"] or 0.0
 
     return sorted(rows, key=key)
 
 
-def by_set(rows: Sequence[AnyRow]) -> dict[str, list[AnyRow]]:
+def by_set(rows: Sequence[JudgedRow]) -> dict[str, list[JudgedRow]]:
     """Rows by the prompts they were measured on, in order of appearance."""
-    found: dict[str, list[AnyRow]] = {}
+    groups: dict[str, list[JudgedRow]] = {}
     for row in rows:
-        found.setdefault(row["set"], []).append(row)
-    return found
+        groups.setdefault(row["set"], []).append(row)
+    return groups
 
 
-def by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_question(rows: Sequence[StudyRow]) -> dict[str, list[StudyRow]]:
     """A study's rows by the question they answer, in order of appearance."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[StudyRow]] = {}
     for row in rows:
-        found.setdefault(row["question"], []).append(row)
-    return found
+        groups.setdefault(row["question"], []).append(row)
+    return groups
 
 
-def comparison(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def comparison(rows: Sequence[ComparisonRow]) -> list[dict[str, Any]]:
     """ "judge_comparison" rows as one {set, t, against: {judge: {dimension: row}}}, noisiest level first."""
-    found: dict[tuple[str, float], dict[str, Any]] = {}
+    entries: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
-        entry = found.setdefault((row["set"], -row["t"]), {"set": row["set"], "t": row["t"], "against": {}})
+        entry = entries.setdefault((row["set"], -row["t"]), {"set": row["set"], "t": row["t"], "against": {}})
         entry["against"].setdefault(row["against"], {})[row["dimension"]] = row
     order = {name: i for i, name in enumerate(dict.fromkeys(row["set"] for row in rows))}
-    return [found[key] for key in sorted(found, key=lambda key: (order[key[0]], key[1]))]
+    return [entries[key] for key in sorted(entries, key=lambda key: (order[key[0]], key[1]))]
 
 
 def points(value: float) -> str:
@@ -149,12 +150,13 @@ def points_interval(value: Sequence[float] | None) -> str:
     return MISSING if value is None else f"{points(value[0])}{_SPACE}…{_SPACE}{points(value[1])}"
 
 
-def judge_name(row: Row) -> str:
+def judge_name(row: AccuracyRow | BestOfNRow) -> str:
     """The judge with its head's seed and training source where it has them."""
     seed = "" if row.get("head_seed") is None else f", seed {row['head_seed']}"
     if row.get("head_seeds"):
         seed = f", {len(row['head_seeds'])} seeds"
-    source = "" if row.get("source") in (None, "renoised", "decoded") else f" ({row['source']})"
+    source = row.get("source")
+    source = "" if source in (None, "renoised", "decoded") else f" ({source})"
     return f"{row['judge']}{seed}{source}"
 
 
@@ -174,7 +176,7 @@ def by_level(rows: Sequence[AccuracyRow]) -> list[dict[str, AccuracyRow]]:
     return [groups[key] for key in sorted(groups, key=lambda key: (order[key[:4]], -key[4]))]
 
 
-def strategy_name(row: Row) -> str:
+def strategy_name(row: BestOfNRow) -> str:
     """The strategy, and by whose judgement where that was not our head's."""
     return row["strategy"] if row["judge"] in ("prism", "referee", None) else f"{row['strategy']} ({row['judge']})"
 
@@ -184,7 +186,7 @@ def judged_at(row: Row) -> str:
     return "" if row["judge_at"] is None else f"judged at t{_SPACE}={_SPACE}{row['judge_at']:g}"
 
 
-def how(row: Row) -> str:
+def how(row: BestOfNRow) -> str:
     """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
     known: type[Strategy] | None = _strategies.get(row["strategy"])
     return MISSING if known is None else known.how(row)
