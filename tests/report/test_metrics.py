@@ -81,9 +81,20 @@ def test_every_field_of_a_row_is_required(document, key):
 def test_committed_files_of_the_schema_are_read(folder):
     read = files.read_json(Path(__file__).parents[2] / folder / "metrics.json")
     metrics.validate(read)
-    for key, kind in (("accuracy", metrics.AccuracyRow), ("best_of_n", metrics.BestOfNRow)):
+    for key, kind in {**metrics._ROWS, **metrics._OPTIONAL_ROWS}.items():
         known = kind.__required_keys__ | kind.__optional_keys__
-        assert {name for row in read[key] for name in row} <= known
+        assert {name for row in read.get(key, []) for name in row} <= known
+
+
+@pytest.mark.parametrize("key", ["judge_comparison", "attention", "bars", "cuts"])
+def test_rows_that_only_some_commands_write_are_checked_too(key):
+    read = files.read_json(Path(__file__).parents[2] / "docs" / "evidence" / "rerun" / "metrics.json")
+    for field in metrics._OPTIONAL_ROWS[key].__required_keys__:
+        broken = {**read, key: [{name: value for name, value in read[key][0].items() if name != field}]}
+        with pytest.raises(PrismError, match=rf"{key}\[0\]: the field '{field}' is missing"):
+            metrics.validate(broken)
+    del read[key]
+    metrics.validate(read)
 
 
 def test_environment_names_what_computed():
