@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor, distributed
 from prism.errors import PrismError, quoted
 
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)  # of a candidate; keys of one kind can be sorted
 
 CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
 # In an allocator's words; on a CPU torch raises a plain RuntimeError.
@@ -234,9 +235,11 @@ class Team:
                         f"and process {rank} {other[:100]}."
                     )
 
-    def owners(self, candidates: Sequence[int], before: Mapping[int, int]) -> dict[int, int]:
+    def owners(self, candidates: Sequence[Key], before: Mapping[Key, int]) -> dict[Key, int]:
         """The process of each candidate: its own one as far as that leaves all with about as many."""
-        most, found, spare = -(-len(candidates) // self.size), {}, []
+        most = -(-len(candidates) // self.size)
+        found: dict[Key, int] = {}
+        spare: list[Key] = []
         load: Counter[int] = Counter()
         for candidate in candidates:
             rank = before.get(candidate)
@@ -250,7 +253,7 @@ class Team:
             load[found[candidate]] += 1
         return found
 
-    def move(self, belongings: dict[int, Any], before: Mapping[int, int], after: Mapping[int, int]) -> None:
+    def move(self, belongings: dict[Key, Any], before: Mapping[Key, int], after: Mapping[Key, int]) -> None:
         """Hand over what belongs to candidates whose process changed."""
         for candidate, rank in sorted(after.items()):
             giver = before.get(candidate, rank)
@@ -321,7 +324,7 @@ class Team:
                 value.copy_(whole)
 
 
-def merged(parts: Iterable[Mapping[int, T]]) -> dict[int, T]:
+def merged(parts: Iterable[Mapping[Key, T]]) -> dict[Key, T]:
     """The parts of several processes as one mapping, by candidate."""
     return dict(sorted(entry for part in parts for entry in part.items()))
 

@@ -15,6 +15,7 @@ import prism
 from prism.backbone import Backbone
 from prism.backbone.denoiser_call import by_name
 from prism.backbone.wrapping import around, around_module, state_kept
+from prism.sampling.plan import Candidate
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor
 
@@ -86,23 +87,24 @@ def test_a_recording_answers_the_whole_call(build: Any) -> None:
     call = {**(tiny.CALL_WAN if build is tiny.wan else tiny.CALL_COGVIDEOX), "output_type": "latent"}
     ran: list[int] = []
     handle = backbone.denoiser.register_forward_pre_hook(lambda *_: ran.append(1))
+    only = Candidate(0, 5)
 
-    def run(recordings: dict[int, Recording], record: bool) -> torch.Tensor:
+    def run(recordings: dict[Candidate, Recording], record: bool) -> torch.Tensor:
         generator = torch.Generator().manual_seed(5)
-        return Interceptor(backbone, [0], recordings, record).run(
+        return Interceptor(backbone, [only], recordings, record).run(
             {**call, "prompt": tiny.PROMPT, "generator": generator}
         )[0]
 
     try:
-        recordings = {0: Recording()}
+        recordings = {only: Recording()}
         first = run(recordings, record=True)
         calls = len(ran)
         assert torch.equal(run(recordings, record=False), first)
-        assert len(ran) == calls == len(recordings[0])
+        assert len(ran) == calls == len(recordings[only])
         half = Recording()
-        for inputs, output in [pair for pairs in recordings[0]._outputs.values() for pair in pairs][: calls // 2]:
+        for inputs, output in [pair for pairs in recordings[only]._outputs.values() for pair in pairs][: calls // 2]:
             half.keep(inputs, output)
-        assert torch.equal(run({0: half}, record=False), first)
+        assert torch.equal(run({only: half}, record=False), first)
         assert len(ran) == calls + calls // 2
     finally:
         handle.remove()

@@ -17,7 +17,7 @@ from prism import PrismError, cli, files
 from prism.report import wording
 from prism.sampling import STRATEGIES, Plan
 from prism.sampling.early import run_to_cut
-from prism.sampling.plan import Schedule, Workload, cut_rows
+from prism.sampling.plan import Candidate, Schedule, Workload, cut_rows
 from prism.sampling.search import Search
 
 N, TAP = 4, 2
@@ -49,8 +49,8 @@ class Halves(Plan):
         ((first, _), (last, _)), ((half, _), (end, _)) = self.cuts(load), self.reads(load)
         return load.n * sum(load.calls[: first - 1]) + 2 * half + 2 * sum(load.calls[first : last - 1]) + end
 
-    def winners(self, search: Search) -> list[int]:
-        ((first, _), (last, keep)), everyone = self.cuts(search.load), range(len(search.seeds))
+    def winners(self, search: Search) -> list[Candidate]:
+        ((first, _), (last, keep)), everyone = self.cuts(search.load), search.candidates
         probed = {step: probe for step, (_, probe) in zip((first, last), self.reads(search.load))}
         best = []
         for half in (everyone[: len(everyone) // 2], everyone[len(everyone) // 2 :]):

@@ -16,12 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests import tiny
 from tests.sampling.conftest import Setting
+from tests.sampling.test_candidates import Branches
 from tests.sampling.test_not_finite import poisoned
 from tests.works import works
 
 import prism
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.sampling import STRATEGIES
 from prism.team import Team
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, "a cat runs"]
@@ -34,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "draft": {"strategy": "draft", "draft_steps": 2, "top_k": 2},
     "random": {"strategy": "random"},
     "more processes than candidates": {"schedule": [(3, 1)], "n": 1},
+    "branches, all of one process": {"strategy": "branches", "top_k": 2},
 }
 SPOILT: dict[str, dict[str, Any]] = {  # candidates with NaN from the third step on
     "dropped at a cut": {"schedule": [(4, 2)]},
@@ -66,6 +69,7 @@ def fail(error: Exception, *_: Any) -> None:
 def work(out: Path) -> None:
     """What each of the two processes does."""
     torch.set_num_threads(1)
+    STRATEGIES["branches"] = Branches
     pipe, judge, call = subject()
     shared: dict[str, Any] = {**SHARED, "distribute": "candidates"}
     found, latents, errors = {}, {}, {}
@@ -117,7 +121,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     "exact",
     "Processes share candidates or prompts, and find what one process finds.",
 )
-def test_both_find_what_one_finds(two: list[dict[str, Any]]) -> None:
+def test_both_find_what_one_finds(two: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STRATEGIES, "branches", Branches)
     pipe, judge, call = subject()
     for name, arguments in RUNS.items():
         alone = prism.best_of_n(pipe, judge, tiny.PROMPT, **{**SHARED, **arguments}, **call)

@@ -18,6 +18,7 @@ from prism.errors import DRAWS, PrismError, flag, quoted, whole
 from prism.sampling import arguments
 from prism.sampling import plan as schedules
 from prism.sampling.ledger import Ledger, Meter
+from prism.sampling.plan import Candidate, Edit
 from prism.sampling.ranking import check_weights, ranking
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
@@ -35,6 +36,7 @@ class Pick:
     video: what the stock pipeline gives for it, its output's first row, in the `output_type` of the call.
     latents: its final latents (1, ...), as the denoiser is given them: `Backbone.decode` gives the video again.
     seed, index: its own. output: all that the pipeline gave for it, such as a sound beside the video.
+    edits: those that its run went through; none of the strategies here make any.
     """
 
     video: Any
@@ -42,6 +44,7 @@ class Pick:
     seed: int
     index: int
     output: Any = None
+    edits: tuple[Edit, ...] = ()
 
     def __repr__(self) -> str:
         return f"Pick(seed {self.seed}, {_size(self.video)})"
@@ -58,7 +61,8 @@ class BestOfNResult:
     ledger: what the run cost.
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
     reproduce: the line of Python that gives the best video again: a plain call of the pipeline; this function where the
-        pipeline gives its scheduler no generator for noise (few-step samplers); "" where that noise is torch's global.
+        pipeline gives its scheduler no generator for noise (few-step samplers); "" where that noise is torch's global,
+        or the winner was edited.
     """
 
     top: tuple[Pick, ...]
@@ -203,7 +207,7 @@ def best_of_n(
     options: dict[str, Any] = {
         "backbone": backbone,
         "judge": judge,
-        "seeds": candidate_seeds,
+        "candidates": tuple(Candidate(index, each) for index, each in enumerate(candidate_seeds)),
         "seed": seed,
         "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds), call),
         "weights": ranking(judge, select_by) if kind.needs_judge() else {},
@@ -229,7 +233,7 @@ def best_of_n(
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
-            def find(search: Search) -> list[int]:
+            def find(search: Search) -> list[Candidate]:
                 settled = search.settle(plan)
                 bar.reset(total=settled.rows(search.load) / among.size)
                 return settled.winners(search)
@@ -245,7 +249,7 @@ def best_of_n(
     return results if several else results[0]
 
 
-def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep_latents: bool) -> BestOfNResult:
+def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter, keep_latents: bool) -> BestOfNResult:
     """One prompt's search, and its winners finished."""
     with search.backbone.held(), meter.open(), encoded_once(search.backbone):
         if search.call.get("callback_on_step_end") is not None:
@@ -260,19 +264,27 @@ def _run(search: Search, find: Callable[[Search], list[int]], meter: Meter, keep
                 "Memory ran out while the winner was finished; let the VAE decode in tiles (pipe.vae.enable_tiling()), "
                 "or offload the pipeline's models (enable_model_cpu_offload)."
             ) from None
-    latents = merged(search.team.agree(lambda: search.latents)) if keep_latents else None
+    latents = None
+    if keep_latents:
+        kept = merged(search.team.agree(lambda: search.latents))
+        latents = {candidate.index: value for candidate, value in kept.items() if not candidate.edits}
     noise = set().union(*search.team.agree(lambda: search.noise))
     return BestOfNResult(
-        top=tuple(Pick(given[0][0], z, search.seeds[c], c, given) for c, (given, z) in finished.items()),
-        seeds=search.seeds,
-        scores=search.scores,
+        top=tuple(Pick(given[0][0], z, c.seed, c.index, given, c.edits) for c, (given, z) in finished.items()),
+        seeds=tuple(candidate.seed for candidate in search.candidates),
+        scores=[_with_indices(cut) for cut in search.scores],
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
         candidate_latents=latents,
-        reproduce=reproduction(search.backbone.family.takes_prompts, search.seeds[next(iter(finished))], noise),
+        reproduce=reproduction(search.backbone.family.takes_prompts, next(iter(finished)), noise),
     )
 
 
-def _within_memory(search: Search, strategy: Callable[[Search], list[int]]) -> list[int]:
+def _with_indices(cut: Mapping[str, Any]) -> dict[str, Any]:
+    """A cut of a search, its candidates by index; a branched one has the index of the seed that it began as."""
+    return {**cut, **{name: [c.index for c in cut[name]] for name in ("candidates", "kept", "dropped")}}
+
+
+def _within_memory(search: Search, strategy: Callable[[Search], list[Candidate]]) -> list[Candidate]:
     """The winners; where memory runs out the search starts anew with half the candidates per batch, which is said."""
     while True:
         try:

@@ -14,7 +14,7 @@ from prism.backbone.steps import Steps
 from prism.errors import PrismError
 from prism.report import wording
 from prism.report.wording import Row
-from prism.sampling.plan import Plan, Schedule, Workload, cut_rows, default, resolve
+from prism.sampling.plan import Candidate, Plan, Schedule, Workload, cut_rows, default, resolve
 from prism.sampling.replay import Interceptor, OnCut
 from prism.sampling.search import Search
 from prism.team import merged
@@ -64,12 +64,12 @@ class Early(Plan):
             alive = keep
         return found
 
-    def winners(self, search: Search) -> list[int]:
+    def winners(self, search: Search) -> list[Candidate]:
         """While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds
         replay what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out.
         Processes that share a run meet after each cut, so they go round by round.
         """
-        alive, cuts = list(range(len(search.seeds))), list(self.cuts(search.load))
+        alive, cuts = list(search.candidates), list(self.cuts(search.load))
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
         while cuts:
             if search.team.alone and len(alive) <= search.batch_size:
@@ -87,12 +87,12 @@ class Early(Plan):
 
 
 def _gate(
-    search: Search, candidates: list[int], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
-) -> list[int]:
+    search: Search, candidates: list[Candidate], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
+) -> list[Candidate]:
     """All the cuts in one call of all the candidates, which ends at the last of them."""
     keeps, last, kept = dict(cuts), cuts[-1][0], candidates
 
-    def on_cut(step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> list[int] | None:
+    def on_cut(step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor) -> list[Candidate] | None:
         nonlocal kept
         kept = search.rank(step, t, search.score(t, living, tokens, finite), keeps[step], living)
         return None if step == last else kept
@@ -102,17 +102,17 @@ def _gate(
 
 
 def run_to_cut(
-    search: Search, candidates: Sequence[int], step: int, keep: int, probed: Mapping[int, bool]
-) -> list[int]:
+    search: Search, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool]
+) -> list[Candidate]:
     """Each chunk in a call of its own that ends at the cut; the survivors over all chunks."""
-    scores: dict[int, Sequence[float]] = {}
+    scores: dict[Candidate, Sequence[float]] = {}
     levels: list[float] = []
 
-    def on_cut(_step: int, t: float, living: list[int], tokens: Tokens, finite: Tensor) -> None:
+    def on_cut(_step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor) -> None:
         scores.update(search.score(t, living, tokens, finite))
         levels.append(t)
 
-    def sample() -> tuple[dict[int, Sequence[float]], list[float]]:
+    def sample() -> tuple[dict[Candidate, Sequence[float]], list[float]]:
         for chunk in search.chunks(candidates):
             _until_cut(search, chunk, {step: probed[step]}, on_cut)
         return scores, levels
@@ -122,7 +122,7 @@ def run_to_cut(
     return search.rank(step, level, merged(part for part, _ in parts), keep, candidates)
 
 
-def _until_cut(search: Search, candidates: list[int], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
+def _until_cut(search: Search, candidates: list[Candidate], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
     interceptor = Interceptor(
         search.backbone, candidates, search.recordings, cuts=cuts, tap=search.judge.taps, on_cut=on_cut
     )

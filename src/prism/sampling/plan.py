@@ -1,4 +1,4 @@
-"""The plan of a run: its cuts, its checks, its cost in closed form, and its words in a report."""
+"""The two nouns of a search: a candidate, and the plan with its cuts, checks, cost in closed form and words."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from prism.errors import PrismError, quoted, whole
 
@@ -21,6 +24,47 @@ CFG = Literal["two_calls", "one_batch"]
 
 # (step, keep): after the conditional evaluation of the 1-based scheduler step, keep that many candidates.
 Schedule = tuple[tuple[int, int], ...]
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """A generator at the start of a seed's noise, on the CPU: the same numbers on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+@dataclass(frozen=True, order=True)
+class Edit:
+    """Fresh noise for a candidate after a step of its run.
+
+    step: the scheduler's step, from 1, whose latents are edited. seed: the edit's own noise is drawn from it.
+    weight: the share of that noise, in [0, 1].
+    """
+
+    step: int
+    seed: int
+    weight: float
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """sqrt(1 - weight²) z + weight eps, which keeps the variance of latents z (1, ...) that are mostly noise."""
+        noise = torch.randn(latents.shape, generator=generator_of(self.seed)).to(latents)
+        edited: Tensor = (1 - self.weight**2) ** 0.5 * latents + self.weight * noise
+        return edited
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """A possible video: a seed, and the edits that its run goes through.
+
+    Candidates are ordered by `index`, then by their edits; ties in score go to the first. The index, a seed's position
+    among the seeds of a run, keeps two candidates apart that were given the same seed.
+    """
+
+    index: int
+    seed: int
+    edits: tuple[Edit, ...] = ()
+
+    def branch(self, edit: Edit) -> Candidate:
+        """The candidate that parts from this one by one more edit."""
+        return replace(self, edits=(*self.edits, edit))
 
 
 def parse(text: str) -> Schedule:
@@ -215,7 +259,7 @@ class Plan(ABC):
         return 0
 
     @abstractmethod
-    def winners(self, search: Search) -> list[int]:
+    def winners(self, search: Search) -> list[Candidate]:
         """The best `top_k` candidates, best first."""
 
     @abstractmethod

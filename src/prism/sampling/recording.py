@@ -63,6 +63,12 @@ class Recording:
     def __len__(self) -> int:
         return sum(map(len, self._outputs.values()))
 
+    def copy(self) -> Recording:
+        """The same outputs; what either records from here on is its own."""
+        new = Recording()
+        new._outputs, new.moments = {key: list(pairs) for key, pairs in self._outputs.items()}, set(self.moments)
+        return new
+
     def find(self, inputs: Inputs) -> Tensor | None:
         """The output that was recorded for these inputs, or None."""
         for kept, output in self._outputs.get(inputs.exact, ()):

@@ -20,6 +20,7 @@ from prism.backbone.patches import check_scheduler
 from prism.backbone.pipeline import callers_own, tensor_of
 from prism.backbone.taps import Tokens
 from prism.errors import PrismError, quoted, reason
+from prism.sampling.plan import Candidate
 from prism.sampling.recording import Inputs, Recording, inputs_of, moments_of, state_of
 from prism.team import ran_out
 
@@ -78,14 +79,15 @@ def global_noise(pipe: Any) -> str:
     )
 
 
-def reproduction(prompts: bool, seed: int, noise: set[str]) -> str:
-    """The line of Python that gives a seed's video again, or "" where none does.
+def reproduction(prompts: bool, candidate: Candidate, noise: set[str]) -> str:
+    """The line of Python that gives a candidate's video again, or "" where none does.
 
     Args:
         prompts: whether the pipeline takes a prompt.
         noise: where the scheduler's steps drew noise, see `Interceptor`.
     """
-    if "global" in noise:
+    seed = candidate.seed
+    if "global" in noise or candidate.edits:
         return ""
     prompt = "prompt, " if prompts else ""
     if "lent" in noise:
@@ -102,12 +104,13 @@ def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 # Told at a cut: (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Answers with the
 # candidates to go on with, or None to end the call.
-OnCut = Callable[[int, float, list[int], Tokens, Tensor], "list[int] | None"]
+OnCut = Callable[[int, float, list[Candidate], Tokens, Tensor], "list[Candidate] | None"]
 
 
 class Interceptor:
     """One stock pipeline call of several candidates: answered from their recordings, recorded, tapped and gated.
 
+    A candidate's edits are applied at the end of their steps, after the user's callback.
     The gate computes the survivors' rows alone; dead rows come back as zeros and are never read.
     A cut's scores are read either by listening to the conditional pass that the sampler runs anyway, or by a probe: the
     conditional rows are run up to the tap and no further, and the survivors' pass follows in full.
@@ -116,8 +119,8 @@ class Interceptor:
     def __init__(
         self,
         backbone: Backbone,
-        candidates: Sequence[int],
-        recordings: Mapping[int, Recording],
+        candidates: Sequence[Candidate],
+        recordings: Mapping[Candidate, Recording],
         record: bool = True,
         cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
         tap: int | Sequence[int] | None = None,
@@ -260,6 +263,15 @@ class Interceptor:
         self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
         return output
 
+    def _edited(self, step: int, latents: Any) -> Any:
+        """The latents (len(candidates), ...), with the edits of this step applied to their candidates' rows."""
+        edits = [(row, e) for row, c in enumerate(self.candidates) for e in c.edits if e.step == step]
+        if edits:
+            latents = latents.clone()
+            for row, edit in edits:
+                latents[row : row + 1] = edit.apply(latents[row : row + 1])
+        return latents
+
     def _look_for_changes(self) -> None:
         state = state_of(self.backbone.denoisers) if self.state else ""
         self.altered = "" if state == self.state else state
@@ -270,12 +282,21 @@ class Interceptor:
         """
         callback = call.get("callback_on_step_end")
         if not self.backbone.takes("callback_on_step_end"):
+            if any(candidate.edits for candidate in self.candidates):
+                raise PrismError(
+                    f"{type(self.backbone.pipe).__name__} takes no callback_on_step_end, through which candidates are "
+                    "edited."
+                )
             return dict(call)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             with callers_own():
                 returned = {} if callback is None else callback(pipe, step, timestep, tensors)
-            self.latents = self.backbone.main({**tensors, **(returned or {})}["latents"])
+            given = {**tensors, **(returned or {})}["latents"]
+            latents = self._edited(step + 1, given)
+            if latents is not given:
+                returned = {**(returned or {}), "latents": latents}
+            self.latents = self.backbone.main(latents)
             self._look_for_changes()
             return returned
 

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
-from prism.sampling.plan import Plan, Workload, warn_blind
+from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, warn_blind
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor
 from prism.team import Team, merged
@@ -22,7 +21,7 @@ from prism.team import Team, merged
 
 @dataclass
 class Search:
-    """One run over the candidates of a prompt. Candidates are named by their index in `seeds`.
+    """One run over the candidates of a prompt.
 
     Processes that share a run each work on the candidates that `owners` says are theirs, and agree at each cut.
     """
@@ -31,7 +30,7 @@ class Search:
     judge: Any
     prompt: str
     call: dict[str, Any]
-    seeds: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
     seed: int
     batch_size: int
     weights: Mapping[str, float]  # of the judge's dimensions, for ranking
@@ -39,10 +38,10 @@ class Search:
     team: Team = field(default_factory=Team)
     load: Workload = field(default_factory=lambda: Workload(0, ()))  # once the scheduler was asked for its steps
     scores: list[dict[str, Any]] = field(default_factory=list)
-    recordings: dict[int, Recording] = field(default_factory=dict)
-    latents: dict[int, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
-    owners: dict[int, int] = field(default_factory=dict)  # the process of each candidate
-    reserve: list[int] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
+    recordings: dict[Candidate, Recording] = field(default_factory=dict)
+    latents: dict[Candidate, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
+    owners: dict[Candidate, int] = field(default_factory=dict)  # the process of each candidate
+    reserve: list[Candidate] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
     state: str = ""  # of the denoisers as they sample, where a callback may change it
     noise: set[str] = field(default_factory=set)  # where winners' schedulers drew noise, see Interceptor
 
@@ -52,8 +51,8 @@ class Search:
     def start_anew(self, batch_size: int) -> None:
         """Forget what was found, and go on with other batches; the ledger keeps what it cost."""
         self.batch_size = batch_size
-        self.recordings = {candidate: Recording() for candidate in range(len(self.seeds))}
-        self.owners = self.team.owners(range(len(self.seeds)), {})
+        self.recordings = {candidate: Recording() for candidate in self.candidates}
+        self.owners = self.team.owners(self.candidates, {})
         self.scores.clear()
         self.latents.clear()
         self.reserve.clear()
@@ -72,7 +71,7 @@ class Search:
         if plan.looks_at == "steps":
             backbone.family.check_scheduler(backbone.pipe.scheduler)
         if plan.looks_at is not None:
-            first = list(range(len(self.seeds)))[: self.batch_size]
+            first = self.candidates[: self.batch_size]
 
             def ask(**changes: Any) -> Any:
                 return backbone.steps(self.batch_call(first, output_type="latent", **changes))
@@ -81,32 +80,43 @@ class Search:
             if plan.drafts():
                 drafted = self.team.agree(lambda: ask(num_inference_steps=plan.drafts()))[self.team.rank]
         tap = getattr(self.judge, "tap", 0)
-        self.load = Workload.of(backbone, self.call, len(self.seeds), tap, steps, drafted, self.top_k)
+        self.load = Workload.of(backbone, self.call, len(self.candidates), tap, steps, drafted, self.top_k)
         plan = plan.settled(self.load, steps)
         if plan.looks_at == "steps" and steps is not None:
             cuts = plan.cuts(self.load)
             steps.check_cuts([step for step, _ in cuts], backbone.reads)
             if self.call.get("strength") is None:
-                warn_blind(cuts, len(self.seeds), len(steps))
+                warn_blind(cuts, len(self.candidates), len(steps))
         return plan
 
-    def own(self, candidates: Iterable[int]) -> list[int]:
+    def branch(self, candidate: Candidate, edit: Edit) -> Candidate:
+        """A candidate that parts from this one by one more edit, and takes over what was recorded before it.
+
+        It belongs to the same process, until candidates are shared out again.
+        """
+        new = candidate.branch(edit)
+        self.owners[new] = self.owners[candidate]
+        if candidate in self.recordings:
+            self.recordings[new] = self.recordings[candidate].copy()
+        return new
+
+    def own(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Those of the candidates that are this process's, rising."""
         return [candidate for candidate in sorted(candidates) if self.owners[candidate] == self.team.rank]
 
-    def chunks(self, candidates: Iterable[int]) -> list[list[int]]:
+    def chunks(self, candidates: Iterable[Candidate]) -> list[list[Candidate]]:
         """This process's own of the candidates, in batches of at most `batch_size`."""
         size, own = self.batch_size, self.own(candidates)
         return [own[start : start + size] for start in range(0, len(own), size)]
 
-    def batch_call(self, candidates: Sequence[int], **changes: Any) -> dict[str, Any]:
+    def batch_call(self, candidates: Sequence[Candidate], **changes: Any) -> dict[str, Any]:
         """The user's call for several candidates at once, without the user's callback."""
         call = {k: v for k, v in self.call.items() if not k.startswith("callback_on_step_end")}
-        own = self.backbone.batch([self.prompt] * len(candidates), [self.seeds[c] for c in candidates], call)
+        own = self.backbone.batch([self.prompt] * len(candidates), [c.seed for c in candidates], call)
         form = {"return_dict": True} if self.backbone.takes("return_dict") else {}
         return {**call, **own, **form, **changes}
 
-    def finish(self, winners: Sequence[int]) -> dict[int, tuple[Any, Tensor]]:
+    def finish(self, winners: Sequence[Candidate]) -> dict[Candidate, tuple[Any, Tensor]]:
         """The pipeline's output and the final latents (1, ...) of each winner, best first, finished by a stock call of
         its own.
 
@@ -128,13 +138,13 @@ class Search:
             finished |= self.finish(substitutes)
         return {candidate: finished[candidate] for candidate in [*winners, *finished] if candidate in finished}
 
-    def _finish(self, candidate: int) -> tuple[Any, Tensor] | None:
+    def _finish(self, candidate: Candidate) -> tuple[Any, Tensor] | None:
         """The stock call for one candidate, answered from its recording where there is one; None: it is dropped."""
         # Code of others may do more than answer, such as change its arguments: a call past it is made in whole.
         if is_patched(self.backbone.denoisers, self.backbone.pipe.scheduler):
             self.recordings.pop(candidate, None)
         self.recordings.setdefault(candidate, Recording())
-        call = {**self.call, "generator": _generator(self.seeds[candidate])}
+        call = {**self.call, "generator": generator_of(candidate.seed)}
         if self.backbone.family.takes_prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
         interceptor = Interceptor(self.backbone, [candidate], self.recordings, False, searches=False, state=self.state)
@@ -144,16 +154,16 @@ class Search:
             return None
         return output, self.latents[candidate][None]
 
-    def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[int, Any]]:
+    def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[Candidate, Any]]:
         """Every candidate of this process to the end: for each chunk the pipeline's output by candidate, without those
         that are dropped."""
-        for chunk in self.chunks(range(len(self.seeds))):
+        for chunk in self.chunks(self.candidates):
             interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
 
-    def _take_latents(self, candidates: list[int], interceptor: Interceptor) -> list[int]:
+    def _take_latents(self, candidates: list[Candidate], interceptor: Interceptor) -> list[Candidate]:
         """Keep the final latents of candidates; those that are finite are returned, the others dropped."""
         latents = interceptor.finished()
         fine = self.finite(candidates, latents.flatten(1).isfinite().all(1))
@@ -164,12 +174,12 @@ class Search:
         self,
         step: int,
         t: float,
-        scores: Mapping[int, Sequence[float]],
+        scores: Mapping[Candidate, Sequence[float]],
         keep: int,
-        alive: Iterable[int],
+        alive: Iterable[Candidate],
         names: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
-    ) -> list[int]:
+    ) -> list[Candidate]:
         """The best `keep` candidates by weighted score, best first; the cut is noted down, the losers forgotten.
 
         `names` and `weights` are those of the columns of `scores` where they are not the judge's. Those of the `alive`
@@ -199,12 +209,14 @@ class Search:
         self.share(best)
         return best
 
-    def share(self, candidates: Sequence[int]) -> None:
+    def share(self, candidates: Sequence[Candidate]) -> None:
         """Share these candidates out evenly among the processes, with what was recorded of them."""
         before, self.owners = self.owners, self.team.owners(sorted(candidates), self.owners)
         self.team.move(self.recordings, before, self.owners)
 
-    def score(self, t: float, candidates: list[int], tokens: Tokens, finite: Tensor) -> dict[int, list[float]]:
+    def score(
+        self, t: float, candidates: list[Candidate], tokens: Tokens, finite: Tensor
+    ) -> dict[Candidate, list[float]]:
         """The judge's scores of candidates at a cut, from their tokens, without those that are dropped."""
         if hasattr(self.judge, "check_level"):
             self.judge.check_level(t)
@@ -212,34 +224,30 @@ class Search:
             tokens = tokens[[candidates.index(candidate) for candidate in fine]]
         return self.finite_scores(fine, self.judge.score_tokens(tokens)) if fine else {}
 
-    def finite(self, candidates: Sequence[int], finite: Tensor) -> list[int]:
+    def finite(self, candidates: Sequence[Candidate], finite: Tensor) -> list[Candidate]:
         """Those of the candidates with finite latents, (B,) bool; the others are dropped with a warning."""
         return self._keep(candidates, finite, "its latents hold NaN or infinity (a wider dtype may help)")
 
-    def finite_scores(self, candidates: Sequence[int], scores: Tensor) -> dict[int, list[float]]:
+    def finite_scores(self, candidates: Sequence[Candidate], scores: Tensor) -> dict[Candidate, list[float]]:
         """The scores (B, num_dimensions) of candidates, without those that are not finite, which is warned of."""
         fine = self._keep(candidates, scores.isfinite().all(1), "the judge's score of it is NaN or infinite")
         return {candidate: row for candidate, row in zip(candidates, scores.tolist()) if candidate in fine}
 
-    def _keep(self, candidates: Sequence[int], finite: Tensor, reason: str) -> list[int]:
+    def _keep(self, candidates: Sequence[Candidate], finite: Tensor, reason: str) -> list[Candidate]:
         for candidate, fine in zip(candidates, finite.tolist()):
             if not fine:
                 self.warn_dropped(candidate, reason)
         return [candidate for candidate, fine in zip(candidates, finite.tolist()) if fine]
 
-    def warn_dropped(self, candidate: int, reason: str) -> None:
+    def warn_dropped(self, candidate: Candidate, reason: str) -> None:
         """Say why a candidate is dropped without a score."""
-        warnings.warn(f"The candidate with seed {self.seeds[candidate]} is dropped: {reason}.", stacklevel=2)
+        warnings.warn(f"The candidate with seed {candidate.seed} is dropped: {reason}.", stacklevel=2)
 
     def too_few(self) -> PrismError:
         """That fewer than `top_k` candidates are left."""
         few = "No candidate has" if self.top_k == 1 else f"Fewer than the {self.top_k} candidates of top_k have"
-        seeds = ", ".join(map(str, self.seeds[:8])) + (", ..." if len(self.seeds) > 8 else "")
+        seeds = ", ".join(str(c.seed) for c in self.candidates[:8]) + (", ..." if len(self.candidates) > 8 else "")
         return PrismError(
             f"{few} finite latents and scores, of those with the seeds {seeds}; sample in a wider dtype, and check the "
             "judge."
         )
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)

@@ -18,8 +18,8 @@ from prism.report import wording
 from prism.report.wording import Row
 from prism.sampling import ranking
 from prism.sampling.early import Early
-from prism.sampling.plan import CFG, Plan, Schedule, Workload
-from prism.sampling.search import Search, _generator
+from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, generator_of
+from prism.sampling.search import Search
 from prism.team import merged
 from prism.video import frames
 
@@ -29,12 +29,12 @@ class Blind(Plan):
 
     @abstractmethod
     def draw(self, n: int, top_k: int, seed: int, prompt: str) -> list[int]:
-        """The candidates that are picked."""
+        """The indices of the candidates that are picked."""
 
-    def winners(self, search: Search) -> list[int]:
-        n = len(search.seeds)
-        picked = self.draw(n, search.top_k, search.seed, search.prompt)
-        search.reserve = [candidate for candidate in range(n) if candidate not in picked]
+    def winners(self, search: Search) -> list[Candidate]:
+        drawn = self.draw(len(search.candidates), search.top_k, search.seed, search.prompt)
+        picked = [search.candidates[index] for index in drawn]
+        search.reserve = [candidate for candidate in search.candidates if candidate not in picked]
         return picked
 
     def rows(self, load: Workload) -> float:
@@ -84,18 +84,18 @@ class _JudgedClean(Plan):
     def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {**super().settings(scores), "judge_at": scores[0]["t"]}
 
-    def best(self, search: Search, sample: Callable[[], Mapping[int, Tensor]]) -> list[int]:
+    def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
         """The best of the latents that `sample` makes, re-noised with the same draws."""
-        refused: dict[int, str] = {}
+        refused: dict[Candidate, str] = {}
 
-        def scored(chunk: list[int], latents: Mapping[int, Tensor]) -> dict[int, list[float]]:
+        def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
             stacked = torch.stack([latents[candidate] for candidate in chunk])
             # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
-            generator = _generator(random.Random(f"judge {search.seed}").randrange(2**62))
+            generator = generator_of(random.Random(f"judge {search.seed}").randrange(2**62))
             prompts, draws = [search.prompt] * len(chunk), self.num_draws
             own: dict[str, Any] = {}
             if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
-                own["seeds"] = [search.seeds[candidate] for candidate in chunk]
+                own["seeds"] = [candidate.seed for candidate in chunk]
             try:
                 mean, _ = search.judge.score_clean(
                     stacked, prompts, self.judge_at, num_draws=draws, generator=generator, **search.call, **own
@@ -107,7 +107,7 @@ class _JudgedClean(Plan):
                 return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
             return search.finite_scores(chunk, mean)
 
-        def judge() -> tuple[dict[int, list[float]], dict[int, str]]:
+        def judge() -> tuple[dict[Candidate, list[float]], dict[Candidate, str]]:
             latents = sample()
             chunks = search.chunks(latents)
             return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
@@ -120,7 +120,7 @@ class _JudgedClean(Plan):
             if search.owners[candidate] == search.team.rank:
                 search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
         ((step, keep),) = self.cuts(search.load)
-        return search.rank(step, self.judge_at, scores, keep, range(len(search.seeds)))
+        return search.rank(step, self.judge_at, scores, keep, search.candidates)
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class Draft(_JudgedClean):
     def rows(self, load: Workload) -> float:
         return load.n * sum(load.draft_calls) + self.judging(load) + sum(load.calls) * load.top_k
 
-    def winners(self, search: Search) -> list[int]:
-        def sample() -> dict[int, Tensor]:
+    def winners(self, search: Search) -> list[Candidate]:
+        def sample() -> dict[Candidate, Tensor]:
             for _ in search.sample_all(record=False, output_type="latent", num_inference_steps=self.draft_steps):
                 pass
             drafts, search.latents = search.latents, {}
@@ -191,8 +191,8 @@ class Full(_JudgedClean):
     def rows(self, load: Workload) -> float:
         return load.n * sum(load.calls) + self.judging(load)
 
-    def winners(self, search: Search) -> list[int]:
-        def sample() -> dict[int, Tensor]:
+    def winners(self, search: Search) -> list[Candidate]:
+        def sample() -> dict[Candidate, Tensor]:
             for _ in search.sample_all(output_type="latent"):
                 pass
             return dict(search.latents)
@@ -223,14 +223,14 @@ class Oracle(Plan):
     def decodes(self, load: Workload) -> int:
         return load.n + load.top_k
 
-    def winners(self, search: Search) -> list[int]:
+    def winners(self, search: Search) -> list[Candidate]:
         assert self.oracle is not None
         ask = self.oracle
 
-        def look() -> dict[int, dict[str, float]]:
-            answers: dict[int, dict[str, float]] = {}
+        def look() -> dict[Candidate, dict[str, float]]:
+            answers: dict[Candidate, dict[str, float]] = {}
             for videos in search.sample_all(output_type="np"):
-                shown: dict[int, Any] = {}
+                shown: dict[Candidate, Any] = {}
                 for candidate, video in videos.items():
                     try:
                         shown[candidate] = frames(video, "its video")
@@ -247,7 +247,7 @@ class Oracle(Plan):
         names, weights = ranking.columns(list(answers.values()), self.select_by)
         scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
         ((step, keep),) = self.cuts(search.load)
-        return search.rank(step, 0.0, scores, keep, range(len(search.seeds)), names, weights)
+        return search.rank(step, 0.0, scores, keep, search.candidates, names, weights)
 
     @staticmethod
     def how(row: Row) -> str:
