@@ -30,12 +30,14 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "train": "prism.commands.train:Train",
     "eval": "prism.commands.evaluate:Evaluate",
     "study": "prism.commands.lab:Study",
+    "data check": "prism.commands.data:Check",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",
     "shapeworld quality": "prism.commands.lab:Quality",
     "shapeworld weaker": "prism.commands.lab:Weaker",
 }
+GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMANDS if " " in name))
 HELP = """\
 usage: prism COMMAND [OPTIONS]
 
@@ -57,7 +59,8 @@ DISK_IS_FULL = (
 
 def run(words: Sequence[str]) -> int:
     """Run the command that the words name; its exit code."""
-    name = " ".join(words[: 2 if words[:1] == ["shapeworld"] else 1])
+    group = words[0] if words and words[0] in GROUPS else ""
+    name = " ".join(words[: 2 if group else 1])
     if name in COMMANDS:
         options = resolve_name(COMMANDS[name])
         return int(_parsed(name, options, [*_overlaid(name, options, words[len(name.split()) :])]).main() or 0)
@@ -65,21 +68,23 @@ def run(words: Sequence[str]) -> int:
         print(f"prism {__version__}")
     elif name == "--print-completion":
         _print_completion(words[1:])
-    elif name in ("", "-h", "--help", "shapeworld", "shapeworld -h", "shapeworld --help"):
-        shown = [each for each in COMMANDS if each.startswith("shapeworld") or not name.startswith("shapeworld")]
+    elif name.removeprefix(group).strip() in ("", "-h", "--help"):
+        shown = [each for each in COMMANDS if each.startswith(f"{group} " if group else "")]
         lines = (f"  prism {each:<28}{str(resolve_name(COMMANDS[each]).__doc__).splitlines()[0]}" for each in shown)
         print(HELP.format(commands="\n".join(lines)), end="")
     else:
         raise PrismError(f'There is no command "{quoted(name, 60)}"; {_nearest(name, COMMANDS)}.')
-    return 2 if name in ("", "shapeworld") else 0
+    return 2 if name in ("", *GROUPS) else 0
 
 
 def _print_completion(words: Sequence[str]) -> None:
     if len(words) != 1 or words[0] not in ("bash", "zsh", "tcsh"):
         raise PrismError("--print-completion needs the name of a shell: bash, zsh, tcsh.")
     kinds = {name: Annotated[resolve_name(COMMANDS[name]), conf.subcommand(name.split()[-1])] for name in COMMANDS}
-    group = tuple(kinds.pop(name) for name in COMMANDS if name.startswith("shapeworld "))
-    kinds["shapeworld"] = Annotated[Union[group], conf.subcommand("shapeworld")]  # noqa: UP007
+    for group in GROUPS:
+        members = tuple(kinds.pop(name) for name in COMMANDS if name.startswith(f"{group} "))
+        members += (Annotated[None, conf.subcommand("--help")],)  # tyro makes no group of one
+        kinds[group] = Annotated[Union[members], conf.subcommand(group)]  # noqa: UP007
     _parsed("", Union[tuple(kinds.values())], ["--tyro-print-completion", words[0]])  # noqa: UP007
 
 

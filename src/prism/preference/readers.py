@@ -1,0 +1,247 @@
+"""Read a preference set from a file, a folder or the Hub, in the format its columns tell; join its votes to pairs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from prism.errors import PrismError, choice, number, quoted, reason
+from prism.preference.formats import FORMATS
+from prism.preference.pairs import named, overall
+from prism.preference.sets import Collector as Collector
+from prism.preference.sets import PreferenceSet as PreferenceSet
+from prism.preference.sources import TABLES, Source, open_source
+
+RULES = ("majority", "paper")
+MOST_PAIRS = 20_000_000  # that ratings are compared to
+_SPLIT = re.compile(r"(train|validation|valid|val|test|eval|unseen)[\w.]*?(-\d{5}-of-\d{5})?$", re.IGNORECASE)
+_ALIASES = {"valid": "validation", "val": "validation", "eval": "test"}
+
+
+def read(
+    path_or_hub_id: str | os.PathLike[str],
+    form: str | None = None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    encoding: str | None = None,
+    media: bool = True,
+) -> PreferenceSet:
+    """Read a preference set.
+
+    Args:
+        path_or_hub_id: a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or the id of a data set on the
+            Hugging Face Hub.
+        form: name of a format, of `FORMATS`; None: by the columns.
+        root: folder that paths in the file are relative to; None: the file's own, or the folder that is read.
+        encoding: of text files; None: by the byte order mark, else UTF-8.
+        media: whether clips are fetched from the Hub too, and not the tables alone.
+
+    Raises:
+        PrismError: where nothing is there, no format or several fit the columns, a label is unknown, a cell is of
+            another kind, or a path leads out of the root; it names the file, row and column.
+    """
+    if form is not None:
+        choice("--form", form, list(FORMATS))
+    place = _place(path_or_hub_id, media)
+    base = place if place.is_dir() else place.parent
+    top = base if root is None else Path(root)
+    if not top.is_dir():
+        raise PrismError(f"The --root {named(top)} is no folder.")
+    found = Collector(top.absolute())
+    sources = [open_source(each, base, encoding) for each in _tables(place)]
+    chosen, fitting = _chosen(sources, form, place)
+    for source in fitting:
+        found.split = _split(source)
+        FORMATS[chosen].read(source, found)
+    return found.table(chosen)
+
+
+def detect(source: Source) -> list[str]:
+    """The names of the formats that a file's columns fit."""
+    return [name for name, each in FORMATS.items() if each.fits(source)]
+
+
+def _place(path_or_hub_id: str | os.PathLike[str], media: bool) -> Path:
+    """The file or folder, or the snapshot of a data set on the Hub."""
+    try:
+        place = Path(path_or_hub_id)
+        if place.exists():
+            return place.absolute()
+    except (TypeError, ValueError, OSError):
+        raise PrismError(f"The data {quoted(path_or_hub_id, 120)} is no path; name a file or folder.") from None
+    text = str(path_or_hub_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.lower().endswith(TABLES):
+        raise PrismError(f"There is no file or folder {named(place)}.")
+    from huggingface_hub import errors, snapshot_download
+
+    patterns = None if media else [f"*{ending}" for ending in TABLES]
+    try:
+        return Path(snapshot_download(text, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the Hub's client raises many kinds
+        why = reason(error)
+        if any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, error.__cause__)):
+            why = "HF_HUB_OFFLINE forbids network access"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            why = "it does not exist there, or it is private or gated and the token gives no access to it"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
+            why = "the Hub cannot be reached; check the network"
+        raise PrismError(
+            f"There is no file or folder {quoted(text, 120)}, and no data set of this name came from the Hub: {why}."
+        ) from error
+
+
+def _tables(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise PrismError(f"{named(place)} is neither a file nor a folder.")
+    found = [each for each in sorted(place.rglob("*")) if each.suffix.lower() in TABLES and each.is_file()]
+    if not found:
+        raise PrismError(f"The folder {named(place)} holds no table of labels ({', '.join(TABLES)}).")
+    return found
+
+
+def _chosen(sources: Sequence[Source], form: str | None, place: Path) -> tuple[str, list[Source]]:
+    """The format, and the files that have it."""
+    fits = [(source, detect(source)) for source in sources]
+    names = {name: None for _, each in fits for name in each}
+    if form is None and len(names) > 1:
+        raise PrismError(
+            f"{named(place)} fits several formats: {', '.join(names)}; say which one to read with --form, such as "
+            f"--form {next(iter(names))}."
+        )
+    if form is None and not names:
+        raise PrismError(
+            f"{named(place)} has columns of no format that is known: {quoted(', '.join(sources[0].columns), 160)}; "
+            f"the nearest way is prompt, chosen, rejected. There are {', '.join(FORMATS)}."
+        )
+    chosen = form or next(iter(names))
+    fitting = [source for source, each in fits if chosen in each]
+    if not fitting:
+        raise PrismError(
+            f"{named(place)} does not fit --form {chosen} ({FORMATS[chosen].about}); it has the columns "
+            f"{quoted(', '.join(sources[0].columns), 160)}."
+        )
+    return chosen, fitting
+
+
+def _split(source: Source) -> str | None:
+    """The split that a file's name tells, as the Hub names files: train.csv, test-00000-of-00002.parquet."""
+    match = _SPLIT.match(source.path.stem)
+    name = match.group(1).lower() if match else None
+    return _ALIASES.get(name, name) if name else None
+
+
+# -- votes and ratings as pairs
+
+
+def pairs(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, soft: bool = False) -> pa.Table:
+    """One row per pair, with a label per dimension: the votes of all annotators joined, ratings compared.
+
+    Args:
+        found: a preference set. Where it has votes, its ratings are not compared.
+        rule: how annotators are joined. "majority": the vote of more than half of them, else a tie. "paper": all tie: a
+            tie; the votes that are no ties agree: that side; they conflict: no label. Where there are several
+            dimensions and none is "overall", this follows from them by the paper's rule (section 4.1).
+        margin: largest difference that is a tie: of the mean ratings of two clips, in their unit; of the mean
+            probabilities p_a and p_b.
+        soft: whether the shares of several annotators' votes are given as probabilities too.
+
+    Returns:
+        prompt, video_a, video_b, split, an int8 column per dimension (1: A better, -1: B, 0: tie, null: no label), and
+        where probabilities or confidences are given ``DIM:p_a``, ``DIM:p_b``, ``DIM:weight``, float32, null elsewhere.
+    """
+    choice("rule", rule, RULES)
+    number("margin", margin, 0)
+    votes = found.votes if len(found.votes) else _compared(found, margin)
+    rows: dict[tuple[str, str, str, str | None], int] = {}
+    heads: list[tuple[str, str, str, str | None]] = []
+    cells: dict[str, dict[int, list[tuple[Any, ...]]]] = {
+        name: {} for name in dict.fromkeys(votes["dimension"].to_pylist())
+    }
+    names = ("prompt", "video_a", "video_b", "split", "dimension", "label", "p_a", "p_b", "confidence")
+    for prompt, a, b, split, dimension, label, p_a, p_b, confidence in zip(
+        *(votes[name].to_pylist() for name in names)
+    ):
+        key = (prompt, min(a, b), max(a, b), split)  # in two splits it is two rows, which `check_disjoint` refuses
+        row = rows.setdefault(key, len(rows))
+        if row == len(heads):
+            heads.append((prompt, a, b, split))
+        elif heads[row][1] != a:  # the sides of the pair as it came first
+            label, p_a, p_b = None if label is None else -label, p_b, p_a
+        cells[dimension].setdefault(row, []).append((label, p_a, p_b, confidence))
+    joined = {
+        name: np.array([_joined(by_row.get(row, []), rule, margin) for row in range(len(rows))])
+        for name, by_row in cells.items()
+    }
+    if len(joined) > 1 and "overall" not in joined:
+        joined["overall"] = overall(np.stack(list(joined.values()), 1))
+    columns = dict(zip(("prompt", "video_a", "video_b", "split"), zip(*heads))) if heads else {}
+    table = {name: pa.array(columns.get(name, ()), pa.string()) for name in ("prompt", "video_a", "video_b", "split")}
+    for name, labels in joined.items():
+        missing = np.isnan(labels)
+        table[name] = pa.array(np.where(missing, 0, labels).astype(np.int8), pa.int8(), mask=missing)
+    for name, by_row in cells.items():
+        for each, value in _softened(by_row, len(rows), soft).items():
+            table[f"{name}:{each}"] = value
+    return pa.table(table)
+
+
+def _joined(votes: Sequence[tuple[Any, ...]], rule: str, margin: float) -> float:
+    """The label of one pair in one dimension; NaN: none."""
+    labels = [label for label, *_ in votes if label is not None]
+    if not labels:
+        soft = [p_a - p_b for _, p_a, p_b, _ in votes if p_a is not None]
+        difference = float(np.mean(soft)) if soft else np.nan
+        return 0.0 if abs(difference) <= margin + 1e-9 else float(np.sign(difference))
+    sides = set(labels) - {0}
+    if rule == "paper":
+        return float("nan") if len(sides) > 1 else float(next(iter(sides), 0))
+    return float(next((side for side in sides if 2 * labels.count(side) > len(labels)), 0))
+
+
+def _softened(by_row: dict[int, list[tuple[Any, ...]]], count: int, soft: bool) -> dict[str, pa.Array]:
+    """The columns p_a, p_b and weight, where there is something to say."""
+    columns: dict[str, list[float | None]] = {name: [None] * count for name in ("p_a", "p_b", "weight")}
+    for row, votes in by_row.items():
+        given = [(p_a, p_b) for _, p_a, p_b, _ in votes if p_a is not None]
+        if not given and soft and len(votes) > 1:
+            given = [(float(label == 1), float(label == -1)) for label, *_ in votes]
+        if given:
+            columns["p_a"][row], columns["p_b"][row] = np.mean(given, 0).tolist()
+        sure = [confidence for *_, confidence in votes if confidence is not None]
+        if sure:
+            columns["weight"][row] = float(np.mean(sure))
+    return {name: pa.array(each, pa.float32()) for name, each in columns.items() if any(v is not None for v in each)}
+
+
+def _compared(found: PreferenceSet, margin: float) -> pa.Table:
+    """Votes of all pairs within each prompt, by the mean rating of each clip over its annotators."""
+    scores: dict[tuple[str, str], dict[str, list[float]]] = {}
+    names = ("prompt", "dimension", "video", "score")
+    for prompt, dimension, video, score in zip(*(found.ratings[name].to_pylist() for name in names)):
+        scores.setdefault((prompt, dimension), {}).setdefault(video, []).append(score)
+    total = sum(len(each) * (len(each) - 1) // 2 for each in scores.values())
+    if total > MOST_PAIRS:
+        raise PrismError(
+            f"The ratings give {total:,} pairs, as prompts have up to {max(map(len, scores.values())):,} clips; at "
+            f"most {MOST_PAIRS:,} are made. Give fewer clips per prompt."
+        )
+    splits = dict(zip(found.videos["video"].to_pylist(), found.videos["split"].to_pylist()))
+    rows: list[tuple[Any, ...]] = []
+    for (prompt, dimension), by_video in scores.items():
+        ids = list(by_video)
+        means = np.array([np.mean(by_video[each]) for each in ids])
+        for i, j in zip(*np.triu_indices(len(ids), 1)):
+            difference = means[i] - means[j]
+            label = 0 if abs(difference) <= margin + 1e-9 else int(np.sign(difference))
+            rows.append((prompt, ids[i], ids[j], splits.get(ids[i]), dimension, label, None, None, None))
+    kinds = [pa.string()] * 5 + [pa.int8()] + [pa.float64()] * 3
+    columns = ("prompt", "video_a", "video_b", "split", "dimension", "label", "p_a", "p_b", "confidence")
+    return pa.table({n: pa.array(v, k) for n, v, k in zip(columns, zip(*rows) if rows else [()] * 9, kinds)})

@@ -1,0 +1,230 @@
+"""A preference set as one kind of tables, whatever file it came from, and the collector that readers fill it with."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prism.errors import PrismError, quoted
+from prism.preference.sources import Place, Row
+
+VIDEOS = pa.schema(
+    [
+        ("video", pa.string()),
+        ("path", pa.string()),
+        ("frames", pa.list_(pa.string())),
+        ("prompt", pa.string()),
+        ("model", pa.string()),
+        ("fps", pa.float64()),
+        ("num_frames", pa.int64()),
+        ("image", pa.string()),
+        ("split", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+    ]
+)
+VOTES = pa.schema(
+    [
+        ("video_a", pa.string()),
+        ("video_b", pa.string()),
+        ("prompt", pa.string()),
+        ("dimension", pa.string()),
+        ("annotator", pa.string()),
+        ("label", pa.int8()),
+        ("p_a", pa.float64()),
+        ("p_b", pa.float64()),
+        ("confidence", pa.float64()),
+        ("given", pa.string()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+        ("split", pa.string()),
+    ]
+)
+RATINGS = pa.schema(
+    [
+        ("video", pa.string()),
+        ("prompt", pa.string()),
+        ("dimension", pa.string()),
+        ("annotator", pa.string()),
+        ("score", pa.float64()),
+        ("source", pa.string()),
+        ("row", pa.int64()),
+    ]
+)
+_FOLDERS = ("", "videos", "images", "frames", "video", "media_data")  # where sets keep the files that they name
+
+
+@dataclass(frozen=True)
+class PreferenceSet:
+    """Clips and what annotators said of them, as three tables in the order of the file.
+
+    The sides of a vote are those of the file; where a file names the winner first, they are in the order of the clips'
+    identities, so that the side never tells the label.
+    """
+
+    form: str
+    """Name of the format that was found."""
+    root: Path
+    """Folder that paths are relative to."""
+    videos: pa.Table
+    """`VIDEOS`, one row per clip: its identity, and its `path` below `root` (``FILE.parquet#COLUMN/ROW`` for bytes in a
+    Parquet file) or its `frames`, pictures in order."""
+    votes: pa.Table
+    """`VOTES`, one row per pair, dimension and annotator: `label` 1 (A better), -1 (B), 0 (tie) or null, where there
+    are only the probabilities `p_a`, `p_b` that A or B is better (the rest: a tie); `given`, the label as it stood."""
+    ratings: pa.Table
+    """`RATINGS`, one row per clip, dimension and annotator: `score`, in the set's own unit."""
+    dropped: dict[str, list[Place]]
+    """Rows that gave nothing, by reason."""
+    missing: tuple[str, ...]
+    """Paths that are named and not there."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """What was judged, in order of appearance."""
+        return tuple(dict.fromkeys(self.votes["dimension"].to_pylist() + self.ratings["dimension"].to_pylist()))
+
+
+@dataclass
+class Collector:
+    """What a reader finds, row by row."""
+
+    root: Path
+    split: str | None = None
+    """Of the file being read, where its name tells it."""
+    dropped: dict[str, list[Place]] = field(default_factory=dict)
+    _videos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _missing: dict[str, None] = field(default_factory=dict)
+    _there: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    _votes: list[tuple[Any, ...]] = field(default_factory=list)
+    _ratings: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def drop(self, row: Row, reason: str) -> None:
+        """Leave a row out, for a reason that is counted."""
+        self.dropped.setdefault(reason, []).append(row.place)
+
+    def file(self, row: Row, column: str, path: str) -> str:
+        """A path below the root; refuses one that climbs out of it, and remembers one where no file is."""
+        if path not in self._there:
+            self._there[path] = self._find(row, column, path)
+        name, there = self._there[path]
+        if not there:
+            self._missing[name] = None
+        return name
+
+    def _find(self, row: Row, column: str, path: str) -> tuple[str, bool]:
+        """Its path below the root, and whether a file is there."""
+        if "://" in path[:12]:
+            return path, False
+        plain = path.replace("\\", "/")
+        if "\0" in plain or plain.startswith("/") or plain[1:2] == ":":
+            try:
+                plain = Path(plain).relative_to(self.root).as_posix()
+            except ValueError:
+                raise self._climbs(row, column, path) from None
+        plain = posixpath.normpath(plain)
+        if plain == ".." or plain.startswith("../") or "\0" in plain:
+            raise self._climbs(row, column, path)
+        for folder in _FOLDERS:
+            name = posixpath.join(folder, plain)
+            try:
+                if (self.root / name).is_file():
+                    return name, True
+            except (OSError, ValueError):  # a name that is too long
+                break
+        return plain, False
+
+    def _climbs(self, row: Row, column: str, path: str) -> PrismError:
+        return PrismError(
+            f"The path {quoted(path, 120)} in column {quoted(column, 60)}, {row.place}, leads out of the data's folder "
+            f"{quoted(str(self.root), 120)}; give the folder that holds it with --root."
+        )
+
+    def video(
+        self,
+        row: Row,
+        column: str,
+        prompt: str,
+        *,
+        path: str | None = None,
+        embedded: tuple[str, str] | None = None,
+        frames: Iterable[str] | None = None,
+        video: str | None = None,
+        model: str | None = None,
+        fps: float | None = None,
+        num_frames: float | None = None,
+        image: str | None = None,
+        split: str | None = None,
+    ) -> str:
+        """Note a clip; its identity: `video` if given, else its path, the digest of its bytes, or its frames' stem."""
+        listed = None if frames is None else [self.file(row, column, frame) for frame in frames]
+        if embedded is not None:
+            video, path = video or embedded[0], embedded[1]
+        elif path is not None:
+            path = self.file(row, column, path)
+            video = video or path
+        assert video is not None, "a clip without path and bytes needs an identity"
+        if num_frames is not None and not (0 < num_frames < 2**31 and num_frames == int(num_frames)):
+            raise PrismError(f"The number of frames of {quoted(video, 120)} in {row.place} is {num_frames:g}.")
+        found = self._videos.setdefault(
+            video,
+            {
+                **{"video": video, "path": path, "frames": listed, "prompt": prompt, "split": split or self.split},
+                **{"source": row.place.source, "row": row.place.row},
+            },
+        )
+        for name, value in {"model": model, "fps": fps, "num_frames": num_frames, "image": image}.items():
+            if value is not None:
+                found.setdefault(name, int(value) if name == "num_frames" else value)
+        return video
+
+    def vote(
+        self,
+        row: Row,
+        video_a: str,
+        video_b: str,
+        prompt: str,
+        dimension: str,
+        label: int | None,
+        given: Any,
+        *,
+        annotator: str | None = None,
+        p: tuple[float, float] | None = None,
+        confidence: float | None = None,
+        split: str | None = None,
+        by_id: bool = False,
+    ) -> None:
+        """Note what was said of a pair in one dimension.
+
+        by_id: the file names the winner first; the sides are put in the order of the clips' identities.
+        """
+        p_a, p_b = p or (None, None)
+        if by_id and video_b < video_a:
+            video_a, video_b, p_a, p_b = video_b, video_a, p_b, p_a
+            label = None if label is None else -label
+        given = given if isinstance(given, str) else quoted(given, 200)
+        place = (row.place.source, row.place.row, split or self.split)
+        said = (annotator, label, p_a, p_b, confidence, given)
+        self._votes.append((video_a, video_b, prompt, dimension, *said, *place))
+
+    def rating(
+        self, row: Row, video: str, prompt: str, dimension: str, score: float, annotator: str | None = None
+    ) -> None:
+        """Note an annotator's score of a clip."""
+        self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
+
+    def table(self, form: str) -> PreferenceSet:
+        """All that was found."""
+        videos = pa.Table.from_pylist(list(self._videos.values()), schema=VIDEOS)
+        votes, ratings = _table(self._votes, VOTES), _table(self._ratings, RATINGS)
+        return PreferenceSet(form, self.root, videos, votes, ratings, self.dropped, tuple(self._missing))
+
+
+def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    columns = zip(*rows) if rows else [()] * len(schema)
+    return pa.table([pa.array(values, each.type) for values, each in zip(columns, schema)], schema=schema)
