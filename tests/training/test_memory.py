@@ -15,7 +15,7 @@ import prism
 from prism import team
 from prism.backbone import Backbone
 from prism.backbone import backbone as backbone_module
-from prism.backbone.conditioning import ConditioningCache, Stowed, alone, tensors_of, with_tensors
+from prism.backbone.conditioning import ConditioningCache, Stowed, compacted, tensors_of, with_tensors
 from prism.errors import PrismError
 from prism.evaluation import evaluate, evaluator, measure
 from prism.judge import Judge
@@ -240,9 +240,9 @@ def test_everything_that_a_conditioning_holds_is_counted_and_moves():
     assert sum(value.numel() for value in tensors_of(made[0])) == 8 + 2 + 3 + 4 + 5 + 1 + 6 + 7
     cache: ConditioningCache[int, Any] = ConditioningCache()
     for place, each in enumerate(made):
-        cache[place] = with_tensors(each, alone)
+        cache[place] = with_tensors(each, compacted)
     assert cache.nbytes == size_of(cache) == 4 * (5 + 2 + 3 + 4 + 2 * (8 + 1 + 6 + 7))  # what rows share counts once
-    cache[1] = with_tensors(made[1], alone)
+    cache[1] = with_tensors(made[1], compacted)
     cache.trim(1, spared=1)
     assert cache.nbytes == 4 * (5 + 2 + 3 + 4 + 8 + 1 + 6 + 7)
     back = Stowed.of(made[0]).back()

@@ -1,4 +1,4 @@
-"""A frozen generator, read: conditioning by capture, noisy latents, tokens after a block, videos and latents."""
+"""A pipeline as a frozen feature extractor: captured conditionings, noisy latents, tokens after a block, VAE."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from prism.backbone.arguments import (
     texts,
     unguided,
 )
-from prism.backbone.conditioning import Conditioning, ConditioningCache, Ragged, alone, cache_key, with_tensors
+from prism.backbone.conditioning import Conditioning, ConditioningCache, Ragged, cache_key, compacted, with_tensors
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.fingerprint import fingerprint, surroundings, weights
 from prism.backbone.loading import load, make
 from prism.backbone.pipeline import (
-    breaks_told,
     check,
     check_denoisers,
     check_whole,
     config_of,
     device_of,
     dtype_of,
+    explain_failures,
+    explain_misfits,
     is_denoiser,
-    misfits_told,
 )
 from prism.backbone.registry import check_pipeline, family_of
 from prism.backbone.steps import Steps, ask, is_guided
@@ -52,10 +52,10 @@ _CACHE_BYTES = 256 * 2**20
 
 
 class Backbone:
-    """A pipeline as a judge and a sampler read it, frozen to them: nothing on it is changed or trained.
+    """A pipeline as a judge and a sampler use it: frozen, nothing on it is changed or trained.
 
     Attributes: `pipe`; `family`, its row of facts; `denoiser`, its `config` and its `blocks`; `num_blocks`; `widths`,
-    D_vis after each block; `default_tap`, the number of blocks a head reads after when nothing else is said (paper,
+    D_vis after each block; `default_tap`, the block after which a head reads unless another is given (paper,
     section 3.2: 12 of 30); `t_range`, the noise levels at which the pipeline uses this denoiser.
 
     Args:
@@ -79,7 +79,7 @@ class Backbone:
                 raise PrismError(f"The pipeline {type(pipe).__name__} lacks the member {name!r}, a component.")
         self.t_range = self._t_range(len(self.denoiser_names))
         check_pipeline(self.family, pipe, self.denoiser)
-        self.partial = False  # whether the denoiser has its first blocks alone
+        self.partial = False  # True where only the denoiser's first blocks were loaded
         self.num_blocks = len(self.blocks)
         self.widths = self.family.block_widths(self.denoiser)
         self.default_tap = max(1, round(self.family.tap * self.num_blocks))
@@ -87,8 +87,8 @@ class Backbone:
         self._call = inspect.signature(type(pipe).__call__).parameters
         self._conditionings: ConditioningCache[tuple[str, str], Conditioning] = ConditioningCache()
         self._freeing = False
-        self.known_steps: dict[str, Steps] = {}  # by call
-        self._measured: dict[str, None] = {}  # prompts whose length was looked at
+        self.steps_by_call: dict[str, Steps] = {}
+        self._measured: dict[str, None] = {}  # prompts whose length was checked, as an ordered set
 
     def __repr__(self) -> str:
         partial = ", first blocks alone" if self.partial else ""
@@ -108,20 +108,20 @@ class Backbone:
         """Load a pipeline from a folder or the Hub. Safetensors only; `kwargs` go to diffusers.
 
         Args:
-            up_to: load the denoiser's first blocks alone, as many as a judge that stands by itself reads. Such a
-                backbone can read tokens and encode and decode videos, and cannot sample.
-            reads: as of `Backbone`.
+            up_to: load only so many of the denoiser's blocks, for a judge that reads no later one. Such a backbone can
+                read tokens and encode and decode videos, and cannot sample.
+            reads: see `Backbone`.
         """
         return load(cls, str(id_or_folder), up_to, reads, {"use_safetensors": True, **kwargs})
 
     def __reduce__(self) -> Any:
-        told = {name: getattr(self, name) for name in ("num_blocks", "partial", "default_tap")}
-        return make, (type(self), self.pipe, self.reads, told)
+        attributes = {name: getattr(self, name) for name in ("num_blocks", "partial", "default_tap")}
+        return make, (type(self), self.pipe, self.reads, attributes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
-        return self  # no copy of a judge copies a pipeline
+        return self  # copies of a judge share its pipeline
 
-    # Looked up each time: people compile, quantise and replace parts of a pipeline after a judge was put onto it.
+    # Properties, because parts of a pipeline may be compiled, quantised or replaced after the backbone was made.
 
     @property
     def denoiser(self) -> Any:
@@ -141,13 +141,13 @@ class Backbone:
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """Of texts and of conditioning images."""
+        """The text and image encoders by component name."""
         parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
         return {name: part for name, part in parts.items() if name.startswith(("text_encoder", "image_encoder"))}
 
     @property
     def listens(self) -> bool:
-        """Whether a tap hears the sampler's own pass: code compiled as a whole passes hooks by and must be probed."""
+        """True where blocks can be tapped in the sampler's own calls: a denoiser compiled as a whole calls none."""
         return not is_compiled(self.denoiser)
 
     @property
@@ -164,24 +164,24 @@ class Backbone:
     def condition(
         self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **call: Any
     ) -> Conditioning | Ragged:
-        """What the denoiser is told about each prompt: (B rows), captured from the stock call `pipe(prompts, **call)`.
+        """The denoiser's conditioning, one row per prompt, captured from the stock call `pipe(prompts, **call)`.
 
-        `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); of `image` there is one for
-        all prompts, or a list with one a prompt. A prompt is encoded once; later calls take it from a cache of 256 MiB,
-        which drops what was not used for longest. Where `call` gives `prompt_embeds` and what goes with them, one row
-        or one a prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
+        `call` holds the pipeline's own arguments (height, width, num_frames, image, ...); `image` is one for
+        all prompts, or a list with one per prompt. A prompt is encoded once; later calls take it from a cache of 256
+        MiB, which drops the least recently used. Where `call` gives `prompt_embeds` and what goes with them, one row
+        or one per prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
 
-        seeds: one a prompt, where a video's seed draws what is told, as an image's latents (docs/backbones.md)
+        seeds: one per prompt; used where a video's seed draws its condition, as an image's latents (docs/backbones.md)
         """
         rows = prompts if isinstance(prompts, str) else [prompt or "" for prompt in texts(prompts, "prompts")]
         seeds = None if seeds is None else [whole("A seed", seed, 0) for seed in listed("seeds", seeds, object)]
         if seeds is not None and len(seeds) != len(rows):
-            raise PrismError(f"seeds must hold one seed a prompt; found {len(seeds)} for {len(rows)}.")
+            raise PrismError(f"seeds must hold one seed per prompt; found {len(seeds)} for {len(rows)}.")
         with self.held():
             return self._condition(rows, normalised(call), seeds if self.draws_conditions(call) else None)
 
     def draws_conditions(self, call: Mapping[str, Any]) -> bool:
-        """Whether what a call tells the denoiser may depend on the seed: an image or a video is given."""
+        """Tell whether the conditioning may depend on the seed, as where the call has an image or a video."""
         return draws_conditions(self.family, call)
 
     def _condition(
@@ -197,37 +197,37 @@ class Backbone:
         seed = seeds[0] if seeds else 0
         if embedded:
             return self._capture([""], call, seed)[[0] * len(prompts)]
-        told = relevant(self.family, call)
-        key = cache_key(told)
+        conditioning_call = relevant(self.family, call)
+        key = cache_key(conditioning_call)
         key = None if key is None else f"{key} {seed} {surroundings(self.pipe)}"
-        found: dict[str, Conditioning] = {}
+        captured_rows: dict[str, Conditioning] = {}
         missing = list(dict.fromkeys(prompts))
         if key is not None:
-            found = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
-            missing = [prompt for prompt in missing if prompt not in found]
+            captured_rows = {p: self._conditionings[key, p] for p in missing if (key, p) in self._conditionings}
+            missing = [prompt for prompt in missing if prompt not in captured_rows]
         size = 1 if self.family.batch_size_one or self.family.encode_prompts_singly or shows_adapters(call) else 16
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            captured = self._capture(chunk, told, seed)
+            captured = self._capture(chunk, conditioning_call, seed)
             for row, prompt in enumerate(chunk):
-                found[prompt] = captured[row]
+                captured_rows[prompt] = captured[row]
                 if key is not None:
-                    self._conditionings[key, prompt] = with_tensors(captured[row], alone)
-        # What is asked for again and again (a batch at several noise levels) stays, however large it is.
-        self._conditionings.trim(_CACHE_BYTES, spared=len(found))
-        return Conditioning.cat([found[prompt] for prompt in prompts])
+                    self._conditionings[key, prompt] = with_tensors(captured[row], compacted)
+        # The prompts of this call stay, however large: a batch is read at several noise levels.
+        self._conditionings.trim(_CACHE_BYTES, spared=len(captured_rows))
+        return Conditioning.cat([captured_rows[prompt] for prompt in prompts])
 
     def forget(self) -> None:
         """Drop the conditionings of earlier prompts."""
         self._conditionings.clear()
 
     def held(self) -> AbstractContextManager[None]:
-        """While open the pipeline is this thread's, see `prism.backbone.wrapping.held`; whatever reads asks for it."""
+        """While open only this thread may use the pipeline, see `prism.backbone.wrapping.held`; every read opens it."""
         return held(self.pipe)
 
     @contextmanager
     def freed(self) -> Iterator[None]:
-        """Afterwards models that `enable_model_cpu_offload` brought to the accelerator are back, as after a call."""
+        """On leaving the outermost of these, offload models (`enable_model_cpu_offload`) as a call does at its end."""
         outermost, self._freeing = not self._freeing, True
         try:
             yield
@@ -277,7 +277,7 @@ class Backbone:
     ) -> Tokens:
         """Tokens after `block` blocks (1-based) of `noisy_latents` (B, ...) at t (scalar or (B,)), see `Tokens`.
 
-        Several blocks are tapped in one pass. With `stop` those after the last are not run: the same for less.
+        Several blocks are tapped in one pass. With `stop` the blocks after the last tap are not run.
         """
         instance("conditioning", conditioning, Conditioning | Ragged, "what Backbone.condition gives")
         levels, stop = layout.per_row(t, noisy_latents), flag("stop", stop)
@@ -294,7 +294,7 @@ class Backbone:
                 return Tokens.cat(read)
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
             arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))
-            with breaks_told(self.denoiser, "reading latents"), misfits_told(self.pipe):
+            with explain_failures(self.denoiser, "reading latents"), explain_misfits(self.pipe):
                 return self.read(arguments, block, stop)[0]
 
     def read(
@@ -307,15 +307,15 @@ class Backbone:
     ) -> tuple[Tokens, Any]:
         """Run a denoiser call with a tap after `block` (or several): its tokens and, unless stopped, its output.
 
-        `forward` is the call to make where the denoiser itself is intercepted. One that is compiled as a whole runs
-        uncompiled here.
+        `forward` is called in place of the denoiser, where the denoiser's own calls are intercepted. A denoiser that is
+        compiled as a whole runs uncompiled here.
         """
         if denoiser is not None and denoiser is not self.denoiser:
             raise PrismError(
                 f"This step does not run on the denoiser that the head reads, {self.reads!r}; cut at another step."
             )
-        given = block if isinstance(block, list | tuple | set) and block else [block]
-        blocks = sorted({whole("The tap, one of the denoiser's blocks,", each, 1, self.num_blocks) for each in given})
+        numbers = block if isinstance(block, list | tuple | set) and block else [block]
+        blocks = sorted({whole("The tap, one of the denoiser's blocks,", each, 1, self.num_blocks) for each in numbers})
         last, tapped = blocks[-1], self.blocks
         if last > len(tapped):
             raise PrismError(f"Of this backbone {len(tapped)} blocks were loaded; load it up to block {last}.")
@@ -328,25 +328,25 @@ class Backbone:
     # -- videos
 
     def encode(self, video: Any) -> Tensor:
-        """Videos (B, F, H, W, 3), or what else `prism.video.videos` takes, to float32 latents of the loop: the
-        posterior's mode, normalised.
+        """Encode videos (B, F, H, W, 3), or whatever `prism.video.videos` takes, to the loop's float32 latents:
+        the posterior's mode, normalised.
 
         Where tokens span several latent frames (CogVideoX 1.5), or the pipeline drops decoded frames in front
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
         pixels = torch.from_numpy(as_videos(video))
-        with self.held(), self.freed(), breaks_told(self.pipe.vae, "encoding"):
+        with self.held(), self.freed(), explain_failures(self.pipe.vae, "encoding"):
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None, num_frames: int | None = None) -> Tensor:
-        """Latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
+        """Decode latents of the loop to videos (B, F, H, W, 3), float32 in [0, 1], with the pipeline's own arithmetic.
 
-        grid: (T, H, W) in tokens, which packed latents (LTX-Video, Flux, Qwen-Image) do not tell by themselves.
-        num_frames: the call's own, by which latent frames are dropped that its loop carries beside the video's
+        grid: (T, H, W) in tokens, needed for packed latents (LTX-Video, Flux, Qwen-Image).
+        num_frames: the call's argument; latent frames that its loop carries beside the video's are dropped by it
             (CogVideoX 1.5; SkyReels-V2 diffusion forcing with last_image); None decodes all.
         """
-        layout.per_row(0, latents)  # refuses what are no latents
-        with self.held(), self.freed(), breaks_told(self.pipe.vae, "decoding"):
+        layout.per_row(0, latents)  # refuses anything but latents
+        with self.held(), self.freed(), explain_failures(self.pipe.vae, "decoding"):
             return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid, num_frames)
 
     # -- checks
@@ -356,44 +356,44 @@ class Backbone:
         check_call(self, prompts, call)
 
     def steps(self, call: Mapping[str, Any]) -> Steps:
-        """The steps that `pipe(**call)` makes, see `prism.backbone.steps`; `call` holds all that the pipeline needs."""
+        """The steps that `pipe(**call)` makes, see `prism.backbone.steps`; `call` holds all it needs."""
         with self.held():
             return ask(self, call)
 
     def num_inference_steps(self, call: dict[str, Any]) -> int:
-        """The number of steps that `pipe(**call)` is asked for; `steps` says how many it makes."""
-        given = [call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None]
-        return len(given[0]) if given else call.get("num_inference_steps", self.default("num_inference_steps"))
+        """The number of steps that the call asks for; `steps` says how many `pipe(**call)` makes."""
+        schedules = [call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None]
+        return len(schedules[0]) if schedules else call.get("num_inference_steps", self.default("num_inference_steps"))
 
     def default(self, name: str) -> Any:
-        """What the pipeline's call takes for an argument that is not given, or None where it must be given."""
-        found = self._call[name].default if name in self._call else None
-        return None if found is inspect.Parameter.empty else found
+        """The default of an argument of the pipeline's call, or None where it has none."""
+        value = self._call[name].default if name in self._call else None
+        return None if value is inspect.Parameter.empty else value
 
     def takes(self, name: str) -> bool:
-        """Whether the pipeline's call has this argument."""
+        """Tell whether the pipeline's call has this argument."""
         return name in self._call
 
     def main(self, latents: Tensor) -> Tensor:
-        """What a pipeline carries through its loop as the denoiser is given it, without the condition that some append
-        to its channels."""
+        """Latents of the loop in the layout of the denoiser, without the condition that some pipelines append to their
+        channels."""
         if self.family.loop_layout is not None:
             latents = layout.pack(layout.unpack(latents, self.family.loop_layout), self.family.layout)
         axis = layout.channel_axis(self.family.layout)
         return latents.narrow(axis, 0, self.family.channels(self.config, latents))
 
     def finished(self, latents: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """What the pipeline makes of the latents (B, ...) that its loop ended with: those that it decodes.
+        """The latents that the pipeline decodes, made of those (B, ...) that its loop ended with.
 
-        arguments: of a denoiser call with the same rows, by name.
+        arguments: those of a denoiser call with the same rows, by name.
         """
         return finished(self.pipe, latents, self.denoiser_call(arguments))
 
     def guided(self, call: dict[str, Any]) -> bool:
-        """Whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
+        """Tell whether `pipe(**call)` runs an unconditional pass beside the conditional one."""
         return is_guided(self, call)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Which backbone this is, as JSON: classes, what a head needs of them, other settings, hashes of the rest."""
+        """The backbone's identity, as JSON: classes, what a head needs of them, other settings, hashes of weights."""
         reads = {} if self.t_range == (0.0, 1000.0) else {"reads": self.reads}
         return {**fingerprint(self), **reads}

@@ -1,7 +1,7 @@
-"""Conditionings: what a denoiser is given beside the latents, captured from a stock call, encoded once, and kept.
+"""Conditionings: the denoiser's arguments other than latents and timestep, captured from a stock call and cached.
 
-`Conditioning` is captured once per prompt and kept in a `ConditioningCache`, which is limited by the memory it holds.
-`encoded_once` spares a search the same text and image encodings again: its calls make their own conditionings.
+`Conditioning` is captured once per prompt and kept in a `ConditioningCache`, which can be trimmed to a number of bytes.
+The stock calls of a search encode texts and images by themselves; `encoded_once` reuses the encodings among them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Conditioning:
     `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes; `timed` is its
     name. `noisy`, `axis` and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser
     takes, `shape` is that of one row of them. `appended` follows them on that axis (an image's latents, a mask), or is
-    None. Where `given` (bool, beside the latents) or `given_times` (bool, beside the timestep) is True the pipeline
-    shows the denoiser a condition in place of noise: `kept` there, and the template's timestep.
+    None. Where the mask `given` (bool, shaped like the latents) is True, the pipeline shows the denoiser a condition in
+    place of noise, which is in `kept`; where `given_times` (bool, like the timestep) is True, the template's timestep.
     """
 
     arguments: dict[str, Any]
@@ -57,7 +57,7 @@ class Conditioning:
 
     @classmethod
     def of(cls, call: DenoiserCall, rows: slice, pipeline: type) -> Conditioning:
-        """Keep `rows` of a denoiser call; `pipeline` is the class of what made it."""
+        """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made."""
         part, family = call.rows(rows), call.family
         name, timed = part.noisy_name, family.timestep_argument
         timestep, latents = part.timestep, part.noisy
@@ -70,10 +70,21 @@ class Conditioning:
         count = family.channels(call.config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
         latents = latents.narrow(axis, 0, count)
-        given, times = _given(part, timestep, latents, pipeline)
-        kept = None if given is None else latents
-        told = (taken, batched, timestep, timed, name, axis, latents.dtype, tuple(latents.shape[1:]))
-        return cls(*told, appended, kept, given, times)
+        given, times = _condition_masks(part, timestep, latents, pipeline)
+        return cls(
+            arguments=taken,
+            batched=batched,
+            timestep=timestep,
+            timed=timed,
+            noisy=name,
+            axis=axis,
+            dtype=latents.dtype,
+            shape=tuple(latents.shape[1:]),
+            appended=appended,
+            kept=None if given is None else latents,
+            given=given,
+            given_times=times,
+        )
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -87,10 +98,10 @@ class Conditioning:
                 for path, value in flattened(self.arguments).items()
             }
         )
-        changes: Any = {name: None if value is None else value[rows] for name, value in self._beside().items()}
+        changes: Any = {name: None if value is None else value[rows] for name, value in self._tensor_fields().items()}
         return replace(self, arguments=taken, **changes)
 
-    def _beside(self) -> dict[str, Tensor | None]:
+    def _tensor_fields(self) -> dict[str, Tensor | None]:
         names = ("timestep", "appended", "kept", "given", "given_times")
         return {name: getattr(self, name) for name in names}
 
@@ -107,15 +118,15 @@ class Conditioning:
                 for path, value in every[0].items()
             }
         )
-        beside: Any = [part._beside() for part in parts]
+        fields: Any = [part._tensor_fields() for part in parts]
         changes: Any = {
-            name: None if value is None else torch.cat([each[name] for each in beside])
-            for name, value in beside[0].items()
+            name: None if value is None else torch.cat([each[name] for each in fields])
+            for name, value in fields[0].items()
         }
         return replace(first, arguments=joined, **changes)
 
     def shapes(self) -> dict[str, Any]:
-        """What two conditionings must share to be run in one batch."""
+        """Shapes of the tensors, by name, which conditionings must share to be run in one batch."""
         return {
             path: value.shape[1:] if path in self.batched else value.shape
             for path, value in flattened(self.arguments).items()
@@ -123,7 +134,7 @@ class Conditioning:
         }
 
     def call(self, noisy_latents: Tensor, timestep: Tensor, length: int = 1000) -> dict[str, Any]:
-        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,), one of `length` where it is whole.
+        """Arguments of the denoiser for `noisy_latents` at the model timestep (B,), below `length` where it is an int.
 
         Raises PrismError for latents of another shape or layout than the captured call's.
         """
@@ -148,7 +159,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Conditionings of one row each that do not fit one batch: their texts are of different lengths."""
+    """Conditionings of one row each that do not fit one batch, because their texts are of different lengths."""
 
     parts: tuple[Conditioning, ...]
 
@@ -160,10 +171,10 @@ class Ragged:
         return chosen if isinstance(chosen, Conditioning) else Conditioning.cat(chosen)
 
 
-def _given(
+def _condition_masks(
     call: DenoiserCall, timestep: Tensor, latents: Tensor, pipeline: type
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Which latents and which timesteps of a captured call are a condition's, or None where none is."""
+    """Masks of the latents and the timesteps of a captured call that hold a condition, each None where none does."""
     family, mask = call.family, call.arguments.get("condition_mask")
     if mask is not None:
         given = mask.bool() if bool(mask.any()) else None
@@ -178,7 +189,9 @@ def _given(
         return given, None
     if timestep.ndim == 1:
         return None, None
-    times = timestep != timestep.flatten(1).amax(1).view(-1, *[1] * (timestep.ndim - 1))  # what is sampled is noisier
+    times = timestep != timestep.flatten(1).amax(1).view(
+        -1, *[1] * (timestep.ndim - 1)
+    )  # sampled frames are the noisiest
     if not bool(times.any()):
         return None, None
     if bool(timestep[times].any()):
@@ -189,7 +202,7 @@ def _given(
     if layout.is_packed(family.layout):
         return times[..., None], times
     cells = times
-    if times.ndim == 2:  # one a frame, or one a token
+    if times.ndim == 2:  # one per frame, or one per token
         frames = times.shape[1] == latents.shape[2]
         cells = times[:, None, :, None, None] if frames else times.unflatten(1, call.grid())[:, None]
     for axis in (2, 3, 4):
@@ -202,15 +215,15 @@ def _cat(values: Sequence[Any]) -> Any:
     return torch.cat(list(values)) if isinstance(values[0], Tensor) else [row for value in values for row in value]
 
 
-# -- kept between calls
+# -- the cache
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, in lists and dictionaries as deep as they go, and in a `Conditioning`."""
+    """The tensors in a value: in nested lists and dictionaries, and in a `Conditioning`."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Conditioning):
-        yield from tensors_of([value.arguments, *value._beside().values()])
+        yield from tensors_of([value.arguments, *value._tensor_fields().values()])
     elif isinstance(value, Mapping):
         yield from tensors_of(list(value.values()))
     elif isinstance(value, list | tuple):
@@ -219,12 +232,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same value with `change` made to each of `tensors_of`, in that order."""
+    """The value with each of its tensors replaced by `change(tensor)`, in the order of `tensors_of`."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Conditioning):
-        arguments = with_tensors(value.arguments, change)
-        return replace(value, arguments=arguments, **with_tensors(value._beside(), change))
+        return replace(value, **with_tensors({"arguments": value.arguments, **value._tensor_fields()}, change))
     if isinstance(value, dict):
         return {name: with_tensors(each, change) for name, each in value.items()}
     if type(value) in (list, tuple):
@@ -232,14 +244,14 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def alone(value: Tensor) -> Tensor:
-    """The tensor, copied where it is part of a larger one, which it would keep in memory."""
+def compacted(value: Tensor) -> Tensor:
+    """The tensor, copied where it is a view into a larger one, which it would keep in memory."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 
 
 @dataclass(frozen=True)
 class Stowed:
-    """A conditioning in host memory, and where its tensors belong."""
+    """A conditioning moved to host memory, and the devices to bring its tensors back to."""
 
     conditioning: Conditioning
     devices: tuple[torch.device, ...]
@@ -247,7 +259,7 @@ class Stowed:
     @classmethod
     def of(cls, conditioning: Conditioning) -> Stowed:
         devices = tuple(value.device for value in tensors_of(conditioning))
-        return cls(with_tensors(conditioning, lambda value: alone(value).cpu()), devices)
+        return cls(with_tensors(conditioning, lambda value: compacted(value).cpu()), devices)
 
     def back(self) -> Conditioning:
         devices = iter(self.devices)
@@ -256,15 +268,15 @@ class Stowed:
 
 
 class ConditioningCache(Generic[Key, Entry]):
-    """Conditionings by key; `nbytes` is what they hold, tensors that several share counted once.
+    """Conditionings by key; `nbytes` is the memory of their tensors, a storage that several share counted once.
 
-    An entry that is read or put in counts as used just now.
+    Reading or setting an entry makes it the one used last.
     """
 
     def __init__(self) -> None:
         self.nbytes = 0
         self._entries: OrderedDict[Key, Entry] = OrderedDict()
-        self._users: dict[int, int] = {}  # of each storage, by its address
+        self._users: dict[int, int] = {}  # entries that use a storage, by its address
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -277,7 +289,7 @@ class ConditioningCache(Generic[Key, Entry]):
         return self._entries[key]
 
     def __setitem__(self, key: Key, entry: Entry) -> None:
-        """Put an entry in. Rows of larger tensors hold these whole: see `alone`."""
+        """Set an entry. A row of a larger tensor keeps all of it in memory, unless it is `compacted`."""
         if key in self._entries:
             self._drop(key)
         self._entries[key] = entry
@@ -286,7 +298,7 @@ class ConditioningCache(Generic[Key, Entry]):
             self.nbytes += size if self._users[address] == 1 else 0
 
     def trim(self, most_bytes: int, spared: int = 1) -> None:
-        """Drop entries until the rest fits, those used longest ago first, but for the `spared` used last."""
+        """Drop the least recently used entries until the rest fits `most_bytes`, but never the last `spared`."""
         while self.nbytes > most_bytes and len(self._entries) > spared:
             self._drop(next(iter(self._entries)))
 
@@ -310,7 +322,7 @@ class ConditioningCache(Generic[Key, Entry]):
 
 
 def cache_key(call: dict[str, Any]) -> str | None:
-    """A key for what a call conditions on, or None where an argument (a tensor) has no short faithful text."""
+    """A text that is equal for equal arguments of a call, or None where one of them (a tensor) has no short text."""
     plain = (str, int, float, bool, type(None))
     faithful = {}
     for name, value in call.items():
@@ -327,8 +339,8 @@ def cache_key(call: dict[str, Any]) -> str | None:
 
 @contextmanager
 def encoded_once(backbone: Backbone) -> Iterator[None]:
-    """While open, each text and each conditioning image is encoded once: candidates, captures, drafts and winners ask
-    for the same. What counts the encoders' work is opened before this, and sees the calls that are made.
+    """While open, each text and each conditioning image is encoded once, though each call of a search asks for it.
+    A meter of the encoders' work must be opened before this, so that it counts only the calls that are made.
     """
     pipe, encodings = backbone.pipe, _Encodings()
     with ExitStack() as stack:
@@ -336,46 +348,46 @@ def encoded_once(backbone: Backbone) -> Iterator[None]:
             stack.enter_context(around_module(module, partial(encodings.once, name), reads=True))
         if hasattr(pipe, "encode_prompt"):
             stack.enter_context(around(pipe, "encode_prompt", encodings.prompt, reads=True))
-        if hasattr(getattr(pipe, "vae", None), "encode"):  # the posterior; what a call samples of it is its own
+        if hasattr(getattr(pipe, "vae", None), "encode"):  # gives the posterior, which each call samples by itself
             stack.enter_context(around(pipe.vae, "encode", partial(encodings.once, "vae"), reads=True))
         yield
 
 
 class _Encodings:
-    """Outputs of encoders by what they were computed from."""
+    """Outputs of encoders by their inputs."""
 
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
 
     def once(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """An encoder's output, computed where it was not asked for before."""
+        """An encoder's output, computed at the first call with these arguments and reused afterwards."""
         key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
         if key not in self.kept:
             self.kept[key] = inner(*args, **kwargs)
         return self.kept[key]
 
     def prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's embeddings. Candidates repeat one text: it is encoded once, as one row, and repeated."""
-        given = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        rows = len(given["prompt"]) if isinstance(given.get("prompt"), list) else 0
-        lists = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == rows}
+        """The pipeline's embeddings. A text repeated for several candidates is encoded once, and its row repeated."""
+        arguments = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+        rows = len(arguments["prompt"]) if isinstance(arguments.get("prompt"), list) else 0
+        lists = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == rows}
         repeated = all(_same(value) for value in lists.values())
-        if not rows or not repeated or any(isinstance(value, Tensor) for value in given.values()):
+        if not rows or not repeated or any(isinstance(value, Tensor) for value in arguments.values()):
             return inner(*args, **kwargs)
-        given |= {name: value[:1] for name, value in lists.items()}
-        if given.get("batch_size") == rows:
-            given["batch_size"] = 1
-        key = ("prompt", repr(sorted(given.items())))
+        arguments |= {name: value[:1] for name, value in lists.items()}
+        if arguments.get("batch_size") == rows:
+            arguments["batch_size"] = 1
+        key = ("prompt", repr(sorted(arguments.items())))
         if key not in self.kept:
-            self.kept[key] = inner(**given)
+            self.kept[key] = inner(**arguments)
         one = self.kept[key]
         if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
-            return inner(*args, **kwargs)  # not one row a text: leave it to the pipeline
+            return inner(*args, **kwargs)  # not one row per text: leave it to the pipeline
         return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
 
 
 def _same(values: list[Any]) -> bool:
-    """True where all are one text, or one and the same object."""
+    """True where all values are the same text or the same object."""
     return all(value is values[0] or (isinstance(value, str) and value == values[0]) for value in values)
 
 

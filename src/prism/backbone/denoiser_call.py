@@ -1,4 +1,4 @@
-"""A denoiser call: its arguments by name, and what a family's facts say of them."""
+"""A denoiser call: its arguments by name, read by its family's facts (latents, timestep, rows, tokens, text)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prism.backbone.layout import Grid
 from prism.backbone.pipeline import config_of, unwrapped
 from prism.errors import PrismError, quoted
 
-# Pictures of adapters (IP-Adapter) in a denoiser call: rows in a tensor, or in a list of one per adapter.
+# Arguments of a denoiser call for adapters' pictures (IP-Adapter): a tensor of rows, or a list of one per adapter.
 _ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
 
 
@@ -55,13 +55,13 @@ class DenoiserCall:
 
     @property
     def noisy(self) -> Tensor:
-        """The latents (batch, ...), with what the pipeline appends to their channels."""
+        """The latents (batch, ...), with the condition that the pipeline appends to their channels."""
         latents: Tensor = self.arguments[self.noisy_name]
         return latents
 
     @property
     def batch(self) -> int:
-        """Rows: samples, or two groups of them for guidance in one batch."""
+        """The number of rows: one per sample, or two where guidance is computed in one batch."""
         return len(self.noisy)
 
     @property
@@ -70,13 +70,13 @@ class DenoiserCall:
         return timestep
 
     def t(self, scheduler: Any) -> float:
-        """The noise level in [0, 1000]. Frames that are given have lower timesteps than those that are sampled."""
+        """The noise level in [0, 1000] of the sampled frames; frames of a condition have lower timesteps."""
         return self.family.t_of(scheduler, self.timestep.max())
 
     # -- rows
 
     def rows(self, rows: Any) -> DenoiserCall:
-        """The same call for some rows of its batch (a slice or a list of indices), in dictionaries too."""
+        """The call for some rows of its batch (a slice or a list of indices), also of tensors in dictionaries."""
         batch = self.batch
         taken = {
             path: take(value, rows, batch) if self.has_rows(path, value) else value
@@ -85,12 +85,13 @@ class DenoiserCall:
         return replace(self, arguments=nested(taken))
 
     def conditional(self, samples: int) -> slice:
-        """Where the conditional rows of `samples` lie."""
+        """The rows of the conditional pass, one per sample."""
         return self.family.conditional(self.batch, samples)
 
     def has_rows(self, name: str, value: Any) -> bool:
-        """Whether an argument carries a row per sample of the batch, or several (a first and a last image's
-        embeddings). What stands in a dictionary is named "argument.key"; a dictionary does where any in it does.
+        """Tell whether an argument has one row or several per sample (embeddings of a first and a last image are two).
+
+        `name` is "argument.key" for a value in a dictionary; a dictionary has rows where any of its values has.
         """
         if isinstance(value, dict):
             return any(self.has_rows(f"{name}.{key}", inner) for key, inner in value.items())
@@ -106,7 +107,7 @@ class DenoiserCall:
     # -- tokens
 
     def grid(self, output: Any = None) -> Any:
-        """Token grid (T, H, W); a U-Net's is that of a block's output."""
+        """Token grid (T, H, W); a U-Net's is read off a block's `output`."""
         family, arguments = self.family, self.arguments
         if family.token_form == "frames":
             video = family.video(output)
@@ -128,12 +129,12 @@ class DenoiserCall:
     def tokens(self, output: Any) -> tuple[Tensor, Grid]:
         """A block's output as video tokens (B, L, D_vis), raster order t, h, w, and their grid (T, H, W).
 
-        Raises PrismError where they are not as many as the grid has cells: something stands before or behind them.
+        Raises PrismError where the number of tokens is not the grid's plus those that the family says surround them.
         """
         family, grid = self.family, self.grid(output)
         states = layout.tokens(family.video(output), family.token_form, self.batch)
         cells = math.prod(grid)
-        if states.shape[1] != cells:  # some blocks of a denoiser may give the video's alone
+        if states.shape[1] != cells:  # some blocks may give the video's tokens only
             before, behind = self._count(family.tokens_before), self._count(family.tokens_behind)
             if states.shape[1] != before + cells + behind:
                 raise PrismError(
@@ -166,12 +167,12 @@ class DenoiserCall:
 
     @property
     def text(self) -> Tensor:
-        """Before its embedder: (B, Lt, width)."""
+        """The text before its embedder: (B, Lt, width)."""
         return layout.text_rows(self._argument("text_argument"))
 
     @property
     def text_mask(self) -> Tensor | None:
-        """Which rows of the text, before the embedder, are real tokens: (B, Lt) bool or None."""
+        """Mask of `text`, True for real tokens: (B, Lt) bool, or None where the padding is unknown."""
         if self.family.text_padding == "unknown":
             return None
         if self.family.text_padding == "zeros":
@@ -180,7 +181,7 @@ class DenoiserCall:
         return None if mask is None else mask.flatten(1) > 0
 
     def _argument(self, fact: str) -> Any:
-        """What stands under the name that a fact of the family ("timestep_argument", "text_argument") holds."""
+        """The argument whose name is the family's `fact`, such as "timestep_argument"."""
         name = getattr(self.family, fact)
         if name not in self.arguments:
             raise PrismError(
@@ -196,42 +197,44 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         signature = inspect.signature(type(plain).forward)
         bound = signature.bind(plain, *args, **kwargs).arguments
         others = [name for name, taken in signature.parameters.items() if taken.kind is taken.VAR_KEYWORD]
-        found = dict(list(bound.items())[1:])
-        rest = found.pop(others[0], {}) if others else {}
-        kwargs = {**found, **rest}
-    if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 gives the call's one rate a row, and reads it at batch 1 only
+        named = dict(list(bound.items())[1:])
+        rest = named.pop(others[0], {}) if others else {}
+        kwargs = {**named, **rest}
+    if isinstance(
+        kwargs.get("fps"), list
+    ):  # SkyReels-V2 repeats the call's one rate per row, and reads it at batch 1 only
         kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
     return kwargs
 
 
-def flattened(arguments: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Arguments by name, what stands in dictionaries by "argument.key", and the tensors of several adapters by
-    "argument.key.[place]"."""
-    found: dict[str, Any] = {}
+def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Arguments by name, with nested values named "argument.key", and tensors of several adapters
+    "argument.key.[index]"."""
+    flat: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            found |= flattened(value, f"{before}{name}.")
-        elif isinstance(value, list) and value and _ADAPTERS.search(before + name):
-            found |= {f"{before}{name}.[{place}]": each for place, each in enumerate(value)}
+            flat |= flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and _ADAPTERS.search(prefix + name):
+            flat |= {f"{prefix}{name}.[{index}]": each for index, each in enumerate(value)}
         else:
-            found[before + name] = value
-    return found
+            flat[prefix + name] = value
+    return flat
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flattened`."""
-    found: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for path, value in flat.items():
         *outer, name = path.split(".")
-        listed = outer.pop() if name.startswith("[") else None  # one of a list, whose places rise
-        place = found
+        listed = outer.pop() if name.startswith("[") else None  # an entry of a list, in the order of its indices
+        branch = tree
         for each in outer:
-            place = place.setdefault(each, {})
+            branch = branch.setdefault(each, {})
         if listed is not None:
-            place.setdefault(listed, []).append(value)
+            branch.setdefault(listed, []).append(value)
         else:
-            place[name] = value
-    return found
+            branch[name] = value
+    return tree
 
 
 def take(value: Any, rows: Any, batch: int) -> Any:

@@ -171,7 +171,7 @@ def is_denoiser(name: str) -> bool:
     return name.split("_")[0] in ("transformer", "unet")
 
 
-# -- what is refused, and how failures are told
+# -- refused changes to a pipeline, and explained failures
 
 # Parts of the names of diffusers' hooks, which may be set without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
@@ -232,8 +232,8 @@ def check_whole(denoisers: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def misfits_told(pipe: Any) -> Iterator[None]:
-    """Name the devices and dtypes of the pipeline's parts where torch fails because they do not fit together."""
+def explain_misfits(pipe: Any) -> Iterator[None]:
+    """Raise an error that names the devices and dtypes of the parts, where torch fails because they differ."""
     try:
         yield
     except RuntimeError as error:
@@ -297,8 +297,8 @@ def _modules(error: BaseException) -> Iterator[str]:
 
 
 @contextmanager
-def breaks_told(part: Any, work: str) -> Iterator[None]:
-    """Name the part of a pipeline that fails at its `work`, as one whose configuration was altered does."""
+def explain_failures(part: Any, work: str) -> Iterator[None]:
+    """Raise an error that names the part of a pipeline that failed at its `work` (as where its config was altered)."""
     try:
         yield
     except Exception as error:

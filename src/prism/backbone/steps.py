@@ -85,8 +85,8 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
         parts = (scheduler, config_of(scheduler), config_of(pipe), *((guider,) if guider is not None else ()))
         key += f"{is_guided(backbone, call)} "
         key += " ".join(type(part).__name__ + _plain(part) for part in parts)
-        if key in backbone.known_steps:
-            return backbone.known_steps[key]
+        if key in backbone.steps_by_call:
+            return backbone.steps_by_call[key]
     scheduled: list[tuple[int | None, list[float]]] = []  # number of steps, timesteps
 
     def look() -> None:
@@ -109,9 +109,9 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
     timesteps = timesteps[-count:] if len(timesteps) >= count else []
     steps = Steps(tuple(timesteps), _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count))
     if key is not None:
-        backbone.known_steps[key] = steps
-        for old in list(backbone.known_steps)[:-_MOST]:
-            del backbone.known_steps[old]
+        backbone.steps_by_call[key] = steps
+        for old in list(backbone.steps_by_call)[:-_MOST]:
+            del backbone.steps_by_call[old]
     return steps
 
 

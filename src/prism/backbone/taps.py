@@ -1,4 +1,4 @@
-"""Tokens after a block: read while a denoiser call runs, or from a truncated one."""
+"""Taps: read tokens after a block, from a whole denoiser call or from one that stops there."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def read(
     """Tokens after `blocks` (by 1-based number, rising) of a denoiser call and, unless stopped, its output.
 
     Args:
-        forward: the call to make where the denoiser itself is intercepted.
-        listens: whether blocks are called as they stand; otherwise the denoiser was compiled as a whole, and runs
-            uncompiled here.
+        forward: called in place of the denoiser, where the denoiser's own calls are intercepted.
+        listens: False where the denoiser was compiled as a whole: its blocks cannot be tapped, and it runs uncompiled.
     """
     visual: dict[int, Tensor] = {}
     grids: dict[int, Any] = {}
@@ -66,13 +65,13 @@ def read(
     with ExitStack() as stack:
         if not listens and hasattr(torch.compiler, "set_stance"):  # from torch 2.6
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for number, block in blocks.items():  # not by hooks: torch compiles those of a compiled block, a tap anew
+        for number, block in blocks.items():  # a forward hook on a compiled block recompiles per tap
             stack.enter_context(around_module(block, partial(tap, number)))
         if family.text_embedder is not None:
             stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
             output = (forward or denoiser)(**call.arguments)
-    if stop and hasattr(denoiser, "_hf_hook"):  # a stopped call does not come to where offloaded weights are let go
+    if stop and hasattr(denoiser, "_hf_hook"):  # a stopped call skips the hook that offloads weights
         denoiser._hf_hook.post_forward(denoiser, None)
     if last not in visual and not is_compiled(denoiser) and listens:
         raise PrismError(
@@ -99,8 +98,8 @@ class Tokens:
 
     visual: (B, L, D_vis), L = T * H * W. grid: (T, H, W). text: (B, Lt, D_vis), or None where the family has none.
     text_mask: (B, Lt) bool, True for a real token, or None where all of them count.
-    lower: where several blocks were tapped, those below the last by number, (B, L, D_vis) each. block: the last one's
-    number (1-based), or None where it is not told: then `visual` goes for any.
+    lower: where several blocks were tapped, tokens of those below the last by number, (B, L, D_vis) each.
+    block: the last tapped block's number (1-based), or None where it is unknown: `visual` then stands for any block.
     """
 
     visual: Tensor
@@ -136,7 +135,7 @@ class Tokens:
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
-        """Rows of several reads on one grid, one after another; shorter texts are padded and masked."""
+        """Concatenate rows of tokens on one grid; shorter texts are padded and masked."""
         first = parts[0]
         lower = {block: torch.cat([part.lower[block] for part in parts]) for block in first.lower}
         texts = [part.text for part in parts if part.text is not None]

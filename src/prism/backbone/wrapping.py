@@ -1,4 +1,4 @@
-"""Wrappers around a pipeline's parts for the time of one call: one search at a time, all put back afterwards."""
+"""Temporary wrappers around a pipeline's parts, which one thread at a time holds, and captures of stock calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.denoiser_call import by_name
-from prism.backbone.pipeline import failure, misfits_told
+from prism.backbone.pipeline import explain_misfits, failure
 from prism.errors import PrismError
 
 _CIRCLE = (
@@ -22,39 +22,40 @@ _CIRCLE = (
 )
 
 
-class _Here(threading.local):
-    """This thread's own: the pipelines it holds, and how many holds are open, one inside another."""
+class _Holds(threading.local):
+    """The pipelines that this thread holds, once per nested `held`."""
 
     def __init__(self) -> None:
         self.pipes: list[Any] = []
 
     @property
-    def place(self) -> tuple[int, int]:
+    def level(self) -> tuple[int, int]:
+        """The thread, and the number of holds that are open in it."""
         return threading.get_ident(), len(self.pipes)
 
 
-here = _Here()
+_holds = _Holds()
 _changed = threading.Condition()
-_holders: dict[int, int] = {}  # the thread that holds a part, by the part's id
-_wanted: dict[int, set[int]] = {}  # the ids of what a waiting thread waits for
+_holders: dict[int, int] = {}  # thread that holds a part, by the part's id
+_awaited: dict[int, set[int]] = {}  # ids of the parts that a thread waits for, by thread
 
 
 @contextmanager
 def held(pipe: Any) -> Iterator[None]:
     """While open no other thread searches, reads or encodes with this pipeline, or with one that shares a part.
 
-    Who comes second waits; a thread that holds the pipeline already goes on at once. All modules are in evaluation
-    mode meanwhile, and each has the `training` flag that it had afterwards.
+    Other threads wait; the thread that holds it may open `held` again. All modules are in evaluation mode meanwhile;
+    afterwards their `training` flags are restored.
 
     Raises:
         PrismError: where two threads would wait for each other for ever.
     """
-    if any(each is pipe for each in here.pipes):
-        here.pipes.append(pipe)
+    if any(each is pipe for each in _holds.pipes):
+        _holds.pipes.append(pipe)
         try:
             yield
         finally:
-            here.pipes.pop()
+            _holds.pipes.pop()
         return
     parts = [part for part in (*pipe.components.values(), pipe.scheduler, pipe) if hasattr(part, "__dict__")]
     modules = [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
@@ -63,7 +64,7 @@ def held(pipe: Any) -> Iterator[None]:
     training: list[nn.Module] = []
     try:
         _take(keys, taken)
-        here.pipes.append(pipe)
+        _holds.pipes.append(pipe)
         for module in modules:
             if module.training:
                 training.append(module)
@@ -72,8 +73,8 @@ def held(pipe: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        if here.pipes and here.pipes[-1] is pipe:
-            here.pipes.pop()
+        if _holds.pipes and _holds.pipes[-1] is pipe:
+            _holds.pipes.pop()
         with _changed:
             for key in taken:
                 del _holders[key]
@@ -81,17 +82,17 @@ def held(pipe: Any) -> Iterator[None]:
 
 
 def _take(keys: set[int], taken: set[int]) -> None:
-    """Wait until all of `keys` are free or this thread's, and note in `taken` those that it did not have."""
+    """Wait until no other thread holds any of `keys`, take them, and add to `taken` those that were free."""
     me = threading.get_ident()
     with _changed:
         try:
             while _others(keys, me):
-                _wanted[me] = keys
+                _awaited[me] = keys
                 if _waits_for(me, me, set()):
                     raise PrismError(_CIRCLE)
                 _changed.wait()
         finally:
-            _wanted.pop(me, None)
+            _awaited.pop(me, None)
         for key in keys - _holders.keys():
             _holders[key] = me
             taken.add(key)
@@ -103,9 +104,9 @@ def _others(keys: set[int], me: int) -> set[int]:
 
 
 def _waits_for(thread: int, target: int, passed: set[int]) -> bool:
-    """Whether `thread` waits for what `target` holds, or for who waits for it."""
+    """Tell whether `thread` waits, directly or through other threads not in `passed`, for `target`."""
     passed.add(thread)
-    for other in _others(_wanted.get(thread, set()), thread):
+    for other in _others(_awaited.get(thread, set()), thread):
         if other == target or (other not in passed and _waits_for(other, target, passed)):
             return True
     return False
@@ -115,7 +116,7 @@ def _after_fork() -> None:
     """In a child process no other thread lives, and none of the parent's searches goes on."""
     global _changed
     _changed = threading.Condition()
-    _wanted.clear()
+    _awaited.clear()
     me = threading.get_ident()
     for key in [key for key, holder in _holders.items() if holder != me]:
         del _holders[key]
@@ -126,7 +127,7 @@ if hasattr(os, "register_at_fork"):
 
 
 _ABSENT = object()
-# What the offloading machinery of diffusers and accelerate keeps on a pipeline: theirs to change, not ours to restore.
+# Attributes in which diffusers and accelerate keep the state of offloading; they are not restored.
 _OFFLOADING = {"_all_hooks", "_offload_gpu_id", "_offload_device", "_internal_dict"}
 
 
@@ -144,13 +145,13 @@ class StopCall(Exception):
 
 @contextmanager
 def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
-    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is what was found there.
+    """While open, `target.name(...)` is `wrapper(inner, ...)`, where `inner` is the method as it was.
 
-    Calls that another thread makes meanwhile go straight to `inner`, and unless `reads` so do those of a judge that
-    reads inside the call that is watched, from the user's callback.
+    Calls from other threads go straight to `inner`. So do, unless `reads`, calls inside a further `held` of this
+    thread: those of a judge that the user's callback calls.
     """
-    target = getattr(target, "_orig_mod", target)  # what torch.compile gives hands its attributes on
-    found, inner = vars(target).get(name, _ABSENT), getattr(target, name)
+    target = getattr(target, "_orig_mod", target)  # an OptimizedModule forwards to this
+    before, inner = vars(target).get(name, _ABSENT), getattr(target, name)
     wrapper = _Around(wrapper, inner, reads)
 
     @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
@@ -161,21 +162,21 @@ def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = Fa
         setattr(target, name, call)
         yield
     finally:
-        if found is not _ABSENT:
-            setattr(target, name, found)
+        if before is not _ABSENT:
+            setattr(target, name, before)
         elif name in vars(target):
             delattr(target, name)
 
 
 class _Around:
-    """A wrapper around a call, which may itself be wrapped; see `around` for the calls that it lets pass."""
+    """A call as `around` wraps it: calls from other threads or deeper holds pass to `inner`."""
 
     def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any], reads: bool):
-        self.wrapper, self.inner, self.reads, self.place = wrapper, inner, reads, here.place
+        self.wrapper, self.inner, self.reads, self.level = wrapper, inner, reads, _holds.level
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        (thread, depth), place = self.place, here.place
-        if place[0] != thread or not (self.reads or place[1] == depth):
+        (thread, depth), (caller, deeper) = self.level, _holds.level
+        if caller != thread or not (self.reads or deeper == depth):
             return self.inner(*args, **kwargs)
         return self.wrapper(self.inner, *args, **kwargs)
 
@@ -184,23 +185,23 @@ class _Around:
 def around_module(module: nn.Module, wrapper: Callable[..., Any], reads: bool = False) -> Iterator[None]:
     """While open, `module(...)` is `wrapper(inner, ...)`; see `around`.
 
-    This stands where `Module.compile` stands, outside `forward` and all hooks: an answered call moves no offloaded
-    weights, accelerate may remove and re-add its hooks meanwhile, and compiled modules stay compiled.
+    The wrapper is set in `_compiled_call_impl`, as by `Module.compile`, outside `forward` and all hooks: a call that it
+    answers moves no offloaded weights, accelerate may re-add its hooks, and compiled modules stay compiled.
     """
-    found = vars(module).get("_compiled_call_impl", _ABSENT)
+    before = vars(module).get("_compiled_call_impl", _ABSENT)
     inner = module._compiled_call_impl or module._call_impl
     try:
         module._compiled_call_impl = _Around(wrapper, inner, reads)
         yield
     finally:
-        if found is not _ABSENT:
-            module._compiled_call_impl = found
+        if before is not _ABSENT:
+            module._compiled_call_impl = before
         else:
             vars(module).pop("_compiled_call_impl", None)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled as a whole: by `torch.compile(module)`, its `compile()`, or its `forward` alone."""
+    """Tell whether a module is compiled as a whole, by `torch.compile` of it or its `forward`, or its `compile()`."""
     call = vars(module).get("_compiled_call_impl")
     while isinstance(call, _Around):
         call = call.inner
@@ -210,15 +211,15 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def state_kept(pipe: Any) -> Iterator[None]:
-    """Restores what a call leaves on the pipeline and on its parts that are no modules (scheduler, guider), so that
-    the next call starts as this one did; progress bars are off meanwhile.
+    """Restore afterwards what a call changes on the pipeline and on its parts that are no modules (scheduler, guider),
+    so that the next call starts as this one did; progress bars are off meanwhile.
     """
     parts = {id(part): part for part in (*pipe.components.values(), pipe.scheduler) if _has_state(part)}
     before = {key: (dict(vars(part)), _contents(vars(part))) for key, part in parts.items()}
-    own = dict(vars(pipe))
+    attributes_before = dict(vars(pipe))
     try:
         pipe._progress_bar_config = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
-        if hasattr(getattr(pipe, "guider", None), "set_state"):  # where the user's own call before left its last step
+        if hasattr(getattr(pipe, "guider", None), "set_state"):  # holds the last step of an earlier call
             pipe.guider.set_state(step=None, num_inference_steps=None, timestep=None)
         yield
     finally:
@@ -229,19 +230,19 @@ def state_kept(pipe: Any) -> Iterator[None]:
             for name, content in contents.items():
                 _refill(attributes[name], content)
         for name in [name for name in vars(pipe) if name.startswith("_") and name not in _OFFLOADING]:
-            if name not in own:
+            if name not in attributes_before:
                 delattr(pipe, name)
-            elif vars(pipe)[name] is not own[name]:
-                setattr(pipe, name, own[name])
+            elif vars(pipe)[name] is not attributes_before[name]:
+                setattr(pipe, name, attributes_before[name])
 
 
 def _has_state(part: Any) -> bool:
-    """Whether a call may leave something on a part: modules keep nothing, and tokenizers hold much and keep nothing."""
+    """Tell whether a call may change a part. It does not change modules, or tokenizers, which are costly to copy."""
     return hasattr(part, "__dict__") and not isinstance(part, nn.Module | PreTrainedTokenizerBase | type)
 
 
 def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the plain containers among them, which a call may change in place."""
+    """Copies of the attributes that are lists, dictionaries or sets, which a call may change in place."""
     return {name: value.copy() for name, value in attributes.items() if type(value) in (list, dict, set)}
 
 
@@ -251,25 +252,25 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int] = lambda: 0) -> Any:
-    """The stock call's result, or None where it was ended by `StopCall`. It leaves the pipeline as it found it.
+    """The stock call's result, or None where it was ended by `StopCall`. The pipeline's state is restored.
 
-    What it refuses, or where its own code breaks, is a PrismError; what callers' callbacks raise passes as it is.
+    Arguments that it refuses and failures of its code become a PrismError; errors of callers' callbacks pass unchanged.
     """
     try:
-        with misfits_told(pipe), state_kept(pipe):
+        with explain_misfits(pipe), state_kept(pipe):
             return pipe(**call)
     except StopCall:
-        free_hooks(pipe)  # the stopped call did not come to its own
+        free_hooks(pipe)  # the stopped call did not reach its own call of it
         return None
     except BaseException as error:
         free_hooks(pipe)
-        if (told := failure(pipe, error, step())) is not None:
-            raise told from error
+        if (explained := failure(pipe, error, step())) is not None:
+            raise explained from error
         raise
 
 
 def free_hooks(pipe: Any) -> None:
-    """What a pipeline does at the end of a call: offloaded models go back to where they wait."""
+    """Move offloaded models off the accelerator, as a pipeline does at the end of a call."""
     if hasattr(pipe, "maybe_free_model_hooks"):
         pipe.maybe_free_model_hooks()
 
