@@ -15,7 +15,6 @@ from tests.sampling.conftest import Setting
 import prism
 from prism.report.wording import Row
 from prism.sampling import STRATEGIES, Plan
-from prism.sampling.early import run_to_cut
 from prism.sampling.plan import Candidate, Edit, Workload
 from prism.sampling.search import Search
 
@@ -31,11 +30,11 @@ class Branches(Plan):
 
     def winners(self, search: Search) -> list[Candidate]:
         last = len(search.load.calls)
-        (parent,) = run_to_cut(search, search.candidates, FIRST_CUT, 1, {FIRST_CUT: False})
+        (parent,) = search.run_to_cut(search.candidates, FIRST_CUT, 1, {FIRST_CUT: False})
         recorded = len(search.recordings.get(parent, ()))
         branches = [search.branch(parent, edit) for edit in EDITS]
         search.share(branches)
-        best = run_to_cut(search, branches, last, search.top_k, {last: False})
+        best = search.run_to_cut(branches, last, search.top_k, {last: False})
         assert len(search.recordings.get(parent, ())) == recorded  # branches record for themselves alone
         return best
 

@@ -16,7 +16,6 @@ import prism
 from prism import PrismError, cli, files
 from prism.report import wording
 from prism.sampling import STRATEGIES, Plan
-from prism.sampling.early import run_to_cut
 from prism.sampling.plan import Candidate, Schedule, Workload, cut_rows
 from prism.sampling.search import Search
 
@@ -55,9 +54,9 @@ class Halves(Plan):
         best = []
         for half in (everyone[: len(everyone) // 2], everyone[len(everyone) // 2 :]):
             search.share(everyone)
-            best += run_to_cut(search, half, first, 1, probed)
+            best += search.run_to_cut(half, first, 1, probed)
         search.share(best)
-        return run_to_cut(search, best, last, keep, probed)
+        return search.run_to_cut(best, last, keep, probed)
 
     @classmethod
     def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """N seeds in, one good video out."""
 
+from prism.sampling.arguments import ranking
 from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Plan, Schedule
-from prism.sampling.ranking import ranking
 from prism.sampling.strategies import STRATEGIES, expected_rows
 
 __all__ = [

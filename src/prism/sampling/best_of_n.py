@@ -19,7 +19,6 @@ from prism.sampling import arguments
 from prism.sampling import plan as schedules
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.plan import Candidate, Edit
-from prism.sampling.ranking import check_weights, ranking
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
@@ -197,7 +196,7 @@ def best_of_n(
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
-    check_weights(select_by)
+    arguments.check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
     team = Team() if distribute is None else Team.gathered()
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
@@ -210,7 +209,7 @@ def best_of_n(
         "candidates": tuple(Candidate(index, each) for index, each in enumerate(candidate_seeds)),
         "seed": seed,
         "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds), call),
-        "weights": ranking(judge, select_by) if kind.needs_judge() else {},
+        "weights": arguments.ranking(judge, select_by) if kind.needs_judge() else {},
         "top_k": top_k,
     }
     cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule

@@ -15,7 +15,7 @@ from prism.backbone.patches import is_patched
 from prism.errors import PrismError
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, warn_blind
 from prism.sampling.recording import Recording
-from prism.sampling.replay import Interceptor
+from prism.sampling.replay import Interceptor, OnCut
 from prism.team import Team, merged
 
 
@@ -162,6 +162,55 @@ class Search:
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
+
+    def run_to_cut(
+        self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool]
+    ) -> list[Candidate]:
+        """The best `keep` of the candidates at a cut, best first; each batch in a call of its own that ends there.
+
+        `probed` says by step whether the scores are read by a probe, see `cut_rows`.
+        """
+        scores: dict[Candidate, Sequence[float]] = {}
+        levels: list[float] = []
+
+        def on_cut(_step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor) -> None:
+            scores.update(self.score(t, living, tokens, finite))
+            levels.append(t)
+
+        def sample() -> tuple[dict[Candidate, Sequence[float]], list[float]]:
+            for chunk in self.chunks(candidates):
+                self._run_until(chunk, {step: probed[step]}, on_cut)
+            return scores, levels
+
+        parts = self.team.agree(sample)
+        level = next(t for _, part in parts for t in part)
+        return self.rank(step, level, merged(part for part, _ in parts), keep, candidates)
+
+    def run_through_cuts(
+        self, candidates: list[Candidate], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
+    ) -> list[Candidate]:
+        """The survivors of all cuts (step, keep), in one call of all the candidates that ends at the last cut."""
+        keeps, last, kept = dict(cuts), cuts[-1][0], candidates
+
+        def on_cut(
+            step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor
+        ) -> list[Candidate] | None:
+            nonlocal kept
+            kept = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living)
+            return None if step == last else kept
+
+        self._run_until(candidates, {step: probed[step] for step in keeps}, on_cut)
+        return kept
+
+    def _run_until(self, candidates: list[Candidate], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
+        """One call of the candidates, which `on_cut` must end at one of the cuts."""
+        interceptor = Interceptor(
+            self.backbone, candidates, self.recordings, cuts=cuts, tap=self.judge.taps, on_cut=on_cut
+        )
+        if interceptor.run(self.batch_call(candidates, output_type="latent")) is not None:
+            raise PrismError(
+                f"The pipeline made {interceptor.step - 1} scheduler steps, and the schedule cuts at step {max(cuts)}."
+            )
 
     def _take_latents(self, candidates: list[Candidate], interceptor: Interceptor) -> list[Candidate]:
         """Keep the final latents of candidates; those that are finite are returned, the others dropped."""

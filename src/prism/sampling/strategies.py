@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prism.backbone.steps import Steps
 from prism.errors import PrismError, quoted, whole
 from prism.report import wording
 from prism.report.wording import Row
-from prism.sampling import ranking
-from prism.sampling.early import Early
-from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, generator_of
+from prism.sampling.arguments import ask_oracle, oracle_columns
+from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, cut_rows, default, generator_of, resolve
 from prism.sampling.search import Search
 from prism.team import merged
 from prism.video import frames
@@ -67,6 +68,72 @@ class Random(Blind):
     @staticmethod
     def how(row: Row) -> str:
         return "any seed"
+
+
+@dataclass(frozen=True)
+class Early(Plan):
+    """Candidates are judged on the way and dropped by the schedule; those left are recorded up to the last cut.
+
+    schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
+    """
+
+    strategy, looks_at, role = "early", "steps", "ours"
+
+    schedule: Sequence[Sequence[int]] | None = None
+
+    def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Early:
+        if self.schedule is not None:
+            resolve(self.schedule, n, sys.maxsize, top_k)  # what is wrong whatever the steps are
+        return self
+
+    def settled(self, load: Workload, steps: Steps | None = None) -> Early:
+        """Raises PrismError for cuts behind the last step."""
+        cuts = self.schedule
+        if cuts is None:
+            ((step, keep),) = default(len(load.calls), load.top_k)
+            cuts = ((step if steps is None else steps.nearest_readable(step), keep),)
+        last = None if steps is None else steps.last_readable
+        return replace(self, schedule=resolve(cuts, load.n, len(load.calls), load.top_k, last))
+
+    def cuts(self, load: Workload) -> Schedule:
+        return tuple((step, keep) for step, keep in self.schedule or ())
+
+    def rows(self, load: Workload) -> float:
+        """The winners are finished from their recordings."""
+        rows, alive, done = 0.0, load.n, 0
+        for (step, keep), (cost, _) in zip(self.cuts(load), self.reads(load)):
+            rows += alive * sum(load.calls[done : step - 1]) + cost
+            alive, done = keep, step
+        return rows + alive * sum(load.calls[done:])
+
+    def reads(self, load: Workload) -> list[tuple[float, bool]]:
+        """Rows that the step of each cut costs, and whether its scores are read by a probe."""
+        alive, found = load.n, []
+        for step, keep in self.cuts(load):
+            found.append(cut_rows(alive, keep, load.cfg, load.calls[step - 1], load.tap_share, load.listens))
+            alive = keep
+        return found
+
+    def winners(self, search: Search) -> list[Candidate]:
+        """While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds
+        replay what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out.
+        Processes that share a run meet after each cut, so they go round by round.
+        """
+        alive, cuts = list(search.candidates), list(self.cuts(search.load))
+        probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
+        while cuts:
+            if search.team.alone and len(alive) <= search.batch_size:
+                return search.run_through_cuts(sorted(alive), cuts, probed)
+            alive = search.run_to_cut(alive, *cuts.pop(0), probed)
+        return alive
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "schedule": [[cut["step"], len(cut["kept"])] for cut in scores]}
+
+    @staticmethod
+    def how(row: Row) -> str:
+        return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()) or wording.MISSING
 
 
 @dataclass(frozen=True)
@@ -236,7 +303,7 @@ class Oracle(Plan):
                         shown[candidate] = frames(video, "its video")
                     except PrismError as error:  # a VAE that overflows
                         search.warn_dropped(candidate, str(error).rstrip("."))
-                for candidate, answer in zip(shown, ranking.ask(ask, list(shown.values()), search.prompt)):
+                for candidate, answer in zip(shown, ask_oracle(ask, list(shown.values()), search.prompt)):
                     if all(math.isfinite(value) for value in answer.values()):
                         answers[candidate] = answer
                     else:
@@ -244,7 +311,7 @@ class Oracle(Plan):
             return answers
 
         answers = merged(search.team.agree(look))
-        names, weights = ranking.columns(list(answers.values()), self.select_by)
+        names, weights = oracle_columns(list(answers.values()), self.select_by)
         scores = {candidate: [answer[name] for name in names] for candidate, answer in answers.items()}
         ((step, keep),) = self.cuts(search.load)
         return search.rank(step, 0.0, scores, keep, search.candidates, names, weights)
