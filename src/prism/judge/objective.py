@@ -1,6 +1,7 @@
 """Preference objectives: Bradley-Terry, and Bradley-Terry with ties (Rao and Kupper 1967; paper section 3.3, Eq. 3-4).
 
 Margins are r_A - r_B. Labels are 1 (A preferred), -1 (B preferred), 0 (tie) and NaN (no label: no loss, no gradient).
+Where people or a teacher give probabilities instead of a label, the loss is the cross-entropy with these.
 The paper prints Eq. 3 with eta in the wrong place; the form here is Rao and Kupper's, whose probabilities sum to one.
 """
 
@@ -33,14 +34,30 @@ def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
     return torch.stack([first, math.log(eta**2 - 1) + first + second, second], dim=-1)
 
 
-def label_counts(labels: Tensor, objective: str = "btt") -> Tensor:
-    """Number of labels (pairs, num_dimensions) that count in the loss, per dimension: (num_dimensions,)."""
-    return _counted(labels, objective).sum(0)
+def label_counts(
+    labels: Tensor, objective: str = "btt", soft: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """Number of labels that count in the loss, per dimension: (num_dimensions,). As `preference_loss` takes them."""
+    return _counted(_targets(labels, objective, soft), weights).sum(0)
 
 
-def _counted(labels: Tensor, objective: str) -> Tensor:
+def _targets(labels: Tensor, objective: str, soft: Tensor | None) -> Tensor:
+    """(pairs, num_dimensions, outcomes) probabilities of A preferred, tie ("btt" alone) and B preferred.
+
+    All are 0 where there is no label. "bt" leaves the share of ties out, of a soft label as of a hard one.
+    """
+    targets = torch.stack([labels == 1, labels == 0, labels == -1], -1).to(labels.dtype)  # NaN equals none of them
+    if soft is not None:
+        p_a, p_b = soft.to(labels.dtype).unbind(-1)
+        given = torch.stack([p_a, (1 - p_a - p_b).clamp(min=0), p_b], -1)
+        targets = torch.where(given.isnan().any(-1, keepdim=True), targets, given)
+    return targets if objective == "btt" else targets[..., ::2]
+
+
+def _counted(targets: Tensor, weights: Tensor | None) -> Tensor:
     """(pairs, num_dimensions) bool, True at the labels that count in the loss."""
-    return ~labels.isnan() if objective == "btt" else labels.abs() == 1
+    labelled = (targets > 0).any(-1)
+    return labelled if weights is None else labelled & ~(weights == 0)
 
 
 def preference_loss(
@@ -50,8 +67,15 @@ def preference_loss(
     objective: str = "btt",
     smoothing: float = 0.0,
     counts: Tensor | None = None,
+    soft: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean negative log-likelihood of the labels: first over the pairs of each dimension, then over dimensions.
+
+    Of a soft label it is the cross-entropy, -(p_a log P(A > B) + p_tie log P(tie) + p_b log P(B > A)) with p_tie =
+    1 - p_a - p_b; at probabilities of 0 and 1 that is the hard label's, to the bit. A weight multiplies a label's loss,
+    while the mean is over the number of labels whose weight is not 0: a batch of unsure labels teaches less than one of
+    sure ones, and weight 1 is a label without one.
 
     Dimensions with no label in the batch do not count. A batch without any label gives 0.
 
@@ -63,19 +87,22 @@ def preference_loss(
         smoothing: share of each label, in [0, 1), that is spread over all outcomes alike.
         counts: (num_dimensions,) ``label_counts`` of the whole batch, where these pairs are a part of it: losses and
             gradients of the parts then add up to those of the whole. None: these pairs are the whole batch.
+        soft: (pairs, num_dimensions, 2) p_a and p_b, in [0, 1] with p_a + p_b <= 1, in place of the label; NaN: as
+            ``labels`` says.
+        weights: (pairs, num_dimensions) from 0, NaN for 1.
     """
     if objective not in OBJECTIVES:
         raise PrismError(f"The objective {objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")
-    labelled = _counted(labels, objective)
-    targets = torch.where(labelled, labels, torch.zeros_like(labels))
-    if objective == "bt":
-        log_p, outcome = logsigmoid(torch.stack([margins, -margins], -1)), (targets < 0).long()
-    else:
-        log_p, outcome = log_probabilities(margins, eta), (1 - targets).long()  # 1, 0, -1 -> columns 0, 1, 2
-    losses = -log_p.gather(-1, outcome[..., None]).squeeze(-1)
+    targets = _targets(labels, objective, soft)
+    labelled, targets = _counted(targets, weights), targets.to(margins.dtype)
+    log_p = logsigmoid(torch.stack([margins, -margins], -1)) if objective == "bt" else log_probabilities(margins, eta)
+    # where, not a product alone: log 0 of an outcome that is not in the label must not become NaN.
+    losses = -torch.where(targets > 0, targets * log_p, torch.zeros_like(log_p)).sum(-1)
     if smoothing:
-        losses = (1 - smoothing) * losses - smoothing * log_p.mean(-1)
-    # where, not a product: an infinite margin of an unlabelled pair must not become NaN.
+        losses = (1 - smoothing) * losses - smoothing * targets.sum(-1) * log_p.mean(-1)
+    if weights is not None:
+        losses = losses * torch.where(weights.isnan(), 1, weights).to(losses.dtype)
+    # where again: an infinite margin of an unlabelled pair must not become NaN.
     losses = torch.where(labelled, losses, torch.zeros_like(losses))
     counts = labelled.sum(0) if counts is None else counts
     return (losses.sum(0) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)

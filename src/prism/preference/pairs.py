@@ -1,7 +1,7 @@
 """Tables of videos and of preference pairs: read with checks, labelled by scores, grouped and split by prompt.
 
 A table of pairs has the columns prompt, video_a, video_b, split and one int8 column per dimension:
-1 (A preferred), -1 (B preferred), 0 (tie), null (no label).
+1 (A preferred), -1 (B preferred), 0 (tie), null (no label). Columns with a colon are soft labels: `soft`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from prism import files
 from prism.errors import PrismError, instance, listed, number, quoted
+from prism.preference.soft import is_extra, soft_labels
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
 PAIR_COLUMNS = ("prompt", "video_a", "video_b", "split")
@@ -36,6 +37,11 @@ class PromptGroup:
     """(pairs,) index of B in ``videos``."""
     labels: np.ndarray
     """(pairs, num_dimensions) 1, -1, 0, or NaN where there is no label."""
+    soft: np.ndarray | None = None
+    """(pairs, num_dimensions, 2) probabilities that A and that B is better, the rest being the tie's, or NaN where the
+    hard label counts; None: so everywhere."""
+    weights: np.ndarray | None = None
+    """(pairs, num_dimensions) from 0, by which a label counts in the loss, or NaN where by 1; None: so everywhere."""
 
 
 def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Table:
@@ -140,6 +146,11 @@ def check_table(pairs: Any) -> None:
             raise PrismError(f"The pairs need one column {name}; they have {quoted(', '.join(pairs.column_names))}.")
 
 
+def dimensions_of(pairs: pa.Table) -> tuple[str, ...]:
+    """The dimensions that a table of pairs has labels for."""
+    return tuple(name for name in pairs.column_names if name not in PAIR_COLUMNS and not is_extra(name))
+
+
 def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
     """Labels as (pairs, num_dimensions) float64, NaN where null.
 
@@ -149,8 +160,8 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
     check_table(pairs)
     columns = []
     for dimension in listed("dimensions", dimensions):
-        if dimension not in pairs.column_names:
-            known = [name for name in pairs.column_names if name not in PAIR_COLUMNS]
+        if dimension not in pairs.column_names or is_extra(dimension):
+            known = dimensions_of(pairs)
             raise PrismError(
                 f"The pairs have no labels for {quoted(dimension, 80)}; they have "
                 f"{quoted(', '.join(known), 200) if known else 'none'}."
@@ -171,10 +182,18 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
 
 
 def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> list[PromptGroup]:
-    """The pairs of a split that have a label in any of the dimensions, by prompt, in order of appearance."""
+    """The pairs of a split that have a label in any of the dimensions, by prompt, in order of appearance.
+
+    In the split "train" probabilities are a label as well, without a hard one beside them.
+    """
     instance("split", split, str, "a text")
+    dimensions = list(listed("dimensions", dimensions))
     labels = label_matrix(pairs, dimensions)
-    wanted = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & ~np.isnan(labels).all(1)
+    soft, weights = soft_labels(pairs, dimensions)
+    labelled = ~np.isnan(labels)
+    if split == "train" and soft is not None:
+        labelled |= ~np.isnan(soft[..., 0])
+    wanted = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & labelled.any(1)
     rows: dict[str, list[int]] = {}
     prompts = pairs["prompt"].to_pylist()
     for row in np.flatnonzero(wanted).tolist():
@@ -188,7 +207,8 @@ def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> l
                 place.setdefault(video, len(place))
         first = np.array([place[video_a[row]] for row in members])
         second = np.array([place[video_b[row]] for row in members])
-        groups.append(PromptGroup(prompt, tuple(place), first, second, labels[members]))
+        of_group = (None if values is None else values[members] for values in (soft, weights))
+        groups.append(PromptGroup(prompt, tuple(place), first, second, labels[members], *of_group))
     return groups
 
 

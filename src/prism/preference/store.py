@@ -37,11 +37,13 @@ from prism.preference.pairs import (
     check_disjoint,
     check_file,
     cut,
+    dimensions_of,
     group_by_prompt,
     label_matrix,
     named,
     read_table,
 )
+from prism.preference.soft import check_soft
 
 SCHEMA = 1
 SHARD_BYTES = 1 << 30
@@ -64,7 +66,7 @@ def write_store(
     Args:
         videos: one row per video: video, prompt, seed, split, and score columns; ``shard`` and ``row`` are added here.
         latents: (n, ...) float16 or float32, row i belongs to row i of ``videos``.
-        pairs: as ``pairs_from_scores`` gives them.
+        pairs: as ``pairs_from_scores`` gives them; soft labels and weights beside them as in ``preference.soft``.
         meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
         trajectories: {"states": (n, S, ...), "t": (n, S)}.
         shard_bytes: largest size of a latent file.
@@ -173,7 +175,7 @@ class LatentStore:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The dimensions that pairs are labelled in."""
-        return tuple(name for name in self.pairs.column_names if name not in PAIR_COLUMNS)
+        return dimensions_of(self.pairs)
 
     @property
     def call(self) -> dict[str, Any]:
@@ -325,6 +327,7 @@ class LatentStore:
                     f"{cut(known[video][0])} ({known[video][1]})."
                 )
         label_matrix(self.pairs, self.dimensions)
+        check_soft(self.pairs, self.dimensions, named(table))
 
 
 def _listed(shape: Sequence[int]) -> str:

@@ -41,6 +41,10 @@ class Batch:
     """(pairs, num_dimensions) 1, -1, 0 or NaN."""
     groups: list[tuple[int, int]]
     """Rows and pairs of each group, in order."""
+    soft: Tensor | None = None
+    """(pairs, num_dimensions, 2) probabilities that A and that B is better, NaN where the hard label counts."""
+    weights: Tensor | None = None
+    """(pairs, num_dimensions) of the labels, NaN for 1."""
     start: int = 0
     """Of a part: the whole batch's row that it begins at."""
 
@@ -56,7 +60,9 @@ class Batch:
             ends = row + sum(count for count, _ in groups), pair + sum(count for _, count in groups)
             at, of = slice(row, ends[0]), slice(pair, ends[1])
             pairs = self.first[of] - row, self.second[of] - row, self.labels[of]
-            parts.append(Batch(self.noisy_latents[at], self.t[at], self.prompts[at], *pairs, groups, row))
+            soft, weights = (None if values is None else values[of] for values in (self.soft, self.weights))
+            rows_of = self.noisy_latents[at], self.t[at], self.prompts[at]
+            parts.append(Batch(*rows_of, *pairs, groups, soft, weights, row))
             row, pair = ends
         return parts
 
@@ -93,7 +99,18 @@ def _first_videos(group: PromptGroup, count: int, order: Mapping[str, int]) -> P
     first, second = renumbered[group.first], renumbered[group.second]
     rows = (first >= 0) & (second >= 0)
     videos = tuple(group.videos[place] for place in kept)
-    return PromptGroup(group.prompt, videos, first[rows], second[rows], group.labels[rows])
+    extras = (None if values is None else values[rows] for values in (group.soft, group.weights))
+    return PromptGroup(group.prompt, videos, first[rows], second[rows], group.labels[rows], *extras)
+
+
+def _joined(
+    parts: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> Tensor | None:
+    """Arrays one after another as float32, NaN for those that are missing; None where all are."""
+    if all(part is None for part in parts):
+        return None
+    whole = [np.full(shape, np.nan) if part is None else part for part, shape in zip(parts, shapes)]
+    return torch.from_numpy(np.concatenate(whole)).to(device, torch.float32)
 
 
 class Batches:
@@ -128,7 +145,7 @@ class Batches:
 
     def draw(self, step: int, places: Sequence[int]) -> Batch:
         """The batch of a step (from 0), of the prompt groups at some of its ``prompts_per_step`` places."""
-        latents, levels, prompts, first, second, labels, groups = [], [], [], [], [], [], []
+        latents, levels, prompts, first, second, drawn = [], [], [], [], [], []
         offset = 0
         for place, copy in itertools.product(places, range(self.config.draws_per_step)):
             index, epoch = self._group(step * self.config.prompts_per_step + place)
@@ -143,8 +160,7 @@ class Batches:
             prompts += [index] * len(group.videos)
             first.append(group.first + offset)
             second.append(group.second + offset)
-            labels.append(group.labels)
-            groups.append((len(group.videos), len(group.labels)))
+            drawn.append(group)
             offset += len(group.videos)
         device = self.backbone.device
         return Batch(
@@ -153,8 +169,10 @@ class Batches:
             prompts,
             torch.from_numpy(np.concatenate(first)).to(device),
             torch.from_numpy(np.concatenate(second)).to(device),
-            torch.from_numpy(np.concatenate(labels)).to(device, torch.float32),
-            groups,
+            torch.from_numpy(np.concatenate([group.labels for group in drawn])).to(device, torch.float32),
+            [(len(group.videos), len(group.labels)) for group in drawn],
+            _joined([group.soft for group in drawn], [(*group.labels.shape, 2) for group in drawn], device),
+            _joined([group.weights for group in drawn], [group.labels.shape for group in drawn], device),
         )
 
     def _group(self, position: int) -> tuple[int, int]:

@@ -52,10 +52,10 @@ class Learner:
         head: Tensor = self.judge.head(tokens.after(self.judge.tap), tokens.text, tokens.text_mask)
         return head
 
-    def begin(self, labels: Tensor) -> None:
-        """Start a step on a batch of which this process has the pairs with `labels` (pairs, num_dimensions)."""
+    def begin(self, batch: Batch) -> None:
+        """Start a step, of whose pairs this process has those of `batch`."""
         self.optimizer.zero_grad()
-        self._counts = self.team.total(label_counts(labels, self.config.objective))
+        self._counts = self.team.total(label_counts(batch.labels, self.config.objective, batch.soft, batch.weights))
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -67,7 +67,7 @@ class Learner:
         """Add the gradients of a part of the batch: its share of the loss over all pairs of all processes."""
         config, margins = self.config, scores[part.first] - scores[part.second]
         how = config.eta, config.objective, config.label_smoothing
-        loss = preference_loss(margins, part.labels, *how, self._counts)
+        loss = preference_loss(margins, part.labels, *how, self._counts, part.soft, part.weights)
         loss.backward()
         self._sums += _sums(loss, margins, part.labels)
 
@@ -168,7 +168,7 @@ class Steps:
     ) -> None:
         """One step (from 0). `forward` gives each learner's scores of a part, so many rows of it at a time."""
         for learner in learners:
-            learner.begin(batch.labels)
+            learner.begin(batch)
         while not self._fits(learners, batch, forward):  # gradients of several processes meet only after it
             self.rows, self._in_parts = halved(min(self.rows, len(batch.t)), "training"), True
             for learner in learners:
