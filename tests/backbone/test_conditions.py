@@ -204,7 +204,7 @@ def test_finished_latents_are_judged_with_their_own_condition(variant: str) -> N
     overall = next(iter(judge.dimensions))
     assert cut["scores"][overall] == pytest.approx(own[:, 0].tolist(), abs=1e-5)
     assert cut["scores"][overall] != pytest.approx(other[:, 0].tolist(), abs=1e-5)
-    with pytest.raises(PrismError, match="seeds must hold one seed a prompt; found 1 for 2"):
+    with pytest.raises(PrismError, match="seeds must hold one seed per prompt; found 1 for 2"):
         judge.backbone.condition([prompt or ""] * 2, seeds=[5], **call)
 
 
