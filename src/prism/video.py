@@ -1,4 +1,4 @@
-"""Videos in and out of mp4 files, and frames of any kind made one kind."""
+"""Frames of any kind made one kind, and videos in and out of mp4 files; clips of any file by `read_clip`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from prism.clips import MOST_BYTES, Clip, ClipInfo, FramePolicy, probe, read_clip
 from prism.errors import PrismError, number, quoted, whole
+
+__all__ = ["Clip", "ClipInfo", "FramePolicy", "frames", "probe", "read_clip", "read_video", "videos", "write_video"]
 
 FPS = (0.1, 240.0)  # frames per second that a file may have
 _TOLERANCE = 0.5 / 255  # how far floats may be out of [0, 1]: half a grey level, the rounding of half precision
@@ -98,7 +101,9 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
 
 
 def read_video(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read every frame of a video file as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` where it cannot."""
+    """Read every frame of a video file as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` where it cannot, and for
+    one of more than 4 GiB as such: `read_clip` reads part of it, or a smaller size.
+    """
     import av
 
     try:
@@ -108,13 +113,25 @@ def read_video(path: str | os.PathLike[str]) -> np.ndarray:
     if not is_file:
         raise PrismError(f"The video {path} {'is no file' if exists else 'does not exist'}.")
     try:
+        pictures: list[np.ndarray] = []
+        left = MOST_BYTES
         with av.open(f"file:{os.fspath(path)}") as container:
             if not container.streams.video:
                 raise PrismError(f"The file {path} holds no video.")
-            pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            for frame in container.decode(video=0):
+                left -= frame.height * frame.width * 12
+                if left < 0:
+                    raise PrismError(
+                        f"The video {quoted(path)} is more than {MOST_BYTES / 2**30:.3g} GiB as float32 frames; read "
+                        "part of it, or a smaller size, with prism.video.read_clip."
+                    )
+                pictures.append(frame.to_ndarray(format="rgb24"))
         if not pictures:
             raise PrismError(f"The video {path} holds no frames.")
-        return np.stack(pictures).astype(np.float32) / 255
+        read = np.empty((len(pictures), *pictures[0].shape), np.float32)
+        for row, picture in zip(read, pictures):
+            np.divide(picture, np.float32(255), out=row)
+        return read
     except (OSError, ValueError, av.FFmpegError) as error:
         raise PrismError(f"The video {path} cannot be read: {_reason(error)}.") from error
 

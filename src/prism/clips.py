@@ -1,0 +1,265 @@
+"""Clips: the frames of a video file that a stated policy takes, at the size that it states."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism.decoding import MOST_FRAMES, PICTURES, Decoder, Stills, Timeline, decoder, picture_files
+from prism.errors import PrismError, choice, number, quoted, reason, whole
+
+STARTS = ("first", "middle", "uniform")
+FITS = ("crop", "pad", "stretch")
+MOST_BYTES = 4 * 2**30  # of a clip's frames
+_CLOSE = 1e-6  # seconds within which two times are one
+
+
+@dataclass(frozen=True)
+class FramePolicy:
+    """Which frames of a video are taken, and at which size. Raises `PrismError` for settings that do not go together.
+
+    Frames are taken by their time stamps: for each moment asked for the nearest frame (the earlier of two as near), so
+    that a file of variable rate is read at an even one, and a frame of a slower file stands twice.
+    """
+
+    fps: float | None = None
+    """Frames per second that are taken. None: every frame as it comes."""
+    num_frames: int | None = None
+    """Number of frames that are taken; a clip that has fewer is refused. None: all of the clip."""
+    start: str = "middle"
+    """Place of the frames in the clip: "first" from its beginning, "middle" as much before as after, "uniform" evenly
+    from its first frame to its last (needs num_frames and no fps)."""
+    height: int | None = None
+    """Pixels of a frame; None, for height and width: as the file has them."""
+    width: int | None = None
+    """Pixels of a frame."""
+    fit: str = "crop"
+    """How another shape comes to this size: "crop" cuts off what is too much at both sides, "pad" leaves black bars,
+    "stretch" distorts."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("num_frames", 1, MOST_FRAMES), ("height", 1, 16384), ("width", 1, 16384)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole(f"The frame policy's {name}", getattr(self, name), low, high))
+        if self.fps is not None:
+            object.__setattr__(self, "fps", number("The frame policy's fps", self.fps, 0.001, 1000))
+        choice("The frame policy's start", self.start, STARTS)
+        choice("The frame policy's fit", self.fit, FITS)
+        if (self.height is None) != (self.width is None):
+            raise PrismError(f"The frame policy has height {self.height} and width {self.width}; give both or neither.")
+        if self.start == "uniform" and (self.num_frames is None or self.fps is not None):
+            raise PrismError(
+                f'The frame policy start="uniform" spreads num_frames over the clip: it needs num_frames and no fps; '
+                f"found num_frames {self.num_frames} and fps {self.fps}."
+            )
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """Facts of a video file."""
+
+    height: int
+    """Pixels, upright and with square pixels."""
+    width: int
+    """Pixels."""
+    num_frames: int
+    """Frames that the file states."""
+    held: int
+    """Frames that are there; fewer where the end of the file is missing."""
+    fps: float | None
+    """Mean frames per second; None for one picture and for pictures without times."""
+    duration: float | None
+    """Seconds from the first frame to the end of the last; None as for fps."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video file."""
+
+    frames: np.ndarray
+    """(T, H, W, 3) uint8."""
+    times: np.ndarray
+    """(T,) seconds since the file's first frame at which each frame begins; NaN where nothing says when."""
+    numbers: np.ndarray
+    """(T,) the frames' places in the file, from 0."""
+    fps: float | None
+    """Frames per second of `frames`; None where nothing says so."""
+    info: ClipInfo
+    """Facts of the file."""
+
+
+def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None = None) -> Clip:
+    """The frames that a policy takes (default: all) of a video, which is read frame by frame: no more than the frames
+    taken, at their final size, and one at the file's are held.
+
+    source: a video file of any kind that FFmpeg reads, a GIF, WebP or PNG (several pictures or one), a folder or list
+    of picture files, the bytes of a file, or `FILE.parquet#COLUMN/ROW`: a cell with a file's bytes, or a struct
+    {bytes, path} as the Image and Video features of datasets store it.
+    fps: rate of a list or folder of pictures, which states none (default: the policy's).
+
+    Frames are upright, with square pixels, 8 bits, and alpha over black. Raises `PrismError`, which names the clip, for
+    what is no video, damaged where the policy looks, shorter than the policy asks, or larger than 4 GiB as frames.
+    """
+    policy = FramePolicy() if policy is None else policy
+    if not isinstance(policy, FramePolicy):
+        raise PrismError(f"The frame policy must be a prism.video.FramePolicy; found {quoted(policy, 80)}.")
+    rate = number("The fps of a clip", fps, 0.001, 1000) if fps is not None else policy.fps
+    file, name = _opened(source, rate)
+    timeline = file.timeline()
+    numbers = _taken(timeline, policy, name)
+    frames, info = _decoded(file, timeline, numbers, policy, name)
+    times = timeline.times[numbers] if timeline.timed else np.full(len(numbers), np.nan)
+    played = policy.fps if policy.fps is not None and (timeline.timed or rate) else info.fps
+    if policy.start == "uniform" and timeline.timed and times[-1] > times[0]:
+        played = float((len(times) - 1) / (times[-1] - times[0]))
+    return Clip(frames, times, numbers, played, info)
+
+
+def probe(source: Any, fps: float | None = None) -> ClipInfo:
+    """Facts of a video, as `read_clip` takes it, for which one frame is decoded. Raises `PrismError` as it does."""
+    rate = number("The fps of a clip", fps, 0.001, 1000) if fps is not None else None
+    file, name = _opened(source, rate)
+    timeline = file.timeline()
+    return _decoded(file, timeline, np.zeros(1, np.int64), FramePolicy(), name)[1]
+
+
+def _opened(source: Any, fps: float | None) -> tuple[Decoder, str]:
+    """The decoder of a source, and its name in sentences."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        name = f"The video of {len(source):,} bytes"
+        return decoder(bytes(source), name), name
+    if isinstance(source, list | tuple):
+        name = f"The video of {len(source)} pictures"
+        files = [bytes(item) if isinstance(item, bytes | bytearray | memoryview) else _path(item) for item in source]
+        if not files:
+            raise PrismError("A video is given as an empty list; picture files are needed.")
+        return Stills(files, name, fps), name
+    path = _path(source)
+    name = f"The video {quoted(path)}"
+    try:
+        is_folder, exists = os.path.isdir(path), os.path.exists(path)
+    except (OSError, ValueError) as error:
+        raise PrismError(f"{name} cannot be read: {reason(error)}.") from error
+    if is_folder:
+        pictures = picture_files(Path(path))
+        if not pictures:
+            raise PrismError(f"{name} is a folder without pictures; {', '.join(PICTURES)} are read.")
+        return Stills(pictures, name, fps), name
+    if not exists:
+        raise PrismError(f"{name} does not exist.")
+    if not os.path.isfile(path):
+        raise PrismError(f"{name} is no file.")
+    return decoder(path, name), name
+
+
+def _path(source: Any) -> str:
+    try:
+        path = os.fsdecode(source)
+    except TypeError as error:
+        raise PrismError(
+            f"A video is given as {quoted(source, 80)}; a path, bytes or a list of picture files is needed."
+        ) from error
+    if "\0" in path:
+        raise PrismError(f"The video {quoted(path)} cannot be read: its name holds a null character.")
+    return path
+
+
+def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:
+    """Places of the frames that a policy takes, ascending; those that are asked for twice stand twice."""
+    times, count = timeline.times, len(timeline.times)
+    if not timeline.whole and (policy.start != "first" or policy.num_frames is None):
+        raise PrismError(
+            f"{name} is damaged: it breaks off after {timeline.held} frames, and how many it had is not known; only a "
+            'frame policy with start="first" and num_frames can be met by it.'
+        )
+    if policy.fps is None or not timeline.timed:
+        wanted = count if policy.num_frames is None else policy.num_frames
+        if wanted > count:
+            raise PrismError(f"{name} has {count} frames; the frame policy takes {wanted}.")
+        if policy.start == "uniform":
+            numbers = _nearest(times, np.linspace(times[0], times[-1], wanted))
+        else:
+            numbers = np.arange(wanted) + ((count - wanted) // 2 if policy.start == "middle" else 0)
+    else:
+        moments = max(1, int(timeline.end * policy.fps + 1e-3))
+        wanted = moments if policy.num_frames is None else policy.num_frames
+        if wanted > MOST_FRAMES or (wanted - 1) / policy.fps > timeline.end + _CLOSE:
+            raise PrismError(
+                f"{name} lasts {timeline.end:.4g} s; the frame policy takes {wanted:,} frames at {policy.fps:g} per "
+                f"second, which is {wanted / policy.fps:.4g} s."
+            )
+        start = max(0.0, (timeline.end - wanted / policy.fps) / 2) if policy.start == "middle" else 0.0
+        numbers = _nearest(times, start + np.arange(wanted) / policy.fps)
+    if numbers[-1] >= timeline.held:
+        raise PrismError(
+            f"{name} is damaged: {timeline.held} of its {count} frames are there, and the frame policy takes frames up "
+            f"to number {numbers[-1] + 1}."
+        )
+    return numbers
+
+
+def _nearest(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """For each moment the place of the nearest time, the earlier of two as near."""
+    after = np.searchsorted(times, moments).clip(1, max(1, len(times) - 1))
+    before = after - 1
+    after = after.clip(max=len(times) - 1)
+    return np.where(times[after] - moments < moments - times[before] - _CLOSE, after, before)
+
+
+def _decoded(
+    file: Decoder, timeline: Timeline, numbers: np.ndarray, policy: FramePolicy, name: str
+) -> tuple[np.ndarray, ClipInfo]:
+    """(T, H, W, 3) uint8 of the frames by number, and the file's facts."""
+    wanted = np.unique(numbers)
+    frames: np.ndarray | None = None
+    size, place = (0, 0), 0
+    for index, pixels, ratio in file.pictures(wanted.tolist()):
+        if frames is None:
+            size = (pixels.shape[0], max(1, round(pixels.shape[1] * ratio)))
+            height, width = policy.height or size[0], policy.width or size[1]
+            if len(wanted) * height * width * 3 > MOST_BYTES:
+                raise PrismError(
+                    f"{name} would be {len(wanted):,} frames of {height} x {width}, more than {MOST_BYTES >> 30} GiB; "
+                    "give the frame policy num_frames, a lower fps, or height and width."
+                )
+            frames = np.zeros((len(wanted), height, width, 3), np.uint8)
+        if index != wanted[place]:
+            break
+        _fit(frames[place], pixels, ratio, policy.fit if policy.height else "stretch")
+        place += 1
+    if frames is None or place < len(wanted):
+        raise PrismError(
+            f"{name} is damaged: frame {wanted[place] + 1} of {len(timeline.times)}, which the frame policy takes, "
+            "cannot be decoded."
+        )
+    count = len(timeline.times)
+    timed = timeline.timed and timeline.end > 0
+    rate = (count - 1) / float(timeline.times[-1]) if timed and count > 1 else count / timeline.end if timed else None
+    facts = ClipInfo(*size, count, timeline.held, rate, timeline.end if timed else None)
+    return (frames if len(wanted) == len(numbers) else frames[np.searchsorted(wanted, numbers)]), facts
+
+
+def _fit(out: np.ndarray, pixels: np.ndarray, ratio: float, fit: str) -> None:
+    """Write a frame into (H, W, 3) of another size: bicubic, smoothed where it becomes smaller."""
+    from PIL import Image
+
+    (height, width), (rows, columns) = out.shape[:2], pixels.shape[:2]
+    if (height, width) == (rows, columns) and (ratio == 1 or fit == "stretch"):
+        out[:] = pixels
+        return
+    box, target = (0.0, 0.0, float(columns), float(rows)), (width, height)
+    scales = width / (columns * ratio), height / rows
+    if fit == "crop":
+        wide, high = min(columns, width / max(scales) / ratio), min(rows, height / max(scales))
+        left, top = (columns - wide) / 2, (rows - high) / 2
+        box = (left, top, left + wide, top + high)
+    elif fit == "pad":
+        target = max(1, round(columns * ratio * min(scales))), max(1, round(rows * min(scales)))
+        target = min(width, target[0]), min(height, target[1])
+    resized = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC, box))
+    top, left = (height - target[1]) // 2, (width - target[0]) // 2
+    out[top : top + target[1], left : left + target[0]] = resized

@@ -1,0 +1,375 @@
+"""Frames of files, one at a time and upright: videos by PyAV, pictures and animations by PIL."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from prism.errors import PrismError, quoted, reason
+
+MOST_PIXELS = 2**26  # per frame; 8K has half of that
+MOST_FRAMES = 10**6  # per file
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+# No playlists and no lists of files, which would open others; no formats of devices.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,obu,m4v,"
+    "yuv4mpegpipe,dv,rm,swf,gif,apng"
+)
+_STILLS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # PIL's EPS would run Ghostscript
+_BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+_FASTEST = 0.1  # seconds that a frame of an animation lasts which says 0, as browsers have it
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a file are shown."""
+
+    times: np.ndarray
+    """Seconds since the first frame, ascending, one per frame that the file states (also those that it lost)."""
+    end: float
+    """Seconds at which the last frame ends."""
+    held: int
+    """Number of the frames that are there; fewer than `times` where the file's end is missing."""
+    timed: bool = True
+    """False: nothing says when the frames are shown; the times count them."""
+    whole: bool = True
+    """False: the file's end is missing, and how many frames it had is not known."""
+
+
+class Decoder(Protocol):
+    """A file whose frames can be had by number."""
+
+    def timeline(self) -> Timeline: ...
+
+    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        """Number, upright (H, W, 3) uint8 and width of a pixel over its height, of frames by ascending number, as far
+        as they can be decoded. Alpha lies over black.
+        """
+
+
+def decoder(data: str | bytes, name: str) -> Decoder:
+    """The decoder of a file, by its path or its bytes, chosen by how it begins. Raises `PrismError` for no file."""
+    if isinstance(data, str):
+        try:
+            with open(data, "rb") as file:
+                head = file.read(200)
+        except (OSError, ValueError) as error:
+            raise PrismError(f"{name} cannot be read: {_reason(error)}.") from error
+    else:
+        head = data[:200]
+    if not head:
+        raise PrismError(f"{name} is empty (0 bytes).")
+    if head.startswith(b"version https://git-lfs"):
+        raise PrismError(f"{name} is a pointer of Git LFS and no video; run `git lfs pull` where it comes from.")
+    webp, avif = head[:4] == b"RIFF" and head[8:12] == b"WEBP", head[4:12] in (b"ftypavif", b"ftypavis")
+    if webp or avif or head.startswith(_BEGINNINGS):
+        return Animation(data, name)
+    return Movie(data, name)
+
+
+class Movie:
+    """A video file, decoded by PyAV: once over the packets for the times, once from the keyframe before what is wanted.
+
+    At any time one decoded frame is held, beside those that the codec itself refers to.
+    """
+
+    def __init__(self, data: str | bytes, name: str):
+        self.name = name
+        self._data = data
+        self._stamps: list[int] | None = None  # of the frames that are there; None: the file does not time each
+
+    def timeline(self) -> Timeline:
+        with self._open() as container:
+            stream, stamps, total = self._stream(container), [], 0
+            length, cut = 0, False
+            packets = container.demux(stream)
+            while True:
+                try:
+                    packet = next(packets, None)
+                except Exception:  # FFmpeg's, where the file breaks off
+                    cut = True
+                    break
+                if packet is None:
+                    break
+                if packet.size == 0:
+                    continue
+                total += 1
+                if total > MOST_FRAMES:
+                    raise PrismError(f"{self.name} has more than {MOST_FRAMES:,} frames; cut it into clips.")
+                cut = bool(packet.is_corrupt)
+                if not packet.is_discard and not cut:
+                    stamps.append(packet.pts)
+                    length = packet.duration or length
+            base = stream.time_base or 1
+            rate = stream.average_rate or stream.guessed_rate or 25
+            stated, stated_seconds = stream.frames or 0, _seconds(stream.metadata.get("DURATION"))
+        if not stamps:
+            raise PrismError(f"{self.name} holds no frames{' that are whole' if cut else ''}.")
+        timed = None not in stamps and len(set(stamps)) == len(stamps)
+        self._stamps = sorted(stamps) if timed else None
+        times = np.array([float((s - self._stamps[0]) * base) for s in self._stamps]) if self._stamps else None
+        if times is None:
+            times = np.arange(len(stamps)) / float(rate)
+        spacing = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        last = float(length * base) if timed and 0 < length * base < 3600 else 0.0
+        spacing = spacing or last or 1 / float(rate)
+        missing = stated - total + cut if 0 < stated - total + cut < MOST_FRAMES and stated else 0
+        if not missing and stated_seconds is not None and stated_seconds - times[-1] > 2.5 * spacing:
+            missing = min(int((stated_seconds - times[-1]) / spacing + 1e-3) - 1, MOST_FRAMES)
+        if missing:
+            times = np.concatenate([times, times[-1] + spacing * np.arange(1, missing + 1)])
+        end = float(times[-1]) + (spacing if missing or not last else last)
+        return Timeline(times, end, len(stamps), whole=not cut or missing > 0)
+
+    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        if self._stamps is None:
+            yield from self._counted(numbers)
+            return
+        wanted = [self._stamps[number] for number in numbers]
+        given = 0
+        for seeking in (True, False) if numbers[0] > 0 else (False,):
+            for frame, pixels in self._matching(wanted, seeking):
+                yield numbers[frame], *pixels
+                given += 1
+            if given:
+                return
+
+    def _matching(self, wanted: list[int], seeking: bool) -> Iterator[tuple[int, tuple[np.ndarray, float]]]:
+        """The frames with the wanted time stamps; none where seeking has gone past the first."""
+        place = 0
+        with self._open() as container:
+            stream = self._stream(container)
+            if seeking:
+                try:
+                    container.seek(wanted[0], stream=stream)
+                except Exception:
+                    return
+            for first, frame in enumerate(self._frames(container, stream)):
+                if frame is None or frame.pts is None:
+                    continue
+                if seeking and first == 0 and frame.pts > wanted[0]:
+                    return
+                while place < len(wanted) and wanted[place] < frame.pts:  # its frame could not be decoded
+                    place += 1
+                if place == len(wanted):
+                    return
+                if frame.pts == wanted[place]:
+                    yield place, self._pixels(frame, stream)
+                    place += 1
+                    if place == len(wanted):
+                        return
+
+    def _counted(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        wanted = set(numbers)
+        with self._open() as container:
+            stream = self._stream(container)
+            for number, frame in enumerate(self._frames(container, stream)):
+                if number in wanted and frame is not None:
+                    yield number, *self._pixels(frame, stream)
+                if number >= numbers[-1]:
+                    return
+
+    def _open(self) -> Any:
+        import av
+
+        options = {"format_whitelist": _CONTAINERS}
+        if isinstance(self._data, str):
+            options["protocol_whitelist"] = "file"
+        file = f"file:{self._data}" if isinstance(self._data, str) else io.BytesIO(self._data)
+        try:
+            return av.open(file, options=options, metadata_errors="replace")
+        except Exception as error:
+            raise PrismError(f"{self.name} cannot be read as a video: {_reason(error)}.") from error
+
+    def _stream(self, container: Any) -> Any:
+        stream = container.streams.best("video")
+        if stream is None:
+            raise PrismError(f"{self.name} holds no video.")
+        if stream.codec_context is None:
+            raise PrismError(f"{self.name} is of a codec that FFmpeg here cannot decode.")
+        context = stream.codec_context
+        if context.width * context.height > MOST_PIXELS:
+            raise PrismError(f"{self.name} states {context.width} x {context.height} pixels; {MOST_PIXELS:,} are read.")
+        context.options = {"max_pixels": str(MOST_PIXELS)}
+        return stream
+
+    def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Decoded frames in the order in which they are shown, None for those that are damaged: from an error on up to
+        the next keyframe.
+        """
+        broken = False
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+            except Exception:
+                return
+            try:
+                frames = packet.decode()
+            except Exception:  # FFmpeg's of a damaged packet
+                broken = True
+                continue
+            for frame in frames:
+                broken = broken and not frame.key_frame
+                yield None if broken or frame.is_corrupt else frame
+
+    def _pixels(self, frame: Any, stream: Any) -> tuple[np.ndarray, float]:
+        try:
+            if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
+                pixels = _over_black(frame.to_ndarray(format="rgba"))
+            else:
+                pixels = frame.to_ndarray(format="rgb24")
+            ratio = float(stream.sample_aspect_ratio or 1)
+            matrix = [np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+        except Exception as error:
+            raise PrismError(f"{self.name} has a frame that cannot be converted: {_reason(error)}.") from error
+        ratio = ratio if 1 / 8 <= ratio <= 8 else 1.0
+        return _upright(pixels, ratio, matrix[0]) if matrix and len(matrix[0]) == 9 else (pixels, ratio)
+
+
+class Animation:
+    """A picture, or a GIF, WebP or PNG of several, decoded by PIL."""
+
+    def __init__(self, data: str | bytes, name: str):
+        self.name = name
+        self._data = data
+
+    def timeline(self) -> Timeline:
+        starts, now = [], 0.0
+        lengths = []
+        for _, picture in self._each():
+            starts.append(now)
+            lengths.append(float(picture.info.get("duration") or 0) / 1000 or _FASTEST)
+            now += lengths[-1]
+            several = getattr(picture, "is_animated", False)
+        if not starts:
+            raise PrismError(f"{self.name} holds no frames.")
+        whole = (len(starts) == 1 and not several) or not self._cut_gif()
+        return Timeline(np.array(starts), now, len(starts), timed=several, whole=whole)
+
+    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        wanted = set(numbers)
+        for number, picture in self._each():
+            if number in wanted:
+                from PIL import ImageOps
+
+                try:
+                    pixels = _rgb(ImageOps.exif_transpose(picture) if number == 0 else picture)
+                except Exception as error:
+                    raise PrismError(f"{self.name} cannot be read as a picture: {_reason(error)}.") from error
+                yield number, pixels, 1.0
+            if number >= numbers[-1]:
+                return
+
+    def _each(self) -> Iterator[tuple[int, Any]]:
+        from PIL import Image
+
+        try:
+            with Image.open(self._data if isinstance(self._data, str) else io.BytesIO(self._data), formats=_STILLS) as (
+                picture
+            ):
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise PrismError(
+                        f"{self.name} states {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are read."
+                    )
+                number, moving = 0, picture.format in ("GIF", "WEBP", "PNG") and getattr(picture, "is_animated", False)
+                while number < MOST_FRAMES:
+                    try:
+                        picture.seek(number)
+                    except EOFError:
+                        return
+                    picture.load()
+                    yield number, picture
+                    number += 1
+                    if not moving:
+                        return
+        except PrismError:
+            raise
+        except Exception as error:  # PIL's decoders raise what they like
+            raise PrismError(f"{self.name} cannot be read as a picture: {_reason(error)}.") from error
+
+    def _cut_gif(self) -> bool:
+        """True for a GIF without its last byte, which PIL gives as far as it goes."""
+        if isinstance(self._data, bytes):
+            head, tail = self._data[:4], self._data[-16:]
+        else:
+            with open(self._data, "rb") as file:
+                head = file.read(4)
+                file.seek(max(0, os.path.getsize(self._data) - 16))
+                tail = file.read()
+        return head == b"GIF8" and not tail.rstrip(b"\0").endswith(b";")
+
+
+class Stills:
+    """Pictures in order, each by its path or its bytes, as the frames of one video."""
+
+    def __init__(self, files: Sequence[str | bytes], name: str, fps: float | None):
+        self.name = name
+        self._files = files
+        self._fps = fps
+
+    def timeline(self) -> Timeline:
+        rate, count = self._fps or 1.0, len(self._files)
+        return Timeline(np.arange(count) / rate, count / rate, count, timed=self._fps is not None)
+
+    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        for number in numbers:
+            file = self._files[number]
+            path = f" ({quoted(file, 120)})" if isinstance(file, str) else ""
+            each = decoder(file, f"Frame {number}{path} of {self.name[0].lower()}{self.name[1:]}")
+            if isinstance(each, Movie):
+                raise PrismError(f"{each.name} is no picture; a list or folder of frames holds PNG, JPEG or WebP.")
+            for _, pixels, ratio in each.pictures([0]):
+                yield number, pixels, ratio
+
+
+def picture_files(folder: Path) -> list[str]:
+    """The pictures of a folder in the order of the numbers in their names: frame_2 goes before frame_10."""
+    names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURES) and not name.startswith(".")]
+    key = {name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in names}
+    return [str(folder / name) for name in sorted(names, key=lambda name: (key[name], name))]
+
+
+def _upright(pixels: np.ndarray, ratio: float, matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    """A frame turned as its display matrix says: x' = a x + c y, y' = b x + d y, by right angles and flips."""
+    a, b, c, d = (int(matrix[place]) for place in (0, 1, 3, 4))
+    if abs(a) < abs(b):
+        pixels, ratio, a, d = pixels.swapaxes(0, 1), 1 / ratio, c, b
+    pixels = pixels[:, ::-1] if a < 0 else pixels
+    return np.ascontiguousarray(pixels[::-1] if d < 0 else pixels), ratio
+
+
+def _rgb(picture: Any) -> np.ndarray:
+    """(H, W, 3) uint8 of a picture of any mode of PIL."""
+    if picture.mode.startswith(("I", "F")):  # grey of more than 8 bits, which PIL would clip
+        grey = np.asarray(picture).astype(np.float64)
+        grey = grey * (1 / 257 if grey.max(initial=0) > 255 else 1)
+        return np.repeat(grey.clip(0, 255).round().astype(np.uint8)[..., None], 3, 2)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        return _over_black(np.asarray(picture.convert("RGBA")))
+    return np.array(picture.convert("RGB"))
+
+
+def _over_black(pixels: np.ndarray) -> np.ndarray:
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + 127) // 255).astype(np.uint8)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Seconds of Matroska's "00:00:02.500000000"."""
+    found = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,12})?)", text or "", re.ASCII)
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None)
+    return quoted(text).rstrip(".") if text else reason(error)
