@@ -102,9 +102,9 @@ def _flags(options: Any) -> dict[str, tuple[str, Any]]:
 
 
 def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
-    """The words, and before them those of --recipe and --config, of options that the words leave open."""
+    """The words, and before them the options of --recipe and --config that the words do not set."""
     flags = _flags(options)
-    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    mentioned = {word.partition("=")[0].replace("_", "-") for word in words}
     values: list[tuple[Any, Any]] = []
     if "recipe" in flags and (recipe := _value(words, "recipe")):
         values += resolve_name("prism.commands.train:recipe_options")(recipe).items()
@@ -115,7 +115,7 @@ def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
             raise PrismError(f'The --config holds "{quoted(key, 60)}", which is no option of prism {name}; {near}.')
         if flag == "--recipe":
             raise PrismError('The --config holds "recipe", which is run: name it on the command line.')
-        if value is None or flag in given:
+        if value is None or flag in mentioned:
             continue
         if kind is bool and isinstance(value, bool):
             yield flag if value else flag.replace("--", "--no-", 1)
@@ -127,7 +127,7 @@ def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
 
 
 def _read(name: str, words: Sequence[str]) -> Iterable[tuple[str, Any]]:
-    """The options in the file that --config names, in whatever groups; of a run's config.json those of its command."""
+    """The options in the --config file, with or without groups; of a run's config.json those of its command."""
     path = _value(words, "config")
     if not path:
         return ()
@@ -153,7 +153,7 @@ def _value(words: Sequence[str], name: str) -> str | None:
 
 
 def _parsed(name: str, kind: Any, words: Sequence[str]) -> Any:
-    """The options that the words give, as the command's dataclass."""
+    """Parse the words into the command's dataclass."""
 
     def refuse(event: Any) -> None:
         raise PrismError(f"{_wrong(event, dict(_flags(kind).values()))}; prism {name} --help has every option.")

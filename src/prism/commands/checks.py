@@ -1,5 +1,7 @@
-"""What holds for every supported pipeline, checked on one: the matrix of tests runs these on tiny pipelines, and
-`prism doctor --family` on a pipeline with a row of facts of the user's own.
+"""Checks of a pipeline and its row of facts: the tests' matrix runs them on a tiny pipeline of every family, and
+`prism doctor --family` on the user's pipeline with the user's row.
+
+Each check takes a `Subject`, raises `Mismatch` with the facts to look at, and returns numbers worth printing.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from prism.sampling import best_of_n
 
 
 def grid(subject: Subject) -> dict[str, Any]:
-    """Changing one latent cell changes most the token of its place on the grid; where a frame is given, the denoiser
-    is shown it whatever a latent holds there."""
+    """Changing a latent cell changes the token at its position on the grid more than any other token.
+
+    Where the call begins with a given frame, the latent's values there are not read.
+    """
     backbone, family = subject.backbone, subject.backbone.family
     conditioning = backbone.condition(subject.prompts(1), **subject.call)
     shape = subject.latents().shape
@@ -41,23 +45,25 @@ def grid(subject: Subject) -> dict[str, Any]:
     )
     cells = layout.unpack(latents, family.layout, plain.grid)
     sizes = [extent // tokens for extent, tokens in zip(cells.shape[2:], plain.grid)]
-    given = 0 if conditioning.given is None else 1  # type: ignore[union-attr]  # noise is not looked at there
+    given_frames = 0 if conditioning.given is None else 1  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
-    places = [(min(given, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
+    positions = [(min(given_frames, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
     for _ in range(4):
-        places.append(tuple(int(rng.integers(min(given, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid)))
-    for place in places:
-        changed = cells.clone()
-        where = [slice(p * size, (p + 1) * size) for p, size in zip(place, sizes)]
-        changed[:, :, where[0], where[1], where[2]] += 5
-        moved = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1).visual - plain.visual
-        found = tuple(int(i) for i in np.unravel_index(int(moved.norm(dim=-1)[0].argmax()), plain.grid))
-        require(
-            found == place,
-            f"on the grid {plain.grid} a change at {place} moves most the token at {found}: look at layout, patch, "
-            "token_form, video_output, tokens_before",
+        positions.append(
+            tuple(int(rng.integers(min(given_frames, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid))
         )
-    if given:
+    for position in positions:
+        changed = cells.clone()
+        cell = [slice(p * size, (p + 1) * size) for p, size in zip(position, sizes)]
+        changed[:, :, cell[0], cell[1], cell[2]] += 5
+        moved = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1).visual - plain.visual
+        moved_most = tuple(int(i) for i in np.unravel_index(int(moved.norm(dim=-1)[0].argmax()), plain.grid))
+        require(
+            moved_most == position,
+            f"on the grid {plain.grid} a change at {position} moves most the token at {moved_most}: look at layout, "
+            "patch, token_form, video_output, tokens_before",
+        )
+    if given_frames:
         changed = cells.clone()
         changed[:, :, 0] += 5
         moved_tokens = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1)
@@ -91,8 +97,8 @@ def early_exit(subject: Subject) -> dict[str, Any]:
 
 
 def clock(subject: Subject) -> dict[str, Any]:
-    """At every timestep of a stock run the level found is the run's own: its timestep comes back, and a re-noised
-    latent is what the scheduler makes of it."""
+    """The noise level of every timestep of a stock run: it gives the timestep back, and noising to it gives what the
+    scheduler gives."""
     backbone, family = subject.backbone, subject.backbone.family
     scheduler = backbone.pipe.scheduler
     try:
@@ -103,13 +109,11 @@ def clock(subject: Subject) -> dict[str, Any]:
         subject.plain(output_type="latent")
     steps = [float(call.timestep.max()) for call, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
-    strength = (
-        subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
-    )  # of which a call makes the last steps
-    told = f"timesteps {steps[0]:g} to {steps[-1]:g} are told as t = {levels[0]:g} to {levels[-1]:g}"
+    strength = subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
+    summary = f"timesteps {steps[0]:g} to {steps[-1]:g} are taken for t = {levels[0]:g} to {levels[-1]:g}"
     require(
         levels == sorted(levels, reverse=True) and levels[0] > 0.8 * backbone.t_range[1] * strength,
-        f"{told}, which does not fall from noise: look at clock and pure_noise_timestep",
+        f"{summary}, which does not fall from noise: look at clock and pure_noise_timestep",
     )
     z, noise = torch.randn(2, 1, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     for step, t in zip(steps, levels):
@@ -119,38 +123,38 @@ def clock(subject: Subject) -> dict[str, Any]:
             f"the timestep {step:g} is t = {t:g}, which is the timestep {float(timestep):g}: look at clock "
             "and pure_noise_timestep",
         )
-        if t == 0:  # exactly clean by our definition, nearly so by some schedulers'
+        if t == 0:  # exactly clean here, and only nearly so in some schedulers
             continue
         expected = _scheduler_noise(family, scheduler, z, noise, step)
         table = getattr(scheduler, "timesteps", steps)
-        whole = isinstance(table, Tensor) and not table.is_floating_point()  # up to a thousandth is cut off a level
+        whole = isinstance(table, Tensor) and not table.is_floating_point()  # rounds a level by up to 1/1000
         atol = 1.1e-3 * float((noise - z).abs().max()) if whole else 3e-3
-        found = alpha * z + sigma * noise
+        noised = alpha * z + sigma * noise
         require(
-            torch.allclose(found, expected, atol=atol, rtol=1e-3),
+            torch.allclose(noised, expected, atol=atol, rtol=1e-3),
             f"at the timestep {step:g} a latent is noised otherwise than by {type(scheduler).__name__}, by up to "
-            f"{float((found - expected).abs().max()):.1g}: look at clock",
+            f"{float((noised - expected).abs().max()):.1g}: look at clock",
         )
     return {}
 
 
 def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step: float) -> Tensor:
-    """What a denoiser called with `step` is given of z, by the formula of the scheduler's class."""
+    """`z` noised to the timestep `step`, by the formula of the scheduler's class."""
     if family.clock == "ddpm":
         return scheduler.add_noise(z, noise, torch.tensor([int(step)]))
     if family.clock == "euler":
-        place = int((scheduler.timesteps - step).abs().argmin())
-        return (z + scheduler.sigmas[place] * noise) / (scheduler.sigmas[place] ** 2 + 1) ** 0.5
+        sigma = scheduler.sigmas[int((scheduler.timesteps - step).abs().argmin())]
+        return (z + sigma * noise) / (sigma**2 + 1) ** 0.5
     if family.clock == "edm":
         sigma = float(np.exp(4 * step))
         data = float(scheduler.config.get("sigma_data", 1.0))
         return (z + sigma * noise) / (sigma**2 + data**2) ** 0.5
-    own, place_or_none = _at(scheduler, 1000 * step / family.pure_noise_timestep)
-    if place_or_none is not None and not scheduler.config.get("invert_sigmas"):  # which diffusers noises the wrong way
-        if hasattr(own, "scale_noise"):
-            return own.scale_noise(z, own.timesteps[place_or_none : place_or_none + 1], noise)
-        return own.add_noise(z, noise, own.timesteps[place_or_none : place_or_none + 1])
-    if not isinstance(family.clock, str):  # nothing to hold it against
+    unstepped, index = _at(scheduler, 1000 * step / family.pure_noise_timestep)
+    if index is not None and not scheduler.config.get("invert_sigmas"):  # diffusers noises the wrong way then
+        if hasattr(unstepped, "scale_noise"):
+            return unstepped.scale_noise(z, unstepped.timesteps[index : index + 1], noise)
+        return unstepped.add_noise(z, noise, unstepped.timesteps[index : index + 1])
+    if not isinstance(family.clock, str):  # the user's own clock, which no formula here can check
         alpha, sigma, _ = family.level(scheduler, torch.tensor([family.t_of(scheduler, step)]))
         return alpha * z + sigma * noise
     share = step / family.pure_noise_timestep
@@ -159,47 +163,52 @@ def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step
 
 
 def _at(scheduler: Any, step: float) -> tuple[Any, int | None]:
-    """The scheduler as if no step had been made, and the place of a timestep in its table, which alone it can noise
-    to; None for what is not in it (Cosmos passes sigmas), or is none of diffusers'."""
+    """A copy of the scheduler before its first step, and the index of a timestep in its table.
+
+    A scheduler can noise only to timesteps of its table. The index is None where the timestep is not in it (Cosmos
+    passes sigmas), and for schedulers that are not of diffusers.
+    """
     if not isinstance(scheduler, SchedulerMixin):
         return scheduler, None
-    own = copy.deepcopy(scheduler)
-    own._step_index = own._begin_index = None
-    place = int((own.timesteps - step).abs().argmin())
-    return own, place if abs(float(own.timesteps[place]) - step) < 1e-2 else None
+    unstepped = copy.deepcopy(scheduler)
+    unstepped._step_index = unstepped._begin_index = None
+    index = int((unstepped.timesteps - step).abs().argmin())
+    return unstepped, index if abs(float(unstepped.timesteps[index]) - step) < 1e-2 else None
 
 
 def vae(subject: Subject) -> dict[str, Any]:
-    """What the stock call gives its VAE is our denormalised latents, its frames are our decoded ones, normalising
-    inverts denormalising, and what best_of_n gives as latents decodes to its video."""
+    """Decoding here equals decoding in the stock call: the VAE's input, the frames, and the latents of `best_of_n`.
+
+    Normalising inverts denormalising.
+    """
     backbone, family = subject.backbone, subject.backbone.family
     latents = subject.latents()
-    with subject.decoding() as given:
+    with subject.decoding() as vae_inputs:
         video = subject.plain(output_type="np")
     places = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
     cells = layout.unpack(latents, family.layout, places.grid)
     require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
-    ours, theirs = denormalise(family, backbone.pipe, cells), torch.cat(given).to(cells)
+    ours, theirs = denormalise(family, backbone.pipe, cells), torch.cat(vae_inputs).to(cells)
     ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frame_by_frame else ours
     frames = theirs.shape[2] if theirs.ndim == 5 else None
-    if frames and ours.ndim == 5:  # of those that a loop carries beside the video's
+    if frames and ours.ndim == 5:  # the loop may carry frames that are not of the video
         ours = ours[:, :, -frames:] if family.extra_frames == "before" else ours[:, :, :frames]
     error = difference(ours, theirs)
     require(
         error < subject.tolerance(1e-5),
-        f"the VAE is given other latents than ours, by {error:.1g} of the largest: look at vae_mean_std, vae_factor, "
-        "vae_shift, vae_frame_by_frame, restores_condition, after_loop",
+        f"the VAE is given other latents than ours, by {error:.1g} of the largest: look at vae_mean_std, "
+        "vae_factor, vae_shift, vae_frame_by_frame, restores_condition, after_loop",
     )
     back = normalise(family, backbone.pipe, denormalise(family, backbone.pipe, cells))
     require(difference(back, cells) < subject.tolerance(1e-4), "normalising does not invert denormalising")
-    told = {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
-    # A safety checker is shown bytes, to which the video is rounded.
+    frame_count = {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
+    # A safety checker rounds the video to bytes.
     close = subject.tolerance(1e-4) + (1 / 254 if getattr(subject.pipe, "safety_checker", None) else 0)
     result = best_of_n(
         subject.pipe, None, subject.prompts(1)[0], n=1, strategy="none", **{**subject.call, "output_type": "np"}
     )
-    for found in (latents, result.latents):
-        decoded = backbone.decode(found, places.grid, **told)
+    for candidate in (latents, result.latents):
+        decoded = backbone.decode(candidate, places.grid, **frame_count)
         expected = np.asarray(video)
         expected = expected[:, None] if expected.ndim == 4 else expected
         require(
@@ -209,15 +218,14 @@ def vae(subject: Subject) -> dict[str, Any]:
             "restores_condition, after_loop",
         )
     require(
-        backbone.encode(backbone.decode(latents, places.grid, **told)).shape == latents.shape,
+        backbone.encode(backbone.decode(latents, places.grid, **frame_count)).shape == latents.shape,
         "encode gives latents of another shape than the loop's: look at dropped_frames_by_condition, layout, patch",
     )
     return {"latents": "x".join(map(str, latents.shape[1:]))}
 
 
 def conditional_rows(subject: Subject) -> dict[str, Any]:
-    """Changing the positive prompt alone (the image, where there is none) changes the rows that are called conditional,
-    and no others."""
+    """Another positive prompt, or image where no prompt is taken, changes the conditional rows and no others."""
     backbone, family = subject.backbone, subject.backbone.family
     guided = backbone.guided(subject.call)
     runs = []
@@ -254,9 +262,9 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
 
 
 def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
-    """Tokens of latents at their step equal what a plain hook sees inside the stock call.
+    """Tokens read outside the call equal the tokens that a plain hook sees inside the stock call.
 
-    At a seed of its own, by which some pipelines sample an image's latents.
+    Both use the same seed, as some pipelines sample an image's latents by it.
     """
     backbone, family = subject.backbone, subject.backbone.family
     with subject.calls() as seen:
@@ -270,10 +278,10 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
             continue
         noisy, row = denoising.noisy, denoising.conditional(1)
         size = noisy.shape[layout.channel_axis(family.layout)]
-        own = noisy[row].narrow(
+        row_latents = noisy[row].narrow(
             layout.channel_axis(family.layout), 0, min(size, family.channels(backbone.config, noisy))
         )
-        tokens = backbone.tokens(own, conditioning, t, backbone.default_tap)
+        tokens = backbone.tokens(row_latents, conditioning, t, backbone.default_tap)
         worst = max(worst, difference(tokens.visual, states[row]))
     require(
         worst < subject.tolerance(2e-5),
@@ -285,18 +293,20 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
 
 
 def winner(subject: Subject) -> dict[str, Any]:
-    """The winner is the plain call's video for its seed, to the bit one by one, to float tolerance in a batch; and
-    what is decoded is what a plain call decodes."""
+    """The winner equals the plain call's video for its seed: to the bit one by one, to rounding in a batch.
+
+    As many videos are decoded as in a plain call.
+    """
     backbone = subject.backbone
     judge = Judge.untrained(backbone, dim=16)
     run: dict[str, Any] = {"n": 3, "schedule": _cuts(subject)}
     prompt = subject.prompts(1)[0]
-    with subject.decoding() as given, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the judge is untrained
+    with subject.decoding() as vae_inputs, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the warning that the judge is untrained
         one = best_of_n(subject.pipe, judge, prompt, batch_size=1, **run, **{**subject.call, "output_type": "np"})
-        ours = sum(map(len, given))
+        ours = sum(map(len, vae_inputs))
         video = subject.plain(one.seed, output_type="np")
-        theirs = sum(map(len, given)) - ours
+        theirs = sum(map(len, vae_inputs)) - ours
         many = best_of_n(subject.pipe, judge, prompt, batch_size=3, **run, **{**subject.call, "output_type": "latent"})
     require(ours == theirs, f"{ours} videos were decoded for one winner, and a plain call decodes {theirs}")
     require(
@@ -323,7 +333,7 @@ def winner(subject: Subject) -> dict[str, Any]:
 
 
 def _cuts(subject: Subject) -> list[tuple[int, int]]:
-    """Two cuts on steps of the denoiser that is read, after the first step."""
+    """Two cuts at steps after the first, at which the judge's denoiser runs."""
     backbone, family = subject.backbone, subject.backbone.family
     times: list[Any] = []
 
@@ -355,13 +365,13 @@ CHECKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def run_all(subject: Subject) -> list[tuple[str, bool, str]]:
-    """Every check: its name, whether it holds, and what was found or what to do."""
+    """Run every check; for each its name, True where it holds, and its numbers or what to look at."""
     lines = []
     for name, check in CHECKS.items():
         try:
-            found = check(subject)
-            told = ", ".join(f"{what.replace('_', ' ')} {_text(value)}" for what, value in found.items())
-            lines.append((name, True, told))
+            numbers = check(subject)
+            text = ", ".join(f"{key.replace('_', ' ')} {_text(value)}" for key, value in numbers.items())
+            lines.append((name, True, text))
         except PrismError as error:
             lines.append((name, False, str(error)))
         except Exception as error:

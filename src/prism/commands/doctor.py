@@ -1,4 +1,4 @@
-"""`prism doctor`: what a machine and a backbone are good for, or whether a family of one's own fits a pipeline."""
+"""`prism doctor`: report on a machine and a backbone, or check a user's family on a pipeline."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROMPT = "a red circle moves right"
-PROMPTS = 800  # that the study's judges took, with four videos each (docs/study.md)
-MANY = 256  # candidates in a batch beyond which the number says nothing
+PROMPTS = 800  # training prompts of the study's judges, with four videos each (docs/study.md)
+MANY = 256  # the most candidates per batch that are told apart
 Line = tuple[str, str]
-BESIDE = "call.json beside the pipeline, else its own"
+OF_THE_CALL = "call.json beside the pipeline, else its own"
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Examined(Models):
 class Sizes:
     """Sizes of a video."""
 
-    height: Annotated[int | None, option(default=BESIDE)] = None
+    height: Annotated[int | None, option(default=OF_THE_CALL)] = None
     """Height in pixels."""
-    width: Annotated[int | None, option(default=BESIDE)] = None
+    width: Annotated[int | None, option(default=OF_THE_CALL)] = None
     """Width in pixels."""
-    num_frames: Annotated[int | None, option(default=BESIDE)] = None
+    num_frames: Annotated[int | None, option(default=OF_THE_CALL)] = None
     """Frames."""
 
 
@@ -75,8 +75,8 @@ class Doctor:
     @property
     def changes(self) -> dict[str, int]:
         """The arguments of the pipeline's call that options change."""
-        given = {"num_inference_steps": self.steps, **asdict(self.sizes)}
-        return {name: value for name, value in given.items() if value is not None}
+        arguments = {"num_inference_steps": self.steps, **asdict(self.sizes)}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def main(self) -> int:
         """Print the lines; 1 where a check of a family does not hold."""
@@ -106,7 +106,7 @@ class Doctor:
 
 
 def run(config: Doctor) -> list[tuple[str, list[Line]]]:
-    """Sections of lines (what, found). Raises PrismError for a folder that is no supported pipeline, as any command."""
+    """The report: sections of lines, each a name and a value. Raises PrismError for an unsupported pipeline."""
     from prism.loading import load_backbone
     from prism.sampling import plan as schedules
 
@@ -138,14 +138,14 @@ def _machine(backbone: Any) -> list[Line]:
 
     import prism
 
-    found = [("prism", prism.__version__), ("python", platform.python_version())]
-    found += [(name, version(name)) for name in PACKAGES]
+    lines = [("prism", prism.__version__), ("python", platform.python_version())]
+    lines += [(name, version(name)) for name in PACKAGES]
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        found.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
+        lines.append((f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {_size(free)} of {_size(total)} free"))
     threads = torch.get_num_threads()
-    found.append(("cpu", f"{threads} thread{'' if threads == 1 else 's'}, {_size(_free(torch.device('cpu')))} free"))
-    return [*found, ("runs on", str(backbone.device))]
+    lines.append(("cpu", f"{threads} thread{'' if threads == 1 else 's'}, {_size(_free(torch.device('cpu')))} free"))
+    return [*lines, ("runs on", str(backbone.device))]
 
 
 def _backbone(backbone: Any, name: str) -> list[Line]:
@@ -172,7 +172,7 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
 
 
 def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
-    """The block a judge reads after here, and which judge that is: the one that ships, or one to be trained."""
+    """The block after which the judge reads, and the judge: the one that ships, or how to train one."""
     from prism import files, shapeworld
 
     if folder is not None:
@@ -185,7 +185,7 @@ def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
 
 
 def _alone(backbone: Any) -> str:
-    """What a judge that stands by itself holds of the denoiser."""
+    """The share of the denoiser that a judge without the rest of the pipeline loads."""
     try:
         lists = backbone.family.first_blocks(backbone.denoiser, backbone.default_tap)
     except PrismError as error:
@@ -198,7 +198,7 @@ def _alone(backbone: Any) -> str:
 
 
 def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
-    """Seconds of a denoiser row, and the bytes that a further row takes (0 where they cannot be told)."""
+    """Seconds of a denoiser row, and the bytes that a further row takes (0 where the device does not say)."""
     import torch
     from PIL import Image
 
@@ -229,16 +229,16 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
 def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: str, guided: bool) -> list[Line]:
     if seconds is None:
         return [("measured", f"no: {trouble}")]
-    found = [("a denoiser row", f"{_time(seconds)}, of which a judge after block {tap} that stands alone needs "
+    lines = [("a denoiser row", f"{_time(seconds)}, of which a judge after block {tap} that stands alone needs "
               f"{tap / backbone.num_blocks:.0%}")]  # fmt: skip
     if memory > 0:
         rows = 2 if guided and backbone.family.cfg != "two_calls" else 1
         fit = max(1, int(0.9 * _free(backbone.device) / memory / rows))
         many = f"about {fit}" if fit <= MANY else f"more than {MANY}"
-        found.append(("candidates that fit", f"{many} per batch; a row of the denoiser takes {_size(memory)}"))
+        lines.append(("candidates that fit", f"{many} per batch; a row of the denoiser takes {_size(memory)}"))
     else:
-        found.append(("candidates that fit", "not measured: this device does not tell its memory"))
-    return found
+        lines.append(("candidates that fit", "not measured: this device does not tell its memory"))
+    return lines
 
 
 def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
@@ -246,40 +246,40 @@ def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, sec
     from prism.sampling.strategies import Draft, Early, First, Full, default_draft_steps
 
     guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
-    told, short = None, None
-    if seconds is not None:  # what a scheduler makes of it is known where the pipeline can be called
+    steps_of_run, steps_of_draft = None, None
+    if seconds is not None:  # the pipeline could be called: its scheduler can be asked for the real steps
         whole = {**call, **backbone.batch([PROMPT if backbone.family.takes_prompts else ""], [0], call)}
-        told, short = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
-    load = Workload.of(backbone, call, n, tap, told, short)
-    if short is None:
+        steps_of_run, steps_of_draft = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
+    load = Workload.of(backbone, call, n, tap, steps_of_run, steps_of_draft)
+    if steps_of_draft is None:
         load = replace(load, draft_calls=(1 + guided,) * draft)
-    steps, early = len(load.calls), Early(cuts).settled(load, told)
+    steps, early = len(load.calls), Early(cuts).settled(load, steps_of_run)
     schedule = early.cuts(load)
-    rows = [(what, plan.rows(load)) for what, plan in (
+    rows = [(name, plan.rows(load)) for name, plan in (
         ("one video, no choice", First()),
         (f"early, {','.join(f'{step}:{keep}' for step, keep in schedule)}", early),
         (f"drafts of {len(load.draft_calls)} steps", Draft()),
         ("full", Full()),
     )]  # fmt: skip
     most = rows[-1][1]
-    found = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]
-    for what, count in rows:
-        time_ = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
-        found.append((what, f"{count:.0f} denoiser rows, {count / most:.0%} of full{time_}"))
+    lines = [("a run", f"{steps} steps, {'with' if guided else 'without'} an unconditional pass")]
+    for name, count in rows:
+        duration = "" if seconds is None else f", about {_time(count * seconds)} in the denoiser"
+        lines.append((name, f"{count:.0f} denoiser rows, {count / most:.0%} of full{duration}"))
     if is_blind(schedule):
         cost = rows[2][1] / most
-        said = (
+        advice = (
             f"little: of {steps} steps, as a distilled model takes, the first cut comes at step 1, which sees pure "
             f"noise. Take the strategy full, or drafts at {cost:.0%} of its cost"
         )
-        found.append(("to cut", said))
+        lines.append(("to cut", advice))
     else:
-        found.append(("to cut", f"yes: {steps - schedule[0][0]} of {steps} steps come after the first cut"))
-    return found
+        lines.append(("to cut", f"yes: {steps - schedule[0][0]} of {steps} steps come after the first cut"))
+    return lines
 
 
 def _peak(device: torch.device, work: Callable[[], None]) -> int:
-    """Most bytes that `work` holds at once beyond what was held before; 0 where they are not told."""
+    """The most bytes that `work` allocates at once; 0 where the device does not say."""
     import torch
 
     if device.type == "cuda":
@@ -292,7 +292,7 @@ def _peak(device: torch.device, work: Callable[[], None]) -> int:
     if device.type != "cpu":
         work()
         return 0
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells stderr when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints its start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     held = most = 0

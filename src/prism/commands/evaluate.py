@@ -55,7 +55,7 @@ class Evaluate:
 def run(config: Evaluate) -> dict[str, Any]:
     """Evaluate and write metrics.json, config.json and report.html to `out`; returns the metrics.
 
-    Of the default levels those are taken at which the pipeline uses the denoiser that the head reads.
+    Default levels at which the pipeline does not use the denoiser that the head reads are left out.
     """
     from prism.loading import check_alone, check_store, describe, load_backbone, load_judge, open_store
     from prism.report.metrics import document

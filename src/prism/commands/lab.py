@@ -24,7 +24,7 @@ from prism.commands.options import (
 
 @dataclass(frozen=True)
 class Anywhere(Replacing):
-    """Where results go."""
+    """The folder of results, and a file of options."""
 
     out: Annotated[Path | None, option("FOLDER", "runs/demo, with --full runs/full")] = None  # type: ignore[assignment]
 
@@ -68,12 +68,12 @@ class Demo:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe that all variants differ from in one thing."""
+    """The recipe; each variant differs from it in one thing."""
 
     steps: int = 1000
     """Optimiser steps."""
     prompts_per_step: int = 8
-    """Prompts of a step."""
+    """Prompts per step."""
     max_prompts: int = 0
     """Training prompts; 0: all."""
     learning_rate: float = 5e-4
@@ -94,12 +94,12 @@ class Study:
     only: Annotated[tuple[str, ...], Repeated, option("NAME")] = ()
     """A variant or a question, instead of all."""
     confirm: Annotated[tuple[str, ...], Repeated, option("VARIANT")] = ()
-    """Measure it on the test prompts; each but once."""
+    """Measure this variant on the test prompts; each variant only once."""
     recipe: Recipe = Recipe()
     seeds: int = 2
-    """Trainings of each variant, each on batches of its own."""
+    """Trainings per variant, each with other batches."""
     inits: int = 2
-    """Heads of different first weights in each training."""
+    """Heads per training, each with other first weights."""
     draws: int = 8
     """Noise draws scored at each level."""
     batch_size: BatchSize = 64
@@ -138,13 +138,13 @@ class Train:
     steps: Annotated[int | None, option(default="4000 vae, 16000 transformer")] = None
     """Optimiser steps."""
     batch_size: Annotated[int | None, option(default="8 vae, 32 transformer")] = None
-    """Videos of a step."""
+    """Videos per step."""
     learning_rate: Annotated[float | None, option(default="0.0015 vae, 0.001 transformer")] = None
     """AdamW's highest step size."""
     layers: Annotated[int | None, option(default="6")] = None
     """Blocks of the transformer."""
     heads: Annotated[int | None, option(default="4")] = None
-    """Attention heads; the width is 32 a head."""
+    """Attention heads; the width is 32 per head."""
     start: Annotated[str | None, option("FOLDER", "")] = None
     """Earlier weights to train on: a VAE (its encoder is kept), or a transformer and its text encoder."""
     seed: Seed = 0
@@ -169,7 +169,7 @@ class Candidates:
     ] = ()
     """train, validation, test or unseen; may be repeated."""
     trajectories: bool = False
-    """Keep the states met while sampling too."""
+    """Keep the states of the sampling loop too."""
     seed: Seed = 0
 
     def main(self) -> None:
@@ -197,11 +197,11 @@ class Quality:
     step: Annotated[tuple[int, ...], Repeated, option("INT")] = ()
     """Steps at which that run kept its weights."""
     prompts: int = 100
-    """Prompts of each kind."""
+    """Prompts per kind."""
     per_prompt: int = 2
-    """Videos of each prompt."""
+    """Videos per prompt."""
     split: Annotated[str, option("NAME")] = "validation"
-    """Whose prompts."""
+    """Split of the prompts."""
     guidance_scale: Annotated[float | None, option(default="the default call's")] = None
     """Classifier-free guidance."""
     seed: Seed = 0

@@ -24,7 +24,7 @@ Head = Annotated[str | None, option("NAME", "the embedded head", about="Trained 
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go."""
+    """The folder of results, and a file of options."""
 
     out: Annotated[Path, option("FOLDER")]
     """Folder to write; it appears whole."""
@@ -34,7 +34,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Replacing(Output):
-    """Where results go."""
+    """The folder of results, and a file of options."""
 
     overwrite: bool = False
     """Replace the folder if a run of this command made it."""
@@ -42,7 +42,7 @@ class Replacing(Output):
 
 @dataclass(frozen=True)
 class Resuming(Output):
-    """Where results go."""
+    """The folder of results, and a file of options."""
 
     resume: bool = False
     """Continue the same run in the folder after it was stopped or killed."""
@@ -50,7 +50,7 @@ class Resuming(Output):
 
 @dataclass(frozen=True)
 class Device:
-    """Where models compute."""
+    """The device of the models."""
 
     device: Annotated[str | None, option("NAME", "cuda, else cpu")] = None
     """Where to compute: cpu, cuda, cuda:1, mps."""

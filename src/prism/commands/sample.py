@@ -28,7 +28,7 @@ NOTES = (
 )
 
 
-FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are shares of, as in the demo
+FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are compared with, as in the demo
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,19 @@ class Sample:
     top_k: int = 1
     """How many of the best to finish: winner-2.mp4, ..."""
     fps: float = 8.0
-    """Frames a second of the mp4, 0.1 to 240."""
+    """Frames per second of the mp4, 0.1 to 240."""
     models: Sampling = Sampling()
     call: Call = Call()
 
     @property
-    def told(self) -> dict[str, Any]:
-        """Arguments of the call that were given."""
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that options set."""
         return {name: value for name, value in asdict(self.call).items() if value is not None}
 
     def main(self) -> None:
         """Sample, and say which candidate won."""
         metrics = run(self)
-        if metrics is None:  # another process of this run writes and tells
+        if metrics is None:  # the first process of this run writes and prints
             return
         seeds, out = metrics["seeds"], self.output.out
         among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
@@ -145,11 +145,13 @@ def run(config: Sample) -> dict[str, Any] | None:
 
         backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
         videos = [media.frames(pick.video) for pick in result.top]
-        names = ["winner.mp4", *(f"winner-{place}.mp4" for place in range(2, len(videos) + 1))]
+        names = ["winner.mp4", *(f"winner-{rank}.mp4" for rank in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
             media.write_video(folder / file, video, config.fps)
-        found = [refereed(video, config.prompt) if config.models.backbone is None else (None, "") for video in videos]
-        scores, sentence = found[0]
+        referees = [
+            refereed(video, config.prompt) if config.models.backbone is None else (None, "") for video in videos
+        ]
+        scores, sentence = referees[0]
         seed = result.seeds[0]
         write_config(folder / "config.json", {**recorded(replace(config, seed=str(seed))), "call": call, "seed": seed})
         metrics = document(
@@ -166,7 +168,7 @@ def run(config: Sample) -> dict[str, Any] | None:
             winner=result.index,
             top=[
                 {"candidate": pick.index, "seed": pick.seed, "video": file, "referee": measured}
-                for pick, file, (measured, _) in zip(result.top, names, found)
+                for pick, file, (measured, _) in zip(result.top, names, referees)
             ],
             referee=scores,
             referee_note=sentence,
@@ -181,14 +183,16 @@ def run(config: Sample) -> dict[str, Any] | None:
                 f"seed {pick.seed}" + (f", referee {measured['overall']:.2f}" if measured else ""),
                 picked=pick is result.top[0],
             )
-            for pick, file, video, (measured, _) in zip(result.top, names, videos, found)
+            for pick, file, video, (measured, _) in zip(result.top, names, videos, referees)
         ]
         caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
         if config.models.backbone is None and judge and len(rows) == 1:
             loser = _loser(backbone, str(config.prompt), call, metrics)
             rows += loser
             caption = "The loser was finished for this page alone; that is not in the costs." if loser else ""
-        subject = config.prompt or Path(str(config.told.get("image") or config.told.get("video") or name)).name
+        subject = (
+            config.prompt or Path(str(config.arguments.get("image") or config.arguments.get("video") or name)).name
+        )
         strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
         title = f"The best of {config.n}: {subject}"
         config_written = files.read_json(folder / "config.json")
@@ -218,8 +222,8 @@ def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping
 
 
 def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
-    """The backbone, its name, the judge (None where none is asked), the pipeline's call, the weights by which it ranks
-    and the result.
+    """The backbone, its name, the judge (None for strategies without one), the pipeline's call, the weights of
+    dimensions by which candidates are ranked, and the result.
     """
     from prism.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking
@@ -230,17 +234,17 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
     )
     if backbone.family.takes_prompts and not config.prompt:
         raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
-    taken = inspect.signature(type(backbone.pipe).__call__).parameters
-    for given, what in (("image", "an image"), ("video", "a video")):
+    parameters = inspect.signature(type(backbone.pipe).__call__).parameters
+    for argument, what in (("image", "an image"), ("video", "a video")):
         if (
-            given in taken
-            and taken[given].default is inspect.Parameter.empty
-            and not {**call, **config.told}.get(given)
+            argument in parameters
+            and parameters[argument].default is inspect.Parameter.empty
+            and not {**call, **config.arguments}.get(argument)
         ):
-            raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{given} FILE.")
+            raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{argument} FILE.")
     judged = kind_of(config.strategy).needs_judge()
     judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None) if judged else None
-    call = {**call, **config.told}
+    call = {**call, **config.arguments}
     if judge and weights == {"overall": 1.0}:
         weights = ranking(judge, "overall")
     result = best_of_n(
@@ -271,7 +275,7 @@ def parse_weights(text: str) -> dict[str, float]:
     try:
         parts = [part.split(":") for part in text.split(",")]
         weights = {name.strip(): float(weight) for name, weight in parts}
-        if len(weights) < len(parts):  # one named twice
+        if len(weights) < len(parts):  # a dimension is named twice
             raise ValueError
     except ValueError:
         raise PrismError(
@@ -283,8 +287,9 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | None, str]:
-    """ShapeWorld's referee on a video (T, H, W, 3) of the embedded model: its scores and what is to be said of them;
-    no scores, and why, for what it cannot measure.
+    """The scores of ShapeWorld's referee for a video (T, H, W, 3) of the embedded model, and a sentence about them.
+
+    The scores are None for a prompt or a size that the referee cannot measure; the sentence says why.
     """
     import torch
 
@@ -301,15 +306,15 @@ def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | 
             f"pixels, and these are {' × '.join(map(str, video.shape[:3]))}."
         )
     scores = referee.score(torch.as_tensor(video), prompt)
-    told = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
     return (
         scores,
-        f"The referee of ShapeWorld, which knows what the prompt asks for, gives the winner {told} of 1.",
+        f"The referee of ShapeWorld, which knows what the prompt asks for, gives the winner {listed} of 1.",
     )
 
 
 def _seed(text: str) -> int | None:
-    """The seed that a text tells; None for "random"."""
+    """The seed as a number; None for "random"."""
     if text == "random":
         return None
     try:
@@ -334,27 +339,27 @@ def _check(config: Sample) -> None:
         ("--batch-size", config.batch_size, 1, None),
         ("--draft-steps", config.draft_steps, 1, 10_000),
         ("--seed", _seed(config.seed), 0, 2**63 - n),
-        ("--steps", config.told.get("num_inference_steps"), 1, 10_000),
-        ("--height", config.told.get("height"), 1, 16_384),
-        ("--width", config.told.get("width"), 1, 16_384),
-        ("--num-frames", config.told.get("num_frames"), 1, 10_000),
+        ("--steps", config.arguments.get("num_inference_steps"), 1, 10_000),
+        ("--height", config.arguments.get("height"), 1, 16_384),
+        ("--width", config.arguments.get("width"), 1, 16_384),
+        ("--num-frames", config.arguments.get("num_frames"), 1, 10_000),
     ):
         if value is not None:
             whole(flag, value, low, high)
     if config.judge_at is not None:
         number("--judge-at", config.judge_at, 0, 1000, above=True)
-    if config.told.get("guidance_scale") is not None:
-        number("--guidance-scale", config.told["guidance_scale"], -100, 1000)
+    if config.arguments.get("guidance_scale") is not None:
+        number("--guidance-scale", config.arguments["guidance_scale"], -100, 1000)
     if config.models.backbone is None and not (config.prompt or "").strip():
         raise PrismError("The embedded model needs a prompt; give --prompt.")
     for name in ("image", "last_image", "video"):
-        if config.told.get(name) is not None and not os.path.isfile(str(config.told[name])):
+        if config.arguments.get(name) is not None and not os.path.isfile(str(config.arguments[name])):
             flag = name.replace("_", "-")
-            raise PrismError(f"The --{flag} {quoted(str(config.told[name]), 200)} is no file; give a local one.")
+            raise PrismError(f"The --{flag} {quoted(str(config.arguments[name]), 200)} is no file; give a local one.")
 
 
 def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> BestOfNRow:
-    """The run as a row of "best_of_n": no referee has measured it, so it has a cost and no gain."""
+    """The run as a row of "best_of_n" in metrics.json: costs alone, as no referee measures the gain."""
     from prism.backbone.arguments import normalised
     from prism.sampling.plan import Workload
     from prism.sampling.strategies import Full, kind_of

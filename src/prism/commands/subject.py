@@ -1,4 +1,4 @@
-"""A pipeline under examination: what a plain call of it gives, and what its denoiser is called with meanwhile."""
+"""The pipeline that checks examine: its plain call, the denoiser calls within, and facts from a user's file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PROMPTS = ("a red circle moves right", "three blue squares stand still in the ra
 
 
 class Mismatch(PrismError):
-    """What a check found that is not as it should be, and the facts that may be wrong."""
+    """A check that does not hold; the sentence names the facts of the row that may be wrong."""
 
 
 @dataclass
 class Subject:
-    """A pipeline, the arguments of its call, and what a plain call of it gives, by seed."""
+    """A pipeline and the arguments of its call; latents of plain calls are kept by seed."""
 
     backbone: Backbone
     call: dict[str, Any]
@@ -50,7 +50,8 @@ class Subject:
             return self.pipe(**call)[0]
 
     def latents(self, seed: int = 0) -> Tensor:
-        """What the loop carries at its end: what the call gives, except where that is repacked or lacks a frame."""
+        """The latents at the end of the sampling loop: the call's output, or where a pipeline repacks its output or
+        drops a frame of it, the latents that the last step's callback is given."""
         key = ("latents", seed)
         if key not in self.kept:
             last: dict[str, Tensor] = {}
@@ -59,7 +60,7 @@ class Subject:
                 watch = {}
             latents = self.plain(seed, output_type="latent", **watch)
             shape = self.backbone.condition(self.prompts(1), **self.call).shape  # type: ignore[union-attr]
-            with suppress(Exception):  # it may have another number of axes
+            with suppress(Exception):  # a repacked output may have other axes
                 latents = self.backbone.main(latents)
             if latents.shape[1:] != shape and last:
                 latents = self.backbone.main(last["latents"])
@@ -72,11 +73,12 @@ class Subject:
         return self.kept[key]
 
     def prompts(self, count: int) -> list[str]:
+        """The first prompts, empty where the pipeline takes none."""
         return list(self.texts if self.backbone.family.takes_prompts else ("", ""))[:count]
 
     @contextmanager
     def calls(self) -> Iterator[list[tuple[DenoiserCall, Tensor]]]:
-        """The denoiser calls made meanwhile, and tokens after the default tap with all rows."""
+        """Record denoiser calls, each with the tokens of all its rows after the default tap."""
         seen: list[tuple[DenoiserCall, Tensor]] = []
         latest: list[DenoiserCall] = []
         backbone, family = self.backbone, self.backbone.family
@@ -99,34 +101,34 @@ class Subject:
 
     @property
     def leaves_steps(self) -> bool:
-        """Whether the call makes its last steps alone: it begins with an image or a video, by `strength`."""
+        """True where the call skips its first steps: it starts from an image or a video, at `strength`."""
         return "strength" in self.call and self.backbone.takes("image" if "image" in self.call else "video")
 
     @property
     def two_calls(self) -> bool:
-        """Whether a step is a conditional and an unconditional denoiser call."""
+        """True where a step is two denoiser calls, a conditional and an unconditional one."""
         return self.backbone.guided(self.call) and self.backbone.family.cfg == "two_calls"
 
     def tolerance(self, least: float) -> float:
-        """Relative, as the denoiser's dtype allows."""
+        """The relative tolerance, `least` or what the denoiser's dtype allows."""
         return max(least, 4 * torch.finfo(self.backbone.dtype).eps)
 
     @contextmanager
     def decoding(self) -> Iterator[list[Tensor]]:
-        """What the VAE is given to decode meanwhile."""
-        given: list[Tensor] = []
+        """Record the latents that the VAE decodes, in calls of `best_of_n` too."""
+        decoded: list[Tensor] = []
 
         def decode(inner: Any, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            given.append(values.clone())
+            decoded.append(values.clone())
             return inner(values, *args, **kwargs)
 
-        with around(self.pipe.vae, "decode", decode, reads=True):  # those of best_of_n too
-            yield given
+        with around(self.pipe.vae, "decode", decode, reads=True):
+            yield decoded
 
 
-def difference(found: Any, expected: Any) -> float:
+def difference(actual: Any, expected: Any) -> float:
     """The largest difference relative to the largest value; infinite where the shapes differ."""
-    one = found if isinstance(found, Tensor) else torch.as_tensor(np.asarray(found))
+    one = actual if isinstance(actual, Tensor) else torch.as_tensor(np.asarray(actual))
     other = expected if isinstance(expected, Tensor) else torch.as_tensor(np.asarray(expected))
     if one.shape != other.shape:
         return math.inf
@@ -134,10 +136,10 @@ def difference(found: Any, expected: Any) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-12))
 
 
-def require(holds: bool, told: str) -> None:
+def require(holds: bool, sentence: str) -> None:
     """Raise `Mismatch` with a sentence where something does not hold."""
     if not holds:
-        raise Mismatch(f"{told[0].upper()}{told[1:]}.")
+        raise Mismatch(f"{sentence[0].upper()}{sentence[1:]}.")
 
 
 def with_own_facts(folder: str | None, file: Path, device: str | None, dtype: str | None, **changes: Any) -> Subject:
@@ -183,10 +185,10 @@ def with_own_facts(folder: str | None, file: Path, device: str | None, dtype: st
 
 def _run_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        there = "is a folder" if path.is_dir() else "does not exist"
-        raise PrismError(f"--family takes a Python file that defines `family`; {path} {there}.")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise PrismError(f"--family takes a Python file that defines `family`; {path} {problem}.")
     folder = str(path.resolve().parent)
-    if folder not in sys.path:  # as Python itself has it: modules beside the file are imported, a pipeline's parts too
+    if folder not in sys.path:  # as `python FILE` does: the file may import modules beside it
         sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))

@@ -16,7 +16,7 @@ from prism.errors import PrismError, quoted
 from prism.training.config import Recipe, TrainConfig
 
 TAPS, DIM = (4, 5), 144  # the study's choice for the embedded backbone (docs/study.md)
-FEW = 100  # training prompts, below which nothing is learned
+FEW = 100  # training prompts; a head learns nothing from fewer
 NOTES = (
     "The loss falls on the pairs the head learns from, and says little about others: run prism eval on a split that "
     "was held out.",
@@ -25,7 +25,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Folder(Replacing, Resuming):
-    """Where results go."""
+    """The folder of results, and a file of options."""
 
     recipe: Annotated[str | None, option("FILE[:NAME]", "")] = None
     """Python file that is run; its function returns a prism.training.Recipe. Flags and --config go before it."""
@@ -67,7 +67,7 @@ class Training(TrainConfig):
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Check nothing yet: `recipe` does, when all settings are known."""
+        """Check nothing yet: `recipe` checks once all settings are known."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Train:
     training: Training = Training()
 
     def main(self) -> None:
-        """Train, and say where the head is and how good."""
+        """Train, and print the head's folder and accuracies."""
         metrics = run(self)
         print(f"Head: {self.output.out / 'head'}")
         show(metrics, self.output.out)
@@ -95,9 +95,9 @@ class Train:
 def run(config: Train) -> dict[str, Any]:
     """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics.
 
-    With `overwrite` the work is done in `<out>.parts`, which takes the name `out` at the end; a run of the same
-    configuration that lies there goes on. What stood at `out` stays until then. Of several processes (`torchrun`) the
-    first alone looks at folders and writes.
+    With `overwrite` the run is made in `<out>.parts` and renamed to `out` at the end; until then the old `out` stays,
+    and a killed run of the same configuration goes on. Of several processes (`torchrun`) only the first reads and
+    writes folders.
     """
     from prism.judge import Judge
     from prism.judge.hub import origin
@@ -115,7 +115,7 @@ def run(config: Train) -> dict[str, Any]:
     team = Team.gathered(models.device)
     if not config.output.resume:
         team.on_first(lambda: runs.check(out, overwrite, "train"))
-    place = runs.parts_of(out) if overwrite else out
+    folder = runs.parts_of(out) if overwrite else out
     store = open_store(models.data)
     backbone, _, name = load_backbone(models.backbone, models.device, models.dtype)
     check_store(models.data, store, backbone)
@@ -129,10 +129,10 @@ def run(config: Train) -> dict[str, Any]:
             stacklevel=2,
         )
     try:
-        result = train(store, judge, settings, place, resume=config.output.resume, restart=overwrite)
+        result = train(store, judge, settings, folder, resume=config.output.resume, restart=overwrite)
     except BaseException:
         if team.first:
-            runs.abandon(place)
+            runs.abandon(folder)
         raise
     measured = team.on_first(lambda: _measured(judge, store, settings))
     summary = {key: value for key, value in result.items() if key != "history"}
@@ -146,14 +146,14 @@ def run(config: Train) -> dict[str, Any]:
         history=[entry for entry in result["history"] if "loss" in entry],
         validation=[entry for entry in result["history"] if "validation" in entry],
     )
-    team.on_first(lambda: _write(config, place, metrics, result, origin(backbone.pipe)))
+    team.on_first(lambda: _write(config, folder, metrics, result, origin(backbone.pipe)))
     return metrics
 
 
 def recipe(embedded: bool, **changes: Any) -> TrainConfig:
-    """How `prism train` trains unless told otherwise: as the study chose, with fewer steps for fewer prompts.
+    """The settings of `prism train`: the study's choice (docs/study.md), with `changes` that are not None.
 
-    A head as wide as the paper's, for another backbone, learns at the paper's rate.
+    For a backbone other than the embedded one the head is as wide as the paper's and learns at the paper's rate.
     """
     defaults = {
         "steps": 1500,
@@ -171,7 +171,7 @@ def recipe_options(text: str) -> dict[str, Any]:
     The file is run, which is why the command line alone may name one.
     """
     path, _, name = (text, "", "") if text.endswith(".py") else text.rpartition(":")
-    said = f"The --recipe {quoted(text, 200)}"
+    option_text = f"The --recipe {quoted(text, 200)}"
     try:
         held = runpy.run_path(path or text, run_name="prism_recipe").items()
         makers = {key: value for key, value in held if inspect.isfunction(value) and value.__module__ == "prism_recipe"}
@@ -179,20 +179,22 @@ def recipe_options(text: str) -> dict[str, Any]:
         if not name and len(public) == 1:
             name = public[0]
         if name not in makers:
-            raise PrismError(f"{said} must name one function of its file, FILE:NAME; there are {', '.join(public)}.")
+            raise PrismError(
+                f"{option_text} must name one function of its file, FILE:NAME; there are {', '.join(public)}."
+            )
         chosen = makers[name]()
     except PrismError:
         raise
     except Exception as error:
-        raise PrismError(f"{said} cannot be run: {type(error).__name__}: {quoted(error, 160)}.") from error
+        raise PrismError(f"{option_text} cannot be run: {type(error).__name__}: {quoted(error, 160)}.") from error
     if not isinstance(chosen, Recipe):
-        raise PrismError(f"{said} must return a prism.training.Recipe, found {quoted(chosen, 60)}.")
+        raise PrismError(f"{option_text} must return a prism.training.Recipe, found {quoted(chosen, 60)}.")
     taps = ",".join(map(str, chosen.taps))
     return {"backbone": chosen.backbone, "tap": taps, "dim": chosen.dim, **chosen.head, **asdict(chosen.train)}
 
 
 def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any]]:
-    """Rows "accuracy" on validation pairs, or on test pairs where there are none, at the main noise levels."""
+    """Rows "accuracy" of metrics.json, on validation pairs (else on test pairs), at the main noise levels."""
     from prism.evaluation import evaluate
     from prism.training.batches import levels
 
@@ -213,15 +215,17 @@ def _blocks(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def _write(config: Train, place: Path, metrics: dict[str, Any], result: dict[str, Any], base_model: str | None) -> None:
+def _write(
+    config: Train, folder: Path, metrics: dict[str, Any], result: dict[str, Any], base_model: str | None
+) -> None:
     from prism.judge.saved import note_evaluation
     from prism.report.page import write_report
 
-    note_evaluation(place / "head", metrics["accuracy"], base_model=base_model)
-    files.write_json(place / "metrics.json", metrics)
-    settings = files.read_json(place / "config.json")
-    files.write_json(place / "config.json", {**settings, "options": recorded(config)})
+    note_evaluation(folder / "head", metrics["accuracy"], base_model=base_model)
+    files.write_json(folder / "metrics.json", metrics)
+    settings = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {**settings, "options": recorded(config)})
     title = f"A head trained on {result['pairs']} pairs of {result['prompts']} prompts"
-    write_report(place / "report.html", metrics, title=title, notes=NOTES, config=settings)
-    if place != config.output.out:
-        runs.publish(place, config.output.out)
+    write_report(folder / "report.html", metrics, title=title, notes=NOTES, config=settings)
+    if folder != config.output.out:
+        runs.publish(folder, config.output.out)
