@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prism.report import wording as _wording
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from prism.sampling.best_of_n import best_of_n as best_of_n
     from prism.training import TrainConfig as TrainConfig
     from prism.training import train as train
+
+_wording.tell(lambda: import_module("prism.sampling").STRATEGIES)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ class Strategy(Protocol):
     def cut_name(step: int) -> str: ...
 
 
-_strategies: Mapping[str, Any] = {}
+_strategies: Callable[[], Mapping[str, Any]] = dict
 
 
-def tell(strategies: Mapping[str, Any]) -> None:
-    """Take what is said of the strategies in reports, by their names and in the order in which reports list them.
+def tell(strategies: Callable[[], Mapping[str, Any]]) -> None:
+    """Take the function that gives the strategies by name, in the order in which reports list them.
 
-    `prism.sampling` hands its plans on, since nothing here may import it.
+    It is called once a report asks: the package names those of `prism.sampling`, which nothing here may import.
     """
     global _strategies
     _strategies = strategies
@@ -43,7 +43,7 @@ def tell(strategies: Mapping[str, Any]) -> None:
 
 def role(row: BestOfNRow) -> Role:
     """What a Best-of-N row's strategy is in a report."""
-    known: type[Strategy] | None = _strategies.get(row["strategy"])
+    known: type[Strategy] | None = _strategies().get(row["strategy"])
     return "" if known is None else known.role
 
 
@@ -59,7 +59,7 @@ def is_blind(row: BestOfNRow) -> bool:
 
 def ours() -> list[str]:
     """The strategies that are to save work, the headline's first."""
-    return [name for name, known in _strategies.items() if known.role == "ours"]
+    return [name for name, known in _strategies().items() if known.role == "ours"]
 
 
 def setting(row: BestOfNRow) -> int | None:
@@ -101,7 +101,7 @@ def is_main(row: BestOfNRow) -> bool:
 
 def in_order(rows: Sequence[BestOfNRow]) -> list[BestOfNRow]:
     """Best-of-N rows by strategy and then by cost."""
-    order = list(_strategies)
+    order = list(_strategies())
 
     def key(row: BestOfNRow) -> tuple[Any, ...]:
         place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
@@ -188,13 +188,13 @@ def judged_at(row: Row) -> str:
 
 def how(row: BestOfNRow) -> str:
     """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
-    known: type[Strategy] | None = _strategies.get(row["strategy"])
+    known: type[Strategy] | None = _strategies().get(row["strategy"])
     return MISSING if known is None else known.how(row)
 
 
 def cut_name(strategy: str, step: int) -> str:
     """A cut in words."""
-    known: type[Strategy] | None = _strategies.get(strategy)
+    known: type[Strategy] | None = _strategies().get(strategy)
     return f"step {step}" if known is None else known.cut_name(step)
 
 

@@ -323,7 +323,6 @@ class Oracle(Plan):
 
 # By name, from the cheap to the dear.
 STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Draft, Full, Oracle)}
-wording.tell(STRATEGIES)
 
 
 def kind_of(strategy: Any) -> type[Plan]:
