@@ -13,6 +13,7 @@ from prism import files, runs
 from prism.commands import show
 from prism.commands.options import Labelled, Replacing, Resuming, option, recorded
 from prism.errors import PrismError, quoted
+from prism.report.metrics import AccuracyRow
 from prism.training.config import Recipe, TrainConfig
 
 TAPS, DIM = (4, 5), 144  # the study's choice for the embedded backbone (docs/study.md)
@@ -193,7 +194,7 @@ def recipe_options(text: str) -> dict[str, Any]:
     return {"backbone": chosen.backbone, "tap": taps, "dim": chosen.dim, **chosen.head, **asdict(chosen.train)}
 
 
-def _measured(judge: Any, store: Any, config: TrainConfig) -> list[dict[str, Any]]:
+def _measured(judge: Any, store: Any, config: TrainConfig) -> list[AccuracyRow]:
     """Rows "accuracy" of metrics.json, on validation pairs (else on test pairs), at the main noise levels."""
     from prism.evaluation import evaluate
     from prism.training.batches import levels

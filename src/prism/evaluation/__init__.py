@@ -1,4 +1,4 @@
-"""Evidence: how often a judge agrees with the labels, by noise level, with intervals."""
+"""Evidence: the agreement of a judge with labels, by noise level, with intervals."""
 
 from prism.evaluation.accuracy import NO_TIES as NO_TIES
 from prism.evaluation.accuracy import PairwiseAccuracy as PairwiseAccuracy

@@ -1,4 +1,4 @@
-"""How often a judge agrees with people: pairwise accuracy with and without ties, and intervals clustered by prompt."""
+"""A judge's agreement with people: pairwise accuracy with and without ties, and intervals clustered by prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METHODS = ("exact", "videoalign")
 
 MOST_RESAMPLES = 1_000_000
 FEWEST_PROMPTS = 10
-"""Below so many prompts no interval is told: it would be more than a fifth too narrow, and of one prompt a point.
+"""Fewest prompts for an interval: with fewer it would be more than a fifth too narrow, and with one a single point.
 
 (Student's t of n - 1 degrees of freedom over the normal quantile, times the root of n / (n - 1): 1.2 at 10, 1.6 at 5.)
 """
@@ -28,9 +28,9 @@ class PairwiseAccuracy:
     """Shares in [0, 1]; NaN where there is no pair to count."""
 
     without_ties: float
-    """Of the decided pairs, those whose margin has the label's sign. A zero margin is wrong."""
+    """Share of the decided pairs whose margin has the label's sign. A zero margin is wrong."""
     with_ties: float
-    """Of all pairs, those judged right when |margin| <= threshold is called a tie."""
+    """Share of all pairs that are judged right when |margin| <= threshold is called a tie."""
     threshold: float
     """The threshold of ``with_ties``; ``NO_TIES`` (-1) where calling no pair a tie is best."""
 
@@ -76,11 +76,11 @@ def pairwise_accuracy(
 
 
 def _sweep(y: np.ndarray, m: np.ndarray, concordant: np.ndarray, method: str) -> tuple[int, float]:
-    """The most pairs right over all thresholds, and the smallest threshold that reaches it."""
+    """The largest number of right pairs over all thresholds, and the smallest threshold that reaches it."""
     size = np.abs(m)
     order = np.argsort(size, kind="stable")
     size = size[order]
-    # After calling the i smallest margins ties: ties among them are right, and what is concordant among the others.
+    # Right pairs when the i smallest margins are called ties: the ties among these, and the concordant of the others.
     ties = np.concatenate([[0], np.cumsum(y[order] == 0)])
     decided = concordant.sum() - np.concatenate([[0], np.cumsum(concordant[order])])
     right = ties + decided
@@ -158,27 +158,27 @@ def prompt_interval(
 def numbers(name: str, values: ArrayLike) -> np.ndarray:
     """An array of numbers as float64. Raises PrismError for anything else."""
     try:
-        given = np.asarray(values)
-        if given.dtype.kind not in "biufO":
+        raw = np.asarray(values)
+        if raw.dtype.kind not in "biufO":
             raise TypeError
-        found: np.ndarray = given.astype(np.float64)
-    except Exception:  # of foreign arrays, which raise what they like
+        array: np.ndarray = raw.astype(np.float64)
+    except Exception:  # another library's array may raise any error
         raise PrismError(f"{name} must be an array of numbers, found {quoted(values, 80)}.") from None
-    if found.ndim == 0:
+    if array.ndim == 0:
         raise PrismError(f"{name} must be an array of numbers, found {quoted(values, 80)}.")
-    return found
+    return array
 
 
 def labels_of(clusters: ArrayLike) -> np.ndarray:
-    """Names of clusters (n,), of one kind that can be sorted."""
+    """An array (n,) of cluster names that can be sorted. Raises PrismError for anything else."""
     try:
-        found = np.asarray(clusters)
-        if found.ndim != 1:
+        labels = np.asarray(clusters)
+        if labels.ndim != 1:
             raise TypeError
-        np.unique(found)
+        np.unique(labels)
     except Exception:
         raise PrismError(f"Clusters must be a list of names or numbers, found {quoted(clusters, 80)}.") from None
-    return found
+    return labels
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

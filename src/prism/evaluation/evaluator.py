@@ -18,6 +18,7 @@ from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.judge.objective import tie_margin
 from prism.preference import LatentStore, PromptGroup, prompt_key
+from prism.report.metrics import AccuracyRow
 from prism.team import in_batches, ran_out
 
 TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
@@ -27,7 +28,7 @@ Video = tuple[str, str]
 
 
 class Scorer(Protocol):
-    """What can be evaluated: a `Judge`, or anything else that scores noisy latents on a backbone."""
+    """Anything that can be evaluated: a `Judge`, or another object that scores noisy latents on a backbone."""
 
     name: str
     backbone: Any
@@ -48,7 +49,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[AccuracyRow]:
     """Accuracy of a judge on a split of a store: the rows of `measure`, whose arguments it takes."""
     return measure(judge, store, split, timesteps, num_draws, seed, batch_size, progress).rows
 
@@ -108,7 +109,8 @@ def measure(
     total, label = sum(draws for _, draws in passes) * videos, f"evaluate {judge.name}"
     with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=None if progress else True) as bar:
         scored = score_levels(judge, store, everything, passes, seed, batch_size, bar)
-    rows, margins = [], []
+    rows: list[AccuracyRow] = []
+    margins = []
     for t, scores in zip(levels, scored):
         rows += _rows(judge, groups, validation, scores, t, split, seed)
         margins.append(pair_margins(groups, scores)[1])
@@ -117,7 +119,7 @@ def measure(
 
 
 def check_judge(judge: Any) -> None:
-    """Raise PrismError for what is no judge, such as the folder of one: a pipeline must go with it."""
+    """Raise PrismError for an object that is no judge, such as a judge's folder, which has no pipeline."""
     if not all(hasattr(judge, name) for name in ("backbone", "dimensions", "score", "trained_on")):
         raise PrismError(
             f"A judge on a pipeline is needed, found {type(judge).__name__}; put one there with "
@@ -126,17 +128,17 @@ def check_judge(judge: Any) -> None:
 
 
 def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:
-    """The levels to evaluate at, all of them such as the denoiser is used at."""
+    """The noise levels to evaluate at, all within the range of t that the denoiser is used for."""
     low, high = getattr(judge.backbone, "t_range", (0.0, 1000.0))
     if timesteps is None:
         return tuple(t for t in TIMESTEPS if low <= t <= high) or ((low + high) / 2,)
-    given = np.asarray(timesteps, dtype=object)
-    if given.ndim != 1 or not len(given):
+    listed = np.asarray(timesteps, dtype=object)
+    if listed.ndim != 1 or not len(listed):
         raise PrismError(
             f"timesteps must be a list of noise levels, at least one t from 0 to 1000; found {quoted(timesteps, 80)}."
         )
-    checked = [number("The noise level t", t, 0, 1000) for t in given]
-    levels = tuple(t if isinstance(t, int) else level for t, level in zip(given, checked))
+    checked = [number("The noise level t", t, 0, 1000) for t in listed]
+    levels = tuple(t if isinstance(t, int) else level for t, level in zip(listed, checked))
     if len(set(levels)) < len(levels):
         raise PrismError(f"timesteps names a noise level more than once; found {quoted(timesteps, 80)}.")
     for t in levels:
@@ -171,11 +173,13 @@ def score_levels(
     batch_size: int = 64,
     bar: Any = None,
 ) -> list[dict[str, np.ndarray]]:
-    """Scores of the groups' videos by level, as of `score_videos`; `passes` are levels and noise draws at each.
+    """Scores of the groups' videos, one dict per level as `score_videos` returns it.
+
+    passes: (level, number of noise draws at it) pairs.
 
     A batch is scored at all levels before the next one: its latents are read and its prompts encoded once.
     """
-    found: list[dict[str, np.ndarray]] = [{} for _ in passes]
+    by_level: list[dict[str, np.ndarray]] = [{} for _ in passes]
 
     def work(batch: Sequence[Video]) -> None:
         videos, latents = [video for video, _ in batch], store.latents(video for video, _ in batch)
@@ -192,13 +196,13 @@ def score_levels(
                 scored.append(total / draws)
         except Exception:
             if bar is not None:
-                bar.update(before - bar.n)  # it may be tried again
+                bar.update(before - bar.n)  # `in_batches` may try the batch again in halves
             raise
-        for scores, rows in zip(found, scored):
+        for scores, rows in zip(by_level, scored):
             scores.update(zip(videos, rows))
 
     in_batches(videos_of(groups), batch_size, work, "evaluating")
-    return found
+    return by_level
 
 
 def _scores(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Tensor, t: float) -> np.ndarray:
@@ -254,7 +258,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> Tensor:
-    """The draw of one video, the same whatever is evaluated beside it."""
+    """The noise of one video's draw, the same whichever other videos are evaluated."""
     key = f"{seed}/{video}/{float(t)}/{draw}".encode()
     number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
@@ -268,31 +272,29 @@ def _rows(
     t: float,
     split: str,
     seed: int,
-) -> list[dict[str, Any]]:
+) -> list[AccuracyRow]:
+    """The "accuracy" rows of one noise level, one per dimension."""
     labels, margins, prompts = pair_margins(groups, scores)
     val_labels, val_margins, _ = pair_margins(validation, scores)
-    common = {
-        "judge": judge.name,
-        "head_seed": judge.trained_on.get("seed"),
-        "source": judge.trained_on.get("source", "untrained"),
-        "t": t,
-        "log_snr": _log_snr(judge, t),
-        "set": split,
-    }
-    rows = []
+    rows: list[AccuracyRow] = []
     for column, dimension in enumerate(judge.dimensions):
-        known = ~np.isnan(labels[:, column])
-        y, m, clusters = labels[known, column], margins[known, column], prompts[known]
+        labelled = ~np.isnan(labels[:, column])
+        y, m, clusters = labels[labelled, column], margins[labelled, column], prompts[labelled]
         tuned = pairwise_accuracy(y, m)
         decided = y != 0
-        val_known = ~np.isnan(val_labels[:, column]) if len(val_labels) else np.zeros(0, dtype=bool)
+        val_labelled = ~np.isnan(val_labels[:, column]) if len(val_labels) else np.zeros(0, dtype=bool)
         validated = None
-        if val_known.any():
-            threshold = pairwise_accuracy(val_labels[val_known, column], val_margins[val_known, column]).threshold
+        if val_labelled.any():
+            threshold = pairwise_accuracy(val_labels[val_labelled, column], val_margins[val_labelled, column]).threshold
             validated = pairwise_accuracy(y, m, threshold=threshold).with_ties
         rows.append(
             {
-                **common,
+                "judge": judge.name,
+                "head_seed": judge.trained_on.get("seed"),
+                "source": judge.trained_on.get("source", "untrained"),
+                "t": t,
+                "log_snr": _log_snr(judge, t),
+                "set": split,
                 "dimension": dimension,
                 "without_ties": _number(tuned.without_ties),
                 "without_ties_ci95": prompt_interval((y * m > 0)[decided], clusters[decided], seed=seed),
@@ -311,7 +313,7 @@ def _rows(
 def pair_margins(
     groups: Sequence[PromptGroup], scores: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels and margins (pairs, num_dimensions) and the prompt's number (pairs,), over all groups."""
+    """Labels and margins (pairs, num_dimensions) and the index of each pair's prompt (pairs,), over all groups."""
     if not groups:
         return np.zeros((0, 0)), np.zeros((0, 0)), np.zeros(0, dtype=np.int64)
     margins = []
@@ -334,6 +336,7 @@ def _number(value: float) -> float | None:
 
 
 def _check_leak(judge: Scorer, groups: Sequence[PromptGroup], store: LatentStore) -> None:
+    """Raise PrismError where a group's prompt is one that the head was trained on."""
     trained_on = set(judge.trained_on.get("prompt_keys", ()))
     for group in groups:
         if prompt_key(group.prompt) in trained_on:

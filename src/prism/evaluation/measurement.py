@@ -1,4 +1,4 @@
-"""A judge's margins on labelled pairs: kept as one Parquet file, compared with another judge's, pooled, calibrated."""
+"""A judge's margins on labelled pairs: saved as one Parquet file, compared, averaged over head seeds, calibrated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,7 @@ from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
 from prism.judge import Judge
 from prism.judge.objective import log_probabilities
 from prism.preference import PromptGroup
+from prism.report.metrics import AccuracyRow, ComparisonRow
 
 COLUMNS = ("judge", "t", "dimension", "prompt", "video_a", "video_b", "label", "margin")
 
@@ -35,7 +36,7 @@ class Measurement:
     settings: split, num_draws and seed of the noise, without which two judges were not measured alike.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[AccuracyRow]
     pairs: pa.Table
     settings: dict[str, Any]
 
@@ -46,7 +47,7 @@ class Measurement:
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
-        """Read what `save` wrote. Raises PrismError for a file that is missing or is none of these."""
+        """Read a file that `save` wrote. Raises PrismError for one that is missing or is not such a file."""
         try:
             table = pq.read_table(path)
             extra = json.loads((table.schema.metadata or {})[b"prism"])
@@ -57,18 +58,18 @@ class Measurement:
             ) from error
 
     def decided(self) -> dict[tuple[float, str], tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
-        """(t, dimension) -> its decided pairs: (video_a, video_b), prompts (n,), and whether judged right (n,) bool."""
+        """Decided pairs by (t, dimension): (video_a, video_b), prompts (n,), a mask (n,) of those judged right."""
         columns = {name: self.pairs[name].to_numpy(zero_copy_only=False) for name in COLUMNS}
-        wanted = columns["label"] != 0
-        levels, dimensions = columns["t"][wanted], columns["dimension"][wanted]
+        is_decided = columns["label"] != 0
+        levels, dimensions = columns["t"][is_decided], columns["dimension"][is_decided]
         keys = list(dict.fromkeys(zip(levels.tolist(), dimensions.tolist())))
-        found = {}
+        decided = {}
         for t, dimension in keys:
-            rows = np.flatnonzero(wanted)[(levels == t) & (dimensions == dimension)]
+            rows = np.flatnonzero(is_decided)[(levels == t) & (dimensions == dimension)]
             pairs = list(zip(columns["video_a"][rows].tolist(), columns["video_b"][rows].tolist()))
             right = columns["label"][rows] * columns["margin"][rows] > 0
-            found[t, dimension] = pairs, columns["prompt"][rows], right
-        return found
+            decided[t, dimension] = pairs, columns["prompt"][rows], right
+        return decided
 
 
 def pair_table(
@@ -87,15 +88,15 @@ def pair_table(
     tables = []
     for t, values in zip(timesteps, margins):
         for column, dimension in enumerate(dimensions):
-            known = ~np.isnan(labels[:, column])
-            count = int(known.sum())
+            labelled = ~np.isnan(labels[:, column])
+            count = int(labelled.sum())
             arrays = [
                 pa.array([judge] * count, pa.string()),
                 pa.array([float(t)] * count, pa.float64()),
                 pa.array([dimension] * count, pa.string()),
-                *(pa.array(names[known], pa.string()) for names in (prompts, first, second)),
-                pa.array(labels[known, column].astype(np.int8)),
-                pa.array(values[known, column].astype(np.float64)),
+                *(pa.array(names[labelled], pa.string()) for names in (prompts, first, second)),
+                pa.array(labels[labelled, column].astype(np.int8)),
+                pa.array(values[labelled, column].astype(np.float64)),
             ]
             tables.append(pa.table(arrays, names=list(COLUMNS)))
     return pa.concat_tables(tables).combine_chunks()
@@ -106,17 +107,17 @@ def compare_judges(
     other: Measurement | Sequence[Measurement],
     seed: int = 0,
     any_draws: bool = False,
-) -> list[dict[str, Any]]:
-    """How much more often one judge is right than another, on the same pairs under the same noise.
+) -> list[ComparisonRow]:
+    """The accuracy of one judge minus another's, on the same pairs under the same noise.
 
-    The interval is the paired bootstrap's: what is resampled, whole prompts at a time, are the differences pair by
-    pair, so that what is hard for both cancels.
+    The interval is a paired bootstrap's: it resamples the differences pair by pair, whole prompts at a time, so that
+    pairs which are hard for both judges do not widen it.
 
     Args:
         one, other: measurements on the same split, levels, draws and seed. Several of one judge (heads of several
             seeds) count as their mean: the share of them that is right about a pair.
         seed: of the resampling.
-        any_draws: the two may differ in how many noise draws a score is averaged over, where that is what is compared.
+        any_draws: let the two differ in the number of noise draws that a score is averaged over.
 
     Returns:
         The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
@@ -139,16 +140,16 @@ def compare_judges(
                 "measure both alike."
             )
     left, right = [measured.decided() for measured in ours], [measured.decided() for measured in theirs]
-    rows = []
+    rows: list[ComparisonRow] = []
     for key in left[0]:
-        if not all(key in found for found in [*left, *right]):
+        if not all(key in decided for decided in [*left, *right]):
             continue
         pairs, prompts, _ = left[0][key]
-        if any(found[key][0] != pairs for found in [*left, *right]):
+        if any(decided[key][0] != pairs for decided in [*left, *right]):
             raise PrismError(
                 f"The judges were measured on different pairs at t = {key[0]:g} in {key[1]}; use the same store."
             )
-        gain = np.mean([found[key][2] for found in left], 0) - np.mean([found[key][2] for found in right], 0)
+        gain = np.mean([each[key][2] for each in left], 0) - np.mean([each[key][2] for each in right], 0)
         if not len(gain):
             continue
         rows.append(
@@ -168,58 +169,61 @@ def compare_judges(
 
 
 def _several(measured: Measurement | Sequence[Measurement]) -> list[Measurement]:
-    found: list[Any] = [*measured] if isinstance(measured, list | tuple) else [measured]
-    if not found or not all(isinstance(each, Measurement) for each in found):
+    measurements: list[Any] = [*measured] if isinstance(measured, list | tuple) else [measured]
+    if not measurements or not all(isinstance(each, Measurement) for each in measurements):
         raise PrismError(
             f"There is no measurement to compare: give at least one of each judge (prism.evaluation.measure), found "
             f"{quoted(measured, 80)}."
         )
-    return found
+    return measurements
 
 
 def _name(measured: Measurement) -> str:
     return measured.pairs["judge"][0].as_py()
 
 
-MEANS = ("without_ties", "with_ties", "with_ties_validation_threshold", "with_ties_model_rule")
+Share = Literal["without_ties", "with_ties", "with_ties_validation_threshold", "with_ties_model_rule"]
+MEANS: tuple[Share, ...] = ("without_ties", "with_ties", "with_ties_validation_threshold", "with_ties_model_rule")
 
 
-def accuracy(measured: Sequence[Measurement], seed: int = 0) -> list[dict[str, Any]]:
-    """The "accuracy" rows of all judges, and where there are several, first those of all of them together.
+def accuracy(measured: Sequence[Measurement], seed: int = 0) -> list[AccuracyRow]:
+    """The "accuracy" rows of judges of several head seeds: first those of the mean over seeds, then each judge's.
 
-    A pooled row's "head_seed" is None and its "head_seeds" names the judges; accuracies are the judges' means, and the
-    interval resamples prompts, a pair counting with the share of judges that are right about it.
+    A row of the mean has "head_seed" None and the seeds in "head_seeds"; its accuracies are means over the judges. Its
+    interval resamples prompts, and each pair counts with the share of judges that are right about it. A single judge
+    has its own rows alone.
     """
     single = [row for each in measured for row in each.rows]
     if len(measured) < 2:
         return single
     decided = [each.decided() for each in measured]
-    pooled = []
+    means: list[AccuracyRow] = []
     for group in zip(*(each.rows for each in measured), strict=True):
         key = (float(group[0]["t"]), group[0]["dimension"])
-        if any((float(row["t"]), row["dimension"]) != key for row in group):
+        if any((float(each["t"]), each["dimension"]) != key for each in group):
             raise ValueError("judges that are pooled must be measured at the same levels, in the same order")
-        row = {**group[0], "head_seed": None, "head_seeds": [row["head_seed"] for row in group]}
+        row: AccuracyRow = group[0].copy()
+        row["head_seed"], row["head_seeds"] = None, [each["head_seed"] for each in group]
         for name in MEANS:
-            known = [float(each[name]) for each in group if each[name] is not None]
-            row[name] = float(np.mean(known)) if len(known) == len(group) else None
+            shares = [share for each in group if (share := each[name]) is not None]
+            row[name] = float(np.mean(shares)) if len(shares) == len(group) else None
         if row["without_ties"] is not None:
-            right = np.mean([found[key][2] for found in decided], 0)
+            right = np.mean([each[key][2] for each in decided], 0)
             row["without_ties_ci95"] = prompt_interval(right, decided[0][key][1], seed=seed)
-        pooled.append(row)
-    return pooled + single
+        means.append(row)
+    return means + single
 
 
-# -- calibration: Eq. 3-4 turn a margin into probabilities of A, tie and B. A head that has learned its training pairs
-# by heart is too sure of itself, and its eta was set, not learned. Both are corrected on validation pairs by maximum
-# likelihood: margins are divided by a temperature, and eta is fitted with it. No ranking changes.
+# -- calibration: Eq. 3-4 turn a margin into probabilities of A, tie and B. A head that overfits its training pairs is
+# too sure, and its eta was set, not learned. Both are corrected on validation pairs by maximum likelihood: margins are
+# divided by a temperature, and eta is fitted together with it. No ranking changes.
 
 BINS = 10
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of one dimension, on the pairs it was fitted on."""
+    """The calibration of one dimension, as fitted on some pairs."""
 
     temperature: float
     """Margins are divided by it; above 1 where the judge was too sure."""
@@ -266,17 +270,17 @@ def fit(labels: ArrayLike, margins: ArrayLike) -> Calibration:
         raise PrismError("A judge is calibrated on decided pairs with margins other than zero; there are none.")
 
     def loss(parameters: np.ndarray) -> float:
-        slope, log_rest = parameters  # margins count slope / spread each: a judge that knows nothing has slope 0
+        slope, log_rest = parameters  # margins are scaled by slope / spread; slope 0 fits a judge without any signal
         return nll(y, m * (slope / spread), 1 + math.exp(np.clip(log_rest, -12, 12)))
 
-    found = minimize(loss, np.array([1.0, 0.0]), method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-10})
-    slope = max(float(found.x[0]) / spread, 1e-6)  # a judge that is wrong more often than right must not be turned over
-    eta = 1 + math.exp(float(np.clip(found.x[1], -12, 12)))
+    optimum = minimize(loss, np.array([1.0, 0.0]), method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-10}).x
+    slope = max(float(optimum[0]) / spread, 1e-6)  # positive: a judge that is mostly wrong keeps its order of videos
+    eta = 1 + math.exp(float(np.clip(optimum[1], -12, 12)))
     return Calibration(1 / slope, eta, pairwise_accuracy(y, m).threshold)
 
 
 def calibrate(judge: Judge, measured: Measurement) -> list[dict[str, Any]]:
-    """Calibrate a judge on what was measured of it on validation pairs, all noise levels together.
+    """Calibrate a judge on its measurement on validation pairs, all noise levels together.
 
     Sets ``judge.calibration``, which ``Judge.probabilities`` uses and ``save_pretrained`` keeps.
 
@@ -286,23 +290,23 @@ def calibrate(judge: Judge, measured: Measurement) -> list[dict[str, Any]]:
     """
     rows = []
     for dimension, (labels, margins) in margins_of(measured).items():
-        found = fit(labels, margins)
-        judge.calibration[dimension] = asdict(found)
-        rows.append({"dimension": dimension, "pairs": len(labels), **asdict(found)})
-        rows[-1] |= reliability(labels, margins, judge.eta, asdict(found))
+        calibration = asdict(fit(labels, margins))
+        judge.calibration[dimension] = calibration
+        rows.append({"dimension": dimension, "pairs": len(labels), **calibration})
+        rows[-1] |= reliability(labels, margins, judge.eta, calibration)
     return rows
 
 
 def margins_of(measured: Measurement) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Labels and margins of a measurement by dimension, all noise levels together."""
     columns = {name: measured.pairs[name].to_numpy(zero_copy_only=False) for name in ("dimension", "label", "margin")}
-    wanted = {name: columns["dimension"] == name for name in dict.fromkeys(columns["dimension"].tolist())}
-    return {name: (columns["label"][rows], columns["margin"][rows]) for name, rows in wanted.items()}
+    masks = {name: columns["dimension"] == name for name in dict.fromkeys(columns["dimension"].tolist())}
+    return {name: (columns["label"][mask], columns["margin"][mask]) for name, mask in masks.items()}
 
 
-def reliability(labels: ArrayLike, margins: ArrayLike, eta: float, found: Mapping[str, float]) -> dict[str, float]:
+def reliability(labels: ArrayLike, margins: ArrayLike, eta: float, fitted: Mapping[str, float]) -> dict[str, float]:
     """Likelihood and calibration error on some pairs, before a calibration and after it."""
-    after = (found["eta"], found["temperature"])
+    after = (fitted["eta"], fitted["temperature"])
     return {
         "nll_before": nll(labels, margins, eta),
         "nll_after": nll(labels, margins, *after),

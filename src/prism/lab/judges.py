@@ -10,20 +10,21 @@ from typing import Any
 from prism import files, shapeworld
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, compare_judges, measure
-from prism.evaluation import measurement as pool
+from prism.evaluation.measurement import accuracy as mean_over_seeds
 from prism.judge import Judge
 from prism.preference import LatentStore
+from prism.report.metrics import AccuracyRow, ComparisonRow
 from prism.runs import Parts
 from prism.training import TrainConfig, train_together
 from prism.training.trainer import untrained_heads
 
-PIXEL = {"pixel": False, "pixel-noisy": True}  # name, as of the asset -> whether it trains on noisy videos too
+PIXEL = {"pixel": False, "pixel-noisy": True}  # name of the judge and its asset -> does it train on noisy videos too
 
 
 def trained(
     parts: Parts, store: LatentStore, backbone: Any, taps: Sequence[int], dim: int, config: TrainConfig, seed: int
 ) -> tuple[Judge, dict[str, Any]]:
-    """The judge of a seed, the average of a head at each of `taps`, and what is to be said of its training.
+    """The judge of a seed, which is the average of a head at each of `taps`, and the summary of its training.
 
     Its heads see the same batches and differ in their initial weights.
     """
@@ -44,26 +45,27 @@ def trained(
 def pixel_judges(
     parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int, steps: int | None = None
 ) -> list[Any]:
-    """The judges on decoded frames, trained on clean videos and with noisy ones among them: the shipped ones, or, where
-    `fresh`, trained on `store`. They share the frames that they decode. `steps`: None for the settings' own.
+    """The two pixel judges, one trained on clean videos, one on noisy videos too; they share decoded frames.
+
+    fresh: train them on `store`, in place of loading the shipped ones. steps: of their training; None: the default.
     """
     from prism.lab.pixel import PixelJudge
     from prism.lab.pixel_training import DecodedCache, PixelConfig, train_pixel
 
-    found, frames = [], DecodedCache(parts.folder / "frames", backbone)
+    judges, frames = [], DecodedCache(parts.folder / "frames", backbone)
     for name, noisy in PIXEL.items():
         folder = parts.folder / name
 
         def make(folder: Path = folder, noisy: bool = noisy) -> dict[str, Any]:
-            if folder.is_dir():  # killed between its end and this note of it
+            if folder.is_dir():  # a run was killed after it saved the judge and before it noted that down
                 return {}
             config = PixelConfig(seed=seed) if steps is None else PixelConfig(seed=seed, steps=steps)
             return _summary(train_pixel(store, backbone, config, folder, noisy=noisy, frames=frames))
 
         if fresh:
             parts.once(f"train-{name}", make)
-        found.append(PixelJudge.from_pretrained(folder if fresh else shapeworld.asset_folder(name), backbone, frames))
-    return found
+        judges.append(PixelJudge.from_pretrained(folder if fresh else shapeworld.asset_folder(name), backbone, frames))
+    return judges
 
 
 def _summary(result: Any) -> dict[str, Any]:
@@ -79,9 +81,11 @@ def measured(
     seed: int,
     levels: Sequence[float] = (),
     batch_size: int = 64,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Measurement]]:
-    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them: our judges (of several
-    seeds, pooled first), the others, and ours against each of the others, all on the same pairs under the same noise.
+) -> tuple[list[AccuracyRow], list[ComparisonRow], list[Measurement]]:
+    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them.
+
+    Measured are our judges (of several seeds: their mean first), the others, and ours against each of the others, all
+    on the same pairs under the same noise.
 
     levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
     batch_size: videos per denoiser call.
@@ -90,15 +94,15 @@ def measured(
         (f"prism-{judge.trained_on['seed']}", judge, TIMESTEPS) for judge in ours
     ]
     named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
-    found = [
+    measurements = [
         _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
         for name, judge, t in named
     ]
-    for path in (parts.folder / "frames").glob(f"{'[0-9a-f]' * 32}.npy"):  # of use to the others of this split alone
+    for path in (parts.folder / "frames").glob(f"{'[0-9a-f]' * 32}.npy"):  # no later one decodes the same
         path.unlink()
-    own, rest = found[: len(ours)], found[len(ours) :]
-    rows = pool.accuracy(own, seed) + [row for each in rest for row in each.rows]
-    return rows, [row for each in rest for row in compare_judges(own, each, seed)], found
+    of_ours, of_others = measurements[: len(ours)], measurements[len(ours) :]
+    rows = mean_over_seeds(of_ours, seed) + [row for each in of_others for row in each.rows]
+    return rows, [row for each in of_others for row in compare_judges(of_ours, each, seed)], measurements
 
 
 def _measured(
