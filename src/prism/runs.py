@@ -27,7 +27,8 @@ CONFIG, IDENTITY = "config.json", "identity.json"
 _OURS = re.compile(
     r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
     r"|evaluation\.json"
-    r"|(videos|pairs|(test|validation|unseen)-[\w-]+)\.parquet"
+    r"|(videos|pairs|index|votes|ratings|(test|validation|unseen)-[\w-]+)\.parquet|seals\.json"
+    r"|\d{6}-[0-9a-f]{12}\.(parquet|safetensors)"  # a store's shards
     r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
     r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"
     r"|[0-9a-f]{32}(\.npy|\.\d+\.partial)"  # decoded frames

@@ -232,20 +232,21 @@ def check_disjoint(pairs: pa.Table) -> None:
         PrismError: naming one prompt or video that is in two splits.
     """
     check_table(pairs)
-    seen: dict[tuple[str, str], str] = {}
-    columns = [pairs[name].to_pylist() for name in PAIR_COLUMNS]
-    for prompt, video_a, video_b, split in zip(*columns):
-        for kind, name, key in (
-            ("prompt", prompt, prompt_key(prompt)),
-            ("video", video_a, video_a),
-            ("video", video_b, video_b),
-        ):
-            other = seen.setdefault((kind, key), split)
-            if other != split:
-                raise PrismError(
-                    f"The {kind} {cut(name, 200)} is in the splits {quoted(other, 40)} and {quoted(split, 40)}; "
-                    "a split must share no prompt and no video with another, or accuracy means nothing."
-                )
+    by_name = {name: pairs[name] for name in ("prompt", "video_a", "video_b")}
+    for kind, columns in (("prompt", ("prompt",)), ("video", ("video_a", "video_b"))):
+        split_of: dict[str, str] = {}
+        for column in columns:
+            # Each name once per split: a prompt recurs in many pairs.
+            unique = (
+                pa.table({"name": by_name[column], "split": pairs["split"]}).group_by(["name", "split"]).aggregate([])
+            )
+            for name, split in zip(unique["name"].to_pylist(), unique["split"].to_pylist()):
+                other = split_of.setdefault(prompt_key(name) if kind == "prompt" else name, split)
+                if other != split:
+                    raise PrismError(
+                        f"The {kind} {cut(name, 200)} is in the splits {quoted(other, 40)} and {quoted(split, 40)}; "
+                        "a split must share no prompt and no video with another, or accuracy means nothing."
+                    )
 
 
 # -- Parquet files

@@ -13,23 +13,22 @@ Latents are read row by row from memory-mapped files, so a store may be larger t
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from prism import files
-from prism.errors import PrismError, flag, instance, listed, quoted, whole
+from prism.errors import PrismError, instance, listed, quoted, whole
 from prism.preference.pairs import (
     PAIR_COLUMNS,
     SPLITS,
@@ -43,87 +42,34 @@ from prism.preference.pairs import (
     named,
     read_table,
 )
+from prism.preference.shards import (
+    FIRST_SCHEMA,
+    FLOATS,
+    INDEX,
+    NUMBERS,
+    PAIRS,
+    SCHEMA,
+    check_seal,
+    indexed,
+    key_digest,
+    open_shard,
+    view,
+)
 from prism.preference.soft import check_soft
-
-SCHEMA = 1
-SHARD_BYTES = 1 << 30
-FLOATS = ("F16", "BF16", "F32", "F64")
-NUMBERS = (*FLOATS, "I8")  # eight bits come with a scale
-
-
-def write_store(
-    folder: Path,
-    videos: pa.Table,
-    latents: Tensor,
-    pairs: pa.Table,
-    meta: Mapping[str, Any],
-    trajectories: Mapping[str, Tensor] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    eight_bits: bool = False,
-) -> None:
-    """Write a store into ``folder``, which exists (take it from ``files.new_folder``), and check it by opening it.
-
-    Args:
-        videos: one row per video: video, prompt, seed, split, and score columns; ``shard`` and ``row`` are added here.
-        latents: (n, ...) float16 or float32, row i belongs to row i of ``videos``.
-        pairs: as ``pairs_from_scores`` gives them; soft labels and weights beside them as in ``preference.soft``.
-        meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
-        trajectories: {"states": (n, S, ...), "t": (n, S)}.
-        shard_bytes: largest size of a latent file.
-        eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
-    """
-    instance("folder", folder, str | os.PathLike, "a path")
-    folder = Path(folder)
-    if not os.path.isdir(folder):
-        raise PrismError(f"The folder {named(folder)} does not exist; make it first, with files.new_folder.")
-    instance("videos", videos, pa.Table, "a table of pyarrow")
-    instance("pairs", pairs, pa.Table, "a table of pyarrow")
-    instance("meta", meta, Mapping, "a dict")
-    shard_bytes, eight_bits = whole("shard_bytes", shard_bytes, 1, 2**62), flag("eight_bits", eight_bits)
-    if trajectories is not None and not (isinstance(trajectories, Mapping) and set(trajectories) == {"states", "t"}):
-        raise PrismError(f'trajectories must be a dict of "states" and "t"; found {quoted(trajectories, 80)}.')
-    for name, tensor in {"latents": latents, **(trajectories or {})}.items():
-        instance(name, tensor, Tensor, "a tensor with one row per video")
-        if tensor.ndim < 2 or not tensor.is_floating_point():
-            raise PrismError(f"{name} must be (n, ...) floating-point numbers; found {quoted(tensor, 80)}.")
-    count = len(videos)
-    tensors = {"latents": latents, **(trajectories or {})}
-    for name, tensor in tensors.items():
-        if len(tensor) != count:
-            raise PrismError(f"The store needs one row of {name} per video, found {len(tensor)} for {count} videos.")
-    rows = max(1, shard_bytes // max(1, latents[:1].numel() * latents.element_size()))
-    index = np.arange(count)
-    videos = videos.select([name for name in videos.column_names if name not in ("shard", "row")])
-    videos = videos.append_column("shard", pa.array(index // rows)).append_column("row", pa.array(index % rows))
-    for shard, start in enumerate(range(0, count, rows)):
-        piece = slice(start, start + rows)
-        kept = _in_eight_bits(latents[piece]) if eight_bits else {"latents": latents[piece].contiguous()}
-        save_file(kept, folder / f"latents-{shard:05d}.safetensors")
-        if trajectories is not None:
-            states = {name: trajectories[name][piece].contiguous() for name in ("states", "t")}
-            save_file(states, folder / f"trajectory-{shard:05d}.safetensors")
-    pq.write_table(videos, folder / "videos.parquet")
-    pq.write_table(pairs, folder / "pairs.parquet")
-    written = [path for kind in ("parquet", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
-    seals = {path.name: files.sha256(path) for path in written}
-    files.write_json(folder / "store.json", {"schema": SCHEMA, **meta, "sha256": seals})
-    LatentStore.open(folder)
-
-
-def _in_eight_bits(latents: Tensor) -> dict[str, Tensor]:
-    scale = (latents.float().abs().amax(0, keepdim=True) / 127).clamp(min=1e-12)
-    return {"latents": (latents.float() / scale).round().to(torch.int8), "scale": scale}
 
 
 class LatentStore:
     """An opened store. Use ``LatentStore.open(folder)``, which checks everything that can be checked cheaply."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], videos: pa.Table, pairs: pa.Table) -> None:
-        self.folder, self.meta, self.videos, self.pairs = folder, meta, videos, pairs
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], videos: pa.Table, pairs: pa.Table, seals: Mapping[Path, str]
+    ) -> None:
+        self.folder, self.meta, self.videos, self.pairs, self._seals = folder, meta, videos, pairs, seals
         columns = (videos[name].to_pylist() for name in ("video", "shard", "row"))
         self._place = {video: (shard, row) for video, shard, row in zip(*columns)}
         self._shards: dict[Path, Any] = {}
-        self._unread = {folder / name for name in meta.get("sha256") or {}}
+        self._unread = set(seals)
+        self._rows: dict[str, int] | None = None
 
     def __repr__(self) -> str:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
@@ -149,18 +95,26 @@ class LatentStore:
                 "become one by prism.preference.write_store."
             )
         meta = _read_meta(folder / "store.json")
-        if meta.get("schema") != SCHEMA:
-            found = quoted(meta.get("schema"), 80)
-            raise PrismError(f"The store {named(folder)} has schema {found}; this version reads schema {SCHEMA}.")
-        texts, others = ("video", "prompt", "split"), ("seed",)
-        videos = read_table(folder / "videos.parquet", texts, ("shard", "row"), others)
-        pairs = read_table(folder / "pairs.parquet", PAIR_COLUMNS)
-        store = cls(folder, meta, videos, pairs)
+        if meta.get("schema") == SCHEMA:
+            videos, seals = indexed(folder, key_digest(meta.get("key") or {}))
+            pairs = _present(folder, videos)
+            tables = []  # compared already
+        elif meta.get("schema") == FIRST_SCHEMA:
+            tables = [folder / "videos.parquet", folder / PAIRS]
+            videos = read_table(tables[0], ("video", "prompt", "split"), ("shard", "row"), ("seed",))
+            pairs = read_table(tables[1], PAIR_COLUMNS)
+            seals = {folder / name: seal for name, seal in (meta.get("sha256") or {}).items()}
+        else:
+            raise PrismError(
+                f"The store {named(folder)} has schema {quoted(meta.get('schema'), 80)}; this version reads schema "
+                f"{FIRST_SCHEMA} and {SCHEMA}."
+            )
+        store = cls(folder, meta, videos, pairs, seals)
         check_disjoint(pairs)
         store._check_videos()
         store._check_pairs()
-        for name in ("videos.parquet", "pairs.parquet"):
-            store._check_seal(folder / name)
+        for path in tables:
+            store._check_seal(path)
         return store
 
     @classmethod
@@ -184,7 +138,44 @@ class LatentStore:
 
     @property
     def has_trajectories(self) -> bool:
-        return (self.folder / "trajectory-00000.safetensors").exists()
+        return self._holds("states")
+
+    @property
+    def has_predicted(self) -> bool:
+        """Whether the denoiser's predictions of the clean latents are kept beside the recorded states' t."""
+        return self._holds("predicted")
+
+    def _holds(self, name: str) -> bool:
+        if self._sharded:
+            first = next(iter(self._place.values()), None)
+            return first is not None and name in self._opened(self._path("latents", first[0])).keys()  # noqa: SIM118
+        return name == "states" and self._path("trajectory", 0).exists()
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.meta["schema"] == SCHEMA)
+
+    def call_of(self, video: str) -> dict[str, Any]:
+        """The pipeline arguments of one video: the store's, and where they differ its own."""
+        own = self._of(video, "call") if self._sharded else None
+        return {**self.call, **(json.loads(own) if own else {})}
+
+    def shape_of(self, video: str) -> tuple[int, ...]:
+        """The shape of one video's latents."""
+        if self._sharded:
+            return tuple(int(size) for size in str(self._of(video, "shape")).split("x"))
+        return tuple(self._tensor(self._path("latents", self._placed(video)[0]), "latents", NUMBERS).get_shape()[1:])
+
+    def _of(self, video: str, column: str) -> Any:
+        self._placed(video)
+        if self._rows is None:
+            self._rows = {name: row for row, name in enumerate(self.videos["video"].to_pylist())}
+        return self.videos[column][self._rows[video]].as_py()
+
+    def _placed(self, video: str) -> tuple[Any, int]:
+        if video not in self._place:
+            raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
+        return self._place[video]
 
     def groups(self, split: str, dimensions: Sequence[str] | None = None) -> list[PromptGroup]:
         """The labelled pairs of a split by prompt."""
@@ -207,18 +198,25 @@ class LatentStore:
             raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file is altered.")
         return states, t
 
+    def predicted(self, ids: Iterable[str], index: int) -> tuple[Tensor, Tensor]:
+        """The clean latents (n, ...) that the denoiser predicted at one recorded state, and that state's t (n,)."""
+        if not self.has_predicted:
+            raise PrismError(f"The store {self.folder} holds no predicted latents; make it anew with them recorded.")
+        ids, count = list(listed("The videos", ids)), self.num_states()
+        index = whole(f"The index of a state in {named(self.folder)}", index, -count, count - 1) % count
+        return self._read("trajectory", "predicted", ids, index), self._read("trajectory", "t", ids, index)
+
     def num_states(self) -> int:
         """S, the number of recorded states per video; 0 without trajectories."""
-        if not self.has_trajectories:
+        if not (self.has_trajectories or self.has_predicted):
             return 0
-        return int(self._tensor(self._path("trajectory", 0), "t").get_shape()[1])
+        shard = next(iter(self._place.values()))[0] if self._sharded else 0
+        return int(self._tensor(self._path("trajectory", shard), "t").get_shape()[1])
 
     def _read(self, kind: str, name: str, ids: Iterable[str], index: int | None = None) -> Tensor:
         rows = []
         for video in listed("The videos", ids):
-            if video not in self._place:
-                raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
-            shard, row = self._place[video]
+            shard, row = self._placed(video)
             path = self._path(kind, shard)
             self._check_seal(path)
             view = self._tensor(path, name, NUMBERS)
@@ -235,6 +233,11 @@ class LatentStore:
             rows.append(value[0] if index is None else value[0, 0])
         if not rows:
             raise PrismError(f"No videos were asked for in the store {self.folder}.")
+        if len({row.shape for row in rows}) > 1:
+            raise PrismError(
+                f"The {name} that were asked for in {self.folder} have several shapes; ask for videos of one shape "
+                "(LatentStore.shape_of)."
+            )
         return torch.stack(rows)
 
     def _scale(self, path: Path) -> Tensor:
@@ -243,27 +246,28 @@ class LatentStore:
             raise PrismError(f"The tensor scale in {named(path)} must hold finite numbers from 0; the file is altered.")
         return scale
 
-    def _path(self, kind: str, shard: int) -> Path:
+    def _path(self, kind: str, shard: Any) -> Path:
+        if self._sharded:
+            return self.folder / "shards" / f"{shard}.safetensors"
         return self.folder / f"{kind}-{shard:05d}.safetensors"
 
     def _tensor(self, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> Any:
+        return view(self._opened(path), path, name, kinds)
+
+    def _opened(self, path: Path) -> Any:
         if path not in self._shards:
-            self._shards[path] = _open_shard(path)
-        return _view(self._shards[path], path, name, kinds)
+            self._shards[path] = open_shard(path)
+        return self._shards[path]
 
     def _check_seal(self, path: Path) -> None:
         """Compare a file with its checksum, the first time it is read; stores of earlier versions have none."""
         if path not in self._unread:
             return
-        if files.sha256(path) != self.meta["sha256"][path.name]:
-            raise PrismError(
-                f"The file {named(path)} is not the one that was written: store.json has another SHA-256. "
-                "Copy or write the store anew; if it was changed on purpose, delete its line under sha256 there."
-            )
+        check_seal(path, self._seals[path], INDEX if self._sharded else "store.json")
         self._unread.discard(path)
 
     def _check_videos(self) -> None:
-        table = self.folder / "videos.parquet"
+        table = self.folder / (INDEX if self._sharded else "videos.parquet")
         ids, splits = (self.videos[name].to_pylist() for name in ("video", "split"))
         if len(set(ids)) != len(ids):
             twice = next(video for video, count in Counter(ids).items() if count > 1)
@@ -271,6 +275,8 @@ class LatentStore:
         _check_splits(splits, table)
         as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
         check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))  # videos without pairs leak as well
+        if self._sharded:  # shapes were checked when shards were written; a file is compared with its SHA-256 when read
+            return
         needed: dict[int, int] = {}
         for shard, row in self._place.values():
             needed[shard] = max(needed.get(shard, 0), row + 1)
@@ -330,6 +336,22 @@ class LatentStore:
         check_soft(self.pairs, self.dimensions, named(table))
 
 
+def _present(folder: Path, videos: pa.Table) -> pa.Table:
+    """The pairs whose videos are there; a store that is still being written has labels of videos that are to come."""
+    if not (folder / PAIRS).is_file():
+        return pa.table({name: pa.array([], pa.string()) for name in PAIR_COLUMNS})
+    pairs = read_table(folder / PAIRS, PAIR_COLUMNS)
+    there = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
+    missing = len(pairs) - pc.sum(there).as_py() if len(pairs) else 0
+    if missing:
+        warnings.warn(
+            f"{missing} of {len(pairs)} pairs of the store {named(folder)} are of videos that it does not hold (yet), "
+            "and are left out.",
+            stacklevel=3,
+        )
+    return pairs.filter(there) if missing else pairs
+
+
 def _listed(shape: Sequence[int]) -> str:
     return quoted(", ".join(map(str, shape)), 60)
 
@@ -350,30 +372,3 @@ def _read_meta(path: Path) -> dict[str, Any]:
         if not isinstance(meta.get(name) or {}, dict):
             raise PrismError(f"The field {name} of {named(path)} must be an object, found {quoted(meta[name], 80)}.")
     return meta
-
-
-def _open_shard(path: Path) -> Any:
-    """A safetensors file, memory-mapped."""
-    check_file(path, ", though the store's videos refer to it")
-    try:
-        return safe_open(path, framework="pt")
-    except Exception as error:
-        with contextlib.suppress(MemoryError, TypeError, AttributeError, RuntimeError, IndexError):
-            files.load_safetensors(path)  # says what is wrong: truncated, a pickle, no safetensors at all
-        raise PrismError(f"The file {named(path)} is not a whole safetensors file ({quoted(error, 150)}).") from error
-
-
-def _view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> Any:
-    """A tensor of an opened shard, not read yet, of one of some kinds of numbers, with at least one of them in it."""
-    try:
-        found = shard.get_slice(name)
-        kind, shape = found.get_dtype(), found.get_shape()
-    except Exception:
-        raise PrismError(f"The file {named(path)} holds no tensor {name!r}.") from None
-    if kind not in kinds:
-        raise PrismError(f"The tensor {name} in {named(path)} must be of {', '.join(kinds)}; found {quoted(kind, 40)}.")
-    if len(shape) < 2 or not all(shape):
-        raise PrismError(
-            f"The tensor {name} in {named(path)} must be (rows, ...), found the shape {quoted(shape, 80)}."
-        )
-    return found

@@ -1,0 +1,280 @@
+"""The writers of latent stores: `StoreWriter` shard by shard, from several processes at once and resumed after a kill;
+`write_store` whole from what is in memory, in the files of schema 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prism import files, runs
+from prism.errors import PrismError, flag, instance, quoted, whole
+from prism.preference.pairs import named
+from prism.preference.shards import (
+    FIRST_SCHEMA,
+    INDEX,
+    REQUIRED,
+    ROW_COLUMNS,
+    SCHEMA,
+    SEALS,
+    STORE,
+    UNIT,
+    check_key,
+    key_digest,
+    noted,
+    shard_tables,
+    with_units,
+)
+from prism.preference.store import LatentStore
+
+SHARD_BYTES = 1 << 30
+_TENSORS = ("latents", "scale", "states", "predicted", "t")
+
+
+def unit_name(place: int, videos: Iterable[str]) -> str:
+    """The name of the unit of work at `place` (0 to 999,999) that makes these videos."""
+    if not 0 <= place < 1_000_000:
+        raise PrismError(f"A store has units 0 to 999999, found {place}; put more videos into each.")
+    digest = hashlib.sha256("\0".join(videos).encode(errors="surrogatepass")).hexdigest()
+    return f"{place:06d}-{digest[:12]}"
+
+
+class StoreWriter:
+    """Writes a store piece by piece. Memory is bounded by what `write` is given at once.
+
+    Args:
+        folder: new, or with `resume` a store of the same key and meta, which is gone on with.
+        key: what the latents depend on, as JSON: backbone and revision, VAE, frame policy, dtype. Shards that were
+            written under another key are refused.
+        meta: further fields of store.json: "call", "backbone", "dimensions", "command", "seed".
+        resume: go on with what is there.
+        main: False in all but the first of several processes that write into the folder, after that one has begun.
+
+    Raises:
+        PrismError: for a folder that holds something else or another store, naming the first difference.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        key: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        resume: bool = False,
+        main: bool = True,
+    ) -> None:
+        self.folder, self.key = Path(folder), key_digest(key)
+        identity = {"schema": SCHEMA, **meta, "key": dict(key)}
+        self._claim = runs.claim(self.folder, identity, resume, main=main, name=STORE, shared=True)
+
+    def has(self, unit: str) -> bool:
+        """Whether a unit's shard was written, under this store's key."""
+        path = self.folder / "shards" / f"{unit}.parquet"
+        if not path.is_file() or not path.with_suffix(".safetensors").is_file():
+            return False
+        check_key(path, noted(path), self.key)
+        return True
+
+    def write(self, unit: str, videos: pa.Table, tensors: Mapping[str, Tensor]) -> None:
+        """Write the shard of a unit; it appears whole, or not at all.
+
+        Args:
+            unit: as of `unit_name`.
+            videos: a row per video: video, prompt, split, and what else `ROW_COLUMNS` names or scores are; row and
+                shape are filled in, and call is "{}" where it is missing.
+            tensors: "latents" (rows, ...) of a floating-point dtype, or int8 with "scale" (1, ...); with recorded
+                states "states" (rows, S, ...), "t" (rows, S), and "predicted" (rows, S, ...).
+
+        Raises:
+            PrismError: for rows or tensors that do not fit each other, and where the file system refuses to write;
+                what was written before stays whole.
+        """
+        if not UNIT.fullmatch(unit):
+            raise PrismError(f"The unit {quoted(unit, 60)} has no name as prism.preference.unit_name gives.")
+        _check_tensors(unit, len(videos), tensors)
+        rows = _completed(unit, videos, tensors["latents"])
+        path = self.folder / "shards" / f"{unit}.safetensors"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with files.new_file(path) as whole:
+                save_file({name: value.contiguous() for name, value in tensors.items()}, whole)
+                seal = files.sha256(whole)
+                files.sync_tree(whole.parent)
+            self._write_table(path.with_suffix(".parquet"), rows, {"sha256": seal, "key": self.key})
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(path, error) from error
+
+    def label(
+        self, pairs: pa.Table | None = None, votes: pa.Table | None = None, ratings: pa.Table | None = None
+    ) -> None:
+        """Write or replace labels; those that are None stay as they are. By the first process alone."""
+        for name, table in (("pairs", pairs), ("votes", votes), ("ratings", ratings)):
+            if table is not None:
+                self._seal(f"{name}.parquet", table)
+
+    def finish(self) -> int:
+        """Write the index of all shards and return the number of videos. By the first process, when all are done.
+
+        Raises:
+            PrismError: where two shards hold the same video, or a shard is of another key.
+        """
+        shards = shard_tables(self.folder, self.key)
+        rows = with_units(shards)
+        ids = rows["video"].to_pylist()
+        if len(set(ids)) < len(ids):
+            video = next(video for video, count in Counter(ids).items() if count > 1)
+            raise PrismError(f"The video {quoted(video, 80)} is in two shards of {named(self.folder)}.")
+        seals = {unit: metadata["sha256"] for unit, (_, metadata) in shards.items()}
+        self._seal(INDEX, rows, {"key": self.key, "sha256": seals})
+        return len(ids)
+
+    def _seal(self, name: str, table: pa.Table, metadata: Mapping[str, Any] | None = None) -> None:
+        path = self.folder / name
+        try:
+            self._write_table(path, table, metadata or {})
+            seals = files.read_json(self.folder / SEALS) if (self.folder / SEALS).is_file() else {}
+            files.write_json(self.folder / SEALS, {**seals, name: files.sha256(path)})
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    @staticmethod
+    def _write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+        with files.new_file(path) as whole:
+            pq.write_table(table.replace_schema_metadata({"prism": json.dumps(metadata)}), whole, compression="zstd")
+            files.sync_tree(whole.parent)
+
+
+def _unwritable(path: Path, error: Exception) -> PrismError:
+    reason = getattr(error, "strerror", None) or error
+    return PrismError(
+        f"The file {named(path)} cannot be written ({quoted(reason, 120)}); make room or give the right to write, and "
+        "start again with --resume: the shards that are there are whole."
+    )
+
+
+def _check_tensors(unit: str, count: int, tensors: Mapping[str, Tensor]) -> None:
+    strange = [name for name in tensors if name not in _TENSORS]
+    if "latents" not in tensors or strange:
+        raise PrismError(
+            f"A shard holds latents, and of {', '.join(_TENSORS[1:])} what there is; found {list(tensors)}."
+        )
+    if ("states" in tensors or "predicted" in tensors) != ("t" in tensors):
+        raise PrismError(f"The states of unit {unit} need their t, and t its states or predicted latents.")
+    latents = tensors["latents"]
+    if latents.ndim < 2 or not (latents.is_floating_point() or latents.dtype == torch.int8):
+        raise PrismError(f"The latents of unit {unit} must be (rows, ...) floating-point numbers or int8 with a scale.")
+    if (latents.dtype == torch.int8) != ("scale" in tensors):
+        raise PrismError(f"The latents of unit {unit} need a scale where they are int8, and none where not.")
+    wanted: dict[str, tuple[int, ...]] = {"latents": (count, *latents.shape[1:]), "scale": (1, *latents.shape[1:])}
+    if "t" in tensors:
+        steps = tensors["t"].shape[1] if tensors["t"].ndim == 2 else 0
+        wanted |= {"t": (count, steps)}
+        wanted |= dict.fromkeys(("states", "predicted"), (count, steps, *latents.shape[1:]))
+    for name, value in tensors.items():
+        if tuple(value.shape) != wanted[name] or not value.numel():
+            raise PrismError(
+                f"The tensor {name} of unit {unit} must be {wanted[name]} for {count} videos, found "
+                f"{tuple(value.shape)}."
+            )
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise PrismError(f"The tensor {name} of unit {unit} holds NaN or infinity.")
+
+
+def _completed(unit: str, videos: pa.Table, latents: Tensor) -> pa.Table:
+    """The rows of a shard with all of `ROW_COLUMNS`, in their kinds."""
+    count = len(videos)
+    filled = {
+        "row": pa.array(range(count), pa.int64()),
+        "shape": pa.array(["x".join(map(str, latents.shape[1:]))] * count),
+        "call": pa.array(["{}"] * count),
+    }
+    columns: dict[str, Any] = {}
+    for name, kind in ROW_COLUMNS.items():
+        column = videos[name] if name in videos.column_names and name not in ("row", "shape") else filled.get(name)
+        try:
+            columns[name] = pa.nulls(count, kind) if column is None else column.cast(kind)
+        except pa.ArrowException as error:
+            raise PrismError(f"The column {name} of unit {unit} must be {kind} ({quoted(error, 120)}).") from error
+        if name in REQUIRED and columns[name].null_count:
+            raise PrismError(f"The column {name} of unit {unit} must hold a text in each row.")
+    scores = {name: videos[name] for name in videos.column_names if name not in ROW_COLUMNS}
+    return pa.table({**columns, **scores})
+
+
+# -- the first schema
+
+
+def write_store(
+    folder: Path,
+    videos: pa.Table,
+    latents: Tensor,
+    pairs: pa.Table,
+    meta: Mapping[str, Any],
+    trajectories: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    eight_bits: bool = False,
+) -> None:
+    """Write a store into ``folder``, which exists (take it from ``files.new_folder``), and check it by opening it.
+
+    Args:
+        videos: one row per video: video, prompt, seed, split, and score columns; ``shard`` and ``row`` are added here.
+        latents: (n, ...) float16 or float32, row i belongs to row i of ``videos``.
+        pairs: as ``pairs_from_scores`` gives them; soft labels and weights beside them as in ``preference.soft``.
+        meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
+        trajectories: {"states": (n, S, ...), "t": (n, S)}.
+        shard_bytes: largest size of a latent file.
+        eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
+    """
+    instance("folder", folder, str | os.PathLike, "a path")
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        raise PrismError(f"The folder {named(folder)} does not exist; make it first, with files.new_folder.")
+    instance("videos", videos, pa.Table, "a table of pyarrow")
+    instance("pairs", pairs, pa.Table, "a table of pyarrow")
+    instance("meta", meta, Mapping, "a dict")
+    shard_bytes, eight_bits = whole("shard_bytes", shard_bytes, 1, 2**62), flag("eight_bits", eight_bits)
+    if trajectories is not None and not (isinstance(trajectories, Mapping) and set(trajectories) == {"states", "t"}):
+        raise PrismError(f'trajectories must be a dict of "states" and "t"; found {quoted(trajectories, 80)}.')
+    for name, tensor in {"latents": latents, **(trajectories or {})}.items():
+        instance(name, tensor, Tensor, "a tensor with one row per video")
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            raise PrismError(f"{name} must be (n, ...) floating-point numbers; found {quoted(tensor, 80)}.")
+    count = len(videos)
+    tensors = {"latents": latents, **(trajectories or {})}
+    for name, tensor in tensors.items():
+        if len(tensor) != count:
+            raise PrismError(f"The store needs one row of {name} per video, found {len(tensor)} for {count} videos.")
+    rows = max(1, shard_bytes // max(1, latents[:1].numel() * latents.element_size()))
+    index = np.arange(count)
+    videos = videos.select([name for name in videos.column_names if name not in ("shard", "row")])
+    videos = videos.append_column("shard", pa.array(index // rows)).append_column("row", pa.array(index % rows))
+    for shard, start in enumerate(range(0, count, rows)):
+        piece = slice(start, start + rows)
+        kept = _in_eight_bits(latents[piece]) if eight_bits else {"latents": latents[piece].contiguous()}
+        save_file(kept, folder / f"latents-{shard:05d}.safetensors")
+        if trajectories is not None:
+            states = {name: trajectories[name][piece].contiguous() for name in ("states", "t")}
+            save_file(states, folder / f"trajectory-{shard:05d}.safetensors")
+    pq.write_table(videos, folder / "videos.parquet")
+    pq.write_table(pairs, folder / "pairs.parquet")
+    written = [path for kind in ("parquet", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
+    seals = {path.name: files.sha256(path) for path in written}
+    files.write_json(folder / "store.json", {"schema": FIRST_SCHEMA, **meta, "sha256": seals})
+    LatentStore.open(folder)
+
+
+def _in_eight_bits(latents: Tensor) -> dict[str, Tensor]:
+    scale = (latents.float().abs().amax(0, keepdim=True) / 127).clamp(min=1e-12)
+    return {"latents": (latents.float() / scale).round().to(torch.int8), "scale": scale}
