@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prism.decoding import MOST_FRAMES, PICTURES, Decoder, Stills, Timeline, decoder, picture_files
-from prism.errors import PrismError, choice, number, quoted, reason, whole
+from prism.decoding import MOST_FRAMES, Decoder, Timeline
+from prism.errors import PrismError, choice, number, quoted, whole
+from prism.sources import opened
 
 STARTS = ("first", "middle", "uniform")
 FITS = ("crop", "pad", "stretch")
@@ -108,7 +107,7 @@ def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None 
     if not isinstance(policy, FramePolicy):
         raise PrismError(f"The frame policy must be a prism.video.FramePolicy; found {quoted(policy, 80)}.")
     rate = number("The fps of a clip", fps, 0.001, 1000) if fps is not None else policy.fps
-    file, name = _opened(source, rate)
+    file, name = opened(source, rate)
     timeline = file.timeline()
     numbers = _taken(timeline, policy, name)
     frames, info = _decoded(file, timeline, numbers, policy, name)
@@ -122,50 +121,9 @@ def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None 
 def probe(source: Any, fps: float | None = None) -> ClipInfo:
     """Facts of a video, as `read_clip` takes it, for which one frame is decoded. Raises `PrismError` as it does."""
     rate = number("The fps of a clip", fps, 0.001, 1000) if fps is not None else None
-    file, name = _opened(source, rate)
+    file, name = opened(source, rate)
     timeline = file.timeline()
     return _decoded(file, timeline, np.zeros(1, np.int64), FramePolicy(), name)[1]
-
-
-def _opened(source: Any, fps: float | None) -> tuple[Decoder, str]:
-    """The decoder of a source, and its name in sentences."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        name = f"The video of {len(source):,} bytes"
-        return decoder(bytes(source), name), name
-    if isinstance(source, list | tuple):
-        name = f"The video of {len(source)} pictures"
-        files = [bytes(item) if isinstance(item, bytes | bytearray | memoryview) else _path(item) for item in source]
-        if not files:
-            raise PrismError("A video is given as an empty list; picture files are needed.")
-        return Stills(files, name, fps), name
-    path = _path(source)
-    name = f"The video {quoted(path)}"
-    try:
-        is_folder, exists = os.path.isdir(path), os.path.exists(path)
-    except (OSError, ValueError) as error:
-        raise PrismError(f"{name} cannot be read: {reason(error)}.") from error
-    if is_folder:
-        pictures = picture_files(Path(path))
-        if not pictures:
-            raise PrismError(f"{name} is a folder without pictures; {', '.join(PICTURES)} are read.")
-        return Stills(pictures, name, fps), name
-    if not exists:
-        raise PrismError(f"{name} does not exist.")
-    if not os.path.isfile(path):
-        raise PrismError(f"{name} is no file.")
-    return decoder(path, name), name
-
-
-def _path(source: Any) -> str:
-    try:
-        path = os.fsdecode(source)
-    except TypeError as error:
-        raise PrismError(
-            f"A video is given as {quoted(source, 80)}; a path, bytes or a list of picture files is needed."
-        ) from error
-    if "\0" in path:
-        raise PrismError(f"The video {quoted(path)} cannot be read: its name holds a null character.")
-    return path
 
 
 def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:

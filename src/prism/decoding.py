@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +15,12 @@ from prism.errors import PrismError, quoted, reason
 
 MOST_PIXELS = 2**26  # per frame; 8K has half of that
 MOST_FRAMES = 10**6  # per file
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 # No playlists and no lists of files, which would open others; no formats of devices.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,obu,m4v,"
     "yuv4mpegpipe,dv,rm,swf,gif,apng"
 )
-_STILLS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # PIL's EPS would run Ghostscript
+_STILLS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # PIL's EPS would run Ghostscript
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _FASTEST = 0.1  # seconds that a frame of an animation lasts which says 0, as browsers have it
 
@@ -57,6 +55,8 @@ class Decoder(Protocol):
 def decoder(data: str | bytes, name: str) -> Decoder:
     """The decoder of a file, by its path or its bytes, chosen by how it begins. Raises `PrismError` for no file."""
     if isinstance(data, str):
+        if os.path.exists(data) and not os.path.isfile(data):  # a pipe would wait for ever
+            raise PrismError(f"{name} is no file.")
         try:
             with open(data, "rb") as file:
                 head = file.read(200)
@@ -274,9 +274,11 @@ class Animation:
         from PIL import Image
 
         try:
-            with Image.open(self._data if isinstance(self._data, str) else io.BytesIO(self._data), formats=_STILLS) as (
-                picture
-            ):
+            Image.init()
+            known = [each for each in _STILLS if each in Image.OPEN]  # AVIF not in every Pillow
+            with Image.open(
+                self._data if isinstance(self._data, str) else io.BytesIO(self._data), "r", known
+            ) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise PrismError(
                         f"{self.name} states {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are read."
@@ -307,36 +309,6 @@ class Animation:
                 file.seek(max(0, os.path.getsize(self._data) - 16))
                 tail = file.read()
         return head == b"GIF8" and not tail.rstrip(b"\0").endswith(b";")
-
-
-class Stills:
-    """Pictures in order, each by its path or its bytes, as the frames of one video."""
-
-    def __init__(self, files: Sequence[str | bytes], name: str, fps: float | None):
-        self.name = name
-        self._files = files
-        self._fps = fps
-
-    def timeline(self) -> Timeline:
-        rate, count = self._fps or 1.0, len(self._files)
-        return Timeline(np.arange(count) / rate, count / rate, count, timed=self._fps is not None)
-
-    def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
-        for number in numbers:
-            file = self._files[number]
-            path = f" ({quoted(file, 120)})" if isinstance(file, str) else ""
-            each = decoder(file, f"Frame {number}{path} of {self.name[0].lower()}{self.name[1:]}")
-            if isinstance(each, Movie):
-                raise PrismError(f"{each.name} is no picture; a list or folder of frames holds PNG, JPEG or WebP.")
-            for _, pixels, ratio in each.pictures([0]):
-                yield number, pixels, ratio
-
-
-def picture_files(folder: Path) -> list[str]:
-    """The pictures of a folder in the order of the numbers in their names: frame_2 goes before frame_10."""
-    names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURES) and not name.startswith(".")]
-    key = {name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in names}
-    return [str(folder / name) for name in sorted(names, key=lambda name: (key[name], name))]
 
 
 def _upright(pixels: np.ndarray, ratio: float, matrix: np.ndarray) -> tuple[np.ndarray, float]:
