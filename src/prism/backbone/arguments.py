@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call: checked, pictures made RGB, and repeated or shared out by row."""
+"""The arguments of a pipeline's call: check and normalise them, and repeat or split them by row."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from prism.video import frames, read_video
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # ranges that are sane
+STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0, 1000.0)  # plausible ranges
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
 _WHOLE |= {"max_sequence_length": (1, 1_000_000)}
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
-_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt")  # 1, also where it is said
+_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt")  # only 1 is allowed, and dropped
 _PICTURES = ("image", "last_image", "video")
-_LISTED = (*_PICTURES, "negative_prompt")  # of which there may be one per prompt
-_TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")  # how names of embeddings begin
+_LISTED = (*_PICTURES, "negative_prompt")  # lists of one per prompt are allowed
+_TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")  # prefixes of names of embeddings
 
 
 def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call with whole numbers as ints, pictures as RGB images, and tensors that any code may use.
+    """The call with whole numbers as ints, pictures as RGB images, and inference tensors copied to plain ones.
 
-    Pictures of any mode, bytes (H, W, C) and paths of local files are what diffusers' `load_image` makes of them; other
-    arrays and tensors are the pipeline's own affair. Raises PrismError for numbers out of range, NaN, and files that
-    cannot be read.
+    Pictures of any mode, bytes (H, W, C) and paths of local files become what diffusers' `load_image` makes of them;
+    other arrays and tensors pass unchanged to the pipeline. Raises PrismError for numbers out of range, NaN, and files
+    that cannot be read.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in call.items():
         if name in _DEFAULT and value is not None and whole(name, value) == 1:
             continue
@@ -62,8 +62,8 @@ def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
             value = value.clone()
         elif name in _PICTURES:
             value = _pictures(name, value)
-        found[name] = value
-    return found
+        arguments[name] = value
+    return arguments
 
 
 def _pictures(name: str, value: Any) -> Any:
@@ -87,25 +87,27 @@ def _opened(name: str, path: str) -> Any:
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception as error:  # Pillow's readers raise what they like on broken files
+    except Exception as error:  # Pillow's readers raise errors of any kind on broken files
         reason = quoted(getattr(error, "strerror", None) or error, 160).rstrip(".")
         raise PrismError(f"The {name} {quoted(path, 120)} cannot be read: {reason}.") from error
 
 
-# -- what there is one of per prompt
+# -- arguments with one row per prompt
 
 
 def embedded_rows(call: Mapping[str, Any]) -> int:
     """The number of prompts that a call gives as embeddings, 0 where it gives none."""
-    given = [value for name, value in call.items() if name.startswith("prompt") and "embeds" in name]
+    embeddings = [value for name, value in call.items() if name.startswith("prompt") and "embeds" in name]
     rows = (
-        len(value) if getattr(value, "ndim", 1) else 1 for value in given if isinstance(value, Tensor | list | tuple)
+        len(value) if getattr(value, "ndim", 1) else 1
+        for value in embeddings
+        if isinstance(value, Tensor | list | tuple)
     )
     return next(rows, 0)
 
 
 def _is_embedding(name: str, value: Any) -> bool:
-    """Whether an argument is a text's embeddings, or a mask or pooled vector beside them."""
+    """True for a text's embeddings, and for a mask or pooled vector that goes with them."""
     return name.startswith(_TEXTS) and isinstance(value, Tensor) and not name.endswith("cu_seqlens") and value.ndim > 0
 
 
@@ -133,26 +135,26 @@ def _check_embeddings(call: Mapping[str, Any]) -> None:
         if plain and value is not None:
             _check_numbers(name, value)
     for name, value in call.items():
-        own = call.get(name.removeprefix("negative_")) if "embeds" in name and "mask" not in name else None
+        positive = call.get(name.removeprefix("negative_")) if "embeds" in name and "mask" not in name else None
         if (
-            isinstance(own, Tensor)
+            isinstance(positive, Tensor)
             and isinstance(value, Tensor)
-            and (own.ndim, own.shape[-1]) != (value.ndim, value.shape[-1])
+            and (positive.ndim, positive.shape[-1]) != (value.ndim, value.shape[-1])
         ):
             raise PrismError(
                 f"{name} and {name.removeprefix('negative_')} must be of one width; found the shapes "
-                f"{tuple(value.shape)} and {tuple(own.shape)}."
+                f"{tuple(value.shape)} and {tuple(positive.shape)}."
             )
     rows = {name: len(value) for name, value in call.items() if _is_embedding(name, value)}
     if len({count for count in rows.values() if count != 1}) > 1 or 0 in rows.values():
-        told = ", ".join(f"{name} {count}" for name, count in rows.items())
+        counts = ", ".join(f"{name} {count}" for name, count in rows.items())
         raise PrismError(
-            f"The embeddings are of different numbers of prompts ({told}); give one row, or one per prompt."
+            f"The embeddings are of different numbers of prompts ({counts}); give one row, or one per prompt."
         )
 
 
 def _check_numbers(name: str, value: Tensor) -> None:
-    """Raise PrismError for embeddings or a mask without numbers in it, and for such as no text encoder gives."""
+    """Raise PrismError for embeddings or a mask without numbers, and for embeddings that no text encoder gives."""
     wrong = (
         "no numbers, on the device meta"
         if value.is_meta
@@ -170,36 +172,36 @@ def _check_numbers(name: str, value: Tensor) -> None:
         raise PrismError(f"{name} must be a dense tensor of finite floating-point numbers; found {wrong}.")
 
 
-def of_prompt(call: Mapping[str, Any], place: int, prompts: int) -> dict[str, Any]:
-    """The call of one of several prompts: its own of what was given as one per prompt."""
-    own = dict(call)
+def of_prompt(call: Mapping[str, Any], row: int, prompts: int) -> dict[str, Any]:
+    """The call for one of several prompts: of arguments with one row per prompt, its `row`."""
+    row_call = dict(call)
     for name, value in call.items():
         if _is_embedding(name, value) and len(value) > 1:
-            own[name] = _row(name, value, place, prompts)
+            row_call[name] = _row(name, value, row, prompts)
         elif name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(value) > 2:
-            own[name] = value.new_tensor([0, int(value[place + 1] - value[place])])
+            row_call[name] = value.new_tensor([0, int(value[row + 1] - value[row])])
         elif name in _LISTED and isinstance(value, list | tuple) and not is_single(name, value):
-            if name == "negative_prompt" and len(value) == 1:  # the pipeline's own way to say one
+            if name == "negative_prompt" and len(value) == 1:  # pipelines take it as one for all prompts
                 continue
-            own[name] = _row(name, value, place, prompts)
-    return own
+            row_call[name] = _row(name, value, row, prompts)
+    return row_call
 
 
-def _row(name: str, value: Any, place: int, prompts: int) -> Any:
+def _row(name: str, value: Any, row: int, prompts: int) -> Any:
     if len(value) != prompts:
         raise PrismError(f"{name} has {len(value)} entries for {prompts} prompts; give one, or one per prompt.")
-    return value[place : place + 1] if isinstance(value, Tensor) else value[place]
+    return value[row : row + 1] if isinstance(value, Tensor) else value[row]
 
 
 def is_single(name: str, value: Any) -> bool:
-    """Whether a call's `image` or `video` is one for all rows, not a list with one a row; a video lists its frames."""
+    """True where `image` or `video` is one for all rows, not a list of one per row (a video is a list of frames)."""
     if name == "video" and isinstance(value, list | tuple) and value:
         value = value[0]
     return value is not None and not isinstance(value, list | tuple)
 
 
 def check_encoders(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any], guided: bool) -> None:
-    """Raise PrismError where a text has to be encoded and the pipeline has nothing to do it with.
+    """Raise PrismError where a text has to be encoded and the pipeline has no encoder or tokenizer for it.
 
     `taken` are the arguments that the pipeline's call takes.
     """
@@ -218,7 +220,7 @@ def check_encoders(pipe: Any, taken: Mapping[str, Any], call: Mapping[str, Any],
 
 
 def check_output_type(pipe: Any, output_type: Any) -> None:
-    """Raise PrismError for a form of output that the pipeline's processor of videos does not make."""
+    """Raise PrismError for an `output_type` that the pipeline's video processor does not make."""
     make = getattr(getattr(pipe, "video_processor", None), "postprocess_video", None)
     if output_type in (None, "latent") or make is None:
         return
@@ -230,9 +232,9 @@ def check_output_type(pipe: Any, output_type: Any) -> None:
 
 
 def texts(prompts: Any, name: str = "prompt") -> list[str | None]:
-    """A list of prompts, of whatever library, as plain texts; None stays None.
+    """A text or an iterable of texts (numpy's, pandas'), as a list of plain texts; None stays None.
 
-    Raises PrismError for what is neither a text nor a list of texts.
+    Raises PrismError for anything else.
     """
     if prompts is None or isinstance(prompts, str):
         rows: Sequence[Any] = [prompts]
@@ -262,11 +264,11 @@ def _is_unicode(text: str) -> bool:
 # Arguments with a row per prompt: prompt_2, prompt_embeds, prompt_embeds_mask, negative_pooled_prompt_embeds, ...
 _OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention_mask\w*|_mask\w*|_cu_seqlens)?$")
 
-# Pictures of adapters beside the prompt, whose rows and lists mean something else in each pipeline, and which none
-# repeats for a batch: a call that holds one is made a row at a time.
+# Pictures for adapters. Their rows and lists have another meaning in each pipeline, and no pipeline repeats them for a
+# batch: a call with one is made one row at a time.
 _OF_AN_ADAPTER = re.compile(r"(negative_)?ip_adapter_image(_embeds)?$")
 
-# Call arguments that do not change what the denoiser is told of a prompt.
+# Call arguments that do not change a conditioning.
 _IRRELEVANT = frozenset(
     [
         *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
@@ -277,61 +279,61 @@ _IRRELEVANT = frozenset(
 
 
 def is_relevant(family: Family, name: str) -> bool:
-    """Whether a call argument may change what the denoiser is told. An embedded guidance scale does."""
+    """Tell whether a call argument may change a conditioning. An embedded guidance scale does."""
     if name == "guidance_scale" and family.guidance == "true_cfg_scale":
         return True
     return name not in _IRRELEVANT and not name.startswith("negative_")
 
 
 def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call arguments that may change what the denoiser is told; all of them beside an adapter's pictures, which
-    hold rows for the guidance too."""
+    """The call arguments that may change a conditioning; all of them where there are an adapter's pictures, which hold
+    rows for the guidance too."""
     shown = shows_adapters(call)
     return {name: value for name, value in call.items() if name != "generator" and (shown or is_relevant(family, name))}
 
 
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
-    """The arguments, of those that are `taken`, that spare a call its unconditional rows."""
+    """Arguments, of those `taken` by the pipeline's call, that turn guidance off, sparing the unconditional rows."""
     names = () if shows_adapters(call) else (family.guidance, "min_guidance_scale")
     return {name: 1.0 for name in names if name in taken}
 
 
 def shows_adapters(call: Mapping[str, Any]) -> bool:
-    """Whether a call holds pictures of an adapter (IP-Adapter), which stand for one row."""
+    """Tell whether a call holds pictures of an adapter (IP-Adapter), which are for one row."""
     return any(_OF_AN_ADAPTER.match(name) and value is not None for name, value in call.items())
 
 
 def draws_conditions(family: Family, call: Mapping[str, Any]) -> bool:
     """See `Backbone.draws_conditions`."""
     plain = (str, int, float, bool, type(None))
-    told = {name: value for name, value in call.items() if is_relevant(family, name) and "prompt" not in name}
-    return any(not isinstance(value, plain) for value in told.values())
+    conditions = {name: value for name, value in call.items() if is_relevant(family, name) and "prompt" not in name}
+    return any(not isinstance(value, plain) for value in conditions.values())
 
 
 def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that make one stock call of several rows: prompts, CPU generators, and once a row whatever `call`
-    holds for one: the image, negative prompts, and prompts' embeddings with their masks and pooled vectors.
+    """The arguments that make one stock call of several rows: prompts, CPU generators, and, repeated per row, the
+    arguments that `call` holds for one: image, negative prompts, embeddings with their masks and pooled vectors.
 
-    Raises PrismError for an argument with some other number of rows than one.
+    Raises PrismError for an argument that has not exactly one row.
     """
     n = len(prompts)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    found: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
+    arguments: dict[str, Any] = {"generator": generators if n > 1 else generators[0]}
     if family.takes_prompts and not embedded_rows(call):
-        found["prompt"] = prompts[0] if family.single_prompt else list(prompts)
+        arguments["prompt"] = prompts[0] if family.single_prompt else list(prompts)
     if family.image_form == "list":
-        found |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
+        arguments |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
     for name, value in call.items():
         if name.startswith("negative_prompt") and isinstance(value, str):
-            found |= {name: [value] * n} if family.negative_prompt_form == "list" else {}
+            arguments |= {name: [value] * n} if family.negative_prompt_form == "list" else {}
         elif n > 1 and _OF_A_PROMPT.match(name) and isinstance(value, str | Tensor | list | tuple):
-            found[name] = _repeated(name, [value] if isinstance(value, str) else value, n)
-    return found
+            arguments[name] = _repeated(name, [value] if isinstance(value, str) else value, n)
+    return arguments
 
 
 def _repeated(name: str, value: Any, n: int) -> Any:
     """One row, n times."""
-    if name.endswith("cu_seqlens"):  # of Kandinsky 5: where texts that lie one after another begin, and the last ends
+    if name.endswith("cu_seqlens"):  # of Kandinsky 5: bounds of the texts in one concatenated tensor
         if len(value) == 2:
             return value[-1] * torch.arange(n + 1, device=value.device, dtype=value.dtype)
     elif len(value) == 1:

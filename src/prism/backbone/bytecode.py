@@ -1,4 +1,4 @@
-"""The ways through a function's bytecode, of Python 3.10 to 3.13, with symbols in the place of values."""
+"""Symbolic execution of a function's bytecode (Python 3.10 to 3.13), along all of its paths."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prism.backbone.symbols import Code, Unclear, Value, Way
+from prism.backbone.symbols import Code, Path, Unclear, Value
 
 if TYPE_CHECKING:
     from prism.backbone.flow import Flow
 
-STEPS, VISITS = 40_000, 64  # of instructions in all, of one instruction in one call
+STEPS, VISITS = 40_000, 64  # limits: instructions in all; visits of one instruction in one call
 _NOTHING = {"NOP", "RESUME", "CACHE", "PRECALL", "EXTENDED_ARG", "MAKE_CELL", "COPY_FREE_VARS", "POP_BLOCK"}
 _NOTHING |= {"SETUP_ANNOTATIONS", "NOT_TAKEN"}
-# Instructions that take values off the stack and put one on, by how many they take.
+# Instructions that pop values off the stack and push one, by the number that they pop.
 _TAKES = {"GET_ITER": 1, "GET_YIELD_FROM_ITER": 1, "FORMAT_SIMPLE": 1, "CONVERT_VALUE": 1, "FORMAT_WITH_SPEC": 2}
 _TAKES |= {"TO_BOOL": 1, "COMPARE_OP": 2, "IS_OP": 2, "CONTAINS_OP": 2, "BINARY_SLICE": 3, "LIST_TO_TUPLE": 1}
 _TAKES |= {"CALL_INTRINSIC_1": 1, "CALL_INTRINSIC_2": 2, "IMPORT_NAME": 2, "YIELD_FROM": 2}
@@ -29,72 +29,72 @@ _OLD, _VERSION = sys.version_info < (3, 11), sys.version_info[:2]
 
 
 class _Frame(NamedTuple):
-    place: int
+    position: int
     stack: list[Value]
     local: dict[str, Value]
-    way: Way
-    names: tuple[str, ...]  # of the keywords of the next call
+    path: Path
+    names: tuple[str, ...]  # keywords of the next call
     visits: dict[int, int]
 
 
-def ways(flow: Flow, inner: Code, local: dict[str, Value], way: Way, depth: int) -> list[tuple[Value, Way]]:
-    """The result of each way through a function that ends with one, and that way."""
-    return _Run(flow, inner, depth).all(local, way)
+def paths(flow: Flow, inner: Code, local: dict[str, Value], path: Path, depth: int) -> list[tuple[Value, Path]]:
+    """The result and path of each end of a function, by `return`; paths that raise have none."""
+    return _Run(flow, inner, depth).all(local, path)
 
 
 class _Run:
     def __init__(self, flow: Flow, inner: Code, depth: int):
         self.flow, self.inner, self.depth = flow, inner, depth
         self.code = list(dis.get_instructions(inner.code))
-        self.places = {each.offset: place for place, each in enumerate(self.code)}
+        self.indices = {each.offset: index for index, each in enumerate(self.code)}
         self.tries: dict[int, list[Any]] = {}
         for entry in getattr(dis.Bytecode(inner.code), "exception_entries", ()):  # from Python 3.11
-            if (target := self.places.get(entry.target)) is not None and not self._of_with(target):
-                self.tries.setdefault(self.places.get(entry.start, -1), []).append((target, entry.depth, entry.lasti))
-        self.targets = {place for place, each in enumerate(self.code) if each.is_jump_target}
-        self.ends: list[tuple[Value, Way]] = []
+            if (target := self.indices.get(entry.target)) is not None and not self._of_with(target):
+                self.tries.setdefault(self.indices.get(entry.start, -1), []).append((target, entry.depth, entry.lasti))
+        self.targets = {index for index, each in enumerate(self.code) if each.is_jump_target}
+        self.ends: list[tuple[Value, Path]] = []
 
     def _of_with(self, target: int) -> bool:
         return any(each.opname == "WITH_EXCEPT_START" for each in self.code[target : target + 3])
 
-    def all(self, local: dict[str, Value], way: Way) -> list[tuple[Value, Way]]:
-        self.ahead = [_Frame(0, [], local, way, (), {})]
-        passed: dict[Any, Way] = {}
+    def all(self, local: dict[str, Value], path: Path) -> list[tuple[Value, Path]]:
+        self.ahead = [_Frame(0, [], local, path, (), {})]
+        passed: dict[Any, Path] = {}
         counts: dict[int, int] = {}
         while self.ahead:
             frame = self.ahead.pop()
             forks = True
             while frame is not None:
                 self.flow.steps += 1
-                place = frame.place
-                if forks:  # ways that meet again with all the same go on as one
+                index = frame.position
+                if forks:  # paths that meet again in the same state are merged
                     key = _key(frame)
-                    if (first := passed.setdefault(key, frame.way)) is not frame.way:
-                        first.join(frame.way)
+                    if (first := passed.setdefault(key, frame.path)) is not frame.path:
+                        first.join(frame.path)
                         break
-                    counts[place] = counts.get(place, 0) + 1
-                    if counts[place] > VISITS or self.flow.steps > STEPS:
+                    counts[index] = counts.get(index, 0) + 1
+                    if counts[index] > VISITS or self.flow.steps > STEPS:
                         self.flow.capped = True
                         break
-                for target, height, last in self.tries.get(place, ()):
+                for target, height, last in self.tries.get(index, ()):
                     if -target not in frame.visits:
                         frame.visits[-target] = 1
-                        other = frame.way.copy()
-                        other.parted = True
-                        unknown = [self.flow.none] * (2 if last else 1)
-                        self._later(frame, target, [*frame.stack[:height], *unknown], other)
+                        other = frame.path.copy()
+                        other.forked = True
+                        exception = [self.flow.none] * (2 if last else 1)
+                        self._later(frame, target, [*frame.stack[:height], *exception], other)
                 frame, forks = self._step(frame)
         return self.ends
 
-    def _later(self, frame: _Frame, place: int, stack: list[Value], way: Way) -> None:
-        self.ahead.append(_Frame(place, stack, dict(frame.local), way, (), dict(frame.visits)))
+    def _later(self, frame: _Frame, index: int, stack: list[Value], path: Path) -> None:
+        self.ahead.append(_Frame(index, stack, dict(frame.local), path, (), dict(frame.visits)))
 
     def _step(self, frame: _Frame) -> tuple[Any, bool]:
-        """The frame after an instruction, or None, and whether other ways may come to its place."""
-        flow, (place, stack, local, way, names, visits) = self.flow, frame
-        each = self.code[place]
-        kind, argument, value = each.opname, each.arg or 0, each.argval
-        after = place + 1
+        """The frame after an instruction, or None where the path ends, and whether other paths may reach that frame."""
+        flow, (index, stack, local, path, names, visits) = self.flow, frame
+        instruction = self.code[index]
+        kind, argument, value = instruction.opname, instruction.arg or 0, instruction.argval
+        after = index + 1
 
         def take(count: int) -> list[Value]:
             if count > len(stack):
@@ -108,64 +108,64 @@ class _Run:
         elif kind == "LOAD_CONST":
             stack.append(flow.constant(value))
         elif kind in ("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW", "LOAD_CLOSURE", "LOAD_FAST_AND_CLEAR"):
-            stack.append(self._variable(value, local, way))
+            stack.append(self._variable(value, local, path))
         elif kind in ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"):
-            stack.extend(self._variable(name, local, way) for name in value)
+            stack.extend(self._variable(name, local, path) for name in value)
         elif kind in ("STORE_FAST", "STORE_FAST_MAYBE_NULL"):
             local[value] = take(1)[0]
         elif kind == "STORE_FAST_STORE_FAST":
             local[value[0]], local[value[1]] = reversed(take(2))
         elif kind == "STORE_FAST_LOAD_FAST":
             local[value[0]] = take(1)[0]
-            stack.append(self._variable(value[1], local, way))
+            stack.append(self._variable(value[1], local, path))
         elif kind in ("LOAD_DEREF", "LOAD_CLASSDEREF"):
-            stack.append(self._variable(value, local, way))
+            stack.append(self._variable(value, local, path))
         elif kind == "STORE_DEREF":
-            self._store(value, take(1)[0], local, way)
+            self._store(value, take(1)[0], local, path)
         elif kind == "LOAD_GLOBAL":
             stack.extend(
-                [flow.null, self._global(value, way)] if argument & 1 and not _OLD else [self._global(value, way)]
+                [flow.null, self._global(value, path)] if argument & 1 and not _OLD else [self._global(value, path)]
             )
         elif kind == "STORE_GLOBAL":
             flow.written.add((id(self.inner.scope), value))
-            way.memory[id(self.inner.scope), value] = take(1)[0]
+            path.memory[id(self.inner.scope), value] = take(1)[0]
         elif kind in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
             if kind == "LOAD_SUPER_ATTR":
-                owner, own = take(3)[1:]
-                stack.append(flow.super(owner, own))
-            found = flow.attribute(take(1)[0], value, way, self.depth)
+                owner, instance = take(3)[1:]
+                stack.append(flow.super(owner, instance))
+            attribute = flow.attribute(take(1)[0], value, path, self.depth)
             method = kind == "LOAD_METHOD" or (argument & 1 and _VERSION >= (3, 12))
-            stack.extend([flow.null, found] if method else [found])
+            stack.extend([flow.null, attribute] if method else [attribute])
         elif kind == "STORE_ATTR":
             new, target = take(2)
-            flow.set_attribute(target, value, new, way)
+            flow.set_attribute(target, value, new, path)
         elif kind == "PUSH_NULL":
             stack.append(flow.null)
         elif kind == "KW_NAMES":
             names = value if isinstance(value, tuple) else self.inner.code.co_consts[argument]
-            return _Frame(after, stack, local, way, names, visits), False
+            return _Frame(after, stack, local, path, names, visits), False
         elif kind in ("CALL", "CALL_KW", "CALL_METHOD", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX"):
             return self._call(kind, argument, names, take, frame)
         elif kind == "BINARY_SUBSCR":
             target, key = take(2)
-            stack.append(flow.item(target, key, way))
+            stack.append(flow.item(target, key, path))
         elif kind == "DELETE_SUBSCR":
-            flow.change(way, *take(2))
+            flow.change(path, *take(2))
         elif kind == "STORE_SUBSCR":
             new, target, key = take(3)
-            flow.change(way, target, key, new)
-            way.memory[target, "[]", key] = new
+            flow.change(path, target, key, new)
+            path.memory[target, "[]", key] = new
         elif kind == "STORE_SLICE":
             new, target, *ends = take(4)
-            flow.change(way, target, *ends, new)
+            flow.change(path, target, *ends, new)
         elif kind == "BINARY_OP" or kind.startswith(("BINARY_", "INPLACE_")):
             if kind == "BINARY_SLICE":
                 stack.append(flow.made(kind, *take(3)))
             else:
                 left, right = take(2)
-                inplace = kind.startswith("INPLACE_") or (kind == "BINARY_OP" and each.argrepr.endswith("="))
+                inplace = kind.startswith("INPLACE_") or (kind == "BINARY_OP" and instruction.argrepr.endswith("="))
                 if inplace and (left.inputs or hasattr(left.concrete, "__iadd__")):
-                    flow.change(way, left, right)
+                    flow.change(path, left, right)
                 stack.append(flow.made((kind.replace("INPLACE", "BINARY"), argument), left, right))
         elif kind in _TAKES or kind.startswith("UNARY_"):
             parts = take(_TAKES.get(kind, 1))
@@ -208,27 +208,29 @@ class _Run:
             stack.append(flow.made("len", stack[-1]))
         elif kind == "UNPACK_SEQUENCE":
             whole = take(1)[0]
-            known = whole.op == "build" and len(whole.parts) == argument
-            parts = list(whole.parts) if known else [flow.item(whole, flow.constant(n), way) for n in range(argument)]
+            is_built = whole.op == "build" and len(whole.parts) == argument
+            parts = (
+                list(whole.parts) if is_built else [flow.item(whole, flow.constant(n), path) for n in range(argument)]
+            )
             stack.extend(reversed(parts))
         elif kind == "UNPACK_EX":
             whole, count = take(1)[0], (argument & 0xFF) + (argument >> 8) + 1
-            stack.extend(flow.item(whole, flow.constant(("of", n)), way) for n in reversed(range(count)))
+            stack.extend(flow.item(whole, flow.constant(("of", n)), path) for n in reversed(range(count)))
         elif kind == "IMPORT_FROM":
-            stack.append(flow.attribute(stack[-1], value, way, self.depth))
+            stack.append(flow.attribute(stack[-1], value, path, self.depth))
         elif kind == "LOAD_ASSERTION_ERROR":
             stack.append(flow.object(AssertionError))
         elif kind == "MAKE_FUNCTION":
             self._make(argument, take, frame)
         elif kind == "SET_FUNCTION_ATTRIBUTE":
-            attribute, function = take(2)
-            stack.append(flow.function(function.parts[0], attribute) if argument == 1 else function)
+            defaults, function = take(2)
+            stack.append(flow.function(function.parts[0], defaults) if argument == 1 else function)
         elif kind in ("BEFORE_WITH", "SETUP_WITH"):
             context = take(1)[0]
             stack.extend([flow.made("exit"), flow.made("entered", context)])
         elif kind == "SETUP_FINALLY":
-            handler, other = self.places[value], way.copy()
-            other.parted = True
+            handler, other = self.indices[value], path.copy()
+            other.forked = True
             if not self._of_with(handler):
                 self._later(frame, handler, [*stack, *[flow.none] * 6], other)
         elif kind == "PUSH_EXC_INFO":
@@ -246,41 +248,41 @@ class _Run:
             stack.append(flow.none)
         elif kind in ("RETURN_VALUE", "RETURN_CONST"):
             result = take(1)[0] if kind == "RETURN_VALUE" else flow.constant(value)
-            self.ends.append((local.get(".yields", result), way))
+            self.ends.append((local.get(".yields", result), path))
             return None, False
         elif kind in ("RAISE_VARARGS", "RERAISE"):
             return None, False
         elif kind == "END_FOR":
             take(2 if _VERSION == (3, 12) else 1)
         elif kind == "FOR_ITER":
-            return self._loop(self.places[value], frame), True
+            return self._loop(self.indices[value], frame), True
         elif kind.startswith("JUMP_") and "IF" not in kind:
-            back = self.places[value] <= place
+            back = self.indices[value] <= index
             if back:
-                visits[place] = visits.get(place, 0) + 1
+                visits[index] = visits.get(index, 0) + 1
             return (
-                None if visits.get(place, 0) > 3 else _Frame(self.places[value], stack, local, way, (), visits)
+                None if visits.get(index, 0) > 3 else _Frame(self.indices[value], stack, local, path, (), visits)
             ), True
         elif "JUMP" in kind and "IF" in kind:
-            return self._branch(kind, self.places[value], take, frame), True
+            return self._branch(kind, self.indices[value], take, frame), True
         else:
             raise Unclear
-        kept = names if kind in _NOTHING else ()  # between KW_NAMES and CALL
-        return _Frame(after, stack, local, way, kept, visits), after in self.targets
+        pending = names if kind in _NOTHING else ()  # between KW_NAMES and CALL
+        return _Frame(after, stack, local, path, pending, visits), after in self.targets
 
     # -- names
 
-    def _variable(self, name: str, local: dict[str, Value], way: Way) -> Value:
-        if ("cell", name) in way.memory and name in self.inner.code.co_cellvars:
-            return way.memory["cell", name]
+    def _variable(self, name: str, local: dict[str, Value], path: Path) -> Value:
+        if ("cell", name) in path.memory and name in self.inner.code.co_cellvars:
+            return path.memory["cell", name]
         if name in local:
             return local[name]
         if name not in self.inner.cells:
             return self.flow.null
         cell = self.inner.cells[name]
         key = ("cell", id(cell) if isinstance(cell, types.CellType) else name)
-        if key in way.memory:
-            return way.memory[key]
+        if key in path.memory:
+            return path.memory[key]
         if not isinstance(cell, types.CellType):
             return self.flow.object(cell)
         try:
@@ -288,18 +290,18 @@ class _Run:
         except ValueError:  # not filled yet
             return self.flow.kept_now()
 
-    def _store(self, name: str, value: Value, local: dict[str, Value], way: Way) -> None:
+    def _store(self, name: str, value: Value, local: dict[str, Value], path: Path) -> None:
         cell = self.inner.cells.get(name)
         if isinstance(cell, types.CellType):
             self.flow.written.add(("cell", id(cell)))
-            way.memory["cell", id(cell)] = value
+            path.memory["cell", id(cell)] = value
         else:
-            local[name] = way.memory["cell", name] = value
+            local[name] = path.memory["cell", name] = value
 
-    def _global(self, name: str, way: Way) -> Value:
+    def _global(self, name: str, path: Path) -> Value:
         key, scope = (id(self.inner.scope), name), self.inner.scope
-        if key in way.memory:
-            return way.memory[key]
+        if key in path.memory:
+            return path.memory[key]
         if key in self.flow.written or not (name in scope or hasattr(builtins, name)):
             return self.flow.kept_now()
         return self.flow.object(scope[name] if name in scope else getattr(builtins, name))
@@ -325,60 +327,60 @@ class _Run:
             raise Unclear
         if callees[0].concrete is super and not args:
             first = self.inner.code.co_varnames[0]
-            args = [self._variable(name, frame.local, frame.way) for name in ("__class__", first)]
-        ends = flow.call(callees[0], [*callees[1:], *args], kwargs, star, named, frame.way, self.depth)
-        for result, way in ends[1:]:
-            self._later(frame, frame.place + 1, [*stack, result], way)
+            args = [self._variable(name, frame.local, frame.path) for name in ("__class__", first)]
+        ends = flow.call(callees[0], [*callees[1:], *args], kwargs, star, named, frame.path, self.depth)
+        for result, path in ends[1:]:
+            self._later(frame, frame.position + 1, [*stack, result], path)
         if not ends:
             return None, False
         stack.append(ends[0][0])
-        return _Frame(frame.place + 1, stack, frame.local, ends[0][1], (), frame.visits), len(ends) > 1
+        return _Frame(frame.position + 1, stack, frame.local, ends[0][1], (), frame.visits), len(ends) > 1
 
     def _make(self, flags: int, take: Any, frame: _Frame) -> None:
         code = take(2)[0].concrete if _OLD else take(1)[0].concrete
         closure = take(flags.bit_count() if _VERSION < (3, 13) else 0)
-        variables = {name: self._variable(name, frame.local, frame.way) for name in code.co_freevars}
+        variables = {name: self._variable(name, frame.local, frame.path) for name in code.co_freevars}
         variables = {name: v if v is not self.flow.null else self.flow.kept_now() for name, v in variables.items()}
         defaults = closure[0] if flags & 1 and _VERSION < (3, 13) else None
         frame.stack.append(self.flow.function(Code(code, self.inner.scope, variables), defaults))
 
     def _loop(self, target: int, frame: _Frame) -> Any:
-        flow, (place, stack, local, way, _, visits) = self.flow, frame
-        done = visits.get(place, 0)
+        flow, (index, stack, local, path, _, visits) = self.flow, frame
+        done = visits.get(index, 0)
         iterator = stack[-1]
         if iterator.concrete is not flow.missing and hasattr(iterator.concrete, "__next__"):
-            flow.change(way, iterator)
+            flow.change(path, iterator)
             iterator = flow.kept_now()
         more = flow.made("more", iterator, flow.constant(done))
         left = [*stack[:-1]] if _VERSION < (3, 12) else [*stack, flow.none]
-        self._later(frame, target, left, way.part(more, False))
+        self._later(frame, target, left, path.fork(more, False))
         if done >= 2:
             return None
         item = flow.made("each", iterator, flow.constant(done))
-        return _Frame(place + 1, [*stack, item], local, way.part(more, True), (), {**visits, place: done + 1})
+        return _Frame(index + 1, [*stack, item], local, path.fork(more, True), (), {**visits, index: done + 1})
 
     def _branch(self, kind: str, target: int, take: Any, frame: _Frame) -> Any:
-        flow, way = self.flow, frame.way
+        flow, path = self.flow, frame.path
         tested = flow.made("match", *take(2)) if kind == "JUMP_IF_NOT_EXC_MATCH" else take(1)[0]
         stack, jumps = frame.stack, "FALSE" not in kind and "NOT_EXC" not in kind
         if "NONE" in kind:
             jumps = "NOT_NONE" not in kind
-            known = None
+            outcome = None
             if tested.op == "constant" or (tested.op == "object" and not tested.kept):
-                known = tested.concrete is None
+                outcome = tested.concrete is None
             tested = tested if tested.kept else flow.made("is none", tested)
         else:
-            known = bool(tested.concrete) if tested.op == "constant" else None
+            outcome = bool(tested.concrete) if tested.op == "constant" else None
         keeps = [tested] if kind.endswith("OR_POP") else []
-        if known is not None:
-            place = target if known == jumps else frame.place + 1
-            return _Frame(place, [*stack, *(keeps if known == jumps else [])], frame.local, way, (), frame.visits)
-        self._later(frame, target, [*stack, *keeps], way.part(tested, jumps))
-        return _Frame(frame.place + 1, stack, frame.local, way.part(tested, not jumps), (), frame.visits)
+        if outcome is not None:
+            index = target if outcome == jumps else frame.position + 1
+            return _Frame(index, [*stack, *(keeps if outcome == jumps else [])], frame.local, path, (), frame.visits)
+        self._later(frame, target, [*stack, *keeps], path.fork(tested, jumps))
+        return _Frame(frame.position + 1, stack, frame.local, path.fork(tested, not jumps), (), frame.visits)
 
 
 def _key(frame: _Frame) -> Any:
-    memory = frozenset((key, id(value)) for key, value in frame.way.memory.items())
+    memory = frozenset((key, id(value)) for key, value in frame.path.memory.items())
     local = frozenset((name, id(value)) for name, value in frame.local.items())
-    visits = frozenset((place, count) for place, count in frame.visits.items() if place >= 0)
-    return frame.place, tuple(map(id, frame.stack)), local, memory, frame.way.trace, visits
+    visits = frozenset((index, count) for index, count in frame.visits.items() if index >= 0)
+    return frame.position, tuple(map(id, frame.stack)), local, memory, frame.path.trace, visits

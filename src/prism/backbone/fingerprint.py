@@ -1,8 +1,8 @@
-"""Which backbone a head was trained on, and whether another one will do.
+"""Fingerprints of backbones: compare the one that a head was trained on with another.
 
-A fingerprint tells classes, what a head cannot do without (`needs`: blocks, widths, channels, latent layout and
-scaling), the other settings that are not their class's defaults, and a sample of the weights. Only the first two decide
-whether a head fits; the rest is warned of. Fingerprints of earlier versions hold a hash of each configuration alone.
+A fingerprint holds classes, the settings that a head depends on (`needs`: blocks, widths, channels, latent layout and
+scaling), the other settings that differ from their class's defaults, and a hash of a sample of the weights. Only the
+first two decide whether a head fits; the rest is warned of. Earlier versions hold just a hash of each configuration.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
 
-PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # what a fingerprint tells of, as sentences call it
+PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # parts in a fingerprint, and their names in messages
 ABSENT = "absent"
 # Fields of configurations whose meaning `needs` holds.
 _NEEDED = frozenset(
@@ -38,15 +38,15 @@ _NEEDED = frozenset(
         *("scale_factor_temporal", "scale_factor_spatial"),
     ]
 )
-_ROUNDING = 4e-3  # of a number that was kept in bfloat16
+_ROUNDING = 4e-3  # relative, of a number that was stored in bfloat16
 _TRIES = 5000  # earlier configurations that a hash is compared with
 
-# What versions of diffusers change in a fingerprint of the same weights.
+# Fields of a fingerprint that differ between versions of diffusers for the same weights.
 VERSIONED = ("denoiser_config", "vae_config", "settings")
 
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
-    """See `Backbone.fingerprint`. Of a partial denoiser the weights are not told: None."""
+    """See `Backbone.fingerprint`. The "weights" of a partial denoiser are None."""
     parts = _parts(backbone)
     sample = hashlib.sha256(weights_sample(parts["denoiser"]))
     of_parts: dict[str, Any] = {}
@@ -65,16 +65,16 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 def fits(
     saved: Mapping[str, Any], backbone: Backbone, parts: Sequence[str] = ("denoiser", "vae")
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """Whether what was made with the backbone of the fingerprint `saved` goes with this one.
+    """Compare a saved fingerprint with a backbone.
 
     Args:
-        saved: as of `fingerprint`, or of an earlier version; parts that it does not name are not compared.
-        backbone: the one that is there.
+        saved: from `fingerprint`, also of an earlier version; parts that it does not name are not compared.
+        backbone: the one to use with what was made with the saved one's.
         parts: "denoiser" and "vae", or one of them (latents need the VAE alone).
 
     Returns:
-        What cannot be used, as (what it was, what it is here), and what is to be warned of, as clauses that follow "was
-        made with".
+        Differences that forbid it, as (saved, present) in words, and those to warn of, as clauses that follow "was made
+        with".
     """
     present, saved = backbone.fingerprint(), _table(saved)
     refusals: list[tuple[str, str]] = []
@@ -89,7 +89,7 @@ def fits(
         elif needs is None:
             changed = _changed_since(_parts(backbone)[part], saved.get(f"{part}_config"))
             vital = [name for name in changed or () if name in _NEEDED]
-            if changed is None and part == "vae":  # nothing else tells what its latents mean
+            if changed is None and part == "vae":  # only its configuration says what its latents mean
                 hashes = (str(saved.get(f"{part}_config"))[:8], present[f"{part}_config"][:8])
                 refusals.append((f"VAE {was} (configuration {hashes[0]})", f"{found} (configuration {hashes[1]})"))
             elif changed is None:
@@ -118,16 +118,16 @@ def fits(
 
 
 def class_name(part: Any) -> str:
-    """The class of a part: diffusers' own, where one was made of it to shard, quantise or extend it."""
+    """The name of a part's class: of its base in diffusers, where it was subclassed to shard, quantise or extend it."""
     for kind in type(part).__mro__:
         if kind.__module__.startswith("diffusers.") and not kind.__name__.endswith("Mixin"):
             return kind.__name__
     names = [base.__name__ for base in type(part).__bases__]
-    return names[1] if names[0] == "FSDPModule" and len(names) > 1 else type(part).__name__  # of fully_shard
+    return names[1] if names[0] == "FSDPModule" and len(names) > 1 else type(part).__name__  # by fully_shard
 
 
 def weights_sample(module: nn.Module) -> bytes:
-    """The first numbers of each weight, with its name."""
+    """The name and the first 16 numbers of each weight."""
     return b"".join(
         name.encode() + part.flatten()[:16].float().cpu().numpy().tobytes()
         for name, value in sorted(weights(module).items())
@@ -136,18 +136,18 @@ def weights_sample(module: nn.Module) -> bytes:
 
 
 def config_text(part: Any) -> bytes:
-    """A configuration as diffusers keeps it; of parts without one, of the names and shapes of their parameters.
+    """The configuration of a part of diffusers as JSON; for other parts, names and shapes of their parameters.
 
-    Configurations of another kind hold what does not matter, such as the version they were written with.
+    Configurations of other libraries are not used, as they hold what does not matter, such as a version.
     """
     return _text(_public(part))
 
 
 def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]]:
-    """`config_text` as other versions of diffusers, or another way of loading, would have it, the likeliest first.
+    """Variants of `config_text` by other versions of diffusers or ways of loading, the likeliest first.
 
-    That is without settings that its class does not name or that say nothing new, or with one at its default, or of
-    another depth; with each, the settings that differ: name -> (then, now).
+    They lack settings that are defaults or that the class does not name, or have one at its default, or another depth.
+    With each come the settings that differ: name -> (then, now).
     """
     config = _public(part)
     yield {}, _text(config)
@@ -158,9 +158,9 @@ def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]
     silent = {name for name, value in plain.items() if value is None or value == defaults.get(name)}
     extra = [name for name in config if name in silent or name not in defaults]
     sizes = (combinations(extra, size) for size in range(1, len(extra) + 1))
-    for gone in islice(chain.from_iterable(sizes), _TRIES):
-        changed = {name: (ABSENT, plain[name]) for name in gone if name not in silent}
-        yield changed, _text({name: value for name, value in config.items() if name not in gone})
+    for dropped in islice(chain.from_iterable(sizes), _TRIES):
+        changed = {name: (ABSENT, plain[name]) for name in dropped if name not in silent}
+        yield changed, _text({name: value for name, value in config.items() if name not in dropped})
     for name in sorted(config.keys() & defaults.keys()):
         if plain[name] != defaults[name]:
             yield {name: (defaults[name], plain[name])}, _text({**config, name: defaults[name]})
@@ -217,7 +217,7 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
 
 
 def _settings(part: Any) -> dict[str, Any]:
-    """A configuration as JSON, without what `needs` holds and without what says nothing new: its class's defaults."""
+    """A configuration as JSON, without the settings in `needs` and those that are their class's defaults."""
     if not isinstance(getattr(part, "config", None), Mapping):
         return {}
     defaults = _defaults(part)
@@ -241,13 +241,13 @@ def _public(part: Any) -> dict[str, Any]:
 def _text(config: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(config, sort_keys=True, default=str).encode()
-    except Exception:  # what JSON cannot hold: keys of several kinds, circles, objects that will not be a text
+    except Exception:  # not JSON: keys of several kinds, cycles, objects whose str() fails
         return json.dumps(_json(config), sort_keys=True).encode()
 
 
 def _json(value: Any) -> Any:
-    """A setting as JSON gives it back: tuples and arrays as lists, objects (a way of quantising) by their fields or as
-    text; as text too what JSON cannot hold.
+    """A setting after a round trip through JSON: tuples and arrays as lists, objects (a quantisation config) as their
+    `to_dict()` or as text; anything else that JSON cannot hold as text.
     """
 
     def plain(obj: Any) -> Any:
@@ -257,7 +257,7 @@ def _json(value: Any) -> Any:
 
     try:
         return json.loads(json.dumps(value, default=plain))
-    except Exception:  # keys that are no texts, circles, depth, a method that fails
+    except Exception:  # keys that are no texts, cycles, depth, a method that fails
         if isinstance(value, Mapping) and all(isinstance(name, str) for name in value) and value is not None:
             return {name: _as_text(each) for name, each in value.items()}
         return _as_text(value)
@@ -268,16 +268,16 @@ def _as_text(value: Any) -> Any:
 
 
 def _state(backbone: Backbone) -> str:
-    """Say what may have changed a denoiser's weights, where that can be seen."""
+    """A clause with visible reasons for other weights (adapters, dtype), or ""."""
     modules = list(unwrapped(backbone.denoiser).modules())
-    told = ["with adapters"] if any(hasattr(module, "merged_adapters") for module in modules) else []
+    changes = ["with adapters"] if any(hasattr(module, "merged_adapters") for module in modules) else []
     if backbone.dtype != torch.float32:
-        told.append(f"in {backbone.dtype}".replace("torch.", ""))
-    return f" (here it is {' and '.join(told)})" if told else ""
+        changes.append(f"in {backbone.dtype}".replace("torch.", ""))
+    return f" (here it is {' and '.join(changes)})" if changes else ""
 
 
 def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:
-    """The settings that changed since a configuration was hashed, or None where the hash does not tell."""
+    """The settings that changed since a configuration was hashed, or None where no variant has this hash."""
     for changed, text in config_texts(part):
         if hashlib.sha256(text).hexdigest() == digest:
             return changed
@@ -291,19 +291,18 @@ def _same(one: Any, other: Any) -> bool:
     return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-6) if numbers else one == other
 
 
-def _both(part: str, kind: str, name: str, was: Any, found: Any) -> tuple[str, str]:
+def _both(part: str, kind: str, name: str, was: Any, now: Any) -> tuple[str, str]:
     name = name.replace("_", " ")
-    return f"{PARTS[part]} {kind} ({name} {_brief(was)})", f"{kind} ({name} {_brief(found)})"
+    return f"{PARTS[part]} {kind} ({name} {_brief(was)})", f"{kind} ({name} {_brief(now)})"
 
 
 def _clause(part: str, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """Names the first settings that differ."""
-    told = [
-        f"{quoted(name, 40)} was {_brief(was)} and is {_brief(found)}"
-        for name, (was, found) in islice(changed.items(), 3)
+    """A warning that names the first settings that differ, in a list; empty where none do."""
+    clauses = [
+        f"{quoted(name, 40)} was {_brief(was)} and is {_brief(now)}" for name, (was, now) in islice(changed.items(), 3)
     ]
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return [f"another configuration of the {PARTS[part]} ({', '.join(told)}{more})"] if told else []
+    return [f"another configuration of the {PARTS[part]} ({', '.join(clauses)}{more})"] if clauses else []
 
 
 def _brief(value: Any) -> str:
@@ -311,34 +310,34 @@ def _brief(value: Any) -> str:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights by name, wherever they lie: those that accelerate moved away and those packed in a layer."""
+    """A module's weights by name, with those that accelerate offloaded and those that int8 layers pack."""
     module = unwrapped(module)
-    found: dict[str, Tensor] = dict(module.named_parameters())
+    by_name: dict[str, Tensor] = dict(module.named_parameters())
     for path, part in module.named_modules():
         prefix = f"{path}." if path else ""
         hook = vars(part).get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
             elsewhere = getattr(each, "weights_map", None) or {}
             for name, value in part.named_parameters(recurse=False):
-                if value.is_meta and name in elsewhere and prefix + name in found:
-                    found[prefix + name] = elsewhere[name]
+                if value.is_meta and name in elsewhere and prefix + name in by_name:
+                    by_name[prefix + name] = elsewhere[name]
         if hasattr(part, "_packed_params") and callable(getattr(part, "weight", None)):
             packed = {f"{prefix}weight": part.weight(), f"{prefix}bias": part.bias()}  # torch's dynamic int8 layers
-            found |= {name: value for name, value in packed.items() if value is not None}
-    return found
+            by_name |= {name: value for name, value in packed.items() if value is not None}
+    return by_name
 
 
 def surroundings(pipe: Any) -> str:
-    """A short text that changes with what a conditioning depends on beside a call: a pipeline's parts but for its
-    denoisers, their weights and their adapters. A few ms for the largest encoders.
+    """A digest of all that a conditioning depends on besides the call: the pipeline's parts except its denoisers, with
+    their weights and adapters. Takes a few ms for the largest encoders.
     """
-    found = []
+    states = []
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module) and not is_denoiser(name):
-            found.append(weights_state(part))
-        elif hasattr(part, "config"):  # the scheduler, which gives timesteps their form
-            found.append(f"{type(part).__name__}{dict(config_of(part))}")
-    return hashlib.sha256(" ".join(found).encode()).hexdigest()
+            states.append(weights_state(part))
+        elif hasattr(part, "config"):  # the scheduler, which decides the form of timesteps
+            states.append(f"{type(part).__name__}{dict(config_of(part))}")
+    return hashlib.sha256(" ".join(states).encode()).hexdigest()
 
 
 def weights_state(module: nn.Module) -> str:
@@ -351,7 +350,7 @@ def weights_state(module: nn.Module) -> str:
             flat = part.flatten()
             ends.setdefault(part.device, []).extend((flat[:4].float(), flat[-4:].float()))
     for tensors in ends.values():
-        digest.update(torch.cat(tensors).cpu().numpy().tobytes())  # one transfer a device
+        digest.update(torch.cat(tensors).cpu().numpy().tobytes())  # one transfer per device
     names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
     for layer in module.modules():
         if hasattr(layer, "merged_adapters"):  # of peft
@@ -360,7 +359,7 @@ def weights_state(module: nn.Module) -> str:
 
 
 def weights_bits(module: nn.Module) -> str:
-    """Digest of all numbers of a module's weights, where they lie: a change of any one of them shows."""
+    """Digest of all numbers of a module's weights, summed on their device; a change of any one changes it."""
     digest = hashlib.sha256()
     sums: dict[torch.device, list[Tensor]] = {}
     for name, value in weights(module).items():
@@ -368,16 +367,16 @@ def weights_bits(module: nn.Module) -> str:
         for part in _plain(value):
             flat = part.contiguous().view(-1).view(torch.uint8)
             whole = len(flat) - len(flat) % 8 if part.storage_offset() * part.element_size() % 8 == 0 else 0
-            found = [flat[:whole].view(torch.int64).sum()] if whole else []  # wraps around, and is exact
-            found += [flat[whole:].sum()] if whole < len(flat) else []
-            sums.setdefault(part.device, []).extend(found)
+            sums_of_part = [flat[:whole].view(torch.int64).sum()] if whole else []  # wraps around, and is exact
+            sums_of_part += [flat[whole:].sum()] if whole < len(flat) else []
+            sums.setdefault(part.device, []).extend(sums_of_part)
     for each in sums.values():
-        digest.update(torch.stack(each).cpu().numpy().tobytes())  # one transfer a device
+        digest.update(torch.stack(each).cpu().numpy().tobytes())  # one transfer per device
     return digest.hexdigest()
 
 
 def _plain(value: Tensor) -> list[Tensor]:
-    """What holds a weight's numbers: itself, a quantised one's integers, a tensor subclass's parts. Meta holds none."""
+    """The plain tensors of a weight: itself, its quantised integers, or a tensor subclass's parts; none on meta."""
     if is_traceable_wrapper_subclass(value):
         names, _ = value.__tensor_flatten__()
         return [plain for name in names for plain in _plain(getattr(value, name))]
@@ -387,12 +386,12 @@ def _plain(value: Tensor) -> list[Tensor]:
 
 
 def vae_hash(backbone: Backbone) -> str:
-    """Of the configuration and a fixed sample of the weights of what decodes."""
+    """SHA-256 of the VAE's configuration and the first 16 numbers of each of its weights."""
     return next(vae_hashes(backbone))
 
 
 def vae_hashes(backbone: Backbone) -> Iterator[str]:
-    """The VAE's hash, then what it was before diffusers added settings to its class."""
+    """The VAE's hash, then those that it had before diffusers added settings to its class."""
     vae = unwrapped(backbone.pipe.vae)
     sample = weights_sample(vae) if isinstance(vae, nn.Module) else b""
     for changed, text in islice(config_texts(vae), 500):

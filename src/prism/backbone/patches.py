@@ -1,8 +1,8 @@
-"""Code of others in the place of a denoiser's own: harmless wrappers go on working, caches are refused.
+"""Foreign code that replaces or wraps a denoiser's own: harmless wrappers are allowed, caches are refused.
 
-A wrapper that calls what it wraps on every way through it may log and count as it likes. What can answer by itself, and
-reads back what it wrote in an earlier call, gives outputs that depend on the calls before: TeaCache and its like. So
-does what runs other blocks in the place of the denoiser's (cache-dit, ParaAttention).
+A wrapper that always calls what it wraps may log and count. One that may answer by itself, from what it wrote in an
+earlier call (TeaCache and similar), gives outputs that depend on earlier calls. So does code that runs other blocks in
+place of the denoiser's (cache-dit, ParaAttention). Foreign: of packages other than `_TRUSTED`.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from prism.backbone.flow import Flow, defaults_of, gives
 from prism.backbone.symbols import MISSING
 from prism.errors import PrismError
 
-# Packages whose wrappers and layers keep a call's output a function of its arguments (their caches are told by
-# `pipeline.check_whole`), and those that cache or slice.
+# Packages whose wrappers and layers keep a call's output a function of its arguments (`pipeline.check_whole` refuses
+# their caches). `_REFUSED`: packages that cache or slice, with their names.
 _TRUSTED = {"accelerate", "bitsandbytes", "builtins", "contextlib", "deepspeed", "diffusers", "functools", "optimum"}
 _TRUSTED |= {"peft", "prism", "torch", "torchao", "transformers", "unittest"}
-_PLACES = {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}  # where others' code stands in a module
+_PLACES = {
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+    "_diffusers_hook",
+}  # a module's attributes that may hold foreign code
 _REFUSED = {"cache_dit": "cache-dit", "para_attn": "ParaAttention", "xfuser": "xDiT"}
 
 
 def check_patches(denoiser: nn.Module) -> None:
-    """Raise PrismError naming what stands in the place of a denoiser's or a block's own forward, or is hooked onto it,
-    and may give what depends on earlier calls."""
+    """Raise PrismError naming the code that replaces a denoiser's or a block's forward, or is hooked onto it, where its
+    output may depend on earlier calls."""
     root = getattr(denoiser, "_orig_mod", denoiser)
     entries = list(_entries(root))
     for functions, _, _, _ in entries:
@@ -51,18 +56,20 @@ def check_patches(denoiser: nn.Module) -> None:
     flow.learn([(call, owner) for _, call, owner, _ in entries])
     for functions, call, owner, kind in entries:
         if flow.unclean(call, owner):
-            alone = [each for each in functions if each.__code__.co_argcount or each.__code__.co_flags & 0x04]
-            guilty = [each for each in alone[1:] if flow.unclean(each)]
+            taking_arguments = [
+                each for each in functions if each.__code__.co_argcount or each.__code__.co_flags & 0x04
+            ]
+            guilty = [each for each in taking_arguments[1:] if flow.unclean(each)]
             what = f"{kind}{_name((guilty or functions)[-1 if guilty else 0])}"
             raise PrismError(_sentence(root, what, "goes by earlier calls, a clock or chance"))
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise PrismError naming what stands in the place of a scheduler's own methods and goes by earlier calls."""
-    own = _in_place_of_methods(scheduler)
+    """Raise PrismError naming the code that replaces a scheduler's method and depends on earlier calls."""
+    patched = _in_place_of_methods(scheduler)
     flow = _flow(nn.Module())
-    flow.learn([(call, MISSING) for call in own])
-    for call in own:
+    flow.learn([(call, MISSING) for call in patched])
+    for call in patched:
         if flow.unclean(call):
             raise PrismError(
                 f"The scheduler {type(scheduler).__name__} is patched: {_name(_outermost(call)[0])} goes by earlier "
@@ -72,7 +79,7 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
-    """True where code of other packages answers or may change calls of a denoiser, or of the scheduler's own."""
+    """True where foreign code answers or may change calls of a denoiser, or replaces a method of the scheduler."""
     if _in_place_of_methods(scheduler):
         return True
     for root in (getattr(each, "_orig_mod", each) for each in denoisers):
@@ -84,7 +91,7 @@ def is_patched(denoisers: Sequence[nn.Module], scheduler: Any) -> bool:
 
 
 def _in_place_of_methods(part: Any) -> list[Any]:
-    """What was set on a part itself, in the place of a method of its class, and comes to code of other packages."""
+    """Callables set on a part itself, in place of methods of its class, that reach foreign code."""
     return [value for value in vars(part).values() if callable(value) and _outermost(value)]
 
 
@@ -93,7 +100,7 @@ def _flow(root: nn.Module) -> Flow:
 
 
 def patch_of(denoiser: nn.Module) -> str:
-    """The name of what was put in the place of a denoiser's or a block's own forward, or "" """
+    """The name of the foreign code that replaces a denoiser's or a block's forward, or "" """
     return next(map(_name, _foreign(getattr(denoiser, "_orig_mod", denoiser))), "")
 
 
@@ -104,37 +111,37 @@ def _sentence(root: nn.Module, what: str, why: str) -> str:
     )
 
 
-# -- what is foreign
+# -- foreign code
 
 
 def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, Any, str]]:
-    """Calls that code of other packages answers or changes, alike ones once: the functions of others that each comes
-    to, the function that is called, what it is called with first, or `MISSING`, and "the hook " for hooks."""
+    """Calls that foreign code answers or changes, one of each kind: the foreign functions that it reaches, the function
+    that is called, its first argument or `MISSING`, and "the hook " for hooks, "" for others."""
     home, seen = _home(root), set()
     for value, owner, what in _of_all_modules(root):
         if functions := [each for each in _reachable(value, set()) if _is_foreign(each, object, "")]:
             yield functions, value, owner, what
     classes: dict[type, list[tuple[list[types.FunctionType], Any]]] = {}
-    processors: set[tuple[type, type]] = set()  # of modules that were looked at, with the modules' classes
+    processors: set[tuple[type, type]] = set()  # (class of a module, class of its processor) seen before
     for module in root.modules():
-        own, kind = vars(module), type(module)
+        attributes, kind = vars(module), type(module)
         if kind not in classes:
-            classes[kind] = list(_class_patches(kind, home, leaf=not own["_modules"]))
-        alike = (kind, type(own.get("processor")))
-        plain = alike in processors and own.keys().isdisjoint(_PLACES)
-        if plain and not (classes[kind] or own["_forward_pre_hooks"] or own["_forward_hooks"]):
-            continue  # nearly all modules of nearly all denoisers: this is asked at every read
+            classes[kind] = list(_class_patches(kind, home, leaf=not attributes["_modules"]))
+        alike = (kind, type(attributes.get("processor")))
+        plain = alike in processors and attributes.keys().isdisjoint(_PLACES)
+        if plain and not (classes[kind] or attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
+            continue  # nearly all modules; the loop runs at every read, so it must be fast
         processors.add(alike)
         calls: list[tuple[list[types.FunctionType], Any, Any, str]]
         calls = [(functions, call, module, "") for functions, call in classes[kind]]
-        accelerates = own.get("_hf_hook")
+        accelerates = attributes.get("_hf_hook")
         hooks = [*getattr(accelerates, "hooks", ()), accelerates]
-        hooks += own["_diffusers_hook"].hooks.values() if "_diffusers_hook" in own else []
+        hooks += attributes["_diffusers_hook"].hooks.values() if "_diffusers_hook" in attributes else []
         names = ("new_forward", "pre_forward", "post_forward")
-        values = [(own[name], MISSING, "") for name in ("forward", "_old_forward") if name in own]
-        methods = [(hook, name) for hook in hooks for name in names] + [(own.get("processor"), "__call__")]
+        values = [(attributes[name], MISSING, "") for name in ("forward", "_old_forward") if name in attributes]
+        methods = [(hook, name) for hook in hooks for name in names] + [(attributes.get("processor"), "__call__")]
         values += [(getattr(type(each), name), each, "") for each, name in methods if hasattr(type(each), name)]
-        hooked = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+        hooked = (*attributes["_forward_pre_hooks"].values(), *attributes["_forward_hooks"].values())
         values += [(hook, module, "the hook ") for hook in hooked]
         for value, owner, what in values:
             functions = [each for each in _reachable(value, set()) if _is_foreign(each, kind, home)]
@@ -147,25 +154,25 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
 
 
 def _of_all_modules(root: nn.Module) -> Iterator[tuple[Any, Any, str]]:
-    """What answers or changes calls of every module in the process: global hooks, and functions of torch and of the
-    denoiser's own file in whose place others' stand."""
+    """Code that affects calls of every module in the process, as in `_entries`: global hooks, and foreign functions
+    that replace functions of torch or of the denoiser's own file."""
     every = torch.nn.modules.module
     for hook in (*every._global_forward_pre_hooks.values(), *every._global_forward_hooks.values()):
         yield hook, root if isinstance(hook, types.FunctionType) else hook, "the hook "
-    own = vars(sys.modules.get(type(root).__module__, every))
-    for value in (*vars(torch.nn.functional).values(), own.get("dispatch_attention_fn")):
+    names = vars(sys.modules.get(type(root).__module__, every))
+    for value in (*vars(torch.nn.functional).values(), names.get("dispatch_attention_fn")):
         if isinstance(value, types.FunctionType) and _top(value) not in sys.stdlib_module_names - {"__main__"}:
             yield value, MISSING, ""
 
 
 def _foreign(root: nn.Module) -> Iterator[types.FunctionType]:
-    """Functions of other packages that answer for a module of the denoiser."""
+    """Foreign functions that answer calls of the denoiser's modules (hooks are left out)."""
     for functions, _, _, what in _entries(root):
         yield from () if what else functions
 
 
 def _outermost(value: Any) -> list[types.FunctionType]:
-    """The functions of other packages that a call of `value` comes to first."""
+    """The outermost foreign functions that a call of `value` reaches."""
     functions: list[types.FunctionType] = []
     inside: set[int] = set()
     for each in _reachable(value, set()):
@@ -176,7 +183,7 @@ def _outermost(value: Any) -> list[types.FunctionType]:
 
 
 def _names_read(root: nn.Module) -> set[str]:
-    """Names that the code of the denoiser's modules and of what computes their attention reads."""
+    """Names that the code of the denoiser's modules and of their attention processors reads."""
     kinds = {type(module) for module in root.modules()} | {type(getattr(m, "processor", m)) for m in root.modules()}
     classes = {each for kind in kinds for each in kind.__mro__} - {nn.Module, object}
     methods = [f for each in classes for f in vars(each).values() if isinstance(f, types.FunctionType)]
@@ -184,17 +191,17 @@ def _names_read(root: nn.Module) -> set[str]:
 
 
 def giving(hook: Any) -> Any:
-    """A hook that may change a call, or None for one that only looks."""
+    """The hook if it may change a call, or None if it only looks."""
     return hook if any(gives(function) for function in _reachable(hook, set())) else None
 
 
 def values_of(function: types.FunctionType) -> dict[str, Any]:
-    """What a function of another package reads beside its arguments: in its closure, its defaults, its module."""
+    """Values that a foreign function reads besides its arguments, by name: of its closure, defaults and module."""
     return {} if _top(function) in _TRUSTED else _lookup(function)
 
 
 def _home(root: nn.Module) -> str:
-    """The package of a denoiser that is a model of its own, no subclass of a known one's and none around one, or ""."""
+    """The package of a denoiser that neither subclasses nor holds a model of a trusted package, otherwise ""."""
     packages = [each.__module__.split(".")[0] for each in type(root).__mro__ if "forward" in vars(each)]
     packages = [package for package in packages if package != "torch"]
     inside = any(isinstance(each, ModelMixin) for each in root.modules())
@@ -202,8 +209,8 @@ def _home(root: nn.Module) -> str:
 
 
 def _class_patches(kind: type, home: str, leaf: bool) -> Iterator[tuple[list[types.FunctionType], Any]]:
-    """The foreign functions in the forward of a module's class, and it: put onto the class, a subclass's own, or a
-    foreign block's (leaves are layers: quantised ones and the like)."""
+    """Foreign functions that calls of a module's class reach, with its `__call__` or `forward`: set on the class, or
+    the forward of a foreign class. A leaf is a layer, such as a quantised one; its own class's forward is allowed."""
     call = next((vars(each)["__call__"] for each in kind.__mro__ if "__call__" in vars(each)), None)
     if called := [f for f in _reachable(call, set()) if _is_foreign(f, kind, home)]:
         yield called, call
@@ -232,14 +239,14 @@ def _top(function: types.FunctionType) -> str:
 
 
 def _name(function: types.FunctionType) -> str:
-    """A function's place: its own name and module, not those of what it wraps."""
+    """A function's own name and module, not those of the function that it wraps, in words."""
     code = function.__code__
     name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")  # from Python 3.11
     return f"{name} of {function.__globals__.get('__name__', 'a module')}"[-120:]
 
 
 def _reachable(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
-    """The functions that a call of `value` may come to, through wrappers of all kinds; outermost first."""
+    """The functions that a call of `value` may reach, through wrappers of all kinds; outermost first."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -262,21 +269,21 @@ def _reachable(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
         yield from _reachable(vars(type(value)).get("__call__"), seen)
 
 
-# -- what a function does
+# -- values that a function holds
 
 
 def _cells(function: types.FunctionType) -> dict[str, Any]:
-    found = {}
+    contents = {}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
         try:
-            found[name] = cell.cell_contents
+            contents[name] = cell.cell_contents
         except ValueError:  # not filled yet
             continue
-    return found
+    return contents
 
 
 def _values(function: types.FunctionType) -> Iterator[Any]:
-    """The values a function holds: in its closure, its defaults, and containers there."""
+    """The values in a function's closure and defaults, and in containers there."""
     for value in (*_cells(function).values(), *defaults_of(function).values()):
         yield value
         if isinstance(value, Mapping):
@@ -286,14 +293,14 @@ def _values(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _holds_blocks(value: Any, root: nn.Module) -> bool:
-    """True where a module beside the denoiser holds parts of it."""
+    """True where a module that is not part of the denoiser holds parts of it, but not all."""
     if not isinstance(value, nn.Module):
         return False
-    own, inside = {id(module) for module in root.modules()}, list(value.modules())
-    if id(value) in own or any(module is root for module in inside):
+    parts_ids, inside = {id(module) for module in root.modules()}, list(value.modules())
+    if id(value) in parts_ids or any(module is root for module in inside):
         return False
     lists = (each for module in inside for each in vars(module).values() if isinstance(each, list | tuple))
-    return any(id(each) in own for each in (*inside, *(part for parts in lists for part in parts)))
+    return any(id(each) in parts_ids for each in (*inside, *(part for parts in lists for part in parts)))
 
 
 def _lookup(function: types.FunctionType) -> dict[str, Any]:
