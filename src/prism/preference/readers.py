@@ -12,15 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from prism.errors import PrismError, choice, number, quoted, reason
-from prism.preference.formats import FORMATS
+from prism.preference import formats, image_formats, public_formats
 from prism.preference.pairs import named, overall
 from prism.preference.sets import Collector as Collector
 from prism.preference.sets import PreferenceSet as PreferenceSet
 from prism.preference.sources import TABLES, Source, open_source
 
+FORMATS = {**formats.FORMATS, **public_formats.FORMATS, **image_formats.FORMATS}
 RULES = ("majority", "paper")
 MOST_PAIRS = 20_000_000  # that ratings are compared to
-_SPLIT = re.compile(r"(train|validation|valid|val|test|eval|unseen)[\w.]*?(-\d{5}-of-\d{5})?$", re.IGNORECASE)
+_SPLIT = re.compile(r"(train|validation|valid|val|test|eval|unseen)(_v\d+)?(?![a-z0-9])", re.IGNORECASE)
 _ALIASES = {"valid": "validation", "val": "validation", "eval": "test"}
 
 
@@ -132,9 +133,9 @@ def _chosen(sources: Sequence[Source], form: str | None, place: Path) -> tuple[s
 
 
 def _split(source: Source) -> str | None:
-    """The split that a file's name tells, as the Hub names files: train.csv, test-00000-of-00002.parquet."""
+    """The split that a file's name tells, as the Hub names files: train.csv, test_v1-00000-of-00002.parquet."""
     match = _SPLIT.match(source.path.stem)
-    name = match.group(1).lower() if match else None
+    name = match.group().lower() if match else None  # test and test_v1 are two splits
     return _ALIASES.get(name, name) if name else None
 
 

@@ -56,7 +56,16 @@ RATINGS = pa.schema(
         ("row", pa.int64()),
     ]
 )
-_FOLDERS = ("", "videos", "images", "frames", "video", "media_data")  # where sets keep the files that they name
+# where sets keep the files that they name
+_FOLDERS = (
+    "",
+    "videos",
+    "Videos",
+    "images",
+    "frames",
+    "video",
+    "media_data",
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Collector:
     _there: dict[str, tuple[str, bool]] = field(default_factory=dict)
     _votes: list[tuple[Any, ...]] = field(default_factory=list)
     _ratings: list[tuple[Any, ...]] = field(default_factory=list)
+    _rated: set[str] = field(default_factory=set)
 
     def drop(self, row: Row, reason: str) -> None:
         """Leave a row out, for a reason that is counted."""
@@ -216,7 +226,12 @@ class Collector:
         self, row: Row, video: str, prompt: str, dimension: str, score: float, annotator: str | None = None
     ) -> None:
         """Note an annotator's score of a clip."""
+        self._rated.add(video)
         self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
+
+    def rated(self, video: str) -> bool:
+        """Whether the clip has a score."""
+        return video in self._rated
 
     def table(self, form: str) -> PreferenceSet:
         """All that was found."""
