@@ -1,4 +1,4 @@
-"""The caller's input to `best_of_n`, checked: its arguments, its weights to rank by, its oracle's answers."""
+"""The caller's input to `best_of_n`, checked: arguments, weights to rank by, and an oracle's answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RESERVED = {
     "num_videos_per_prompt": "the number of candidates is n",
     "num_images_per_prompt": "the number of candidates is n",
 }
-DEFAULT_N, MOST = 8, 10_000  # candidates
-SMALL_DENOISER = 500_000_000  # parameters up to which all candidates go in one batch
+DEFAULT_N, MAX_N = 8, 10_000  # candidates
+SMALL_DENOISER = 500_000_000  # parameters; up to as many, all candidates are sampled in one batch
 
 
 def backbone_of(pipe: Any, judge: Any, kind: type[Plan], oracle: Any) -> tuple[Backbone, Any]:
-    """The backbone of a run and its judge, loaded where it is named by its folder."""
+    """The backbone of a run and its judge, which is loaded if it is given as a folder or Hub id."""
     if isinstance(pipe, Backbone):
         pipe = pipe.pipe
     if isinstance(pipe, str | os.PathLike):
@@ -80,23 +80,23 @@ def seed_of(value: Any) -> int:
 
 
 def seeds_of(n: Any, seed: int, seeds: Any) -> tuple[int, ...]:
-    """The candidates' seeds, from `seed` counting up or as given."""
+    """The candidates' seeds: the `seeds` given, or n that count up from `seed`."""
     if seeds is None:
-        count = DEFAULT_N if n is None else whole("n", n, 1, MOST)
+        count = DEFAULT_N if n is None else whole("n", n, 1, MAX_N)
         return tuple(seed_of(seed + index) for index in range(count))
-    try:  # a set has no order, in which candidates could be numbered
-        given = None if isinstance(seeds, str | bytes | Mapping | set | frozenset) else list(seeds)
+    try:  # a set is refused: it has no order to number candidates by
+        listed = None if isinstance(seeds, str | bytes | Mapping | set | frozenset) else list(seeds)
     except TypeError:
-        given = None
-    if given is None:
+        listed = None
+    if listed is None:
         raise PrismError(f"seeds must be a list of whole numbers; found {quoted(seeds, 80)}.")
-    if not 0 < len(given) <= MOST or (n is not None and whole("n", n, 1, MOST) != len(given)):
-        raise PrismError(f"seeds must hold one seed per candidate, at most {MOST:,}; found {len(given)} for n = {n}.")
-    found = tuple(map(seed_of, given))
-    if len(set(found)) < len(found):
-        twice = next(seed for seed in found if found.count(seed) > 1)
+    if not 0 < len(listed) <= MAX_N or (n is not None and whole("n", n, 1, MAX_N) != len(listed)):
+        raise PrismError(f"seeds must hold one seed per candidate, at most {MAX_N:,}; found {len(listed)} for n = {n}.")
+    checked = tuple(map(seed_of, listed))
+    if len(set(checked)) < len(checked):
+        twice = next(seed for seed in checked if checked.count(seed) > 1)
         warnings.warn(f"The seed {twice} is given more than once; its candidates are one and the same.", stacklevel=3)
-    return found
+    return checked
 
 
 def batch_size_of(backbone: Backbone, batch_size: Any, n: int, call: Mapping[str, Any]) -> int:
@@ -108,7 +108,7 @@ def batch_size_of(backbone: Backbone, batch_size: Any, n: int, call: Mapping[str
 
 
 def top_k_of(top_k: Any, n: int) -> int:
-    """How many of the candidates are finished."""
+    """The number of candidates that are finished, from 1 to n."""
     count = whole("top_k", top_k)
     if count > n:
         raise PrismError(f"top_k is {count}, and there are {n} candidates.")
@@ -124,14 +124,14 @@ def judge_at_of(judge_at: Any, default: float, t_range: tuple[float, float]) -> 
 def ranking(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:
     """Weights of the judge's dimensions by which candidates are ranked.
 
-    "overall" of a judge that has none is the mean of its dimensions, with a warning. Raises PrismError for a dimension
-    that it has not, weights that are no finite numbers, or no weight at all.
+    Where the judge has no "overall", that stands for the mean of its dimensions, with a warning. Raises PrismError for
+    a dimension that the judge does not have, for weights that are not finite numbers, or where all weights are zero.
     """
     return weights_over(judge.dimensions, select_by, "judge")
 
 
 def weights_over(names: Sequence[str], select_by: str | Mapping[str, float], whose: str) -> dict[str, float]:
-    """As `ranking`, over dimensions `names` of a judge, or of an oracle's answers."""
+    """Weights as from `ranking`, over the dimensions `names` of `whose`: a judge or an oracle."""
     weights = check_weights(select_by)
     if weights == {"overall": 1.0} and "overall" not in names:
         warnings.warn(
@@ -148,7 +148,7 @@ def weights_over(names: Sequence[str], select_by: str | Mapping[str, float], who
 
 
 def check_weights(select_by: Any) -> dict[str, float]:
-    """The weights by dimension that `select_by` gives, which are finite numbers and not all zero."""
+    """The weights per dimension in `select_by`, checked: finite numbers, not all zero."""
     if isinstance(select_by, str):
         return {select_by: 1.0}
     if not isinstance(select_by, Mapping):
@@ -166,7 +166,7 @@ ANSWERS = "a number, or a dict of numbers by dimension"
 
 
 def check_oracle(oracle: Any) -> None:
-    """Raise PrismError for what cannot be called with a video and its prompt."""
+    """Raise PrismError for an oracle that cannot be called with a video and its prompt."""
     if not callable(oracle):
         raise PrismError(
             f"oracle must be a function of a video and its prompt; found {quoted(oracle, 80)} of type "
@@ -174,7 +174,7 @@ def check_oracle(oracle: Any) -> None:
         )
     try:
         signature = inspect.signature(oracle)
-    except (TypeError, ValueError):  # of a builtin that does not say
+    except (TypeError, ValueError):  # a builtin without a signature
         return
     try:
         signature.bind(None, "")
@@ -185,20 +185,20 @@ def check_oracle(oracle: Any) -> None:
 
 
 def ask_oracle(oracle: Callable[[Any, Any], Any], videos: Sequence[np.ndarray], prompt: str) -> list[dict[str, float]]:
-    """The oracle's answers for videos (T, H, W, 3), by dimension; "oracle" where it gives one number.
+    """The oracle's answers for videos (T, H, W, 3), each by dimension; a single number is the dimension "oracle".
 
-    One whose attribute `batched` is true is called once, with the videos as (B, T, H, W, 3) and a list of B prompts,
-    and answers with B numbers, or with B numbers by dimension.
+    An oracle whose attribute `batched` is true is called once, with the videos as (B, T, H, W, 3) and a list of B
+    prompts. It answers with B numbers, or with a dict of B numbers per dimension.
     """
     if not videos:
         return []
     if not getattr(oracle, "batched", False):
         return [_answer(oracle(video, prompt)) for video in videos]
-    found = oracle(np.stack(videos), [prompt] * len(videos))
-    if isinstance(found, Mapping):
-        columns = {name: _rows(values, len(videos)) for name, values in found.items()}
+    answers = oracle(np.stack(videos), [prompt] * len(videos))
+    if isinstance(answers, Mapping):
+        columns = {name: _rows(values, len(videos)) for name, values in answers.items()}
         return [_answer({name: values[row] for name, values in columns.items()}) for row in range(len(videos))]
-    return [_answer(value) for value in _rows(found, len(videos))]
+    return [_answer(value) for value in _rows(answers, len(videos))]
 
 
 def _rows(values: Any, count: int) -> list[Any]:
@@ -217,7 +217,7 @@ def _rows(values: Any, count: int) -> list[Any]:
 
 
 def _answer(value: Any) -> dict[str, float]:
-    """One answer by dimension. Raises PrismError for what is no number, and no dict of numbers."""
+    """One answer, by dimension. Raises PrismError unless it is a number or a dict of numbers."""
     if isinstance(value, Mapping):
         if not value or not all(isinstance(name, str) for name in value):
             raise PrismError(f"The oracle must answer with {ANSWERS}; found the dict {quoted(dict(value), 120)}.")
@@ -226,7 +226,7 @@ def _answer(value: Any) -> dict[str, float]:
 
 
 def _number(value: Any) -> float:
-    """A single number of any library, True and False included; NaN is one."""
+    """A number of any library as a float; True, False and NaN are accepted."""
     try:
         if isinstance(value, str | bytes) or value is None or isinstance(value, list | tuple | set | Mapping):
             raise TypeError
@@ -239,7 +239,7 @@ def _number(value: Any) -> float:
 def oracle_columns(
     answers: Sequence[Mapping[str, float]], select_by: str | Mapping[str, float]
 ) -> tuple[list[str], dict[str, float]]:
-    """The dimensions of an oracle's answers, and the weights to rank by."""
+    """The dimensions of an oracle's answers, which must all have the same, and the weights to rank by."""
     names = list(answers[0]) if answers else ["oracle"]
     for answer in answers:
         if set(answer) != set(names):

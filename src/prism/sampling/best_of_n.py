@@ -1,4 +1,4 @@
-"""Best-of-N: N seeds in, the best out, for little more than the price of one."""
+"""Best-of-N: N seeds in, the best videos out, for little more than the cost of one."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from prism.sampling.search import Search
 from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
 
-DEFAULT_JUDGE_AT = 700.0  # where a head reads finished latents best, in the paper's Table 1 and here
+DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (the paper's Table 1)
 
 
 @dataclass
 class Pick:
     """A candidate that won.
 
-    video: what the stock pipeline gives for it, its output's first row, in the `output_type` of the call.
-    latents: its final latents (1, ...), as the denoiser is given them: `Backbone.decode` gives the video again.
-    seed, index: its own. output: all that the pipeline gave for it, such as a sound beside the video.
-    edits: those that its run went through; none of the strategies here make any.
+    video: the first row of the stock pipeline's output, in the `output_type` of the call.
+    latents: its final latents (1, ...), in the denoiser's layout: `Backbone.decode` gives the video again.
+    seed, index: the candidate's. output: the pipeline's whole output, which may hold sound as well as the video.
+    edits: the edits of its run; the built-in strategies make none.
     """
 
     video: Any
@@ -51,17 +51,17 @@ class Pick:
 
 @dataclass
 class BestOfNResult:
-    """The winners of a Best-of-N run and how they were found.
+    """The winners of a Best-of-N run, with the scores that chose them and the cost.
 
     top: the `top_k` best, best first; `video`, `latents`, `seed`, `index` and `output` are the first one's.
-    seeds: all candidates'.
-    scores: one entry a cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept", "dropped"}; candidates
+    seeds: the seeds of all candidates.
+    scores: one entry per cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept", "dropped"}; candidates
         by index. "dropped" are those with NaN or infinity in their latents or scores.
-    ledger: what the run cost.
+    ledger: the cost of the run.
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
-    reproduce: the line of Python that gives the best video again: a plain call of the pipeline; this function where the
-        pipeline gives its scheduler no generator for noise (few-step samplers); "" where that noise is torch's global,
-        or the winner was edited.
+    reproduce: the line of Python that gives the best video again. It is a plain call of the pipeline, or a call of this
+        function if the pipeline gives its scheduler no generator for noise (few-step samplers). It is "" if that noise
+        comes from torch's global generator, or if the winner was edited.
     """
 
     top: tuple[Pick, ...]
@@ -107,7 +107,7 @@ def best_of_n(
 ) -> list[BestOfNResult]: ...
 
 
-@torch.inference_mode(False)  # whose tensors could not be watched; a caller may be in it
+@torch.inference_mode(False)  # in case the caller is in inference mode, whose tensors keep no version counter
 @torch.no_grad()
 def best_of_n(
     pipe: Any,
@@ -137,13 +137,13 @@ def best_of_n(
 
     Args:
         pipe: a diffusers pipeline of a supported family.
-        judge: a `Judge` on this pipeline, or the folder or Hub id of one; None will do for the strategies none, random
-            and oracle.
+        judge: a `Judge` on this pipeline, or the folder or Hub id of one. None is allowed
+            for the strategies none, random and oracle.
         prompt: one text, or a list of them, one run and one result each. None where the pipeline takes none (Stable
             Video Diffusion), or where the call gives `prompt_embeds` and what goes with them in its place: one row, or
             one per prompt for as many results.
         n: number of candidates, 8 unless `seeds` are given, at most 10,000. Candidate i has seed `seed + i`, or
-            `seeds[i]`. A `seed` of None is drawn; `result.seeds` tells.
+            `seeds[i]`. If `seed` is None, one is drawn; see `result.seeds`.
         schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.plan`.
             None: `top_k` are kept after a fifth of the steps.
         strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
@@ -151,17 +151,17 @@ def best_of_n(
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
         draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
         judge_at: noise level in (0, 1000] at which full and draft re-noise the latents they judge; None: 700.
-        batch_size: candidates a denoiser call; None: all of them up to half a billion parameters, else 1. Halved, with
-            a warning, where memory runs out.
-        top_k: how many of the best are finished and returned, from 1 to n.
+        batch_size: candidates per denoiser call; None: all of them up to half a billion parameters, else 1. Halved,
+            with a warning, where memory runs out.
+        top_k: the number of best candidates that are finished and returned, from 1 to n.
         select_by: the judge's dimension to rank by, or weights over its dimensions. Where a judge has no "overall",
             that is the mean of its dimensions, which is warned of.
         num_draws: noise draws that full and draft average over.
-        oracle: `oracle(video, prompt)` gives a number, or numbers by dimension, of which `select_by` then decides;
+        oracle: `oracle(video, prompt)` gives a number, or numbers by dimension, which `select_by` then weighs;
             video (T, H, W, 3) float32 in [0, 1]. With `oracle.batched = True` it is given `batch_size` videos
             (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
         keep_latents: also return the final latents of every candidate that was sampled to the end.
-        distribute: under `torchrun` or `accelerate launch`, what the processes share out: the candidates of each
+        distribute: under `torchrun` or `accelerate launch`, the work that processes divide: the candidates of each
             prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
             the same results, tensors in host memory. None: each process for itself.
         progress: show a progress bar on a terminal.
@@ -192,7 +192,7 @@ def best_of_n(
     if kind.looks_at is not None:
         check_whole(backbone.denoisers)
         check_noise(backbone.pipe, backbone.family.counts_steps_by_calls)
-    calls = [of_prompt(call, place, len(prompts)) if several else call for place in range(len(prompts))]
+    calls = [of_prompt(call, number, len(prompts)) if several else call for number in range(len(prompts))]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
@@ -222,13 +222,13 @@ def best_of_n(
         oracle=oracle,
         select_by=select_by,
     ).checked(len(candidate_seeds), top_k, num_steps, call)
-    told = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
-    told |= {name: getattr(plan, name, None) for name in ("draft_steps", "judge_at", "num_draws")}
-    team.same(told | {"top_k": top_k, "weights": options["weights"]} | call)
+    shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
+    shared |= {name: getattr(plan, name, None) for name in ("draft_steps", "judge_at", "num_draws")}
+    team.same(shared | {"top_k": top_k, "weights": options["weights"]} | call)
 
-    def run(place: int, among: Team) -> BestOfNResult:
-        text = prompts[place] or ""
-        search = Search(prompt=text, call=calls[place], team=among, **options)
+    def run(number: int, among: Team) -> BestOfNResult:
+        text = prompts[number] or ""
+        search = Search(prompt=text, call=calls[number], team=among, **options)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
@@ -239,17 +239,17 @@ def best_of_n(
 
             return _run(search, find, Meter(backbone, judge, bar.update), keep_latents)
 
-    places = range(len(prompts))
+    numbers = range(len(prompts))
     if distribute == "prompts":
-        parts = team.agree(lambda: {place: run(place, Team()) for place in places[team.rank :: team.size]})
+        parts = team.agree(lambda: {number: run(number, Team()) for number in numbers[team.rank :: team.size]})
         results = list(merged(parts).values())
     else:
-        results = [run(place, team) for place in places]
+        results = [run(number, team) for number in numbers]
     return results if several else results[0]
 
 
 def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter, keep_latents: bool) -> BestOfNResult:
-    """One prompt's search, and its winners finished."""
+    """The result of one prompt's search, whose winners are finished."""
     with search.backbone.held(), meter.open(), encoded_once(search.backbone):
         if search.call.get("callback_on_step_end") is not None:
             search.state = state_of(search.backbone.denoisers)
@@ -269,7 +269,7 @@ def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter
         latents = {candidate.index: value for candidate, value in kept.items() if not candidate.edits}
     noise = set().union(*search.team.agree(lambda: search.noise))
     return BestOfNResult(
-        top=tuple(Pick(given[0][0], z, c.seed, c.index, given, c.edits) for c, (given, z) in finished.items()),
+        top=tuple(Pick(output[0][0], z, c.seed, c.index, output, c.edits) for c, (output, z) in finished.items()),
         seeds=tuple(candidate.seed for candidate in search.candidates),
         scores=[_with_indices(cut) for cut in search.scores],
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
@@ -279,19 +279,19 @@ def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter
 
 
 def _with_indices(cut: Mapping[str, Any]) -> dict[str, Any]:
-    """A cut of a search, its candidates by index; a branched one has the index of the seed that it began as."""
+    """A cut of a search with candidates by index; a branched candidate has the index of the one it began as."""
     return {**cut, **{name: [c.index for c in cut[name]] for name in ("candidates", "kept", "dropped")}}
 
 
 def _within_memory(search: Search, strategy: Callable[[Search], list[Candidate]]) -> list[Candidate]:
-    """The winners; where memory runs out the search starts anew with half the candidates per batch, which is said."""
+    """The winners. If memory runs out, the search starts anew with half the candidates per batch and a warning."""
     while True:
         try:
             return strategy(search)
         except Exception as error:
             if not ran_out(error):
                 raise
-        # Here the failed attempt's tensors are gone.
+        # Not in the except block, where the exception would keep the failed attempt's tensors alive.
         search.start_anew(halved(search.batch_size, "sampling", "candidate"))
 
 

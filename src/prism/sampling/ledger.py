@@ -1,4 +1,4 @@
-"""What a run cost: counted where the work is done, and in closed form."""
+"""The cost of a run, counted where the work is done."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PARTS = ("denoiser", "head", "vae", "text", "scheduler")
 
 @dataclass
 class Ledger:
-    """What a run cost. A row is one sample of a denoiser's batch; one stopped after k of L blocks counts k/L.
+    """The cost of a run. A row is one sample of a denoiser's batch; one stopped after k of L blocks counts k/L.
 
-    seconds: wall time of the whole run. parts: the seconds of it spent in denoiser, head, vae, text encoders and the
-    scheduler's steps; what is left is the pipeline's loop and set-up, and PRISM.
-    peak_memory_bytes: most memory allocated on the accelerator in the run, or on CPU the process's highest so far.
+    seconds: wall time of the whole run. parts: the seconds spent in the denoiser, the head, the VAE, the text encoders
+    and the scheduler's steps; the rest goes to the pipeline's loop and set-up, and to PRISM.
+    peak_memory_bytes: peak memory allocated on the accelerator during the run; on a CPU the process's peak so far.
     """
 
     denoiser_rows: float = 0.0
@@ -49,7 +49,7 @@ class Ledger:
         return self.seconds - sum(self.parts[part] for part in ("denoiser", "head", "vae"))
 
     def with_counts_of(self, others: Iterable[Ledger]) -> Ledger:
-        """What was counted on all processes that shared a run; seconds and memory are this one's own."""
+        """This ledger with the counts of all processes that shared a run; seconds and memory stay this process's."""
         counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls")
         ledgers = list(others)
         return replace(self, **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in counted})
@@ -59,7 +59,7 @@ class Ledger:
 
 
 class Meter:
-    """Counts a run into a ledger while it is open."""
+    """A counter that writes a run's cost into its ledger while it is open."""
 
     def __init__(self, backbone: Backbone, judge: Any = None, on_rows: Callable[[float], Any] | None = None):
         self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
@@ -68,7 +68,7 @@ class Meter:
 
     @contextmanager
     def open(self) -> Iterator[Ledger]:
-        """Count what happens inside. Everything wrapped is restored on every way out."""
+        """Count the work done inside the block. All that is wrapped is restored at its end, also after an exception."""
         pipe = self.backbone.pipe
         start = time.perf_counter()
         with ExitStack() as stack:
@@ -103,7 +103,7 @@ class Meter:
 
     def _denoise(self, denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
         noisy = DenoiserCall.of(denoiser, args, kwargs, self.backbone.family).noisy
-        if self._cuda is None and noisy.is_cuda:  # asked of the latents: a pipeline searches all its modules for it
+        if self._cuda is None and noisy.is_cuda:  # read from the latents: `pipe.device` walks every module
             self._cuda = noisy.device
             torch.cuda.reset_peak_memory_stats(noisy.device)
         blocks = self.backbone.num_blocks
@@ -115,7 +115,7 @@ class Meter:
             raise
         finally:
             done = self.ledger.denoiser_rows
-            self._block_rows += blocks * len(noisy)  # whole numbers: a sum of thirds would drift
+            self._block_rows += blocks * len(noisy)  # integers: a sum of fractions k/L would drift
             self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
             self.ledger.denoiser_calls += 1
             if self.on_rows is not None:
@@ -128,9 +128,9 @@ class Meter:
 
     def _vae_encode(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._timed("vae"):
-            found = inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
         self.ledger.vae_encodes += _rows(args, kwargs)
-        return found
+        return output
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._timed("scheduler"):
@@ -144,14 +144,14 @@ class Meter:
 
     def _encode(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._timed("text"):
-            found = inner(*args, **kwargs)
+            output = inner(*args, **kwargs)
         if name.startswith("text"):
             self.ledger.text_encodings += _rows(args, kwargs)
-        return found
+        return output
 
 
 def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The batch size of a call: that of its first tensor."""
+    """The batch size of a call: the length of its first tensor."""
     return len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
 

@@ -1,4 +1,4 @@
-"""A judge's scores of a plain pipeline call, read on the way."""
+"""A judge's scores of a plain pipeline call, read while it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prism.backbone.pipeline import check_whole, tensor_of
 from prism.backbone.wrapping import around, around_module
 from prism.errors import PrismError, quoted
 
-_listening: set[int] = set()  # pipelines that are listened to, by id; each is held by one thread
+_listening: set[int] = set()  # ids of the pipelines that a judge listens to; each is held by one thread
 
 
 class StepScores(NamedTuple):
@@ -37,19 +37,20 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
     """The judge's scores of a plain call, while it runs: `with listen(judge, pipe) as scores: pipe(...)`.
 
     The list grows by one entry per step that runs on the denoiser which the judge reads. The scores are those of the
-    conditional rows, before the step. No denoiser call is added and the call's output stays the same to the bit: what
-    is paid is the head. Where latents hold NaN, so do their scores.
+    conditional rows, before the step. No denoiser call is added and the call's output stays the same to the bit: the
+    only cost is the head. Where latents hold NaN, so do their scores.
 
-    The pipeline is this thread's meanwhile, its modules are in evaluation mode, and it is afterwards as it was. Several
-    calls may be made, each of which starts at step 1 again; searches and judges at work inside are not listened to.
+    Inside the block no other thread can use the pipeline, and its modules are in evaluation mode; afterwards it is as
+    it was. Several calls may be made, each starting at step 1 again. The denoiser calls of `best_of_n` and of a judge's
+    own scoring inside the block are not scored.
 
     Args:
         judge: a `Judge` on this pipeline.
         pipe: the pipeline that is going to be called, with any arguments and callbacks.
 
     Raises:
-        PrismError: where the judge reads another pipeline or no hidden states, where a cache or a patch stands between
-            the denoiser and its blocks, or the denoiser is compiled as a whole.
+        PrismError: if the judge reads another pipeline or no hidden states, if a cache or a patch stands between the
+            denoiser and its blocks, or if the denoiser is compiled as a whole.
     """
     pipe = pipe.pipe if isinstance(pipe, Backbone) else pipe
     backbone = _backbone_of(judge, pipe)
@@ -64,7 +65,7 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
         listener = _Listener(backbone, judge)
         for denoiser in backbone.denoisers:
             stack.enter_context(around_module(denoiser, partial(listener.denoise, denoiser)))
-        if not backbone.family.counts_steps_by_calls:  # its pipelines copy the scheduler, and a copy must be left alone
+        if not backbone.family.counts_steps_by_calls:  # such a family's pipelines step copies of the scheduler
             stack.enter_context(around(pipe.scheduler, "step", listener.scheduler_step))
             if hasattr(pipe.scheduler, "set_timesteps"):
                 stack.enter_context(around(pipe.scheduler, "set_timesteps", listener.start))
@@ -72,17 +73,18 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
 
 
 class _Listener:
-    """The steps of a call and the tokens of its conditional rows, counted and scored as its denoiser is called."""
+    """The wrappers of a pipeline's denoisers and scheduler, which count its steps and score its conditional rows."""
 
     def __init__(self, backbone: Backbone, judge: Any):
         self.backbone, self.judge = backbone, judge
         self.heard: list[StepScores] = []
         self.step, self.index = 1, 0  # the 1-based step, and the denoiser calls made in it so far
         self.t = math.inf  # of the last denoiser call
-        self.pending: tuple[float, Tokens] | None = None  # read in this step, of both groups of rows in one batch
+        # Tokens of both groups of rows (CFG in one batch) at t: the scheduler's step shows which are conditional.
+        self.pending: tuple[float, Tokens] | None = None
 
     def start(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The scheduler is told the timesteps of a call."""
+        """Start at step 1 again, as `scheduler.set_timesteps` is called."""
         self.step, self.index, self.pending = 1, 0, None
         return inner(*args, **kwargs)
 
@@ -90,7 +92,7 @@ class _Listener:
         backbone, family = self.backbone, self.backbone.family
         call = DenoiserCall.of(denoiser, args, kwargs, family)
         t = call.t(backbone.pipe.scheduler)
-        if family.counts_steps_by_calls and t != self.t:  # a call that is not the unconditional one of the same step
+        if family.counts_steps_by_calls and t != self.t:  # not the unconditional call of the same step
             self.step, self.index = (1 if self.t == math.inf or t > self.t else self.step + 1), 0
         self.t, self.index = t, self.index + 1
         if self.index > 1 or denoiser is not backbone.denoiser:
@@ -118,7 +120,7 @@ class _Listener:
 
 
 def _backbone_of(judge: Any, pipe: Any) -> Backbone:
-    """The backbone that the judge reads, which must be of `pipe`."""
+    """The judge's backbone, which must be that of `pipe`."""
     backbone = getattr(judge, "backbone", None)
     if not hasattr(judge, "score_tokens") or not isinstance(backbone, Backbone):
         raise PrismError(

@@ -1,4 +1,4 @@
-"""The two nouns of a search: a candidate, and the plan with its cuts, checks, cost in closed form and words."""
+"""The two nouns of a search: the candidate, and the plan with its cuts, checks and cost in closed form."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def keep_one(step: int) -> Schedule:
 
 
 def halving(n: int, first: int, every: int = 1) -> Schedule:
-    """Halve the candidates at step `first` and then every `every` steps until one is left."""
+    """Halve the candidates at step `first` and every `every` steps after it, until one is left."""
     if n < 1 or first < 1 or every < 1:
         raise PrismError(f"halving takes positive n, first and every; found {n}, {first} and {every}.")
     cuts, step = [], first
@@ -100,12 +100,12 @@ def default(num_steps: int, top_k: int = 1) -> Schedule:
 
 
 def is_blind(schedule: Schedule) -> bool:
-    """Whether the first cut comes at step 1, where the latents are pure noise and a judge has nothing to see."""
+    """True if the first cut comes at step 1, where the latents are pure noise and a judge can see nothing."""
     return schedule[0][0] == 1
 
 
 def warn_blind(schedule: Schedule, n: int, num_steps: int) -> None:
-    """Warn of a first cut that has nothing to see, and candidates to drop."""
+    """Warn if the first cut drops candidates by pure noise, see `is_blind`."""
     if is_blind(schedule) and schedule[0][1] < n:
         later = "Cut later (schedule), or take" if num_steps > 1 else "Take more steps, or"
         warnings.warn(
@@ -118,21 +118,20 @@ def warn_blind(schedule: Schedule, n: int, num_steps: int) -> None:
 def resolve(
     schedule: Sequence[Sequence[int]], n: int, num_steps: int, top_k: int = 1, last: int | None = None
 ) -> Schedule:
-    """The schedule, checked against n candidates and a run of `num_steps`, and brought down to `top_k` candidates.
+    """The schedule, checked against n candidates and a run of `num_steps`, and ending with `top_k` candidates.
 
-    A schedule whose last cut keeps more ends with a cut to `top_k` at the step `last`; None: the run's last one.
-    Raises PrismError for one that is
-    empty or out of order, cuts before the first or after the last step, or keeps fewer than `top_k` or more than there
-    are.
+    If the last cut keeps more than `top_k`, a cut to `top_k` is added at step `last` (None: the run's last step).
+    Raises PrismError for a schedule that is empty or out of order, that cuts before the first or after the last step,
+    or that keeps fewer than `top_k` candidates or more than are left.
     """
     cuts: list[tuple[int, int]] = []
     try:
-        given = None if isinstance(schedule, Mapping | bytes) else list(schedule)
-    except Exception:  # of whatever library
-        given = None
-    if given is None:
+        listed = None if isinstance(schedule, Mapping | bytes) else list(schedule)
+    except Exception:  # iteration over an object of any library may raise anything
+        listed = None
+    if listed is None:
         raise PrismError(f"The schedule is a list of cuts such as [(5, 1)]; found {quoted(schedule, 80)}.")
-    for cut in given:
+    for cut in listed:
         try:
             step, keep = (whole("a cut", value, None) for value in cut)
         except (PrismError, TypeError, ValueError):
@@ -167,13 +166,14 @@ def resolve(
 def cut_rows(
     alive: int, keep: int, cfg: CFG, guided: bool | int, tap_share: float, listens: bool = True
 ) -> tuple[float, bool]:
-    """Rows that the step of a cut from `alive` to `keep` costs, and whether its scores are read by a probe.
+    """The rows that the step of a cut from `alive` to `keep` costs, and True if its scores are read by a probe.
 
-    `guided` says whether an unconditional pass runs beside the conditional one, or how many passes there are in all.
+    guided: True if an unconditional pass runs as well as the conditional one, or the number of passes in all.
 
-    Listening to the conditional pass costs that pass for all; a second, unconditional call then runs survivors only. A
-    probe runs the conditional rows as far as the tap, `tap_share` = k/L of a row each, and then the survivors in full.
-    The cheaper of the two is taken, or the probe where the denoiser is compiled as a whole (`listens` is false).
+    There are two ways to read the scores. Listening to the conditional pass costs that pass for all candidates; a
+    second, unconditional call then runs the survivors only. A probe runs the conditional rows up to the tap,
+    `tap_share` = k/L of a row each, and then the survivors in full. The cheaper of the two is taken; always the probe
+    if the denoiser is compiled as a whole (`listens` is false).
     """
     calls = 1 + guided if isinstance(guided, bool) else guided
     listening = alive + (calls - 1) * keep if cfg == "two_calls" else calls * alive
@@ -183,11 +183,11 @@ def cut_rows(
 
 @dataclass(frozen=True)
 class Workload:
-    """The part of a run that its plan does not decide: how many candidates there are, and what each of them takes.
+    """The part of a run's cost that its plan does not decide: the number of candidates and the cost of each.
 
     calls, draft_calls: denoiser passes (groups of rows) per step of the run and of a draft.
-    cfg: whether guidance is a second call or a second group of rows. tap_share: k/L, the share of a row that a judge
-    which stands alone runs. top_k: how many are finished. listens: see `cut_rows`.
+    cfg: guidance as a second call, or as a second group of rows. tap_share: k/L, the share of a row that a judge runs
+    to score one latent by itself. top_k: the number of candidates that are finished. listens: see `cut_rows`.
     """
 
     n: int
@@ -209,7 +209,7 @@ class Workload:
         drafted: Steps | None = None,
         top_k: int = 1,
     ) -> Workload:
-        """The workload of `n` calls; where their steps are not known, of as many as are asked for."""
+        """The workload of `n` candidates; without `steps`, of the number of steps that the call asks for."""
         share, draft_calls = tap / backbone.num_blocks, () if drafted is None else drafted.calls
         if steps is None:
             calls: Sequence[int] = (1 + backbone.guided(dict(call)),) * backbone.num_inference_steps(dict(call))
@@ -220,13 +220,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """How a run spends: a strategy with its settings.
+    """A strategy with its settings.
 
     A strategy is a class derived from this one and an entry of `prism.sampling.strategies.STRATEGIES`. Its fields are
-    those arguments of `best_of_n` that it takes.
+    the arguments of `best_of_n` that it takes.
 
-    strategy: its name. looks_at: what it tells candidates apart by: hidden states on the way ("steps"), coarse runs
-    ("drafts"), latents at the end ("finished"), decoded videos ("videos"), or nothing. role: what it is in a report.
+    strategy: its name. looks_at: the thing by which it compares candidates: hidden states during the run ("steps"),
+    coarse runs ("drafts"), latents at the end ("finished"), decoded videos ("videos"), or nothing (None). role: its
+    role in a report.
     """
 
     strategy: ClassVar[str]
@@ -235,18 +236,18 @@ class Plan(ABC):
 
     @classmethod
     def needs_judge(cls) -> bool:
-        """Whether a judge has to look at the candidates."""
+        """True if a judge scores the candidates."""
         return cls.looks_at in ("steps", "drafts", "finished")
 
     @classmethod
     def needs_oracle(cls) -> bool:
-        """Whether a function of the caller's has to measure the candidates' videos."""
+        """True if a function of the caller scores the candidates' videos."""
         return cls.looks_at == "videos"
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Plan:
-        """The plan with its defaults filled in, checked against what is known before any work.
+        """The plan with its defaults filled in, checked against all that is known before any work.
 
-        num_steps: the steps that are asked for.
+        num_steps: the number of steps that the call asks for; the scheduler may make another number.
         """
         return self
 
@@ -255,7 +256,7 @@ class Plan(ABC):
         return self
 
     def drafts(self) -> int:
-        """Steps of the coarse runs that it judges; 0 where there are none."""
+        """The number of steps of the coarse runs that it judges; 0 if it makes none."""
         return 0
 
     @abstractmethod
@@ -264,19 +265,19 @@ class Plan(ABC):
 
     @abstractmethod
     def rows(self, load: Workload) -> float:
-        """Denoiser rows of a run, in closed form; its cuts must be settled."""
+        """The denoiser rows of a run, in closed form; its cuts must be settled."""
 
     def decodes(self, load: Workload) -> int:
-        """VAE decodes of a run."""
+        """The VAE decodes of a run."""
         return load.top_k
 
     def cuts(self, load: Workload) -> Schedule:
-        """Where candidates are ranked, and how many are kept; those looked at in the end are at the last step."""
+        """The cuts (step, keep) at which candidates are ranked; for finished ones, the last step."""
         return () if self.looks_at is None else ((len(load.calls), load.top_k),)
 
     @classmethod
     def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The fields of a row of metrics.json that say how it was run, from a result's `scores`."""
+        """The settings that a row of metrics.json records of a run, from its result's `scores`."""
         return {"schedule": None, "draft_steps": None, "judge_at": None}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""A candidate's denoiser outputs, each kept with what it was computed for and given again for nothing else."""
+"""Recordings of a candidate's denoiser outputs, each given again only for the inputs it was computed from."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CHUNKS = 64  # parts of an argument whose mean and root mean square are compared
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, str, type(None))
 _HOLDERS = (list, tuple, dict)
-_MODULES_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Digest of what one candidate's rows of a denoiser call are computed from.
+    """Digest of the inputs from which one candidate's rows of a denoiser call are computed.
 
-    moment: a hash of the timestep alone, by which a recording sees at once that it holds nothing. exact: SHA-256 of all
-    but the values of floating-point rows: the denoiser and what is switched on it, the arguments that all rows share,
-    names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to the bit. sums: means
-    and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: what rounding may change of them,
-    (arguments,). alone: computed in a call of this candidate only.
+    moment: a hash of the timestep alone; a recording without this moment need not be searched. exact: SHA-256 of all
+    but the values of floating-point rows: the denoiser and its switches (see `switched`), the arguments that all rows
+    share, names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to the bit. sums:
+    means and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: the most that rounding changes them
+    by, (arguments,). single: True if the call was of this candidate only.
     """
 
     moment: int
@@ -39,22 +39,25 @@ class Inputs:
     bits: tuple[int, ...]
     sums: Tensor
     tolerance: Tensor
-    alone: bool
+    single: bool
 
     def same(self, other: Inputs) -> bool:
-        """True where the outputs may stand for each other: equal to the bit where both were computed alone, and to
-        rounding where a batch was involved, whose size changes the last bits of what processors compute."""
+        """True if the output for one may be used for the other.
+
+        Inputs of two single calls must be equal to the bit. Where a batch was involved, they must be equal to rounding:
+        the batch size changes the last bits of what processors compute.
+        """
         if self.exact != other.exact:
             return False
         if self.bits == other.bits:
             return True
-        if self.alone and other.alone:
+        if self.single and other.single:
             return False
         return bool(((self.sums - other.sums).abs() <= self.tolerance[:, None, None]).all())
 
 
 class Recording:
-    """A candidate's denoiser outputs, each (groups, ...): 2 groups for CFG in one batch."""
+    """The denoiser outputs of one candidate, each (groups, ...): 2 groups for CFG in one batch, else 1."""
 
     def __init__(self) -> None:
         self._outputs: dict[bytes, list[tuple[Inputs, Tensor]]] = {}
@@ -64,7 +67,7 @@ class Recording:
         return sum(map(len, self._outputs.values()))
 
     def copy(self) -> Recording:
-        """The same outputs; what either records from here on is its own."""
+        """A recording of the same outputs; later outputs go into one of the two only."""
         new = Recording()
         new._outputs, new.moments = {key: list(pairs) for key, pairs in self._outputs.items()}, set(self.moments)
         return new
@@ -77,7 +80,7 @@ class Recording:
         return None
 
     def keep(self, inputs: Inputs, output: Tensor) -> None:
-        """Record an output in host memory, in the place of one for the same inputs."""
+        """Record an output, in host memory; it replaces one for the same inputs."""
         self.moments.add(inputs.moment)
         others = [pair for pair in self._outputs.get(inputs.exact, ()) if not pair[0].same(inputs)]
         self._outputs[inputs.exact] = [*others, (inputs, output.to("cpu", copy=True))]
@@ -94,18 +97,21 @@ def moments_of(call: DenoiserCall, candidates: int) -> list[int]:
     return _bits(_by_candidate(timestep, candidates, each)).tolist()
 
 
-def inputs_of(denoiser: nn.Module, place: int, call: DenoiserCall, candidates: int, altered: str = "") -> list[Inputs]:
-    """Digests of what each candidate's rows are computed from in a denoiser call; `place` says which denoiser it is,
-    and `altered` is the `state_of` the denoisers where a callback changed it."""
+def inputs_of(denoiser: nn.Module, number: int, call: DenoiserCall, candidates: int, altered: str = "") -> list[Inputs]:
+    """Digests of the inputs of each candidate's rows in a denoiser call.
+
+    number: the denoiser's position in `backbone.denoisers`. altered: the denoisers' `state_of` if a callback changed
+    it, else "".
+    """
     family, batch = call.family, call.batch
-    shared = hashlib.sha256(f"{place} {switched(denoiser)}{altered}".encode())
-    own = [hashlib.sha256() for _ in range(candidates)]
+    shared = hashlib.sha256(f"{number} {switched(denoiser)}{altered}".encode())
+    digests = [hashlib.sha256() for _ in range(candidates)]
     bits: list[list[int]] = []
     sums: list[Tensor] = []
     tolerances: list[Tensor] = []
     for name, value in sorted(flattened(call.arguments).items()):
         if isinstance(value, Tensor) and name in family.batched_arguments and value.ndim and len(value) == 1:
-            value = value.expand(batch, *value.shape[1:])  # one row for all, which the denoiser broadcasts
+            value = value.expand(batch, *value.shape[1:])  # the denoiser broadcasts one row to all
         if not call.has_rows(name, value):
             shared.update(f"{name} {_text(value)}".encode())
         elif isinstance(value, Tensor):
@@ -113,24 +119,24 @@ def inputs_of(denoiser: nn.Module, place: int, call: DenoiserCall, candidates: i
             shared.update(f"{name} {value.dtype} {shape}".encode())
             rows = _by_candidate(value, candidates, len(value) // batch)
             hashes = _bits(rows).tolist()
-            if value.is_floating_point() and name != family.timestep_argument:  # a scheduler's table has no rounding
+            if value.is_floating_point() and name != family.timestep_argument:  # timesteps come from a table, exact
                 bits.append(hashes)
                 parts, tolerance = _sums(rows)
                 sums.append(parts)
                 tolerances.append(tolerance)
             else:
-                for candidate, found in enumerate(hashes):
-                    own[candidate].update(f"{name} {found}".encode())
+                for candidate, bits_hash in enumerate(hashes):
+                    digests[candidate].update(f"{name} {bits_hash}".encode())
         else:
             for candidate in range(candidates):
-                own[candidate].update(f"{name} {[_text(each) for each in value[candidate::candidates]]}".encode())
+                digests[candidate].update(f"{name} {[_text(each) for each in value[candidate::candidates]]}".encode())
     common, moments = shared.digest(), moments_of(call, candidates)
-    parts = torch.stack(sums, 1).cpu()  # the latents at least
+    parts = torch.stack(sums, 1).cpu()  # never empty: the latents are among them
     tolerance = torch.stack(tolerances, 1).cpu()
     return [
         Inputs(
             moments[c],
-            common + own[c].digest(),
+            common + digests[c].digest(),
             tuple(each[c] for each in bits),
             parts[c],
             tolerance[c],
@@ -141,40 +147,47 @@ def inputs_of(denoiser: nn.Module, place: int, call: DenoiserCall, candidates: i
 
 
 def switched(denoiser: nn.Module) -> str:
-    """Digest of what is switched on a denoiser: each module's plain values (an adapter's scale, whether it is active or
-    merged), what computes its attention, and the hooks on it (layers that a guidance skips)."""
-    found: list[Any] = []
+    """Digest of a denoiser's switches.
+
+    These are each module's plain values (an adapter's scale, its being active or merged), its attention processor, and
+    the hooks on it (guidance that skips layers).
+    """
+    switches: list[Any] = []
     for module in denoiser.modules():
-        own = vars(module)
-        found += [value for name, value in own.items() if type(value) in _PLAIN and name not in _MODULES_OWN]
-        found += [value for name, value in own.items() if type(value) in _HOLDERS and _is_plain(value)]
-        registry, forward, processor = own.get("_diffusers_hook"), own.get("forward"), own.get("processor")
-        hooks = () if registry is None else registry.hooks  # the registry itself comes with the first call
-        if hooks or forward is not None or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-            found += [len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]), *hooks]
-            found.append(getattr(forward, "__qualname__", ""))
+        values = vars(module)
+        switches += [v for name, v in values.items() if type(v) in _PLAIN and name not in _MODULE_ATTRIBUTES]
+        switches += [v for v in values.values() if type(v) in _HOLDERS and _is_plain(v)]
+        registry, forward, processor = values.get("_diffusers_hook"), values.get("forward"), values.get("processor")
+        hooks = () if registry is None else registry.hooks  # diffusers adds an empty registry at the first call
+        if hooks or forward is not None or values["_forward_hooks"] or values["_forward_pre_hooks"]:
+            switches += [len(values["_forward_hooks"]), len(values["_forward_pre_hooks"]), *hooks]
+            switches.append(getattr(forward, "__qualname__", ""))
         if processor is not None:
-            found += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
-    return hashlib.sha256(marshal.dumps(found, 2)).hexdigest()  # version 2: no references, which differ by chance
+            switches += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
+    # In version 2 of marshal, as later ones write references, which differ between equal values.
+    return hashlib.sha256(marshal.dumps(switches, 2)).hexdigest()
 
 
 def state_of(denoisers: Sequence[nn.Module]) -> str:
-    """Digest of what a callback may change where no call shows it: weights, tensors on modules and on what computes
-    their attention, and what hooks and replaced code hold. Costs some ms, and is asked for beside a callback alone."""
+    """Digest of the denoisers' state that a callback may change without a trace in the arguments of a call.
+
+    It covers weights, tensors on modules and attention processors, and the values held by hooks and replaced code. It
+    takes some ms, and is computed only if the call has a callback.
+    """
     digest = hashlib.sha256()
     for denoiser in denoisers:
         digest.update(weights_bits(denoiser).encode())
         for module in denoiser.modules():
-            own = vars(module)
-            digest.update(_held({name: v for name, v in own.items() if isinstance(v, Tensor)}).encode())
-            digest.update(_held([own["_buffers"], own.get("forward"), own.get("processor")]).encode())
-            hooks = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+            values = vars(module)
+            digest.update(_held({name: v for name, v in values.items() if isinstance(v, Tensor)}).encode())
+            digest.update(_held([values["_buffers"], values.get("forward"), values.get("processor")]).encode())
+            hooks = (*values["_forward_pre_hooks"].values(), *values["_forward_hooks"].values())
             digest.update(_held(list(map(giving, hooks))).encode())
     return digest.hexdigest()
 
 
 def _held(value: Any, depth: int = 5) -> str:
-    """A text that is equal for equal values, of what functions and objects hold, in containers too."""
+    """A text that is equal for equal values; functions, objects and containers are described by their contents."""
     if isinstance(value, Tensor):
         return type(value).__name__ if value.is_meta or value.is_quantized else _text(value)
     if type(value) in _PLAIN:
@@ -206,7 +219,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A text that is equal for equal values; of objects that are neither tensors nor plain, their class."""
+    """A text that is equal for equal values; of objects neither tensor nor plain, the class."""
     if isinstance(value, Tensor):
         whole = value.detach().flatten()[None]
         return f"{value.dtype} {tuple(value.shape)} {_bits(whole).item()}"
@@ -218,13 +231,13 @@ def _text(value: Any) -> str:
 
 
 def _by_candidate(value: Tensor, candidates: int, each: int) -> Tensor:
-    """Rows of a batch of groups, `each` per sample, as one row per candidate: (candidates, ...) flat."""
+    """Rows of a batch of groups, `each` per sample, as one flat row per candidate: (candidates, length)."""
     rows: Tensor = value.unflatten(0, (-1, candidates, each))
     return rows.transpose(0, 1).flatten(1)
 
 
 def _bits(rows: Tensor) -> Tensor:
-    """A hash of each row of (n, length), to the bit, computed where the tensor lies: (n,) int64."""
+    """A hash of each row of (n, length), to the bit, computed on the tensor's device: (n,) int64."""
     rows = rows.detach()
     if rows.is_complex():
         rows = torch.view_as_real(rows).flatten(1)
@@ -239,8 +252,10 @@ def _bits(rows: Tensor) -> Tensor:
 
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and root mean square of CHUNKS parts of each row of (n, length), (n, 2, CHUNKS) float32, and what rounding
-    may change of them, (n,): far below what a callback or another seed does."""
+    """Mean and root mean square of CHUNKS parts of each row of (n, length), and the most that rounding changes them by.
+
+    Shapes (n, 2, CHUNKS) float32 and (n,). The tolerance is far below the change by a callback or another seed.
+    """
     eps = torch.finfo(rows.dtype).eps
     values = rows.detach().float()
     values = nn.functional.pad(values, (0, -values.shape[1] % CHUNKS)).unflatten(1, (CHUNKS, -1))
