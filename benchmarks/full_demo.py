@@ -22,7 +22,7 @@ import torch
 from prism import files, shapeworld, video
 from prism.evaluation import TIMESTEPS
 from prism.lab import demo, judges
-from prism.lab.contest import Panel
+from prism.lab.contest import JointJudge
 from prism.loading import load_backbone
 from prism.preference import LatentStore
 from prism.runs import Parts, parts_of
@@ -140,7 +140,7 @@ class Work:
 
     def contests(self) -> None:
         config, seed = self.config, self.seed
-        panel = Panel([self._judge(k) for k in range(config.judges)])
+        joint = JointJudge([self._judge(k) for k in range(config.judges)])
         jobs = []
         for split, count, first in (
             ("test", config.prompts, 10_000 * (seed + 1)),
@@ -158,7 +158,7 @@ class Work:
                 ) -> None:
                     self.parts.once(
                         name,
-                        lambda: demo.record(demo.make_contest(panel, config, prompt, seeds, self.call), config, alone),
+                        lambda: demo.record(demo.make_contest(joint, config, prompt, seeds, self.call), config, alone),
                     )
 
                 jobs.append(job)

@@ -10,7 +10,7 @@ from tests import tiny
 from prism import Judge
 from prism.errors import PrismError
 from prism.lab import contest as module
-from prism.lab.contest import Contest, Panel, pick
+from prism.lab.contest import Contest, JointJudge, pick
 
 PLANS = {
     "none": {"strategy": "none"},
@@ -35,22 +35,22 @@ def contest():
     pipe = tiny.wan()
     one = Judge.untrained(pipe, tap=1, dim=16, seed=1)
     two = Judge.average([Judge.untrained(one.backbone, tap=tap, dim=16, seed=seed) for tap, seed in ((1, 2), (2, 3))])
-    return Contest(Panel([one, two]), brightness, tiny.PROMPT, SEEDS, PLANS, tiny.CALL_WAN, seed=4)
+    return Contest(JointJudge([one, two]), brightness, tiny.PROMPT, SEEDS, PLANS, tiny.CALL_WAN, seed=4)
 
 
-def test_a_panel_scores_each_judge_for_itself(contest):
-    panel, latents = contest.panel, contest.latents
-    together = panel.score(latents, tiny.PROMPT, 500.0, **tiny.CALL_WAN)
-    apart = [judge.score(latents, tiny.PROMPT, 500.0, **tiny.CALL_WAN) for judge in panel.judges]
+def test_a_joint_judge_scores_by_each_judge(contest):
+    joint, latents = contest.joint, contest.latents
+    together = joint.score(latents, tiny.PROMPT, 500.0, **tiny.CALL_WAN)
+    apart = [judge.score(latents, tiny.PROMPT, 500.0, **tiny.CALL_WAN) for judge in joint.judges]
     assert torch.allclose(together, torch.cat(apart, 1), atol=1e-6)
-    assert panel.dimensions[:5] == ("0/VQ", "0/MQ", "0/TA", "0/overall", "1/VQ")
-    assert panel.taps == (1, 2)
+    assert joint.dimensions[:5] == ("0/VQ", "0/MQ", "0/TA", "0/overall", "1/VQ")
+    assert joint.taps == (1, 2)
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_strategy_by_itself_picks_what_the_shared_run_says(contest, name):
     for k in range(2):
-        run = contest.alone(name, k)
+        run = contest.run_separately(name, k)
         assert run["index"] == contest.picks(name)[k]
         assert run["off"] < 1e-5
         assert run["ledger"]["denoiser_rows"] > 0
@@ -62,20 +62,20 @@ def test_judges_pick_for_themselves(contest):
     assert not np.allclose(contest.final[0], contest.final[1])
 
 
-def test_the_cuts_are_told_as_best_of_n_tells_them(contest):
-    told, real = contest.fate("early 1:3,4:1", 1), contest.play("early 1:3,4:1", 1).scores
-    assert [(cut["step"], cut["candidates"], cut["kept"]) for cut in told] == [
+def test_the_cuts_have_the_form_that_best_of_n_gives_them(contest):
+    shared, real = contest.cuts_of("early 1:3,4:1", 1), contest.play("early 1:3,4:1", 1).scores
+    assert [(cut["step"], cut["candidates"], cut["kept"]) for cut in shared] == [
         (cut["step"], cut["candidates"], cut["kept"]) for cut in real
     ]
-    assert [cut["t"] for cut in told] == pytest.approx([cut["t"] for cut in real])
-    for cut, other in zip(told, real):
+    assert [cut["t"] for cut in shared] == pytest.approx([cut["t"] for cut in real])
+    for cut, other in zip(shared, real):
         assert cut["scores"]["overall"] == pytest.approx(other["scores"]["overall"], abs=1e-5)
 
 
 def test_scores_that_differ_are_a_bug_and_said_so(contest, monkeypatch):
     monkeypatch.setitem(contest.cuts, 2, contest.cuts[2] + 1)
     with pytest.raises(PrismError, match="bug in prism"):
-        contest.alone("early", 0)
+        contest.run_separately("early", 0)
 
 
 def test_a_schedule_is_followed_by_hand():

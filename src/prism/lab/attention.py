@@ -1,4 +1,4 @@
-"""Where a head's query looks, measured against objects and shown as film strips."""
+"""Attention of a head's query on the token grid: its share on objects, its rows in metrics.json, its film strips."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from prism.report.metrics import AttentionRow
 from prism.report.page import FilmRow, FilmStrip
 from prism.shapeworld import grammar, world
 
-SEEN = 0.2  # distance in RGB from the ground from which a pixel is no ground
-CELL = 0.1  # share of a cell's pixels, over its frames, from which the cell is an object's
-CHOSEN = {"best": np.argmax, "worst": np.argmin}  # of a prompt's candidates, by the referee
+SEEN = 0.2  # a pixel belongs to an object where its RGB distance from the ground is larger
+CELL = 0.1  # a cell belongs to an object where a larger share of its pixels, over its frames, does
+CHOSEN = {"best": np.argmax, "worst": np.argmin}  # which of a prompt's candidates, by the referee's score
 TINT = np.array([1.0, 0.36, 0.10])
 
 
@@ -32,7 +32,7 @@ def look(judge: Judge, latents: Tensor, prompt: str, t: float, call: Mapping[str
 
 
 def object_cells(videos: Tensor, prompt: str, grid: Sequence[int]) -> Tensor:
-    """(B, T, H, W) bool: the cells of the token grid that hold more than a trace of something other than the ground.
+    """(B, T, H, W) bool: the cells of the token grid of which more than the share `CELL` is not the ground.
 
     videos: (B, FRAMES, SIZE, SIZE, 3) in [0, 1]. Raises ValueError for a prompt outside the grammar.
     """
@@ -54,8 +54,8 @@ def spans(frames: int, cells: int) -> list[slice]:
 
 
 def shares(attention: Tensor, cells: Tensor) -> list[dict[str, float]]:
-    """For each video: "attention", the share of what is paid to the video that falls on its object's cells; "area", the
-    share of all cells that those are; "video", the share that the video gets as against the prompt.
+    """Shares of each video: "attention", of the video's attention that falls on the cells of objects; "area", of its
+    cells that are objects'; "video", of all attention (video and prompt) that falls on the video.
     """
     total = attention.flatten(1).sum(1)
     on = (attention * cells).flatten(1).sum(1) / total
@@ -66,7 +66,7 @@ def shares(attention: Tensor, cells: Tensor) -> list[dict[str, float]]:
 
 
 def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None) -> np.ndarray:
-    """`video` (FRAMES, H, W, 3) in [0, 1] with the map (T, h, w) of one video as a warm light over it.
+    """`video` (FRAMES, H, W, 3) in [0, 1] with the attention (T, h, w) of that video as a warm light over it.
 
     A cell's light grows with its weight up to `top`; None: the map's largest.
     """
@@ -86,14 +86,14 @@ def rows(records: Sequence[Mapping[str, Any]], seed: int) -> list[AttentionRow]:
     """The "attention" rows of metrics.json, one per noise level, for the best and for the worst candidates of prompts.
 
     records: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
-    "lift" is the mean share of attention on the object over the mean share of cells that it takes: 1 where the query
-    looks anywhere. Intervals are 95 % bootstrap intervals over prompts.
+    "lift" is the mean share of attention on objects over their mean share of the cells: 1 for attention that does not
+    depend on where objects are. Intervals are 95 % bootstrap intervals over prompts.
     """
     table: list[AttentionRow] = []
     for t in records[0]["looks"] if records else ():
         for which, choose in CHOSEN.items():
-            rows_of = [entry["looks"][t][int(choose(entry["values"]))] for entry in records]
-            columns = np.array([[row["attention"], row["area"], row["video"]] for row in rows_of])
+            chosen = [entry["looks"][t][int(choose(entry["values"]))] for entry in records]
+            columns = np.array([[share["attention"], share["area"], share["video"]] for share in chosen])
             prompts = [entry["prompt"] for entry in records]
             mean = columns.mean(0)
             table.append(
@@ -113,6 +113,7 @@ def rows(records: Sequence[Mapping[str, Any]], seed: int) -> list[AttentionRow]:
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
+    """The first column's sum over the second's, as a statistic of `prompt_interval`."""
     return sums[:, 0] / sums[:, 1]
 
 
@@ -121,31 +122,35 @@ def choose_value(values: Sequence[float], choose: Any) -> float:
 
 
 def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
-    """All candidates of a prompt for the page: the pick of the early plan `name` and the last by the referee as videos,
-    then, the pick first and the later dropped before the earlier, the model's expectation at the first cut and the
-    finished videos.
+    """All candidates of a prompt for the page, in three strips.
+
+    First the pick of the early plan `name` and the worst candidate by the referee, as videos. Then two film strips of
+    all candidates, the pick first and those dropped last before those dropped first: the clean latents that the
+    denoiser expects at the first cut, and the finished videos.
 
     which: how the prompt was chosen, for the title.
     """
-    cuts, seeds, values = contest.fate(name, 0), contest.seeds, contest.values["overall"]
+    cuts, seeds, values = contest.cuts_of(name, 0), contest.seeds, contest.values["overall"]
     first, chosen = cuts[0], cuts[-1]["kept"][0]
-    fate: dict[int, str] = {}
+    notes: dict[int, str] = {}  # in the order of the film strips
     for cut in reversed(cuts):
         scores = dict(zip(cut["candidates"], cut["scores"]["overall"], strict=True))
         for candidate in sorted(scores, key=lambda candidate: -scores[candidate]):
             verb = "kept" if candidate in cut["kept"] else "dropped"
-            fate.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
-    backbone = contest.panel.backbone
+            notes.setdefault(candidate, f"{verb} at step {cut['step']}, judge {wording.signed(scores[candidate])}")
+    backbone = contest.joint.backbone
     clean = _expected_clean(backbone, contest.prompt, seeds, first["step"], contest.call)
     expected = backbone.decode(clean).cpu()
     videos = [video.numpy() for video in contest.videos]
-    at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in fate.items()]
-    at_end = [FilmRow(f"seed {seeds[c]}", videos[c], f"referee {values[c]:.2f}", picked=c == chosen) for c in fate]
+    at_cut = [FilmRow(f"seed {seeds[c]}", expected[c].numpy(), note, picked=c == chosen) for c, note in notes.items()]
+    at_end = [FilmRow(f"seed {seeds[c]}", videos[c], f"referee {values[c]:.2f}", picked=c == chosen) for c in notes]
     worst = int(np.argmin(values))
     shown = [(f"The pick, seed {seeds[chosen]}:", chosen)]
     if worst != chosen:
         shown.append((f"The worst of the {len(seeds)}, seed {seeds[worst]}:", worst))
-    clips = [FilmRow(label, videos[c], f"referee {values[c]:.2f}, {fate[c]}", picked=c == chosen) for label, c in shown]
+    clips = [
+        FilmRow(label, videos[c], f"referee {values[c]:.2f}, {notes[c]}", picked=c == chosen) for label, c in shown
+    ]
     gain = f"The pick is at {values[chosen]:.2f} by the referee, its {len(seeds)} candidates at {values.mean():.2f} on "
     gain += f"average and at {values.max():.2f} at best."
     steps = contest.call["num_inference_steps"]
@@ -165,21 +170,21 @@ def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
 
 
 def chosen_prompts(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The prompts with the largest, the median and the smallest gain of a plan's first judge, with how to call each."""
+    """The prompts of the largest, the median and the smallest gain by a plan's first judge, as (caption, record)."""
     gains = [record["values"]["overall"][record["picks"][name][0]] - np.mean(record["values"]["overall"])
              for record in records]  # fmt: skip
-    order = sorted(range(len(records)), key=lambda place: -gains[place])
-    places = {"The largest gain": 0, "The median gain": len(order) // 2, "The smallest gain": len(order) - 1}
-    shown: dict[int, str] = {}
-    for which, place in places.items():
-        shown.setdefault(order[place], f"{which} of {len(order)} prompts")
-    return [(which, records[place]) for place, which in shown.items()]
+    order = sorted(range(len(records)), key=lambda index: -gains[index])
+    ranks = {"The largest gain": 0, "The median gain": len(order) // 2, "The smallest gain": len(order) - 1}
+    captions: dict[int, str] = {}
+    for which, rank in ranks.items():
+        captions.setdefault(order[rank], f"{which} of {len(order)} prompts")
+    return [(caption, records[index]) for index, caption in captions.items()]
 
 
 def looks(
     judge: Judge, records: Sequence[Mapping[str, Any]], t: float, call: Mapping[str, Any], seed: int
 ) -> list[FilmStrip]:
-    """For each prompt its best and its worst candidate by the referee, and the attention over their frames."""
+    """A film strip per prompt: its best and its worst candidate by the referee, and the attention over their frames."""
     strips, backbone = [], judge.backbone
     for record in records:
         values = record["values"]["overall"]
@@ -205,27 +210,25 @@ def looks(
 
 @torch.no_grad()
 def _expected_clean(backbone: Any, prompt: str, seeds: Sequence[int], step: int, call: Mapping[str, Any]) -> Tensor:
-    """The clean latents that the denoiser expects of each candidate at a step (1-based): z - sigma v of the conditional
-    pass.
-    """
-    pipe, prompts, taken = backbone.pipe, [prompt] * len(seeds), {}
+    """The clean latents of each candidate that the conditional pass expects at a step (from 1): z - sigma v."""
+    pipe, prompts, states = backbone.pipe, [prompt] * len(seeds), {}
 
-    def take(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        taken[index + 2] = tensors["latents"], pipe.scheduler.timesteps[index + 1]
+    def keep_state(_pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        states[index + 2] = tensors["latents"], pipe.scheduler.timesteps[index + 1]
         if index + 2 == step:
             pipe._interrupt = True
         return tensors
 
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     call = {**call, "generator": generators, "output_type": "latent"}
-    if step == 1:  # no step ends before it
+    if step == 1:  # no callback runs before the first step
         first = backbone.denoiser_call(capture(pipe, backbone.denoisers, {"prompt": prompts, **call}))
         rows = first.conditional(len(seeds))
-        taken[1] = first.noisy[rows], first.timestep[rows][0]
+        states[1] = first.noisy[rows], first.timestep[rows][0]
     else:
-        with state_kept(pipe):  # the next call must not be found interrupted
-            pipe(prompts, callback_on_step_end=take, **call)
-    noisy, timestep = taken[step]
+        with state_kept(pipe):  # puts the pipeline's `_interrupt` back
+            pipe(prompts, callback_on_step_end=keep_state, **call)
+    noisy, timestep = states[step]
     conditioning = backbone.condition(prompts, **{name: call[name] for name in call if name != "generator"})
     arguments = conditioning.call(noisy, timestep.expand(len(seeds)))
     _, output = backbone.read(arguments, backbone.num_blocks, stop=False)

@@ -1,4 +1,4 @@
-"""All strategies of Best-of-N on the same candidates, and what each pick is worth by a referee."""
+"""All strategies of Best-of-N on the same candidates, and the gain of each pick by a referee."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from prism.sampling.plan import Plan, Schedule, Workload
 from prism.sampling.strategies import Blind, Early, Full, kind_of, plan_of
 
 Referee = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # (videos (B, T, H, W, 3), prompts) -> name -> (B,)
-TOLERANCE = 0.02  # scores of a batch and of parts of it differ by rounding alone
+TOLERANCE = 0.02  # most that the rounding of a batch and of its parts may differ by in a score
 
 
-class Panel(Judge):
-    """Several judges that read one pass and score each for itself: "1/overall" is the overall of judges[1]."""
+class JointJudge(Judge):
+    """Several judges behind one denoiser pass, each with scores of its own: "1/overall" is the overall of judges[1]."""
 
     def __init__(self, judges: Sequence[Judge]) -> None:
         together = Judge.average(judges)
@@ -35,34 +35,34 @@ class Panel(Judge):
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:
         """(B, judges * num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
-        rest, found = self.score_members(tokens), []
+        rest, scores = self.score_members(tokens), []
         for judge in self.judges:
-            own, rest = rest[: len(judge.members)], rest[len(judge.members) :]
-            shares = torch.tensor([member.share for member in judge.members], device=own.device)
-            found.append(torch.einsum("m,mbd->bd", shares, own))
-        return torch.cat(found, 1)
+            by_member, rest = rest[: len(judge.members)], rest[len(judge.members) :]
+            shares = torch.tensor([member.share for member in judge.members], device=by_member.device)
+            scores.append(torch.einsum("m,mbd->bd", shares, by_member))
+        return torch.cat(scores, 1)
 
 
 class Contest:
-    """The candidates of one prompt, and what each judge thinks of them wherever a strategy asks.
+    """The candidates of one prompt, and each judge's scores of them at every point where a strategy asks for scores.
 
     Args:
-        panel: the judges.
-        referee: what measures candidates, `prism.shapeworld.referee.batch`; its "overall" measures picks.
+        joint: the judges.
+        referee: measures candidates (`prism.shapeworld.referee.batch`); its "overall" is the score of a pick.
         prompt: one text.
         seeds: of the candidates.
-        plans: name -> arguments of `best_of_n`; all that judge finished latents or drafts must do so at one level.
+        plans: name -> arguments of `best_of_n`; those that judge finished latents or drafts need the same `judge_at`.
         call: arguments of the pipeline.
         seed: of the judges' noise and of random picks.
 
-    Attributes: `latents` (n, ...), final, and their `videos`; `values` name -> (n,), the referee's; overall scores by
-    the judges: `final` (judges, n) of the finished latents, `cuts` step -> (judges, n) with `levels` step -> t,
-    `drafts` draft_steps -> (judges, n).
+    Attributes: the finished `latents` (n, ...) and their `videos`; `values` name -> (n,), the referee's scores. Overall
+    scores by the judges: `final` (judges, n) of the finished latents; `cuts` step -> (judges, n), at the noise level
+    `levels` step -> t; `drafts` draft_steps -> (judges, n).
     """
 
     def __init__(
         self,
-        panel: Panel,
+        joint: JointJudge,
         referee: Referee,
         prompt: str,
         seeds: Sequence[int],
@@ -70,7 +70,7 @@ class Contest:
         call: Mapping[str, Any],
         seed: int,
     ) -> None:
-        self.panel, self.referee, self.prompt, self.seeds = panel, referee, prompt, tuple(seeds)
+        self.joint, self.referee, self.prompt, self.seeds = joint, referee, prompt, tuple(seeds)
         self.plans = dict(plans)
         self.call, self.seed, self.n = dict(call), seed, len(seeds)
         self.cuts: dict[int, np.ndarray] = {}
@@ -83,9 +83,9 @@ class Contest:
         assert full.candidate_latents is not None
         self.latents = torch.stack([full.candidate_latents[candidate] for candidate in range(self.n)])
         self.final = self._by_judge(full.scores[-1])
-        self.videos = panel.backbone.decode(self.latents).cpu()  # where the referee works
+        self.videos = joint.backbone.decode(self.latents).cpu()  # the referee runs on the CPU
         self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
-        steps = sorted({step for name in plans for step, _ in self._cuts_on_the_way(name)})
+        steps = sorted({step for name in plans for step, _ in self._cuts_while_sampling(name)})
         if steps:
             watch = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
             for cut in self._run({"strategy": Early.strategy, "schedule": watch}).scores:
@@ -96,43 +96,46 @@ class Contest:
 
     def picks(self, name: str) -> list[int]:
         """The candidate that each judge picks by a plan."""
-        plan, judges = self._made[name], range(len(self.panel.judges))
+        plan, judges = self._made[name], range(len(self.joint.judges))
         if isinstance(plan, Blind):
             return [plan.draw(self.n, 1, self.seed, self.prompt)[0] for _ in judges]
         cuts = self._cuts(name)
-        return [pick(cuts, {step: self._known(plan, step, k) for step, _ in cuts}) for k in judges]
+        return [pick(cuts, {step: self._shared_scores(plan, step, k) for step, _ in cuts}) for k in judges]
 
     def play(self, name: str, k: int) -> BestOfNResult:
         """A plan run by itself, by judge k."""
-        plan, judge = dict(self.plans[name]), self.panel.judges[k]
+        plan, judge = dict(self.plans[name]), self.joint.judges[k]
         if self._made[name].needs_oracle():
             plan["oracle"] = self._value
         return best_of_n(
             judge.backbone.pipe, judge, self.prompt, seeds=self.seeds, **{"seed": self.seed, **plan}, **self.call
         )
 
-    def alone(self, name: str, k: int) -> dict[str, Any]:
-        """A plan run by itself, by judge k: "index", "ledger", and "off", how far its scores are from the shared ones.
+    def run_separately(self, name: str, k: int) -> dict[str, Any]:
+        """Run a plan by itself, by judge k, and compare its scores with the shared ones.
+
+        Returns:
+            {"index": the pick, "ledger": the costs, "off": the largest absolute difference of a score}.
 
         Raises:
             PrismError: where scores differ by more than rounding.
         """
-        plan, result, off = self._made[name], self.play(name, k), 0.0
+        plan, result, max_abs_difference = self._made[name], self.play(name, k), 0.0
         for cut in result.scores:
-            known = self._known(plan, cut["step"], k)[cut["candidates"]]
-            found = cut["scores"]["oracle" if plan.needs_oracle() else "overall"]
-            off = max(off, float(np.abs(np.array(found) - known).max()))
-        if off > TOLERANCE:
+            shared = self._shared_scores(plan, cut["step"], k)[cut["candidates"]]
+            separate = np.array(cut["scores"]["oracle" if plan.needs_oracle() else "overall"])
+            max_abs_difference = max(max_abs_difference, float(np.abs(separate - shared).max()))
+        if max_abs_difference > TOLERANCE:
             raise PrismError(
-                f"The strategy {name} run by itself on {self.prompt!r} scores its candidates {off:.2g} apart from the "
-                "run that all strategies share; this is a bug in prism."
+                f"The strategy {name} run by itself on {self.prompt!r} scores a candidate {max_abs_difference:.2g} "
+                "apart from the run that all strategies share; this is a bug in prism."
             )
-        return {"index": result.index, "off": off, "ledger": result.ledger.to_dict()}
+        return {"index": result.index, "off": max_abs_difference, "ledger": result.ledger.to_dict()}
 
-    def fate(self, name: str, k: int) -> list[dict[str, Any]]:
-        """The cuts of an early plan as `best_of_n` notes them down, for judge k."""
+    def cuts_of(self, name: str, k: int) -> list[dict[str, Any]]:
+        """The cuts of an early plan by judge k, in the form of `BestOfNResult.scores`."""
         alive, cuts = list(range(self.n)), []
-        for step, keep in self._cuts_on_the_way(name):
+        for step, keep in self._cuts_while_sampling(name):
             scores = self.cuts[step][k]
             kept = survivors(alive, scores, keep)
             columns = {"overall": [float(scores[candidate]) for candidate in alive]}
@@ -144,14 +147,16 @@ class Contest:
         plan, load = self._made[name], Workload(self.n, (1,) * self._steps)
         return plan.settled(load).cuts(load)
 
-    def _cuts_on_the_way(self, name: str) -> Schedule:
+    def _cuts_while_sampling(self, name: str) -> Schedule:
+        """The cuts that come before the end of sampling; those of drafts and of finished latents do not."""
         return self._cuts(name) if self._made[name].looks_at == "steps" else ()
 
     @property
     def _steps(self) -> int:
-        return self.panel.backbone.num_inference_steps(self.call)
+        return self.joint.backbone.num_inference_steps(self.call)
 
-    def _known(self, plan: Plan, step: int, k: int) -> np.ndarray:
+    def _shared_scores(self, plan: Plan, step: int, k: int) -> np.ndarray:
+        """The scores (n,) of all candidates that a plan cuts by at a step, for judge k."""
         if plan.looks_at == "steps":
             return self.cuts[step][k]
         if plan.looks_at == "drafts":
@@ -163,26 +168,26 @@ class Contest:
 
     def _run(self, plan: Mapping[str, Any], **options: Any) -> BestOfNResult:
         arguments = {"seed": self.seed, "select_by": "0/overall", **plan, **options}
-        return best_of_n(self.panel.backbone.pipe, self.panel, self.prompt, seeds=self.seeds, **arguments, **self.call)
+        return best_of_n(self.joint.backbone.pipe, self.joint, self.prompt, seeds=self.seeds, **arguments, **self.call)
 
     def _by_judge(self, cut: Mapping[str, Any]) -> np.ndarray:
-        return np.array([cut["scores"][f"{k}/overall"] for k in range(len(self.panel.judges))])
+        return np.array([cut["scores"][f"{k}/overall"] for k in range(len(self.joint.judges))])
 
 
 def survivors(alive: Sequence[int], scores: np.ndarray, keep: int) -> list[int]:
-    """The best `keep` of the living by score (n,), in their order; of equals the first."""
+    """The best `keep` of the candidates `alive` by score (n,), in their order; the first of equals."""
     return sorted(sorted(alive, key=lambda candidate: (-scores[candidate], candidate))[:keep])
 
 
 def pick(cuts: Sequence[tuple[int, int]], scores: Mapping[int, np.ndarray]) -> int:
-    """The candidate that a schedule leaves, from the scores (n,) of all candidates at each step."""
+    """The one candidate that the cuts leave, from the scores (n,) of all candidates at each step."""
     alive = list(range(len(next(iter(scores.values())))))
     for step, keep in cuts:
         alive = survivors(alive, scores[step], keep)
     return alive[0]
 
 
-Record = Mapping[str, Any]  # one prompt, as `record` makes it
+Record = Mapping[str, Any]  # one prompt, as `prism.lab.demo.record` makes it
 Plans = Mapping[str, Mapping[str, Any]]
 
 
@@ -195,14 +200,15 @@ def rows(
     seed: int,
     measured: Sequence[Record] | None = None,
 ) -> list[BestOfNRow]:
-    """The "best_of_n" rows of metrics.json: one per plan and judge, and where there are several judges one for all of
-    them first, whose "head_seed" is None and whose gains are the judges' mean.
+    """The "best_of_n" rows of metrics.json: one per plan and judge.
+
+    Where there are several judges, the first row of each plan is their mean, with "head_seed" None.
 
     records: one per prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick per judge}, and, where plans
-    were run by themselves, "alone" {plan: [{"ledger"}, one per judge]}. Costs are those runs' means, and seconds their
-    median, times the number of prompts. A gain is the pick's score over the mean of its prompt's candidates, which is
-    what a random pick gets on average, in units of the pooled within-prompt standard deviation of the referee's scores;
-    intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
+    were run separately, "alone" {plan: [{"ledger"}, one per judge]}. Costs are the means of those runs, and seconds
+    their median, times the number of prompts. A gain is the pick's score minus the mean of its prompt's
+    candidates, which is what a random pick gets on average, in units of the pooled within-prompt standard deviation of
+    the referee's scores; intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
     given as shares of it.
     measured: records to take costs from, where it is not these.
     """
@@ -249,8 +255,8 @@ def rows(
 
 
 def agreement(records: Sequence[Record]) -> Agreement:
-    """How the runs of plans by themselves compare with what all plans share: how many there were, how many picked the
-    same candidate, and the largest difference of a score.
+    """Agreement of the separate runs of plans with the run that all share: the number of runs, the number that picked
+    the same candidate, and the largest difference of a score.
     """
     pairs = [
         (run, record["picks"][name][k])
@@ -282,18 +288,18 @@ def _values(records: Sequence[Record]) -> np.ndarray:
 
 
 def _gains(records: Sequence[Record], values: np.ndarray, name: str) -> np.ndarray:
-    """(judges, prompts): the picks' scores over their prompts' means."""
+    """(judges, prompts): the picks' scores minus the mean of their prompt's candidates."""
     picks = np.array([record["picks"][name] for record in records]).T
     return values[np.arange(len(values)), picks] - values.mean(1)
 
 
 def _ledgers(records: Sequence[Record]) -> dict[str, list[Mapping[str, Any]]]:
-    """Plan -> the ledgers of its runs by itself."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """The ledgers of a plan's separate runs, by plan."""
+    ledgers: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         for name, runs in record.get("alone", {}).items():
-            found.setdefault(name, []).extend(run["ledger"] for run in runs)
-    return found
+            ledgers.setdefault(name, []).extend(run["ledger"] for run in runs)
+    return ledgers
 
 
 def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
@@ -301,7 +307,7 @@ def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
 
 
 def columns(gain: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(prompts, 4), what `in_spreads` and `of_oracle` take sums of, from gains (prompts,) and values (prompts, n)."""
+    """(prompts, 4), of gains (prompts,) and values (prompts, n): the columns that `in_spreads` and `of_oracle` sum."""
     return np.stack([gain, values.var(1, ddof=1), values.max(1) - values.mean(1), np.ones(len(gain))], 1)
 
 
@@ -311,5 +317,5 @@ def in_spreads(sums: np.ndarray) -> np.ndarray:
 
 
 def of_oracle(sums: np.ndarray) -> np.ndarray:
-    """Mean gain as a share of what the best candidates gain."""
+    """Mean gain as a share of the best candidates' mean gain."""
     return sums[:, 0] / sums[:, 2]

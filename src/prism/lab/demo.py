@@ -1,5 +1,5 @@
-"""The demo: train heads on labelled candidates, measure them and pixel judges by noise level on unseen prompts, pick
-the best of 8 with every strategy, and look at where the query looks.
+"""The demo: train heads on labelled candidates, measure their accuracy and that of pixel judges by noise level on
+unseen prompts, pick the best of 8 with every strategy, and measure the attention of the query.
 
 `DemoConfig()` takes minutes. `FULL` takes an hour or more on two cores, in parts that survive a kill.
 """
@@ -21,7 +21,7 @@ import prism
 from prism import files, runs, shapeworld, temporary, video
 from prism.errors import SEEDS, whole
 from prism.lab import claims
-from prism.lab import contest as compare
+from prism.lab import contest as strategies
 from prism.loading import check_alone, describe, load_backbone
 from prism.report.metrics import ClaimRow, cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
@@ -36,7 +36,7 @@ Schedule = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Everything the demo fixes beforehand. `taps`: the block each of a judge's heads reads; several are averaged."""
+    """All settings of a demo, fixed before it runs. taps: the block each of a judge's heads reads, scores averaged."""
 
     seed: int = 0
     full: bool = False
@@ -47,13 +47,18 @@ class DemoConfig:
     unseen: int = 0  # prompts out of the domain
     train_prompts: int = 0  # sampled to train on, 0 for the store that ships
     judges: int = 1  # with seeds seed, seed + 1, ...
-    alone: int = 3  # prompts on which each strategy is also run by itself
+    alone: int = 3  # test prompts on which each strategy is also run separately
     taps: tuple[int, ...] = (4, 5)
     dim: int = 144
     train: TrainConfig = TRAIN
     pixel: bool = True
     pixel_steps: int | None = None  # where pixel judges are trained; None for their settings' own
-    pixel_levels: tuple[float, ...] = (899, 699, 499, 0)  # each costs a decode of every video; () for all
+    pixel_levels: tuple[float, ...] = (
+        899,
+        699,
+        499,
+        0,
+    )  # noise levels they are measured at, each a decode per video; () for all
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
     draft_steps: int = 3
@@ -61,7 +66,7 @@ class DemoConfig:
     judge_at: float = 700.0
     num_draws: int = 3
     look_at: tuple[float, ...] = (899, 699, 499)
-    strips: int = 4  # prompts shown with where the query looks
+    strips: int = 4  # prompts shown with the attention of the query
 
 
 FULL = DemoConfig(
@@ -82,7 +87,7 @@ FULL = DemoConfig(
 def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
     """The arguments of `best_of_n` by row of the table; the other schedules and draft lengths after the main ones."""
     clean = {"judge_at": config.judge_at, "num_draws": config.num_draws}
-    found: dict[str, dict[str, Any]] = {
+    by_name: dict[str, dict[str, Any]] = {
         "none": {"strategy": "none"},
         "random": {"strategy": "random"},
         "early": {"strategy": "early", "schedule": config.schedule},
@@ -92,10 +97,10 @@ def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
     }
     for cuts in config.schedules:
         name = "early " + ",".join(f"{step}:{keep}" for step, keep in cuts)
-        found[name] = {"strategy": "early", "schedule": cuts}
+        by_name[name] = {"strategy": "early", "schedule": cuts}
     for steps in config.drafts:
-        found[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
-    return found
+        by_name[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
+    return by_name
 
 
 def run(
@@ -121,41 +126,39 @@ def run(
         config = replace(config, train=replace(config.train, max_rows=batch_size))
     runs.check(out, overwrite, "demo")
     with contextlib.nullcontext() if config.full else temporary.scratch(out) as scratch:
-        place = runs.parts_of(out) if scratch is None else scratch / "parts"
-        return _run(out, place, config, overwrite, device, options)
+        folder = runs.parts_of(out) if scratch is None else scratch / "parts"
+        return _run(out, folder, config, overwrite, device, options)
 
 
 def _run(
-    out: Path, place: Path, config: DemoConfig, overwrite: bool, device: str | None, options: Any
+    out: Path, parts_folder: Path, config: DemoConfig, overwrite: bool, device: str | None, options: Any
 ) -> dict[str, Any]:
     from prism.backbone.fingerprint import VERSIONED
-    from prism.lab import attention as films
-    from prism.lab import attention as gaze
-    from prism.lab import judges
-    from prism.lab.contest import Panel
+    from prism.lab import attention, judges
+    from prism.lab.contest import JointJudge
     from prism.preference import LatentStore
     from prism.shapeworld import candidates
 
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
     backbone, call, name = load_backbone(device=device)
-    own = config.fresh or config.train_prompts  # data of its own, which begins with what ships unless it is fresh
-    shipped = None if own else LatentStore.open(shapeworld.asset_folder("candidates"))
+    samples_data = config.fresh or config.train_prompts  # beginning with the shipped prompts and seeds, unless fresh
+    shipped = None if samples_data else LatentStore.open(shapeworld.asset_folder("candidates"))
     changeable = (*(f"config.train.{name}" for name in RESULTLESS), *(f"backbone.{name}" for name in VERSIONED))
     whose = identity(config, backbone, call, shipped)
-    parts = Parts(place, whose, restart=overwrite, changeable=changeable)
+    parts = Parts(parts_folder, whose, restart=overwrite, changeable=changeable)
 
     def seconds(name: str, *prefixes: str) -> None:
-        paths = [path for prefix in prefixes for path in sorted(place.glob(f"{prefix}*.json"))]
+        paths = [path for prefix in prefixes for path in sorted(parts_folder.glob(f"{prefix}*.json"))]
         timings[name] = sum(files.read_json(path)["seconds"] for path in paths)
 
     def sampled(name: str, folder: str, shares: dict[str, tuple[int, int]], seed: int) -> LatentStore:
         def make() -> None:
-            if not (place / folder).is_dir():  # else killed between its end and the note of it
-                candidates.run(place / folder, shares, seed=seed, backbone=backbone)
+            if not (parts_folder / folder).is_dir():  # it is there if a run was killed before the part was noted down
+                candidates.run(parts_folder / folder, shares, seed=seed, backbone=backbone)
 
         parts.once(name, make)
-        return LatentStore.open(place / folder)
+        return LatentStore.open(parts_folder / folder)
 
     if shipped is None:
         prompts, each = candidates.SHIPPED["train"]
@@ -175,31 +178,32 @@ def _run(
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
         shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
         tested = sampled("test-data", "test-store", shares, seed + 3)
-    asked = config.pixel_levels, config.train.max_rows
-    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *asked)
-    panel, played = Panel(ours), plans(config)
-    records = contests(parts, panel, config, "test", config.prompts, 10_000 * (seed + 1), call)
+    levels_and_rows = config.pixel_levels, config.train.max_rows
+    accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *levels_and_rows)
+    joint, played = JointJudge(ours), plans(config)
+    records = contests(parts, joint, config, "test", config.prompts, 10_000 * (seed + 1), call)
     contested = {"test": records}
     head_seeds = [judge.trained_on["seed"] for judge in ours]
-    picks = compare.rows(records, played, head_seeds, call, "test", seed)
+    picks = strategies.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
         strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
-        far = judges.measured(parts, strange, ours, others, "unseen", seed, *asked)
-        away = contests(parts, panel, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
-        accuracy, comparison, measured = accuracy + far[0], comparison + far[1], measured + far[2]
-        contested["unseen"] = away
-        picks += compare.rows(away, played, head_seeds, call, "unseen", seed, measured=records)
+        on_unseen = judges.measured(parts, strange, ours, others, "unseen", seed, *levels_and_rows)
+        unseen_records = contests(parts, joint, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
+        accuracy, comparison = accuracy + on_unseen[0], comparison + on_unseen[1]
+        measured = measured + on_unseen[2]
+        contested["unseen"] = unseen_records
+        picks += strategies.rows(unseen_records, played, head_seeds, call, "unseen", seed, measured=records)
 
     strips, played_again = [], []
-    for which, entry in films.chosen_prompts(records, "early"):
-        contest = make_contest(panel, config, entry["prompt"], entry["seeds"], call, ("early", "full"))
-        strips += films.candidates(contest, "early", which)
+    for which, entry in attention.chosen_prompts(records, "early"):
+        contest = make_contest(joint, config, entry["prompt"], entry["seeds"], call, ("early", "full"))
+        strips += attention.candidates(contest, "early", which)
         played_again.append((entry, contest))
     shown, contest = played_again[len(played_again) // 2]  # the median gain's video is the run's
     result = contest.play("early", 0)
     looked = [{**record, "values": record["values"]["overall"]} for record in records]
     level = sorted(config.look_at)[len(config.look_at) // 2]
-    looks = films.looks(ours[0], _telling(records, config.strips), level, call, seed)
+    looks = attention.looks(ours[0], _widest(records, config.strips), level, call, seed)
     for name, prefixes in {
         "data": ("data", "test-data", "unseen-data"),
         "train": ("train-[0-9]",),
@@ -217,9 +221,9 @@ def _run(
         timings={**timings, "total": sum(timings.values()), "this process": time.perf_counter() - started},
         judge_comparison=comparison,
         training=[summary for _, summary in trained],
-        agreement=compare.agreement(records),
-        attention=gaze.rows(looked, seed),
-        bars=_bars(config, comparison, picks, records),
+        agreement=strategies.agreement(records),
+        attention=attention.rows(looked, seed),
+        bars=_claims(config, comparison, picks, records),
         prompt=shown["prompt"],
         seeds=list(result.seeds),
         winner=result.index,
@@ -228,7 +232,7 @@ def _run(
     )
     metrics["beside"] = None if config.full else claims.beside(metrics)
     with runs.new(out, overwrite, "demo") as folder:
-        _publish(folder, place, config, metrics, {**asdict(config), "call": call, "options": options or {}})
+        _publish(folder, parts_folder, config, metrics, {**asdict(config), "call": call, "options": options or {}})
         video.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
@@ -243,7 +247,7 @@ def _run(
 
 
 def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: Any) -> dict[str, Any]:
-    """What the parts of a demo depend on. `shipped`: the store that it trains on, or None where it samples its own."""
+    """All that the parts of a demo depend on. shipped: the store that it trains on; None where it samples its own."""
     from prism.training.learner import store_identity
 
     return {
@@ -255,7 +259,7 @@ def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: A
 
 
 def make_contest(
-    panel: Any,
+    joint: Any,
     config: DemoConfig,
     prompt: str,
     seeds: Sequence[int],
@@ -267,45 +271,45 @@ def make_contest(
     from prism.shapeworld import referee
 
     played = {name: plan for name, plan in plans(config).items() if names is None or name in names}
-    return Contest(panel, referee.batch, prompt, seeds, played, call, config.seed)
+    return Contest(joint, referee.batch, prompt, seeds, played, call, config.seed)
 
 
 def contests(
-    parts: Parts, panel: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
+    parts: Parts, joint: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Every plan on the first `count` prompts of a split, a part each; prompt j has the seeds first_seed + 1000 j + i.
 
-    The first `config.alone` test prompts also run each plan by itself.
+    On the first `config.alone` test prompts each plan is also run separately.
     """
-    prompts, found = shapeworld.prompts(split, count), []
+    prompts, records = shapeworld.prompts(split, count), []
     clock = Clock(f"best of {config.n} on {split} prompts", len(prompts))
-    for place, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
-        seeds = [first_seed + 1000 * place + i for i in range(config.n)]
-        alone = split == "test" and place < config.alone
-        name = f"{split}/{place:04d}"
-        there = parts.has(name)
+    for index, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
+        seeds = [first_seed + 1000 * index + i for i in range(config.n)]
+        separately = split == "test" and index < config.alone
+        name = f"{split}/{index:04d}"
+        is_done = parts.has(name)
 
-        def make(prompt: str = prompt, seeds: list[int] = seeds, alone: bool = alone) -> dict[str, Any]:
-            return record(make_contest(panel, config, prompt, seeds, call), config, alone)
+        def make(prompt: str = prompt, seeds: list[int] = seeds, separately: bool = separately) -> dict[str, Any]:
+            return record(make_contest(joint, config, prompt, seeds, call), config, separately)
 
-        found.append(parts.once(name, make))
-        clock.tick(place + 1, not there)
-    return found
+        records.append(parts.once(name, make))
+        clock.tick(index + 1, not is_done)
+    return records
 
 
-def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
-    """What is kept of a contest, as JSON: the referee's values, each plan's picks, each judge's scores of the finished
-    latents, the plans' runs by themselves, and where the first judge's query looks.
+def record(contest: Any, config: DemoConfig, separately: bool) -> dict[str, Any]:
+    """A contest as JSON: the referee's values, each plan's picks and separate runs, each judge's scores of the finished
+    latents, and the attention of the first judge's query.
     """
-    from prism.lab import attention as gaze
+    from prism.lab import attention
     from prism.sampling.strategies import kind_of
 
-    judge, looks = contest.panel.judges[0], {}
+    judge, looks = contest.joint.judges[0], {}
     for t in config.look_at:
-        attention = gaze.look(judge, contest.latents, contest.prompt, t, contest.call, config.seed)
-        cells = gaze.object_cells(contest.videos, contest.prompt, attention.shape[1:])
-        looks[f"{t:g}"] = gaze.shares(attention, cells)
-    found = {
+        weights = attention.look(judge, contest.latents, contest.prompt, t, contest.call, config.seed)
+        cells = attention.object_cells(contest.videos, contest.prompt, weights.shape[1:])
+        looks[f"{t:g}"] = attention.shares(weights, cells)
+    entry = {
         "prompt": contest.prompt,
         "seeds": list(contest.seeds),
         "values": {name: value.tolist() for name, value in contest.values.items()},
@@ -313,16 +317,17 @@ def record(contest: Any, config: DemoConfig, alone: bool) -> dict[str, Any]:
         "final": contest.final.tolist(),
         "looks": looks,
     }
-    if alone:
+    if separately:
         judged = {name: kind_of(plan["strategy"]).needs_judge() for name, plan in contest.plans.items()}
-        count = len(contest.panel.judges)
-        found["alone"] = {
-            name: [contest.alone(name, k) for k in range(count if judged[name] else 1)] for name in contest.plans
+        count = len(contest.joint.judges)
+        entry["alone"] = {
+            name: [contest.run_separately(name, k) for k in range(count if judged[name] else 1)]
+            for name in contest.plans
         }
-    return found
+    return entry
 
 
-def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _widest(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The prompts whose best and worst candidates lie farthest apart, of one thing and of two things in turn."""
     from prism.shapeworld import grammar
 
@@ -337,20 +342,22 @@ def _telling(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, An
     return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
 
 
-def _bars(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
-    """The claims of a full run; a short run is held to none."""
+def _claims(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
+    """The rows "bars" of a full run: its claims; none of a short run, which makes none."""
     share = claims.overhead(records, ("early", "draft", "full"))
     return claims.check(comparison, picks, "early", "draft", share) if config.full else []
 
 
-def _publish(folder: Path, place: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]) -> None:
-    """The files that are plain copies: metrics, configuration, the first seed's head, and what was made afresh."""
+def _publish(
+    folder: Path, parts_folder: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Write metrics and configuration, and copy the first seed's head and the data and pixel judges that were made."""
     write_config(folder / "config.json", settings)
     files.write_json(folder / "metrics.json", metrics)
-    shutil.copytree(place / f"head-{config.seed}", folder / "head")
+    shutil.copytree(parts_folder / f"head-{config.seed}", folder / "head")
     for name in ("candidates", "pixel", "pixel-noisy"):
-        if (place / name).is_dir():
-            shutil.copytree(place / name, folder / name)
+        if (parts_folder / name).is_dir():
+            shutil.copytree(parts_folder / name, folder / name)
 
 
 def _command(out: Path, config: DemoConfig) -> str:

@@ -1,4 +1,4 @@
-"""The film of what the model expects at a cut, against a plain run of the pipeline with a hook on its denoiser."""
+"""The clean latents that the denoiser expects at a cut, against a plain run with a hook on the denoiser."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_what_is_expected_at_each_step_and_the_pipeline_afterwards():
     for step in (1, 2, 4):
         noisy, timestep, velocity = calls[2 * (step - 1)]
         sigma = (timestep / 1000).view(-1, 1, 1, 1, 1)
-        found = attention._expected_clean(backbone, tiny.PROMPT, seeds, step, CALL)
-        torch.testing.assert_close(found, noisy - sigma * velocity, atol=1e-4, rtol=1e-4)
+        expected = attention._expected_clean(backbone, tiny.PROMPT, seeds, step, CALL)
+        torch.testing.assert_close(expected, noisy - sigma * velocity, atol=1e-4, rtol=1e-4)
         assert not getattr(pipe, "_interrupt", False)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     assert torch.equal(pipe([tiny.PROMPT] * 2, generator=generators, output_type="latent", **CALL).frames, stock)

@@ -1,4 +1,4 @@
-"""Judges of several seeds as one, against means by hand."""
+"""The mean over judges of several head seeds, against means by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from prism.evaluation import Measurement
-from prism.evaluation import measurement as pool
+from prism.evaluation.measurement import accuracy
 
 pytestmark = pytest.mark.usefixtures("intervals_of_few")
 
@@ -32,7 +32,7 @@ def measurement(seed, margins, share):
 
 def test_pooled_rows_come_first_and_are_means():
     one, two = measurement(0, [1.0, -1.0, -1.0, 0.1], 2 / 3), measurement(1, [1.0, 1.0, -1.0, 0.1], 1 / 3)
-    pooled, *single = pool.accuracy([one, two])
+    pooled, *single = accuracy([one, two])
     assert [row["head_seed"] for row in single] == [0, 1]
     assert (pooled["head_seed"], pooled["head_seeds"]) == (None, [0, 1])
     assert pooled["without_ties"] == pytest.approx(0.5)
@@ -43,11 +43,11 @@ def test_pooled_rows_come_first_and_are_means():
 
 def test_a_judge_alone_needs_no_pooling():
     one = measurement(0, [1.0, -1.0, -1.0, 0.1], 2 / 3)
-    assert pool.accuracy([one]) == one.rows
+    assert accuracy([one]) == one.rows
 
 
 def test_judges_measured_at_other_levels_are_not_pooled():
     one, two = measurement(0, [1.0, -1.0, -1.0, 0.1], 2 / 3), measurement(1, [1.0, 1.0, -1.0, 0.1], 1 / 3)
     two.rows[0]["t"] = 699
     with pytest.raises(ValueError, match="same levels"):
-        pool.accuracy([one, two])
+        accuracy([one, two])
