@@ -42,6 +42,8 @@ def test_a_file_that_begins_late_is_counted_from_its_first_frame(tmp_path):
     clip = read_clip(path, FramePolicy(fps=4, num_frames=3, start="first"))
     assert numbers(clip.frames) == [0, 2, 4]
     assert clip.times == pytest.approx([0, 0.25, 0.5], abs=2e-3)
+    assert (clip.info.num_frames, clip.info.held) == (10, 10)
+    assert numbers(read_clip(path).frames) == list(range(10))
 
 
 # -- upright, with square pixels

@@ -88,7 +88,8 @@ class Movie:
     def timeline(self) -> Timeline:
         with self._open() as container:
             stream, stamps, total = self._stream(container), [], 0
-            length, cut = 0, False
+            length, torn, latest = 0, False, None
+            cut = self._torn(container.format.name)
             packets = container.demux(stream)
             while True:
                 try:
@@ -103,30 +104,50 @@ class Movie:
                 total += 1
                 if total > MOST_FRAMES:
                     raise PrismError(f"{self.name} has more than {MOST_FRAMES:,} frames; cut it into clips.")
-                cut = bool(packet.is_corrupt)
-                if not packet.is_discard and not cut:
+                torn = bool(packet.is_corrupt)
+                cut = cut or torn
+                if not packet.is_discard and not torn:
                     stamps.append(packet.pts)
+                    latest = packet.dts
                     length = packet.duration or length
             base = stream.time_base or 1
             rate = stream.average_rate or stream.guessed_rate or 25
             stated, stated_seconds = stream.frames or 0, _seconds(stream.metadata.get("DURATION"))
+            if container.format.name == "flv" and len(container.streams) == 1 and container.duration:
+                stated_seconds = container.duration / 1e6
         if not stamps:
             raise PrismError(f"{self.name} holds no frames{' that are whole' if cut else ''}.")
         timed = None not in stamps and len(set(stamps)) == len(stamps)
-        self._stamps = sorted(stamps) if timed else None
-        times = np.array([float((s - self._stamps[0]) * base) for s in self._stamps]) if self._stamps else None
-        if times is None:
-            times = np.arange(len(stamps)) / float(rate)
+        times = self._times(stamps, base) if timed else np.arange(len(stamps)) / float(rate)
         spacing = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         last = float(length * base) if timed and 0 < length * base < 3600 else 0.0
         spacing = spacing or last or 1 / float(rate)
-        missing = stated - total + cut if 0 < stated - total + cut < MOST_FRAMES and stated else 0
-        if not missing and stated_seconds is not None and stated_seconds - times[-1] > 2.5 * spacing:
-            missing = min(int((stated_seconds - times[-1]) / spacing + 1e-3) - 1, MOST_FRAMES)
-        if missing:
-            times = np.concatenate([times, times[-1] + spacing * np.arange(1, missing + 1)])
-        end = float(times[-1]) + (spacing if missing or not last else last)
-        return Timeline(times, end, len(stamps), whole=not cut or missing > 0)
+        lost = stated - total + torn if stated else 0
+        if stated_seconds is not None and self._stamps:  # it is counted from 0 of the file's clock
+            stated_seconds -= float(self._stamps[0] * base)
+        short = stated_seconds is not None and stated_seconds - times[-1] > 2.5 * spacing
+        if timed and latest is not None and (lost > 0 or short or cut):
+            # Of what is shown after the last time of decoding, other frames that are shown before it may be missing.
+            sure = max(1, int(np.searchsorted(np.array(self._stamps), latest, "right")))
+            lost += len(times) - sure if lost > 0 else 0
+            times = times[:sure]
+        if lost <= 0 and short and stated_seconds is not None:
+            lost = int((stated_seconds - times[-1]) / spacing + 1e-3) - 1
+        held, lost = len(times), lost if 0 < lost < MOST_FRAMES else 0
+        if lost:
+            times = np.concatenate([times, times[-1] + spacing * np.arange(1, lost + 1)])
+        end = float(times[-1]) + (spacing if lost or not last else last)
+        return Timeline(times, end, held, whole=not cut or lost > 0)
+
+    def _times(self, stamps: list[int], base: Any) -> np.ndarray:
+        """Seconds since the first frame, in the order in which they are shown."""
+        self._stamps = sorted(stamps)
+        return np.array([float((stamp - self._stamps[0]) * base) for stamp in self._stamps])
+
+    def _torn(self, container: str) -> bool:
+        """True for a transport stream that ends within one of its packets, which FFmpeg passes over."""
+        size = os.path.getsize(self._data) if isinstance(self._data, str) else len(self._data)
+        return container == "mpegts" and all(size % packet for packet in (188, 192, 204))
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
         if self._stamps is None:
@@ -242,6 +263,7 @@ class Animation:
     def __init__(self, data: str | bytes, name: str):
         self.name = name
         self._data = data
+        self._cut = False
 
     def timeline(self) -> Timeline:
         starts, now = [], 0.0
@@ -253,7 +275,7 @@ class Animation:
             several = getattr(picture, "is_animated", False)
         if not starts:
             raise PrismError(f"{self.name} holds no frames.")
-        whole = (len(starts) == 1 and not several) or not self._cut_gif()
+        whole = (len(starts) == 1 and not several) or not (self._cut or self._cut_gif())
         return Timeline(np.array(starts), now, len(starts), timed=several, whole=whole)
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
@@ -287,9 +309,14 @@ class Animation:
                 while number < MOST_FRAMES:
                     try:
                         picture.seek(number)
+                        picture.load()
                     except EOFError:
                         return
-                    picture.load()
+                    except Exception:
+                        if number == 0:
+                            raise
+                        self._cut = True  # it gives as many as it has
+                        return
                     yield number, picture
                     number += 1
                     if not moving:
