@@ -1,4 +1,4 @@
-"""Reading a frozen generator."""
+"""Read a frozen generator: pipelines, families, conditionings, tokens."""
 
 from prism.backbone.backbone import Backbone
 from prism.backbone.conditioning import Conditioning, Ragged

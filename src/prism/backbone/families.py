@@ -1,4 +1,4 @@
-"""The table of families, a row each."""
+"""The table of families: one row of facts each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _WAN = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"),
     blocks=("blocks",),
     text_embedder="condition_embedder.text_embedder",
-    text_padding="zeros",  # no mask is passed: the padding is found as zero rows
+    text_padding="zeros",  # no mask is passed, and padding is zero rows
     cfg="two_calls",
     image_form="single",
-    restores_condition=True,  # in Wan 2.2 5B; the others show it on channels of its own
+    restores_condition=True,  # in Wan 2.2 5B; the others put it into further channels
     vae_mean_std=True,
     tap_reason=DEPTH + "12 of 30 in 1.3B and 5B, 16 of 40 in 14B",
     text_reason=PROJECTED.format("T5"),
@@ -122,7 +122,7 @@ _ROWS: tuple[Family, ...] = (
         models="HunyuanVideo, SkyReels-V1",
         pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
         blocks=("transformer_blocks", "single_transformer_blocks"),
-        text_embedder="context_embedder.proj_in",  # what follows refines it with the timestep
+        text_embedder="context_embedder.proj_in",  # the refiner after it sees the timestep
         text_padding="mask",
         cfg="two_calls",
         guidance="true_cfg_scale",
@@ -153,7 +153,7 @@ _ROWS: tuple[Family, ...] = (
         text_limit=120,
         models="Latte",
         pipelines=("LattePipeline",),
-        blocks=("temporal_transformer_blocks",),  # each follows the spatial block of its number
+        blocks=("temporal_transformer_blocks",),  # each runs after the spatial block of its index
         parallel_blocks=("transformer_blocks",),
         token_form="temporal",
         text_embedder="caption_projection",
@@ -235,7 +235,7 @@ _ROWS: tuple[Family, ...] = (
         models="Cosmos-Predict1",
         pipelines=("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"),
         counts_steps_by_calls=True,
-        blocks=("transformer_blocks",),  # the text goes into attention as it is: no text tokens of this width
+        blocks=("transformer_blocks",),  # the text keeps its own width in attention: no text tokens
         cfg="two_calls",
         clock="edm",
         vae_mean_std=True,
@@ -262,7 +262,7 @@ _ROWS: tuple[Family, ...] = (
         blocks=("transformer_blocks",),
         cfg="two_calls",
         image_form="single",
-        batch_size_one=True,  # its pipeline takes an image or a video for one row alone
+        batch_size_one=True,  # its pipeline takes an image or a video for one row only
         pure_noise_timestep=1.0,
         vae_mean_std=True,
         tap_reason=DEPTH + "11 of 28 in 2B, 14 of 36 in 14B",

@@ -52,7 +52,7 @@ FORMER_NAMES = {
     "vae_gives": "decoded_layout",
     "vae_told": "decode_num_frames",
     "without_last": "trailing_blocks_field",
-}  # of fields of `Family`, to those of today; rows may use them for one more version
+}  # former names of fields of `Family`; rows may use them for one more version
 
 
 def _takes_former_names(kind: type[Family]) -> type[Family]:
@@ -66,7 +66,7 @@ def _takes_former_names(kind: type[Family]) -> type[Family]:
             warnings.warn(
                 f"{old} of a Family is called {new} now; the old name goes in the next version.", FutureWarning, 2
             )
-            values[new] = values.pop(old)  # over what `replace` copies from the row that it is given
+            values[new] = values.pop(old)  # `replace` passes the old row's value too: the new one wins
         init(self, *args, **values)
 
     kind.__init__ = with_former_names  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ class Family:
     """the denoiser's argument with the text"""
     text_mask_argument: str = "encoder_attention_mask"
     """the denoiser's argument that says which rows of the text are real tokens"""
-    # Rows are taken by name and never by shape alone: a list of rotary positions may happen to be as long as the batch.
+    # Rows are sliced by name, not by shape: a list of rotary positions may happen to be as long as the batch.
     batched_arguments: frozenset[str] = BATCHED
     """the denoiser's arguments with one row per sample; for a dict, its name takes all tensors in it, and "name.key"
     one of them"""
@@ -203,23 +203,23 @@ class Family:
 
     def block_list(self, denoiser: Any) -> list[nn.Module]:
         """The blocks that carry video tokens, in the order in which they run."""
-        found: list[nn.Module] = []
+        blocks: list[nn.Module] = []
         denoiser = unwrapped(denoiser)
         for name in self.blocks:
             try:
                 part = denoiser.get_submodule(name)
             except AttributeError as error:
                 raise PrismError(f"The denoiser {type(denoiser).__name__} has no blocks {name!r}: {error}.") from error
-            found += list(part) if isinstance(part, nn.ModuleList) else [part]
-        without = int(config_of(denoiser)[self.trailing_blocks_field]) if self.trailing_blocks_field else 0
-        return found[: len(found) - without]
+            blocks += list(part) if isinstance(part, nn.ModuleList) else [part]
+        trailing = int(config_of(denoiser)[self.trailing_blocks_field]) if self.trailing_blocks_field else 0
+        return blocks[: len(blocks) - trailing]
 
     def first_blocks(self, denoiser: Any, up_to: int) -> list[tuple[nn.ModuleList, int]]:
-        """The lists of blocks, each with how many of its first ones a read after `up_to` blocks needs.
+        """The lists of blocks, each with the number of its first blocks that a read after `up_to` blocks needs.
 
-        Raises PrismError where blocks do not lie in lists, so that the first of them cannot be told apart.
+        Raises PrismError where the blocks are not in lists, so that the first of them cannot be loaded alone.
         """
-        found, left = [], up_to
+        lists, left = [], up_to
         for name in self.blocks:
             part = denoiser.get_submodule(name)
             if not isinstance(part, nn.ModuleList):
@@ -227,9 +227,9 @@ class Family:
                     f"Of {type(denoiser).__name__} no first blocks can be loaded alone; load the whole pipeline."
                 )
             kept = min(left, len(part))
-            found.append((part, kept))
+            lists.append((part, kept))
             left -= kept
-        return found + [(denoiser.get_submodule(name), up_to) for name in self.parallel_blocks]
+        return lists + [(denoiser.get_submodule(name), up_to) for name in self.parallel_blocks]
 
     def block_widths(self, denoiser: Any) -> list[int]:
         """D_vis after each block."""
@@ -240,46 +240,46 @@ class Family:
         width = self.widths
         if not isinstance(width, int):
             names = (width,) if width else ("num_attention_heads", "attention_head_dim")
-            width = math.prod(_said(config, name, "widths") for name in names)
+            width = math.prod(_config_field(config, name, "widths") for name in names)
         return [width] * len(self.block_list(denoiser))
 
     def video(self, output: Any) -> Tensor:
-        """A block's output for the video."""
+        """The video's tokens in a block's output."""
         states: Tensor = output[self.video_output] if isinstance(output, tuple) else output
         return states
 
     def conditional(self, rows: int, samples: int) -> slice:
-        """Where the conditional rows of `samples` lie in a denoiser call of `rows`, a whole number of groups."""
+        """The conditional rows in a denoiser call of `rows`, which are one or two groups of `samples`."""
         return slice(0, samples) if self.conditional_first else slice(rows - samples, rows)
 
     def patches(self, config: Mapping[str, Any]) -> Grid:
-        """Latent cells (T, H, W) in a token."""
+        """Latent cells (T, H, W) per token."""
         if self.patch is not None:
             return self.patch
-        size = _said(config, "patch_size", "patch")
-        found = (config.get("patch_size_t") or 1, size, size) if type(size) is int else size
-        if not isinstance(found, list | tuple) or len(found) != 3 or not all(type(n) is int and n > 0 for n in found):
+        size = _config_field(config, "patch_size", "patch")
+        patch = (config.get("patch_size_t") or 1, size, size) if type(size) is int else size
+        if not isinstance(patch, list | tuple) or len(patch) != 3 or not all(type(n) is int and n > 0 for n in patch):
             raise PrismError(
                 f"The denoiser's patch_size must be a whole number from 1, or three of them; found {quoted(size, 80)}."
             )
-        return (found[0], found[1], found[2])
+        return (patch[0], patch[1], patch[2])
 
     def channels(self, config: Mapping[str, Any], noisy: Tensor) -> int:
-        """How many channels of the denoiser's input are latents; conditions follow them."""
+        """The number of latent channels in the denoiser's input; channels of a condition follow them."""
         size = noisy.shape[layout.channel_axis(self.layout)]
         if layout.is_packed(self.layout):
             return size
-        found = config.get("out_channels") or config.get("out_visual_dim") or size
-        return min(size, found)
+        channels = config.get("out_channels") or config.get("out_visual_dim") or size
+        return min(size, channels)
 
     def dropped_frames(self, config: Mapping[str, Any]) -> int:
-        """Pixel frames that the pipeline drops from the front of what its VAE decodes."""
+        """The number of pixel frames that the pipeline drops from the front of a decoded video."""
         return self.dropped_frames_by_condition.get(config.get("image_condition_type") or "", 0)
 
     # -- noise levels
 
     def check_scheduler(self, scheduler: Any) -> None:
-        """Raise PrismError for a scheduler whose noise levels cannot be told: see `prism.backbone.noise.check`."""
+        """Raise PrismError for a scheduler that does not fit `clock`: see `prism.backbone.noise.check`."""
         noise.check(self.clock, scheduler)
 
     def level(self, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,18 +291,18 @@ class Family:
 
     def t_of(self, scheduler: Any, timestep: Any) -> float:
         """The noise level in [0, 1000] at which the model was called with `timestep`."""
-        own = isinstance(self.clock, noise.OwnClock)
-        return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if own else 1000 / self.pure_noise_timestep))
+        is_own = isinstance(self.clock, noise.OwnClock)
+        return noise.t_of(self.clock, scheduler, float(timestep) * (1.0 if is_own else 1000 / self.pure_noise_timestep))
 
 
-def _said(config: Mapping[str, Any], name: str, fact: str) -> Any:
-    """A field of the denoiser's configuration, which the fact of a family may say in its place."""
+def _config_field(config: Mapping[str, Any], name: str, fact: str) -> Any:
+    """A field of the denoiser's configuration. Where it is missing, the error asks for the fact that replaces it."""
     if name not in config:
         raise PrismError(f"The denoiser's configuration has no {name!r}; say it as {fact!r} in the pipeline's family.")
     return config[name]
 
 
-# -- what a fact may say
+# -- checks of facts
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
 _SETS = ("batched_arguments",)
@@ -312,7 +312,7 @@ _NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argu
 
 
 def _check_values(family: Family) -> None:
-    """Raise PrismError for a fact of another kind, or out of its range; lists are made the tuples or sets they mean."""
+    """Raise PrismError for a fact of a wrong type or out of range; turn lists into the tuples or sets they mean."""
     name = quoted(repr(family.name), 60)
     row: Any = type(family)
     kinds = _kinds(row)
@@ -329,7 +329,7 @@ def _check_values(family: Family) -> None:
             raise PrismError(f"{label} must not be empty.")
         if fact.name in _LEAST and isinstance(value, int):
             whole(label, value, _LEAST[fact.name])
-    twice = [path for place, path in enumerate(family.blocks) if path in family.blocks[:place]]
+    twice = [path for index, path in enumerate(family.blocks) if path in family.blocks[:index]]
     if twice:
         raise PrismError(f"blocks of the family {name} names {twice[0]!r} twice; each runs once a denoiser call.")
     if family.patch is not None:

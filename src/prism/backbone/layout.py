@@ -1,6 +1,6 @@
-"""Layouts: latents of a sampling loop as (B, C, T, H, W), a block's output as tokens in raster order.
+"""Layouts: convert latents of a sampling loop to (B, C, T, H, W), and a block's output to tokens in raster order.
 
-The forms that occur, by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1), "BLC" for tokens packed in
+Layouts by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1), "BLC" for tokens packed in
 raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 cells (Flux, Qwen-Image).
 """
 
@@ -54,19 +54,19 @@ def pack(latents: Tensor, layout: Layout) -> Tensor:
 
 
 def from_squares(states: Tensor, grid: Grid, side: int = 8) -> Tensor:
-    """Tokens (B, L, D) that run square by square, `side` x `side` of them, in raster order."""
+    """Tokens (B, L, D) ordered by squares of `side` x `side`, reordered to raster order."""
     frames, height, width = grid
     squares: Tensor = states.unflatten(1, (frames, height // side, width // side, side, side))
     return squares.transpose(3, 4).flatten(1, 5)
 
 
-def grid_of(places: Tensor) -> Grid:
-    """The grid (T, H, W) of tokens at `places` (3, L), one coordinate per axis.
+def grid_of(coordinates: Tensor) -> Grid:
+    """The grid (T, H, W) of tokens at `coordinates` (3, L).
 
-    Raises PrismError where they are not a whole grid in raster order, as where a condition's tokens come first.
+    Raises PrismError where they are not a full grid in raster order, as where a condition's tokens come first.
     """
-    grid = tuple(len(axis.unique()) for axis in places)
-    if grid[0] * grid[1] * grid[2] != places.shape[1] or bool((places[0].diff() < 0).any()):
+    grid = tuple(len(axis.unique()) for axis in coordinates)
+    if grid[0] * grid[1] * grid[2] != coordinates.shape[1] or bool((coordinates[0].diff() < 0).any()):
         raise PrismError(
             "Conditions at later frames are tokens before the video's own, which a judge cannot tell apart; give "
             "conditions at frame_index 0."
@@ -102,7 +102,7 @@ def check_noise(noise: Any, latents: Tensor) -> None:
 
 
 def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
-    """t as (B,) beside latents (B, ...). Raises PrismError unless it is a number in [0, 1000], or one per row."""
+    """t as (B,), one per row of the latents. Raises PrismError unless it is a number in [0, 1000], or one per row."""
     if not isinstance(latents, Tensor) or not latents.is_floating_point() or latents.ndim < 2:
         shape = f" {tuple(latents.shape)} of {latents.dtype}" if isinstance(latents, Tensor) else ""
         raise PrismError(
@@ -122,6 +122,6 @@ def per_row(t: Tensor | float, latents: Tensor) -> Tensor:
             f"The noise level t must be a number, or one for each of the {len(latents)} rows of the latents; found the "
             f"shape {tuple(levels.shape)}."
         )
-    if not bool(((levels >= 0) & (levels <= 1000)).all()):  # NaN is not either
+    if not bool(((levels >= 0) & (levels <= 1000)).all()):  # NaN fails too
         raise PrismError(f"The noise level t must be from 0 (clean) to 1000 (noise); found {quoted(t, 80)}.")
     return levels.expand(len(latents)) if levels.numel() == 1 else levels

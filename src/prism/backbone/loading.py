@@ -1,5 +1,6 @@
-"""A denoiser's first blocks alone, for a judge that stands by itself: later blocks are neither read nor allocated, and
-of a repository on the Hub not downloaded.
+"""Load pipelines from folders and the Hub, whole or, for a judge that does not sample, with first blocks only.
+
+Later blocks are then neither read nor allocated, nor downloaded from the Hub where they lie in files of their own.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
 
-# The largest numbers that configurations may hold: diffusers and transformers make blocks, and tables of positions or
-# timesteps, before they look at a weight. Angles (rope_theta) are free.
+# The largest whole numbers that configurations may hold, because diffusers and transformers allocate blocks, and tables
+# of positions or timesteps, before they read a weight. Fields with a word of `_FREE` (rope_theta) have no limit.
 _MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks"), ("theta", "base")
 HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
 
 
 @contextmanager
-def folder_told(source: Any) -> Iterator[None]:
-    """Whatever diffusers and transformers raise of a folder is said in a sentence that names it."""
+def explain_folder_errors(source: Any) -> Iterator[None]:
+    """Turn errors of diffusers and transformers while they load `source` into a PrismError that names it."""
     if isinstance(source, str | os.PathLike) and not os.path.exists(source) and os.fspath(source).count("/") != 1:
         raise PrismError(
             f"There is no folder {quoted(os.fspath(source), 120)}, and an id on the Hub is of the form owner/name; "
@@ -58,7 +59,7 @@ def folder_told(source: Any) -> Iterator[None]:
 
 def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
     """See `Backbone.from_pretrained`."""
-    with folder_told(source):
+    with explain_folder_errors(source):
         if up_to is None:
             return kind(load_whole(source, kwargs), reads)
         pipe, reads, num_blocks = load_pipeline(source, up_to, reads, kwargs)
@@ -67,27 +68,27 @@ def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None
         return backbone
 
 
-def make(kind: type[Backbone], pipe: Any, reads: str | None, told: Mapping[str, Any]) -> Backbone:
-    """A backbone of whose attributes some were found out before: where it was partly loaded, or pickled."""
+def make(kind: type[Backbone], pipe: Any, reads: str | None, attributes: Mapping[str, Any]) -> Backbone:
+    """A backbone with attributes that its pipeline does not show: one that was partly loaded or pickled."""
     backbone = kind(pipe, reads or None)
-    vars(backbone).update(told)
+    vars(backbone).update(attributes)
     return backbone
 
 
 def load_whole(source: str, kwargs: dict[str, Any]) -> DiffusionPipeline:
-    """A pipeline from a folder or the Hub; one without facts is refused before gigabytes are loaded or fetched."""
-    known: Any = check_folder(Path(source)) if Path(source).exists() else None
+    """A pipeline from a folder or the Hub. One without a family is refused before its weights are loaded or fetched."""
+    index: Any = check_folder(Path(source)) if Path(source).exists() else None
     kind: Any = DiffusionPipeline
     if "custom_pipeline" not in kwargs:
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
-        kind = loader(str((known or kind.load_config(source, **hub)).get("_class_name")))
+        kind = loader(str((index or kind.load_config(source, **hub)).get("_class_name")))
     return kind.from_pretrained(source, **kwargs)
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json, once nothing in its folder would keep a loader from coming back.
+    """A pipeline's model_index.json, after checks that loading its folder will not hang or run out of memory.
 
-    Raises PrismError for what is no regular file, and for configurations that ask for what no machine holds.
+    Raises PrismError for files that are not regular (pipes), and for configurations with absurdly large numbers.
     """
     if folder.is_dir() and not os.path.lexists(folder / "model_index.json"):
         raise PrismError(
@@ -97,8 +98,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise PrismError(f"The file {folder / 'model_index.json'} does not name a pipeline's class (_class_name).")
-    places = [folder, *(folder / name for name in index if not name.startswith("_"))]
-    for path in (path for place in places if place.is_dir() for path in sorted(place.iterdir())):
+    folders = [folder, *(folder / name for name in index if not name.startswith("_"))]
+    for path in (path for each in folders if each.is_dir() for path in sorted(each.iterdir())):
         if path.is_dir() and path.suffix not in (".json", ".safetensors"):
             continue
         if path.exists() or path.is_symlink():
@@ -126,37 +127,37 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 def load_pipeline(
     source: str, up_to: int, reads: str | None, kwargs: dict[str, Any]
 ) -> tuple[DiffusionPipeline, str, int]:
-    """A pipeline with the first `up_to` blocks of the denoiser that is read: it, that one's name, its number of blocks
-    when whole. Of another denoiser one block is loaded.
+    """A pipeline with the first `up_to` blocks of the denoiser that is read, that denoiser's name, and the number of
+    blocks that it has when whole. A second denoiser gets one block.
 
     Args:
-        source: a folder, or an id on the Hub, of which the denoisers' shards that are needed are fetched.
-        kwargs: as of diffusers' `from_pretrained`; `variant` names the weights' files.
+        source: a folder, or an id on the Hub, from which only the shards that are needed are fetched.
+        kwargs: for diffusers' `from_pretrained`; `variant` names the weights' files.
     """
     folder, fetch = Path(source), None
     hub = {name: kwargs[name] for name in HUB if name in kwargs}
     if not folder.exists():
-        fetch = partial(hf_hub_download, source, **_known(hf_hub_download, hub))
+        fetch = partial(hf_hub_download, source, **_accepted(hf_hub_download, hub))
         folder = Path(fetch("model_index.json")).parent
     index = check_folder(folder)
-    kind = loader(index["_class_name"])  # which knows, unlike its base class, that denoisers are components
+    kind = loader(index["_class_name"])  # unlike its base class it knows that denoisers are components
     family = family_named(index["_class_name"])
     names = [name for name in index if is_denoiser(name) and index[name][0] is not None]
     read = reads or next(iter(names), "")
     if read not in names:
         raise PrismError(f"The pipeline in {source} has no denoiser {read!r}; it has {', '.join(names) or 'none'}.")
     if fetch is not None:
-        given = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
-        kind.download(source, **given, **hub, **dict.fromkeys(names))  # all but the denoisers
-        known = _known(snapshot_download, hub)
-        folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **known))
+        options = {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+        kind.download(source, **options, **hub, **dict.fromkeys(names))  # all but the denoisers
+        taken = _accepted(snapshot_download, hub)
+        folder = Path(snapshot_download(source, allow_patterns=[f"{name}/*.json" for name in names], **taken))
     loaded = {name: load_denoiser(folder, name, family, up_to if name == read else 1, kwargs, fetch) for name in names}
     models = {name: model for name, (model, _) in loaded.items()}
     return kind.from_pretrained(str(folder), **kwargs, **models), read, loaded[read][1]
 
 
-def _known(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options that this version of the Hub's client takes."""
+def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that `function`, of this version of the Hub's client, takes."""
     taken = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in taken}
 
@@ -169,19 +170,19 @@ def load_denoiser(
     kwargs: Mapping[str, Any],
     fetch: Callable[[str], Any] | None = None,
 ) -> tuple[Any, int]:
-    """The denoiser in `folder/name` with its first `up_to` blocks, and how many it has.
+    """The denoiser in `folder/name` with its first `up_to` blocks, and the number that it has when whole.
 
-    Only the shards that hold what is wanted are opened, so that others may be absent. `fetch` brings a file of the
+    Only the shards that hold these blocks are opened, so that others may be absent. `fetch` downloads a file of the
     folder, by its path in it. Weights get the dtype that diffusers would give them.
 
     Raises:
         PrismError: for a tap beyond the model, or where a file or a tensor is missing.
     """
-    place = folder / name
+    subfolder = folder / name
     index = read_json(folder / "model_index.json")
     kind = component_class(index[name][0], index[name][1], index["_class_name"])
     with init_empty_weights():
-        model = kind.from_config(kind.load_config(str(place)))
+        model = kind.from_config(kind.load_config(str(subfolder)))
     total = len(family.block_list(model))
     if not 1 <= up_to <= total:
         raise PrismError(
@@ -190,50 +191,50 @@ def load_denoiser(
         )
     for part, kept in family.first_blocks(model, up_to):
         del part[kept:]
-    tensors = _tensors(place, list(model.state_dict()), kwargs.get("variant"), fetch)
+    tensors = _tensors(subfolder, list(model.state_dict()), kwargs.get("variant"), fetch)
     model.load_state_dict(_cast(model, tensors, kwargs.get("torch_dtype", kwargs.get("dtype")), name), assign=True)
     return model.eval(), total
 
 
 def _tensors(
-    place: Path, names: list[str], variant: str | None, fetch: Callable[[str], Any] | None
+    subfolder: Path, names: list[str], variant: str | None, fetch: Callable[[str], Any] | None
 ) -> dict[str, torch.Tensor]:
-    """These tensors by name, from one file or from the shards that hold them."""
+    """The tensors of these names, from one file or from the shards that hold them."""
     single, several = (_of_variant(name, variant) for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    index = place / several
-    where = _weight_map(index) if index.exists() else dict.fromkeys(names, single)
-    found: dict[str, torch.Tensor] = {}
-    for shard in sorted({where[name] for name in names if name in where}):
-        path = place / shard
+    index = subfolder / several
+    shard_of = _weight_map(index) if index.exists() else dict.fromkeys(names, single)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted({shard_of[name] for name in names if name in shard_of}):
+        path = subfolder / shard
         try:
             if fetch is not None:
-                fetch(f"{place.name}/{shard}")
+                fetch(f"{subfolder.name}/{shard}")
         except OSError as error:
             raise PrismError(
-                f"The file {place.name}/{shard}, which the head reads, could not be fetched: {error}"
+                f"The file {subfolder.name}/{shard}, which the head reads, could not be fetched: {error}"
             ) from error
         if not path.is_file():
             raise PrismError(f"The file {path} is missing; it holds blocks that the head reads.")
         check_regular(path)
         with safetensors_told(path), safe_open(str(path), framework="pt") as opened:
-            held = set(opened.keys())
+            names_in_shard = set(opened.keys())
             for name in names:
-                if where.get(name) == shard and name in held:
-                    found[name] = opened.get_tensor(name)
-    missing = [name for name in names if name not in found]
+                if shard_of.get(name) == shard and name in names_in_shard:
+                    tensors[name] = opened.get_tensor(name)
+    missing = [name for name in names if name not in tensors]
     if missing:
-        raise PrismError(f"The weights in {place} lack {missing[0]!r}; the download may not be complete.")
-    return found
+        raise PrismError(f"The weights in {subfolder} lack {missing[0]!r}; the download may not be complete.")
+    return tensors
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> the shard beside `index` that holds it."""
+    """The `weight_map` of an index file: name of a tensor -> name of the file beside `index` that holds it."""
     content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    names = list(where.values()) if isinstance(where, dict) else [None]
-    if not isinstance(where, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    shard_of = content.get("weight_map") if isinstance(content, dict) else None
+    names = list(shard_of.values()) if isinstance(shard_of, dict) else [None]
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise PrismError(f"The 'weight_map' of {index} does not name files beside it.")
-    return where
+    return shard_of
 
 
 def _of_variant(name: str, variant: str | None) -> str:

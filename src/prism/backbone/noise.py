@@ -1,8 +1,8 @@
-"""Noise levels: per form of diffusion a monotone map from t in [0, 1000], 0 clean and 1000 noise, to (alpha, sigma,
-model timestep), on the scale at which the denoiser is given its latents.
+"""Noise levels: for each form of diffusion, a monotone map from t in [0, 1000] (0 clean, 1000 noise) to (alpha, sigma,
+model timestep), on the scale of the denoiser's input.
 
 Where a scheduler divides its latents before the denoiser sees them (Allegro, Stable Video Diffusion, Cosmos), alpha and
-sigma are divided too: a noisy latent is always as the denoiser takes it.
+sigma are divided too, so that a noisy latent is always what the denoiser takes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class OwnClock:
 def check(clock: Clock | OwnClock, scheduler: Any) -> None:
     """Raise PrismError for a scheduler of another form of diffusion than `clock`, whose timesteps mean other noise.
 
-    Not checked are schedulers outside diffusers and an `OwnClock`: the family answers for them.
+    Schedulers outside diffusers and an `OwnClock` are not checked: whoever wrote the family vouches for them.
     """
     if isinstance(clock, OwnClock) or not isinstance(scheduler, SchedulerMixin):
         return
@@ -113,9 +113,9 @@ def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, T
         alpha = torch.where(t == 0, torch.ones_like(t), (ratio.square() + 1).rsqrt())
         return alpha, torch.where(t == 0, torch.zeros_like(t), ratio * alpha), index.to(t)
     index = (t.double() * steps / 1000).floor().clamp(max=steps - 1).long()
-    kept = scheduler.alphas_cumprod.to(t.device)[index].to(torch.float32)
-    kept = torch.where(t == 0, torch.ones_like(kept), kept)
-    return kept.sqrt(), (1 - kept).sqrt(), index.to(torch.float32)
+    cumulative = scheduler.alphas_cumprod.to(t.device)[index].to(torch.float32)
+    cumulative = torch.where(t == 0, torch.ones_like(cumulative), cumulative)
+    return cumulative.sqrt(), (1 - cumulative).sqrt(), index.to(torch.float32)
 
 
 def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
@@ -124,7 +124,7 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
         return min(1000.0, max(0.0, float(clock.t_of(scheduler, timestep))))
     check(clock, scheduler)
     if clock in FLOWS:
-        share = min(1.0, timestep / length(scheduler))  # rounding may give a little more
+        share = min(1.0, timestep / length(scheduler))  # rounding may exceed 1
         return 1000.0 * (share if clock == "flow" else 1 - share)
     if clock == "edm":
         low, high, _ = _edm(scheduler)

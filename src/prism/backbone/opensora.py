@@ -1,7 +1,7 @@
-"""Open-Sora 1.2 (STDiT3) as a pipeline: the modules of a user's installation in their published sampling loop.
+"""Open-Sora 1.2 (STDiT3) as a pipeline: modules that the user builds, in their published sampling loop.
 
-Nothing of Open-Sora is imported: the user builds its modules and hands them over. This is the worked example of
-`prism.backbone.Pipeline`, a backbone outside diffusers.
+Nothing is imported from Open-Sora. This is the worked example of `prism.backbone.Pipeline`, a backbone outside
+diffusers.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from prism.backbone.family import Family
 from prism.backbone.pipeline import dtype_of
 from prism.errors import PrismError
 
-CHUNK, LATENT_CHUNK, STRIDE = 17, 5, 4  # the VAE turns 17 frames into 5 latent ones, and of a rest 4 into 1
-IMAGE_FPS = 120  # what the model was told of single images
+CHUNK, LATENT_CHUNK, STRIDE = 17, 5, 4  # the VAE turns 17 frames into 5 latent ones; of a remainder, 4 into 1
+IMAGE_FPS = 120  # the fps that the model was trained with for single images
 
 
 def frames_of(latent_frames: int) -> int:
-    """Frames that the VAE is asked for where only their latents are known: 1, or whole chunks and a whole rest."""
+    """The number of frames to decode from latent frames: 1, or whole chunks and the largest remainder."""
     if latent_frames == 1:
         return 1
     chunks, rest = divmod(latent_frames, LATENT_CHUNK)
@@ -35,7 +35,7 @@ OPEN_SORA = Family(
     name="open-sora",
     models="Open-Sora 1.2 (STDiT3)",
     pipelines=("OpenSoraPipeline",),
-    blocks=("temporal_blocks",),  # each follows the spatial block of its number; both give (B, T H W, D)
+    blocks=("temporal_blocks",),  # each runs after the spatial block of its index; both give (B, T H W, D)
     cfg="one_batch",
     conditional_first=True,
     latents_argument=("x",),
@@ -49,28 +49,28 @@ OPEN_SORA = Family(
     text_padding="mask",
     text_reason="T5's, projected to the video's width before the first block",
     tap_reason="as deep as the paper's block 12 of 30: 11 of 28, each behind its spatial one",
-    decode_num_frames=frames_of,  # it normalises by itself
+    decode_num_frames=frames_of,  # the VAE normalises by itself
 )
 
 
 class RectifiedFlow:
-    """The published sampler: even timesteps from 1000 down, moved towards noise the more the video holds.
+    """The published sampler: even timesteps from 1000 down, shifted towards noise for larger and longer videos.
 
     The model's velocity is data minus noise, so that a step adds it. (`FlowMatchEulerDiscreteScheduler` divides in
-    another order, which differs in the last bit.)
+    another order; results differ in the last bit.)
     """
 
     num_train_timesteps = 1000
 
     def set_timesteps(self, num_inference_steps: int, ratio: Tensor) -> None:
-        """ratio: (1,), of `timestep_ratio`. Leaves `timesteps` (S,), float32, falling from 1000 and above 0."""
+        """Set `timesteps` (S,), float32, falling from 1000, all above 0. ratio: (1,), from `timestep_ratio`."""
         even = [(1.0 - step / num_inference_steps) * self.num_train_timesteps for step in range(num_inference_steps)]
         share = torch.tensor(even, device=ratio.device) / self.num_train_timesteps
         self.timesteps = ratio * share / (1 + (ratio - 1) * share) * self.num_train_timesteps
         self.index = 0
 
     def step(self, velocity: Tensor, latents: Tensor) -> Tensor:
-        """The latents (B, C, T, H, W) at the next timestep, or clean after the last one."""
+        """The latents (B, C, T, H, W) at the next timestep; clean after the last one."""
         upcoming = self.timesteps[self.index + 1] if self.index + 1 < len(self.timesteps) else 0
         share = (self.timesteps[self.index] - upcoming) / self.num_train_timesteps
         self.index += 1
@@ -78,27 +78,27 @@ class RectifiedFlow:
 
 
 def timestep_ratio(height: int, width: int, num_frames: int, like: Tensor) -> Tensor:
-    """How far timesteps are moved, (1,): sqrt(pixels / 512^2) sqrt(latent frames), in the dtype of `like`."""
+    """The shift of the timesteps, (1,): sqrt(pixels / 512^2) sqrt(latent frames), in the dtype of `like`."""
     pixels, frames = like.new_tensor([height]) * like.new_tensor([width]), like.new_tensor([num_frames])
     latent_frames = frames if num_frames == 1 else frames // CHUNK * LATENT_CHUNK
     return (pixels / 512**2).sqrt() * latent_frames.sqrt()
 
 
 class Output(NamedTuple):
-    """frames: as `output_type` says, one video a prompt."""
+    """The result of a call. frames: one video per prompt, in the form of `output_type`."""
 
     frames: Any
 
 
 class OpenSoraPipeline:
-    """Open-Sora 1.2 as PRISM uses a pipeline. Text to video; no reference frames, no loops.
+    """Open-Sora 1.2 as a `prism.backbone.Pipeline`. Text to video; no reference frames, no loops.
 
     Args:
         transformer: an `STDiT3`.
         vae: a `VideoAutoencoderPipeline`; it has `get_latent_size`, `out_channels`, `encode` and
             `decode(latents, num_frames=)`, and normalises by itself.
-        text_encoder, tokenizer: of T5; `.t5.model` and `.t5.tokenizer` of Open-Sora's `T5Encoder`.
-        clean: what is done to a prompt before the tokenizer, such as Open-Sora's `text_preprocessing`; None: nothing.
+        text_encoder, tokenizer: T5's: `.t5.model` and `.t5.tokenizer` of Open-Sora's `T5Encoder`.
+        clean: cleans a prompt before the tokenizer, such as Open-Sora's `text_preprocessing`; None: no cleaning.
     """
 
     family = OPEN_SORA
@@ -134,15 +134,15 @@ class OpenSoraPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
     ) -> Output:
-        """Sample a video a prompt.
+        """Sample a video per prompt.
 
         Args:
-            height, width: of the frames, in pixels.
-            num_frames: 1 for an image, or 17 and more: 51, 102, ... were trained on.
-            guidance_scale: above 1 a step is one denoiser call of the prompts and, behind them, as many null texts.
-            fps: frames a second that the model is told; of an image it is told 120.
-            max_sequence_length: text tokens, as many as the model's null text has or fewer; a longer prompt is cut off.
-            generator: one, or a list with one a row.
+            height, width: size of the frames, in pixels.
+            num_frames: 1 for an image, or 17 and more; the model was trained on 51, 102, ...
+            guidance_scale: above 1, a step is one denoiser call of the prompts followed by as many null texts.
+            fps: frames per second that the model is conditioned on; an image gets 120.
+            max_sequence_length: text tokens, at most those of the model's null text; a longer prompt is cut off.
+            generator: one, or a list with one per row.
             output_type: "np" (B, F, H, W, 3) in [0, 1], "pt", "pil" or "latent" (B, C, T, h, w).
         """
         if num_frames != 1 and num_frames < CHUNK:
@@ -153,16 +153,19 @@ class OpenSoraPipeline:
         rows, guided = len(y), guidance_scale > 1
         if guided:
             null = self._null()[: y.shape[2]]
-            y, mask = torch.cat([y, null.expand(rows, 1, -1, -1)]), mask.repeat(2, 1)  # the prompts' masks for both
+            y, mask = (
+                torch.cat([y, null.expand(rows, 1, -1, -1)]),
+                mask.repeat(2, 1),
+            )  # the null texts take the prompts' masks
         sizes = {"fps": fps if num_frames > 1 else IMAGE_FPS, "height": height, "width": width}
-        told = {"y": y, "mask": mask, **{name: like.new_full((len(y),), value) for name, value in sizes.items()}}
+        conditions = {"y": y, "mask": mask, **{name: like.new_full((len(y),), value) for name, value in sizes.items()}}
         shape = (rows, self.vae.out_channels, *self.vae.get_latent_size((num_frames, height, width)))
         latents = randn_tensor(shape, generator=generator, device=like.device, dtype=like.dtype)
         self.scheduler.set_timesteps(num_inference_steps, timestep_ratio(height, width, num_frames, like))
         for timestep in tqdm(self.scheduler.timesteps, **self._progress_bar_config):
-            given = torch.cat([latents, latents]) if guided else latents
-            output = self.transformer(given, timestep.expand(len(given)), **told)
-            velocity = output[:, : shape[1]]  # what follows is a variance, which sampling does not use
+            model_input = torch.cat([latents, latents]) if guided else latents
+            output = self.transformer(model_input, timestep.expand(len(model_input)), **conditions)
+            velocity = output[:, : shape[1]]  # the other channels are a variance, which sampling does not use
             if guided:
                 conditional, unconditional = velocity.chunk(2)
                 velocity = unconditional + guidance_scale * (conditional - unconditional)
@@ -173,19 +176,19 @@ class OpenSoraPipeline:
         return Output(VideoProcessor().postprocess_video(pixels, output_type=output_type))
 
     def encode_prompt(self, prompt: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
-        """Texts as the denoiser takes them, (B, 1, Lt, width), and which of their tokens are real, (B, Lt)."""
-        known = len(self._null())
-        if max_sequence_length > known:
+        """Texts as the denoiser takes them, (B, 1, Lt, width), and the mask of their real tokens, (B, Lt)."""
+        most_tokens = len(self._null())
+        if max_sequence_length > most_tokens:
             raise PrismError(
-                f"max_sequence_length must be at most {known} for this model; found {max_sequence_length}."
+                f"max_sequence_length must be at most {most_tokens} for this model; found {max_sequence_length}."
             )
         cleaned = [text if self.clean is None else self.clean(text) for text in prompt]
         form: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer(cleaned, max_length=max_sequence_length, **form).to(self.text_encoder.device)
-        found = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        encoded = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         device = next(self.transformer.parameters()).device
-        return found.last_hidden_state[:, None].to(device), tokens.attention_mask.to(device)
+        return encoded.last_hidden_state[:, None].to(device), tokens.attention_mask.to(device)
 
     def _null(self) -> Tensor:
-        """The null text that guidance was trained with: (Lt, width), not embedded yet."""
+        """The null text that guidance was trained with, before its embedder: (Lt, width)."""
         return self.transformer.y_embedder.y_embedding  # type: ignore[union-attr,return-value]

@@ -107,25 +107,25 @@ def check(pipe: Any, family: Family) -> None:
         raise PrismError(f"The call of the pipeline {kind} needs a prompt; say takes_prompts=True in its family.")
 
 
-# -- its parts, read in the same way whatever they are wrapped in
+# -- parts of a pipeline, unwrapped
 
 
 def unwrapped(part: Any) -> Any:
-    """The model inside whatever compiles (torch), adapts (peft), shards, replicates or quantises it as a whole."""
+    """The model inside the wrappers that compile (torch), adapt (peft), shard, replicate or quantise it as a whole."""
     while (inner := _inside(part)) is not None:
         part = inner
     return part
 
 
 def _inside(part: Any) -> Any:
-    held = getattr(part, "__dict__", {})
-    children = held.get("_modules", {})
+    fields = getattr(part, "__dict__", {})
+    children = fields.get("_modules", {})
     if "base_model" in children and hasattr(part, "get_base_model"):  # of peft
         return part.get_base_model()
     if list(children) == ["module"]:  # DistributedDataParallel, DataParallel, DeepSpeed
         return children["module"]
     names = ("_orig_mod", "_fsdp_wrapped_module", "_wrapped")  # torch.compile, FSDP, optimum-quanto
-    return next((held.get(name, children.get(name)) for name in names if name in held or name in children), None)
+    return next((fields.get(name, children.get(name)) for name in names if name in fields or name in children), None)
 
 
 def config_of(part: Any) -> Mapping[str, Any]:
@@ -176,9 +176,9 @@ def is_denoiser(name: str) -> bool:
 # Parts of the names of diffusers' hooks, which may be set without its `enable_...` methods.
 _CACHES = ("cache", "fbc_", "pyramid_attention_broadcast")
 _SLICES = ("cp_input", "cp_output")
-_MEASURED_PROMPTS = 10_000  # so many prompts are remembered as measured
+_MEASURED_PROMPTS = 10_000  # prompts whose length is remembered
 _LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
-# Where code of these raises, whoever called it is taken for the one that failed.
+# An error raised in these is attributed to their caller.
 _BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 

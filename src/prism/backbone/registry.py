@@ -1,4 +1,4 @@
-"""Rows of facts registered, found by a pipeline's class or its base classes, and checked against the pipeline."""
+"""The registry of families: register rows, find a pipeline's by its class, check its facts against the pipeline."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
 from prism.errors import PrismError, quoted
 
-ENTRY_POINTS = "prism.families"  # the group of entry points by which installed packages bring rows
+ENTRY_POINTS = "prism.families"  # the group of entry points through which installed packages register rows
 PAGE = "docs/backbones.md"
 Names = str | type | Iterable[str | type]
 
 _rows = {pipeline: family for family in FAMILIES.values() for pipeline in family.pipelines}
-_classes: dict[str, type] = {}  # of registered pipelines: diffusers cannot load those of others from a folder
+_classes: dict[str, type] = {}  # of registered pipelines, for those that diffusers cannot load from a folder
 
 
 def register(family: Family, pipeline: Names | None = None, *, replace: bool = False) -> Family:
@@ -37,7 +37,7 @@ def register(family: Family, pipeline: Names | None = None, *, replace: bool = F
         family: the row; it is `FAMILIES[family.name]` afterwards.
         pipeline: its pipelines, as classes or their names; None takes `family.pipelines`. A pipeline outside diffusers
             has to be given as its class, or it cannot be loaded from a folder.
-        replace: take the place of a row of that name, or of those pipelines.
+        replace: replace an existing row of that name, or of those pipelines.
 
     Returns:
         The row, with the names of its pipelines.
@@ -58,7 +58,7 @@ def register(family: Family, pipeline: Names | None = None, *, replace: bool = F
     names = tuple(kind if isinstance(kind, str) else kind.__name__ for kind in kinds)
     family = dataclasses.replace(family, pipelines=names)
     registered = FAMILIES.get(family.name)
-    # The same facts once more, for further pipelines.
+    # The same facts again, for further pipelines.
     if registered is not None and dataclasses.replace(registered, pipelines=names) == family:
         family = dataclasses.replace(family, pipelines=tuple(dict.fromkeys((*registered.pipelines, *names))))
         names = family.pipelines if all(_rows.get(name) is registered for name in registered.pipelines) else names
@@ -196,7 +196,7 @@ def _refuse(name: str, pipe: Any = None) -> Any:
 
 
 def _nearest(name: str, pipe: Any) -> Family | None:
-    """The nearest family by the denoiser's blocks and text embedding, where there is one, and by names of classes."""
+    """The nearest family by the denoiser's blocks and text embedding and by names of classes, or None."""
     parts = getattr(pipe, "components", None)
     parts = parts if isinstance(parts, Mapping) else {}
     denoiser = next((p for n, p in parts.items() if is_denoiser(n) and isinstance(p, nn.Module)), None)
@@ -215,6 +215,6 @@ def _nearest(name: str, pipe: Any) -> Family | None:
 
 
 def _common(one: str, other: str) -> str:
-    """The longest common beginning of two names."""
+    """The longest common prefix of two names."""
     size = next((index for index, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
     return one[:size]

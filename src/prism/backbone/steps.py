@@ -19,7 +19,7 @@ from prism.errors import PrismError
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-_MOST = 64  # so many calls' steps are remembered
+_MOST = 64  # calls whose steps are cached
 _PLAIN = (str, int, float, bool, type(None))
 # Arguments that change neither the number of steps nor their timesteps.
 _IRRELEVANT = ("prompt", "negative_prompt", "generator", "output_type", "return_dict")
@@ -31,7 +31,7 @@ class Steps:
 
     timesteps: the scheduler's, one per step; empty where it does not hold them.
     calls: denoiser calls per step (families with guidance in one batch: groups of rows).
-    readable: per step, whether the denoiser that is read runs it.
+    readable: per step, True where the denoiser that is read runs it.
     """
 
     timesteps: tuple[float, ...]
@@ -69,7 +69,7 @@ class Steps:
 
 
 def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
-    """The steps of `pipe(**call)`, remembered from an equal call or found by running it up to its first denoiser call.
+    """The steps of `pipe(**call)`, cached from an equal call or read by running it up to its first denoiser call.
 
     Raises:
         PrismError: for a call that the pipeline refuses, or that makes no step.
@@ -132,7 +132,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
     name = backbone.family.guidance
     if name == "guider":
         guider = copy.copy(backbone.pipe.guider)
-        if hasattr(guider, "set_state"):  # an earlier call left it at that call's last step
+        if hasattr(guider, "set_state"):  # it holds the last step of an earlier call
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
         return bool(guider.num_conditions > 1)
     scale = call.get(name, backbone.default(name))
@@ -143,7 +143,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
 
 
 def _readable(backbone: Backbone, timesteps: Sequence[float], count: int) -> tuple[bool, ...]:
-    """Per step, whether the denoiser that is read runs, by the pipeline's `boundary_ratio`."""
+    """Per step, True where the denoiser that is read runs it, by the pipeline's `boundary_ratio`."""
     ratio = config_of(backbone.pipe).get("boundary_ratio")
     if ratio is None or len(backbone.denoisers) == 1 or not timesteps:
         return (True,) * count

@@ -1,4 +1,4 @@
-"""Videos to latents of the sampling loop and back, by the pipeline's own VAE."""
+"""Encode videos to latents of the sampling loop and decode them, with the pipeline's own VAE."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def decode(
         options = {}
         if family.decode_num_frames is not None:
             options["num_frames"] = family.decode_num_frames(latents.shape[2])
-        if config_of(vae).get("timestep_conditioning"):  # LTX-Video's decoder may take a little noise; it gets none
+        if config_of(vae).get("timestep_conditioning"):  # LTX-Video's decoder may take a noise level; it gets 0
             options["temb"] = latents.new_zeros(len(latents))
         pixels = tensor_of(vae.decode(latents, **options))
         pixels = pixels.transpose(1, 2) if family.decoded_layout == "BCTHW" else pixels
@@ -146,7 +146,7 @@ def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mode(vae: Any, pixels: Tensor) -> Tensor:
-    """The posterior's mode, or the latents of a VAE that returns these; if it draws them, the same each time."""
+    """The posterior's mode, or the latents of a VAE that returns latents; a VAE that samples them is seeded."""
     with _seeded(pixels.device):
         latents = vae.encode(pixels)
     if isinstance(latents, tuple):
@@ -167,7 +167,7 @@ def _mode(vae: Any, pixels: Tensor) -> Tensor:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Seed the global generators of CPU and device inside; afterwards they are as they were."""
+    """While open the global generators of CPU and device are seeded; their state is restored afterwards."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(0)
