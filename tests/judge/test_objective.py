@@ -205,9 +205,20 @@ def test_weightless_and_missing_labels_give_nothing_at_an_infinite_margin():
     assert margins.grad[2] != 0
 
 
-def test_rounded_probabilities_leave_nothing_to_the_tie():
-    """0.7 and 0.3 as float32 sum to more than 1."""
-    margins = torch.tensor([[300.0]], requires_grad=True)
-    loss = preference_loss(margins, torch.tensor([[NAN]]), soft=torch.tensor([[[0.7, 0.3]]]))
-    loss.backward()
-    assert loss.item() == pytest.approx(0.3 * (300 + math.log(5)), rel=1e-4)
+def test_a_margin_that_has_the_label_without_a_doubt_costs_nothing():
+    """The log-probabilities of the other outcomes are infinite."""
+    margins = torch.tensor([[math.inf], [-math.inf]], requires_grad=True)
+    sure = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    for labels, soft in ((torch.tensor([[1.0], [-1.0]]), None), (torch.full((2, 1), NAN), sure)):
+        (gradient,) = torch.autograd.grad(loss := preference_loss(margins, labels, soft=soft), margins)
+        assert loss.item() == 0
+        assert gradient.eq(0).all()
+
+
+def test_rounded_probabilities_give_the_tie_next_to_nothing():
+    """0.6 and 0.4 as float32 sum to more than 1, and 0.7 and 0.3 to less."""
+    soft, nothing = torch.tensor([[[0.6, 0.4]], [[0.7, 0.3]]]), torch.full((2, 1), NAN)
+    for smoothing in (0.0, 0.1):
+        loss = preference_loss(torch.full((2, 1), 300.0), nothing, smoothing=smoothing, soft=soft)
+        exact = [by_hand(300.0, p_a, p_b, 1.0, 5.0, "btt", smoothing)[0] for p_a, p_b in ((0.6, 0.4), (0.7, 0.3))]
+        assert loss.item() == pytest.approx(sum(exact) / 2, rel=1e-5)

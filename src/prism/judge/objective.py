@@ -49,7 +49,7 @@ def _targets(labels: Tensor, objective: str, soft: Tensor | None) -> Tensor:
     targets = torch.stack([labels == 1, labels == 0, labels == -1], -1).to(labels.dtype)  # NaN equals none of them
     if soft is not None:
         p_a, p_b = soft.to(labels.dtype).unbind(-1)
-        given = torch.stack([p_a, (1 - p_a - p_b).clamp(min=0), p_b], -1)
+        given = torch.stack([p_a, 1 - p_a - p_b, p_b], -1)
         targets = torch.where(given.isnan().any(-1, keepdim=True), targets, given)
     return targets if objective == "btt" else targets[..., ::2]
 
@@ -96,7 +96,8 @@ def preference_loss(
     targets = _targets(labels, objective, soft)
     labelled, targets = _counted(targets, weights), targets.to(margins.dtype)
     log_p = logsigmoid(torch.stack([margins, -margins], -1)) if objective == "bt" else log_probabilities(margins, eta)
-    # where, not a product alone: log 0 of an outcome that is not in the label must not become NaN.
+    # where, not a product alone: log 0 of an outcome that is not in the label must not become NaN; nor must rounding
+    # of p_a + p_b to more than 1 count.
     losses = -torch.where(targets > 0, targets * log_p, torch.zeros_like(log_p)).sum(-1)
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * targets.sum(-1) * log_p.mean(-1)
