@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.preference.readers import column, touch, votes, write
 
 from prism import PrismError
@@ -172,7 +175,9 @@ def test_videofeedback_has_scores_and_prompt_inside_text_and_frames_as_pictures(
 
 def test_videofeedback2_in_its_three_forms(tmp_path):
     question = 'We would like to evaluate a video. Text prompt: "a cat"'
-    answer = "<think>visual quality: 1</think>\n(1) visual quality: 3\n(2) text-to-video alignment: 4\n"
+    answer = (
+        "<think>I see\nsharpness: 1\nvisual quality: 1</think>\n(1) visual quality: 3\n(2) text-to-video alignment: 4\n"
+    )
     answer += "(3) physical/common-sense consistency: 2"
     rows = [
         chat(question, answer, videos=["videos/004250_a.mp4"]),
@@ -193,6 +198,7 @@ def test_videofeedback2_in_its_three_forms(tmp_path):
     for found in (chats, answers, last):
         for dimension, score in {"visual quality": 3, "text-to-video alignment": 4}.items():
             assert ratings(found, dimension) == [(f"videos/004250_{letter}.mp4", score) for letter in "ab"]
+        assert len(found.dimensions) == 3
         assert ratings(found, "physical/common-sense consistency")[0][1] == 2
         assert column(found.videos, "model") == ["a", "b"]
         assert column(found.videos, "prompt") == ["a cat"] * 2
@@ -262,5 +268,50 @@ def test_groups_with_several_teachers(tmp_path):
     assert (column(table, "hpsv3"), column(table, "pickscore"), column(table, "overall")) == ([-1], [1], [None])
 
 
-def test_every_format_names_itself(tmp_path):
-    assert all(name == name.lower() and each.about and each.read.__doc__ for name, each in FORMATS.items())
+COLUMNS = {
+    "chosen-rejected": "prompt chosen rejected dimension annotator confidence chosen_model split",
+    "ratings": "prompt video dimension score annotator fps num_frames",
+    "videoalign": "prompt path_A path_B VQ MQ fps_A num_frames_A MOS_A_VQ Style",
+    "genai-bench-tiger": "prompt left_video right_video vote_type",
+    "videodpo": "video1 video2 frame_caption score",
+    "fractions": "prompt video1 video2 weighted_results1_Preference weighted_results2_Preference",
+    "visionreward": "prompt video1_path video2_path standard_answer",
+    "videofeedback": "id conversations images videos",
+    "videofeedback2-answers": "problem solution path",
+    "videofeedback2-test": "video_name prompt visual_score t2v_score phy_score",
+    "pickapic": "caption image_0_uid image_1_uid image_0_url image_1_url label_0 label_1 num_example_per_prompt",
+    "hpdv3": "prompt path1 path2 confidence choice_dist",
+    "imagerewarddb": "prompt prompt_id rank image_path overall_rating",
+    "groups": "prompt image_records",
+}
+LISTS = [[{"from": "human", "value": 'prompt: "x"'}, {"from": "gpt", "value": "look: 1"}], [{"image_path": "a"}]]
+CELLS = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.lists(st.integers(), max_size=2)),
+    st.sampled_from(["A", "a.mp4", "b.mp4", "0.5", 1, 0, 0.5, *LISTS]),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.data())
+def test_any_cells_of_any_format_give_a_set_or_a_sentence(tmp_path_factory, data):
+    form = data.draw(st.sampled_from(sorted(COLUMNS)))
+    rows = [{name: data.draw(CELLS) for name in COLUMNS[form].split()} for _ in range(3)]
+    path = write(tmp_path_factory.getbasetemp() / "any" / "own.jsonl", rows)
+    with contextlib.suppress(PrismError):
+        check.summary(read(path, form))
+
+
+@settings(max_examples=60, deadline=None)
+@given(CELLS, CELLS, CELLS)
+def test_any_cells_of_objects_and_of_a_second_file_give_a_set_or_a_sentence(tmp_path_factory, first, second, third):
+    folder = tmp_path_factory.getbasetemp() / "objects"
+    path = write(folder / "genai_video.json", {"00012": {"prompt": first, "models": {"Gen2": second, "..": [3]}}})
+    with contextlib.suppress(PrismError):
+        check.summary(read(path, "genai-bench-cmu"))
+    write(folder / "metadata.json", [{"basic": {"clip_path": first, "clip_duration": second}, "misc": third}])
+    with contextlib.suppress(PrismError):
+        read(write(folder / "pair.json", [{"video1": 0, "video2": 1, "frame_caption": "x"}]), "videodpo")
+
+
+def test_every_format_is_among_the_hostile_ones():
+    assert {*COLUMNS, "genai-bench-cmu"} == set(FORMATS)

@@ -68,6 +68,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         shown.append(f"{quoted(name, 40):<{width}}  {cells}  {_agreement(facts['agreement'].get(name))}")
     shown.append(f"Duplicates: {facts['duplicates']:,}; pairs with conflicting votes: {facts['conflicts']:,}")
     shown += _list("Missing files", facts["missing"])
+    if facts["archives"]:
+        shown += _list("Archives, which may hold them: unpack these and check again", facts["archives"])
     if facts["unreadable"] is not None:
         shown += _list("Unreadable files", [f"{each['path']} ({each['error']})" for each in facts["unreadable"]])
     shown += _list("Prompts that several splits share", facts["shared_prompts"])

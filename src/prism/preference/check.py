@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from prism.preference.readers import pairs
 from prism.preference.sets import PreferenceSet
 
 RESAMPLES = 2000
+_ARCHIVE = re.compile(r"\.(tar|zip|tgz|7z|rar)(\.\w+)*$|\.tar\.", re.IGNORECASE)
 
 
 def summary(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, probe: bool = False) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def summary(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, p
         "shared_prompts": [prompts[key] for key, held in splits["prompts"].items() if len(held) > 1],
         "shared_videos": [key for key, held in splits["videos"].items() if len(held) > 1],
         "missing": list(found.missing),
+        "archives": _archives(found.root) if found.missing else [],
         "unreadable": _unreadable(found) if probe else None,
         "dropped": {why: [str(place) for place in places] for why, places in found.dropped.items()},
         "agreement": {name: agreement(found, name) for name in found.dimensions},
@@ -72,6 +75,12 @@ def _repeated(found: PreferenceSet) -> tuple[int, int]:
         said[prompt, min(a, b), max(a, b), dimension].append((annotator, label if a <= b else -label))
     duplicates = sum(len(votes) - len(set(votes)) for votes in said.values())
     return duplicates, sum({1, -1} <= {label for _, label in votes} for votes in said.values())
+
+
+def _archives(root: Path) -> list[str]:
+    """Names of archives in the root and the folders in it, in which missing clips may be."""
+    names = [each for pattern in ("*", "*/*") for each in root.glob(pattern) if _ARCHIVE.search(each.name)]
+    return sorted(each.relative_to(root).as_posix() for each in names)
 
 
 def _unreadable(found: PreferenceSet) -> list[dict[str, str]]:
