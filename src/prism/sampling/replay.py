@@ -1,4 +1,4 @@
-"""One stock call of several candidates: gated, recorded, and answered from recordings."""
+"""One stock pipeline call of several candidates: gated, recorded, and answered from recordings."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from prism.backbone.wrapping import StopCall, around, around_module, run_until_s
 
 
 def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
-    """Raise PrismError where the scheduler's steps draw noise that no candidate's seed decides.
+    """Raise PrismError if the scheduler's steps draw noise that does not depend on a candidate's seed.
 
-    A copy of the scheduler makes a few steps on zeros. Those that take a generator are given one in a search, except
-    where the pipeline steps copies of its scheduler (`counts_steps_by_calls`). So does code of others in a
-    method's place that goes by earlier calls.
+    That is tried: a copy of the scheduler makes two steps on zeros. A step that takes a generator is given one, as in a
+    search, except where the pipeline steps copies of its scheduler (`counts_steps_by_calls`). A replaced method of the
+    scheduler whose result depends on earlier calls is refused too.
     """
     check_scheduler(pipe.scheduler)
     try:
@@ -50,14 +50,14 @@ def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
             for t in scheduler.timesteps[:2]:
                 scheduler.step(sample, t, sample, **lent)
             moved = not torch.equal(torch.get_rng_state(), before)
-    except Exception:  # a scheduler of another form: its first step in the search tells
+    except Exception:  # a scheduler with another interface is checked at its first step in the search
         return
     if moved:
         raise PrismError(global_noise(pipe))
 
 
 def arguments_of_step(pipe: Any, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a scheduler's step by name. Raises PrismError where it takes others than it is given."""
+    """The arguments of a scheduler's step by name. Raises PrismError if they do not fit its signature."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -66,12 +66,12 @@ def arguments_of_step(pipe: Any, signature: inspect.Signature, args: Any, kwargs
 
 
 def global_noise_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of torch's global generators, of the host and of the latents' device."""
+    """The states of torch's global generators on the host and on the latents' device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def global_noise(pipe: Any) -> str:
-    """The refusal of a scheduler whose noise no seed gives."""
+    """The error message for a scheduler whose noise no seed decides."""
     return (
         f"The steps of {type(pipe.scheduler).__name__} in {type(pipe).__name__} draw noise from torch's global "
         "generator and cannot be given one, so that no seed gives a candidate again; take a scheduler whose step "
@@ -83,8 +83,8 @@ def reproduction(prompts: bool, candidate: Candidate, noise: set[str]) -> str:
     """The line of Python that gives a candidate's video again, or "" where none does.
 
     Args:
-        prompts: whether the pipeline takes a prompt.
-        noise: where the scheduler's steps drew noise, see `Interceptor`.
+        prompts: True if the pipeline takes a prompt.
+        noise: the sources of the noise that the scheduler's steps drew, see `Interceptor`.
     """
     seed = candidate.seed
     if "global" in noise or candidate.edits:
@@ -96,13 +96,13 @@ def reproduction(prompts: bool, candidate: Candidate, noise: set[str]) -> str:
 
 
 def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A VAE's decode that is given one row at a time."""
+    """Decode latents with a VAE one row at a time."""
     outputs = [decode(row[None], *args, **kwargs) for row in latents]
     rows = torch.cat([tensor_of(output) for output in outputs])
     return (rows,) if isinstance(outputs[0], tuple) else DecoderOutput(sample=rows)
 
 
-# Told at a cut: (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Answers with the
+# Called at a cut with (step, t, candidates, tokens (len(candidates), L, D_vis), finite (len(candidates),)). Returns the
 # candidates to go on with, or None to end the call.
 OnCut = Callable[[int, float, list[Candidate], Tokens, Tensor], "list[Candidate] | None"]
 
@@ -110,10 +110,10 @@ OnCut = Callable[[int, float, list[Candidate], Tokens, Tensor], "list[Candidate]
 class Interceptor:
     """One stock pipeline call of several candidates: answered from their recordings, recorded, tapped and gated.
 
-    A candidate's edits are applied at the end of their steps, after the user's callback.
-    The gate computes the survivors' rows alone; dead rows come back as zeros and are never read.
+    The gate computes only the rows of the survivors; dead rows come back as zeros and are never read.
     A cut's scores are read either by listening to the conditional pass that the sampler runs anyway, or by a probe: the
     conditional rows are run up to the tap and no further, and the survivors' pass follows in full.
+    A candidate's edits are applied at the end of their steps, after the user's callback.
     """
 
     def __init__(
@@ -122,31 +122,31 @@ class Interceptor:
         candidates: Sequence[Candidate],
         recordings: Mapping[Candidate, Recording],
         record: bool = True,
-        cuts: Mapping[int, bool] | None = None,  # step -> whether it is probed
+        cuts: Mapping[int, bool] | None = None,  # by step: True if scores are read by a probe
         tap: int | Sequence[int] | None = None,
         on_cut: OnCut | None = None,
-        searches: bool = True,  # whether noise must be the candidates' own: a winner's call may be any plain call
-        state: str = "",  # of the denoisers when the recordings were made, where a callback may change it
+        searches: bool = True,  # refuse noise of global generators; a winner's plain call may draw it
+        state: str = "",  # `state_of` the denoisers when recordings were made, if there is a callback to change it
     ):
         self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
         self.cuts, self.tap, self.on_cut, self.searches = dict(cuts or {}), tap, on_cut, searches
-        self.state, self.altered = state, ""  # and what it is where it was changed
+        self.state, self.altered = state, ""  # altered: the present state, if it differs
         self.alive = list(range(len(self.candidates)))  # positions in the batch
         self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
         self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
-        self.told: Mapping[str, Any] = {}  # the first denoiser call, where what it is shown is put back in the end
-        # Where the scheduler's steps drew noise: nowhere, or where the pipeline itself let them; from the candidates'
-        # generators, which were lent to them here; from a global generator.
+        self.first_call: Mapping[str, Any] = {}  # its arguments, for families that restore the condition in the end
+        # The source of the noise that the scheduler's steps drew: "" if there was none or the pipeline gave them a
+        # generator, "lent" for the candidates' generators that `_scheduler_step` gave them, "global" for torch's own.
         self.noise: Literal["", "lent", "global"] = ""
 
     def run(self, call: Mapping[str, Any]) -> Any:
-        """The stock call's result, or None where a cut ended it."""
+        """The stock call's result, or None if a cut ended it."""
         pipe, self.generator = self.backbone.pipe, call.get("generator")
         self.calls_per_step = 2 if self.backbone.guided(dict(call)) and self.backbone.family.cfg == "two_calls" else 1
         self._look_for_changes()
         with ExitStack() as stack:
-            for place, denoiser in enumerate(self.backbone.denoisers):
-                wrapper = packing(partial(self._denoise, place, denoiser), denoiser, self.backbone.family)
+            for number, denoiser in enumerate(self.backbone.denoisers):
+                wrapper = packing(partial(self._denoise, number, denoiser), denoiser, self.backbone.family)
                 stack.enter_context(around_module(denoiser, wrapper))
             if not self.backbone.family.counts_steps_by_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
@@ -163,29 +163,29 @@ class Interceptor:
                 f"The latents of {type(self.backbone.pipe).__name__} were not seen: it took no step of its scheduler "
                 "that tells them and no callback_on_step_end; look at counts_steps_by_calls in its family."
             )
-        return self.backbone.finished(self.latents, self.told)
+        return self.backbone.finished(self.latents, self.first_call)
 
     # -- the denoiser
 
-    def _denoise(self, place: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         family = self.backbone.family
         call = DenoiserCall.of(denoiser, args, kwargs, family)
-        if family.restores_condition and not self.told:
-            self.told = dict(call.arguments)
+        if family.restores_condition and not self.first_call:
+            self.first_call = dict(call.arguments)
         if family.counts_steps_by_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
-        probed = self.cuts.get(self.step) if self.index == 0 else None  # None where nothing is cut
+        probed = self.cuts.get(self.step) if self.index == 0 else None  # None: no cut at this call
         self.index += 1
         if probed:
-            with rows_told(call, False):
+            with explained_rows(call, False):
                 tokens, _ = self._read(denoiser, forward, call.rows(self._conditional_rows(call)), stop=True)
             self._cut(call, tokens)
-        alive = self.alive  # of this call: a cut that listens is decided after it
+        alive = self.alive  # during this call: a cut that listens changes self.alive only after the forward pass
         recordings = [self.recordings[self.candidates[row]] for row in alive]
         inputs: list[Inputs] = []
         moments = moments_of(call, len(self.candidates)) if all(recordings) else []
         if self.record or (moments and all(moments[row] in each.moments for row, each in zip(alive, recordings))):
-            every = inputs_of(denoiser, place, call, len(self.candidates), self.altered)
+            every = inputs_of(denoiser, number, call, len(self.candidates), self.altered)
             inputs = [every[row] for row in alive]
         recorded = [recording.find(each) for recording, each in zip(recordings, inputs)]
         if probed is not False and inputs and all(value is not None for value in recorded):
@@ -194,7 +194,7 @@ class Interceptor:
         else:
             whole = len(alive) == len(self.candidates)
             live = call if whole else call.rows(self._rows(call, alive))
-            with rows_told(call, whole):
+            with explained_rows(call, whole):
                 if probed is False:
                     tokens, output = self._read(denoiser, forward, live, stop=False)
                 else:
@@ -217,12 +217,12 @@ class Interceptor:
         return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 
     def _rows(self, call: DenoiserCall, alive: Sequence[int]) -> Tensor:
-        """Rows of the batch that belong to the living, group by group."""
+        """The batch rows of the candidates `alive`, group by group."""
         n = len(self.candidates)
         return torch.tensor([row + group * n for group in range(call.batch // n) for row in alive])
 
     def _conditional_rows(self, call: DenoiserCall) -> Tensor:
-        """Those of them in the conditional group."""
+        """The living candidates' batch rows of the conditional group."""
         rows = self._rows(call, self.alive)
         return rows[self.backbone.family.conditional(len(rows), len(self.alive))]
 
@@ -242,12 +242,15 @@ class Interceptor:
     # -- the scheduler and the user's callback
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """A step of the scheduler. One that takes a generator and is given none would draw its noise from the global
-        generator: it is lent the candidates' own, so that a candidate is its seed's however the search runs."""
+        """Make a step of the scheduler, lend it a generator if it has none, and see which generators it drew from.
+
+        A step that takes a generator and is given none would draw its noise from the global one. It is lent the
+        candidates' own generators, so that a candidate depends on its seed alone, however the search is batched.
+        """
         signature = inspect.signature(inner)
-        given = arguments_of_step(self.backbone.pipe, signature, args, kwargs)
+        arguments = arguments_of_step(self.backbone.pipe, signature, args, kwargs)
         generators: list[torch.Generator] = []
-        if "generator" in signature.parameters and given.get("generator") is None and self.generator is not None:
+        if "generator" in signature.parameters and arguments.get("generator") is None and self.generator is not None:
             generators = self.generator if isinstance(self.generator, list) else [self.generator]
             kwargs = {**kwargs, "generator": self.generator}
         device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -277,8 +280,9 @@ class Interceptor:
         self.altered = "" if state == self.state else state
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The call, watched at the end of its steps: there the latents are whole, while a scheduler may be given all
-        but a first frame.
+        """The call with a callback that reads and edits the latents at the end of each step.
+
+        There the latents are whole; some pipelines give their scheduler all frames but the first.
         """
         callback = call.get("callback_on_step_end")
         if not self.backbone.takes("callback_on_step_end"):
@@ -292,9 +296,9 @@ class Interceptor:
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             with callers_own():
                 returned = {} if callback is None else callback(pipe, step, timestep, tensors)
-            given = {**tensors, **(returned or {})}["latents"]
-            latents = self._edited(step + 1, given)
-            if latents is not given:
+            stepped = {**tensors, **(returned or {})}["latents"]
+            latents = self._edited(step + 1, stepped)
+            if latents is not stepped:
                 returned = {**(returned or {}), "latents": latents}
             self.latents = self.backbone.main(latents)
             self._look_for_changes()
@@ -307,8 +311,10 @@ class Interceptor:
 
 
 def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
-    """Raise PrismError where the denoiser gives a tensor and its family says otherwise: a recording would answer in
-    the other form, of which a pipeline may take the first row for the whole."""
+    """Raise PrismError if the denoiser's output is a plain tensor and its family says otherwise, or the reverse.
+
+    A recording would answer in the other form, and a pipeline that takes `output[0]` might get the first row alone.
+    """
     if family.outputs == 1 and isinstance(output, Tensor) != family.returns_tensor:
         raise PrismError(
             f"{type(denoiser).__name__} gives {'a plain tensor' if isinstance(output, Tensor) else 'no plain tensor'}; "
@@ -317,8 +323,8 @@ def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
 
 
 @contextmanager
-def rows_told(call: DenoiserCall, whole: bool) -> Iterator[None]:
-    """Where a denoiser breaks at some rows of its call, name the arguments that have as many and were left whole."""
+def explained_rows(call: DenoiserCall, whole: bool) -> Iterator[None]:
+    """Explain a denoiser's failure on some rows of a call: name the arguments of that length that were left whole."""
     try:
         yield
     except (IndexError, RuntimeError, ValueError) as error:
@@ -334,14 +340,14 @@ def rows_told(call: DenoiserCall, whole: bool) -> Iterator[None]:
         ) from error
 
 
-# By the denoiser's class, the shape of a row of its latents and the width of the packed row: how it is unpacked.
+# Functions that unpack a packed row, by the denoiser's class, the shape of a latent row and the packed row's width.
 _forms: dict[tuple[Any, ...], Callable[[Tensor], Any]] = {}
 
 
 def packing(wrapper: Callable[..., Any], denoiser: nn.Module, family: Family) -> Callable[..., Any]:
-    """`wrapper(forward, ...)`, around a denoiser's call, that sees its outputs side by side in one tensor (B, N).
+    """A wrapper of a denoiser's call like `wrapper`, which is given all outputs side by side in one tensor (B, N).
 
-    Its caller gets them as the denoiser gives them, whether they were computed or come from a recording.
+    The pipeline gets them back in the denoiser's own form, computed or from a recording.
     """
     if family.outputs == 1:
         return wrapper
@@ -365,13 +371,13 @@ def packing(wrapper: Callable[..., Any], denoiser: nn.Module, family: Family) ->
 
 
 def _unpacking(output: Any, parts: list[Tensor]) -> Callable[[Tensor], Any]:
-    """From a packed tensor to what the denoiser gave, in the same form with other rows."""
+    """A function that turns a packed tensor into the form of the denoiser's `output`, for any number of rows."""
     form, names = type(output), list(output) if isinstance(output, Mapping) else []
-    told = [(part.shape[1:], part.dtype) for part in parts]
+    kinds = [(part.shape[1:], part.dtype) for part in parts]
 
     def unpack(packed: Tensor) -> Any:
-        rows = packed.split([shape.numel() for shape, _ in told], 1)
-        found = [row.unflatten(1, shape).to(dtype) for row, (shape, dtype) in zip(rows, told)]
-        return form(**dict(zip(names, found))) if names else tuple(found)
+        rows = packed.split([shape.numel() for shape, _ in kinds], 1)
+        unpacked = [row.unflatten(1, shape).to(dtype) for row, (shape, dtype) in zip(rows, kinds)]
+        return form(**dict(zip(names, unpacked))) if names else tuple(unpacked)
 
     return unpack

@@ -23,7 +23,7 @@ from prism.team import Team, merged
 class Search:
     """One run over the candidates of a prompt.
 
-    Processes that share a run each work on the candidates that `owners` says are theirs, and agree at each cut.
+    Processes that share a run each sample the candidates that they own (`owners`), and gather scores at each cut.
     """
 
     backbone: Backbone
@@ -33,23 +33,23 @@ class Search:
     candidates: tuple[Candidate, ...]
     seed: int
     batch_size: int
-    weights: Mapping[str, float]  # of the judge's dimensions, for ranking
+    weights: Mapping[str, float]  # by dimension of the judge, to rank by
     top_k: int = 1
     team: Team = field(default_factory=Team)
-    load: Workload = field(default_factory=lambda: Workload(0, ()))  # once the scheduler was asked for its steps
+    load: Workload = field(default_factory=lambda: Workload(0, ()))  # set by `settle`
     scores: list[dict[str, Any]] = field(default_factory=list)
     recordings: dict[Candidate, Recording] = field(default_factory=dict)
-    latents: dict[Candidate, Tensor] = field(default_factory=dict)  # of candidates that were sampled to the end
-    owners: dict[Candidate, int] = field(default_factory=dict)  # the process of each candidate
-    reserve: list[Candidate] = field(default_factory=list)  # who comes next, should a winner's latents not be finite
-    state: str = ""  # of the denoisers as they sample, where a callback may change it
-    noise: set[str] = field(default_factory=set)  # where winners' schedulers drew noise, see Interceptor
+    latents: dict[Candidate, Tensor] = field(default_factory=dict)  # final ones, of candidates sampled to the end
+    owners: dict[Candidate, int] = field(default_factory=dict)  # the rank of each candidate's process
+    reserve: list[Candidate] = field(default_factory=list)  # ranked, to replace winners whose latents are not finite
+    state: str = ""  # `state_of` the denoisers before sampling, if there is a callback to change it
+    noise: set[str] = field(default_factory=set)  # sources of the winners' noise, see `Interceptor.noise`
 
     def __post_init__(self) -> None:
         self.start_anew(self.batch_size)
 
     def start_anew(self, batch_size: int) -> None:
-        """Forget what was found, and go on with other batches; the ledger keeps what it cost."""
+        """Forget all results and sample from the start with another batch size; the ledger keeps the cost so far."""
         self.batch_size = batch_size
         self.recordings = {candidate: Recording() for candidate in self.candidates}
         self.owners = self.team.owners(self.candidates, {})
@@ -58,14 +58,15 @@ class Search:
         self.reserve.clear()
 
     def settle(self, plan: Plan) -> Plan:
-        """The plan, its cuts settled against the steps that the call makes, which `load` then tells.
+        """The plan with its cuts settled against the steps that the call makes; sets `load`.
 
-        The call is run up to its first denoiser call for that, which encodes the prompt that all candidates share; an
-        equal call before it spares even this. A plan that looks at nothing goes by `num_inference_steps`.
+        To learn the steps, the call is run up to its first denoiser call, which encodes the prompt that all candidates
+        share; the steps of an equal earlier call are remembered. A plan that looks at nothing uses
+        `num_inference_steps`.
 
         Raises:
-            PrismError: for cuts behind the last step, or at steps of another denoiser than the head's; for a scheduler
-                whose noise levels cannot be told.
+            PrismError: for cuts after the last step, or at steps of another denoiser than the head's; for a scheduler
+                whose noise levels are unknown.
         """
         backbone, steps, drafted = self.backbone, None, None
         if plan.looks_at == "steps":
@@ -90,9 +91,9 @@ class Search:
         return plan
 
     def branch(self, candidate: Candidate, edit: Edit) -> Candidate:
-        """A candidate that parts from this one by one more edit, and takes over what was recorded before it.
+        """A candidate that differs from this one by one more edit, with a copy of its recording so far.
 
-        It belongs to the same process, until candidates are shared out again.
+        It belongs to the same process, until candidates are distributed again.
         """
         new = candidate.branch(edit)
         self.owners[new] = self.owners[candidate]
@@ -100,30 +101,30 @@ class Search:
             self.recordings[new] = self.recordings[candidate].copy()
         return new
 
-    def own(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """Those of the candidates that are this process's, rising."""
+    def local(self, candidates: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates that belong to this process, in order."""
         return [candidate for candidate in sorted(candidates) if self.owners[candidate] == self.team.rank]
 
     def chunks(self, candidates: Iterable[Candidate]) -> list[list[Candidate]]:
-        """This process's own of the candidates, in batches of at most `batch_size`."""
-        size, own = self.batch_size, self.own(candidates)
-        return [own[start : start + size] for start in range(0, len(own), size)]
+        """The candidates that belong to this process, in batches of at most `batch_size`."""
+        size, local = self.batch_size, self.local(candidates)
+        return [local[start : start + size] for start in range(0, len(local), size)]
 
     def batch_call(self, candidates: Sequence[Candidate], **changes: Any) -> dict[str, Any]:
         """The user's call for several candidates at once, without the user's callback."""
         call = {k: v for k, v in self.call.items() if not k.startswith("callback_on_step_end")}
-        own = self.backbone.batch([self.prompt] * len(candidates), [c.seed for c in candidates], call)
+        rows = self.backbone.batch([self.prompt] * len(candidates), [c.seed for c in candidates], call)
         form = {"return_dict": True} if self.backbone.takes("return_dict") else {}
-        return {**call, **own, **form, **changes}
+        return {**call, **rows, **form, **changes}
 
     def finish(self, winners: Sequence[Candidate]) -> dict[Candidate, tuple[Any, Tensor]]:
-        """The pipeline's output and the final latents (1, ...) of each winner, best first, finished by a stock call of
-        its own.
+        """The pipeline's output and the final latents (1, ...) of each winner, best first.
 
-        In place of one whose latents are not finite comes the next of the reserve.
+        Each is finished by a stock call of its own. One whose latents are not finite is replaced by the next candidate
+        of the reserve.
         """
         self.share(winners)
-        parts = self.team.agree(lambda: {candidate: self._finish(candidate) for candidate in self.own(winners)})
+        parts = self.team.agree(lambda: {candidate: self._finish(candidate) for candidate in self.local(winners)})
         finished = {candidate: value for candidate, value in merged(parts).items() if value is not None}
         failed = [candidate for candidate in winners if candidate not in finished]
         if failed:
@@ -139,8 +140,8 @@ class Search:
         return {candidate: finished[candidate] for candidate in [*winners, *finished] if candidate in finished}
 
     def _finish(self, candidate: Candidate) -> tuple[Any, Tensor] | None:
-        """The stock call for one candidate, answered from its recording where there is one; None: it is dropped."""
-        # Code of others may do more than answer, such as change its arguments: a call past it is made in whole.
+        """Output and latents of one candidate's stock call, answered from its recording; None if it is dropped."""
+        # A replaced method may have side effects, which an answer from a recording would skip.
         if is_patched(self.backbone.denoisers, self.backbone.pipe.scheduler):
             self.recordings.pop(candidate, None)
         self.recordings.setdefault(candidate, Recording())
@@ -155,8 +156,10 @@ class Search:
         return output, self.latents[candidate][None]
 
     def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[Candidate, Any]]:
-        """Every candidate of this process to the end: for each chunk the pipeline's output by candidate, without those
-        that are dropped."""
+        """Sample every candidate of this process to the end; yield the pipeline's output by candidate, per chunk.
+
+        Candidates that are dropped are left out.
+        """
         for chunk in self.chunks(self.candidates):
             interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
@@ -213,7 +216,7 @@ class Search:
             )
 
     def _take_latents(self, candidates: list[Candidate], interceptor: Interceptor) -> list[Candidate]:
-        """Keep the final latents of candidates; those that are finite are returned, the others dropped."""
+        """Keep the final latents of the candidates where they are finite; return these candidates, drop the others."""
         latents = interceptor.finished()
         fine = self.finite(candidates, latents.flatten(1).isfinite().all(1))
         self.latents.update({c: row for c, row in zip(candidates, latents) if c in fine})
@@ -229,11 +232,12 @@ class Search:
         names: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
     ) -> list[Candidate]:
-        """The best `keep` candidates by weighted score, best first; the cut is noted down, the losers forgotten.
+        """The best `keep` candidates by weighted score, best first. The cut is added to `self.scores`.
 
-        `names` and `weights` are those of the columns of `scores` where they are not the judge's. Those of the `alive`
-        that have no scores were dropped. Those kept are shared out evenly among the processes, with what was recorded
-        of them. Raises PrismError where fewer than `top_k` have scores.
+        scores: a row of values per candidate. names: the columns of it, with their `weights`; by default the judge's.
+        alive: the candidates before the cut; those without scores were dropped. The recordings of losers are deleted,
+        and the candidates kept are distributed evenly over the processes. Raises PrismError if fewer than `top_k`
+        candidates have scores.
         """
         names, weights = names or self.judge.dimensions, self.weights if weights is None else weights
         if len(scores) < self.top_k:
@@ -259,14 +263,14 @@ class Search:
         return best
 
     def share(self, candidates: Sequence[Candidate]) -> None:
-        """Share these candidates out evenly among the processes, with what was recorded of them."""
+        """Distribute candidates evenly over the processes, with their recordings."""
         before, self.owners = self.owners, self.team.owners(sorted(candidates), self.owners)
         self.team.move(self.recordings, before, self.owners)
 
     def score(
         self, t: float, candidates: list[Candidate], tokens: Tokens, finite: Tensor
     ) -> dict[Candidate, list[float]]:
-        """The judge's scores of candidates at a cut, from their tokens, without those that are dropped."""
+        """The judge's scores of candidates at a cut, from their tokens; candidates that are not finite are dropped."""
         if hasattr(self.judge, "check_level"):
             self.judge.check_level(t)
         if len(fine := self.finite(candidates, finite)) < len(candidates):
@@ -274,11 +278,11 @@ class Search:
         return self.finite_scores(fine, self.judge.score_tokens(tokens)) if fine else {}
 
     def finite(self, candidates: Sequence[Candidate], finite: Tensor) -> list[Candidate]:
-        """Those of the candidates with finite latents, (B,) bool; the others are dropped with a warning."""
+        """The candidates whose latents are finite, by `finite` (B,) bool; the others are dropped with a warning."""
         return self._keep(candidates, finite, "its latents hold NaN or infinity (a wider dtype may help)")
 
     def finite_scores(self, candidates: Sequence[Candidate], scores: Tensor) -> dict[Candidate, list[float]]:
-        """The scores (B, num_dimensions) of candidates, without those that are not finite, which is warned of."""
+        """The scores (B, num_dimensions) by candidate; candidates with scores that are not finite are dropped."""
         fine = self._keep(candidates, scores.isfinite().all(1), "the judge's score of it is NaN or infinite")
         return {candidate: row for candidate, row in zip(candidates, scores.tolist()) if candidate in fine}
 
@@ -289,11 +293,11 @@ class Search:
         return [candidate for candidate, fine in zip(candidates, finite.tolist()) if fine]
 
     def warn_dropped(self, candidate: Candidate, reason: str) -> None:
-        """Say why a candidate is dropped without a score."""
+        """Warn that a candidate is dropped without a score, and why."""
         warnings.warn(f"The candidate with seed {candidate.seed} is dropped: {reason}.", stacklevel=2)
 
     def too_few(self) -> PrismError:
-        """That fewer than `top_k` candidates are left."""
+        """The error that fewer than `top_k` candidates are left."""
         few = "No candidate has" if self.top_k == 1 else f"Fewer than the {self.top_k} candidates of top_k have"
         seeds = ", ".join(str(c.seed) for c in self.candidates[:8]) + (", ..." if len(self.candidates) > 8 else "")
         return PrismError(
