@@ -69,12 +69,11 @@ def fits(
 
     Args:
         saved: from `fingerprint`, also of an earlier version; parts that it does not name are not compared.
-        backbone: the one to use with what was made with the saved one's.
+        backbone: the one to be used in place of the saved one.
         parts: "denoiser" and "vae", or one of them (latents need the VAE alone).
 
     Returns:
-        Differences that forbid it, as (saved, present) in words, and those to warn of, as clauses that follow "was made
-        with".
+        The refusals, as (saved, present) in words, and the warnings, as clauses that follow "was made with".
     """
     present, saved = backbone.fingerprint(), _table(saved)
     refusals: list[tuple[str, str]] = []
@@ -82,16 +81,16 @@ def fits(
     for part in parts:
         if saved.get(part) is None:
             continue
-        was, found = saved[part], present[part]
+        was, current = saved[part], present[part]
         needs = _table(saved.get("needs")).get(part)
-        if was != found:
-            refusals.append((f"{PARTS[part]} {quoted(was, 80)}", f"{found}"))
+        if was != current:
+            refusals.append((f"{PARTS[part]} {quoted(was, 80)}", f"{current}"))
         elif needs is None:
             changed = _changed_since(_parts(backbone)[part], saved.get(f"{part}_config"))
             vital = [name for name in changed or () if name in _NEEDED]
             if changed is None and part == "vae":  # only its configuration says what its latents mean
                 hashes = (str(saved.get(f"{part}_config"))[:8], present[f"{part}_config"][:8])
-                refusals.append((f"VAE {was} (configuration {hashes[0]})", f"{found} (configuration {hashes[1]})"))
+                refusals.append((f"VAE {was} (configuration {hashes[0]})", f"{current} (configuration {hashes[1]})"))
             elif changed is None:
                 warnings.append(f"another configuration of the {PARTS[part]}, of which only a hash was kept")
             elif vital:
@@ -106,11 +105,11 @@ def fits(
             names = [name for name in {**before, **now} if before.get(name, ABSENT) != now.get(name, ABSENT)]
             warnings += _clause(part, {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names})
     if "denoiser" in parts and saved.get("reads") != present.get("reads"):
-        was, found = (each.get("reads") for each in (saved, present))
-        if isinstance(was, str) and found is not None:
-            refusals.append((f"denoiser {was!r} of two", f"{found!r}; make it with Backbone(pipe, reads={was!r})"))
+        was, current = (each.get("reads") for each in (saved, present))
+        if isinstance(was, str) and current is not None:
+            refusals.append((f"denoiser {was!r} of two", f"{current!r}; make it with Backbone(pipe, reads={was!r})"))
         else:
-            forms = [f"denoiser {one!r} of two" if isinstance(one, str) else "only denoiser" for one in (was, found)]
+            forms = [f"denoiser {one!r} of two" if isinstance(one, str) else "only denoiser" for one in (was, current)]
             refusals.append((f"{forms[0]} of its pipeline", f"the {forms[1]}"))
     if "denoiser" in parts and present["weights"] is not None and saved.get("weights") != present["weights"]:
         warnings.append(f"other weights of this architecture{_state(backbone)}")
