@@ -331,7 +331,7 @@ def _check_values(family: Family) -> None:
             whole(label, value, _LEAST[fact.name])
     twice = [path for index, path in enumerate(family.blocks) if path in family.blocks[:index]]
     if twice:
-        raise PrismError(f"blocks of the family {name} names {twice[0]!r} twice; each runs once a denoiser call.")
+        raise PrismError(f"blocks of the family {name} names {twice[0]!r} twice; each runs once per denoiser call.")
     if family.patch is not None:
         for size in family.patch:
             whole(f"patch of the family {name}", size)
