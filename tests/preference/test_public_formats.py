@@ -102,7 +102,7 @@ def test_shares_of_rapidata_are_probabilities_and_only_even_ones_tie(tmp_path):
     touch(tmp_path, "videos/a.mp4")
     rows = [row("a.mp4", "b.mp4", 0.75, 0.5), row("b.mp4", "a.mp4", 0.75, None), row("a.mp4", "c.mp4", 0.45, 0.9)]
     found = read(write(tmp_path / "data" / "train-00000-of-00001.parquet", rows), root=tmp_path)
-    assert found.dimensions == ("overall", "Coherence")
+    assert found.dimensions == ("Coherence", "overall")
     assert votes(found, "overall") == [
         ("videos/a.mp4", "b.mp4", None),
         ("b.mp4", "videos/a.mp4", None),

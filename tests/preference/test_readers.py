@@ -8,6 +8,7 @@ import math
 import pickle
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -18,6 +19,7 @@ from prism import PrismError, cli
 from prism.preference import check, readers
 from prism.preference.readers import read
 from prism.preference.sets import RATINGS, VIDEOS, VOTES
+from prism.video import write_video
 
 VIDEOALIGN = [  # peers.md: A, B, same and invalid; a clip recurs
     {"path_A": "a/1.mp4", "path_B": "b/1.mp4", "prompt": "a cat", "VQ": "A", "MQ": "same", "TA": "B"},
@@ -56,7 +58,8 @@ def test_videogen_rewardbench_has_models_and_overall_and_a_users_own_dimension(t
     row = {**VIDEOALIGN[0], "A_model": "sora", "B_model": "kling", "Overall": "A", "Style": "B", "MOS_A_VQ": "4.5"}
     other = {**row, "path_B": "c.mp4", "B_model": "wan", "Overall": "", "Style": "tie"}
     found = read(write(tmp_path / "bench.csv", [row, other]))
-    assert found.dimensions == ("VQ", "MQ", "TA", "overall", "Style")
+    assert found.dimensions == ("VQ", "MQ", "TA", "Style", "overall")
+    assert readers.pairs(found).column_names[4:] == ["VQ", "MQ", "TA", "Style", "overall"]
     assert votes(found, "overall") == [("a/1.mp4", "b/1.mp4", 1)]
     assert votes(found, "Style") == [("a/1.mp4", "b/1.mp4", -1), ("a/1.mp4", "c.mp4", 0)]
     assert column(found.videos, "model") == ["sora", "kling", "wan"]
@@ -227,6 +230,24 @@ def test_agreement_turns_votes_to_one_side_and_resamples_prompts(tmp_path):
     assert check.agreement(read(write(tmp_path / "other.csv", swapped)), "VQ") == agreed
 
 
+def test_every_kind_of_clip_is_opened_where_it_stands(tmp_path):
+    """An mp4, a picture and bytes in Parquet, with a root above the table or elsewhere; a broken one is named."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").mkdir()
+    write_video(tmp_path / "a.mp4", np.zeros((4, 16, 16, 3), np.uint8), 8)
+    PIL.Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "broken.mp4").write_bytes(b"\0" * 64)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    table = pa.table({"prompt": ["p"] * 2, "chosen": [whole, b"broken"], "rejected": ["a.png", "broken.mp4"]})
+    path = write(tmp_path / "data" / "own.parquet", table)
+    facts = check.summary(read(path, root=tmp_path), open_clips=True)
+    assert [each["path"] for each in facts["unreadable"]] == ["data/own.parquet#chosen/1", "broken.mp4"]
+    assert facts["missing"] == []
+    facts = check.summary(read(path, root=tmp_path / "other"), open_clips=True)
+    assert [each["path"] for each in facts["unreadable"]] == [f"{path}#chosen/1"]
+    assert facts["missing"] == ["a.png", "broken.mp4"]
+
+
 # -- the command
 
 
@@ -341,6 +362,10 @@ def test_cells_that_are_of_another_kind(tmp_path):
     rated = [{"prompt": "p", "video": "x", "look": look} for look in (1, "fine")]
     refused(write(tmp_path / "c.jsonl", rated), "column look in row 1", "a finite number; found fine")
     refused(write(tmp_path / "d.jsonl", [rated[0], {**rated[0], "look": math.inf}]), "column look in row 1", "inf")
+    own = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    for name in ("VQ:p_a", "split"):
+        refused(write(tmp_path / "f.jsonl", [{**own, "dimension": name}]), name, "row 0 of f.jsonl", "rename")
+    refused(write(tmp_path / "g.jsonl", [{**own, "confidence": -1}]), "confidence in row 0", "-1")
     row = {**VIDEOALIGN[0], "num_frames_A": 1.5, "num_frames_B": 1}
     refused(write(tmp_path / "e.csv", [row]), "number of frames of a/1.mp4", "1.5")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import warnings
 from collections import Counter, defaultdict
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from prism.clips import probe
+from prism.errors import PrismError
 from prism.preference.pairs import prompt_key
 from prism.preference.readers import pairs
 from prism.preference.sets import PreferenceSet
@@ -21,14 +21,16 @@ RESAMPLES = 2000
 _ARCHIVE = re.compile(r"\.(tar|zip|tgz|7z|rar)(\.\w+)*$|\.tar\.", re.IGNORECASE)
 
 
-def summary(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, probe: bool = False) -> dict[str, Any]:
+def summary(
+    found: PreferenceSet, rule: str = "majority", margin: float = 0.0, open_clips: bool = False
+) -> dict[str, Any]:
     """Everything that is known of a set, as JSON types.
 
     Args:
         found: a preference set.
         rule: how annotators are joined, as `readers.pairs` takes it.
         margin: largest difference of ratings or probabilities that is a tie.
-        probe: whether each clip is opened, and not only looked for.
+        open_clips: whether each clip is opened, and not only looked for.
     """
     table = pairs(found, rule, margin)
     names = [name for name in table.column_names[4:] if ":" not in name]
@@ -59,7 +61,7 @@ def summary(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, p
         "shared_videos": [key for key, held in splits["videos"].items() if len(held) > 1],
         "missing": list(found.missing),
         "archives": _archives(found.root) if found.missing else [],
-        "unreadable": _unreadable(found) if probe else None,
+        "unreadable": _unreadable(found) if open_clips else None,
         "dropped": {why: [str(place) for place in places] for why, places in found.dropped.items()},
         "agreement": {name: agreement(found, name) for name in found.dimensions},
     }
@@ -85,35 +87,17 @@ def _archives(root: Path) -> list[str]:
 
 def _unreadable(found: PreferenceSet) -> list[dict[str, str]]:
     """The clips that are there and cannot be opened, and why."""
-    wrong = []
+    wrong, missing = [], set(found.missing)
     for video, path, frames in zip(*(found.videos[name].to_pylist() for name in ("video", "path", "frames"))):
-        for each in frames or [path]:
-            if each in found.missing:
-                continue
-            try:
-                _open(found.root, each)
-            except Exception as error:  # of av, PIL or the system
-                wrong.append({"video": video, "path": each, "error": f"{type(error).__name__}: {str(error)[:120]}"})
+        names = frames or [path]
+        if any(each in missing for each in names):
+            continue
+        try:
+            whole = [str(found.root / each) for each in names]
+            probe(whole if frames else whole[0])
+        except PrismError as error:
+            wrong.append({"video": video, "path": names[0], "error": str(error)})
     return wrong
-
-
-def _open(root: Path, path: str) -> None:
-    """Open a clip or picture, and read its first frame."""
-    import av
-
-    name, _, place = path.partition("#")
-    data: Any = str(root / path)
-    if place and not Path(data).is_file():
-        column, _, row = place.rpartition("/")
-        seen = 0
-        for batch in pq.ParquetFile(root / name).iter_batches(16, columns=[column]):
-            if seen + len(batch) > int(row):
-                cell = batch.column(0)[int(row) - seen].as_py()
-                data = io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)
-                break
-            seen += len(batch)
-    with av.open(data) as container:
-        next(container.decode(video=0))
 
 
 # -- agreement of annotators

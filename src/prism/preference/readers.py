@@ -16,6 +16,7 @@ from prism.preference import formats, image_formats, public_formats
 from prism.preference.pairs import named, overall
 from prism.preference.sets import Collector as Collector
 from prism.preference.sets import PreferenceSet as PreferenceSet
+from prism.preference.sets import in_order
 from prism.preference.sources import TABLES, Source, open_source
 
 FORMATS = {**formats.FORMATS, **public_formats.FORMATS, **image_formats.FORMATS}
@@ -55,7 +56,7 @@ def read(
     if not top.is_dir():
         raise PrismError(f"The --root {named(top)} is no folder.")
     found = Collector(top.absolute())
-    sources = [open_source(each, base, encoding) for each in _tables(place)]
+    sources = [open_source(each, found.root, encoding) for each in _tables(place)]
     chosen, fitting = _chosen(sources, form, place)
     for source in fitting:
         found.split = _split(source)
@@ -163,9 +164,7 @@ def pairs(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, sof
     votes = found.votes if len(found.votes) else _compared(found, margin)
     rows: dict[tuple[str, str, str, str | None], int] = {}
     heads: list[tuple[str, str, str, str | None]] = []
-    cells: dict[str, dict[int, list[tuple[Any, ...]]]] = {
-        name: {} for name in dict.fromkeys(votes["dimension"].to_pylist())
-    }
+    cells: dict[str, dict[int, list[tuple[Any, ...]]]] = {name: {} for name in in_order(votes["dimension"].to_pylist())}
     names = ("prompt", "video_a", "video_b", "split", "dimension", "label", "p_a", "p_b", "confidence")
     for prompt, a, b, split, dimension, label, p_a, p_b, confidence in zip(
         *(votes[name].to_pylist() for name in names)

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from prism.errors import PrismError, quoted
+from prism.preference.pairs import PAIR_COLUMNS
 from prism.preference.sources import Place, Row
 
 VIDEOS = pa.schema(
@@ -95,8 +96,23 @@ class PreferenceSet:
 
     @property
     def dimensions(self) -> tuple[str, ...]:
-        """What was judged, in order of appearance."""
-        return tuple(dict.fromkeys(self.votes["dimension"].to_pylist() + self.ratings["dimension"].to_pylist()))
+        """The dimensions that were judged: VQ, MQ and TA, then others in order of appearance, "overall" last."""
+        return in_order(self.votes["dimension"].to_pylist() + self.ratings["dimension"].to_pylist())
+
+
+def in_order(dimensions: Iterable[str]) -> tuple[str, ...]:
+    """Each dimension once: VQ, MQ and TA, then others in order of appearance, "overall" last."""
+    places = {"VQ": 0, "MQ": 1, "TA": 2, "overall": 4}
+    return tuple(sorted(dict.fromkeys(dimensions), key=lambda name: places.get(name, 3)))
+
+
+def check_dimension(row: Row, name: str) -> None:
+    """Refuse the name of a dimension that cannot be a column of a table of pairs."""
+    if ":" in name or name in PAIR_COLUMNS:
+        raise PrismError(
+            f"The dimension {quoted(name, 80)} in {row.place} cannot have this name: it holds a colon, or is a column "
+            "of pairs; rename it."
+        )
 
 
 @dataclass
@@ -213,6 +229,9 @@ class Collector:
 
         by_id: the file names the winner first; the sides are put in the order of the clips' identities.
         """
+        check_dimension(row, dimension)
+        if confidence is not None and confidence < 0:
+            raise PrismError(f"The confidence in {row.place} must be 0 or more; found {confidence:g}.")
         p_a, p_b = p or (None, None)
         if by_id and video_b < video_a:
             video_a, video_b, p_a, p_b = video_b, video_a, p_b, p_a
@@ -226,6 +245,7 @@ class Collector:
         self, row: Row, video: str, prompt: str, dimension: str, score: float, annotator: str | None = None
     ) -> None:
         """Note an annotator's score of a clip."""
+        check_dimension(row, dimension)
         self._rated.add(video)
         self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
 

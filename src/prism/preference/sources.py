@@ -114,7 +114,7 @@ class Source:
 
     path: Path
     name: str
-    """The file's name, relative to the set's root: what a row's place says."""
+    """The file's name, relative to the set's root where it is below that, else whole: what a row's place says."""
     columns: tuple[str, ...]
     rows: Any = field(repr=False)
     """List of cells by column, or None for Parquet."""
@@ -183,7 +183,7 @@ def open_source(path: Path, root: Path, encoding: str | None = None) -> Source:
     try:
         name = path.relative_to(root).as_posix()
     except ValueError:
-        name = path.name
+        name = path.absolute().as_posix()
     ending = path.suffix.lower()
     if ending in PICKLES:
         raise PrismError(
