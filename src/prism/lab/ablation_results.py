@@ -26,7 +26,7 @@ from prism.training.batches import LEVELS, conditioned, levels
 from prism.training.config import TrainConfig
 
 BASE = "base"
-BASE_HEADS = 5  # heads of the recipe that are trained, for the averages
+BASE_HEADS = 5  # heads trained by the recipe itself, so that up to so many can be averaged
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def trained(self) -> bool:
-        """Whether it has heads of its own."""
+        """True for a variant with heads of its own."""
         return not self.members and self.heads == 1 and self.draws == 1
 
 
@@ -152,9 +152,9 @@ def chosen(rows: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
                 f"The study has no variant and no question {quoted(repr(name), 60)}; {near_it}its questions are "
                 f"{questions}."
             )
-    wanted = {row.name for row in rows if row.name in only or row.question in only} | {BASE}
-    wanted |= {member for row in rows if row.name in wanted for member in row.members}
-    return [row for row in rows if row.name in wanted]
+    names = {row.name for row in rows if row.name in only or row.question in only} | {BASE}
+    names |= {member for row in rows if row.name in names for member in row.members}
+    return [row for row in rows if row.name in names]
 
 
 SCORES = "scores.safetensors"
@@ -186,14 +186,14 @@ def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> lis
 
 
 def complete(out: Path, variant: Variant, everything: Sequence[Variant], config: Any) -> bool:
-    """Whether all the heads that a variant needs are trained and scored."""
+    """True once all heads that a variant needs are trained and scored."""
     names = variant.members or ((variant.name,) if variant.trained else (BASE,))
     folders = (out / "heads" / name / f"seed-{seed}" for name in {*names, BASE} for seed in range(config.seeds))
     return all((folder / SCORES).is_file() for folder in folders)
 
 
 def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]]:
-    """Each judge that a variant was made into: its heads as (variant, seed, init)."""
+    """The judges that were made by a variant, each as a list of its heads: (variant, seed, init)."""
     seeds, inits = range(config.seeds), range(config.inits)
     if variant.across:
         return [[(BASE, seed, init) for seed in list(seeds)[: variant.heads]] for init in inits]
@@ -277,16 +277,16 @@ class Results:
         for variant in variants:
             margins = self.margins(variant, replicates(variant, self.config)[0])[:, 0]  # one draw a level
             for column, dimension in enumerate(self.dimensions):
-                known, decided = ~np.isnan(self.labels[:, column]), np.abs(self.labels[:, column]) == 1
+                labelled, decided = ~np.isnan(self.labels[:, column]), np.abs(self.labels[:, column]) == 1
                 if any(not decided[self.prompts % 2 == half].any() for half in (0, 1)):
-                    continue  # nothing to fit on, or to see it on
+                    continue  # one half has nothing to fit on, or to measure the other half's fit on
                 halves = []
                 for half in (0, 1):
-                    fitted, other = known & (self.prompts % 2 == half), known & (self.prompts % 2 != half)
+                    fitted, other = labelled & (self.prompts % 2 == half), labelled & (self.prompts % 2 != half)
                     labels, values = self.labels[:, column], margins[:, :, column]
-                    found = fit(np.tile(labels[fitted], len(values)), values[:, fitted].ravel())
+                    calibration = fit(np.tile(labels[fitted], len(values)), values[:, fitted].ravel())
                     on_other = np.tile(labels[other], len(values)), values[:, other].ravel()
-                    numbers = {"temperature": found.temperature, "eta": found.eta}
+                    numbers = {"temperature": calibration.temperature, "eta": calibration.eta}
                     halves.append({**numbers, **reliability(*on_other, self.config.train.eta, numbers)})
                 mean = {name: float(np.mean([half[name] for half in halves])) for name in halves[0]}
                 rows.append(
@@ -323,25 +323,25 @@ def confirm(
     calibration = []
     for each in {variant.name: variant, BASE: everything[0]}.values():
         measured[each.name] = []
-        for place, heads in enumerate(replicates(each, config)[:: 1 if each.heads > 1 else config.inits]):
+        for number, heads in enumerate(replicates(each, config)[:: 1 if each.heads > 1 else config.inits]):
             folders = [out / "heads" / name / f"seed-{seed}" / f"head-{init}" for name, seed, init in heads]
             judge = Judge.average([Judge.from_pretrained(folder, backbone) for folder in folders])
             judge.name = each.name
-            found = measure(judge, store, "test", num_draws=each.draws)
-            measured[each.name].append(found)
+            on_test = measure(judge, store, "test", num_draws=each.draws)
+            measured[each.name].append(on_test)
             if each is variant:
-                found.save(path.with_name(f"{variant.name}-{place}.parquet"))
+                on_test.save(path.with_name(f"{variant.name}-{number}.parquet"))
                 on_validation = measure(judge, store, "validation", levels(backbone), num_draws=each.draws)
                 calibrate(judge, on_validation)
-                judge.save_pretrained(path.with_name(f"{variant.name}-{place}"), overwrite=True)
+                judge.save_pretrained(path.with_name(f"{variant.name}-{number}"), overwrite=True)
                 calibration += [
-                    {"dimension": dimension, "judge": place, **judge.calibration[dimension]}
+                    {"dimension": dimension, "judge": number, **judge.calibration[dimension]}
                     | reliability(*pairs, judge.eta, judge.calibration[dimension])
-                    for dimension, pairs in margins_of(found).items()
+                    for dimension, pairs in margins_of(on_test).items()
                 ]
     entry = {
         "variant": variant.name,
-        "accuracy": [row for found in measured.values() for each in found for row in each.rows],
+        "accuracy": [row for measurements in measured.values() for each in measurements for row in each.rows],
         "comparison": []
         if variant.name == BASE
         else compare_judges(measured[variant.name], measured[BASE], any_draws=True),
@@ -357,7 +357,7 @@ def confirmations(out: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(confirmed: Sequence[Mapping[str, Any]]) -> list[AccuracyRow]:
-    """The "accuracy" rows of what was confirmed; the recipe's, which each brings along, once."""
+    """The "accuracy" rows of confirmed variants, then those of the recipe, which every entry holds, once."""
     rows: list[AccuracyRow] = [row for entry in confirmed for row in entry["accuracy"] if row["judge"] != BASE]
     return rows + [row for row in confirmed[0]["accuracy"] if row["judge"] == BASE] if confirmed else []
 

@@ -26,7 +26,7 @@ NOTES = (
     "measured on the test prompts once.",
 )
 
-# What a study may be resumed with another value of; whose latents and weights it reads is told by `store` and `model`.
+# Settings that may change when a study is resumed; `store` and `model` identify the latents and weights that it reads.
 CHANGEABLE = (
     *("data", "backbone", "device", "store.name", *(f"train.{name}" for name in RESULTLESS)),
     *(f"model.{name}" for name in ("denoiser_config", "vae_config", "settings")),
@@ -39,7 +39,7 @@ class StudyConfig:
 
     data: a latent store; None for the labelled candidates that ship with the package. train: the recipe that variants
     differ from. tap, dim: its head's; None for the defaults. seeds: trainings of each variant, each with batches and
-    noise of its own. inits: heads of different first weights in each. draws: noise draws scored a level.
+    noise of its own. inits: heads of different first weights in each. draws: noise draws scored per level.
     """
 
     data: Path | None = None
@@ -91,14 +91,14 @@ def run(
         store.has_trajectories,
     )
     everything = [row for row in everything if row.draws <= config.draws and (not row.across or config.seeds > 1)]
-    wanted = chosen(everything, [*only, *confirm] if only else ())
+    to_train = chosen(everything, [*only, *confirm] if only else ())
     for variant in confirm:
         _named(variant, everything, "")
     whose = {"command": "study", **_json(config), "store": store_identity(store), "model": backbone.fingerprint()}
     claim = runs.claim(out, whose, resume, changeable=CHANGEABLE)
     started = time.perf_counter()
-    _score_unscored(config, out, store, backbone, wanted)
-    _train(config, out, store, backbone, tap, wanted)
+    _score_unscored(config, out, store, backbone, to_train)
+    _train(config, out, store, backbone, tap, to_train)
     done = [row for row in everything if results.complete(out, row, everything, config)]
     measured = results.Results(out, store, config, levels(backbone))
     rows = [measured.row(row) for row in done]
@@ -127,24 +127,24 @@ def run(
     return metrics
 
 
-def _train(config: StudyConfig, out: Path, store: Any, backbone: Any, tap: int, wanted: Sequence[Variant]) -> None:
-    """Train and score what is wanted and not done yet, those that read the same batches together."""
+def _train(config: StudyConfig, out: Path, store: Any, backbone: Any, tap: int, to_train: Sequence[Variant]) -> None:
+    """Train and score the variants that are not done yet, those that read the same batches together."""
     from prism.training.trainer import SHARED
 
     arms: dict[tuple[Any, ...], list[tuple[Variant, TrainConfig]]] = {}
     for seed in range(config.seeds):
-        for variant in wanted:
+        for variant in to_train:
             if not variant.trained or (out / "heads" / variant.name / f"seed-{seed}").is_dir():
                 continue
             settings = dataclasses.replace(config.train, seed=config.train.seed + seed, **variant.train)
             arms.setdefault((seed, *(getattr(settings, key) for key in SHARED)), []).append((variant, settings))
     started, share = time.perf_counter(), [max(each.steps for _, each in arm) for arm in arms.values()]
-    for place, (key, arm) in enumerate(arms.items()):
+    for number, (key, arm) in enumerate(arms.items()):
         _train_arm(config, out, store, backbone, tap, key[0], arm)
-        passed, left = time.perf_counter() - started, sum(share[place + 1 :]) / sum(share[: place + 1])
+        passed, left = time.perf_counter() - started, sum(share[number + 1 :]) / sum(share[: number + 1])
         names = ", ".join(variant.name for variant, _ in arm[:3]) + (", ..." if len(arm) > 3 else "")
         print(
-            f"prism: study: {place + 1} of {len(arms)} trainings done ({names}), about {passed * left / 60:.0f} "
+            f"prism: study: {number + 1} of {len(arms)} trainings done ({names}), about {passed * left / 60:.0f} "
             "minutes to go",
             file=sys.stderr,
             flush=True,
@@ -176,7 +176,7 @@ def _train_arm(
     trained: dict[str, dict[str, Judge]] = {variant.name: {} for variant, _ in arm}
     for (name, init), judge in zip(places, judges):
         trained[name][f"head-{init}"] = judge
-    for name, heads in trained.items():  # before they are scored: scoring may fail, and training was dear
+    for name, heads in trained.items():  # before scoring, which may fail: training takes long
         with files.new_folder(out / "heads" / name / f"seed-{seed}") as folder:
             for head_name, judge in heads.items():
                 judge.save_pretrained(folder / head_name)
@@ -199,12 +199,12 @@ def _score(config: StudyConfig, out: Path, store: Any, heads: Sequence[tuple[str
             save_file(tensors, temporary)
 
 
-def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, wanted: Sequence[Variant]) -> None:
+def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, to_train: Sequence[Variant]) -> None:
     """Score heads of a run that was ended between their training and their scores."""
     from prism.judge import Judge
     from prism.lab.ablation_results import SCORES
 
-    for variant in wanted:
+    for variant in to_train:
         for seed in range(config.seeds):
             folder = out / "heads" / variant.name / f"seed-{seed}"
             if folder.is_dir() and not (folder / SCORES).is_file():

@@ -1,15 +1,15 @@
-"""The claims of a run: the bars it is held to, the sentences that follow from its numbers, and the values per prompt
+"""The claims of a run: limits that it must reach, sentences that follow from its numbers, and the values per prompt
 that its intervals are recomputed from.
 
 The values are Parquet files in the run's folder `per_prompt`:
 
-accuracy, a row per set, judge, head_seed, t, dimension and prompt: pairs, decided (those that are no tie) and right (of
-    the decided). Prompts stand in the order of the store.
+accuracy, a row per set, judge, head_seed, t, dimension and prompt: the numbers of pairs, of decided ones (no tie) and
+    of right ones among these. Prompts are in the order of the store, which `recomputed` relies on.
 candidates, a row per set, prompt and candidate: its seed, the referee's scores, and "final SEED", the overall score of
     its finished latents by the judge of that head seed.
 picks, a row per set, prompt, strategy and head_seed (null where nothing judged): the picked candidate and its seed,
-    and, where the strategy was also run by itself, what that run cost.
-attention, a row per set, prompt, t and candidates (best or worst by the referee): shares of the attention.
+    and the costs of its separate run where there was one.
+attention, a row per set, prompt, t and candidates (best or worst by the referee): shares as of `attention.shares`.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ OVERHEAD = 0.03
 def check(
     comparison: Sequence[ComparisonRow], picks: Sequence[BestOfNRow], early: str, draft: str, overhead: float | None
 ) -> list[ClaimRow]:
-    """Rows "bar", "reached", "met" (None where it was not measured, or on too few prompts for an interval).
+    """The rows "bars" of metrics.json, with "met" None where a claim was not measured, or on too few prompts.
 
     comparison: "judge_comparison" rows. picks: "best_of_n" rows of the test prompts; `early` and `draft` name those
     that were fixed beforehand. overhead: the sampler's share of a run.
     """
-    found = []
+    rows = []
     for t in LEVELS:
         row = next(
             (
@@ -71,16 +71,16 @@ def check(
         text = ""
         if row is not None:
             text = f"{wording.points(row['difference'])} points ({wording.points_interval(interval)})"
-        found.append(_bar(bar, text, None if interval is None else interval[0] > 0))
-    asked = ((early, "one cut in the first fifth of the steps", EARLY), (draft, "drafts", DRAFT))
-    for name, what, (least, low) in asked:
+        rows.append(_bar(bar, text, None if interval is None else interval[0] > 0))
+    limits = ((early, "one cut in the first fifth of the steps", EARLY), (draft, "drafts", DRAFT))
+    for name, what, (least, low) in limits:
         pick = next((row for row in wording.pooled(picks) if row["name"] == name and row["set"] == "test"), None)
         bar = (
             f"{what}: at least {least:.0%} of the oracle’s gain, its interval’s lower end {low:.0%}, for at most "
             f"{ROWS:.0%} of the denoiser rows"
         )
         if pick is None:
-            found.append(_bar(bar, "", None))
+            rows.append(_bar(bar, "", None))
             continue
         share, interval, cost = pick["oracle_share"], pick["oracle_share_ci95"], pick["denoiser_share_of_full"]
         text = f"{wording.percent(share)} ({wording.percent_interval(interval)}) for {wording.percent(cost)}"
@@ -90,15 +90,15 @@ def check(
         cuts = pick["schedule"]
         if met and cuts:
             met = len(cuts) == 1 and cuts[0][0] <= FIRST * pick["num_inference_steps"]
-        found.append(_bar(bar, f"{text} ({wording.how(pick)})", met))
+        rows.append(_bar(bar, f"{text} ({wording.how(pick)})", met))
     bar = f"the sampler’s overhead (neither denoiser, head nor VAE) under {OVERHEAD:.0%} of a run"
     met = None if overhead is None else overhead < OVERHEAD
-    found.append(_bar(bar, "" if overhead is None else wording.percent(overhead), met))
-    return found
+    rows.append(_bar(bar, "" if overhead is None else wording.percent(overhead), met))
+    return rows
 
 
 def overhead(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float | None:
-    """The largest share over plans of the time that is neither denoiser, head nor VAE, in their runs by themselves."""
+    """The largest share, over plans, of their separate runs' time that is spent in neither denoiser, head nor VAE."""
     largest = None
     for name in names:
         runs = [run["ledger"] for record in records for run in record.get("alone", {}).get(name, [])]
@@ -128,13 +128,13 @@ LIMITS = (
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
-    """Paragraphs on what a demo's numbers show and do not show; what an interval leaves open is said to be open."""
-    said = [_of_judge(metrics), _of_pick(metrics), _of_pixels(metrics)]
-    return [" ".join(sentence for sentence in said if sentence), *LIMITS]
+    """Paragraphs on what a demo's numbers show, do not show, and, where an interval includes chance, leave open."""
+    sentences = [_of_judge(metrics), _of_pick(metrics), _of_pixels(metrics)]
+    return [" ".join(sentence for sentence in sentences if sentence), *LIMITS]
 
 
 def summary(metrics: Mapping[str, Any]) -> Summary:
-    """The main numbers of a run on test prompts: what they are, each with its value and interval."""
+    """The main numbers of a run on test prompts, each with its name, value and interval."""
     rows: list[SummaryRow] = [
         {"what": f"accuracy at t = {row['t']}", "value": row["without_ties"], "ci95": row["without_ties_ci95"]}
         for row in _accuracies(metrics)
@@ -151,13 +151,13 @@ def summary(metrics: Mapping[str, Any]) -> Summary:
 
 def beside(metrics: Mapping[str, Any]) -> Beside:
     """A run's main numbers beside those of the full run that the documentation reports (docs/evidence)."""
-    here, full = summary(metrics), files.read_json(FULL_RUN)
-    known: dict[str, SummaryRow] = {row["what"]: row for row in full["rows"]}
+    this_run, full = summary(metrics), files.read_json(FULL_RUN)
+    by_name: dict[str, SummaryRow] = {row["what"]: row for row in full["rows"]}
     rows: list[BesideRow] = [
-        {**row, "full": known[row["what"]]["value"], "full_ci95": known[row["what"]]["ci95"]}
-        for row in here["rows"] if row["what"] in known
+        {**row, "full": by_name[row["what"]]["value"], "full_ci95": by_name[row["what"]]["ci95"]}
+        for row in this_run["rows"] if row["what"] in by_name
     ]  # fmt: skip
-    return {**here, "rows": rows, "full_prompts": full["prompts"], "full_judges": full["judges"]}
+    return {**this_run, "rows": rows, "full_prompts": full["prompts"], "full_judges": full["judges"]}
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
@@ -177,17 +177,19 @@ def _of_judge(metrics: Mapping[str, Any]) -> str:
     better = [row for row in rows if row["without_ties_ci95"] and row["without_ties_ci95"][0] > 0.5]
     worse = [row for row in rows if row["without_ties_ci95"] and row["without_ties_ci95"][1] < 0.5]
     open_ = [row for row in rows if row not in better and row not in worse]
-    found = []
+    sentences = []
     if better:
-        found.append(f"The judge orders noisy latents of prompts it never saw better than chance at {_levels(better)}.")
+        sentences.append(
+            f"The judge orders noisy latents of prompts it never saw better than chance at {_levels(better)}."
+        )
     if worse:
-        found.append(f"At {_levels(worse)} it orders them worse than chance.")
+        sentences.append(f"At {_levels(worse)} it orders them worse than chance.")
     if open_:
-        found.append(
+        sentences.append(
             f"At {_levels(open_)} the interval includes 50 %, or there are too few prompts for one: whether the judge "
             "sees anything there, this run does not show."
         )
-    return " ".join(found)
+    return " ".join(sentences)
 
 
 def _of_pick(metrics: Mapping[str, Any]) -> str:
@@ -215,19 +217,19 @@ def _of_pixels(metrics: Mapping[str, Any]) -> str:
     every: list[ComparisonRow] = metrics.get("judge_comparison", [])
     rows = [row for row in every
             if (row["set"], row["dimension"]) == ("test", "overall") and row["t"] in (*LEVELS, 0)]  # fmt: skip
-    found = []
+    sentences = []
     for name in dict.fromkeys(row["against"] for row in rows):
-        own = [row for row in rows if row["against"] == name]
-        clear = [row for row in own if wording.clear(row["ci95"])]
+        against = [row for row in rows if row["against"] == name]
+        clear = [row for row in against if wording.clear(row["ci95"])]
         verdicts = [
             (f"more accurate at {_levels(some)}" if better else f"less accurate at {_levels(some)}")
             for better in (True, False)
             if (some := [row for row in clear if (row["difference"] > 0) == better])
         ]
-        if rest := [row for row in own if row not in clear]:
+        if rest := [row for row in against if row not in clear]:
             verdicts.append(f"not told apart at {_levels(rest)}")
-        found.append(f"Against the judge {name}: {', '.join(verdicts)}.")
-    return " ".join(found)
+        sentences.append(f"Against the judge {name}: {', '.join(verdicts)}.")
+    return " ".join(sentences)
 
 
 def _levels(rows: Sequence[AccuracyRow] | Sequence[ComparisonRow]) -> str:
@@ -260,7 +262,7 @@ def write_values(
 
 
 def recomputed(folder: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Each interval of a demo's metrics: where it stands, what stands there, and what the files in `folder` give.
+    """Yield each interval of a demo's metrics as (its field, its value there, its value from the files in `folder`).
 
     Raises:
         PrismError: for a file that is missing or cannot be read.
@@ -275,9 +277,9 @@ def recomputed(folder: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
         where = f"accuracy[{number}].without_ties_ci95"
         yield where, row["without_ties_ci95"], _accuracy_interval(row, counts, seed)
     for number, row in enumerate(metrics.get("judge_comparison", [])):
-        place = (row["set"], float(row["t"]), row["dimension"])
+        measured_on = (row["set"], float(row["t"]), row["dimension"])
         left, right = (
-            [rows for name, rows in counts.items() if name[1] == judge and (name[0], *name[3:]) == place]
+            [rows for name, rows in counts.items() if name[1] == judge and (name[0], *name[3:]) == measured_on]
             for judge in (row["judge"], row["against"])
         )
         columns = np.stack([_right(left) - _right(right), _decided(left[0])], 1)
@@ -303,13 +305,13 @@ def recomputed(folder: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, 
 
 def _accuracy_rows(measured: Measurement) -> Iterator[dict[str, Any]]:
     judge, head_seed = measured.rows[0]["judge"], measured.rows[0]["head_seed"]
-    found: dict[tuple[Any, ...], list[int]] = {}
+    tallies: dict[tuple[Any, ...], list[int]] = {}
     columns = (measured.pairs[name].to_pylist() for name in ("t", "dimension", "prompt", "label", "margin"))
     for t, dimension, prompt, label, margin in zip(*columns, strict=True):
-        tally = found.setdefault((t, dimension, prompt), [0, 0, 0])
-        for place, counted in enumerate((True, label != 0, label * margin > 0)):
-            tally[place] += counted
-    for (t, dimension, prompt), (pairs, decided, right) in found.items():
+        tally = tallies.setdefault((t, dimension, prompt), [0, 0, 0])
+        for column, counted in enumerate((True, label != 0, label * margin > 0)):
+            tally[column] += counted
+    for (t, dimension, prompt), (pairs, decided, right) in tallies.items():
         whose = {"set": measured.settings["split"], "judge": judge, "head_seed": head_seed}
         counts = {"pairs": pairs, "decided": decided, "right": right}
         yield {**whose, "t": t, "dimension": dimension, "prompt": prompt, **counts}
@@ -320,7 +322,8 @@ def _candidate_rows(which: str, records: Contests, head_seeds: Sequence[int]) ->
         for candidate, seed in enumerate(record["seeds"]):
             scores = {name: values[candidate] for name, values in record["values"].items()}
             judged = {
-                f"final {own}": values[candidate] for own, values in zip(head_seeds, record["final"], strict=True)
+                f"final {head_seed}": values[candidate]
+                for head_seed, values in zip(head_seeds, record["final"], strict=True)
             }
             yield {"set": which, "prompt": record["prompt"], "candidate": candidate, "seed": seed, **scores, **judged}
 
@@ -329,10 +332,10 @@ def _pick_rows(which: str, records: Contests, head_seeds: Sequence[int]) -> Iter
     for record in records:
         for name, picks in record["picks"].items():
             judged = kind_of(name.split()[0]).needs_judge()
-            alone = record.get("alone", {}).get(name, [])
-            for place, head_seed in enumerate(head_seeds if judged else [None]):
-                costs = alone[place]["ledger"] if alone else {}
-                pick = picks[place]
+            separate_runs = record.get("alone", {}).get(name, [])
+            for k, head_seed in enumerate(head_seeds if judged else [None]):
+                costs = separate_runs[k]["ledger"] if separate_runs else {}
+                pick = picks[k]
                 yield {"set": which, "prompt": record["prompt"], "strategy": name, "head_seed": head_seed,
                        "candidate": pick, "seed": record["seeds"][pick],
                        **{cost: costs.get(cost) for cost in COSTS}}  # fmt: skip
@@ -343,8 +346,8 @@ def _attention_rows(which: str, records: Contests) -> Iterator[dict[str, Any]]:
         for t, shares in record["looks"].items():
             for name, choose in CHOSEN.items():
                 share = shares[int(choose(record["values"]["overall"]))]
-                own = {part: share[part] for part in ("attention", "area")}
-                yield {"set": which, "prompt": record["prompt"], "t": float(t), "candidates": name, **own}
+                parts = {part: share[part] for part in ("attention", "area")}
+                yield {"set": which, "prompt": record["prompt"], "t": float(t), "candidates": name, **parts}
 
 
 def _read(path: Path) -> Values:
@@ -356,10 +359,10 @@ def _read(path: Path) -> Values:
 
 def _accuracy_interval(row: Mapping[str, Any], counts: Mapping[tuple[Any, ...], Values], seed: int) -> Any:
     several = row.get("head_seeds") or [row["head_seed"]]
-    found = [counts[row["set"], row["judge"], own, float(row["t"]), row["dimension"]] for own in several]
-    columns = np.stack([_right(found), _decided(found[0])], 1)
-    # what is resampled has an order, and a single judge's prompts are numbered as the store has them
-    names = [entry["prompt"] if row.get("head_seeds") else place for place, entry in enumerate(found[0])]
+    by_seed = [counts[row["set"], row["judge"], head_seed, float(row["t"]), row["dimension"]] for head_seed in several]
+    columns = np.stack([_right(by_seed), _decided(by_seed[0])], 1)
+    # A bootstrap sorts its clusters: by prompt for the mean over seeds, by the store's order for a single judge.
+    names = [entry["prompt"] if row.get("head_seeds") else number for number, entry in enumerate(by_seed[0])]
     return _of_decided(columns, names, seed)
 
 
@@ -377,10 +380,10 @@ def _decided(rows: Values) -> np.ndarray:
 
 
 def _values(candidates: Values) -> dict[str, dict[str, np.ndarray]]:
-    found: dict[str, dict[str, list[float]]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
     for row in candidates:
-        found.setdefault(row["set"], {}).setdefault(row["prompt"], []).append(row["overall"])
-    return {which: {prompt: np.array(scores) for prompt, scores in some.items()} for which, some in found.items()}
+        values.setdefault(row["set"], {}).setdefault(row["prompt"], []).append(row["overall"])
+    return {which: {prompt: np.array(scores) for prompt, scores in some.items()} for which, some in values.items()}
 
 
 def _gains(
@@ -391,8 +394,8 @@ def _gains(
     gain = dict.fromkeys(scores, 0.0)
     for entry in picks:
         if (entry["set"], entry["strategy"]) == (row["set"], row["name"]) and entry["head_seed"] in several:
-            own = scores[entry["prompt"]]
-            gain[entry["prompt"]] += float(own[entry["candidate"]] - own.mean()) / len(several)
+            candidates = scores[entry["prompt"]]
+            gain[entry["prompt"]] += float(candidates[entry["candidate"]] - candidates.mean()) / len(several)
     prompts = list(scores)
     matrix = np.stack([scores[prompt] for prompt in prompts])
     gains = np.array([gain[prompt] for prompt in prompts])

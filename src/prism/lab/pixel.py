@@ -20,7 +20,7 @@ from prism.errors import PrismError, number, whole
 from prism.judge import Judge
 from prism.judge import saved as folders
 
-_SAID = 64  # width of the prompt's summary, which scales and shifts channels (FiLM, Perez et al. 2018)
+_PROMPT_WIDTH = 64  # width of the prompt's summary, which scales and shifts channels (FiLM, Perez et al. 2018)
 
 
 class _Block(nn.Module):
@@ -30,18 +30,18 @@ class _Block(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(width, width, 3, padding=1)
         self.second = nn.Conv2d(width, width, 3, padding=1)
-        self.film = nn.Linear(_SAID, 2 * width)
+        self.film = nn.Linear(_PROMPT_WIDTH, 2 * width)
         self.scale = nn.Parameter(torch.ones(width, 1, 1))
         for parameter in self.film.parameters():  # at first the prompt changes nothing
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, frames: int, said: Tensor) -> Tensor:
-        """(B * frames, C, H, W) to the same; said: (B, 64)."""
-        # One number a video: statistics of a frame or channel would hide what judges look for, such as flicker.
+    def forward(self, x: Tensor, frames: int, prompt: Tensor) -> Tensor:
+        """(B * frames, C, H, W) to the same; prompt: (B, 64), its summary."""
+        # One number per video: normalising each frame or channel would hide what judges look for, such as flicker.
         power = x.float().unflatten(0, (-1, frames)).square().mean((1, 2, 3, 4)).repeat_interleave(frames)
         y = x * (power + 1e-6).rsqrt().to(x.dtype)[:, None, None, None] * self.scale.to(x.dtype)
         y = self.first(_shift(F.relu(y), frames))
-        scale, bias = self.film(said).repeat_interleave(frames, 0)[..., None, None].chunk(2, 1)
+        scale, bias = self.film(prompt).repeat_interleave(frames, 0)[..., None, None].chunk(2, 1)
         return x + self.second(F.relu(y * (1 + scale) + bias))
 
 
@@ -73,7 +73,7 @@ class PixelNetwork(nn.Module):
         self.options: dict[str, Any] = {"text_width": text_width, "num_dimensions": num_dimensions, "width": width}
         self.options |= {"layers": layers, "dropout": dropout}
         wide = 3 * width
-        self.said = nn.Sequential(nn.Linear(text_width, _SAID), nn.ReLU())
+        self.said = nn.Sequential(nn.Linear(text_width, _PROMPT_WIDTH), nn.ReLU())
         self.stem = nn.Conv2d(8, width, 4, stride=4)  # colours of two frames, and where: x, y
         self.fine = nn.ModuleList([_Block(width)])
         self.down = nn.Conv2d(width, 2 * width, 2, stride=2)
@@ -97,7 +97,7 @@ class PixelNetwork(nn.Module):
     def forward(self, videos: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, num_dimensions) of videos (B, T, H, W, 3) in [0, 1] and text (B, Lt, text_width); mask: True if real."""
         real = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
-        said = self.said((text * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1))
+        prompt = self.said((text * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1))
 
         rows, where = len(videos), _grid(videos.shape[2:4], videos).permute(2, 0, 1)
         x = _even(videos * 2 - 1, 1).unflatten(1, (-1, 2)).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)  # (B, T/2, 6, H, W)
@@ -105,10 +105,10 @@ class PixelNetwork(nn.Module):
         x = torch.cat([x, where.expand(len(x), -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for block in self.fine:
-            x = block(x, frames, said)
+            x = block(x, frames, prompt)
         x = self.down(_even(_even(x, 2), 3))
         for block in self.coarse:
-            x = block(x, frames, said)
+            x = block(x, frames, prompt)
         x = x.unflatten(0, (rows, frames)).transpose(1, 2)
         looks = [x.mean((2, 3, 4)), x.amax((2, 3, 4))]  # straight to the head: what it learns from first
         for axis in (2, 3, 4):
@@ -265,9 +265,9 @@ class PixelJudge:
         dimensions, eta, trained_on, _ = folders.described(config, path)
         name = folders.field(config, "name", str, path)
         network = _network(folders.field(config, "network", dict, path), len(dimensions), path)
-        wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
         header = files.safetensors_header(weights)
-        if {name: shape for name, (_, shape) in header.items()} != wanted or not all(
+        if {name: shape for name, (_, shape) in header.items()} != shapes or not all(
             dtype in folders.DTYPES for dtype, _ in header.values()
         ):
             raise PrismError(f"The file {weights} does not hold this network's weights.")
@@ -300,14 +300,14 @@ def _network(options: Mapping[str, Any], num_dimensions: int, path: Path) -> Pix
     """A network without weights, at the size that its options say."""
     if options.keys() != {*_SIZES, "num_dimensions", "dropout"} or options["num_dimensions"] != num_dimensions:
         raise PrismError(f"The field 'network' of {path} does not describe a network of {num_dimensions} scores.")
-    told = lambda name: f"The field 'network.{name}' of {path}"  # noqa: E731
-    sizes = {name: whole(told(name), options[name], 1, most) for name, most in _SIZES.items()}
-    dropout = number(told("dropout"), options["dropout"], 0.0, 1.0)
+    field = lambda name: f"The field 'network.{name}' of {path}"  # noqa: E731
+    sizes = {name: whole(field(name), options[name], 1, most) for name, most in _SIZES.items()}
+    dropout = number(field("dropout"), options["dropout"], 0.0, 1.0)
     try:
         with torch.device("meta"):  # no memory
             return PixelNetwork(**sizes, num_dimensions=num_dimensions, dropout=dropout)
     except AssertionError as error:  # attention heads that do not divide the width
-        raise PrismError(f"{told('width')} is {sizes['width']}, of which no network is made.") from error
+        raise PrismError(f"{field('width')} is {sizes['width']}, of which no network is made.") from error
 
 
 def _check_vae(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> None:

@@ -48,14 +48,14 @@ class PixelConfig:
     noise_draws: int = 4
     """Re-noised copies of each training video that a judge trained on noisy videos sees; a prompt's videos share t."""
     noisy_share: float = 0.5
-    """How often such a judge is shown a prompt's videos noisy."""
+    """Share of the steps at which such a judge sees a prompt's videos noisy."""
     validate_every: int = 200
     precision: str = "auto"
-    """Of the arithmetic in training: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
+    """Number format of training: "float32", "bfloat16", or "auto": bfloat16 where the machine is fast at it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.for_learner()  # checks what it takes over
+        self.for_learner()  # `TrainConfig` checks the settings that it shares
         least = {"width": 8, "layers": 1, "noise_draws": 1, "validate_every": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -73,7 +73,7 @@ class PixelConfig:
             )
 
     def for_learner(self) -> TrainConfig:
-        """What the machinery of the judge on hidden states is told."""
+        """The settings for the training machinery of the judge on hidden states."""
         return TrainConfig(
             steps=self.steps,
             prompts_per_step=self.prompts_per_step,
@@ -229,36 +229,36 @@ class _Validation:
     levels: Sequence[float]
 
     def accuracy(self, judge: PixelJudge) -> list[float]:
-        """By dimension; one without decided pairs counts 0."""
+        """Accuracy by dimension; one without decided pairs counts 0."""
         scores: dict[float, dict[str, np.ndarray]] = {t: {} for t in self.levels}
 
         def work(batch: Sequence[Video]) -> None:
             videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
             latents = self.store.latents(videos)
-            for t, found in scores.items():
+            for t, by_video in scores.items():
                 frames = self.frames(noised(judge.backbone, latents, videos, t)).float() / 255
                 values = judge.score_videos(frames, prompts, **self.store.call)
-                found.update(zip(videos, values.double().cpu().numpy()))
+                by_video.update(zip(videos, values.double().cpu().numpy()))
 
         in_batches(videos_of(self.groups), ROWS, work, "validating")
         return mean_accuracy(self.groups, list(scores.values()))
 
 
 def _bfloat16(config: PixelConfig, backbone: Backbone) -> bool:
-    """Whether to train in bfloat16. On CPUs without matrix units it is emulated, and slow."""
+    """True to train in bfloat16, which CPUs without matrix units emulate slowly."""
     if config.precision != "auto":
         return config.precision == "bfloat16"
     if backbone.device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("amx_bf16", False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16", False))
 
 
 DECODED, DECODED_SCHEMA = "prism-decoded", 1
 
 
 class DecodedCache:
-    """A folder of decoded frames: called, it does what `decode` does, and decodes no latent a second time.
+    """A folder of decoded frames. Called, it returns what `decode` returns, but decodes each latent only once.
 
     Frames are bytes, as in a video file. They are kept under a hash of the latent that they were decoded from, so that
     whatever gives the same latent (the same store, level, seed and draw) finds them, and no stale frames are ever read.
