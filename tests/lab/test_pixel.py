@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -164,7 +165,7 @@ def test_it_learns_what_frames_show_and_is_measured_like_the_judge(backbone, sto
 def pretend(store: LatentStore, split: str, to: str) -> LatentStore:
     """The same store, one split taken for another."""
     groups = store.groups(split, DIMENSIONS)
-    other = LatentStore(store.folder, store.meta, store.videos, store.pairs)
+    other = copy.copy(store)
     other.groups = lambda name, dimensions=None: groups if name == to else store.groups(name, dimensions)
     return other
 
@@ -318,7 +319,9 @@ def test_bad_input_gets_a_sentence(backbone, judge, store, tmp_path):
 
 def without_validation(store: LatentStore) -> LatentStore:
     kept = store.pairs.filter(pa.compute.not_equal(store.pairs["split"], "validation"))
-    return LatentStore(store.folder, store.meta, store.videos, kept)
+    other = copy.copy(store)
+    other.pairs = kept
+    return other
 
 
 def test_it_works_on_another_family(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -115,7 +116,8 @@ def test_a_store_takes_their_labels_in_place_of_its_own(tmp_path):
     assert labels.schema == store.pairs.schema
     own = np.nan_to_num(label_matrix(labels, store.dimensions), nan=9)
     assert (own != np.nan_to_num(label_matrix(store.pairs, store.dimensions), nan=9)).mean() > 0.1
-    noisy = LatentStore(store.folder, store.meta, store.videos, labels)
+    noisy = copy.copy(store)
+    noisy.pairs = labels
     assert noisy.dimensions == (*NAMES, "overall")
     assert sum(len(group.labels) for group in noisy.groups("train")) == len(store.pairs)
     with files.new_folder(tmp_path / "noisy") as temporary:
