@@ -304,7 +304,7 @@ def test_nothing_to_read_is_a_sentence(tmp_path):
     (tmp_path / "text.mp4").write_text("<html>404</html>" * 50)
     (tmp_path / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/a.ts\n")
-    (tmp_path / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {tmp_path}/a.ts\n")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
     movie(tmp_path / "a.ts", 3, "h264.ts")
     for name, sentence in {
         "empty.mp4": "is empty",
