@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,6 +146,17 @@ def test_a_film_of_1080p_needs_the_memory_of_the_frames_taken(tmp_path):
     tracemalloc.stop()
     assert numbers(clip.frames) == list(range(31))
     assert peak < 31 * 90 * 160 * 3 + 4 * 1080 * 1920 * 3  # of 193 MB that all frames would be
+
+
+def test_the_page_runs_as_printed(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "videos.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    movie(tmp_path / "clip.mp4", 24, rate=16)
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    exec(compile(code, "videos.md", "exec"), seen)
+    assert seen["clip"].frames.shape == (17, 60, 104, 3)
+    assert seen["clip"].numbers.tolist() == list(range(3, 20))
 
 
 def test_a_file_of_too_many_bytes_as_frames_names_the_way_out(files, monkeypatch):
