@@ -213,7 +213,7 @@ def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> l
 
 
 def prompt_key(prompt: str) -> str:
-    """What makes two prompts the same prompt: their words, not their case or spacing. A short hash of these."""
+    """A short hash of a prompt's words, the same whatever their case and spacing."""
     if not isinstance(prompt, str):
         raise PrismError(f"A prompt must be a text, found {quoted(prompt, 80)}.")
     return hashlib.sha256(" ".join(prompt.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:16]

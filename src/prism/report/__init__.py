@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics.json, terminal tables and one self-contained page."""
+"""The results of a run: metrics.json, terminal tables and one self-contained page."""

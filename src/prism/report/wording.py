@@ -1,4 +1,4 @@
-"""How rows of metrics.json are grouped and their numbers written, alike on the terminal and on the page."""
+"""Grouping of metrics.json's rows and wording of their numbers, alike on the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Role = Literal["plain", "luck", "ours", "reference", "best", ""]
 
 
 class Strategy(Protocol):
-    """What a report asks of a strategy; `prism.sampling.Plan` answers."""
+    """The interface of a strategy for reports; `prism.sampling.Plan` has it."""
 
     role: Role
 
@@ -42,24 +42,24 @@ def tell(strategies: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def role(row: BestOfNRow) -> Role:
-    """What a Best-of-N row's strategy is in a report."""
-    known: type[Strategy] | None = _strategies().get(row["strategy"])
-    return "" if known is None else known.role
+    """The role of a Best-of-N row's strategy in a report."""
+    kind: type[Strategy] | None = _strategies().get(row["strategy"])
+    return "" if kind is None else kind.role
 
 
 def is_ours(row: BestOfNRow) -> bool:
-    """Whether a Best-of-N row is of a strategy that is to save work."""
+    """True for a Best-of-N row of a strategy that is to save work."""
     return role(row) == "ours"
 
 
 def is_blind(row: BestOfNRow) -> bool:
-    """Whether nobody looked at the candidates: what the pick gains is luck around zero."""
+    """True where the pick was made without looking at the candidates, so that its gain is chance around zero."""
     return role(row) in ("plain", "luck")
 
 
 def ours() -> list[str]:
     """The strategies that are to save work, the headline's first."""
-    return [name for name, known in _strategies().items() if known.role == "ours"]
+    return [name for name, kind in _strategies().items() if kind.role == "ours"]
 
 
 def setting(row: BestOfNRow) -> int | None:
@@ -95,7 +95,7 @@ def apart(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
 
 
 def is_main(row: BestOfNRow) -> bool:
-    """Whether a Best-of-N row is its strategy with the settings that were fixed beforehand."""
+    """True for a Best-of-N row of a strategy with the settings that were fixed beforehand."""
     return bool(row.get("name", row["strategy"]) == row["strategy"])
 
 
@@ -142,7 +142,7 @@ def points(value: float) -> str:
 
 
 def clear(interval: Sequence[float] | None) -> bool:
-    """Whether an interval of a difference leaves out zero."""
+    """True for an interval of a difference that leaves out zero."""
     return interval is not None and (interval[0] > 0 or interval[1] < 0)
 
 
@@ -188,14 +188,14 @@ def judged_at(row: Row) -> str:
 
 def how(row: BestOfNRow) -> str:
     """One Best-of-N row's settings in words: its cuts, or its draft and the noise level it is judged at."""
-    known: type[Strategy] | None = _strategies().get(row["strategy"])
-    return MISSING if known is None else known.how(row)
+    kind: type[Strategy] | None = _strategies().get(row["strategy"])
+    return MISSING if kind is None else kind.how(row)
 
 
 def cut_name(strategy: str, step: int) -> str:
     """A cut in words."""
-    known: type[Strategy] | None = _strategies().get(strategy)
-    return f"step {step}" if known is None else known.cut_name(step)
+    kind: type[Strategy] | None = _strategies().get(strategy)
+    return f"step {step}" if kind is None else kind.cut_name(step)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -213,7 +213,7 @@ def signed(value: float | None) -> str:
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
-    """With a true minus, and none before what rounds to nothing."""
+    """A number with a typographic minus, and with none where it rounds to zero."""
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 

@@ -209,7 +209,7 @@ CHUNK = 16  # prompts that are encoded together
 
 
 class Conditionings:
-    """What the denoiser is told of each of a store's prompts.
+    """The conditionings of a store's prompts.
 
     Where all fit into `HELD_BYTES` they are captured once, before the first step. Where not, each prompt is encoded by
     itself when a batch needs it, and those used last are kept. Which of the two it is follows from the prompts alone,
@@ -232,7 +232,7 @@ class Conditionings:
 
     @property
     def _all_fit(self) -> bool:
-        """Whether all prompts are going to fit, to judge by those captured so far."""
+        """True if all prompts will fit, estimated from those captured so far."""
         return self._kept.nbytes * len(self.prompts) <= HELD_BYTES * len(self._kept)
 
     def of(self, places: Sequence[int]) -> Conditioning | Ragged:

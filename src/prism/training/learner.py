@@ -39,8 +39,8 @@ class Learner:
             judge.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         team.share(judge.head.parameters())
-        wanted = {"average": bool(config.ema_decay), "best": config.keep_best}
-        self.copies = {name: self._weights() for name, is_wanted in wanted.items() if is_wanted}
+        kept = {"average": bool(config.ema_decay), "best": config.keep_best}
+        self.copies = {name: self._weights() for name, is_kept in kept.items() if is_kept}
         self.history: list[dict[str, Any]] = []
         self.window = Window(judge.dimensions)
         self.best = -1.0
@@ -223,7 +223,7 @@ def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
 
 
 def store_identity(store: LatentStore) -> dict[str, Any]:
-    """What tells one store from another, wherever it lies."""
+    """The identity of a store, the same in whatever folder it lies."""
     names = ("store.json", "videos.parquet", "pairs.parquet")
     return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 

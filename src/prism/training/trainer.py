@@ -230,7 +230,7 @@ def _team(judge: Judge, config: TrainConfig) -> Team:
 
 
 def _due(step: int, every: int, steps: int) -> bool:
-    """Whether something happens after a step (from 0): every so often, and at the end."""
+    """True after every so many steps (counted from 0), and after the last."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
@@ -242,7 +242,7 @@ def _one_by_one(judge: Judge) -> list[Judge]:
 
 
 def _checkpoints_of(folder: Path, number: int) -> Path:
-    """Where a head's checkpoints lie: the first one's beside the others' folders."""
+    """The folder of a head's checkpoints; the first head's lie in `folder` itself."""
     return folder / f"head-{number}" if number else folder
 
 
@@ -271,7 +271,7 @@ def _said(learners: Sequence[Learner]) -> str:
 
 
 def _shown(entry: Mapping[str, Any]) -> dict[str, str]:
-    """What the progress bar says of an entry of the history."""
+    """An entry of the history as the text of the progress bar."""
     if "validation" in entry:
         return {"validation": f"{sum(entry['validation'].values()) / len(entry['validation']):.3f}"}
     return {"loss": f"{entry['loss']:.3f}"}
