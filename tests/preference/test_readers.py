@@ -265,6 +265,7 @@ def test_data_check_prints_what_is_in_a_set(tmp_path, capsys):
         assert words in out
     assert "Dropped rows, no prompt: 1 (row 4 of train.csv (the first is 0))" in out
     assert "Archives" not in out
+    assert "follows from the others" in out.split("overall")[1]
     touch(tmp_path, "videos.tar.gz.aa", "b.zip")
     assert cli.main(["data", "check", str(path)]) == 0
     assert "unpack these and check again: 2 (b.zip; videos.tar.gz.aa)" in capsys.readouterr().out

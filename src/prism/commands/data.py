@@ -65,7 +65,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     shown.append(f"{'Dimension':<{width}}  {'A':>9}  {'B':>9}  {'tie':>9}  {'missing':>9}  agreement (alpha)")
     for name, counts in facts["dimensions"].items():
         cells = "  ".join(f"{counts[each]:>9,}" for each in ("A", "B", "tie", "missing"))
-        shown.append(f"{quoted(name, 40):<{width}}  {cells}  {_agreement(facts['agreement'].get(name))}")
+        shown.append(f"{quoted(name, 40):<{width}}  {cells}  {_agreement(name, facts['agreement'])}")
     shown.append(f"Duplicates: {facts['duplicates']:,}; pairs with conflicting votes: {facts['conflicts']:,}")
     shown += _list("Missing files", facts["missing"])
     if facts["archives"]:
@@ -83,7 +83,10 @@ def _most(facts: dict[str, Any]) -> list[tuple[str, int]]:
     return sorted(facts["generators"].items(), key=lambda each: -each[1])[:30]
 
 
-def _agreement(found: dict[str, Any] | None) -> str:
+def _agreement(name: str, by_dimension: dict[str, Any]) -> str:
+    if name not in by_dimension:
+        return "follows from the others"
+    found = by_dimension[name]
     if found is None:
         return "one vote each"
     if found["alpha"] is None:
