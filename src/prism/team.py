@@ -1,4 +1,4 @@
-"""Work divided: among the processes of a job, and into batches that fit into memory."""
+"""Work divided among the processes of a job, and into batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from prism.errors import PrismError, quoted
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)  # of a candidate; keys of one kind can be sorted
 
-CALLERS = "_raised_by_a_callback"  # an attribute of exceptions
-# In an allocator's words; on a CPU torch raises a plain RuntimeError.
+# An attribute that is true of exceptions from a caller's callback. `prism.backbone.pipeline` sets it, so that memory
+# that ran out there is not answered with smaller batches.
+CALLERS = "_raised_by_a_callback"
+# Parts of allocators' error messages; on a CPU torch raises a plain RuntimeError.
 _WORDS = (
     "out of memory",
     "not enough memory",
@@ -33,7 +35,7 @@ _WORDS = (
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device, in no callback of the caller's."""
+    """True if an exception says that memory ran out, on any device, unless a callback of the caller raised it."""
     if getattr(error, CALLERS, False):
         return False
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
@@ -42,9 +44,9 @@ def ran_out(error: BaseException) -> bool:
 
 
 def halved(rows: int, work: str, kind: str = "video") -> int:
-    """Half of `rows` videos per batch, with a warning, and the device's spare memory given back.
+    """Half of `rows` videos per batch. Warns, and empties the GPU's cache of free memory.
 
-    Raises PrismError where it was a single one.
+    Raises PrismError if a batch was a single video.
     """
     if rows <= 1:
         raise PrismError(
@@ -60,19 +62,19 @@ def halved(rows: int, work: str, kind: str = "video") -> int:
 
 
 def in_batches(items: Sequence[T], rows: int, work: Callable[[Sequence[T]], Any], name: str) -> int:
-    """Call `work` on at most `rows` of `items` at a time, in order; a batch that ran out of memory again, in halves.
+    """Call `work` on at most `rows` of `items` at a time, in order; where memory runs out, again on half as many.
 
-    `work` must leave nothing behind where it fails.
+    A failed call of `work` must have no effects, since its items are given to it again.
 
     Returns:
-        The rows per batch that it came down to.
+        The rows per batch in the end.
     """
     start = 0
     while start < len(items):
         batch = items[start : start + rows]
         if _fits(work, batch):
             start += len(batch)
-        else:  # here the failed attempt's tensors are gone
+        else:  # outside `_fits`, whose exception kept the failed attempt's tensors alive
             rows = halved(len(batch), name)
     return rows
 
@@ -88,17 +90,17 @@ def _fits(work: Callable[[Sequence[T]], Any], batch: Sequence[T]) -> bool:
 
 
 INTERVAL = 5.0  # seconds between signs of life
-SILENCE = 180.0  # seconds after which a process that shows none is taken to have ended
+SILENCE = 180.0  # seconds without a sign of life after which a process counts as ended
 _MET, _ALIVE = "prism/met", "prism/alive/{}"
 
-_meetings: dict[int, list[Any]] = {}  # by a store's id: the store, and how often this process met the others in it
+_meetings: dict[int, list[Any]] = {}  # by a store's id: [the store, the number of meetings so far]
 
 
 def meet() -> None:
-    """Wait until all processes of the default group are here.
+    """Wait until all processes of the default group have called this as often as this one.
 
     Raises:
-        PrismError: where one of them ended meanwhile.
+        PrismError: if one of them ended meanwhile.
     """
     store, rank, size = _store(), distributed.get_rank(), distributed.get_world_size()
     if store is None:
@@ -126,13 +128,13 @@ def meet() -> None:
                             f"Process {other} has shown no sign of life for {SILENCE:.0f} seconds: it was killed, or "
                             "its machine is gone; start the run again."
                         )
-    except RuntimeError as error:  # the process that kept the store ended
+    except RuntimeError as error:  # the process that hosts the store ended
         raise PrismError("The process that the others meet at ended; start the run again.") from error
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Say in a sentence that another process ended in the middle of the collective in the block."""
+    """Raise PrismError if the collective in the block fails, which means that another process ended."""
     try:
         yield
     except RuntimeError as error:
@@ -143,7 +145,7 @@ def together() -> Iterator[None]:
 
 
 def _show(store: Any, key: str) -> None:
-    """Show signs of life for as long as the process and the store live."""
+    """Show signs of life as long as the process and the store exist."""
     try:
         while True:
             store.add(key, 1)
@@ -153,17 +155,17 @@ def _show(store: Any, key: str) -> None:
 
 
 def _store() -> Any:
-    """The store of the default group, or None where this version of torch keeps it elsewhere."""
+    """The store of the default group, or None if this version of torch does not offer it."""
     find = getattr(distributed.distributed_c10d, "_get_default_store", None)
     return None if find is None else find()
 
 
 @dataclass
 class Team:
-    """This process's `rank` among the `size` that share work; alone unless `gathered`.
+    """This process's `rank` among the `size` that share work; a team of one unless `gathered`.
 
-    `device`: where tensors are that they send each other. What processes tell each other is theirs alone: it comes from
-    no file and no other machine's user.
+    device: the device of the tensors that processes send each other. Other objects are sent as pickles, from one
+    process of the job to another: no pickle is ever read from a file.
     """
 
     rank: int = 0
@@ -172,7 +174,7 @@ class Team:
 
     @classmethod
     def gathered(cls, device: str | torch.device | None = None) -> Team:
-        """The processes that a launcher started, to compute on `device`; None: on GPUs where there are some.
+        """The team of the processes that a launcher started, to compute on `device`; None: on GPUs if there are any.
 
         A group that does not exist yet is made from what `torchrun` or `accelerate launch` set, by accelerate's
         PartialState.
@@ -198,37 +200,38 @@ class Team:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """True in the process that writes files and messages."""
         return self.rank == 0
 
     def agree(self, work: Callable[[], T]) -> list[T]:
-        """What `work` gives on each process, by rank. Where it fails on one, it fails on all: nobody waits for ever."""
+        """The results of `work` on all processes, by rank. If it fails on one, it fails on all: none waits for ever."""
         if self.alone:
             return [work()]
         value, error = None, None
         try:
             value = portable(work())
-        except Exception as found:
-            error = found
+        except Exception as raised:
+            error = raised
         meet()
-        told: list[Any] = [None] * self.size
+        answers: list[Any] = [None] * self.size
         memory = error is not None and ran_out(error)
         with together():
-            distributed.all_gather_object(told, (value, error is not None, memory, str(error)))
-        failed = [(memory, rank, text) for rank, (_, fails, memory, text) in enumerate(told) if fails]
+            distributed.all_gather_object(answers, (value, error is not None, memory, str(error)))
+        failed = [(memory, rank, text) for rank, (_, fails, memory, text) in enumerate(answers) if fails]
         if failed:
-            memory, rank, text = min(failed)  # want of memory comes last: all go on with smaller batches after it
+            # Other errors win over memory that ran out, which is retried with smaller batches.
+            memory, rank, text = min(failed)
             if error is not None and rank == self.rank:
                 raise error
             raise torch.cuda.OutOfMemoryError(text) if memory else PrismError(f"Process {rank} failed: {text}")
-        return [value for value, *_ in told]
+        return [value for value, *_ in answers]
 
     def same(self, call: Mapping[str, Any]) -> None:
         """Raise PrismError naming the first argument of a call that is not the same on all processes."""
         texts = self.agree(lambda: {name: _text(value) for name, value in call.items()})
         for rank, text in enumerate(texts):
             for name in (*texts[0], *text):
-                first, other = (found.get(name, "not given") for found in (texts[0], text))
+                first, other = (each.get(name, "not given") for each in (texts[0], text))
                 if first != other:
                     raise PrismError(
                         f"Processes that share candidates must be given one call; process 0 has {name} = {first[:100]} "
@@ -236,9 +239,9 @@ class Team:
                     )
 
     def owners(self, candidates: Sequence[Key], before: Mapping[Key, int]) -> dict[Key, int]:
-        """The process of each candidate: its own one as far as that leaves all with about as many."""
+        """The rank of each candidate's process: the one `before`, unless it has more than an even share then."""
         most = -(-len(candidates) // self.size)
-        found: dict[Key, int] = {}
+        ranks: dict[Key, int] = {}
         spare: list[Key] = []
         load: Counter[int] = Counter()
         for candidate in candidates:
@@ -246,15 +249,15 @@ class Team:
             if rank is None or load[rank] >= most:
                 spare.append(candidate)
                 continue
-            found[candidate] = rank
+            ranks[candidate] = rank
             load[rank] += 1
         for candidate in spare:
-            found[candidate] = min(range(self.size), key=lambda rank: (load[rank], rank))
-            load[found[candidate]] += 1
-        return found
+            ranks[candidate] = min(range(self.size), key=lambda rank: (load[rank], rank))
+            load[ranks[candidate]] += 1
+        return ranks
 
     def move(self, belongings: dict[Key, Any], before: Mapping[Key, int], after: Mapping[Key, int]) -> None:
-        """Hand over what belongs to candidates whose process changed."""
+        """Send the belongings of candidates whose process changed to their new process."""
         for candidate, rank in sorted(after.items()):
             giver = before.get(candidate, rank)
             if giver == rank:
@@ -269,27 +272,27 @@ class Team:
                 belongings[candidate] = box[0]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """`work()`, done by the first process while the others wait, and told to all. Where it fails, all raise."""
+        """The result of `work` on the first process, for which the others wait. If it fails, all raise."""
         if self.alone:
             return work()
-        told: list[Any] = [None, None]
+        answer: list[Any] = [None, None]
         failure: Exception | None = None
         if self.first:
             try:
-                told[0] = work()
+                answer[0] = work()
             except Exception as error:
-                failure, told[1] = error, str(error)
+                failure, answer[1] = error, str(error)
         with self._together():
-            distributed.broadcast_object_list(told, 0)
+            distributed.broadcast_object_list(answer, 0)
         if failure is not None:
             raise failure
-        if told[1] is not None:
-            raise PrismError(told[1])
-        return told[0]  # type: ignore[no-any-return]
+        if answer[1] is not None:
+            raise PrismError(answer[1])
+        return answer[0]  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """Where another process has ended, say so, and do not wait: a GPU's collectives would until their limit."""
+        """Run a collective that fails soon if another process has ended; on GPUs it would wait until its time limit."""
         if self.device.type == "cuda":
             meet()
         with together():
@@ -305,7 +308,7 @@ class Team:
         return whole.to(values.device)
 
     def add_up(self, values: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype and device by their sums over processes."""
+        """Replace tensors of one dtype and device by their sums over the processes."""
         if self.alone:
             return
         whole = self.total(torch.cat([value.flatten() for value in values]))
@@ -313,7 +316,7 @@ class Team:
             value.copy_(total.view_as(value))
 
     def share(self, values: Iterable[Tensor]) -> None:
-        """Give all processes the first one's values."""
+        """Overwrite the values on all processes with those of the first."""
         if self.alone:
             return
         with torch.no_grad():
@@ -325,15 +328,15 @@ class Team:
 
 
 def merged(parts: Iterable[Mapping[Key, T]]) -> dict[Key, T]:
-    """The parts of several processes as one mapping, by candidate."""
+    """The mappings of several processes as one, in order of the candidates."""
     return dict(sorted(entry for part in parts for entry in part.items()))
 
 
 def portable(value: Any) -> Any:
-    """The same with its tensors in host memory: another process has other devices."""
+    """The value with its tensors in host memory, since another process has other devices."""
     if isinstance(value, Tensor):
         return value.cpu()
-    if is_dataclass(value) and not isinstance(value, type):  # also the outputs of diffusers, which are dictionaries too
+    if is_dataclass(value) and not isinstance(value, type):  # also diffusers' outputs, though they are dicts too
         return replace(value, **{each.name: portable(getattr(value, each.name)) for each in fields(value)})
     if hasattr(value, "_fields"):
         return type(value)(*(portable(inner) for inner in value))
@@ -345,7 +348,7 @@ def portable(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A text that is the same on all processes for equal arguments; of objects it tells their class alone."""
+    """A text that is the same on all processes for equal arguments; of other objects, the class."""
     if isinstance(value, str | int | float | bool | type(None)):
         return repr(value)
     if isinstance(value, Mapping):

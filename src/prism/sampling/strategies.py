@@ -1,4 +1,4 @@
-"""Strategies: none, random, early, draft, full, oracle; each a plan with a function from a search to its winners."""
+"""The strategies none, random, early, draft, full and oracle: each a plan that picks the winners of a search."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from prism.video import frames
 
 
 class Blind(Plan):
-    """A pick of candidates that nobody looks at."""
+    """A pick of candidates without looking at them."""
 
     @abstractmethod
     def draw(self, n: int, top_k: int, seed: int, prompt: str) -> list[int]:
-        """The indices of the candidates that are picked."""
+        """The indices of the `top_k` of n candidates that are picked."""
 
     def winners(self, search: Search) -> list[Candidate]:
         drawn = self.draw(len(search.candidates), search.top_k, search.seed, search.prompt)
@@ -72,7 +72,7 @@ class Random(Blind):
 
 @dataclass(frozen=True)
 class Early(Plan):
-    """Candidates are judged on the way and dropped by the schedule; those left are recorded up to the last cut.
+    """Candidates judged while they are sampled, and dropped by a schedule.
 
     schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
     """
@@ -83,11 +83,11 @@ class Early(Plan):
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Early:
         if self.schedule is not None:
-            resolve(self.schedule, n, sys.maxsize, top_k)  # what is wrong whatever the steps are
+            resolve(self.schedule, n, sys.maxsize, top_k)  # finds errors that do not depend on the number of steps
         return self
 
     def settled(self, load: Workload, steps: Steps | None = None) -> Early:
-        """Raises PrismError for cuts behind the last step."""
+        """The plan with resolved cuts. Raises PrismError for cuts after the last step."""
         cuts = self.schedule
         if cuts is None:
             ((step, keep),) = default(len(load.calls), load.top_k)
@@ -99,7 +99,7 @@ class Early(Plan):
         return tuple((step, keep) for step, keep in self.schedule or ())
 
     def rows(self, load: Workload) -> float:
-        """The winners are finished from their recordings."""
+        """The denoiser rows up to the last cut; after it the winners alone go on, from their recordings."""
         rows, alive, done = 0.0, load.n, 0
         for (step, keep), (cost, _) in zip(self.cuts(load), self.reads(load)):
             rows += alive * sum(load.calls[done : step - 1]) + cost
@@ -107,17 +107,19 @@ class Early(Plan):
         return rows + alive * sum(load.calls[done:])
 
     def reads(self, load: Workload) -> list[tuple[float, bool]]:
-        """Rows that the step of each cut costs, and whether its scores are read by a probe."""
-        alive, found = load.n, []
+        """The rows that the step of each cut costs, and True if its scores are read by a probe; see `cut_rows`."""
+        alive, costs = load.n, []
         for step, keep in self.cuts(load):
-            found.append(cut_rows(alive, keep, load.cfg, load.calls[step - 1], load.tap_share, load.listens))
+            costs.append(cut_rows(alive, keep, load.cfg, load.calls[step - 1], load.tap_share, load.listens))
             alive = keep
-        return found
+        return costs
 
     def winners(self, search: Search) -> list[Candidate]:
-        """While the living candidates do not fit one batch, they go chunk by chunk to the next cut, and later rounds
-        replay what was recorded. Once they do, one call carries all the cuts that are left, dead rows gated out.
-        Processes that share a run meet after each cut, so they go round by round.
+        """The candidates that are left after the last cut, best first.
+
+        While the living candidates do not fit into one batch, each chunk runs to the next cut, and later rounds answer
+        the steps before it from recordings. Once they fit, one call goes through all cuts that are left, with dead rows
+        gated out. Processes that share a run gather scores after each cut, so that they always go cut by cut.
         """
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
@@ -138,13 +140,13 @@ class Early(Plan):
 
 @dataclass(frozen=True)
 class _JudgedClean(Plan):
-    """Latents at the end of a run, judged re-noised to the level `judge_at` with `num_draws` draws of noise."""
+    """Latents at the end of a run, re-noised to the level `judge_at` and judged as the mean over `num_draws` draws."""
 
     judge_at: float = 700.0
     num_draws: int = 2
 
     def judging(self, load: Workload) -> float:
-        """Rows that the judge takes."""
+        """The denoiser rows of judging."""
         return load.n * self.num_draws * load.tap_share
 
     @classmethod
@@ -152,20 +154,20 @@ class _JudgedClean(Plan):
         return {**super().settings(scores), "judge_at": scores[0]["t"]}
 
     def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
-        """The best of the latents that `sample` makes, re-noised with the same draws."""
+        """The best candidates by the latents that `sample` makes; all are re-noised with the same draws."""
         refused: dict[Candidate, str] = {}
 
         def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
             stacked = torch.stack([latents[candidate] for candidate in chunk])
-            # Not the run's own seed: the noise of its first candidate must not be the noise all are judged with.
+            # Not the run's own seed: its first candidate's noise must not be the noise that all are judged with.
             generator = generator_of(random.Random(f"judge {search.seed}").randrange(2**62))
             prompts, draws = [search.prompt] * len(chunk), self.num_draws
-            own: dict[str, Any] = {}
+            conditions: dict[str, Any] = {}
             if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
-                own["seeds"] = [candidate.seed for candidate in chunk]
+                conditions["seeds"] = [candidate.seed for candidate in chunk]
             try:
                 mean, _ = search.judge.score_clean(
-                    stacked, prompts, self.judge_at, num_draws=draws, generator=generator, **search.call, **own
+                    stacked, prompts, self.judge_at, num_draws=draws, generator=generator, **search.call, **conditions
                 )
             except PrismError as error:
                 if len(chunk) == 1:
@@ -182,7 +184,7 @@ class _JudgedClean(Plan):
         parts = search.team.agree(judge)
         scores = merged(part for part, _ in parts)
         for candidate, reason in merged(part for _, part in parts).items():
-            if not scores:  # no fault of a candidate's
+            if not scores:  # all were refused: the cause is not a candidate
                 raise PrismError(reason)
             if search.owners[candidate] == search.team.rank:
                 search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
@@ -192,9 +194,9 @@ class _JudgedClean(Plan):
 
 @dataclass(frozen=True)
 class Draft(_JudgedClean):
-    """Every candidate to the end in a few coarse steps, judged re-noised; then the winners in full.
+    """Every candidate sampled to the end in a few coarse steps and judged; then the winners in full.
 
-    draft_steps: None: 15 % of the steps, at least 2.
+    draft_steps: the number of coarse steps; None: 15 % of the steps, at least 2.
     """
 
     strategy, looks_at, role = "draft", "drafts", "ours"
@@ -202,12 +204,12 @@ class Draft(_JudgedClean):
     draft_steps: int | None = None
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Draft:
-        """Raises PrismError for a call that names its own steps, which a draft cannot follow."""
+        """The plan with its number of steps. Raises PrismError for a call with its own timesteps or sigmas."""
         for name in ("timesteps", "sigmas"):
             if call.get(name) is not None:
                 raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
-        given = self.draft_steps
-        steps = default_draft_steps(num_steps) if given is None else whole("draft_steps", given)
+        steps = self.draft_steps
+        steps = default_draft_steps(num_steps) if steps is None else whole("draft_steps", steps)
         if steps > num_steps:
             raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; give it fewer steps.")
         if steps == num_steps:
@@ -251,7 +253,7 @@ class Draft(_JudgedClean):
 
 @dataclass(frozen=True)
 class Full(_JudgedClean):
-    """Every candidate to the end, judged re-noised; winners are decoded alone, from their recordings."""
+    """Every candidate sampled to the end and judged; winners alone are decoded, from their recordings."""
 
     strategy, looks_at, role = "full", "finished", "reference"
 
@@ -277,7 +279,7 @@ class Full(_JudgedClean):
 
 @dataclass(frozen=True)
 class Oracle(Plan):
-    """Every candidate to the end and decoded; `oracle(video, prompt)` says how good each is."""
+    """Every candidate sampled to the end and decoded; `oracle(video, prompt)` scores each video."""
 
     strategy, looks_at, role = "oracle", "videos", "best"
 
@@ -321,19 +323,19 @@ class Oracle(Plan):
         return "referee picks"
 
 
-# By name, from the cheap to the dear.
+# By name, from cheap to expensive: the order in which reports list them.
 STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Draft, Full, Oracle)}
 
 
 def kind_of(strategy: Any) -> type[Plan]:
-    """The plan's class of a strategy by its name."""
+    """The class of a strategy's plan, by the strategy's name."""
     if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise PrismError(f'There is no strategy "{quoted(strategy, 60)}"; choose one of {", ".join(STRATEGIES)}.')
     return STRATEGIES[strategy]
 
 
 def plan_of(strategy: str, **settings: Any) -> Plan:
-    """The plan of a strategy with those of the settings that it takes; no other strategy may be given a schedule."""
+    """The plan of a strategy with the settings that it takes. Raises PrismError for a schedule that it cannot take."""
     kind = kind_of(strategy)
     taken = {field.name for field in fields(kind)}
     if settings.get("schedule") is not None and "schedule" not in taken:
@@ -350,7 +352,7 @@ def _in_quotes(name: str) -> str:
 
 
 def default_draft_steps(num_steps: int) -> int:
-    """Steps of a draft where none are given: 15 % of the run's, at least 2 where it has as many."""
+    """The default number of draft steps: 15 % of the run's, at least 2 unless the run has only 1."""
     return min(num_steps, max(2, round(0.15 * num_steps)))
 
 
@@ -369,11 +371,11 @@ def expected_rows(
     calls: Sequence[int] | None = None,
     draft_calls: Sequence[int] | None = None,
 ) -> float:
-    """Denoiser rows of a run of any strategy of `best_of_n`, in closed form; of early `schedule` says the rest.
+    """The denoiser rows of a `best_of_n` run, in closed form; the strategy early needs its `schedule`.
 
-    `num_steps` and `draft_steps` are those that the scheduler makes. `calls`, `draft_calls`: denoiser passes per step
-    of the run and of a draft, where a guider guides some of the steps; None: two per step where guided, else one.
-    `listens`: see `cut_rows`.
+    num_steps, draft_steps: the numbers of steps that the scheduler makes. calls, draft_calls: denoiser passes per step
+    of the run and of a draft, for guiders that guide some of the steps; None: two per step if guided, else one.
+    tap_share, listens: see `cut_rows`.
     """
     calls = [1 + guided] * num_steps if calls is None else calls
     drafted = [1 + guided] * draft_steps if draft_calls is None else draft_calls
