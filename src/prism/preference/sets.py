@@ -250,7 +250,7 @@ class Collector:
         self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
 
     def rated(self, video: str) -> bool:
-        """Whether the clip has a score."""
+        """True if the clip has a score."""
         return video in self._rated
 
     def table(self, form: str) -> PreferenceSet:

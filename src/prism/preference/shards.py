@@ -150,7 +150,7 @@ def _sealed(folder: Path) -> dict[Path, str]:
 
 
 def noted(path: Path) -> dict[str, Any]:
-    """What `StoreWriter` noted in a Parquet file."""
+    """The notes of `StoreWriter` in a Parquet file."""
     try:
         found = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
     except Exception as error:

@@ -38,7 +38,7 @@ _ROWS = 4096  # rows of a Parquet file that are in memory at once
 
 
 class Place(NamedTuple):
-    """Where a row stands: the file's name below the set's root, and its number, from 0."""
+    """The position of a row: the file's name below the set's root, and its number, from 0."""
 
     source: str
     row: int
@@ -137,7 +137,7 @@ class Source:
                     number += 1
 
     def has(self, *columns: str) -> bool:
-        """Whether all these columns are there."""
+        """True if all these columns are there."""
         return all(column in self.columns for column in columns)
 
     def references(self, column: str) -> list[tuple[str, str] | None]:

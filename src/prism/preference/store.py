@@ -142,7 +142,7 @@ class LatentStore:
 
     @property
     def has_predicted(self) -> bool:
-        """Whether the denoiser's predictions of the clean latents are kept beside the recorded states' t."""
+        """True if the denoiser's predictions of the clean latents are kept beside the recorded states' t."""
         return self._holds("predicted")
 
     def _holds(self, name: str) -> bool:

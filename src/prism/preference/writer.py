@@ -80,7 +80,7 @@ class StoreWriter:
         self._claim = runs.claim(self.folder, identity, resume, main=main, name=STORE, shared=True)
 
     def has(self, unit: str) -> bool:
-        """Whether a unit's shard was written, under this store's key."""
+        """True if a unit's shard was written, under this store's key."""
         path = self.folder / "shards" / f"{unit}.parquet"
         if not path.is_file() or not path.with_suffix(".safetensors").is_file():
             return False
