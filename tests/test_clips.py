@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import tracemalloc
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from tests.clips import KINDS, movie, numbers
 
-from prism import decoding, video
+from prism import clips, decoding, video
 from prism.errors import PrismError
 from prism.video import FramePolicy, probe, read_clip
 
@@ -146,6 +148,25 @@ def test_a_film_of_1080p_needs_the_memory_of_the_frames_taken(tmp_path):
     tracemalloc.stop()
     assert numbers(clip.frames) == list(range(31))
     assert peak < 31 * 90 * 160 * 3 + 4 * 1080 * 1920 * 3  # of 193 MB that all frames would be
+
+
+def test_decoded_frames_are_freed_at_once(files, monkeypatch):
+    """They are FFmpeg's memory, which tracemalloc does not see; the garbage collector alone would free them late."""
+    living, fit = [], clips._fit
+
+    def counted(*given):
+        living.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
+        fit(*given)
+
+    monkeypatch.setattr(clips, "_fit", counted)
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(read_clip(files["h264.mp4"]).frames) == 24
+    finally:
+        gc.enable()
+    assert len(living) == 24
+    assert max(living) - living[0] <= 4
 
 
 def test_the_page_runs_as_printed(tmp_path, monkeypatch):

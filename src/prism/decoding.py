@@ -22,6 +22,7 @@ _CONTAINERS = (
 )
 _STILLS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # PIL's EPS would run Ghostscript
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+_MATRIX, _AS_IT_IS = "DISPLAYMATRIX", np.array([1, 0, 0, 0, 1, 0, 0, 0, 1])
 _FASTEST = 0.1  # seconds that a frame of an animation lasts which says 0, as browsers have it
 
 
@@ -84,6 +85,7 @@ class Movie:
         self.name = name
         self._data = data
         self._stamps: list[int] | None = None  # of the frames that are there; None: the file does not time each
+        self._matrix: np.ndarray | None = None  # how frames are turned
 
     def timeline(self) -> Timeline:
         with self._open() as container:
@@ -250,11 +252,13 @@ class Movie:
             else:
                 pixels = frame.to_ndarray(format="rgb24")
             ratio = float(stream.sample_aspect_ratio or 1)
-            matrix = [np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"]
+            if self._matrix is None:  # once: reading it ties a frame to itself, and it is freed late
+                matrices = [np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == _MATRIX]
+                self._matrix = matrices[0].copy() if matrices and len(matrices[0]) == 9 else _AS_IT_IS
         except Exception as error:
             raise PrismError(f"{self.name} has a frame that cannot be converted: {_reason(error)}.") from error
         ratio = ratio if 1 / 8 <= ratio <= 8 else 1.0
-        return _upright(pixels, ratio, matrix[0]) if matrix and len(matrix[0]) == 9 else (pixels, ratio)
+        return _upright(pixels, ratio, self._matrix)
 
 
 class Animation:
