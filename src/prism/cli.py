@@ -31,6 +31,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "eval": "prism.commands.evaluate:Evaluate",
     "study": "prism.commands.lab:Study",
     "data check": "prism.commands.data:Check",
+    "encode": "prism.commands.encode:Encode",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class StoreWriter:
         meta: further fields of store.json: "call", "backbone", "dimensions", "command", "seed".
         resume: go on with what is there.
         main: False in all but the first of several processes that write into the folder, after that one has begun.
+        changeable: fields of meta ("a.b": b of the object a) that may differ where a run is gone on with.
 
     Raises:
         PrismError: for a folder that holds something else or another store, naming the first difference.
@@ -74,10 +75,13 @@ class StoreWriter:
         meta: Mapping[str, Any],
         resume: bool = False,
         main: bool = True,
+        changeable: Sequence[str] = (),
     ) -> None:
         self.folder, self.key = Path(folder), key_digest(key)
         identity = {"schema": SCHEMA, **meta, "key": dict(key)}
-        self._claim = runs.claim(self.folder, identity, resume, main=main, name=STORE, shared=True)
+        self._claim = runs.claim(
+            self.folder, identity, resume, main=main, name=STORE, shared=True, changeable=changeable
+        )
 
     def has(self, unit: str) -> bool:
         """True if a unit's shard was written, under this store's key."""

@@ -224,7 +224,8 @@ def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
 
 def store_identity(store: LatentStore) -> dict[str, Any]:
     """The identity of a store, the same in whatever folder it lies."""
-    names = ("store.json", "videos.parquet", "pairs.parquet")
+    every = ("store.json", "videos.parquet", "index.parquet", "pairs.parquet")  # of either schema
+    names = [name for name in every if (store.folder / name).is_file()]
     return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 
 

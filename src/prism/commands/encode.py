@@ -1,0 +1,122 @@
+"""`prism encode`: a preference set of video files becomes a latent store, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from prism.commands.options import Models, Resuming, option
+from prism.errors import PrismError, number, quoted, whole
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames that are taken of each clip; the size is by default that of the pipeline's call."""
+
+    num_frames: Annotated[int | None, option(default="the pipeline's")] = None
+    """Frames of each clip."""
+    height: Annotated[int | None, option("PIXELS", "the pipeline's")] = None
+    """Height of a frame."""
+    width: Annotated[int | None, option("PIXELS", "the pipeline's")] = None
+    """Width of a frame."""
+    fps: Annotated[float | None, option(default="every frame as it comes")] = None
+    """Frames per second that are taken."""
+    start: str = "middle"
+    """Place of the frames in the clip: first, middle, or uniform (spread over all of it; without --fps)."""
+    fit: str = "crop"
+    """How another shape comes to this size: crop, pad or stretch."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How votes become labels."""
+
+    rule: str = "majority"
+    """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
+    margin: float = 0.0
+    """Largest difference of ratings, or of probabilities, that is a tie."""
+    soft: bool = False
+    """Keep the shares of several annotators' votes as probabilities beside the labels."""
+    held_out: Annotated[str, option("V,T")] = "0.1,0.1"
+    """Shares of validation and test prompts, where the set names no splits."""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Encode the clips of a preference set into a latent store, which train and eval read.
+
+    Reads what `prism data check` reads. A launcher's processes share the clips; a run that was killed goes on with
+    --resume.
+    """
+
+    file: Annotated[str, tyro.conf.Positional, option("FILE")]
+    """File, folder, or id of a data set on the Hub: clips and what people said of them."""
+    output: Resuming
+    form: Annotated[str | None, option("NAME", "by the columns")] = None
+    """Format to read, where several fit."""
+    root: Annotated[Path | None, option("FOLDER", "the file's own")] = None
+    """Folder that paths in the file are relative to."""
+    encoding: Annotated[str | None, option("NAME", "UTF-8, or by the byte order mark")] = None
+    """Encoding of text files, such as cp1252."""
+    unit: int = 64
+    """Clips per shard: what a kill can cost."""
+    frames: Frames = Frames()
+    labels: Labels = Labels()
+    models: Models = field(default_factory=Models)
+
+    def main(self) -> None:
+        """Encode, and say what the store holds."""
+        store = run(self)
+        counts = ", ".join(
+            f"{sum(split == each for split in store.pairs['split'].to_pylist()):,} {each}"
+            for each in ("train", "validation", "test")
+        )
+        print(f"{len(store.videos):,} clips and {len(store.pairs):,} pairs ({counts}) in {store.folder}")
+
+
+def run(config: Encode) -> Any:
+    """Encode the set; returns the opened store."""
+    from prism.clips import FramePolicy
+    from prism.loading import load_backbone
+    from prism.preference.readers import read
+
+    whole("--unit", config.unit, 1, 100_000)
+    number("--margin", config.labels.margin, 0)
+    held_out = _shares(config.labels.held_out)
+    found = read(config.file, config.form, root=config.root, encoding=config.encoding)
+    backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
+    sizes = {}
+    for name in ("num_frames", "height", "width"):
+        size = getattr(config.frames, name) or call.get(name) or backbone.default(name)
+        if size is None and backbone.takes(name):
+            raise PrismError(f"The pipeline states no {name}; give --{name.replace('_', '-')}.")
+        sizes[name] = size or 1  # image pipelines have one frame
+    policy = FramePolicy(fps=config.frames.fps, start=config.frames.start, fit=config.frames.fit, **sizes)
+    from prism.training.encode import encode
+
+    return encode(
+        found,
+        backbone,
+        {**call, **{name: size for name, size in sizes.items() if backbone.takes(name)}},
+        policy,
+        config.output.out,
+        rule=config.labels.rule,
+        margin=config.labels.margin,
+        soft=config.labels.soft,
+        held_out=held_out,
+        unit=config.unit,
+        resume=config.output.resume,
+    )
+
+
+def _shares(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise PrismError(
+            f'The --held-out "{quoted(text, 60)}" must be two shares apart by a comma, such as 0.1,0.1.'
+        ) from None
+    return first, second
