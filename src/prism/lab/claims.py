@@ -27,17 +27,8 @@ from prism.errors import PrismError
 from prism.evaluation import Measurement, prompt_interval
 from prism.lab import contest
 from prism.lab.attention import CHOSEN, ratio
+from prism.report import metrics as row_types
 from prism.report import wording
-from prism.report.metrics import (  # fmt: skip
-    AccuracyRow,
-    Beside,
-    BesideRow,
-    BestOfNRow,
-    ClaimRow,
-    ComparisonRow,
-    Summary,
-    SummaryRow,
-)
 from prism.sampling.strategies import kind_of
 from prism.shapeworld.generator import ROOT
 
@@ -49,8 +40,12 @@ OVERHEAD = 0.03
 
 
 def check(
-    comparison: Sequence[ComparisonRow], picks: Sequence[BestOfNRow], early: str, draft: str, overhead: float | None
-) -> list[ClaimRow]:
+    comparison: Sequence[row_types.ComparisonRow],
+    picks: Sequence[row_types.BestOfNRow],
+    early: str,
+    draft: str,
+    overhead: float | None,
+) -> list[row_types.ClaimRow]:
     """The rows "bars" of metrics.json, with "met" None where a claim was not measured, or on too few prompts.
 
     comparison: "judge_comparison" rows. picks: "best_of_n" rows of the test prompts; `early` and `draft` name those
@@ -109,7 +104,7 @@ def overhead(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> floa
     return largest
 
 
-def _bar(bar: str, reached: str, met: bool | None) -> ClaimRow:
+def _bar(bar: str, reached: str, met: bool | None) -> row_types.ClaimRow:
     return {"bar": bar, "reached": reached or wording.MISSING, "met": met}
 
 
@@ -133,9 +128,9 @@ def notes(metrics: Mapping[str, Any]) -> list[str]:
     return [" ".join(sentence for sentence in sentences if sentence), *LIMITS]
 
 
-def summary(metrics: Mapping[str, Any]) -> Summary:
+def summary(metrics: Mapping[str, Any]) -> row_types.Summary:
     """The main numbers of a run on test prompts, each with its name, value and interval."""
-    rows: list[SummaryRow] = [
+    rows: list[row_types.SummaryRow] = [
         {"what": f"accuracy at t = {row['t']}", "value": row["without_ties"], "ci95": row["without_ties_ci95"]}
         for row in _accuracies(metrics)
     ]
@@ -149,26 +144,26 @@ def summary(metrics: Mapping[str, Any]) -> Summary:
     return {"prompts": picks[0]["prompts"] if picks else 0, "judges": sum(judges), "rows": rows}
 
 
-def beside(metrics: Mapping[str, Any]) -> Beside:
+def beside(metrics: Mapping[str, Any]) -> row_types.Beside:
     """A run's main numbers beside those of the full run that the documentation reports (docs/evidence)."""
     this_run, full = summary(metrics), files.read_json(FULL_RUN)
-    by_name: dict[str, SummaryRow] = {row["what"]: row for row in full["rows"]}
-    rows: list[BesideRow] = [
+    by_name: dict[str, row_types.SummaryRow] = {row["what"]: row for row in full["rows"]}
+    rows: list[row_types.BesideRow] = [
         {**row, "full": by_name[row["what"]]["value"], "full_ci95": by_name[row["what"]]["ci95"]}
         for row in this_run["rows"] if row["what"] in by_name
     ]  # fmt: skip
     return {**this_run, "rows": rows, "full_prompts": full["prompts"], "full_judges": full["judges"]}
 
 
-def _accuracies(metrics: Mapping[str, Any]) -> list[AccuracyRow]:
-    shown: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
+def _accuracies(metrics: Mapping[str, Any]) -> list[row_types.AccuracyRow]:
+    shown: list[row_types.AccuracyRow] = wording.pooled(metrics["accuracy"])
     rows = [row for row in shown
             if (row["judge"], row["set"], row["dimension"]) == ("prism", "test", "overall")]  # fmt: skip
     return [row for t in LEVELS for row in rows if row["t"] == t and row["without_ties"] is not None]
 
 
-def _picks(metrics: Mapping[str, Any]) -> list[BestOfNRow]:
-    rows: list[BestOfNRow] = wording.pooled(metrics["best_of_n"])
+def _picks(metrics: Mapping[str, Any]) -> list[row_types.BestOfNRow]:
+    rows: list[row_types.BestOfNRow] = wording.pooled(metrics["best_of_n"])
     return [row for row in rows if row["set"] == "test" and wording.is_main(row)]
 
 
@@ -214,7 +209,7 @@ def _of_pick(metrics: Mapping[str, Any]) -> str:
 
 
 def _of_pixels(metrics: Mapping[str, Any]) -> str:
-    every: list[ComparisonRow] = metrics.get("judge_comparison", [])
+    every: list[row_types.ComparisonRow] = metrics.get("judge_comparison", [])
     rows = [row for row in every
             if (row["set"], row["dimension"]) == ("test", "overall") and row["t"] in (*LEVELS, 0)]  # fmt: skip
     sentences = []
@@ -232,7 +227,7 @@ def _of_pixels(metrics: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _levels(rows: Sequence[AccuracyRow] | Sequence[ComparisonRow]) -> str:
+def _levels(rows: Sequence[row_types.AccuracyRow] | Sequence[row_types.ComparisonRow]) -> str:
     return "t = " + ", ".join(f"{row['t']:g}" for row in sorted(rows, key=lambda row: -row["t"]))
 
 
