@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 CODE = """
@@ -30,3 +31,8 @@ def test_each_module_imports_by_itself() -> None:
     source = Path(__file__).parents[1] / "src"
     run = subprocess.run([sys.executable, "-c", CODE, str(source)], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+
+
+def test_test_files_have_names_of_their_own():
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []  # pytest collects one of them alone
