@@ -20,8 +20,9 @@ from prism.backbone.fingerprint import VERSIONED
 from prism.clips import FramePolicy, read_clip
 from prism.errors import PrismError, quoted, whole
 from prism.preference import LatentStore, StoreWriter, check_disjoint, prompt_key, unit_name
-from prism.preference.pairs import SPLITS
+from prism.preference.pairs import SPLITS, dimensions_of
 from prism.preference.readers import PreferenceSet, pairs
+from prism.preference.shards import indexed
 from prism.runs import Clock
 from prism.team import Team
 
@@ -76,7 +77,7 @@ def encode(
         "frames": asdict(policy),
         "dtype": "float16",
     }
-    dimensions = [name for name in labelled.column_names[4:] if ":" not in name]
+    dimensions = list(dimensions_of(labelled))
     meta = {"call": dict(call), "backbone": fingerprint, "dimensions": dimensions, "command": command, "seed": None}
     changeable = ("command", *(f"backbone.{name}" for name in VERSIONED))
     writers: list[StoreWriter] = []
@@ -124,8 +125,8 @@ def encode(
             )
         if not writer.finish():
             raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0], 300)}")
-        index = pa.array([row["video"] for row in _written(writer)], pa.string())
-        there = pc.and_(pc.is_in(labelled["video_a"], index), pc.is_in(labelled["video_b"], index))
+        videos = indexed(writer.folder, writer.key)[0]["video"]
+        there = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
         ratings = found.ratings if len(found.ratings) else None
         writer.label(labelled.filter(there), found.votes if len(found.votes) else None, ratings)
 
@@ -216,10 +217,3 @@ def _write(
         places = [row["row"] for row in kept]
         writer.write(name, pa.table({**columns, "source_row": places}), {"latents": torch.cat(latents)})
     return unread
-
-
-def _written(writer: StoreWriter) -> list[dict[str, Any]]:
-    from prism.preference.shards import shard_tables, with_units
-
-    rows: list[dict[str, Any]] = with_units(shard_tables(writer.folder, writer.key)).select(["video"]).to_pylist()
-    return rows
