@@ -1,6 +1,6 @@
 """The reading side of training: batches by prompt group, their prompts' conditionings, and the validation pairs.
 
-Each step's randomness is a function of (seed, step, place), so that resuming needs no state.
+A step's random numbers depend only on (seed, step, the group's slot in the step), so that resuming needs no state.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Batch:
     weights: Tensor | None = None
     """(pairs, num_dimensions) of the labels, NaN for 1."""
     start: int = 0
-    """Of a part: the whole batch's row that it begins at."""
+    """Row of the whole batch at which this part begins."""
 
     def parts(self, rows: int) -> list[Batch]:
-        """This batch as several of at most `rows` rows each, and of one whole group at least."""
-        found: list[list[tuple[int, int]]] = [[]]
+        """This batch as several of at most `rows` rows each; a group is never split, even if it alone has more rows."""
+        groups_of: list[list[tuple[int, int]]] = [[]]
         for group in self.groups:
-            if found[-1] and sum(count for count, _ in found[-1]) + group[0] > rows:
-                found.append([])
-            found[-1].append(group)
+            if groups_of[-1] and sum(count for count, _ in groups_of[-1]) + group[0] > rows:
+                groups_of.append([])
+            groups_of[-1].append(group)
         parts, row, pair = [], 0, 0
-        for groups in found:
+        for groups in groups_of:
             ends = row + sum(count for count, _ in groups), pair + sum(count for _, count in groups)
             at, of = slice(row, ends[0]), slice(pair, ends[1])
             pairs = self.first[of] - row, self.second[of] - row, self.labels[of]
@@ -74,16 +74,16 @@ _DENSITIES = {"uniform": lambda u: u, "clean": lambda u: 1 - (1 - u) ** 0.5, "no
 def training_groups(store: LatentStore, dimensions: Sequence[str], config: TrainConfig) -> list[PromptGroup]:
     """The store's training pairs that the configuration asks for, by prompt.
 
-    Which prompts ``max_prompts`` takes depends on their text alone: fewer are a part of more.
+    ``max_prompts`` takes prompts in an order that depends on their texts alone: the first 10 are among the first 20.
 
     Raises:
-        PrismError: where there are none.
+        PrismError: if there are none.
     """
     groups = store.groups("train", dimensions)
     if config.max_prompts:
         groups = sorted(groups, key=lambda group: prompt_key(group.prompt))[: config.max_prompts]
     if config.per_prompt:
-        order = {video: place for place, video in enumerate(store.videos["video"].to_pylist())}
+        order = {video: row for row, video in enumerate(store.videos["video"].to_pylist())}
         groups = [_first_videos(group, config.per_prompt, order) for group in groups]
     groups = [group for group in groups if len(group.labels)]
     if not groups:
@@ -92,13 +92,13 @@ def training_groups(store: LatentStore, dimensions: Sequence[str], config: Train
 
 
 def _first_videos(group: PromptGroup, count: int, order: Mapping[str, int]) -> PromptGroup:
-    """The pairs among the first videos of a group."""
-    kept = sorted(range(len(group.videos)), key=lambda place: order[group.videos[place]])[:count]
+    """The pairs among the first `count` videos of a group; `order` is each video's row in the store."""
+    kept = sorted(range(len(group.videos)), key=lambda index: order[group.videos[index]])[:count]
     renumbered = np.full(len(group.videos), -1)
     renumbered[kept] = np.arange(len(kept))
     first, second = renumbered[group.first], renumbered[group.second]
     rows = (first >= 0) & (second >= 0)
-    videos = tuple(group.videos[place] for place in kept)
+    videos = tuple(group.videos[index] for index in kept)
     extras = (None if values is None else values[rows] for values in (group.soft, group.weights))
     return PromptGroup(group.prompt, videos, first[rows], second[rows], group.labels[rows], *extras)
 
@@ -106,7 +106,7 @@ def _first_videos(group: PromptGroup, count: int, order: Mapping[str, int]) -> P
 def _joined(
     parts: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> Tensor | None:
-    """Arrays one after another as float32, NaN for those that are missing; None where all are."""
+    """Arrays concatenated as float32, a missing one as NaN of its shape; None if all are missing."""
     if all(part is None for part in parts):
         return None
     whole = [np.full(shape, np.nan) if part is None else part for part, shape in zip(parts, shapes)]
@@ -114,7 +114,7 @@ def _joined(
 
 
 class Batches:
-    """Draws the batch of a step. Every prompt comes up once before any comes up again."""
+    """The batch of each step. Prompts are drawn in shuffled epochs: each comes once before any comes again."""
 
     def __init__(
         self, store: LatentStore, groups: Sequence[PromptGroup], backbone: Backbone, config: TrainConfig
@@ -126,7 +126,7 @@ class Batches:
         if self._levels[0] >= self._levels[1]:
             raise PrismError(
                 f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low "
-                f"{config.t_low:g} and t_high {config.t_high:g}; choose them within."
+                f"{config.t_low:g} and t_high {config.t_high:g}; choose values in that range."
             )
         self._states: list[int] = []
         if config.source != "renoised":
@@ -143,15 +143,15 @@ class Batches:
                     f"No recorded state of {store.folder} has t from {low:g} to {high:g}; widen t_low and t_high."
                 )
 
-    def draw(self, step: int, places: Sequence[int]) -> Batch:
-        """The batch of a step (from 0), of the prompt groups at some of its ``prompts_per_step`` places."""
+    def draw(self, step: int, slots: Sequence[int]) -> Batch:
+        """The part of a step's batch (steps from 0) in `slots`: a step has ``prompts_per_step`` slots, a group each."""
         latents, levels, prompts, first, second, drawn = [], [], [], [], [], []
         offset = 0
-        for place, copy in itertools.product(places, range(self.config.draws_per_step)):
-            index, epoch = self._group(step * self.config.prompts_per_step + place)
+        for slot, copy in itertools.product(slots, range(self.config.draws_per_step)):
+            index, epoch = self._group(step * self.config.prompts_per_step + slot)
             group = self.groups[index]
-            key = [self.config.seed, step, place, *([copy] if copy else [])]
-            if self.config.noise_draws:  # the same few again, epoch by epoch
+            key = [self.config.seed, step, slot, *([copy] if copy else [])]  # without copy 0: seeds of older versions
+            if self.config.noise_draws:  # cycle through a fixed number of draws, one after another per epoch
                 draw = (epoch * self.config.draws_per_step + copy) % self.config.noise_draws
                 key = [self.config.seed, index, draw, 0, 0]
             noisy, t = self._noisy(group, np.random.default_rng(key))
@@ -177,15 +177,15 @@ class Batches:
 
     def _group(self, position: int) -> tuple[int, int]:
         """The prompt at a position of the endless sequence of shuffled epochs, and its epoch."""
-        epoch, place = divmod(position, len(self.groups))
+        epoch, index = divmod(position, len(self.groups))
         if self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self.config.seed, epoch]).permutation(len(self.groups))
-        return int(self._order[1][place]), epoch
+        return int(self._order[1][index]), epoch
 
     def _noisy(self, group: PromptGroup, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """The videos of a group at one noise level: (videos, ...) and (videos,)."""
         source = self.config.source
-        share = _DENSITIES[self.config.levels](rng.uniform())  # drawn by every source, to compare them
+        share = _DENSITIES[self.config.levels](rng.uniform())  # drawn for every source, so that all use the same rng
         low, high = self._levels
         level = low + share * (high - low)
         if source == "mixed":
@@ -211,9 +211,9 @@ CHUNK = 16  # prompts that are encoded together
 class Conditionings:
     """The conditionings of a store's prompts.
 
-    Where all fit into `HELD_BYTES` they are captured once, before the first step. Where not, each prompt is encoded by
-    itself when a batch needs it, and those used last are kept. Which of the two it is follows from the prompts alone,
-    so that a resumed run reads the same bits.
+    If all fit into `HELD_BYTES`, they are captured once, before the first step. If not, each prompt is encoded alone
+    when a batch needs it, and the most recently used ones are kept. The choice depends on the prompts alone, so that a
+    resumed run reads the same bits.
     """
 
     def __init__(self, backbone: Backbone, store: LatentStore, prompts: Sequence[str]) -> None:
@@ -224,28 +224,28 @@ class Conditionings:
             self._kept.clear()
             backbone.forget()
 
-    def _capture(self, places: Sequence[int]) -> None:
+    def _capture(self, indices: Sequence[int]) -> None:
         if self._all_fit:
-            chunk = conditioned(self.backbone, self.store, [self.prompts[place] for place in places])
-            for row, place in enumerate(places):
-                self._kept[place] = Stowed.of(chunk[row])
+            chunk = conditioned(self.backbone, self.store, [self.prompts[index] for index in indices])
+            for row, index in enumerate(indices):
+                self._kept[index] = Stowed.of(chunk[row])
 
     @property
     def _all_fit(self) -> bool:
         """True if all prompts will fit, estimated from those captured so far."""
         return self._kept.nbytes * len(self.prompts) <= HELD_BYTES * len(self._kept)
 
-    def of(self, places: Sequence[int]) -> Conditioning | Ragged:
-        """A row for each of some places in the list of prompts."""
+    def of(self, indices: Sequence[int]) -> Conditioning | Ragged:
+        """A row for each of some indices into the list of prompts."""
         rows = {}
-        for place in dict.fromkeys(places):
-            if place not in self._kept:
-                row = conditioned(self.backbone, self.store, [self.prompts[place]])[0]
-                self._kept[place] = Stowed.of(row)
+        for index in dict.fromkeys(indices):
+            if index not in self._kept:
+                row = conditioned(self.backbone, self.store, [self.prompts[index]])[0]
+                self._kept[index] = Stowed.of(row)
                 self._kept.trim(HELD_BYTES)
                 self.backbone.forget()
-            rows[place] = self._kept[place].back()
-        return Conditioning.cat([rows[place] for place in places])
+            rows[index] = self._kept[index].back()
+        return Conditioning.cat([rows[index] for index in indices])
 
 
 def conditioned(backbone: Backbone, store: LatentStore, prompts: Sequence[str]) -> Conditioning | Ragged:
@@ -259,18 +259,19 @@ def conditioned(backbone: Backbone, store: LatentStore, prompts: Sequence[str]) 
 
 
 LEVELS = (899, 699, 499)
-"""Where candidates are judged on the way: accuracy is averaged over these t."""
+"""Noise levels t at which candidates are typically judged while sampling; accuracy is averaged over them."""
 KEPT_BYTES = 512 * 2**20
+"""Memory for the tokens of validation videos."""
 
 
 def levels(backbone: Backbone) -> tuple[float, ...]:
-    """The levels validated at: LEVELS, or of a denoiser that is used for other ones the middle of its range."""
+    """The noise levels of validation: those of LEVELS within the denoiser's range, else the middle of the range."""
     low, high = backbone.t_range
     return tuple(t for t in LEVELS if low <= t <= high) or ((low + high) / 2,)
 
 
 class Validation:
-    """The validation pairs of a store. The backbone is frozen, so tokens that fit in memory are read once for all."""
+    """The validation pairs of a store. The backbone is frozen, so that tokens are kept as far as `KEPT_BYTES` goes."""
 
     def __init__(self, store: LatentStore, dimensions: tuple[str, ...], taps: tuple[int, ...], batch: int = 64) -> None:
         self.store, self.taps, self.batch = store, taps, batch
@@ -290,7 +291,7 @@ class Validation:
 
         def work(batch: Sequence[Video]) -> None:
             videos, latents, conditioning = [video for video, _ in batch], None, None
-            for t, found in scores.items():
+            for t, scores_at_t in scores.items():
                 tokens = self._kept.get((t, tuple(batch)))
                 if tokens is None:
                     latents = self.store.latents(videos) if latents is None else latents
@@ -299,7 +300,7 @@ class Validation:
                     noisy = noised(judge.backbone, latents, videos, t)
                     tokens = judge.backbone.tokens(noisy, conditioning, t, self.taps)
                     self._keep((t, tuple(batch)), tokens)
-                found.update(zip(videos, judge.score_tokens(tokens).double().cpu().numpy()))
+                scores_at_t.update(zip(videos, judge.score_tokens(tokens).double().cpu().numpy()))
 
         self.batch = in_batches(videos_of(self.groups), self.batch, work, "validating")
         return mean_accuracy(self.groups, list(scores.values()))
@@ -315,8 +316,8 @@ class Validation:
 def mean_accuracy(groups: Sequence[PromptGroup], scores: Sequence[Mapping[str, np.ndarray]]) -> list[float]:
     """Accuracy without ties by dimension, averaged over scores at several levels."""
     shares = []
-    for found in scores:
-        labels, margins, _ = pair_margins(groups, found)
+    for scores_at_level in scores:
+        labels, margins, _ = pair_margins(groups, scores_at_level)
         decided = np.abs(labels) == 1
         shares.append(((labels * margins > 0) & decided).sum(0) / np.maximum(decided.sum(0), 1))
     means: list[float] = np.mean(shares, 0).tolist()

@@ -1,4 +1,4 @@
-"""Settings of a training run, checked when they are made; and a recipe: all that determines a trained judge."""
+"""Settings of a training run, checked on construction; and a recipe: all that determines a trained judge."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from prism.errors import SEEDS, PrismError, flag, instance, number, quoted, whol
 if TYPE_CHECKING:
     from prism.judge import Judge
 
-MOST = 10**12  # of any whole setting
+MOST = 10**12  # the largest value of an integer setting
 SOURCES = ("renoised", "trajectory", "mixed")
 LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
-RESULTLESS = ("max_rows", "checkpoint_every", "log_every")  # settings that leave the trained weights as they are
+RESULTLESS = ("max_rows", "checkpoint_every", "log_every")  # settings that do not change the trained weights
 
 
 @dataclass(frozen=True)
@@ -27,53 +27,53 @@ class TrainConfig:
     steps: int = 2000
     """Optimiser steps."""
     prompts_per_step: int = 8
-    """Prompt groups of a step, over all processes: each with one t, all of its videos and pairs."""
+    """Prompt groups per step, over all processes: each with one t, all of its videos and pairs."""
     learning_rate: float = 1e-4
     """AdamW's step size after warm-up."""
     schedule: str = "constant"
-    """Of the learning rate after warm-up: "constant" or "cosine" (to zero)."""
+    """The learning rate after warm-up: "constant" or "cosine" (to zero)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises to its full size."""
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_gradient_norm: float = 1.0
-    """Gradients are clipped to this norm; 0 clips nothing."""
+    """Gradients are clipped to this norm; 0: not clipped."""
     objective: str = "btt"
-    """"btt": Bradley-Terry with ties (Eq. 3-4). "bt": plain Bradley-Terry, which leaves ties out."""
+    """"btt": Bradley-Terry with ties (Eq. 3-4). "bt": plain Bradley-Terry, which ignores ties."""
     eta: float = 5.0
     """Tie threshold of Eq. 3-4."""
     source: str = "renoised"
-    """"renoised": finished latents, noised anew (Eq. 1). "trajectory": recorded states. "mixed": one or the other."""
+    """"renoised": finished latents with new noise (Eq. 1). "trajectory": recorded states. "mixed": one or the other."""
     trajectory_share: float = 0.5
-    """Of "mixed": how often the coin falls on the trajectory."""
+    """Probability of a recorded state with the source "mixed"."""
     max_prompts: int = 0
-    """Prompts to train on, the same ones whatever else is set; 0: all."""
+    """Number of prompts to train on, always the same ones for the same number; 0: all."""
     per_prompt: int = 0
-    """Videos of each prompt to train on, the store's first; 0: all."""
+    """Number of videos per prompt to train on, the first ones in the store; 0: all."""
     t_low: float = 0.0
     """Lowest noise level trained on, 0: clean."""
     t_high: float = 1000.0
-    """Highest noise level trained on, 1000: noise. t ~ U(t_low, t_high); of a trajectory, the states within evenly."""
+    """Highest noise level trained on, 1000: noise. t ~ U(t_low, t_high); recorded states in that range: uniformly."""
     levels: str = "uniform"
     """Density of t: "uniform", or falling linearly to zero away from the "clean" or the "noise" end."""
     draws_per_step: int = 1
-    """Times each prompt of a step is noised, each time anew at its own t."""
+    """Number of times each prompt of a step is noised, each time with new noise and a new t."""
     noise_draws: int = 0
-    """Different noise and t that a prompt's videos ever get, over and over; 0: fresh ones each time."""
+    """Number of fixed draws of (noise, t) per prompt that training cycles through; 0: new ones each time."""
     label_smoothing: float = 0.0
-    """Share of each label that is spread over A, tie and B alike: labels near a tie margin are unsure."""
+    """Share of each label that is spread evenly over A, tie and B, as labels near the tie margin are uncertain."""
     shared_noise: bool = False
-    """Whether the videos of a prompt get the same noise at a step. The paper does not say."""
+    """Give all videos of a prompt the same noise at a step. The paper does not say."""
     ema_decay: float = 0.0
-    """The saved head is the moving average of the weights with this decay; 0: the last weights."""
+    """Decay of the moving average of the weights, which is saved in place of the last weights; 0: no average."""
     validate_every: int = 0
     """Steps between measurements on the store's validation pairs, kept in the history; 0: none."""
     keep_best: bool = False
-    """Whether the saved head is the one of the best validation, in place of the last."""
+    """Save the head of the best validation in place of the last one."""
     max_rows: int = 64
-    """Videos in one forward pass of the backbone; bounds memory, changes nothing else. Halved where memory runs out."""
+    """Videos per forward pass of the backbone; bounds memory, changes nothing else. Halved if memory runs out."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; 0: none, and a killed run starts anew."""
+    """Steps between checkpoints; 0: none, so that a killed run starts from the beginning."""
     log_every: int = 50
     """Steps between entries of the history."""
     seed: int = 0
@@ -112,18 +112,18 @@ class TrainConfig:
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
+    def _require(self, name: str, holds: bool, requirement: str) -> None:
         if not holds:
-            raise PrismError(f"The training setting {name} must be {wanted}, found {getattr(self, name)}.")
+            raise PrismError(f"The training setting {name} must be {requirement}, found {getattr(self, name)}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
         """A configuration from JSON; an unknown name is refused."""
         instance("The training settings", values, Mapping, "a dict")
-        known = [field.name for field in dataclasses.fields(cls)]
+        settings = [field.name for field in dataclasses.fields(cls)]
         for name in values:
-            if name not in known:
-                raise PrismError(f"There is no training setting {quoted(name, 60)}; there are {', '.join(known)}.")
+            if name not in settings:
+                raise PrismError(f"There is no training setting {quoted(name, 60)}; there are {', '.join(settings)}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,9 +146,9 @@ class Recipe:
     backbone: str | None
     """The pipeline's id on the Hub; None: the model that ships with the package."""
     call: Mapping[str, Any]
-    """Arguments of the pipeline's call, for the videos that are labelled and for those that are judged."""
+    """Arguments of the pipeline's call, the same for labelled and for judged videos."""
     taps: tuple[int, ...]
-    """Blocks that are read, from 1 (N_b of the paper); a head for each, whose scores are averaged."""
+    """Blocks whose output is read, counted from 1 (N_b of the paper); one head per block, and their mean score."""
     dim: int
     """D, the width of a head."""
     train: TrainConfig

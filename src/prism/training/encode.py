@@ -1,4 +1,4 @@
-"""Encode the clips of a preference set into a latent store, once: by several processes, resumed after a kill."""
+"""Encode the clips of a preference set into a latent store, by one or several processes; a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from prism.runs import Clock
 from prism.team import Team
 
 UNIT = 64
-"""Clips per shard: what a kill can cost, and what is held at once."""
+"""Clips per shard: as many are lost at most when a process is killed, and held in memory at once."""
 
 
 def encode(
-    found: PreferenceSet,
+    preference_set: PreferenceSet,
     backbone: Backbone,
     call: Mapping[str, Any],
     policy: FramePolicy,
@@ -48,28 +48,28 @@ def encode(
 ) -> LatentStore:
     """Encode every clip that a pair names, and write the pairs beside the latents, as a store of schema 2.
 
-    A clip is encoded by itself, so that its latent does not depend on the others. Clips that cannot be read are told,
-    and left out with their pairs. The processes of a launcher share the units.
+    Each clip is encoded alone, so that its latent does not depend on the others. Clips that cannot be read are reported
+    and left out with their pairs. The processes of a launcher (``torchrun``) share the shards.
 
     Args:
-        found: clips and votes, as of `prism.preference.readers.read`.
-        backbone: whose VAE encodes.
+        preference_set: clips and votes, from `prism.preference.readers.read`.
+        backbone: its VAE encodes.
         call: the pipeline's arguments for videos of this size (height, width, num_frames, ...); kept in the store.
-        policy: which frames of a clip are taken, and at which size.
-        out: the store's folder; new, or with `resume` the same run's.
-        rule, margin, soft: how votes become labels, as of `prism.preference.readers.pairs`.
-        held_out: shares of the prompts that are validation and test prompts, where the set names no splits; a prompt's
-            split depends on its words alone.
+        policy: the frames taken from a clip, and their size.
+        out: the store's folder; new, or with `resume` that of the run to continue.
+        rule, margin, soft: how votes become labels, as in `prism.preference.readers.pairs`.
+        held_out: shares of the prompts that become validation and test prompts, for a set without splits; a prompt's
+            split depends on its text alone.
         unit: clips per shard.
-        resume: go on with a run that was stopped or killed.
+        resume: continue a run that was stopped or killed.
 
     Raises:
-        PrismError: where there is nothing to encode, the policy's frames do not give the latents that `call` makes, or
-            `out` holds something else.
+        PrismError: if there is nothing to encode, if latents of the policy's frames differ in shape from those that
+            `call` makes, or if `out` holds something else.
     """
     unit = whole("unit", unit, 1, 100_000)
-    labelled = with_splits(pairs(found, rule, margin, soft), held_out)
-    clips = _clips(found, labelled)
+    labelled = with_splits(pairs(preference_set, rule, margin, soft), held_out)
+    clips = _clips(preference_set, labelled)
     team = Team.gathered(backbone.device)
     fingerprint = backbone.fingerprint()
     key = {
@@ -102,14 +102,14 @@ def encode(
 
     def work() -> list[str]:
         unread: list[str] = []
-        for done, (place, rows) in enumerate(mine):
-            name = unit_name(place, [row["video"] for row in rows])
-            if not (there := writer.has(name)):
-                unread.extend(_write(writer, name, rows, found.root, backbone, policy, shape, bar))
+        for done, (number, rows) in enumerate(mine):
+            name = unit_name(number, [row["video"] for row in rows])
+            if not (written := writer.has(name)):
+                unread.extend(_write(writer, name, rows, preference_set.root, backbone, policy, shape, bar))
             else:
                 bar.update(len(rows))
             if team.first:
-                clock.tick(done + 1, not there)
+                clock.tick(done + 1, not written)
         return unread
 
     parts = team.agree(work)
@@ -126,31 +126,31 @@ def encode(
         if not writer.finish():
             raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0], 300)}")
         videos = indexed(writer.folder, writer.key)[0]["video"]
-        there = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
-        ratings = found.ratings if len(found.ratings) else None
-        writer.label(labelled.filter(there), found.votes if len(found.votes) else None, ratings)
+        readable = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
+        ratings = preference_set.ratings if len(preference_set.ratings) else None
+        writer.label(labelled.filter(readable), preference_set.votes if len(preference_set.votes) else None, ratings)
 
     team.on_first(finish)
     return LatentStore.open(out)
 
 
 def with_splits(labelled: pa.Table, held_out: tuple[float, float]) -> pa.Table:
-    """The pairs with a split each: the set's, or by a hash of the prompt's words where the set names none."""
+    """The pairs, each with a split: that of the set, or one by a hash of the prompt's text if the set names none."""
     shares = [float(share) for share in held_out]
     if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
-        raise PrismError(f"held_out must be two shares from 0 that leave some prompts to train on; found {held_out}.")
-    given = labelled["split"].to_pylist()
-    strange = sorted({split for split in given if split is not None and split not in SPLITS})
-    if strange:
-        raise PrismError(f"The set has the split {quoted(strange[0], 60)}; a store has {', '.join(SPLITS)}.")
+        raise PrismError(f"held_out must be two shares from 0, together below 1; found {held_out}.")
+    column = labelled["split"].to_pylist()
+    unknown = sorted({split for split in column if split is not None and split not in SPLITS})
+    if unknown:
+        raise PrismError(f"The set has the split {quoted(unknown[0], 60)}; a store has {', '.join(SPLITS)}.")
     splits = [
         _split_of(prompt, shares) if split is None else split
-        for prompt, split in zip(labelled["prompt"].to_pylist(), given)
+        for prompt, split in zip(labelled["prompt"].to_pylist(), column)
     ]
-    place = labelled.column_names.index("split")
-    found = labelled.set_column(place, "split", pa.array(splits, pa.string()))
-    check_disjoint(found)
-    return found
+    index = labelled.column_names.index("split")
+    split_pairs = labelled.set_column(index, "split", pa.array(splits, pa.string()))
+    check_disjoint(split_pairs)
+    return split_pairs
 
 
 def _split_of(prompt: str, shares: Sequence[float]) -> str:
@@ -160,23 +160,23 @@ def _split_of(prompt: str, shares: Sequence[float]) -> str:
     return "test" if chance < shares[0] + shares[1] else "train"
 
 
-def _clips(found: PreferenceSet, labelled: pa.Table) -> list[dict[str, Any]]:
+def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, Any]]:
     """The clips that pairs name, in the set's order, each with its pairs' prompt and split."""
-    heads: dict[str, tuple[str, str]] = {}
+    prompt_of: dict[str, tuple[str, str]] = {}
     for prompt, a, b, split in zip(*(labelled[name].to_pylist() for name in ("prompt", "video_a", "video_b", "split"))):
         for video in (a, b):
-            if heads.setdefault(video, (prompt, split)) != (prompt, split):
+            if prompt_of.setdefault(video, (prompt, split)) != (prompt, split):
                 raise PrismError(
-                    f"The clip {quoted(video, 120)} is in pairs of two prompts, {quoted(heads[video][0], 80)} and "
+                    f"The clip {quoted(video, 120)} is in pairs of two prompts, {quoted(prompt_of[video][0], 80)} and "
                     f"{quoted(prompt, 80)}; a clip is judged for one prompt."
                 )
     clips = [
-        {**row, "prompt": heads[row["video"]][0], "split": heads[row["video"]][1]}
-        for row in found.videos.to_pylist()
-        if row["video"] in heads
+        {**row, "prompt": prompt_of[row["video"]][0], "split": prompt_of[row["video"]][1]}
+        for row in preference_set.videos.to_pylist()
+        if row["video"] in prompt_of
     ]
     if not clips:
-        raise PrismError("The set names no pair of clips, so that there is nothing to encode.")
+        raise PrismError("The set names no pair of clips, so there is nothing to encode.")
     return clips
 
 
@@ -194,7 +194,7 @@ def _write(
     shape: tuple[int, ...],
     bar: Any,
 ) -> list[str]:
-    """Encode and write one unit; the sentences of those clips that cannot be read."""
+    """Encode the clips of one shard and write it. Returns an error message per clip that cannot be read."""
     latents, kept, unread = [], [], []
     for row in rows:
         try:
@@ -207,13 +207,13 @@ def _write(
                 raise PrismError(
                     f"{len(clip.frames)} frames of {clip.frames.shape[1]} x {clip.frames.shape[2]} give latents "
                     f"{tuple(latent.shape[1:])}, and the pipeline makes {shape} at its own arguments; give --height, "
-                    "--width and --num-frames that it takes."
+                    "--width and --num-frames that the pipeline accepts."
                 )
             latents.append(latent.cpu().half())
             kept.append(row)
         bar.update()
     if kept:
         columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
-        places = [row["row"] for row in kept]
-        writer.write(name, pa.table({**columns, "source_row": places}), {"latents": torch.cat(latents)})
+        source_rows = [row["row"] for row in kept]
+        writer.write(name, pa.table({**columns, "source_row": source_rows}), {"latents": torch.cat(latents)})
     return unread

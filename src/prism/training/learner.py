@@ -29,8 +29,8 @@ from prism.training.config import TrainConfig
 class Learner:
     """One head under one configuration. ``copies`` are further sets of its weights, by name: "average", "best".
 
-    A step is `begin`, `backward` on the batch or on part after part of it, and `finish_step`; until then it can be
-    begun anew.
+    A step is `begin`, then `backward` on the batch or on its parts one by one, then `finish_step`. `begin_again` starts
+    a step over, before `finish_step`.
     """
 
     def __init__(self, judge: Judge, config: TrainConfig, team: Team) -> None:
@@ -53,13 +53,13 @@ class Learner:
         return head
 
     def begin(self, batch: Batch) -> None:
-        """Start a step, of whose pairs this process has those of `batch`."""
+        """Start a step. `batch` holds the pairs of this process; others may hold further pairs of the step."""
         self.optimizer.zero_grad()
         self._counts = self.team.total(label_counts(batch.labels, self.config.objective, batch.soft, batch.weights))
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Forget the parts of the step that were done."""
+        """Start the step over: drop the gradients and sums of the parts done so far."""
         self.optimizer.zero_grad()
         self._sums = torch.zeros(1 + 2 * len(self.judge.dimensions), dtype=torch.float64)
 
@@ -72,7 +72,7 @@ class Learner:
         self._sums += _sums(loss, margins, part.labels)
 
     def finish_step(self, step: int) -> None:
-        """The optimiser's step (from 0), on what all parts and all processes came to.
+        """Take the optimiser's step (counted from 0) on the gradients of all parts and all processes.
 
         Raises:
             PrismError: on a loss that is not finite.
@@ -96,7 +96,7 @@ class Learner:
             self.history.append({"step": step + 1, **self.window.close(), "learning_rate": rate})
 
     def validate(self, step: int, validation: Validation) -> None:
-        """Note down the accuracy on validation pairs after a step (from 0), and keep the weights if it is the best."""
+        """Record the accuracy on validation pairs after a step (from 0), and keep the weights if it is the best."""
         current = self._weights()
         self._load(self.copies.get("average", current))
         accuracy = validation.accuracy(self.judge)
@@ -107,7 +107,7 @@ class Learner:
         self._load(current)
 
     def finish(self, store: LatentStore, groups: Sequence[PromptGroup]) -> None:
-        """Leave the judge with the weights that are to be saved, and with what it was trained on."""
+        """Give the judge its final weights (best, average or last) and its `trained_on`."""
         config, judge = self.config, self.judge
         for name in ("best", "average"):
             if name in self.copies:
@@ -154,9 +154,9 @@ def read(learners: Sequence[Learner], batch: Batch, conditionings: Conditionings
 
 
 class Steps:
-    """Takes steps of several learners on the same batches, in smaller parts once memory has run out.
+    """Steps of several learners on the same batches, in smaller parts once memory has run out.
 
-    Losses are shares of the whole batch's, so that parts add up to the same step, to rounding.
+    Each part's loss is divided by the counts of the whole batch, so that parts add up to the same step, up to rounding.
     """
 
     def __init__(self, rows: int) -> None:
@@ -166,10 +166,10 @@ class Steps:
     def take(
         self, step: int, learners: Sequence[Learner], batch: Batch, forward: Callable[[Batch, int], Sequence[Tensor]]
     ) -> None:
-        """One step (from 0). `forward` gives each learner's scores of a part, so many rows of it at a time."""
+        """Take one step (from 0). ``forward(part, rows)`` gives each learner's scores of a part, `rows` at a time."""
         for learner in learners:
             learner.begin(batch)
-        while not self._fits(learners, batch, forward):  # gradients of several processes meet only after it
+        while not self._fits(learners, batch, forward):  # processes add up their gradients only in finish_step
             self.rows, self._in_parts = halved(min(self.rows, len(batch.t)), "training"), True
             for learner in learners:
                 learner.begin_again()
@@ -224,8 +224,8 @@ def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
 
 def store_identity(store: LatentStore) -> dict[str, Any]:
     """The identity of a store, the same in whatever folder it lies."""
-    every = ("store.json", "videos.parquet", "index.parquet", "pairs.parquet")  # of either schema
-    names = [name for name in every if (store.folder / name).is_file()]
+    main_files = ("store.json", "videos.parquet", "index.parquet", "pairs.parquet")  # of schema 1 or 2
+    names = [name for name in main_files if (store.folder / name).is_file()]
     return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 
 
@@ -234,7 +234,7 @@ NAME, FILES = re.compile(r"step-\d{8}"), ("state.safetensors", "state.json")
 
 
 def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
-    """Publish ``folder/step-<step>``, all that the learner needs to go on, and remove all but the last two."""
+    """Publish ``folder/step-<step>``, all that the learner needs to continue, and remove all but the last two."""
     head, optimizer = learner.judge.head, learner.optimizer
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     for (name, _), values in zip(head.named_parameters(), _per_parameter(optimizer)):
@@ -253,23 +253,23 @@ def save_checkpoint(folder: Path, step: int, learner: Learner) -> None:
 
 
 def load_checkpoint(folder: Path, learner: Learner, step: int | None = None) -> int:
-    """Load the newest whole checkpoint into the learner, or that of a `step` (0: none).
+    """Load the newest undamaged checkpoint into the learner, or that of a `step` (0: none).
 
     Returns:
-        The number of steps done by then; 0 where there is no checkpoint.
+        The number of steps done by then; 0 if there is no checkpoint.
 
     Raises:
-        PrismError: where there are checkpoints, and all of them are damaged.
+        PrismError: if there are checkpoints, and all of them are damaged.
     """
-    found = _checkpoints(folder) if step is None else [folder / f"step-{step:08d}"] if step else []
-    for path in reversed(found):
+    candidates = _checkpoints(folder) if step is None else [folder / f"step-{step:08d}"] if step else []
+    for path in reversed(candidates):
         try:
             tensors = files.load_safetensors(path / "state.safetensors")
             state = files.read_json(path / "state.json")
             _restore(path, tensors, state, learner)
             return state["step"]
         except PrismError as error:
-            if path == found[0]:
+            if path == candidates[0]:
                 raise
             warnings.warn(f"{error} Falling back on the checkpoint before it.", stacklevel=2)
     return 0
@@ -301,7 +301,7 @@ def _per_parameter(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The folders that `save_checkpoint` published, by step; others of such a name are somebody's own."""
+    """The folders that `save_checkpoint` published, by step. Other folders of such a name belong to the user."""
     return sorted(
         path
         for path in folder.glob("step-*")
@@ -310,7 +310,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _discard(checkpoint: Path) -> None:
-    """Delete the files of a checkpoint, and its folder where nothing else lies in it."""
+    """Delete the files of a checkpoint, and its folder if nothing else lies in it."""
     with contextlib.suppress(OSError):
         for name in FILES:
             (checkpoint / name).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 A run's folder:
 
-    config.json     what was asked for; --resume refuses another
+    config.json     the resolved settings; --resume refuses others
     checkpoints/    while it runs
     history.json    logged loss and accuracy, once it is done
     head/           the judge, once it is done
@@ -32,14 +32,14 @@ from prism.training.batches import Batch, Batches, Conditionings, Validation, tr
 from prism.training.config import RESULTLESS, TrainConfig
 from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint, store_identity
 
-# What decides which rows a step reads, and in which batches; `train_together` needs it alike.
+# Settings that decide which rows a step reads, and in which batches; `train_together` needs equal ones.
 SHARED = (
     *("seed", "prompts_per_step", "max_rows", "max_prompts", "per_prompt", "source", "trajectory_share"),
     *("t_low", "t_high", "levels", "draws_per_step", "noise_draws", "shared_noise"),
 )
 
-# What a run may be resumed with another value of: how much memory is used, what is noted down, where things lie, and
-# what a later diffusers adds to a configuration.
+# Entries of config.json that may differ when a run is resumed: memory, logging, the store's folder, and entries that a
+# later version of diffusers adds to a model's configuration.
 CHANGEABLE = (
     *(f"train.{name}" for name in RESULTLESS),
     *(f"judge.backbone.{name}" for name in VERSIONED),
@@ -52,7 +52,7 @@ def untrained_heads(pipe: Any, taps: Sequence[int | None], seed: int, **options:
 
     The seeds of their weights are 1,000 apart. options: further arguments of `Judge.untrained`.
     """
-    return [Judge.untrained(pipe, tap=tap, seed=seed + 1000 * place, **options) for place, tap in enumerate(taps)]
+    return [Judge.untrained(pipe, tap=tap, seed=seed + 1000 * number, **options) for number, tap in enumerate(taps)]
 
 
 def train(
@@ -64,27 +64,28 @@ def train(
     progress: bool = True,
     restart: bool = False,
 ) -> dict[str, Any]:
-    """Train a judge's heads on the store's training pairs; the judge ends up trained, and saved as ``out/head``.
+    """Train a judge's heads in place on the store's training pairs, and save the judge as ``out/head``.
 
     Several heads (``Judge.average``) see the same batches, and one pass of the backbone per step feeds them all.
 
-    Several processes (``torchrun``, ``accelerate launch``) share the prompts of a step and take the step that one would
-    take alone; the first of them writes.
+    Several processes (``torchrun``, ``accelerate launch``) share the prompts of a step and together take the same step
+    as one process would; the first of them writes.
 
     Args:
         store: opened store, or its folder; its pairs need a column per dimension of the judge.
         judge: its heads are trained from the weights they have, on its device. The backbone is frozen.
         config: settings.
-        out: the run's folder; refused where it holds something, unless ``resume``.
-        resume: continue the run in ``out`` from its last checkpoint, or start it where there is none. On CPU the result
-            is the same to the bit; to rounding with another ``max_rows``, which may change, as how often it logs may.
-        progress: show a progress bar on a terminal, and elsewhere a line now and then.
-        restart: as ``resume``; but a run of another configuration in ``out`` is deleted, and this one starts anew.
+        out: the run's folder; refused if it is not empty, unless ``resume``.
+        resume: continue the run in ``out`` from its last checkpoint, or start it if there is none. On CPU the result is
+            bit-identical to that of an uninterrupted run, up to rounding if ``max_rows`` was changed.
+            ``max_rows``, ``checkpoint_every`` and ``log_every`` may change.
+        progress: show a progress bar on a terminal, else a line every 30 seconds.
+        restart: as ``resume``; but a run of another configuration in ``out`` is deleted, and this one starts.
 
     Returns:
-        {"history": [...], "steps": int, "seconds": float, "pairs": int, "prompts": int}; each entry of the history has
-        the step, and either the mean loss since the entry before, the share of decided pairs judged right per dimension
-        and the learning rate, or that share on validation pairs; of several heads their mean.
+        {"history": [...], "steps": int, "seconds": float, "pairs": int, "prompts": int}. An entry of the history has
+        "step" and either "loss", "accuracy" (the share of decided pairs judged right, by dimension), both since the
+        entry before, and "learning_rate"; or "validation" (that share on validation pairs). Of several heads: the mean.
 
     Raises:
         PrismError: on an output folder of another run, no training pairs, or a loss that is not finite.
@@ -96,10 +97,10 @@ def train(
     _check_backbone(store, judge)
     team = _team(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
-    held: list[runs.Claim] = []  # by the first process
+    claims: list[runs.Claim] = []  # only the first process claims the folder
     resolved = _resolved(store, judge, config)
-    team.on_first(lambda: held.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
-    if (out / "head").is_dir():  # resumed after its end
+    team.on_first(lambda: claims.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
+    if (out / "head").is_dir():  # the run had already ended
         _take_over(judge, Judge.from_pretrained(out / "head", judge.backbone))
         team.on_first(lambda: runs.discard(checkpoints))
         return files.read_json(out / "history.json")
@@ -110,14 +111,14 @@ def train(
     steps, start = Steps(config.max_rows), 0
     for number, learner in enumerate(learners):
         start = load_checkpoint(_checkpoints_of(checkpoints, number), learner, start if number else None)
-    places = range(team.rank, config.prompts_per_step, team.size)
+    slots = range(team.rank, config.prompts_per_step, team.size)
 
     shown = progress and team.first
     bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if shown else True)
     clock = runs.Clock("train", config.steps, every=30) if shown and bar.disable else None
-    with judge.backbone.freed():  # offloaded models once, not after each step
+    with judge.backbone.freed():  # offload models once at the end, not after each step
         for step in range(start, config.steps):
-            batch = batches.draw(step, places)
+            batch = batches.draw(step, slots)
             steps.take(step, learners, batch, lambda part, rows: read(learners, part, conditionings, rows))
             if validation is not None and _due(step, config.validate_every, config.steps):
                 for learner in learners:
@@ -126,10 +127,11 @@ def train(
                 bar.set_postfix(_shown(_mean([learner.history[-1] for learner in learners])))
             bar.update()
             if clock is not None:
-                clock.tick(step + 1, True, f" steps, {_said(learners)}")
+                clock.tick(step + 1, True, f" steps, {_loss_text(learners)}")
             due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
             if due and step + 1 < config.steps and team.first:
-                for number in reversed(range(len(learners))):  # that of the first head last: the others' are there then
+                # The first head's checkpoint comes last: resuming reads its step, and then the others' have it too.
+                for number in reversed(range(len(learners))):
                     save_checkpoint(_checkpoints_of(checkpoints, number), step + 1, learners[number])
     bar.close()
 
@@ -149,7 +151,7 @@ def train(
         files.write_json(out / "history.json", result)
         judge.save_pretrained(out / "head")
         runs.discard(checkpoints)
-        held[0].release()
+        claims[0].release()
 
     team.on_first(publish)
     return result
@@ -164,18 +166,18 @@ def train_together(
 ) -> list[list[dict[str, Any]]]:
     """Train several heads on the same batches: each pass of the backbone feeds them all.
 
-    Each ends up as ``train`` alone would have left it. Nothing is written; a killed run is lost.
+    Each head gets the weights that ``train`` would give it alone. Nothing is written; a killed run is lost.
 
     Args:
-        store: as of ``train``.
+        store: as in ``train``.
         judges: on one backbone, each with one head, at any taps and of any size.
-        configs: one for each, alike in all that decides what a step reads (``SHARED``). Where the numbers of steps
-            differ, a head is done after its own.
+        configs: one per judge; all settings in ``SHARED``, which decide what a step reads, must be equal. The numbers
+            of steps may differ: each head is trained for its own.
         progress: show a progress bar (on a terminal).
-        desc: its text.
+        desc: label of the progress bar.
 
     Returns:
-        The histories, as of ``train``.
+        The histories, as in ``train``.
 
     Raises:
         PrismError: as ``train``; for configurations that read different batches.
@@ -186,10 +188,10 @@ def train_together(
             if getattr(other, name) != getattr(config, name):
                 raise PrismError(
                     f"Heads trained together must read the same batches, found {name} {getattr(config, name)!r} and "
-                    f"{getattr(other, name)!r}; train them apart."
+                    f"{getattr(other, name)!r}; train them separately."
                 )
         if judge.backbone is not first.backbone or judge.dimensions != first.dimensions:
-            raise PrismError("Heads trained together need one backbone and the same dimensions; train them apart.")
+            raise PrismError("Heads trained together need one backbone and the same dimensions; train them separately.")
     store = LatentStore.of(store)
     groups = training_groups(store, first.dimensions, config)
     _check_backbone(store, first)
@@ -200,16 +202,16 @@ def train_together(
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
     conditionings = Conditionings(first.backbone, store, [group.prompt for group in groups])
-    places, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
+    slots, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
     last, hidden = max(each.steps for each in configs), None if progress and team.first else True
-    with first.backbone.freed():  # offloaded models once, not after each step
+    with first.backbone.freed():  # offload models once at the end, not after each step
         for step in tqdm(range(last), desc=desc or "train", disable=hidden):
             running = [learner for learner in learners if step < learner.config.steps]
 
             def forward(part: Batch, rows: int, running: Sequence[Learner] = running) -> list[Tensor]:
                 return read(running, part, conditionings, rows)
 
-            steps.take(step, running, batches.draw(step, places), forward)
+            steps.take(step, running, batches.draw(step, slots), forward)
             for learner in running:
                 if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
                     learner.validate(step, validation)
@@ -219,7 +221,7 @@ def train_together(
 
 
 def _team(judge: Judge, config: TrainConfig) -> Team:
-    """The processes that share a step's prompts, of which each needs one."""
+    """The processes that share a step's prompts; each needs at least one prompt."""
     team = Team.gathered(judge.backbone.device)
     if team.size > config.prompts_per_step:
         raise PrismError(
@@ -230,12 +232,12 @@ def _team(judge: Judge, config: TrainConfig) -> Team:
 
 
 def _due(step: int, every: int, steps: int) -> bool:
-    """True after every so many steps (counted from 0), and after the last."""
+    """True after every `every` steps (counted from 0), and after the last."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
 def _one_by_one(judge: Judge) -> list[Judge]:
-    """A judge per head of this one, with the same head."""
+    """One judge per head of this judge; the heads are shared, not copied."""
     if len(judge.members) == 1:
         return [judge]
     return [Judge(judge.backbone, [Member(each.tap, each.head)], judge.dimensions) for each in judge.members]
@@ -261,7 +263,7 @@ def _mean(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def _said(learners: Sequence[Learner]) -> str:
+def _loss_text(learners: Sequence[Learner]) -> str:
     """The loss since the last entry of the history, for a log."""
     states = [learner.window.state for learner in learners]
     if states[0]["steps"]:
@@ -282,19 +284,19 @@ def _resolved(store: LatentStore, judge: Judge, config: TrainConfig) -> dict[str
 
 
 def _take_over(judge: Judge, saved: Judge) -> None:
-    """Make a judge what a saved one of the same heads is: weights, and what it knows of its training."""
-    for member, its in zip(judge.members, saved.members, strict=True):
-        member.head.load_state_dict(its.head.state_dict())
+    """Copy weights, training provenance and calibration of a saved judge with the same heads."""
+    for member, saved_member in zip(judge.members, saved.members, strict=True):
+        member.head.load_state_dict(saved_member.head.state_dict())
         member.head.eval()
     judge.eta, judge.trained_on, judge.calibration = saved.eta, saved.trained_on, saved.calibration
 
 
 def _check_backbone(store: LatentStore, judge: Judge) -> None:
-    """Latents of another VAE mean nothing to this backbone."""
+    """Refuse a store whose latents were made by another VAE than the backbone's."""
     refusals, differences = fits(store.meta.get("backbone") or {}, judge.backbone, ("vae",))
-    for was, found in refusals:
+    for saved, current in refusals:
         raise PrismError(
-            f"The latents in {store.folder} were made with the {was}, this backbone has {found}; encode them anew."
+            f"The latents in {store.folder} were made with the {saved}, this backbone has {current}; encode them again."
         )
     for clause in differences:
         warnings.warn(f"The latents in {store.folder} were made with {clause}.", stacklevel=3)
