@@ -50,7 +50,7 @@ def upload(
             delete_patterns=["evaluation.json"],  # the one in the repository is of earlier weights
         )
     except Exception as error:  # the Hub's client raises many kinds
-        raise PrismError(f"The judge did not reach {repo_id} on the Hub: {_reason(error, revision)}.") from error
+        raise PrismError(f"The judge did not reach {repo_id} on the Hub: {why(error, revision)}.") from error
     return commit.commit_url
 
 
@@ -60,14 +60,14 @@ def fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
         folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FETCHED)))
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(
-            f"There is no folder {repo_id}, and no head of this name came from the Hub: {_reason(error, revision)}."
+            f"There is no folder {repo_id}, and no head of this name came from the Hub: {why(error, revision)}."
         ) from error
     if not (folder / "config.json").is_file():
         raise PrismError(f"The repository {repo_id} on the Hub holds no head: it has no config.json.")
     return folder
 
 
-def _reason(error: Exception, revision: str | None) -> str:
+def why(error: Exception, revision: str | None) -> str:
     """Explain an error of the Hub's client in a clause."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.RevisionNotFoundError):

@@ -1,0 +1,109 @@
+"""Which frames of a video a teacher looks at, and at what size: the rules of the published code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prism.errors import PrismError, number, quoted
+
+
+def check(videos: Sequence[np.ndarray], prompts: Sequence[str], name: str, least: int = 1) -> None:
+    """Refuse videos that are not (T, H, W, 3) uint8 with `least` frames, and prompts that are not one text for each.
+
+    Raises PrismError, which names the teacher and the position of the video.
+    """
+    if isinstance(prompts, str) or len(videos) != len(prompts):
+        count = "one text" if isinstance(prompts, str) else len(prompts)
+        raise PrismError(f"The teacher {name} needs a prompt for each video; found {count} for {len(videos)}.")
+    for position, (video, prompt) in enumerate(zip(videos, prompts)):
+        shape, dtype = getattr(video, "shape", None), getattr(video, "dtype", type(video).__name__)
+        if not isinstance(video, np.ndarray) or video.ndim != 4 or video.shape[-1] != 3 or video.dtype != np.uint8:
+            raise PrismError(
+                f"The teacher {name} takes frames (T, H, W, 3) of uint8; video {position} is {quoted(shape, 40)} of "
+                f"{quoted(dtype, 40)}."
+            )
+        if len(video) < least or 0 in video.shape:
+            raise PrismError(
+                f"The teacher {name} needs {least} {'frame' if least == 1 else 'frames'} at least; video {position} "
+                f"is {quoted(shape, 40)}."
+            )
+        if not isinstance(prompt, str):
+            raise PrismError(f"The teacher {name} takes prompts of text; number {position} is {quoted(prompt, 60)}.")
+
+
+def rate(fps: float | None, name: str) -> float:
+    """The videos' frames per second, for a teacher that samples by time. Raises PrismError where it is unknown."""
+    if fps is None:
+        raise PrismError(
+            f"The teacher {name} samples frames by time and was not told the videos' rate; give their frames per "
+            "second."
+        )
+    return number(f"The frame rate for the teacher {name}", fps, 0, 1e4, above=True)
+
+
+def by_time(total: int, fps: float, wanted: float = 2.0, floor: bool = True) -> np.ndarray:
+    """Positions of frames at `wanted` a second, as qwen-vl-utils takes them: an even number from 4 to 768, spread
+    evenly from the first frame to the last.
+
+    Args:
+        total: frames of the video, at least 2.
+        fps: of the video.
+        floor: an odd count becomes the even one below; False: the nearer even one, as in VideoAlign's copy.
+    """
+    most = min(768, total) // 2 * 2
+    count = min(max(total / fps * wanted, 4), most)
+    even = (math.floor(count / 2) if floor else round(count / 2)) * 2
+    return spread(total, max(2, min(even, total)))
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """`count` positions from the first of `total` frames to the last, rounded."""
+    return torch.linspace(0, total - 1, count).round().long().numpy()
+
+
+def fitted(size: Sequence[int], least: int, most: int, factor: int = 28) -> tuple[int, int]:
+    """The height and width nearest to those of a frame that are multiples of `factor`, with `least` to `most` pixels in
+    all (smart_resize of Qwen2-VL). Raises PrismError where one side is over 200 times the other.
+    """
+    height, width = size
+    if max(height, width) > 200 * min(height, width):
+        raise PrismError(f"A frame of {height} x {width} is too thin for this teacher: its sides differ 200 times.")
+    rows, columns = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if rows * columns > most:
+        scale = math.sqrt(height * width / most)
+        rows = max(factor, math.floor(height / scale / factor) * factor)
+        columns = max(factor, math.floor(width / scale / factor) * factor)
+    elif rows * columns < least:
+        scale = math.sqrt(least / (height * width))
+        rows = math.ceil(height * scale / factor) * factor
+        columns = math.ceil(width * scale / factor) * factor
+    return rows, columns
+
+
+def resized(video: np.ndarray, height: int, width: int) -> Tensor:
+    """Frames (T, H, W, 3) of uint8 as (T, 3, height, width) float32 of whole numbers from 0 to 255: bicubic,
+    antialiased.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
+    if pixels.shape[-2:] != (height, width):
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+    return pixels
+
+
+def square(video: np.ndarray, size: int) -> Tensor:
+    """Frames (T, H, W, 3) of uint8 with the shorter side made `size`, and the middle (T, 3, size, size) of them:
+    float32 from 0 to 255, as CLIP's and BLIP's preprocessing cuts them.
+    """
+    height, width = video.shape[1:3]
+    if height <= width:
+        rows, columns = size, int(size * width / height)
+    else:
+        rows, columns = int(size * height / width), size
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    return resized(video, rows, columns)[..., top : top + size, left : left + size]
