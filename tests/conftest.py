@@ -31,8 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def intervals_of_few(monkeypatch):
-    """Intervals of any number of prompts, for figures that are worked out by hand."""
-    monkeypatch.setattr("prism.evaluation.accuracy.FEWEST_PROMPTS", 1)
+    """Plain percentile intervals of any number of prompts, for figures that are worked out by hand."""
+    monkeypatch.setattr("prism.evaluation.intervals.FEWEST_PROMPTS", 1)
+    monkeypatch.setattr("prism.evaluation.intervals.MANY_PROMPTS", 1)
 
 
 @pytest.fixture

@@ -91,6 +91,26 @@ class Clip:
     """Facts of the file."""
 
 
+LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
+"""Weights of red, green and blue (BT.709), of bytes."""
+
+
+def brightness_and_motion(frames: np.ndarray) -> tuple[float, float]:
+    """Mean luma of frames (T, H, W, 3) uint8, and the mean absolute change of a pixel's luma from frame to frame.
+
+    Both are in [0, 1]. Motion counts all that changes: movement of things and of the camera, flicker, cuts; it is 0 of
+    a single frame.
+    """
+    before, brightness, changes = None, [], []
+    for frame in frames:
+        luma = frame @ LUMA
+        brightness.append(float(luma.mean(dtype=np.float64)))
+        if before is not None:
+            changes.append(float(np.abs(luma - before).mean(dtype=np.float64)))
+        before = luma
+    return float(np.mean(brightness)), float(np.mean(changes)) if changes else 0.0
+
+
 def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None = None) -> Clip:
     """The frames that a policy takes (default: all) of a video, which is read frame by frame: no more than the frames
     taken, at their final size, and one at the file's are held.

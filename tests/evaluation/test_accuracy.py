@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prism.errors import PrismError
-from prism.evaluation.accuracy import FEWEST_PROMPTS, NO_TIES, clustered_bootstrap, pairwise_accuracy, prompt_interval
+from prism.evaluation.accuracy import NO_TIES, pairwise_accuracy
 
 
 def share_right(labels, margins, threshold):
@@ -101,51 +101,3 @@ def test_no_pairs_is_not_a_number():
 def test_refuses(labels, margins, sentence):
     with pytest.raises(PrismError, match=sentence):
         pairwise_accuracy(labels, margins)
-
-
-def test_bootstrap_of_one_row_clusters_has_the_width_of_a_mean():
-    values = np.random.default_rng(0).normal(3, 2, 2000)
-    low, high = clustered_bootstrap(values, np.arange(2000))
-    error = values.std() / np.sqrt(2000)
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
-
-
-def test_bootstrap_counts_prompts_not_pairs():
-    by_prompt = np.random.default_rng(1).normal(0, 1, 100)
-    values, clusters = np.repeat(by_prompt, 28), np.repeat(np.arange(100), 28)
-    low, high = clustered_bootstrap(values, clusters)
-    assert high - low == pytest.approx(2 * 1.96 * by_prompt.std() / 10, rel=0.15)
-    assert (low, high) == pytest.approx(clustered_bootstrap(by_prompt, [f"prompt {i:03d}" for i in range(100)]))
-
-
-def test_bootstrap_equals_a_plain_loop_with_ragged_clusters_and_a_ratio():
-    rng = np.random.default_rng(2)
-    clusters = rng.integers(0, 12, 90)
-    values = np.stack([rng.normal(1, 1, 90), rng.normal(5, 1, 90)], 1)
-    low, high = clustered_bootstrap(values, clusters, statistic=lambda s: s[:, 0] / s[:, 1], seed=7, draws=300)
-    groups = [values[clusters == c] for c in np.unique(clusters)]
-    times = np.random.default_rng(7).multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=300)
-    ratios = []
-    for draw in times:
-        rows = np.concatenate([group for group, count in zip(groups, draw) for _ in range(count)])
-        ratios.append(rows[:, 0].mean() / rows[:, 1].mean())
-    assert (low, high) == pytest.approx(tuple(np.percentile(ratios, [2.5, 97.5])))
-
-
-def test_bootstrap_of_nothing_is_not_a_number():
-    assert np.isnan(clustered_bootstrap([], [])).all()
-    assert np.isnan(clustered_bootstrap([[0.0, 0.0]], ["a"], statistic=lambda s: s[:, 0] / s[:, 1])).all()
-    with pytest.raises(PrismError, match="one length"):
-        clustered_bootstrap([1.0], [])
-
-
-def test_few_prompts_have_no_interval():
-    """Of one prompt the percentiles would be a point, as if it were known exactly."""
-    enough = np.repeat(np.arange(FEWEST_PROMPTS), 3)
-    values = np.arange(len(enough)) % 2
-    assert prompt_interval(values, enough) == list(clustered_bootstrap(values, enough))
-    few = enough < FEWEST_PROMPTS - 1
-    assert prompt_interval(values[few], enough[few]) is None
-    assert prompt_interval(np.ones(50), ["a"] * 50) is None
-    assert prompt_interval([], []) is None

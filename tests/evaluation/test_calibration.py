@@ -11,7 +11,7 @@ from tests import stores, tiny
 
 from prism.errors import PrismError
 from prism.evaluation import calibrate, measure
-from prism.evaluation.measurement import calibration_error, fit, margins_of, nll
+from prism.evaluation.calibration import calibration_error, fit, margins_of, nll
 from prism.judge import Judge
 
 

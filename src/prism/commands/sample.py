@@ -17,8 +17,8 @@ from prism.errors import PrismError, number, quoted, whole
 if TYPE_CHECKING:
     import numpy as np
 
-    from prism.report.metrics import BestOfNRow
     from prism.report.page import FilmRow
+    from prism.report.rows import BestOfNRow
 
 NOTES = (
     "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "

@@ -13,7 +13,7 @@ from prism import files, runs
 from prism.commands import show
 from prism.commands.options import Labelled, Replacing, Resuming, option, recorded
 from prism.errors import PrismError, quoted
-from prism.report.metrics import AccuracyRow
+from prism.report.rows import AccuracyRow
 from prism.training.config import Recipe, TrainConfig
 
 TAPS, DIM = (4, 5), 144  # the study's choice for the embedded backbone (docs/study.md)

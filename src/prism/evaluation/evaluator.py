@@ -1,8 +1,9 @@
-"""A judge's agreement with labelled pairs, by noise level and dimension, with intervals clustered by prompt."""
+"""A judge's measurement: scores of a store's videos by noise level, alone or as one of several processes."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prism.errors import DRAWS, SEEDS, PrismError, flag, number, quoted, whole
-from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
+from prism.evaluation.facts import COLUMNS, decoded_facts, facts_of
 from prism.evaluation.measurement import Measurement, pair_table
-from prism.judge.objective import tie_margin
+from prism.evaluation.summary import accuracy_rows
 from prism.preference import LatentStore, PromptGroup, prompt_key
-from prism.report.metrics import AccuracyRow
-from prism.team import in_batches, ran_out
+from prism.report.rows import AccuracyRow
+from prism.team import Team, in_batches, ran_out
 
 TIMESTEPS = (989, 949, 899, 699, 499, 299, 99, 0)
 """The noise levels of the paper's Table 1."""
@@ -63,6 +64,8 @@ def measure(
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
+    team: Team | None = None,
+    decode: bool = False,
 ) -> Measurement:
     """A judge's accuracy on a split of a store, with its margin on every pair.
 
@@ -80,6 +83,8 @@ def measure(
         seed: of noise and bootstrap.
         batch_size: videos in one forward pass; halved, with a warning, where memory runs out.
         progress: show a progress bar (on a terminal).
+        team: the processes that share the videos, all of which call this and get the same; None: this one alone.
+        decode: decode the videos whose brightness and motion the store does not hold, for `bias_rows`.
 
     Returns:
         Its ``rows``, one per t and dimension, are the "accuracy" rows of metrics.json: judge, head_seed, source, t,
@@ -107,15 +112,33 @@ def measure(
     passes = [(t, num_draws if t else 1) for t in levels]
     videos = sum(len(group.videos) for group in everything)
     total, label = sum(draws for _, draws in passes) * videos, f"evaluate {judge.name}"
-    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=None if progress else True) as bar:
-        scored = score_levels(judge, store, everything, passes, seed, batch_size, bar)
-    rows: list[AccuracyRow] = []
-    margins = []
-    for t, scores in zip(levels, scored):
-        rows += _rows(judge, groups, validation, scores, t, split, seed)
-        margins.append(pair_margins(groups, scores)[1])
-    table = pair_table(judge.name, groups, judge.dimensions, levels, margins)
-    return Measurement(rows, table, {"split": split, "num_draws": num_draws, "seed": seed})
+    team = Team() if team is None else team
+    shown = None if progress and team.first else True
+    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=shown) as bar:
+        scored = score_levels(judge, store, everything, passes, seed, batch_size, bar, team)
+    facts, units = facts_of(store, [video for video, _ in videos_of(everything)])
+    if decode:
+        facts |= decoded_facts(judge.backbone, store, videos_of(everything), facts, team)
+        units |= {probe: COLUMNS[probe][1] for probe in ("brightness", "motion")}
+
+    def table(which: str) -> Any:
+        return pair_table(store, which, judge.name, judge.dimensions, levels, scored, facts)
+
+    about = {
+        "head_seed": judge.trained_on.get("seed"),
+        "source": judge.trained_on.get("source", "untrained"),
+        "eta": float(judge.eta),
+        "dimensions": list(judge.dimensions),
+        "calibration": dict(getattr(judge, "calibration", {})),
+        "levels": list(levels),
+        "log_snr": [_log_snr(judge, t) for t in levels],
+        "units": units,
+    }
+    settings = {"split": split, "num_draws": num_draws, "seed": seed}
+    tuning = table("validation") if split != "validation" and validation else None
+    measured = Measurement([], table(split), settings, tuning, about)
+    measured.rows.extend(accuracy_rows(measured))
+    return measured
 
 
 def check_judge(judge: Any) -> None:
@@ -172,49 +195,70 @@ def score_levels(
     seed: int = 0,
     batch_size: int = 64,
     bar: Any = None,
+    team: Team | None = None,
 ) -> list[dict[str, np.ndarray]]:
     """Scores of the groups' videos, one dict per level as `score_videos` returns it.
 
     passes: (level, number of noise draws at it) pairs.
+    team: the processes that share the batches; the batches, and with them the scores, are those of one process.
 
     A batch is scored at all levels before the next one: its latents are read and its prompts encoded once.
     """
-    by_level: list[dict[str, np.ndarray]] = [{} for _ in passes]
+    team = Team() if team is None else team
+    batches = batches_of(store, videos_of(groups), batch_size)
 
-    def work(batch: Sequence[Video]) -> None:
-        videos, latents = [video for video, _ in batch], store.latents(video for video, _ in batch)
-        before = None if bar is None else bar.n
-        scored = []
-        try:
-            for t, draws in passes:
-                total: Any = 0.0
-                for draw in range(draws):
-                    noisy = noised(judge.backbone, latents, videos, t, draw, seed)
-                    total = total + _scores(judge, store, batch, noisy, t)
-                    if bar is not None:
-                        bar.update(len(batch))
-                scored.append(total / draws)
-        except Exception:
-            if bar is not None:
-                bar.update(before - bar.n)  # `in_batches` may try the batch again in halves
-            raise
-        for scores, rows in zip(by_level, scored):
-            scores.update(zip(videos, rows))
+    def mine() -> list[dict[str, np.ndarray]]:
+        by_level: list[dict[str, np.ndarray]] = [{} for _ in passes]
 
-    in_batches(videos_of(groups), batch_size, work, "evaluating")
-    return by_level
+        def work(batch: Sequence[Video]) -> None:
+            videos, latents = [video for video, _ in batch], store.latents(video for video, _ in batch)
+            before = None if bar is None else bar.n
+            scored = []
+            try:
+                for t, draws in passes:
+                    total: Any = 0.0
+                    for draw in range(draws):
+                        noisy = noised(judge.backbone, latents, videos, t, draw, seed)
+                        total = total + scores_of(judge, store, batch, noisy, t)
+                        if bar is not None:
+                            bar.update(len(batch) * team.size)
+                    scored.append(total / draws)
+            except Exception:
+                if bar is not None:
+                    bar.update(before - bar.n)  # `in_batches` may try the batch again in halves
+                raise
+            for scores, rows in zip(by_level, scored):
+                scores.update(zip(videos, rows))
+
+        rows = batch_size
+        for batch in batches[team.rank :: team.size]:
+            rows = in_batches(batch, rows, work, "evaluating")
+        return by_level
+
+    parts = team.agree(mine)
+    return [{video: row for part in parts for video, row in part[level].items()} for level in range(len(passes))]
 
 
-def _scores(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Tensor, t: float) -> np.ndarray:
-    """(rows, num_dimensions) float64, all finite."""
+def batches_of(store: LatentStore, videos: Sequence[Video], batch_size: int) -> list[list[Video]]:
+    """Videos in batches of one shape of latents and one call, at most `batch_size` each, in order."""
+    buckets: dict[tuple[Any, str], list[Video]] = {}
+    for video, prompt in videos:
+        key = store.shape_of(video), json.dumps(store.call_of(video), sort_keys=True, default=str)
+        buckets.setdefault(key, []).append((video, prompt))
+    return [bucket[at : at + batch_size] for bucket in buckets.values() for at in range(0, len(bucket), batch_size)]
+
+
+def scores_of(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Tensor, t: float) -> np.ndarray:
+    """Scores (rows, num_dimensions) float64, all finite, of a batch of one call whose latents are at level t."""
     videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
+    call = store.call_of(videos[0])
     try:
-        scores = judge.score(noisy, prompts, t, **store.call).double().cpu()
+        scores = judge.score(noisy, prompts, t, **call).double().cpu()
     except PrismError as error:
         raise PrismError(f"{error} (Its rows at t = {t:g} are the videos {_some(videos)}.)") from error
     except Exception as error:
         if not ran_out(error):
-            check_call(judge.backbone, store, prompts[0])
+            check_call(judge.backbone, store, prompts[0], call)
         raise
     bad = ~scores.isfinite().all(1)
     if bool(bad.any()):
@@ -223,10 +267,10 @@ def _scores(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Te
     return rows
 
 
-def check_call(backbone: Any, store: LatentStore, prompt: str) -> None:
-    """Raise PrismError where the pipeline does not take the store's call, whatever it raises itself."""
+def check_call(backbone: Any, store: LatentStore, prompt: str, call: Mapping[str, Any] | None = None) -> None:
+    """Raise PrismError where the pipeline does not take a call of the store (None: that of most videos)."""
     try:
-        backbone.condition([prompt], **store.call)
+        backbone.condition([prompt], **(store.call if call is None else call))
     except PrismError:
         raise
     except Exception as error:
@@ -264,52 +308,6 @@ def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> 
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
 
 
-def _rows(
-    judge: Scorer,
-    groups: Sequence[PromptGroup],
-    validation: Sequence[PromptGroup],
-    scores: dict[str, np.ndarray],
-    t: float,
-    split: str,
-    seed: int,
-) -> list[AccuracyRow]:
-    """The "accuracy" rows of one noise level, one per dimension."""
-    labels, margins, prompts = pair_margins(groups, scores)
-    val_labels, val_margins, _ = pair_margins(validation, scores)
-    rows: list[AccuracyRow] = []
-    for column, dimension in enumerate(judge.dimensions):
-        labelled = ~np.isnan(labels[:, column])
-        y, m, clusters = labels[labelled, column], margins[labelled, column], prompts[labelled]
-        tuned = pairwise_accuracy(y, m)
-        decided = y != 0
-        val_labelled = ~np.isnan(val_labels[:, column]) if len(val_labels) else np.zeros(0, dtype=bool)
-        validated = None
-        if val_labelled.any():
-            threshold = pairwise_accuracy(val_labels[val_labelled, column], val_margins[val_labelled, column]).threshold
-            validated = pairwise_accuracy(y, m, threshold=threshold).with_ties
-        rows.append(
-            {
-                "judge": judge.name,
-                "head_seed": judge.trained_on.get("seed"),
-                "source": judge.trained_on.get("source", "untrained"),
-                "t": t,
-                "log_snr": _log_snr(judge, t),
-                "set": split,
-                "dimension": dimension,
-                "without_ties": _number(tuned.without_ties),
-                "without_ties_ci95": prompt_interval((y * m > 0)[decided], clusters[decided], seed=seed),
-                "with_ties": _number(tuned.with_ties),
-                "with_ties_validation_threshold": None if validated is None else _number(validated),
-                "with_ties_model_rule": _number(pairwise_accuracy(y, m, threshold=tie_margin(judge.eta)).with_ties),
-                "pairs": len(y),
-                "prompts": len(set(clusters.tolist())),
-                "decided_pairs": int(decided.sum()),
-                "decided_prompts": len(set(clusters[decided].tolist())),
-            }
-        )
-    return rows
-
-
 def pair_margins(
     groups: Sequence[PromptGroup], scores: Mapping[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -329,10 +327,6 @@ def _log_snr(judge: Scorer, t: float) -> float | None:
     """2 ln(alpha / sigma) of the backbone at t; None where it is infinite."""
     alpha, sigma, _ = judge.backbone.family.level(judge.backbone.pipe.scheduler, torch.tensor([float(t)]))
     return 2 * math.log(float(alpha) / float(sigma)) if alpha > 0 and sigma > 0 else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
 
 
 def _check_leak(judge: Scorer, groups: Sequence[PromptGroup], store: LatentStore) -> None:

@@ -1,29 +1,63 @@
-"""A judge's margins on labelled pairs: saved as one Parquet file, compared, averaged over head seeds, calibrated."""
+"""A judge's scores of labelled pairs, at each noise level and in each dimension: kept as a table, saved and read."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import ArrayLike
-from scipy.optimize import minimize
 
-from prism.errors import SEEDS, PrismError, flag, quoted, whole
-from prism.evaluation.accuracy import pairwise_accuracy, prompt_interval
-from prism.judge import Judge
-from prism.judge.objective import log_probabilities
-from prism.preference import PromptGroup
-from prism.report.metrics import AccuracyRow, ComparisonRow
+from prism.errors import PrismError, quoted
+from prism.evaluation.facts import PROBES
+from prism.evaluation.intervals import prompt_interval
+from prism.preference import LatentStore
+from prism.preference.pairs import label_matrix, read_table
+from prism.preference.soft import soft_labels
+from prism.report.rows import AccuracyRow
 
 COLUMNS = ("judge", "t", "dimension", "prompt", "video_a", "video_b", "label", "margin")
+TEXTS = ("judge", "dimension", "prompt", "video_a", "video_b")
+NUMBERS = ("score_a", "score_b", "p_a", "p_b", *(f"{probe}_{side}" for probe in PROBES for side in "ab"))
+"""Further columns, float64; null where the store has no such label or fact."""
+FORMAT, SCHEMA = "prism-scores", 1
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The labelled pairs of one noise level and one dimension, in the store's order: a row each."""
+
+    t: float
+    dimension: str
+    labels: np.ndarray
+    """(n,) 1 (A preferred), -1 (B preferred) or 0 (tie)."""
+    margins: np.ndarray
+    """(n,) score of A minus score of B."""
+    prompts: np.ndarray
+    """(n,) number of each pair's prompt, in the store's order."""
+    videos: tuple[np.ndarray, np.ndarray]
+    """(n,) names of A and of B."""
+    models: tuple[np.ndarray, np.ndarray]
+    """(n,) generators of A and of B, None where none is named."""
+    numbers: Mapping[str, np.ndarray]
+    """(n,) float64 by column of `NUMBERS`, NaN where null."""
+
+    @property
+    def decided(self) -> np.ndarray:
+        """(n,) bool: no ties."""
+        mask: np.ndarray = self.labels != 0
+        return mask
+
+    @property
+    def right(self) -> np.ndarray:
+        """(n,) bool: the margin has the label's sign."""
+        mask: np.ndarray = self.labels * self.margins > 0
+        return mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,30 +66,68 @@ class Measurement:
 
     rows: the "accuracy" rows of metrics.json.
     pairs: one row per t, dimension and labelled pair: judge, t, dimension, prompt, video_a, video_b, label (1 A
-        preferred, -1 B, 0 tie) and margin (score of A minus score of B).
+        preferred, -1 B, 0 tie) and margin (score of A minus score of B); of measurements that were made since, also
+        row (of the store's pairs), model_a, model_b and the columns `NUMBERS`.
     settings: split, num_draws and seed of the noise, without which two judges were not measured alike.
+    tuning: the same table of the validation pairs, which choose the threshold of ties.
+    about: the judge (head_seed, source, eta, dimensions, calibration), levels as they were given, their log_snr, units
+        of the pairs' facts, and what a command adds. Empty of older measurements.
     """
 
     rows: list[AccuracyRow]
     pairs: pa.Table
     settings: dict[str, Any]
+    tuning: pa.Table | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write everything as one Parquet file."""
-        extra = json.dumps({"rows": self.rows, "settings": self.settings})
-        pq.write_table(self.pairs.replace_schema_metadata({"prism": extra}), path)
+        extra = {"format": FORMAT, "schema": SCHEMA, "rows": self.rows, "settings": self.settings, "about": self.about}
+        table = _in_split(self.pairs, self.settings["split"])
+        if self.tuning is not None and self.settings["split"] != "validation":
+            table = pa.concat_tables([table, _in_split(self.tuning, "validation")], promote_options="default")
+        pq.write_table(table.replace_schema_metadata({"prism": json.dumps(extra)}), path, compression="zstd")
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
         """Read a file that `save` wrote. Raises PrismError for one that is missing or is not such a file."""
         try:
-            table = pq.read_table(path)
-            extra = json.loads((table.schema.metadata or {})[b"prism"])
-            return cls(extra["rows"], table.select(COLUMNS), extra["settings"])
-        except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
+            extra = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
+            table = read_table(Path(path), TEXTS, (), ("t", "label", "margin"))
+            _check(table, extra)
+        except (OSError, pa.ArrowException, PrismError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise PrismError(
-                f"The file {path} is no whole measurement of a judge ({quoted(error, 150)}); measure anew."
+                f"The file {quoted(path, 150)} is no whole measurement of a judge ({quoted(error, 200)}); measure anew."
             ) from error
+        settings, tuning = extra["settings"], None
+        if "split" in table.column_names:
+            splits = np.array(table["split"].to_pylist(), dtype=object)
+            table = table.drop_columns(["split"])
+            whole = table.replace_schema_metadata(None)
+            table = whole.filter(pa.array(splits == settings["split"]))
+            tuning = whole.filter(pa.array(splits == "validation"))
+        return cls(extra["rows"], table.replace_schema_metadata(None), settings, tuning, extra.get("about", {}))
+
+    @property
+    def judge(self) -> str:
+        """The judge's name."""
+        name: str = self.pairs["judge"][0].as_py()
+        return name
+
+    def level(self, t: float) -> float:
+        """A noise level as it was given: a whole number, or with a fraction."""
+        return next((level for level in self.about.get("levels", ()) if level == t), int(t) if t.is_integer() else t)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The pairs by noise level and dimension, in the table's order."""
+        return list(_blocks(self.pairs))
+
+    @cached_property
+    def tuning_blocks(self) -> dict[tuple[float, str], Block]:
+        """The validation pairs by (t, dimension)."""
+        table = self.pairs if self.settings["split"] == "validation" else self.tuning
+        return {} if table is None else {(block.t, block.dimension): block for block in _blocks(table)}
 
     def decided(self) -> dict[tuple[float, str], tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
         """Decided pairs by (t, dimension): (video_a, video_b), prompts (n,), a mask (n,) of those judged right."""
@@ -72,114 +144,128 @@ class Measurement:
         return decided
 
 
+def _in_split(table: pa.Table, split: str) -> pa.Table:
+    return table.append_column("split", pa.array([split] * len(table), pa.string()))
+
+
+def _check(table: pa.Table, extra: Any) -> None:
+    """Raise PrismError or another error for a table that `Measurement.save` did not write."""
+    if not isinstance(extra["rows"], list) or not isinstance(extra["settings"], dict):
+        raise PrismError("its rows are no list, or its settings no object")
+    if "format" in extra and (extra["format"], extra["schema"]) != (FORMAT, SCHEMA):
+        raise PrismError(f"it is {extra['format']!r} of schema {extra['schema']!r}")
+    if not isinstance(extra["settings"]["split"], str) or not isinstance(extra.get("about", {}), dict):
+        raise PrismError("its split is no text, or what it says about the judge no object")
+    known = [name for name in ("t", "label", "margin", "row", *NUMBERS) if name in table.column_names]
+    for name in known:
+        kind = table[name].type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+            raise PrismError(f"its column {name} holds {kind}")
+        values = _float(table, name)
+        if name in ("t", "label", "margin", "row", "score_a", "score_b") and not np.isfinite(values).all():
+            raise PrismError(f"its column {name} holds no finite number in each row")
+        if np.isinf(values).any():
+            raise PrismError(f"its column {name} holds infinity")
+    if not np.isin(_float(table, "label"), (-1, 0, 1)).all():
+        raise PrismError("its labels are not all 1, -1 or 0")
+    t = _float(table, "t")
+    if ((t < 0) | (t > 1000)).any():
+        raise PrismError("its levels are not all from 0 to 1000")
+    if "score_a" in known and (_float(table, "score_a") - _float(table, "score_b") != _float(table, "margin")).any():
+        raise PrismError("its margins are not the differences of its scores")
+
+
+def _float(table: pa.Table, name: str) -> np.ndarray:
+    """(rows,) float64, NaN where null."""
+    values: np.ndarray = table[name].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return values
+
+
+def _blocks(table: pa.Table) -> Iterator[Block]:
+    count = len(table)
+    nothing, none = np.full(count, np.nan), np.full(count, None, dtype=object)
+    present = set(table.column_names)
+    t, labels, margins = _float(table, "t"), _float(table, "label"), _float(table, "margin")
+    texts = {name: table[name].to_numpy(zero_copy_only=False) for name in ("dimension", "prompt", "video_a", "video_b")}
+    models = [
+        table[name].to_numpy(zero_copy_only=False) if name in present else none for name in ("model_a", "model_b")
+    ]
+    further = {name: _float(table, name) if name in present else nothing for name in NUMBERS}
+    prompts = _numbered(texts["prompt"], _float(table, "row") if "row" in present else np.arange(count))
+    for level, dimension in dict.fromkeys(zip(t.tolist(), texts["dimension"].tolist())):
+        rows = np.flatnonzero((t == level) & (texts["dimension"] == dimension))
+        yield Block(
+            level,
+            dimension,
+            labels[rows],
+            margins[rows],
+            prompts[rows],
+            (texts["video_a"][rows], texts["video_b"][rows]),
+            (models[0][rows], models[1][rows]),
+            {name: values[rows] for name, values in further.items()},
+        )
+
+
+def _numbered(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """(n,) number of each row's prompt, from 0, in their order of appearance by `order`."""
+    first: dict[str, int] = {}
+    for row in np.argsort(order, kind="stable").tolist():
+        first.setdefault(prompts[row], len(first))
+    return np.array([first[prompt] for prompt in prompts], dtype=np.int64)
+
+
 def pair_table(
+    store: LatentStore,
+    split: str,
     judge: str,
-    groups: Sequence[PromptGroup],
     dimensions: Sequence[str],
-    timesteps: Sequence[float],
-    margins: Sequence[np.ndarray],
+    levels: Sequence[float],
+    scores: Sequence[Mapping[str, np.ndarray]],
+    facts: Mapping[str, Mapping[str, float]],
 ) -> pa.Table:
-    """`Measurement.pairs` from the margins (pairs, num_dimensions) at each noise level, over all groups."""
-    labels = np.concatenate([group.labels for group in groups])
-    prompts = np.concatenate([np.full(len(group.labels), group.prompt, dtype=object) for group in groups])
-    videos = [np.array(group.videos, dtype=object) for group in groups]
-    first = np.concatenate([names[group.first] for names, group in zip(videos, groups)])
-    second = np.concatenate([names[group.second] for names, group in zip(videos, groups)])
-    tables = []
-    for t, values in zip(timesteps, margins):
-        for column, dimension in enumerate(dimensions):
-            labelled = ~np.isnan(labels[:, column])
-            count = int(labelled.sum())
-            arrays = [
-                pa.array([judge] * count, pa.string()),
-                pa.array([float(t)] * count, pa.float64()),
-                pa.array([dimension] * count, pa.string()),
-                *(pa.array(names[labelled], pa.string()) for names in (prompts, first, second)),
-                pa.array(labels[labelled, column].astype(np.int8)),
-                pa.array(values[labelled, column].astype(np.float64)),
-            ]
-            tables.append(pa.table(arrays, names=list(COLUMNS)))
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def compare_judges(
-    one: Measurement | Sequence[Measurement],
-    other: Measurement | Sequence[Measurement],
-    seed: int = 0,
-    any_draws: bool = False,
-) -> list[ComparisonRow]:
-    """The accuracy of one judge minus another's, on the same pairs under the same noise.
-
-    The interval is a paired bootstrap's: it resamples the differences pair by pair, whole prompts at a time, so that
-    pairs which are hard for both judges do not widen it.
+    """The labelled pairs of a split, in the store's order, with a judge's scores: `Measurement.pairs`.
 
     Args:
-        one, other: measurements on the same split, levels, draws and seed. Several of one judge (heads of several
-            seeds) count as their mean: the share of them that is right about a pair.
-        seed: of the resampling.
-        any_draws: let the two differ in the number of noise draws that a score is averaged over.
-
-    Returns:
-        The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
-        dimension, difference (accuracy without ties of `one` minus `other`'s), ci95 (None below 10 prompts), pairs
-        (decided), prompts.
-
-    Raises:
-        PrismError: where the two were not measured alike.
+        scores: per level, the scores (num_dimensions,) of each video.
+        facts: by probe (`prism.evaluation.biases.PROBES`), the fact of each video that has one.
     """
-    seed, any_draws = whole("seed", seed, 0, SEEDS), flag("any_draws", any_draws)
-    ours, theirs = _several(one), _several(other)
-    kept = [
-        {name: value for name, value in measured.settings.items() if not (any_draws and name == "num_draws")}
-        for measured in [*ours, *theirs]
-    ]
-    for settings in kept:
-        if settings != kept[0]:
-            raise PrismError(
-                f"Judges are compared under the same noise on the same split, found {kept[0]} and {settings}; "
-                "measure both alike."
-            )
-    left, right = [measured.decided() for measured in ours], [measured.decided() for measured in theirs]
-    rows: list[ComparisonRow] = []
-    for key in left[0]:
-        if not all(key in decided for decided in [*left, *right]):
-            continue
-        pairs, prompts, _ = left[0][key]
-        if any(decided[key][0] != pairs for decided in [*left, *right]):
-            raise PrismError(
-                f"The judges were measured on different pairs at t = {key[0]:g} in {key[1]}; use the same store."
-            )
-        gain = np.mean([each[key][2] for each in left], 0) - np.mean([each[key][2] for each in right], 0)
-        if not len(gain):
-            continue
-        rows.append(
-            {
-                "judge": _name(ours[0]),
-                "against": _name(theirs[0]),
-                "set": ours[0].settings["split"],
-                "t": int(key[0]) if key[0].is_integer() else key[0],
-                "dimension": key[1],
-                "difference": float(gain.mean()),
-                "ci95": prompt_interval(gain, prompts, seed=seed),
-                "pairs": len(gain),
-                "prompts": len(set(prompts.tolist())),
+    labels = label_matrix(store.pairs, dimensions)
+    soft, _ = soft_labels(store.pairs, dimensions)
+    is_split = np.array(store.pairs["split"].to_pylist(), dtype=object) == split
+    videos = [np.array(store.pairs[name].to_pylist(), dtype=object) for name in ("video_a", "video_b")]
+    prompts = np.array(store.pairs["prompt"].to_pylist(), dtype=object)
+    ids = store.videos["video"].to_pylist()
+    named = store.videos["model"].to_pylist() if "model" in store.videos.column_names else [None] * len(ids)
+    models = {video: str(model) for video, model in zip(ids, named) if model is not None}
+    tables = []
+    for t, scored in zip(levels, scores):
+        for column, dimension in enumerate(dimensions):
+            rows = np.flatnonzero(is_split & ~np.isnan(labels[:, column]))
+            sides = [names[rows].tolist() for names in videos]
+            values = [np.array([scored[video][column] for video in names], dtype=np.float64) for names in sides]
+            columns: dict[str, Any] = {
+                "judge": pa.array([judge] * len(rows), pa.string()),
+                "t": pa.array([float(t)] * len(rows), pa.float64()),
+                "dimension": pa.array([dimension] * len(rows), pa.string()),
+                "prompt": pa.array(prompts[rows], pa.string()),
+                "video_a": pa.array(sides[0], pa.string()),
+                "video_b": pa.array(sides[1], pa.string()),
+                "label": pa.array(labels[rows, column].astype(np.int8)),
+                "margin": pa.array(values[0] - values[1]),
+                "row": pa.array(rows),
+                "score_a": pa.array(values[0]),
+                "score_b": pa.array(values[1]),
             }
-        )
-    return rows
-
-
-def _several(measured: Measurement | Sequence[Measurement]) -> list[Measurement]:
-    measurements: list[Any] = [*measured] if isinstance(measured, list | tuple) else [measured]
-    if not measurements or not all(isinstance(each, Measurement) for each in measurements):
-        raise PrismError(
-            f"There is no measurement to compare: give at least one of each judge (prism.evaluation.measure), found "
-            f"{quoted(measured, 80)}."
-        )
-    return measurements
-
-
-def _name(measured: Measurement) -> str:
-    return measured.pairs["judge"][0].as_py()
+            for side, names in zip("ab", sides):
+                place = "ab".index(side)
+                p = np.full(len(rows), np.nan) if soft is None else soft[rows, column, place]
+                columns[f"model_{side}"] = pa.array([models.get(video) for video in names], pa.string())
+                columns[f"p_{side}"] = pa.array(p, from_pandas=True)
+                for probe in PROBES:
+                    of_videos = facts.get(probe, {})
+                    columns[f"{probe}_{side}"] = pa.array([of_videos.get(video) for video in names], pa.float64())
+            tables.append(pa.table(columns))
+    return pa.concat_tables(tables).combine_chunks()
 
 
 Share = Literal["without_ties", "with_ties", "with_ties_validation_threshold", "with_ties_model_rule"]
@@ -212,104 +298,3 @@ def accuracy(measured: Sequence[Measurement], seed: int = 0) -> list[AccuracyRow
             row["without_ties_ci95"] = prompt_interval(right, decided[0][key][1], seed=seed)
         means.append(row)
     return means + single
-
-
-# -- calibration: Eq. 3-4 turn a margin into probabilities of A, tie and B. A head that overfits its training pairs is
-# too sure, and its eta was set, not learned. Both are corrected on validation pairs by maximum likelihood: margins are
-# divided by a temperature, and eta is fitted together with it. No ranking changes.
-
-BINS = 10
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The calibration of one dimension, as fitted on some pairs."""
-
-    temperature: float
-    """Margins are divided by it; above 1 where the judge was too sure."""
-    eta: float
-    """Tie threshold of Eq. 3-4 that goes with the divided margins."""
-    tie_threshold: float
-    """Undivided |margin| up to which calling a tie is right most often; -1: never call one."""
-
-
-def nll(labels: ArrayLike, margins: ArrayLike, eta: float, temperature: float = 1.0) -> float:
-    """Mean negative log-likelihood of labels (n,) in {1, -1, 0} under Eq. 3-4, in nats."""
-    outcome = torch.as_tensor(1 - np.asarray(labels, dtype=np.int64))  # 1, 0, -1 -> columns 0, 1, 2
-    log_p = log_probabilities(torch.as_tensor(np.asarray(margins, dtype=np.float64)) / temperature, eta)
-    return float(-log_p.gather(-1, outcome[:, None]).mean())
-
-
-def calibration_error(labels: ArrayLike, margins: ArrayLike, eta: float, temperature: float = 1.0) -> float:
-    """Expected calibration error of P(A preferred), in [0, 1].
-
-    Each pair counts both ways round, so that which video is called A does not matter. The probabilities go into
-    equally full bins; the error is the mean over them of |mean probability - share of pairs where A was preferred|.
-    """
-    y, m = np.asarray(labels, dtype=np.float64), np.asarray(margins, dtype=np.float64)
-    y, m = np.concatenate([y, -y]), np.concatenate([m, -m])
-    p = log_probabilities(torch.as_tensor(m / temperature), eta)[:, 0].exp().numpy()
-    order = np.argsort(p, kind="stable")
-    parts = np.array_split(order, min(BINS, len(order)))
-    return float(sum(abs(p[part].sum() - (y[part] == 1).sum()) for part in parts) / len(order))
-
-
-def fit(labels: ArrayLike, margins: ArrayLike) -> Calibration:
-    """The temperature and eta of maximum likelihood, and the best tie threshold.
-
-    Args:
-        labels: (n,) 1 (A preferred), -1 (B preferred) or 0 (tie).
-        margins: (n,) score of A minus score of B.
-
-    Raises:
-        PrismError: where no pair is decided, or all margins are zero.
-    """
-    y, m = np.asarray(labels), np.asarray(margins, dtype=np.float64)
-    spread = float(m.std()) if len(m) else 0.0
-    if not (y != 0).any() or spread == 0:
-        raise PrismError("A judge is calibrated on decided pairs with margins other than zero; there are none.")
-
-    def loss(parameters: np.ndarray) -> float:
-        slope, log_rest = parameters  # margins are scaled by slope / spread; slope 0 fits a judge without any signal
-        return nll(y, m * (slope / spread), 1 + math.exp(np.clip(log_rest, -12, 12)))
-
-    optimum = minimize(loss, np.array([1.0, 0.0]), method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-10}).x
-    slope = max(float(optimum[0]) / spread, 1e-6)  # positive: a judge that is mostly wrong keeps its order of videos
-    eta = 1 + math.exp(float(np.clip(optimum[1], -12, 12)))
-    return Calibration(1 / slope, eta, pairwise_accuracy(y, m).threshold)
-
-
-def calibrate(judge: Judge, measured: Measurement) -> list[dict[str, Any]]:
-    """Calibrate a judge on its measurement on validation pairs, all noise levels together.
-
-    Sets ``judge.calibration``, which ``Judge.probabilities`` uses and ``save_pretrained`` keeps.
-
-    Returns:
-        One row per dimension: dimension, pairs, temperature, eta, tie_threshold, and of P(A preferred) before and
-        after, on these very pairs: nll_before, nll_after, calibration_error_before, calibration_error_after.
-    """
-    rows = []
-    for dimension, (labels, margins) in margins_of(measured).items():
-        calibration = asdict(fit(labels, margins))
-        judge.calibration[dimension] = calibration
-        rows.append({"dimension": dimension, "pairs": len(labels), **calibration})
-        rows[-1] |= reliability(labels, margins, judge.eta, calibration)
-    return rows
-
-
-def margins_of(measured: Measurement) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Labels and margins of a measurement by dimension, all noise levels together."""
-    columns = {name: measured.pairs[name].to_numpy(zero_copy_only=False) for name in ("dimension", "label", "margin")}
-    masks = {name: columns["dimension"] == name for name in dict.fromkeys(columns["dimension"].tolist())}
-    return {name: (columns["label"][mask], columns["margin"][mask]) for name, mask in masks.items()}
-
-
-def reliability(labels: ArrayLike, margins: ArrayLike, eta: float, fitted: Mapping[str, float]) -> dict[str, float]:
-    """Likelihood and calibration error on some pairs, before a calibration and after it."""
-    after = (fitted["eta"], fitted["temperature"])
-    return {
-        "nll_before": nll(labels, margins, eta),
-        "nll_after": nll(labels, margins, *after),
-        "calibration_error_before": calibration_error(labels, margins, eta),
-        "calibration_error_after": calibration_error(labels, margins, *after),
-    }

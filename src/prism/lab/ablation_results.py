@@ -15,12 +15,12 @@ from torch import Tensor
 from prism import files
 from prism.errors import PrismError, quoted
 from prism.evaluation import calibrate, compare_judges, measure, prompt_interval
+from prism.evaluation.calibration import fit, margins_of, reliability
 from prism.evaluation.evaluator import Video, noised, videos_of
-from prism.evaluation.measurement import fit, margins_of, reliability
 from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.report import tables, wording
-from prism.report.metrics import AccuracyRow, CalibrationRow, StudyRow
+from prism.report.rows import AccuracyRow, CalibrationRow, StudyRow
 from prism.team import in_batches
 from prism.training.batches import LEVELS, conditioned, levels
 from prism.training.config import TrainConfig

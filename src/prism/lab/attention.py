@@ -14,8 +14,8 @@ from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.lab.contest import Contest
 from prism.report import wording
-from prism.report.metrics import AttentionRow
 from prism.report.page import FilmRow, FilmStrip
+from prism.report.rows import AttentionRow
 from prism.shapeworld import grammar, world
 
 SEEN = 0.2  # a pixel belongs to an object where its RGB distance from the ground is larger

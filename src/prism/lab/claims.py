@@ -27,7 +27,7 @@ from prism.errors import PrismError
 from prism.evaluation import Measurement, prompt_interval
 from prism.lab import contest
 from prism.lab.attention import CHOSEN, ratio
-from prism.report import metrics as row_types
+from prism.report import rows as row_types
 from prism.report import wording
 from prism.sampling.strategies import kind_of
 from prism.shapeworld.generator import ROOT

@@ -13,7 +13,7 @@ from prism.backbone import Tokens
 from prism.errors import PrismError
 from prism.evaluation import prompt_interval
 from prism.judge import Judge
-from prism.report.metrics import Agreement, BestOfNRow, HeadSeeds, PlanFields
+from prism.report.rows import Agreement, BestOfNRow, HeadSeeds, PlanFields
 from prism.sampling import best_of_n
 from prism.sampling.best_of_n import BestOfNResult
 from prism.sampling.plan import Plan, Schedule, Workload

@@ -23,8 +23,9 @@ from prism.errors import SEEDS, whole
 from prism.lab import claims
 from prism.lab import contest as strategies
 from prism.loading import check_alone, describe, load_backbone
-from prism.report.metrics import ClaimRow, cut_entry, document, write_config
+from prism.report.metrics import cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
+from prism.report.rows import ClaimRow
 from prism.runs import Clock, Parts
 from prism.training.config import RESULTLESS, TrainConfig
 

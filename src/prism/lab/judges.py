@@ -13,7 +13,7 @@ from prism.evaluation import TIMESTEPS, Measurement, compare_judges, measure
 from prism.evaluation.measurement import accuracy as mean_over_seeds
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.report.metrics import AccuracyRow, ComparisonRow
+from prism.report.rows import AccuracyRow, ComparisonRow
 from prism.runs import Parts
 from prism.training import TrainConfig, train_together
 from prism.training.trainer import untrained_heads

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from prism.report import wording
-from prism.report.metrics import AccuracyRow, BestOfNRow
+from prism.report.rows import AccuracyRow, BestOfNRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,8 @@ from prism import files
 from prism import video as media
 from prism.report import figures as plots
 from prism.report import tables, wording
-from prism.report.metrics import AccuracyRow, Agreement, BestOfNRow, validate
+from prism.report.metrics import validate
+from prism.report.rows import AccuracyRow, Agreement, BestOfNRow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from prism.report import wording
-from prism.report.metrics import (
+from prism.report.rows import (
     AccuracyRow,
     AttentionRow,
     Beside,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from prism.report.metrics import AccuracyRow, BestOfNRow, ComparisonRow, StudyRow
+    from prism.report.rows import AccuracyRow, BestOfNRow, ComparisonRow, StudyRow
 
 MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
