@@ -41,7 +41,7 @@ lowest:
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9_]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $(LOWEST)/lowest.txt
-	grep --only-matching '"peft>=[0-9.]*' pyproject.toml | tr --delete '"' | sed 's/>=/==/' >> $(LOWEST)/lowest.txt
+	grep --only-matching --extended-regexp '"(peft|jaxtyping|docstring-parser)>=[0-9.]*' pyproject.toml | tr --delete '"' | sed 's/>=/==/' >> $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(LOWEST)/lowest.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LOWEST)/lowest.txt --editable . pytest hypothesis
 	HF_HUB_OFFLINE=1 $(LOWEST)/bin/python -m pytest $(QUICK)

@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from tests import shapes
 
 torch.set_num_threads(1)
 
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent in folders:
             item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_hold():
+    """Each call of the judge and the preferences is checked against the shapes that their docstrings state."""
+    with shapes.checked("prism.judge", "prism.preference"):
+        yield
 
 
 @pytest.fixture

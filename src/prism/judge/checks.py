@@ -66,7 +66,18 @@ def check_together(judges: Sequence[Judge]) -> None:
 
 
 def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
-    """Convert margins (..., num_dimensions) to a tensor."""
+    """Convert margins to a tensor.
+
+    Args:
+        margins: (..., num_dimensions), a tensor or what torch makes one of.
+        dimensions: what the last axis is of.
+
+    Returns:
+        (..., num_dimensions) of the tensor's dtype, float32 for anything else.
+
+    Raises:
+        PrismError: for what is no tensor, or not of these dimensions.
+    """
     try:
         values = margins if isinstance(margins, Tensor) else torch.as_tensor(margins, dtype=torch.float32)
     except Exception:  # NumPy and torch raise many kinds
@@ -80,7 +91,18 @@ def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
 
 
 def finite(values: Tensor, what: str) -> Tensor:
-    """Return values (B, n) unchanged; raise PrismError naming the first row that is not finite."""
+    """Return values unchanged.
+
+    Args:
+        values: (B, ...), checked row by row.
+        what: what they are, for the error.
+
+    Returns:
+        (B, ...), the values.
+
+    Raises:
+        PrismError: naming the first row that is not finite.
+    """
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
         raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite {what}; its latents hold NaN or infinity.")

@@ -104,8 +104,8 @@ class QueryHead(nn.Module):
         """Scores of a batch.
 
         Args:
-            visual: (B, L, D_vis) tokens of the video after the tapped block, any float dtype.
-            text: (B, L_t, D_vis) tokens of the prompt, or None.
+            visual: (B, L, width) tokens of the video after the tapped block, any float dtype.
+            text: (B, L_t, width) tokens of the prompt, or None.
             text_mask: (B, L_t) bool, True at real tokens; None when all are real.
 
         Returns:
@@ -122,7 +122,13 @@ class QueryHead(nn.Module):
             return scores
 
     def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """F_agg of Eq. 2 in its folded form, (B, D) float32; several queries are averaged."""
+        """F_agg of Eq. 2 in its folded form; several queries are averaged.
+
+        Arguments as of ``forward``.
+
+        Returns:
+            (B, dim) float32.
+        """
         heads, size = self.num_heads, self.dim // self.num_heads
         sums = pooling.read(self._folded(), visual, text, text_mask, self.chunk_size)  # (B, N_q * heads, D_vis)
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
@@ -133,9 +139,15 @@ class QueryHead(nn.Module):
 
     @torch.no_grad()
     def attention(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """Attention of each query and head, (B, N_q * heads, L + L_t) float32 weights that sum to one.
+        """Attention of each query and head over all tokens.
 
-        Arguments as of ``forward``; without text L_t is 0. Raises PrismError for the ablations, which have no query.
+        Arguments as of ``forward``.
+
+        Returns:
+            (B, num_queries * num_heads, L + L_t) float32 weights that sum to one; without text L_t is 0.
+
+        Raises:
+            PrismError: for the ablations, which have no query.
         """
         if self.aggregation != "query":
             raise PrismError(f"A head with the aggregation {self.aggregation} has no query, and looks at all alike.")

@@ -65,9 +65,7 @@ class Judge:
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
         self._warned, self._evaluation = False, (evaluation, versions(member.head for member in members))
-        self._random: tuple[int, ...] | None = (
-            None  # `versions` of random heads: they change once something trains them
-        )
+        self._random: tuple[int, ...] | None = None  # `versions` of random heads, which any training changes
 
     def __repr__(self) -> str:
         heads = f"{'untrained, ' if self.is_untrained else ''}{len(self.members)} heads, taps {self.taps}"
@@ -80,8 +78,6 @@ class Judge:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
         self._random = versions(member.head for member in self.members) if state["_random"] else None
-
-    # -- making one
 
     @classmethod
     def untrained(
@@ -125,8 +121,7 @@ class Judge:
 
         The backbone is read once, up to the highest tap. Scores are averaged as they are: heads trained with one
         objective and one eta all score in its unit, the log-odds of Eq. 3, so that the mean is the log-odds of the
-        geometric mean of their opinions, and a head that is unsure weighs less. Nothing has to be estimated, and no
-        head's scores depend on which videos are scored beside it, as they would if standardised.
+        geometric mean of their opinions, and no head's scores depend on which videos are scored beside it.
 
         Args:
             judges: on the same pipeline, with the same dimensions and eta; averages among them count as one each.
@@ -140,9 +135,7 @@ class Judge:
         checks.check_together(judges)
         if len(judges) == 1:
             return first
-        members = [
-            Member(member.tap, member.head, member.share / len(judges)) for judge in judges for member in judge.members
-        ]
+        members = [Member(each.tap, each.head, each.share / len(judges)) for judge in judges for each in judge.members]
         trained_on = trained_together([judge.trained_on for judge in judges])
         together = cls(first.backbone, members, first.dimensions, first.eta, trained_on)
         if any(judge.is_untrained for judge in judges):
@@ -243,8 +236,6 @@ class Judge:
         """Describe this judge apart from its weights, as JSON."""
         return folders.describe(self)
 
-    # -- using it
-
     @property
     def evaluation(self) -> Rows:
         """The accuracies that were saved with these heads; empty once a head was trained further."""
@@ -315,14 +306,14 @@ class Judge:
             **call: further arguments of the pipeline's call.
 
         Returns:
-            Mean over draws and its standard error (NaN for one draw), each (B, num_dimensions) float32.
+            mean: (B, num_dimensions) float32, over draws.
+            error: (B, num_dimensions) float32, its standard error; NaN for one draw.
         """
         num_draws = whole("num_draws", num_draws, 1, DRAWS)
         per_row(t, latents)  # refuses anything but latents
         checks.check_generator(generator)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        latents = latents.to(self.backbone.device)
-        draws = []
+        latents, draws = latents.to(self.backbone.device), []
         with self.backbone.held(), self.backbone.freed():  # freed once, not after each draw
             for _ in range(num_draws):
                 noise = torch.randn((1, *latents.shape[1:]), generator=generator).to(latents).expand_as(latents)
@@ -333,25 +324,35 @@ class Judge:
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:
-        """Scores (B, num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
+        """Scores of tokens that were tapped at ``self.taps``.
+
+        Returns:
+            (B, num_dimensions) float32.
+        """
         shares = torch.tensor([member.share for member in self.members], device=tokens.visual.device)
         scores = self.score_members(tokens)
         return scores[0] if len(scores) == 1 else torch.einsum("m,mbd->bd", shares, scores)
 
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
-        """Scores of each member (members, B, num_dimensions) of tokens that were tapped at ``self.taps``."""
-        for member in self.members:
-            member.head.to(tokens.visual.device)  # where the pipeline is now
-        return torch.stack(
-            [member.head(tokens.after(member.tap), tokens.text, tokens.text_mask) for member in self.members]
-        )
+        """Scores of each member, of tokens that were tapped at ``self.taps``.
+
+        Returns:
+            (members, B, num_dimensions) float32.
+        """
+        heads = [(member.tap, member.head.to(tokens.visual.device)) for member in self.members]  # where the pipeline is
+        return torch.stack([head(tokens.after(tap), tokens.text, tokens.text_mask) for tap, head in heads])
 
     def probabilities(self, margins: Tensor) -> Tensor:
-        """Probabilities (..., num_dimensions, 3) of A preferred, tie and B preferred (Eq. 3-4).
+        """Probabilities of A preferred, tie and B preferred (Eq. 3-4).
 
-        `margins` (..., num_dimensions) are scores of A minus scores of B at one noise level. The probabilities of a
-        calibrated judge are meant to be believed; others are what the objective gives, mostly overconfident.
+        Those of a calibrated judge are meant to be believed; others are what the objective gives, mostly overconfident.
+
+        Args:
+            margins: (..., num_dimensions) scores of A minus scores of B at one noise level.
+
+        Returns:
+            (..., num_dimensions, 3) A preferred, tie, B preferred.
         """
         margins = checks.margins_of(margins, self.dimensions)
         columns = []
@@ -362,17 +363,17 @@ class Judge:
 
     @torch.no_grad()
     def attention(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, **call: Any) -> Tensor:
-        """Attention of the query, (B, T, H, W) on the token grid, averaged over attention heads and members.
+        """Attention of the query on the token grid, averaged over attention heads and members.
 
-        Together with the weights of the prompt's tokens it sums to one. Arguments as of ``score``.
+        Arguments as of ``score``.
+
+        Returns:
+            (B, T, H, W) float32; together with the weights of the prompt's tokens it sums to one.
         """
         with self.backbone.held():
             tokens = self._tokens(noisy_latents, prompts, t, call)
-        count = tokens.visual.shape[1]
-        maps = [
-            member.head.attention(tokens.after(member.tap), tokens.text, tokens.text_mask)[..., :count].mean(1)
-            for member in self.members
-        ]
+        text, count = (tokens.text, tokens.text_mask), tokens.visual.shape[1]
+        maps = [each.head.attention(tokens.after(each.tap), *text)[..., :count].mean(1) for each in self.members]
         return checks.finite(torch.stack(maps).mean(0), "attention").view(-1, *tokens.grid)
 
     def _tokens(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, call: dict[str, Any]) -> Tokens:
@@ -386,7 +387,7 @@ class Judge:
         return self.backbone.tokens(noisy_latents, conditioning, t, self.taps)
 
     def check_level(self, t: float | Tensor) -> None:
-        """Warn once of heads that were not trained, or not at these noise levels."""
+        """Warn once of heads that were not trained, or not at these noise levels. Arguments as of ``score``."""
         if not self._warned and self.is_untrained:
             self._warned = warn_untrained()
         if not self._warned:

@@ -19,10 +19,17 @@ OBJECTIVES = ("btt", "bt")
 
 
 def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
-    """Log-probabilities (..., 3) of A preferred, tie and B preferred, of margins of any shape.
+    """Log-probabilities of A preferred, tie and B preferred.
 
     Eq. 3: P(A > B) = e^rA / (e^rA + eta e^rB) = sigmoid(margin - ln eta), and P(B > A) likewise with -margin.
     Eq. 4: P(tie) = (eta^2 - 1) e^rA e^rB / ((e^rA + eta e^rB)(eta e^rA + e^rB)) = (eta^2 - 1) P(A > B) P(B > A).
+
+    Args:
+        margins: (...), r_A - r_B, of any shape.
+        eta: threshold above 1.
+
+    Returns:
+        (..., 3) A preferred, tie, B preferred.
 
     Raises:
         PrismError: unless eta is above 1 (at eta = 1 ties are impossible).
@@ -37,7 +44,13 @@ def log_probabilities(margins: Tensor, eta: float = 5.0) -> Tensor:
 def label_counts(
     labels: Tensor, objective: str = "btt", soft: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Number of labels that count in the loss, per dimension: (num_dimensions,). As `preference_loss` takes them."""
+    """Number of labels that count in the loss, per dimension.
+
+    Arguments as of ``preference_loss``.
+
+    Returns:
+        (num_dimensions,) int64.
+    """
     return _counted(_targets(labels, objective, soft), weights).sum(0)
 
 
@@ -90,6 +103,9 @@ def preference_loss(
         soft: (pairs, num_dimensions, 2) p_a and p_b, in [0, 1] with p_a + p_b <= 1, in place of the label; NaN: as
             ``labels`` says.
         weights: (pairs, num_dimensions) from 0, NaN for 1.
+
+    Returns:
+        scalar, in the margins' dtype.
     """
     if objective not in OBJECTIVES:
         raise PrismError(f"The objective {objective!r} does not exist; choose one of {', '.join(OBJECTIVES)}.")

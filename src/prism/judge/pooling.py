@@ -30,7 +30,7 @@ ACCELERATOR_BYTES = 2**28
 def read(
     queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
 ) -> Tensor:
-    """Softmax-weighted sums of normalised tokens of video and prompt, (B, rows, D_vis) in the queries' dtype.
+    """Softmax-weighted sums of normalised tokens of video and prompt.
 
     Args:
         queries: (rows, D_vis), float32 or float64; a row of zeros reads the mean token.
@@ -38,6 +38,9 @@ def read(
         text: (B, L_t, D_vis), or None.
         mask: (B, L_t) bool, True at real tokens; None when all are real.
         chunk_size: tokens read at a time; None: as many as memory suggests.
+
+    Returns:
+        (B, rows, D_vis) in the queries' dtype.
     """
     return _centred(_Read.apply(_centred(queries), visual, text, mask, chunk_size))  # type: ignore[no-untyped-call]
 
@@ -45,7 +48,13 @@ def read(
 def weights(
     queries: Tensor, visual: Tensor, text: Tensor | None, mask: Tensor | None, chunk_size: int | None = None
 ) -> Tensor:
-    """The weights of ``read``, (B, rows, L + L_t), which sum to one. Arguments as there; not for gradients."""
+    """The weights by which ``read`` sums, not for gradients.
+
+    Arguments as of ``read``.
+
+    Returns:
+        (B, rows, L + L_t), which sum to one.
+    """
     extended, widen = _with_mean(_centred(queries)), _Widen(queries.dtype)
     chunks = _chunks(visual, text, mask, chunk_size)
     return torch.cat([_logits(extended, widen(tokens), real)[0] for tokens, real in chunks], -1).softmax(-1)

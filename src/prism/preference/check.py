@@ -147,7 +147,10 @@ def _alpha(disagreement: np.ndarray, kinds: np.ndarray) -> np.ndarray:
 
 
 def alpha(counts: np.ndarray) -> float | None:
-    """Krippendorff's nominal alpha of (units, values) numbers of annotators; None where all gave one value.
+    """Krippendorff's nominal alpha; None where all gave one value.
+
+    Args:
+        counts: (units, values) numbers of annotators that gave a unit a value.
 
     Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C.
     """
@@ -157,7 +160,13 @@ def alpha(counts: np.ndarray) -> float | None:
 
 
 def interval(counts: np.ndarray, clusters: Sequence[int], seed: int = 0) -> tuple[float | None, float | None]:
-    """The 95 % percentile interval of alpha over resamples of clusters, such as prompts; None, None for one cluster."""
+    """The 95 % percentile interval of alpha over resamples of clusters, such as prompts; None, None for one cluster.
+
+    Args:
+        counts: (units, values) numbers of annotators that gave a unit a value.
+        clusters: (units,) numbers from 0.
+        seed: of the resamples.
+    """
     from scipy import stats
 
     disagreement, kinds = _coincidences(counts)

@@ -117,7 +117,14 @@ def _scores(videos: pa.Table, dimension: str) -> np.ndarray:
 
 
 def overall(votes: np.ndarray) -> np.ndarray:
-    """The paper's aggregation of (pairs, dimensions) votes to (pairs,); NaN where votes conflict or one is missing."""
+    """The paper's aggregation of votes in several dimensions.
+
+    Args:
+        votes: (pairs, num_dimensions) 1, -1, 0, or NaN.
+
+    Returns:
+        (pairs,) 1, -1, 0, or NaN where votes conflict or one is missing.
+    """
     total = np.clip(votes.sum(1), -1, 1)
     conflict = (votes == 1).any(1) & (votes == -1).any(1)
     return np.where(conflict, np.nan, total)
@@ -152,7 +159,10 @@ def dimensions_of(pairs: pa.Table) -> tuple[str, ...]:
 
 
 def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
-    """Labels as (pairs, num_dimensions) float64, NaN where null.
+    """Labels as numbers.
+
+    Returns:
+        (pairs, num_dimensions) float64, NaN where null.
 
     Raises:
         PrismError: where a dimension has no column, or a label is not 1, -1, 0 or null.

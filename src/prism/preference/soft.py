@@ -118,9 +118,12 @@ def _numbers(pairs: pa.Table, column: str, where: str) -> np.ndarray:
 def soft_labels(
     pairs: pa.Table, dimensions: Sequence[str], where: str = "the pairs"
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Probabilities (pairs, num_dimensions, 2) that A and that B is better, and weights (pairs, num_dimensions).
+    """Probabilities that A and that B is better, and weights.
 
-    Both are float64, NaN where a pair has none; None where the table has no such column for any of the dimensions.
+    Returns:
+        soft: (pairs, num_dimensions, 2) float64, NaN where a pair has none.
+        weights: (pairs, num_dimensions) float64, NaN where a pair has none. Both are None where the table has no such
+            column for any of the dimensions.
 
     Raises:
         PrismError: as `check_soft`, of these dimensions.

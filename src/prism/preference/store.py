@@ -183,11 +183,20 @@ class LatentStore:
         return group_by_prompt(self.pairs, self.dimensions if dimensions is None else dimensions, split)
 
     def latents(self, ids: Iterable[str]) -> Tensor:
-        """(n, ...) float32 latents of finished videos, normalised, in the layout of the sampling loop."""
+        """Latents of finished videos, normalised, in the layout of the sampling loop.
+
+        Returns:
+            (ids, ...) float32.
+        """
         return self._read("latents", "latents", ids)
 
     def trajectory(self, ids: Iterable[str], index: int | None = None) -> tuple[Tensor, Tensor]:
-        """Recorded states (n, S, ...) and their t (n, S), both float32; of one ``index``: (n, ...) and (n,)."""
+        """Recorded states and their t; of one ``index``, or of all of them.
+
+        Returns:
+            states: (ids, S, ...) float32, or (ids, ...) float32 of one index.
+            t: (ids, S) float32, or (ids,) float32 of one index.
+        """
         if not self.has_trajectories:
             raise PrismError(f"The store {self.folder} holds no trajectories; make it anew with trajectories recorded.")
         ids, count = list(listed("The videos", ids)), self.num_states()
@@ -199,7 +208,12 @@ class LatentStore:
         return states, t
 
     def predicted(self, ids: Iterable[str], index: int) -> tuple[Tensor, Tensor]:
-        """The clean latents (n, ...) that the denoiser predicted at one recorded state, and that state's t (n,)."""
+        """The clean latents that the denoiser predicted at one recorded state, and that state's t.
+
+        Returns:
+            predicted: (ids, ...) float32.
+            t: (ids,) float32.
+        """
         if not self.has_predicted:
             raise PrismError(f"The store {self.folder} holds no predicted latents; make it anew with them recorded.")
         ids, count = list(listed("The videos", ids)), self.num_states()

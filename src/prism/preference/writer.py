@@ -98,8 +98,8 @@ class StoreWriter:
             unit: as of `unit_name`.
             videos: a row per video: video, prompt, split, and what else `ROW_COLUMNS` names or scores are; row and
                 shape are filled in, and call is "{}" where it is missing.
-            tensors: "latents" (rows, ...) of a floating-point dtype, or int8 with "scale" (1, ...); with recorded
-                states "states" (rows, S, ...), "t" (rows, S), and "predicted" (rows, S, ...).
+            tensors: "latents" (videos, ...) of a floating-point dtype, or int8 with "scale" (1, ...); with recorded
+                states "states" (videos, S, ...), "t" (videos, S), and "predicted" (videos, S, ...).
 
         Raises:
             PrismError: for rows or tensors that do not fit each other, and where the file system refuses to write;
@@ -234,10 +234,10 @@ def write_store(
 
     Args:
         videos: one row per video: video, prompt, seed, split, and score columns; ``shard`` and ``row`` are added here.
-        latents: (n, ...) float16 or float32, row i belongs to row i of ``videos``.
+        latents: (videos, ...) float16 or float32, row i belongs to row i of ``videos``.
         pairs: as ``pairs_from_scores`` gives them; soft labels and weights beside them as in ``preference.soft``.
         meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
-        trajectories: {"states": (n, S, ...), "t": (n, S)}.
+        trajectories: {"states": (videos, S, ...), "t": (videos, S)}.
         shard_bytes: largest size of a latent file.
         eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
     """
