@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prism.evaluation import accuracy
+from prism.evaluation import intervals
 from prism.lab.contest import agreement, rows
 
 pytestmark = pytest.mark.usefixtures("intervals_of_few")
@@ -82,7 +82,7 @@ def test_costs_may_come_from_other_prompts():
 
 
 def test_few_prompts_have_no_interval(monkeypatch):
-    monkeypatch.setattr(accuracy, "FEWEST_PROMPTS", 3)
+    monkeypatch.setattr(intervals, "FEWEST_PROMPTS", 3)
     table = rows(records(1), PLANS, [7], CALL, "test", seed=0)
     assert {(row["referee_gain_ci95"], row["oracle_share_ci95"]) for row in table} == {(None, None)}
 
