@@ -10,7 +10,7 @@ import torch
 
 from prism import Judge, cli, files, shapeworld, video
 from prism.errors import PrismError
-from prism.evaluation import intervals
+from prism.evaluation import intervals as bootstrap
 from prism.lab import claims, demo, judges
 from prism.lab.contest import Contest
 from prism.lab.pixel import PixelJudge
@@ -96,7 +96,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     candidates.run(shipped, seed=3)
     monkeypatch.setattr(shapeworld, "asset_folder", lambda name: shipped)
     monkeypatch.setattr(judges, "pixel_judges", _another_head)
-    monkeypatch.setattr(intervals, "FEWEST_PROMPTS", 1)
+    monkeypatch.setattr(bootstrap, "FEWEST_PROMPTS", 1)
     settings = {**TINY, "full": True, "judges": 2, "labelled": 2, "unseen": 1}
     config = demo.DemoConfig(**settings)
     whole = demo.run(tmp_path / "whole", config=config)
