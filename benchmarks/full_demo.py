@@ -25,7 +25,7 @@ from prism.lab import demo, judges
 from prism.lab.contest import JointJudge
 from prism.loading import load_backbone
 from prism.preference import LatentStore
-from prism.runs import Parts, parts_of
+from prism.runs import IDENTITY, claim, parts_of
 from prism.shapeworld import candidates
 
 STAGES = ("data", "join", "train", "measure", "contests")
@@ -74,7 +74,7 @@ class Work:
         self.seed = given.seed
         self.backbone, self.call, _ = load_backbone()
         identity = demo.identity(self.config, self.backbone, self.call, None)
-        self.parts = Parts(parts_of(given.out), identity, shared=True)
+        self.parts = claim(parts_of(given.out), identity, True, name=IDENTITY, shared=True)
 
     def mine(self, jobs: list[Callable[[], Any]]) -> None:
         for job in jobs[self.rank :: self.size]:
@@ -96,7 +96,7 @@ class Work:
 
     def data(self) -> None:
         for name, (folder, shares, seed) in self._stores().items():
-            if not self.parts.has(name):
+            if not self.parts.has(f"{name}.json"):
                 share = (self.rank, self.size)
                 candidates.run(self.parts.folder / folder, shares, seed=seed, backbone=self.backbone, share=share)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +19,9 @@ from tests import kills
 
 from prism import files, runs, temporary
 from prism.errors import PrismError
-from prism.runs import Clock, Parts
+from prism.runs import IDENTITY, Clock
+
+Parts = functools.partial(runs.claim, resume=True, name=IDENTITY)
 
 
 def test_a_piece_is_made_once(tmp_path):
@@ -27,22 +32,22 @@ def test_a_piece_is_made_once(tmp_path):
     assert made == [1]
     assert found["x"] == [1, 2]
     assert found["seconds"] >= 0
-    assert parts.has("a/b")
+    assert parts.has("a/b.json")
 
 
 def test_a_piece_that_fails_leaves_nothing(tmp_path):
     parts = Parts(tmp_path / "p", {})
     with pytest.raises(KeyboardInterrupt):
         parts.once("a", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert not parts.has("a")
+    assert not parts.has("a.json")
 
 
 def test_another_configuration_is_named_and_never_mixed(tmp_path, capsys):
     Parts(tmp_path / "p", {"seed": 1, "n": 8}).once("a", dict)
     with pytest.raises(PrismError, match=r"differs in n: it was 8 and is now 4.*--overwrite"):
         Parts(tmp_path / "p", {"seed": 1, "n": 4})
-    assert Parts(tmp_path / "p", {"seed": 1, "n": 8}, restart=True).has("a")
-    assert not Parts(tmp_path / "p", {"seed": 1, "n": 4}, restart=True).has("a")
+    assert Parts(tmp_path / "p", {"seed": 1, "n": 8}, restart=True).has("a.json")
+    assert not Parts(tmp_path / "p", {"seed": 1, "n": 4}, restart=True).has("a.json")
     assert "deleting" in capsys.readouterr().err
 
 
@@ -50,7 +55,7 @@ def test_what_changes_no_piece_may_change(tmp_path):
     first = {"n": 8, "train": {"rows": 64, "rate": {"low": 1}}, "where": "a"}
     Parts(tmp_path / "p", first).once("a", dict)
     names = ("train.rows", "train.nothing", "where", "n.rows")
-    assert Parts(tmp_path / "p", {"n": 8, "train": {"rate": {"low": 1}}}, restart=True, changeable=names).has("a")
+    assert Parts(tmp_path / "p", {"n": 8, "train": {"rate": {"low": 1}}}, restart=True, changeable=names).has("a.json")
     assert files.read_json(tmp_path / "p" / "identity.json") == first
     with pytest.raises(PrismError, match=r"differs in train: rate\.low was 1 and is now 2"):
         Parts(tmp_path / "p", {"n": 8, "train": {"rows": 1, "rate": {"low": 2}}}, changeable=names)
@@ -293,10 +298,10 @@ def test_work_whose_name_was_taken_meanwhile_is_kept_beside_it(tmp_path):
 
 
 def test_processes_that_share_their_parts_do_not_refuse_each_other(tmp_path):
-    first = runs.Parts(tmp_path / "p", {"seed": 1}, shared=True)
-    second = runs.Parts(tmp_path / "p", {"seed": 1}, shared=True)
+    first = Parts(tmp_path / "p", {"seed": 1}, shared=True)
+    second = Parts(tmp_path / "p", {"seed": 1}, shared=True)
     first.once("a", dict)
-    assert second.has("a")
+    assert second.has("a.json")
 
 
 def test_the_first_difference_is_named_however_deep(tmp_path):
@@ -319,11 +324,79 @@ def runs_of(folder, identity):
 
 
 def test_only_what_a_run_made_is_deleted_at_its_end(tmp_path):
-    parts = runs.Parts(tmp_path / "out.parts", {"seed": 1})
+    parts = Parts(tmp_path / "out.parts", {"seed": 1})
     parts.once("a/b", dict)
     (parts.folder / "thesis.tex").write_text("x")
     with pytest.warns(UserWarning, match="no run made"):
         parts.remove()
     assert [path.name for path in parts.folder.rglob("*")] == ["thesis.tex"]
     with pytest.raises(PrismError, match="holds no parts"):
-        runs.Parts(parts.folder, {"seed": 1}, restart=True)
+        Parts(parts.folder, {"seed": 1}, restart=True)
+
+
+# -- pieces
+
+
+def test_a_kill_between_pieces_or_inside_one_loses_no_more_than_that_one(tmp_path):
+    folder, made = tmp_path / "run", tmp_path / "made"
+
+    def note(name):
+        with made.open("a") as file:
+            file.write(f"{name}\n")
+
+    def work():
+        held = runs.claim(folder, {"command": "study"}, resume=True)
+        for number in range(2):
+            held.once(f"rows/{number}", lambda number=number: note(f"rows/{number}.json") or {"x": number})
+
+        def fill(work):
+            note("heads/a")
+            for name in ("one", "two"):
+                (work / name).write_text(name)
+
+        held.piece("heads/a/", fill)
+        held.piece("heads/a/scores", lambda path: note("heads/a/scores") or path.write_text("scores"))
+        held.release()
+
+    work()
+    names = made.read_text().split()
+    assert names == ["rows/0.json", "rows/1.json", "heads/a", "heads/a/scores"]
+    whole, point, repeats = contents(folder), 1, []
+    shutil.rmtree(folder)
+    made.unlink()
+    while kills.dies(work, folder, point):
+        there = [name for name in names if (folder / name).exists()]
+        begun = made.read_text().split() if made.exists() else []
+        assert there == names[: len(there)]
+        work()
+        assert contents(folder) == whole
+        again = made.read_text().split()[len(begun) :]
+        assert again == names[len(there) :]  # all that is missing, and nothing twice
+        repeats.append(len(begun) + len(again) - len(names))
+        shutil.rmtree(folder)
+        made.unlink()
+        point += 1
+    assert point > 40
+    assert set(repeats) == {0, 1}  # between two pieces, or inside of one
+
+
+def contents(folder):
+    """The files of a run by name, but for wall times."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: json.loads(data)["x"] if name.startswith("rows") else data for name, data in found.items()}
+
+
+def test_a_piece_that_its_reader_refuses_is_made_anew(tmp_path):
+    held = runs.claim(tmp_path / "run", {"command": "study"})
+
+    def read(path):
+        if path.read_text() != "whole":
+            raise PrismError(f"The file {path} is damaged.")
+        return path.read_text()
+
+    held.piece("a", lambda path: path.write_text("half"))
+    with pytest.warns(UserWarning, match=r"run/a is damaged\. It is made anew"):
+        assert held.piece("a", lambda path: path.write_text("whole"), read) == "whole"
+    assert held.piece("a", lambda path: 1 / 0, read) == "whole"
+    with pytest.raises(PrismError, match="is damaged"):
+        held.piece("b", lambda path: path.write_text("half"), read)

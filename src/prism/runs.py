@@ -188,11 +188,50 @@ def _read(path: Path) -> dict[str, Any] | None:
 # -- folders that a run works in, and that it can go on in after a kill
 
 
-class Claim:
-    """This process's hold on a run's folder, until it ends or is released; `resumed`: whether a run was there."""
+class Parts:
+    """A run's folder and the finished pieces in it, held by this process until it ends or `release` is called.
 
-    def __init__(self, folder: Path, resumed: bool, lock: int | None) -> None:
-        self.folder, self.resumed, self._lock = folder, resumed, lock
+    A piece is done when its file or folder is there: it appears whole, so that a kill loses no more than the piece that
+    was being made. resumed: whether a run was there. Without a lock the folder is not held, as in all but the first of
+    several processes.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], resumed: bool = False, lock: int | None = None) -> None:
+        self.folder, self.resumed, self._lock = Path(folder), resumed, lock
+
+    def has(self, name: str) -> bool:
+        """True if a piece is there: its path in the folder, suffix included."""
+        return (self.folder / name).exists()
+
+    def once(self, name: str, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any]:
+        """Return what `make` returned, from `name`.json where it was made before; its wall time is added as "seconds".
+
+        `make` may leave files in the folder: they must appear whole, and before it returns.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.perf_counter()
+            made = dict(make() or {})
+            files.write_json(path, {**made, "seconds": time.perf_counter() - started})
+        return files.read_json(path)
+
+    def piece(self, name: str, make: Callable[[Path], object], read: Callable[[Path], Any] = Path) -> Any:
+        """Return what `read` gives of a piece's path, which `make` writes where it is missing.
+
+        name: a file's path in the folder, or with "/" at its end a folder's. A piece that `read` refuses by a
+        `PrismError` is made anew, with a warning.
+        """
+        path = self.folder / name
+        if path.exists():
+            try:
+                return read(path)
+            except PrismError as error:
+                warnings.warn(f"{error} It is made anew.", stacklevel=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.new_folder(path, True) if name.endswith("/") else files.new_file(path) as work:
+            make(work)
+        return read(path)
 
     def release(self) -> None:
         """Let other processes have the folder."""
@@ -202,8 +241,13 @@ class Claim:
 
     __del__ = release
 
+    def remove(self) -> None:
+        """Delete the pieces and release the folder; a user's file among them stays."""
+        discard(self.folder)
+        self.release()
 
-_held: weakref.WeakValueDictionary[tuple[int, int], Claim] = weakref.WeakValueDictionary()
+
+_held: weakref.WeakValueDictionary[tuple[int, int], Parts] = weakref.WeakValueDictionary()
 
 
 def claim(
@@ -216,8 +260,8 @@ def claim(
     changeable: Sequence[str] = (),
     besides: Sequence[str] = (),
     shared: bool = False,
-) -> Claim:
-    """Make a run's folder, or check that it is this run's, and hold it as long as the claim lives.
+) -> Parts:
+    """Make a run's folder, or check that it is this run's, and hold it as long as what is returned lives.
 
     Args:
         folder: missing or vacant, a run begins; else it must hold this run, and `resume` or `restart` be set.
@@ -236,7 +280,7 @@ def claim(
     """
     folder = Path(folder)
     if not main:
-        return Claim(folder, False, None)
+        return Parts(folder)
     folder = files.check_place(folder)
     new = json.loads(json.dumps(dict(identity), allow_nan=False))
     was_there = folder.exists()
@@ -253,14 +297,14 @@ def claim(
 
 
 def _enter(
-    held: Claim,
+    held: Parts,
     new: dict[str, Any],
     resume: bool,
     restart: bool,
     name: str,
     changeable: Sequence[str],
     besides: Sequence[str],
-) -> Claim:
+) -> Parts:
     """Begin the run `new` in a held folder, or go on with the one that is there; arguments as of `claim`."""
     folder, path, command = held.folder, held.folder / name, new.get("command")
     held.resumed = False
@@ -298,14 +342,14 @@ def _enter(
     )
 
 
-def _hold(folder: Path, shared: bool = False) -> Claim:
+def _hold(folder: Path, shared: bool = False) -> Parts:
     """This process's claim on a folder, which may be one that it has already."""
     status = folder.stat()
     held = _held.get((status.st_dev, status.st_ino))
     if held is not None and held._lock is not None:
         return held
     try:
-        held = Claim(folder, False, temporary.hold(folder, shared))
+        held = Parts(folder, False, temporary.hold(folder, shared))
     except BlockingIOError:
         raise _busy(folder) from None
     _held[status.st_dev, status.st_ino] = held
@@ -321,53 +365,6 @@ def abandon(folder: Path) -> None:
     if folder.is_dir() and not folder.is_symlink() and is_vacant(folder):
         temporary.sweep(folder)
         discard(folder)
-
-
-class Parts:
-    """The finished pieces of a long run, each a JSON file and whatever its maker leaves beside it.
-
-    Args:
-        folder: where they lie; made where it is missing, and held as long as this lives.
-        identity: what the pieces depend on, as JSON. Pieces of another identity are refused.
-        restart: delete pieces of another identity instead, and start anew.
-        shared: other processes work on pieces of the same folder.
-        changeable: as of `claim`.
-
-    Raises:
-        PrismError: for a folder that holds something else, or pieces of another configuration (what differs is named).
-    """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        identity: Mapping[str, Any],
-        restart: bool = False,
-        shared: bool = False,
-        changeable: Sequence[str] = (),
-    ) -> None:
-        self.folder = Path(folder)
-        self._claim = claim(self.folder, identity, True, restart, name=IDENTITY, shared=shared, changeable=changeable)
-
-    def once(self, name: str, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any]:
-        """Return what `make` returned, from disk where it was made before; its wall time is added as "seconds".
-
-        `make` may leave files in the folder: they must appear whole, and before it returns.
-        """
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
-            made = dict(make() or {})
-            files.write_json(path, {**made, "seconds": time.perf_counter() - started})
-        return files.read_json(path)
-
-    def has(self, name: str) -> bool:
-        return (self.folder / f"{name}.json").is_file()
-
-    def remove(self) -> None:
-        """Delete the pieces; a user's file among them stays."""
-        discard(self.folder)
-        self._claim.release()
 
 
 def parts_of(out: str | os.PathLike[str]) -> Path:

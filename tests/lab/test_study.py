@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from tests import stores, tiny
+from tests import kills, stores, tiny
 from tests.zoo import VARIANTS
 
 from prism.backbone import Backbone
@@ -204,6 +205,30 @@ def test_heads_outlive_a_scoring_that_fails(made, tmp_path, monkeypatch):
     assert len(trained) == count
     whole = ablations.run(config, tmp_path / "whole", only=["steps-2"])
     assert {row["variant"]: row for row in metrics["study"]} == {row["variant"]: row for row in whole["study"]}
+
+
+def test_a_killed_study_goes_on_with_nothing_lost_or_done_twice(made, tmp_path):
+    config = dataclasses.replace(made[0], seeds=1, inits=1, draws=1)
+    out = tmp_path / "out"
+
+    def work(folder=out):
+        return ablations.run(config, folder, only=["steps-2"], confirm=["steps-2"], resume=True)
+
+    whole = work(tmp_path / "whole")
+    for where, point in (("heads/base", 9), ("heads/steps-2", 2), ("confirmed", 9)):
+        assert kills.dies(work, out / where, point)
+        assert not (out / "confirmed" / "steps-2.json").exists()
+        finished = {
+            path: path.stat().st_mtime_ns for path in out.glob("heads/*/seed-0/*") if path.parent.name[0] != "."
+        }
+        again = work()
+        for part in ("study", "accuracy", "confirmed", "calibration"):
+            assert again[part] == whole[part]
+        assert finished.items() <= {path: path.stat().st_mtime_ns for path in out.glob("heads/*/seed-0/*")}.items()
+        assert not list(out.rglob(".*"))
+        with pytest.raises(PrismError, match="looked at once"):
+            work()
+        shutil.rmtree(out)
 
 
 def test_a_denoiser_that_is_used_at_high_noise_alone_is_studied_there(made, tmp_path):

@@ -3,13 +3,16 @@ loop, training that resumes, candidates that resume, assets that are checked."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from safetensors import SafetensorError
+from tests import kills
 
 from prism import cli, files
 from prism.backbone import Backbone
@@ -290,6 +293,58 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     states, t = store.trajectory([row["video"]])
     assert states.shape == (1, 1, 48, 5, 4, 4)
     assert 0 < t[0, 0] < 1000
+
+
+def test_candidates_outlive_a_kill_anywhere(tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr(candidates, "BATCH", 2)
+    monkeypatch.setattr(grammar, "prompts", lambda split, count: ["a red circle", "a blue circle"][:count])
+    backbone, log = Backbone(pipe), tmp_path / "log"
+    fingerprint = backbone.fingerprint()
+    monkeypatch.setattr(backbone, "fingerprint", lambda: fingerprint)
+
+    def sample(_backbone, _call, chunk, _trajectories):
+        with log.open("a") as file:
+            file.write(f"{chunk[0][1]}\n")
+        scores = torch.tensor([seed % 97 / 97 for _, _, seed in chunk])
+        part = {f"score/{name}": scores.clone() for name in referee.DIMENSIONS}
+        return {**part, "latents": scores.view(-1, 1, 1, 1).half()}
+
+    monkeypatch.setattr(candidates, "_sample", sample)
+    out, parts = tmp_path / "runs" / "store", tmp_path / "runs" / "store.parts"
+    work = partial(candidates.run, out, {"train": (2, 2)}, backbone=backbone)
+    work()
+    whole, point, repeats = {path.name: path.read_bytes() for path in out.iterdir()}, 1, set()
+    while True:
+        shutil.rmtree(out)
+        shutil.rmtree(parts, ignore_errors=True)
+        log.write_text("")
+        if not kills.dies(work, out.parent, point):
+            break
+        begun, done = len(log.read_text().split("\n")) - 1, len(list(parts.glob("0000?.safetensors")))
+        if not out.exists():
+            work()
+            again = len(log.read_text().split("\n")) - 1 - begun
+            assert again == 2 - done  # what is missing, and nothing twice
+            repeats.add(begun + again - 2)
+            assert [path.name for path in out.parent.iterdir()] == ["store"]
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+        point += 3
+    assert point > 30
+    assert repeats == {0, 1}
+
+
+def test_a_kill_while_the_log_is_cut_loses_no_row_before_the_checkpoint(tmp_path):
+    rows = [json.dumps({"step": step}) + "\n" for step in (50, 100, 150)]
+    log, point = tmp_path / "part" / "log.jsonl", 1
+    log.parent.mkdir()
+    while True:
+        log.write_text("".join(rows) + '{"step": 2')  # a row that a kill cut off
+        if not kills.dies(lambda: train._cut_log(log, 100), log.parent, point):
+            break
+        assert log.read_text().startswith("".join(rows[:2]))
+        point += 1
+    assert point > 3
+    assert log.read_text() == "".join(rows[:2])
 
 
 def test_assets_are_checked(tmp_path, monkeypatch):

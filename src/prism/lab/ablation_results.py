@@ -21,6 +21,7 @@ from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.report import tables, wording
 from prism.report.rows import AccuracyRow, CalibrationRow, StudyRow
+from prism.runs import Parts
 from prism.team import in_batches
 from prism.training.batches import LEVELS, conditioned, levels
 from prism.training.config import TrainConfig
@@ -185,11 +186,15 @@ def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> lis
     return [torch.cat(rows, 1).unflatten(0, shape) for rows in zip(*parts)]
 
 
-def complete(out: Path, variant: Variant, everything: Sequence[Variant], config: Any) -> bool:
+def heads_of(name: str, seed: int) -> str:
+    """The folder of a variant's heads of one seed, in the study's."""
+    return f"heads/{name}/seed-{seed}"
+
+
+def complete(parts: Parts, variant: Variant, config: Any) -> bool:
     """True once all heads that a variant needs are trained and scored."""
     names = variant.members or ((variant.name,) if variant.trained else (BASE,))
-    folders = (out / "heads" / name / f"seed-{seed}" for name in {*names, BASE} for seed in range(config.seeds))
-    return all((folder / SCORES).is_file() for folder in folders)
+    return all(parts.has(f"{heads_of(name, seed)}/{SCORES}") for name in {*names, BASE} for seed in range(config.seeds))
 
 
 def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]]:
@@ -224,8 +229,7 @@ class Results:
         members = []
         for name, seed, init in heads:
             if (name, seed) not in self._scores:
-                path = self.out / "heads" / name / f"seed-{seed}" / SCORES
-                self._scores[name, seed] = files.load_safetensors(path)
+                self._scores[name, seed] = files.load_safetensors(self.out / heads_of(name, seed) / SCORES)
             scores = self._scores[name, seed][f"head-{init}"].double().numpy()
             margins = scores[:, :, self.first] - scores[:, :, self.second]
             members.append(margins / margins.std((0, 1, 2)) if variant.standardised else margins)
@@ -305,41 +309,48 @@ class Results:
 
 
 def confirm(
-    out: Path, variant: Variant, everything: Sequence[Variant], config: Any, store: LatentStore, backbone: Any
+    parts: Parts, variant: Variant, everything: Sequence[Variant], config: Any, store: LatentStore, backbone: Any
 ) -> dict[str, Any]:
     """Measure a variant on the test split, beside the recipe, and save its judge; each variant but once.
 
     Raises PrismError for a variant that was confirmed before, or that no judge can be made of.
     """
-    path = out / "confirmed" / f"{variant.name}.json"
-    if path.exists():
+    name = f"confirmed/{variant.name}"
+    if parts.has(f"{name}.json"):
         raise PrismError(
-            f"The variant {variant.name} was confirmed before, see {path}; the test split is looked at once."
+            f"The variant {variant.name} was confirmed before, see {parts.folder / name}.json; the test split is "
+            "looked at once."
         )
     if variant.standardised:
         raise PrismError(f"The variant {variant.name} is a comparison alone: no judge standardises its heads.")
-    path.parent.mkdir(exist_ok=True)
+    return parts.once(name, lambda: _confirmation(parts.folder, variant, everything[0], config, store, backbone))
+
+
+def _confirmation(
+    out: Path, variant: Variant, recipe: Variant, config: Any, store: LatentStore, backbone: Any
+) -> dict[str, Any]:
+    """The entry of a confirmed variant; its judges and their margins are saved beside where it will lie."""
     measured: dict[str, list[Any]] = {}
     calibration = []
-    for each in {variant.name: variant, BASE: everything[0]}.values():
+    for each in {variant.name: variant, BASE: recipe}.values():
         measured[each.name] = []
         for number, heads in enumerate(replicates(each, config)[:: 1 if each.heads > 1 else config.inits]):
-            folders = [out / "heads" / name / f"seed-{seed}" / f"head-{init}" for name, seed, init in heads]
+            folders = [out / heads_of(name, seed) / f"head-{init}" for name, seed, init in heads]
             judge = Judge.average([Judge.from_pretrained(folder, backbone) for folder in folders])
             judge.name = each.name
             on_test = measure(judge, store, "test", num_draws=each.draws)
             measured[each.name].append(on_test)
             if each is variant:
-                on_test.save(path.with_name(f"{variant.name}-{number}.parquet"))
+                on_test.save(out / "confirmed" / f"{variant.name}-{number}.parquet")
                 on_validation = measure(judge, store, "validation", levels(backbone), num_draws=each.draws)
                 calibrate(judge, on_validation)
-                judge.save_pretrained(path.with_name(f"{variant.name}-{number}"), overwrite=True)
+                judge.save_pretrained(out / "confirmed" / f"{variant.name}-{number}", overwrite=True)
                 calibration += [
                     {"dimension": dimension, "judge": number, **judge.calibration[dimension]}
                     | reliability(*pairs, judge.eta, judge.calibration[dimension])
                     for dimension, pairs in margins_of(on_test).items()
                 ]
-    entry = {
+    return {
         "variant": variant.name,
         "accuracy": [row for measurements in measured.values() for each in measurements for row in each.rows],
         "comparison": []
@@ -347,8 +358,6 @@ def confirm(
         else compare_judges(measured[variant.name], measured[BASE], any_draws=True),
         "calibration": calibration,
     }
-    files.write_json(path, entry)
-    return entry
 
 
 def confirmations(out: Path) -> list[dict[str, Any]]:

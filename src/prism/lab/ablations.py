@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prism import files, runs
 from prism.errors import PrismError, quoted, whole
-from prism.lab.ablation_results import BASE, BASE_HEADS, Variant, chosen, table
+from prism.lab.ablation_results import BASE, BASE_HEADS, Variant, chosen, heads_of, table
 from prism.training.config import RESULTLESS, TrainConfig
 
 RECIPE = TrainConfig(
@@ -95,18 +96,18 @@ def run(
     for variant in confirm:
         _named(variant, everything, "")
     whose = {"command": "study", **_json(config), "store": store_identity(store), "model": backbone.fingerprint()}
-    claim = runs.claim(out, whose, resume, changeable=CHANGEABLE)
+    parts = runs.claim(out, whose, resume, changeable=CHANGEABLE)
     started = time.perf_counter()
-    _score_unscored(config, out, store, backbone, to_train)
-    _train(config, out, store, backbone, tap, to_train)
-    done = [row for row in everything if results.complete(out, row, everything, config)]
+    _score_unscored(config, parts, store, backbone, to_train)
+    _train(config, parts, store, backbone, tap, to_train)
+    done = [row for row in everything if results.complete(parts, row, config)]
     measured = results.Results(out, store, config, levels(backbone))
     rows = [measured.row(row) for row in done]
     (out / "results").mkdir(exist_ok=True)
     for row in rows:
         files.write_json(out / "results" / f"{row['variant']}.json", row)
     for variant in confirm:
-        results.confirm(out, _named(variant, done, "finished "), everything, config, store, backbone)
+        results.confirm(parts, _named(variant, done, "finished "), everything, config, store, backbone)
     confirmed = results.confirmations(out)
     metrics = document(
         "study",
@@ -123,24 +124,26 @@ def run(
     settings = {**files.read_json(out / "config.json"), "options": dict(options or {})}
     files.write_json(out / "config.json", settings)
     write_report(out / "report.html", metrics, title="What makes the judge better", notes=NOTES, config=settings)
-    claim.release()
+    parts.release()
     return metrics
 
 
-def _train(config: StudyConfig, out: Path, store: Any, backbone: Any, tap: int, to_train: Sequence[Variant]) -> None:
+def _train(
+    config: StudyConfig, parts: runs.Parts, store: Any, backbone: Any, tap: int, to_train: Sequence[Variant]
+) -> None:
     """Train and score the variants that are not done yet, those that read the same batches together."""
     from prism.training.trainer import SHARED
 
     arms: dict[tuple[Any, ...], list[tuple[Variant, TrainConfig]]] = {}
     for seed in range(config.seeds):
         for variant in to_train:
-            if not variant.trained or (out / "heads" / variant.name / f"seed-{seed}").is_dir():
+            if not variant.trained or parts.has(heads_of(variant.name, seed)):
                 continue
             settings = dataclasses.replace(config.train, seed=config.train.seed + seed, **variant.train)
             arms.setdefault((seed, *(getattr(settings, key) for key in SHARED)), []).append((variant, settings))
     started, share = time.perf_counter(), [max(each.steps for _, each in arm) for arm in arms.values()]
     for number, (key, arm) in enumerate(arms.items()):
-        _train_arm(config, out, store, backbone, tap, key[0], arm)
+        _train_arm(config, parts, store, backbone, tap, key[0], arm)
         passed, left = time.perf_counter() - started, sum(share[number + 1 :]) / sum(share[: number + 1])
         names = ", ".join(variant.name for variant, _ in arm[:3]) + (", ..." if len(arm) > 3 else "")
         print(
@@ -153,7 +156,7 @@ def _train(config: StudyConfig, out: Path, store: Any, backbone: Any, tap: int, 
 
 def _train_arm(
     config: StudyConfig,
-    out: Path,
+    parts: runs.Parts,
     store: Any,
     backbone: Any,
     tap: int,
@@ -177,15 +180,19 @@ def _train_arm(
     for (name, init), judge in zip(places, judges):
         trained[name][f"head-{init}"] = judge
     for name, heads in trained.items():  # before scoring, which may fail: training takes long
-        with files.new_folder(out / "heads" / name / f"seed-{seed}") as folder:
+        kept = {f"head-{init}": histories[p] for p, (each, init) in enumerate(places) if each == name}
+
+        def save(folder: Path, heads: dict[str, Judge] = heads, kept: dict[str, Any] = kept) -> None:
             for head_name, judge in heads.items():
                 judge.save_pretrained(folder / head_name)
-            kept = {f"head-{init}": histories[p] for p, (each, init) in enumerate(places) if each == name}
             files.write_json(folder / "history.json", kept)
-    _score(config, out, store, [(name, seed, head, judge) for name in trained for head, judge in trained[name].items()])
+
+        parts.piece(f"{heads_of(name, seed)}/", save)
+    scored = [(name, seed, head, judge) for name, heads in trained.items() for head, judge in heads.items()]
+    _score(config, parts, store, scored)
 
 
-def _score(config: StudyConfig, out: Path, store: Any, heads: Sequence[tuple[str, int, str, Any]]) -> None:
+def _score(config: StudyConfig, parts: runs.Parts, store: Any, heads: Sequence[tuple[str, int, str, Any]]) -> None:
     """Score heads (variant, seed, name, judge) on the validation videos in one read, and keep it beside them."""
     from safetensors.torch import save_file
 
@@ -195,22 +202,24 @@ def _score(config: StudyConfig, out: Path, store: Any, heads: Sequence[tuple[str
     for (variant, seed, head, _), values in zip(heads, score_heads([judge for *_, judge in heads], store, config)):
         scores.setdefault((variant, seed), {})[head] = values.contiguous()
     for (variant, seed), tensors in scores.items():
-        with files.new_file(out / "heads" / variant / f"seed-{seed}" / SCORES) as temporary:
-            save_file(tensors, temporary)
+        parts.piece(f"{heads_of(variant, seed)}/{SCORES}", partial(save_file, tensors))
 
 
-def _score_unscored(config: StudyConfig, out: Path, store: Any, backbone: Any, to_train: Sequence[Variant]) -> None:
+def _score_unscored(
+    config: StudyConfig, parts: runs.Parts, store: Any, backbone: Any, to_train: Sequence[Variant]
+) -> None:
     """Score heads of a run that was ended between their training and their scores."""
     from prism.judge import Judge
     from prism.lab.ablation_results import SCORES
 
     for variant in to_train:
         for seed in range(config.seeds):
-            folder = out / "heads" / variant.name / f"seed-{seed}"
-            if folder.is_dir() and not (folder / SCORES).is_file():
+            name = heads_of(variant.name, seed)
+            if parts.has(name) and not parts.has(f"{name}/{SCORES}"):
+                folder = parts.folder / name
                 names = sorted(path.name for path in folder.glob("head-*"))
                 heads = [(variant.name, seed, name, Judge.from_pretrained(folder / name, backbone)) for name in names]
-                _score(config, out, store, heads)
+                _score(config, parts, store, heads)
 
 
 def _named(name: str, rows: Sequence[Variant], state: str) -> Variant:

@@ -26,7 +26,7 @@ from prism.loading import check_alone, describe, load_backbone
 from prism.report.metrics import cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
 from prism.report.rows import ClaimRow
-from prism.runs import Clock, Parts
+from prism.runs import IDENTITY, Clock, Parts, claim
 from prism.training.config import RESULTLESS, TrainConfig
 
 TRAIN = TrainConfig(
@@ -147,7 +147,7 @@ def _run(
     shipped = None if samples_data else LatentStore.open(shapeworld.asset_folder("candidates"))
     changeable = (*(f"config.train.{name}" for name in RESULTLESS), *(f"backbone.{name}" for name in VERSIONED))
     whose = identity(config, backbone, call, shipped)
-    parts = Parts(parts_folder, whose, restart=overwrite, changeable=changeable)
+    parts = claim(parts_folder, whose, True, overwrite, name=IDENTITY, changeable=changeable)
 
     def seconds(name: str, *prefixes: str) -> None:
         paths = [path for prefix in prefixes for path in sorted(parts_folder.glob(f"{prefix}*.json"))]
@@ -288,7 +288,7 @@ def contests(
         seeds = [first_seed + 1000 * index + i for i in range(config.n)]
         separately = split == "test" and index < config.alone
         name = f"{split}/{index:04d}"
-        is_done = parts.has(name)
+        is_done = parts.has(f"{name}.json")
 
         def make(prompt: str = prompt, seeds: list[int] = seeds, separately: bool = separately) -> dict[str, Any]:
             return record(make_contest(joint, config, prompt, seeds, call), config, separately)

@@ -141,7 +141,7 @@ def train_pixel(
     changeable = ("store.name", *(f"backbone.{name}" for name in VERSIONED))
     place = runs.parts_of(out)
     parts: list[runs.Parts] = []  # the first process holds them
-    team.on_first(lambda: parts.append(runs.Parts(place, identity, changeable=changeable)))
+    team.on_first(lambda: parts.append(runs.claim(place, identity, True, name=runs.IDENTITY, changeable=changeable)))
     frames = DecodedCache(place / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 

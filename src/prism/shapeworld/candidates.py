@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +89,19 @@ def run(
     shares = {split: list(share) for split, share in splits.items()}
     identity = {**meta, "splits": shares, "trajectories": trajectories}
     changeable = [f"backbone.{name}" for name in VERSIONED]
-    parts = runs.Parts(runs.parts_of(out), identity, restart=overwrite, shared=share[1] > 1, changeable=changeable)
+    parts = runs.claim(
+        runs.parts_of(out), identity, True, overwrite, name=runs.IDENTITY, changeable=changeable, shared=share[1] > 1
+    )
     chunks = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
     done = []
     for index, chunk in enumerate(tqdm(chunks, disable=None, desc="candidates", unit=f"x{BATCH} videos")):
         if index % share[1] != share[0]:
             continue
-        path = parts.folder / f"{index:05d}.safetensors"
-        part = _made_before(path, len(chunk))
-        if part is None:
-            part = _sample(backbone, call, chunk, trajectories)
-            with files.new_file(path) as finished:
-                save_file(part, finished)
-        done.append(part)
+
+        def make(path: Path, chunk: list[tuple[str, str, int]] = chunk) -> None:
+            save_file(_sample(backbone, call, chunk, trajectories), path)
+
+        done.append(parts.piece(f"{index:05d}.safetensors", make, partial(_part, count=len(chunk))))
     if share[1] > 1:
         return
     joined = {name: torch.cat([part[name] for part in done]) for name in done[0]}
@@ -120,16 +120,13 @@ def run(
     parts.remove()
 
 
-def _made_before(path: Path, count: int) -> dict[str, torch.Tensor] | None:
-    """Load a part of `count` videos; None where it does not exist, is damaged (with a warning), or has another size."""
-    if not path.is_file():
-        return None
-    try:
-        part = files.load_safetensors(path)
-    except PrismError as error:
-        warnings.warn(f"{error} It is made anew.", stacklevel=3)
-        return None
-    return part if part and all(len(value) == count for value in part.values()) else None
+def _part(path: Path, count: int) -> dict[str, torch.Tensor]:
+    """Load a part of `count` videos; raises `PrismError` for one that is damaged or has another size."""
+    part = files.load_safetensors(path)
+    sizes = {len(value) for value in part.values()}
+    if sizes != {count}:
+        raise PrismError(f"The file {path} holds {sorted(sizes)} videos where {count} are needed.")
+    return part
 
 
 def _sample(

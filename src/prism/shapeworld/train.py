@@ -129,9 +129,10 @@ def fit(
 
 def _cut_log(path: Path, step: int) -> None:
     """Drop the rows after `step` from the log: a killed run repeats the steps since its checkpoint."""
-    rows = path.read_text().splitlines() if path.is_file() else []
-    kept = [row for row in rows if json.loads(row)["step"] <= step]
-    path.write_text("".join(f"{row}\n" for row in kept))
+    rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    with files.new_file(path) as whole:
+        whole.write_text("".join(kept))
 
 
 def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None:
@@ -176,21 +177,18 @@ def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKL
     """The VAE with its encoder fitted. The part of a run that needs it first makes `folder/fitted`; the other reads it.
 
     Fitting takes about a minute on one core; other processes wait meanwhile."""
-    fitted = folder / "fitted"
 
-    def make() -> None:
-        if fitted.is_dir():
-            return
+    def make(fitted: Path) -> None:
         torch.manual_seed(config.seed)
         if config.start:
             vae = AutoencoderKLWan.from_pretrained(config.start).float()
         else:
             vae = generator.build()
             print(f"The linear code loses {generator.fit_encoder(vae, config.seed):.1%} of the pixels' variance.")
-        _save(vae, fitted)
+        vae.save_pretrained(fitted)
 
-    team.on_first(make)
-    return AutoencoderKLWan.from_pretrained(fitted)
+    team.on_first(lambda: runs.Parts(folder).piece("fitted/", make))
+    return AutoencoderKLWan.from_pretrained(folder / "fitted")
 
 
 def _latent_pool(
@@ -199,22 +197,17 @@ def _latent_pool(
     """Latents of `videos` random clean videos, in half precision, and their prompts; made once, kept beside the
     checkpoint.
     """
-    path = folder / "latents.safetensors"
 
-    def make() -> None:
-        if path.exists():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+    def make(path: Path) -> None:
         latents, prompts, chunk = [], [], 250
         for start in tqdm(range(0, videos, chunk), disable=None, desc="rendering"):
             video, names = world.sample(min(chunk, videos - start), seed * 7_919 + start)
             latents.append(code(video).half())
             prompts += names
-        with files.new_file(path) as whole:  # a kill while it is written must not leave half a pool
-            save_file({"latents": torch.cat(latents).contiguous()}, whole, metadata={"prompts": json.dumps(prompts)})
+        save_file({"latents": torch.cat(latents).contiguous()}, path, metadata={"prompts": json.dumps(prompts)})
 
-    team.on_first(make)
-    with safe_open(path, "pt") as file:
+    team.on_first(lambda: runs.Parts(folder).piece("latents.safetensors", make))
+    with safe_open(folder / "latents.safetensors", "pt") as file:
         return file.get_tensor("latents"), json.loads(file.metadata()["prompts"])
 
 
@@ -317,7 +310,7 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
     team = Team.gathered(device)
     configs: dict[str, PartConfig] = {}
-    claims: list[runs.Claim] = []  # held until both are trained
+    claims: list[runs.Parts] = []  # held until both are trained
     for name in PARTS if part == "all" else (part,):
         config = replace(DEFAULTS[name], **{key: value for key, value in settings.items() if value is not None})
         most = {"steps": 10**8, "batch_size": 10**5, "layers": 1000, "heads": 1000, "videos": 10**8}
@@ -337,11 +330,11 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     if "transformer" in configs:
         train_transformer(out / "transformer", out / "vae", configs["transformer"], device, team)
     made = ("vae/vae", "transformer/transformer", "transformer/text_encoder")
-    if team.first and all((out / folder).is_dir() for folder in made):
+    if team.first and all(map(runs.Parts(out).has, made)):
         save_pipeline(out, out / "pipeline")
 
 
-def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Claim:
+def _claim(folder: Path, config: PartConfig, resume: bool) -> runs.Parts:
     """Claim a part's folder: refuse another run's, write the settings of a new run, and the new number of steps of a
     resumed one.
     """

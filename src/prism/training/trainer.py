@@ -97,7 +97,7 @@ def train(
     _check_backbone(store, judge)
     team = _team(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
-    claims: list[runs.Claim] = []  # only the first process claims the folder
+    claims: list[runs.Parts] = []  # only the first process claims the folder
     resolved = _resolved(store, judge, config)
     team.on_first(lambda: claims.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
     if (out / "head").is_dir():  # the run had already ended
