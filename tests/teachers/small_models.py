@@ -134,3 +134,150 @@ def clip(seed: int, frames: int = 10, height: int = 56, width: int = 84) -> np.n
     """A video of noise that moves, (T, H, W, 3) uint8."""
     random = np.random.default_rng(seed)
     return random.integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+# -- pictures
+
+
+def words(folder: Path, vocabulary: list[str], kind: str) -> Any:
+    """A tokenizer of whole words, saved in a folder: CLIP's with its start and end, BERT's with [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    first, last = ("<|startoftext|>", "<|endoftext|>") if kind == "clip" else ("[CLS]", "[SEP]")
+    table = {word: index for index, word in enumerate(["[UNK]", *vocabulary, first, last])}
+    raw = Tokenizer(models.WordLevel(table, "[UNK]"))
+    raw.normalizer, raw.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, table[first]), (last, table[last])]
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token=last, eos_token=last)
+    made.save_pretrained(folder)
+    return made
+
+
+def open_clip(folder: Path, vocabulary: list[str]) -> dict[str, torch.Tensor]:
+    """A folder of HPSv2 with weights under open_clip's names and CLIP's files; the state."""
+    from transformers import CLIPConfig
+
+    size, wide, embed, side = len(vocabulary) + 3, 32, 24, 28
+    tower = {"hidden_size": wide, "intermediate_size": 4 * wide, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "hidden_act": "gelu"}  # fmt: skip
+    CLIPConfig(
+        projection_dim=embed,
+        text_config={**tower, "vocab_size": size, "max_position_embeddings": 77, "eos_token_id": size - 1,
+                     "bos_token_id": size - 2, "pad_token_id": 1},
+        vision_config={**tower, "image_size": side, "patch_size": 7},
+    ).save_pretrained(folder)  # fmt: skip
+    random = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random) / 5
+
+    state = {
+        "visual.class_embedding": draw(wide), "visual.conv1.weight": draw(wide, 3, 7, 7),
+        "visual.positional_embedding": draw(17, wide), "visual.proj": draw(wide, embed),
+        "token_embedding.weight": draw(size, wide), "positional_embedding": draw(77, wide),
+        "text_projection": draw(wide, embed), "logit_scale": torch.tensor(4.6),
+    }  # fmt: skip
+    for name in ("visual.ln_pre", "visual.ln_post", "ln_final"):
+        state |= {f"{name}.weight": 1 + draw(wide), f"{name}.bias": draw(wide)}
+    for stem in ("visual.transformer.resblocks", "transformer.resblocks"):
+        for layer in range(2):
+            block = f"{stem}.{layer}"
+            for name in ("ln_1", "ln_2"):
+                state |= {f"{block}.{name}.weight": 1 + draw(wide), f"{block}.{name}.bias": draw(wide)}
+            state |= {
+                f"{block}.attn.in_proj_weight": draw(3 * wide, wide),
+                f"{block}.attn.in_proj_bias": draw(3 * wide),
+            }
+            for name, out, into in (
+                ("attn.out_proj", wide, wide),
+                ("mlp.c_fc", 4 * wide, wide),
+                ("mlp.c_proj", wide, 4 * wide),
+            ):
+                state |= {f"{block}.{name}.weight": draw(out, into), f"{block}.{name}.bias": draw(out)}
+    save_file(state, folder / "HPS_v2.1_compressed.safetensors")
+    words(folder, vocabulary, "clip")
+    return state
+
+
+def imagereward(folder: Path, vocabulary: list[str]) -> dict[str, torch.Tensor]:
+    """A folder of ImageReward with BERT's tokenizer; the state."""
+    size, seen, wide = len(vocabulary) + 3, 64, 32
+    config = {"vocab_size": size, "hidden_size": wide, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "max_position_embeddings": 64, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
+              "encoder_width": 768, "add_cross_attention": True, "type_vocab_size": 2}  # fmt: skip
+    (folder / "med_config.json").write_text(json.dumps(config))
+    random = torch.Generator().manual_seed(5)
+
+    def linear(name: str, out: int, into: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": torch.randn(out, into, generator=random) / into**0.5,
+                f"{name}.bias": torch.randn(out, generator=random) / 5}  # fmt: skip
+
+    def norm(name: str, width: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": 1 + torch.randn(width, generator=random) / 5,
+                f"{name}.bias": torch.randn(width, generator=random) / 5}  # fmt: skip
+
+    eye, text = "blip.visual_encoder", "blip.text_encoder"
+    state = {
+        f"{eye}.cls_token": torch.randn(1, 1, seen, generator=random),
+        f"{eye}.pos_embed": torch.randn(1, 5, seen, generator=random),
+        f"{eye}.patch_embed.proj.weight": torch.randn(seen, 3, 16, 16, generator=random) / 28,
+        f"{eye}.patch_embed.proj.bias": torch.randn(seen, generator=random),
+        **norm(f"{eye}.norm", seen),
+        f"{text}.embeddings.word_embeddings.weight": torch.randn(size, wide, generator=random),
+        f"{text}.embeddings.position_embeddings.weight": torch.randn(64, wide, generator=random),
+        f"{text}.embeddings.position_ids": torch.arange(64)[None],
+        **norm(f"{text}.embeddings.LayerNorm", wide),
+        **linear("blip.vision_proj", 8, seen), **linear("blip.text_proj", 8, wide),
+    }  # fmt: skip
+    for layer in range(2):
+        block = f"{eye}.blocks.{layer}"
+        state |= norm(f"{block}.norm1", seen) | norm(f"{block}.norm2", seen)
+        state |= linear(f"{block}.attn.qkv", 3 * seen, seen) | linear(f"{block}.attn.proj", seen, seen)
+        state |= linear(f"{block}.mlp.fc1", 4 * seen, seen) | linear(f"{block}.mlp.fc2", seen, 4 * seen)
+        block = f"{text}.encoder.layer.{layer}"
+        for kind, into in (("attention", wide), ("crossattention", seen)):
+            state |= linear(f"{block}.{kind}.self.query", wide, wide) | linear(f"{block}.{kind}.self.key", wide, into)
+            state |= linear(f"{block}.{kind}.self.value", wide, into)
+            state |= linear(f"{block}.{kind}.output.dense", wide, wide) | norm(f"{block}.{kind}.output.LayerNorm", wide)
+        state |= linear(f"{block}.intermediate.dense", 48, wide) | linear(f"{block}.output.dense", wide, 48)
+        state |= norm(f"{block}.output.LayerNorm", wide)
+    for index, (out, into) in {0: (1024, wide), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}.items():
+        state |= linear(f"mlp.layers.{index}", out, into)
+    save_file(state, folder / "ImageReward.safetensors")
+    words(folder, vocabulary, "bert")
+    return state
+
+
+def idefics2(folder: Path) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A folder of VideoScore; the model for generation with its body, the head's weight and bias."""
+    from transformers import Idefics2Config, Idefics2ForConditionalGeneration, Idefics2Processor
+    from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
+
+    made = tokenizer(("<unk>", "<s>", "</s>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"))
+    picture = Idefics2ImageProcessorPil(do_image_splitting=False, size={"shortest_edge": 28, "longest_edge": 56})
+    processor = Idefics2Processor(picture, made, image_seq_len=3)
+    text = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(processor.tokenizer),
+            "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(6)
+    model = Idefics2ForConditionalGeneration(
+        Idefics2Config(
+            text_config=text,
+            vision_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                           "num_attention_heads": 2, "image_size": 56, "patch_size": 14},
+            perceiver_config={"resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2,
+                              "resampler_head_dim": 8, "num_key_value_heads": 1},
+            image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2)
+    weight, bias = torch.randn(5, 32), torch.randn(5)
+    model.config.save_pretrained(folder)
+    state = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    save_file({**state, "score.weight": weight, "score.bias": bias}, folder / "model.safetensors")
+    processor.save_pretrained(folder)
+    return model.eval(), weight, bias

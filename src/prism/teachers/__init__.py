@@ -17,9 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from prism.errors import PrismError, instance, quoted
+from prism.teachers.hpsv2 import HPSv2
 from prism.teachers.hpsv3 import HPSv3
+from prism.teachers.imagereward import ImageReward
 from prism.teachers.unifiedreward import UnifiedReward
 from prism.teachers.videoreward import VideoReward
+from prism.teachers.videoscore import VideoScore
 from prism.teachers.videoscore2 import VideoScore2
 
 
@@ -48,8 +51,11 @@ class Teacher(Protocol):
 TEACHERS: dict[str, Callable[..., Any]] = {
     "videoreward": VideoReward.load,
     "unifiedreward": UnifiedReward.load,
+    "videoscore": VideoScore.load,
     "videoscore2": VideoScore2.load,
+    "hpsv2": HPSv2.load,
     "hpsv3": HPSv3.load,
+    "imagereward": ImageReward.load,
 }
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 
@@ -86,7 +92,7 @@ def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
             raise PrismError(
                 f"The teacher {name} has no option {quoted(key, 60)}; it takes {', '.join(sorted(known))}."
             )
-    options |= {key: value for key, value in numbers.items() if known[key] == "int"}
+    options |= {key: value for key, value in numbers.items() if known[key].startswith("int")}
     return loader(*([source] if equals else []), **options)
 
 

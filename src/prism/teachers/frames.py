@@ -96,14 +96,29 @@ def resized(video: np.ndarray, height: int, width: int) -> Tensor:
     return pixels
 
 
-def square(video: np.ndarray, size: int) -> Tensor:
-    """Frames (T, H, W, 3) of uint8 with the shorter side made `size`, and the middle (T, 3, size, size) of them:
-    float32 from 0 to 255, as CLIP's and BLIP's preprocessing cuts them.
+def some(video: np.ndarray, count: int) -> np.ndarray:
+    """`count` frames of a video, evenly spread from the first to the last; all of a shorter one."""
+    return video[spread(len(video), min(count, len(video)))]
+
+
+def square(video: np.ndarray, side: int) -> Tensor:
+    """The middle squares of frames (T, H, W, 3) of uint8 whose shorter side is made `side`: (T, 3, side, side), whole
+    numbers from 0 to 255 (BLIP's preprocessing).
     """
     height, width = video.shape[1:3]
-    if height <= width:
-        rows, columns = size, int(size * width / height)
-    else:
-        rows, columns = int(size * height / width), size
-    top, left = round((rows - size) / 2), round((columns - size) / 2)
-    return resized(video, rows, columns)[..., top : top + size, left : left + size]
+    rows, columns = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+    top, left = round((rows - side) / 2), round((columns - side) / 2)
+    return resized(video, rows, columns)[..., top : top + side, left : left + side]
+
+
+def letterbox(video: np.ndarray, side: int) -> Tensor:
+    """Whole frames (T, H, W, 3) of uint8 on black squares: (T, 3, side, side) from 0 to 255 (HPSv2's preprocessing)."""
+    height, width = video.shape[1:3]
+    rows, columns = (max(1, round(size * side / max(height, width))) for size in (height, width))
+    above, left = (side - rows) // 2, (side - columns) // 2
+    return F.pad(resized(video, rows, columns), (left, side - columns - left, above, side - rows - above))
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (T, 3, H, W) from 0 to 255 with each channel's mean and deviation (on a scale of 0 to 1) taken out."""
+    return (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -70,7 +70,7 @@ class HPSv3:
         frames.check(videos, prompts, self.name)
         moments = []
         for video, prompt in zip(videos, prompts):
-            chosen = video[frames.spread(len(video), min(self.count, len(video)))]
+            chosen = frames.some(video, self.count)
             size = frames.fitted(video.shape[1:3], _PIXELS, _PIXELS, self.reader.factor)
             pixels = frames.resized(chosen, *size)
             inputs = self.reader.inputs(question(prompt), pixels, "image", rows=len(pixels))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from prism import files
 from prism.errors import PrismError, quoted
 from prism.teachers import weights
+from prism.teachers.frames import normalised
 
 # qwen-vl-utils: a frame of a video has 128 to 768 tokens of 28 x 28 pixels
 LEAST_PIXELS, MOST_PIXELS = 128 * 28 * 28, 768 * 28 * 28
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and deviation of a channel
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # mean and deviation of a channel
 _TYPES = {"image": 1, "video": 2}  # token types, by which M-RoPE counts
 
 
@@ -43,8 +44,8 @@ class Reader:
     patch: int = 14
     temporal: int = 2
     merge: int = 2
-    mean: tuple[float, ...] = _CLIP[0]
-    std: tuple[float, ...] = _CLIP[1]
+    mean: tuple[float, ...] = CLIP[0]
+    std: tuple[float, ...] = CLIP[1]
 
     @classmethod
     def open(cls, folder: Path, config: Any) -> Reader:
@@ -61,7 +62,7 @@ class Reader:
             raise PrismError(f"The tokenizer in {files.shown(folder)} has no chat template; download it again.")
         path = folder / "preprocessor_config.json"
         stated = files.read_json(path) if path.is_file() else {}
-        mean, std = (stated.get(f"image_{name}", default) for name, default in zip(("mean", "std"), _CLIP))
+        mean, std = (stated.get(f"image_{name}", default) for name, default in zip(("mean", "std"), CLIP))
         vision = config.vision_config
         return cls(
             tokenizer, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, tuple(mean), tuple(std)
@@ -81,7 +82,7 @@ class Reader:
             kind: "video", or "image": each frame is a picture of its own.
             rows: 1: all frames in one conversation; T: the same question for each picture.
         """
-        frames = pixels.div(255).sub(_column(self.mean)).div(_column(self.std))
+        frames = normalised(pixels, self.mean, self.std)
         if kind == "image":
             frames = frames.repeat_interleave(self.temporal, 0)  # a picture is a still of so many frames
         elif missing := -len(frames) % self.temporal:
@@ -128,10 +129,6 @@ class Reader:
         return ordered.reshape(times * rows * columns, -1), (times, rows, columns)
 
 
-def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values)[:, None, None]
-
-
 # -- a reward head on Qwen2-VL
 
 
@@ -176,7 +173,6 @@ def scorer(
         tokens: special tokens, which are added to the tokenizer.
         where: the folder of the weights, for errors.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
@@ -200,9 +196,7 @@ def scorer(
                 f"The weights in {files.shown(where)} have {len(embedding)} tokens, and the tokenizer in "
                 f"{files.shown(folder)} with this teacher's {len(reader.tokenizer)}; name the right base with base=."
             )
-    with init_empty_weights(include_buffers=False):
-        model = Qwen2VLModel(config)
-    model = weights.fill(model, body, dtype, device, where)
+    model = weights.fill(weights.empty(lambda: Qwen2VLModel(config)), body, dtype, device, where)
     weights.fill(head, head_state, torch.float32, device, where)
     return Scorer(model, head, reader.tokenizer.convert_tokens_to_ids(list(tokens))).eval(), reader
 

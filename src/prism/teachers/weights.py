@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,14 @@ def merged(state: Mapping[str, Tensor], rank: int, alpha: float, rslora: bool, w
             )
         result[f"{stem}.weight"] = (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
     return result
+
+
+def empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose parameters take no memory until `fill` gives them; buffers that are computed are there."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return make()
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str, where: Path) -> Any:
