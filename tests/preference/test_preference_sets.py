@@ -349,9 +349,9 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "m").mkdir()
     refused(tmp_path / "m", "holds no table of labels")
     write(tmp_path / "n.csv", [{"left": 1, "right": 2}])
-    refused(tmp_path / "n.csv", "columns of no format that is known: left, right")
+    refused(tmp_path / "n.csv", "has the columns of no known format: left, right")
     refused(tmp_path / "n.csv", "--root", root=tmp_path / "nowhere")
-    refused("owner/absent-set", "no data set of this name came from the Hub: HF_HUB_OFFLINE")
+    refused("owner/absent-set", "the Hub gave no data set of this name: HF_HUB_OFFLINE")
 
 
 def test_cells_that_are_of_another_kind(tmp_path):

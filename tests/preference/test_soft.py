@@ -99,8 +99,8 @@ def six(*values: object, kind: pa.DataType | None = None) -> pa.Array:
         ({"VQ:weight": six("1", kind=pa.string())}, "must hold numbers or null, found string"),
         ({"XQ:weight": six(1)}, "XQ:weight of .* needs a column XQ beside it"),
         ({"split:weight": six(1)}, "needs a column split beside it"),
-        ({"VQ:P_A": six(1)}, "VQ:P_A of .* is none that a store knows"),
-        ({":": six(1)}, "is none that a store knows"),
+        ({"VQ:P_A": six(1)}, "VQ:P_A of .* is not a column of pairs"),
+        ({":": six(1)}, "is not a column of pairs"),
     ],
 )
 def test_a_store_with_broken_soft_labels_is_refused(tmp_path, columns, said):

@@ -216,7 +216,7 @@ def broken(change):
         (([], {"latents": torch.zeros(ROWS, 2, 3, 4, dtype=torch.long)}), "floating-point"),
         (([], {"t": torch.zeros(ROWS, 3)}), "must be"),
         (([], {"latents": torch.full((ROWS, 2, 3, 4), torch.nan)}), "NaN"),
-        (([], {"noise": torch.zeros(1)}), "holds latents"),
+        (([], {"noise": torch.zeros(1)}), "must be latents and optionally"),
         (([], {"scale": torch.ones(1, 2, 3, 4)}), "scale"),
     ],
 )

@@ -22,17 +22,17 @@ _ARCHIVE = re.compile(r"\.(tar|zip|tgz|7z|rar)(\.\w+)*$|\.tar\.", re.IGNORECASE)
 
 
 def summary(
-    found: PreferenceSet, rule: str = "majority", margin: float = 0.0, open_clips: bool = False
+    preference_set: PreferenceSet, rule: str = "majority", margin: float = 0.0, open_clips: bool = False
 ) -> dict[str, Any]:
-    """Everything that is known of a set, as JSON types.
+    """Counts, problems and agreement of a preference set, as JSON types.
 
     Args:
-        found: a preference set.
-        rule: how annotators are joined, as `readers.pairs` takes it.
+        preference_set: the set.
+        rule: how votes of several annotators are joined, as in `readers.pairs`.
         margin: largest difference of ratings or probabilities that is a tie.
-        open_clips: whether each clip is opened, and not only looked for.
+        open_clips: open each clip too; otherwise only check that its file exists.
     """
-    table = pairs(found, rule, margin)
+    table = pairs(preference_set, rule, margin)
     names = [name for name in table.column_names[4:] if ":" not in name]
     counts = {}
     for name in names:
@@ -43,57 +43,59 @@ def summary(
     for prompt, a, b, split in zip(*(table[name].to_pylist() for name in columns)):
         for kind, key in (("prompts", prompt_key(prompt)), ("videos", a), ("videos", b)):
             splits[kind][key].add(split or "none")
-    prompts = {prompt_key(prompt): prompt for prompt in reversed(found.videos["prompt"].to_pylist())}
+    prompts = {prompt_key(prompt): prompt for prompt in reversed(preference_set.videos["prompt"].to_pylist())}
     return {
-        "form": found.form,
-        "root": str(found.root),
+        "form": preference_set.form,
+        "root": str(preference_set.root),
         "pairs": len(table),
-        "votes": len(found.votes),
-        "ratings": len(found.ratings),
-        "videos": len(found.videos),
+        "votes": len(preference_set.votes),
+        "ratings": len(preference_set.ratings),
+        "videos": len(preference_set.videos),
         "prompts": len(prompts),
         "dimensions": counts,
         "splits": dict(Counter(split or "none" for split in table["split"].to_pylist())),
-        "generators": dict(Counter(model or "unknown" for model in found.videos["model"].to_pylist())),
-        "duplicates": _repeated(found)[0],
-        "conflicts": _repeated(found)[1],
+        "generators": dict(Counter(model or "unknown" for model in preference_set.videos["model"].to_pylist())),
+        "duplicates": _repeated(preference_set)[0],
+        "conflicts": _repeated(preference_set)[1],
         "shared_prompts": [prompts[key] for key, held in splits["prompts"].items() if len(held) > 1],
         "shared_videos": [key for key, held in splits["videos"].items() if len(held) > 1],
-        "missing": list(found.missing),
-        "archives": _archives(found.root) if found.missing else [],
-        "unreadable": _unreadable(found) if open_clips else None,
-        "dropped": {why: [str(place) for place in places] for why, places in found.dropped.items()},
-        "agreement": {name: agreement(found, name) for name in found.dimensions},
+        "missing": list(preference_set.missing),
+        "archives": _archives(preference_set.root) if preference_set.missing else [],
+        "unreadable": _unreadable(preference_set) if open_clips else None,
+        "dropped": {why: [str(place) for place in places] for why, places in preference_set.dropped.items()},
+        "agreement": {name: agreement(preference_set, name) for name in preference_set.dimensions},
     }
 
 
-def _repeated(found: PreferenceSet) -> tuple[int, int]:
-    """Votes that repeat one of the same annotator (or of none that is named), and pairs with votes for either side."""
-    said: dict[tuple[Any, ...], list[tuple[Any, Any]]] = defaultdict(list)
+def _repeated(preference_set: PreferenceSet) -> tuple[int, int]:
+    """The number of votes that repeat a vote of the same annotator, and of pairs with votes for both sides."""
+    votes_of: dict[tuple[Any, ...], list[tuple[Any, Any]]] = defaultdict(list)
     names = ("prompt", "video_a", "video_b", "dimension", "annotator", "label", "p_a", "p_b")
-    for prompt, a, b, dimension, annotator, label, p_a, p_b in zip(*(found.votes[name].to_pylist() for name in names)):
+    for prompt, a, b, dimension, annotator, label, p_a, p_b in zip(
+        *(preference_set.votes[name].to_pylist() for name in names)
+    ):
         if label is None:
             label = float(np.sign((p_a or 0) - (p_b or 0)))
-        said[prompt, min(a, b), max(a, b), dimension].append((annotator, label if a <= b else -label))
-    duplicates = sum(len(votes) - len(set(votes)) for votes in said.values())
-    return duplicates, sum({1, -1} <= {label for _, label in votes} for votes in said.values())
+        votes_of[prompt, min(a, b), max(a, b), dimension].append((annotator, label if a <= b else -label))
+    duplicates = sum(len(votes) - len(set(votes)) for votes in votes_of.values())
+    return duplicates, sum({1, -1} <= {label for _, label in votes} for votes in votes_of.values())
 
 
 def _archives(root: Path) -> list[str]:
-    """Names of archives in the root and the folders in it, in which missing clips may be."""
+    """Names of archives in the root and in its folders, which may hold the missing clips."""
     names = [each for pattern in ("*", "*/*") for each in root.glob(pattern) if _ARCHIVE.search(each.name)]
     return sorted(each.relative_to(root).as_posix() for each in names)
 
 
-def _unreadable(found: PreferenceSet) -> list[dict[str, str]]:
-    """The clips that are there and cannot be opened, and why."""
-    wrong, missing = [], set(found.missing)
-    for video, path, frames in zip(*(found.videos[name].to_pylist() for name in ("video", "path", "frames"))):
+def _unreadable(preference_set: PreferenceSet) -> list[dict[str, str]]:
+    """The clips that exist and cannot be opened, each with its error."""
+    wrong, missing = [], set(preference_set.missing)
+    for video, path, frames in zip(*(preference_set.videos[name].to_pylist() for name in ("video", "path", "frames"))):
         names = frames or [path]
         if any(each in missing for each in names):
             continue
         try:
-            whole = [str(found.root / each) for each in names]
+            whole = [str(preference_set.root / each) for each in names]
             probe(whole if frames else whole[0])
         except PrismError as error:
             wrong.append({"video": video, "path": names[0], "error": str(error)})
@@ -103,16 +105,16 @@ def _unreadable(found: PreferenceSet) -> list[dict[str, str]]:
 # -- agreement of annotators
 
 
-def agreement(found: PreferenceSet, dimension: str) -> dict[str, Any] | None:
-    """Krippendorff's alpha of a dimension, with its 95 % interval by resampled prompts; None for one vote a pair.
+def agreement(preference_set: PreferenceSet, dimension: str) -> dict[str, Any] | None:
+    """Krippendorff's alpha of a dimension, with its 95 % interval by resampled prompts; None for one vote per pair.
 
     Votes: nominal, values A, B and tie. Ratings, where there are no votes: nominal over the scores.
     """
-    table = found.votes if len(found.votes) else found.ratings
+    table = preference_set.votes if len(preference_set.votes) else preference_set.ratings
     names = (
         "prompt",
         "dimension",
-        *(("video_a", "video_b", "label") if len(found.votes) else ("video", "video", "score")),
+        *(("video_a", "video_b", "label") if len(preference_set.votes) else ("video", "video", "score")),
     )
     units: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for prompt, name, a, b, value in zip(*(table[each].to_pylist() for each in names)):
@@ -129,25 +131,25 @@ def agreement(found: PreferenceSet, dimension: str) -> dict[str, Any] | None:
 
 
 def _coincidences(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per unit the observed disagreement, (units,), and its pairable values by kind, (units, values)."""
+    """The observed disagreement per unit, (units,), and the number of its pairable values by kind, (units, values)."""
     number = counts.sum(1)
-    counts = np.where((number > 1)[:, None], counts, 0)  # a value that stands alone is paired with nothing
+    counts = np.where((number > 1)[:, None], counts, 0)  # a unit with a single value has no pair of values
     number = counts.sum(1)
     agreeing = (counts * (counts - 1)).sum(1)
     return np.divide(number * (number - 1) - agreeing, np.maximum(number - 1, 1)), counts
 
 
 def _alpha(disagreement: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """Alpha of (..., ) summed disagreements and (..., values) summed values; NaN where all values are one."""
+    """Alpha of (..., ) summed disagreements and (..., values) summed values; NaN if all values are the same."""
     total = kinds.sum(-1)
     expected = total**2 - (kinds**2).sum(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: np.ndarray = np.where(expected > 0, 1 - (total - 1) * disagreement / expected, np.nan)
-    return found
+        values: np.ndarray = np.where(expected > 0, 1 - (total - 1) * disagreement / expected, np.nan)
+    return values
 
 
 def alpha(counts: np.ndarray) -> float | None:
-    """Krippendorff's nominal alpha; None where all gave one value.
+    """Krippendorff's nominal alpha; None if all gave the same value.
 
     Args:
         counts: (units, values) numbers of annotators that gave a unit a value.
@@ -155,8 +157,8 @@ def alpha(counts: np.ndarray) -> float | None:
     Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability (2011), section C.
     """
     disagreement, kinds = _coincidences(counts)
-    found = float(_alpha(disagreement.sum(), kinds.sum(0)))
-    return None if np.isnan(found) else found
+    value = float(_alpha(disagreement.sum(), kinds.sum(0)))
+    return None if np.isnan(value) else value
 
 
 def interval(counts: np.ndarray, clusters: Sequence[int], seed: int = 0) -> tuple[float | None, float | None]:
@@ -170,16 +172,16 @@ def interval(counts: np.ndarray, clusters: Sequence[int], seed: int = 0) -> tupl
     from scipy import stats
 
     disagreement, kinds = _coincidences(counts)
-    place = np.asarray(clusters)
-    if place.max() < 1:
+    cluster = np.asarray(clusters)
+    if cluster.max() < 1:
         return None, None
-    sums = [np.bincount(place, weights=column) for column in (disagreement, *kinds.T)]
+    sums = [np.bincount(cluster, weights=column) for column in (disagreement, *kinds.T)]
 
     def statistic(*columns: np.ndarray, axis: int) -> np.ndarray:
         return _alpha(columns[0].sum(axis), np.stack([column.sum(axis) for column in columns[1:]], -1))
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample in which all values are one has no alpha, and is left out below
+        warnings.simplefilter("ignore")  # a resample in which all values are the same has no alpha; left out below
         drawn = stats.bootstrap(
             sums,
             statistic,

@@ -1,4 +1,4 @@
-"""Formats of public sets of images, which are videos of one frame, and of groups that teachers scored."""
+"""Formats of public sets of images, read as videos of one frame, and of groups scored by several reward models."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from prism.preference.sets import Collector
 from prism.preference.sources import Row, Source
 
 
-def pickapic(source: Source, found: Collector) -> None:
+def pickapic(source: Source, collector: Collector) -> None:
     """Pick-a-Pic: `caption`, two images by uid, as bytes (`jpg_0`) or by `image_0_url`; `label_0`, `label_1` are 1 and
-    0, or both 0.5, a tie. Rows without a label or with the same image twice are dropped; each pair weighs
-    1 / `num_example_per_prompt`, as its authors weigh it."""
-    clips = Clips(source, found)
+    0, or both 0.5, a tie. Rows without a label or with the same image twice are dropped; each pair has the weight
+    1 / `num_example_per_prompt`, as in its authors' training."""
+    clips = Clips(source, collector)
     columns = ("jpg_0", "jpg_1") if source.has("jpg_0", "jpg_1") else ("image_0_url", "image_1_url")
     for row in source:
         prompt = row.text("caption")
         if row.cells.get("has_label") is False or prompt is None:
-            found.drop(row, NO_PROMPT if prompt is None else NO_LABEL)
+            collector.drop(row, NO_PROMPT if prompt is None else NO_LABEL)
             continue
         uids = [row.text("image_0_uid"), row.text("image_1_uid")]
         if row.cells.get("are_different") is False or uids[0] == uids[1]:
-            found.drop(row, SAME_CLIP)
+            collector.drop(row, SAME_CLIP)
             continue
         sides = [clips.get(row, column) for column in columns]
         labels = [row.number("label_0"), row.number("label_1")]
         if None in sides or None in labels:
-            found.drop(row, NO_CLIP if None in sides else NO_LABEL)
+            collector.drop(row, NO_CLIP if None in sides else NO_LABEL)
             continue
         if labels not in ([1, 0], [0, 1], [0.5, 0.5]):
             raise row.wrong("label_0", "1, 0 or 0.5, and label_1 the rest of 1")
         first, second = (
-            found.video(row, column, prompt, **{**(side or {}), "video": uid}, model=row.text(f"model_{number}"))
+            collector.video(row, column, prompt, **{**(side or {}), "video": uid}, model=row.text(f"model_{number}"))
             for number, (column, side, uid) in enumerate(zip(columns, sides, uids))
         )
         label = (labels == [1, 0]) - (labels == [0, 1])
         share = row.number("num_example_per_prompt")
         facts: dict[str, Any] = {"annotator": row.text("user_id"), "confidence": 1 / share if share else None}
-        found.vote(row, first, second, prompt, "overall", label, f"{labels[0]:g}, {labels[1]:g}", **facts)
+        collector.vote(row, first, second, prompt, "overall", label, f"{labels[0]:g}, {labels[1]:g}", **facts)
 
 
-def hpdv3(source: Source, found: Collector) -> None:
-    """HPDv3: `path1` is always the better image, without ties; `choice_dist` is the votes for either where it is there,
-    `confidence` how sure they are. HPDv3++ names images that it does not hold: they are among the missing."""
-    clips = Clips(source, found)
+def hpdv3(source: Source, collector: Collector) -> None:
+    """HPDv3: `path1` is always the better image, without ties; optionally `choice_dist`, the numbers of votes for
+    either, and `confidence` of the annotators. HPDv3++ names images that it does not hold: they count as missing."""
+    clips = Clips(source, collector)
     for row in source:
         pair = clips.pair(row, ("path1", "path2"), ("model1", "model2"))
         if pair is None:
@@ -56,42 +56,42 @@ def hpdv3(source: Source, found: Collector) -> None:
                 raise row.wrong("choice_dist", "the number of votes for either image")
             total = float(sum(votes))  # type: ignore[arg-type]
             p = (votes[0] / total, votes[1] / total)  # type: ignore[operator]
-        given = f"path1, votes {votes}" if votes else "path1"
-        found.vote(row, *pair, "overall", 1, given, p=p, confidence=row.number("confidence"), by_id=True)
+        text = f"path1, votes {votes}" if votes else "path1"
+        collector.vote(row, *pair, "overall", 1, text, p=p, confidence=row.number("confidence"), by_id=True)
 
 
 RATED = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 
 
-def imagerewarddb(source: Source, found: Collector) -> None:
-    """ImageRewardDB: one row per image with its `rank` among those of `prompt_id`, 1 the best, equal ranks a tie; rated
-    as minus the rank (dimension overall), beside its ratings 1 to 7."""
-    clips = Clips(source, found)
+def imagerewarddb(source: Source, collector: Collector) -> None:
+    """ImageRewardDB: one row per image with its `rank` among those of `prompt_id`: 1 is best, equal ranks are a tie.
+    The rating in the dimension overall is minus the rank; its ratings 1 to 7 are further dimensions."""
+    clips = Clips(source, collector)
     column = "image_path" if source.has("image_path") else "image"
     for row in source:
         prompt, clip, rank = row.text("prompt"), clips.get(row, column), row.number("rank")
         if prompt is None or clip is None or rank is None:
-            found.drop(row, NO_PROMPT if prompt is None else NO_CLIP if clip is None else NO_LABEL)
+            collector.drop(row, NO_PROMPT if prompt is None else NO_CLIP if clip is None else NO_LABEL)
             continue
-        video = found.video(row, column, prompt, **clip)
-        if found.rated(video):
-            found.drop(row, "the clip was rated in an earlier row")
+        video = collector.video(row, column, prompt, **clip)
+        if collector.rated(video):
+            collector.drop(row, "the clip was rated in an earlier row")
             continue
-        found.rating(row, video, prompt, "overall", -rank)
+        collector.rating(row, video, prompt, "overall", -rank)
         for name in RATED:
             score = row.number(name)
             if score is not None:
-                found.rating(row, video, prompt, name, score)
+                collector.rating(row, video, prompt, name, score)
 
 
-def groups(source: Source, found: Collector) -> None:
-    """Group manifests of Latent Reward Registers: a prompt per line, with `image_records` that several teachers scored.
-    Each teacher is a dimension; the z-scores of `teacher_score_raw` say nothing more, and are left out. Cached tensors
-    are pickles, and never loaded: images are read."""
+def groups(source: Source, collector: Collector) -> None:
+    """Group manifests of Latent Reward Registers: a prompt per line, and `image_records` with the scores of several
+    teachers (reward models). Each teacher is a dimension. Left out: z-scores, which follow from `teacher_score_raw`,
+    and cached tensors, which are pickles; the images are read instead."""
     for row in source:
         prompt = row.text("prompt")
         if prompt is None:
-            found.drop(row, NO_PROMPT)
+            collector.drop(row, NO_PROMPT)
             continue
         scored = 0
         for cells in row.items("image_records"):
@@ -102,15 +102,15 @@ def groups(source: Source, found: Collector) -> None:
             numbers = [name for name in cells if name.endswith(("score", "score_raw")) and "zscore" not in name]
             scores = {name: record.number(name) for name in numbers}
             if path is None or all(score is None for score in scores.values()):
-                found.drop(row, NO_CLIP if path is None else NO_LABEL)
+                collector.drop(row, NO_CLIP if path is None else NO_LABEL)
                 continue
-            video = found.video(row, "image_records", prompt, path=path)
+            video = collector.video(row, "image_records", prompt, path=path)
             scored += 1
             for name, score in scores.items():
                 if score is not None:
-                    found.rating(row, video, prompt, TEACHERS.get(name, name), score)
+                    collector.rating(row, video, prompt, TEACHERS.get(name, name), score)
         if not scored:
-            found.drop(row, NO_LABEL)
+            collector.drop(row, NO_LABEL)
 
 
 TEACHERS = {"teacher_score_raw": "hpsv3", "imagereward_score": "imagereward"}

@@ -1,7 +1,8 @@
 """Tables of videos and of preference pairs: read with checks, labelled by scores, grouped and split by prompt.
 
 A table of pairs has the columns prompt, video_a, video_b, split and one int8 column per dimension:
-1 (A preferred), -1 (B preferred), 0 (tie), null (no label). Columns with a colon are soft labels: `soft`.
+1 (A preferred), -1 (B preferred), 0 (tie), null (no label). Columns with a colon are soft labels; see
+``prism.preference.soft``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from prism import files
 from prism.errors import PrismError, instance, listed, number, quoted
 from prism.preference.soft import is_extra, soft_labels
 
-SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts out of the domain of all the others
+SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts of another domain than in the other splits
 PAIR_COLUMNS = ("prompt", "video_a", "video_b", "split")
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """All labelled pairs of one prompt: what a training step draws, and what a bootstrap resamples."""
+    """All labelled pairs of one prompt. Training steps draw whole groups, and bootstraps resample whole groups."""
 
     prompt: str
     videos: tuple[str, ...]
@@ -38,17 +39,18 @@ class PromptGroup:
     labels: np.ndarray
     """(pairs, num_dimensions) 1, -1, 0, or NaN where there is no label."""
     soft: np.ndarray | None = None
-    """(pairs, num_dimensions, 2) probabilities that A and that B is better, the rest being the tie's, or NaN where the
-    hard label counts; None: so everywhere."""
+    """(pairs, num_dimensions, 2) probabilities that A and that B is better (the rest: a tie); NaN where the hard label
+    counts; None if it counts everywhere."""
     weights: np.ndarray | None = None
-    """(pairs, num_dimensions) from 0, by which a label counts in the loss, or NaN where by 1; None: so everywhere."""
+    """(pairs, num_dimensions) weights of the labels in the loss, from 0; NaN stands for 1; None if all are 1."""
 
 
 def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Table:
     """All pairs within each prompt, labelled by scores.
 
-    A dimension is a tie where the two scores differ by at most its margin. The overall label follows the paper's rule
-    (section 4.1): all dimensions tie -> tie; the votes that are no ties agree -> that side; they conflict -> no label.
+    A dimension is a tie if the two scores differ by at most its margin. The overall label follows the paper's rule
+    (section 4.1): a tie if all dimensions are ties; else the side of the dimensions that are not ties if they agree,
+    and no label if they conflict.
 
     Args:
         videos: columns video, prompt, split and one score column per key of ``margins``.
@@ -58,13 +60,13 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
         A table of pairs with the dimensions of ``margins`` and "overall".
 
     Raises:
-        PrismError: where a score column is missing or a margin is negative.
+        PrismError: if a score column is missing or a margin is negative.
     """
     columns = _checked_columns(videos)
     instance("margins", margins, Mapping, "a dict of numbers by dimension")
     for dimension, margin in margins.items():
         if dimension == "overall":
-            raise PrismError("The overall label follows from the other dimensions; leave it out of the margins.")
+            raise PrismError("The overall label is computed from the other dimensions; leave it out of the margins.")
         if dimension not in videos.column_names:
             raise PrismError(
                 f"The videos have no score column {dimension}; they have {', '.join(videos.column_names)}."
@@ -92,8 +94,8 @@ def pairs_from_scores(videos: pa.Table, margins: Mapping[str, float]) -> pa.Tabl
 def _checked_columns(videos: pa.Table) -> list[np.ndarray]:
     """Videos, prompts and splits, each (n,) of texts."""
     if not isinstance(videos, pa.Table):
-        raise PrismError(f"The videos must be a table of pyarrow, found {type(videos).__name__}; take pa.table(...).")
-    found = []
+        raise PrismError(f"The videos must be a table of pyarrow, found {type(videos).__name__}; use pa.table(...).")
+    columns = []
     for name in ("video", "prompt", "split"):
         if videos.column_names.count(name) != 1:
             raise PrismError(f"The videos need one column {name}; they have {', '.join(videos.column_names)}.")
@@ -103,8 +105,8 @@ def _checked_columns(videos: pa.Table) -> list[np.ndarray]:
                 raise PrismError(
                     f"The column {name} of the videos must hold texts, found {quoted(text, 80)} in row {row}."
                 )
-        found.append(np.array(column, dtype=object))
-    return found
+        columns.append(np.array(column, dtype=object))
+    return columns
 
 
 def _scores(videos: pa.Table, dimension: str) -> np.ndarray:
@@ -123,7 +125,7 @@ def overall(votes: np.ndarray) -> np.ndarray:
         votes: (pairs, num_dimensions) 1, -1, 0, or NaN.
 
     Returns:
-        (pairs,) 1, -1, 0, or NaN where votes conflict or one is missing.
+        (pairs,) 1, -1, 0, or NaN if votes conflict or one is missing.
     """
     total = np.clip(votes.sum(1), -1, 1)
     conflict = (votes == 1).any(1) & (votes == -1).any(1)
@@ -146,7 +148,7 @@ def _labels(votes: np.ndarray) -> pa.Array:
 
 
 def check_table(pairs: Any) -> None:
-    """Raise PrismError for what is no table of pairs."""
+    """Raise PrismError for anything but a table of pairs."""
     instance("pairs", pairs, pa.Table, "a table of pyarrow")
     for name in PAIR_COLUMNS:
         if pairs.column_names.count(name) != 1:
@@ -165,16 +167,16 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
         (pairs, num_dimensions) float64, NaN where null.
 
     Raises:
-        PrismError: where a dimension has no column, or a label is not 1, -1, 0 or null.
+        PrismError: if a dimension has no column, or a label is not 1, -1, 0 or null.
     """
     check_table(pairs)
     columns = []
     for dimension in listed("dimensions", dimensions):
         if dimension not in pairs.column_names or is_extra(dimension):
-            known = dimensions_of(pairs)
+            existing = dimensions_of(pairs)
             raise PrismError(
                 f"The pairs have no labels for {quoted(dimension, 80)}; they have "
-                f"{quoted(', '.join(known), 200) if known else 'none'}."
+                f"{quoted(', '.join(existing), 200) if existing else 'none'}."
             )
         kind = pairs[dimension].type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
@@ -182,10 +184,10 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
                 f"The labels of {quoted(dimension, 80)} must be 1, -1, 0 or null, found {quoted(str(kind), 80)}."
             )
         column = pairs[dimension].cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        strange = ~np.isnan(column) & ~np.isin(column, (-1, 0, 1))
-        if strange.any():
+        invalid = ~np.isnan(column) & ~np.isin(column, (-1, 0, 1))
+        if invalid.any():
             raise PrismError(
-                f"The labels of {quoted(dimension, 80)} must be 1, -1, 0 or null, found {column[strange][0]:g}."
+                f"The labels of {quoted(dimension, 80)} must be 1, -1, 0 or null, found {column[invalid][0]:g}."
             )
         columns.append(column)
     return np.stack(columns, 1) if columns else np.zeros((len(pairs), 0))
@@ -194,7 +196,7 @@ def label_matrix(pairs: pa.Table, dimensions: Sequence[str]) -> np.ndarray:
 def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> list[PromptGroup]:
     """The pairs of a split that have a label in any of the dimensions, by prompt, in order of appearance.
 
-    In the split "train" probabilities are a label as well, without a hard one beside them.
+    In the split "train" a pair with probabilities counts as labelled, even if it has no hard label.
     """
     instance("split", split, str, "a text")
     dimensions = list(listed("dimensions", dimensions))
@@ -203,34 +205,34 @@ def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> l
     labelled = ~np.isnan(labels)
     if split == "train" and soft is not None:
         labelled |= ~np.isnan(soft[..., 0])
-    wanted = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & labelled.any(1)
+    chosen = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & labelled.any(1)
     rows: dict[str, list[int]] = {}
     prompts = pairs["prompt"].to_pylist()
-    for row in np.flatnonzero(wanted).tolist():
+    for row in np.flatnonzero(chosen).tolist():
         rows.setdefault(prompts[row], []).append(row)
     video_a, video_b = pairs["video_a"].to_pylist(), pairs["video_b"].to_pylist()
     groups = []
     for prompt, members in rows.items():
-        place: dict[str, int] = {}
+        index: dict[str, int] = {}
         for row in members:
             for video in (video_a[row], video_b[row]):
-                place.setdefault(video, len(place))
-        first = np.array([place[video_a[row]] for row in members])
-        second = np.array([place[video_b[row]] for row in members])
+                index.setdefault(video, len(index))
+        first = np.array([index[video_a[row]] for row in members])
+        second = np.array([index[video_b[row]] for row in members])
         of_group = (None if values is None else values[members] for values in (soft, weights))
-        groups.append(PromptGroup(prompt, tuple(place), first, second, labels[members], *of_group))
+        groups.append(PromptGroup(prompt, tuple(index), first, second, labels[members], *of_group))
     return groups
 
 
 def prompt_key(prompt: str) -> str:
-    """A short hash of a prompt's words, the same whatever their case and spacing."""
+    """A short hash of a prompt's words that ignores case and spacing."""
     if not isinstance(prompt, str):
         raise PrismError(f"A prompt must be a text, found {quoted(prompt, 80)}.")
     return hashlib.sha256(" ".join(prompt.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def cut(name: str, limit: int = 60) -> str:
-    """A name or prompt in quotes, on one line, cut where it is long."""
+    """A name or prompt in quotes, on one line, cut to `limit` characters."""
     text = repr(name)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
@@ -255,7 +257,7 @@ def check_disjoint(pairs: pa.Table) -> None:
                 if other != split:
                     raise PrismError(
                         f"The {kind} {cut(name, 200)} is in the splits {quoted(other, 40)} and {quoted(split, 40)}; "
-                        "a split must share no prompt and no video with another, or accuracy means nothing."
+                        "splits must not share a prompt or a video, as accuracy would be measured on training data."
                     )
 
 
@@ -263,15 +265,15 @@ def check_disjoint(pairs: pa.Table) -> None:
 
 
 def named(path: Path) -> str:
-    """A path on one line, cut where it is long."""
+    """A path on one line, cut if it is long."""
     return quoted(str(path), 150)
 
 
-def check_file(path: Path, wanted_by: str = "") -> None:
-    """Refuse a path that is missing or no regular file (a pipe would be waited for without end)."""
+def check_file(path: Path, needed_for: str = "") -> None:
+    """Refuse a path that is missing or not a regular file (reading a pipe would never end)."""
     if not path.is_file():
         what = "is no regular file" if path.exists() else "does not exist"
-        raise PrismError(f"The file {named(path)} {what}{wanted_by}.")
+        raise PrismError(f"The file {named(path)} {what}{needed_for}.")
     files.check_regular(path)
 
 
@@ -280,12 +282,12 @@ def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), oth
 
     Args:
         path: the file.
-        texts: columns of texts; they come as Arrow's `string`.
-        wholes: columns of whole numbers from 0; they come as `int64`.
-        others: columns of anything.
+        texts: columns of texts; returned as Arrow's `string`.
+        wholes: columns of whole numbers from 0; returned as `int64`.
+        others: columns of any type.
 
     Raises:
-        PrismError: naming the file, the column and what is wrong with it.
+        PrismError: naming the file, the column and the problem.
     """
     check_file(path)
     try:
@@ -311,20 +313,22 @@ def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), oth
 
 
 def _cast(
-    table: pa.Table, path: Path, name: str, is_kind: Callable[[pa.DataType], bool], kind: pa.DataType, wanted: str
+    table: pa.Table, path: Path, name: str, is_kind: Callable[[pa.DataType], bool], kind: pa.DataType, requirement: str
 ) -> pa.Table:
     column = table[name]
     if column.null_count:
         row = column.is_null().to_pylist().index(True)
-        raise PrismError(f"The column {name} of {named(path)} must hold {wanted}, found none in row {row}.")
+        raise PrismError(f"The column {name} of {named(path)} must hold {requirement}, found none in row {row}.")
     if len(column) and not is_kind(column.type):
         raise PrismError(
-            f"The column {name} of {named(path)} must hold {wanted}, found {quoted(str(column.type), 80)}."
+            f"The column {name} of {named(path)} must hold {requirement}, found {quoted(str(column.type), 80)}."
         )
     try:
         return table.set_column(table.column_names.index(name), name, column.cast(kind))
     except pa.ArrowException as error:
-        raise PrismError(f"The column {name} of {named(path)} must hold {wanted} ({quoted(error, 150)}).") from error
+        raise PrismError(
+            f"The column {name} of {named(path)} must hold {requirement} ({quoted(error, 150)})."
+        ) from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -1,6 +1,6 @@
-"""Formats of public sets of videos, a function each: what a row holds, how ties are written, and what its traps are.
+"""Formats of public sets of videos, a function each; its docstring lists a row's fields, its ties and its pitfalls.
 
-Evidence of each format: the sets' own loaders and cards, read in 2026.
+Sources: the loaders and cards of the sets themselves, as of 2026.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from prism.preference.sources import Row, Source, open_source
 TIGER = {"leftvote": 1, "rightvote": -1, "tievote": 0, "bothbad_vote": 0, "bothbad": 0}
 
 
-def genai_tiger(source: Source, found: Collector) -> None:
-    """GenAI-Bench of TIGER-Lab: the Hub's `left_video`, `right_video`, or `video_left`, `video_right`; a vote. Two
-    of its four labels are ties, `tievote` and `bothbad_vote`; the vote as given is kept."""
+def genai_tiger(source: Source, collector: Collector) -> None:
+    """GenAI-Bench of TIGER-Lab: `left_video`, `right_video` (on the Hub) or `video_left`, `video_right`; `vote_type`.
+    Two of its four labels are ties, `tievote` and `bothbad_vote`; the column `given` keeps which."""
     names = ("left_video", "right_video") if source.has("left_video") else ("video_left", "video_right")
-    clips = Clips(source, found)
+    clips = Clips(source, collector)
     for row in source:
         pair = clips.pair(row, names, ("left_model", "right_model"))
         label = row.label("vote_type", TIGER) if pair else None
         if pair and label is None:
-            found.drop(row, NO_LABEL)
+            collector.drop(row, NO_LABEL)
         elif pair:
-            found.vote(row, *pair, "overall", label, row.cells["vote_type"])
+            collector.vote(row, *pair, "overall", label, row.cells["vote_type"])
 
 
-def genai_cmu(source: Source, found: Collector) -> None:
-    """GenAI-Bench of CMU, another benchmark of the same name: objects by id of a prompt and, per model, scores 1 to
-    5. Clips are `MODEL/ID.mp4`; not every model has every one. Equal means are a tie."""
+def genai_cmu(source: Source, collector: Collector) -> None:
+    """GenAI-Bench of CMU, another benchmark of the same name: per id an object with a prompt and, per model, scores
+    1 to 5. Clips are `MODEL/ID.mp4`; not every model has a clip of every id. Equal means are a tie."""
     for row in source:
         prompt, models, key = row.text("prompt"), row.cells.get("models"), row.text("")
         if prompt is None or not isinstance(models, dict) or key is None:
-            found.drop(row, NO_PROMPT if prompt is None else NO_LABEL)
+            collector.drop(row, NO_PROMPT if prompt is None else NO_LABEL)
             continue
         for model, scores in models.items():
             cell = Row({model: scores}, row.place)
-            video = found.video(row, "models", prompt, path=f"{model}/{key}.mp4", model=str(model))
+            video = collector.video(row, "models", prompt, path=f"{model}/{key}.mp4", model=str(model))
             for number, score in enumerate(cell.items(model)):
                 value = Row({model: score}, row.place).number(model)
                 if value is not None:
-                    found.rating(row, video, prompt, "overall", value, str(number))
+                    collector.rating(row, video, prompt, "overall", value, str(number))
 
 
-def videodpo(source: Source, found: Collector) -> None:
-    """VideoDPO's pair.json: `video1` is better than `video2`; numbers into the list of metadata.json beside it *after*
-    clips shorter than a second were taken out of that, or, where there is none, into winvideos/ (even) and losevideos/
-    (odd), each number halved. No ties, labels of a model (OmniScore); `score` is the probability where it is one."""
+def videodpo(source: Source, collector: Collector) -> None:
+    """VideoDPO's pair.json: `video1` is better than `video2`. Both are indices into the list of metadata.json in the
+    same folder, counted *without* its clips shorter than a second. Without metadata.json, an even index 2k is clip k of
+    winvideos/ and an odd index 2k + 1 is clip k of losevideos/. No ties; labels of a model (OmniScore); a `score` from
+    0.5 to 1 is the probability that `video1` is better."""
     metadata = source.path.parent / "metadata.json"
-    kept = _kept(metadata, found) if metadata.is_file() else None
+    kept = _kept(metadata, collector) if metadata.is_file() else None
     for row in source:
         sides: list[tuple[str, str | None]] = []
         for name in ("video1", "video2"):
@@ -67,19 +68,19 @@ def videodpo(source: Source, found: Collector) -> None:
                 sides.append(kept[int(number)])
         prompt = row.text("frame_caption") or sides[0][1]
         if prompt is None or sides[0] == sides[1]:
-            found.drop(row, NO_PROMPT if prompt is None else SAME_CLIP)
+            collector.drop(row, NO_PROMPT if prompt is None else SAME_CLIP)
             continue
-        first, second = (found.video(row, "video1", prompt, path=path) for path, _ in sides)
+        first, second = (collector.video(row, "video1", prompt, path=path) for path, _ in sides)
         score = row.number("score")
         p = (score, 1 - score) if score is not None and 0.5 <= score <= 1 else None
-        given = "video1" if score is None else f"video1, score {score:g}"
-        found.vote(row, first, second, prompt, "overall", 1, given, p=p, by_id=True)
+        text = "video1" if score is None else f"video1, score {score:g}"
+        collector.vote(row, first, second, prompt, "overall", 1, text, p=p, by_id=True)
 
 
-def _kept(metadata: Any, found: Collector) -> list[tuple[str, str | None]]:
+def _kept(metadata: Any, collector: Collector) -> list[tuple[str, str | None]]:
     """Path and caption of the clips of at least a second."""
     kept: list[tuple[str, str | None]] = []
-    for row in open_source(metadata, found.root):
+    for row in open_source(metadata, collector.root):
         basic, misc = row.cells.get("basic"), row.cells.get("misc")
         if not isinstance(basic, dict):
             raise row.wrong("basic", "clip_path and clip_duration")
@@ -94,12 +95,12 @@ def _kept(metadata: Any, found: Collector) -> list[tuple[str, str | None]]:
     return kept
 
 
-def fractions(source: Source, found: Collector) -> None:
-    """Sets of Rapidata and Datapoint: for each dimension the shares of annotators for either side, weighted by how
-    reliable they are, as `weighted_results1_NAME` and `weighted_results2_NAME`. Equal shares alone are a tie, unless a
-    margin is given where votes are joined. Clips are `video1` (bytes, path or URL), or `file_name1` below videos/."""
+def fractions(source: Source, collector: Collector) -> None:
+    """Sets of Rapidata and Datapoint: per dimension the shares of annotators for either side, weighted by their
+    reliability, as `weighted_results1_NAME` and `weighted_results2_NAME`. Only equal shares are a tie, unless
+    `readers.pairs` gets a margin. Clips are `video1` (bytes, path or URL), or `file_name1` below videos/."""
     names = [name[len("weighted_results1_") :] for name in source.columns if name.startswith("weighted_results1_")]
-    clips = Clips(source, found)
+    clips = Clips(source, collector)
     columns = ("file_name1", "file_name2")
     if "video1" in source.embedded or not source.has(*columns):
         columns = ("video1", "video2")
@@ -107,7 +108,7 @@ def fractions(source: Source, found: Collector) -> None:
         pair = clips.pair(row, columns, ("model1", "model2"))
         if pair is None:
             continue
-        said = 0
+        num_labels = 0
         for name in names:
             first, second = (row.number(f"weighted_results{side}_{name}") for side in (1, 2))
             if first is None or second is None:
@@ -116,28 +117,28 @@ def fractions(source: Source, found: Collector) -> None:
             if min(first, second) < 0 or not 0 < total <= 1.02:
                 column = f"weighted_results1_{name}"
                 raise row.wrong(column, f"a share that is, with the other side’s {second:g}, at most 1")
-            said += 1
+            num_labels += 1
             dimension = "overall" if name in ("Preference", "Overall") else name
             scale = total if total > 0.98 else 1.0
             p = (first / scale, second / scale)
-            found.vote(row, *pair, dimension, None, f"{first:g}, {second:g}", p=p)
-        if not said:
-            found.drop(row, NO_LABEL)
+            collector.vote(row, *pair, dimension, None, f"{first:g}, {second:g}", p=p)
+        if not num_labels:
+            collector.drop(row, NO_LABEL)
 
 
 ANSWERS = {"a": 1, "b": -1, "video1": 1, "video2": -1, "tie": 0, "same": 0}
 
 
-def visionreward(source: Source, found: Collector) -> None:
+def visionreward(source: Source, collector: Collector) -> None:
     """Pairs of VisionReward: `video1_path`, `video2_path`, `prompt`, `standard_answer` A or B."""
-    clips = Clips(source, found)
+    clips = Clips(source, collector)
     for row in source:
         pair = clips.pair(row, ("video1_path", "video2_path"))
         label = row.label("standard_answer", ANSWERS) if pair else None
         if pair and label is None:
-            found.drop(row, NO_LABEL)
+            collector.drop(row, NO_LABEL)
         elif pair:
-            found.vote(row, *pair, "overall", label, row.cells["standard_answer"])
+            collector.vote(row, *pair, "overall", label, row.cells["standard_answer"])
 
 
 _SCORE = re.compile(r"^[ \t]*(?:\(\d\)[ \t]*)?([A-Za-z][\w /-]*?)[ \t]*:[ \t]*(-?\d+(?:\.\d+)?)[ \t]*$", re.MULTILINE)
@@ -147,17 +148,17 @@ _PROMPT = (
 )
 
 
-def videofeedback(source: Source, found: Collector) -> None:
-    """VideoFeedback and VideoFeedback2 as chats: scores stand in the answer's text, the prompt in the question's. Clips
-    are `images` (a list of frames, without a rate) or `videos`. Filmed clips have prompts of their own, so that no pair
-    has one. Clips of VideoFeedback2 are `PROMPT_MODEL.mp4`, with a letter for the model."""
-    clips = Clips(source, found)
+def videofeedback(source: Source, collector: Collector) -> None:
+    """VideoFeedback and VideoFeedback2 as chats: the scores are in the answer's text, the prompt is in the question's.
+    Clips are `images` (a list of frames, without a frame rate) or `videos`. Real (filmed) clips do not share their
+    prompts, so that no pair has one. Clips of VideoFeedback2 are `PROMPT_MODEL.mp4`, with a letter for the model."""
+    clips = Clips(source, collector)
     for row in source:
-        question, answer = (_said(row, who) for who in ("human", "gpt"))
+        question, answer = (_first_text(row, speaker) for speaker in ("human", "gpt"))
         match = next((match for match in (each.search(question) for each in _PROMPT) if match), None)
         prompt = Row({"prompt": match.group(1) if match else None}, row.place).text("prompt")
         if prompt is None:
-            found.drop(row, "no prompt in the question’s text")
+            collector.drop(row, "no prompt in the question’s text")
             continue
         if source.has("images"):
             clip = clips.get(row, "images")
@@ -165,36 +166,36 @@ def videofeedback(source: Source, found: Collector) -> None:
             paths = row.items("videos")
             clip = {"path": paths[0]} if paths and isinstance(paths[0], str) else None
         if clip is None:
-            found.drop(row, NO_CLIP)
+            collector.drop(row, NO_CLIP)
             continue
         if "frames" in clip:
             clip["video"] = row.text("id") or clip["video"]
-        _rate(row, found, prompt, clip, answer)
+        _rate(row, collector, prompt, clip, answer)
 
 
-def _said(row: Row, who: str) -> str:
-    """The first text of one side of a chat; "" where there is none."""
+def _first_text(row: Row, speaker: str) -> str:
+    """The first text of one speaker of a chat; "" if there is none."""
     for each in row.items("conversations"):
         if not isinstance(each, dict):
             raise row.wrong("conversations", "a chat: objects with from and value")
-        if each.get("from") == who and isinstance(each.get("value"), str):
+        if each.get("from") == speaker and isinstance(each.get("value"), str):
             return str(each["value"])
     return ""
 
 
-def _rate(row: Row, found: Collector, prompt: str, clip: dict[str, Any], answer: str) -> None:
-    """Note the scores that an answer's text holds, behind its thoughts, a line each or apart by semicolons."""
+def _rate(row: Row, collector: Collector, prompt: str, clip: dict[str, Any], answer: str) -> None:
+    """Add the scores of an answer's text: one per line or separated by semicolons, after any ``</think>``."""
     lines = re.sub(r"</?answer>", "\n", answer.rsplit("</think>", 1)[-1]).replace(";", "\n")
     scores = {name.strip().casefold(): float(score) for name, score in _SCORE.findall(lines)}
     if not scores:
-        found.drop(row, "no scores in the answer’s text")
+        collector.drop(row, "no scores in the answer’s text")
         return
-    video = found.video(row, "videos", prompt, **clip, model=_letter(clip.get("path")))
-    if found.rated(video):
-        found.drop(row, "the clip was rated in an earlier row")
+    video = collector.video(row, "videos", prompt, **clip, model=_letter(clip.get("path")))
+    if collector.rated(video):
+        collector.drop(row, "the clip was rated in an earlier row")
         return
     for name, score in scores.items():
-        found.rating(row, video, prompt, name, score)
+        collector.rating(row, video, prompt, name, score)
 
 
 def _letter(path: str | None) -> str | None:
@@ -202,39 +203,39 @@ def _letter(path: str | None) -> str | None:
     return match.group(1) if match else None
 
 
-def videofeedback2_answers(source: Source, found: Collector) -> None:
-    """VideoFeedback2's file for reinforcement learning: `problem`, `solution` with scores in its text, `path`. Some ids
-    recur: later rows of a clip are dropped."""
-    clips = Clips(source, found)
+def videofeedback2_answers(source: Source, collector: Collector) -> None:
+    """VideoFeedback2's file for reinforcement learning: `problem`, `solution` with scores in its text, `path`. Some
+    clips are in several rows: all but the first are dropped."""
+    clips = Clips(source, collector)
     for row in source:
         problem, solution, clip = row.text("problem") or "", row.text("solution") or "", clips.get(row, "path")
         match = next((match for match in (each.search(problem) for each in _PROMPT) if match), None)
         prompt = Row({"prompt": match.group(1) if match else None}, row.place).text("prompt")
         if prompt is None or clip is None:
-            found.drop(row, "no prompt in the question’s text" if prompt is None else NO_CLIP)
+            collector.drop(row, "no prompt in the question’s text" if prompt is None else NO_CLIP)
         else:
-            _rate(row, found, prompt, clip, solution)
+            _rate(row, collector, prompt, clip, solution)
 
 
 SCORES = {"visual_score": "visual quality", "t2v_score": "text-to-video alignment"}
 SCORES["phy_score"] = "physical/common-sense consistency"
 
 
-def videofeedback2_test(source: Source, found: Collector) -> None:
+def videofeedback2_test(source: Source, collector: Collector) -> None:
     """VideoFeedback2's test rows: `video_name`, `prompt`, `visual_score`, `t2v_score`, `phy_score`, 1 to 5."""
-    clips = Clips(source, found)
+    clips = Clips(source, collector)
     for row in source:
         prompt, clip = row.text("prompt"), clips.get(row, "video_name")
         scores = {name: row.number(column) for column, name in SCORES.items()}
         if prompt is None or clip is None or all(score is None for score in scores.values()):
-            found.drop(row, NO_PROMPT if prompt is None else NO_CLIP if clip is None else NO_LABEL)
+            collector.drop(row, NO_PROMPT if prompt is None else NO_CLIP if clip is None else NO_LABEL)
             continue
         if "path" in clip and not posixpath.splitext(clip["path"])[1]:
             clip["path"] += ".mp4"
-        video = found.video(row, "video_name", prompt, **clip, model=_letter(clip.get("path")))
+        video = collector.video(row, "video_name", prompt, **clip, model=_letter(clip.get("path")))
         for name, score in scores.items():
             if score is not None:
-                found.rating(row, video, prompt, name, score)
+                collector.rating(row, video, prompt, name, score)
 
 
 FORMATS = {

@@ -1,4 +1,4 @@
-"""Read a preference set from a file, a folder or the Hub, in the format its columns tell; join its votes to pairs."""
+"""Read a preference set from a file, a folder or the Hub, and join its votes to pairs. Its columns tell the format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prism.preference.sources import TABLES, Source, open_source
 
 FORMATS = {**formats.FORMATS, **public_formats.FORMATS, **image_formats.FORMATS}
 RULES = ("majority", "paper")
-MOST_PAIRS = 20_000_000  # that ratings are compared to
+MOST_PAIRS = 20_000_000  # limit on the pairs that are made from ratings
 _SPLIT = re.compile(r"(train|validation|valid|val|test|eval|unseen)(_v\d+)?(?![a-z0-9])", re.IGNORECASE)
 _ALIASES = {"valid": "validation", "val": "validation", "eval": "test"}
 
@@ -39,29 +39,29 @@ def read(
     Args:
         path_or_hub_id: a file (CSV, TSV, JSON, JSONL, Parquet), a folder of such files, or the id of a data set on the
             Hugging Face Hub.
-        form: name of a format, of `FORMATS`; None: by the columns.
-        root: folder that paths in the file are relative to; None: the file's own, or the folder that is read.
+        form: name of a format in `FORMATS`; None: recognised by the columns.
+        root: folder that paths in the file are relative to; None: the file's folder, or the folder that is read.
         encoding: of text files; None: by the byte order mark, else UTF-8.
-        media: whether clips are fetched from the Hub too, and not the tables alone.
+        media: download clips from the Hub too; otherwise only the tables.
 
     Raises:
-        PrismError: where nothing is there, no format or several fit the columns, a label is unknown, a cell is of
-            another kind, or a path leads out of the root; it names the file, row and column.
+        PrismError: for a path that does not exist, columns that fit no format or several, an unknown label, a cell of
+            another kind, or a path outside the root; it names the file, row and column.
     """
     if form is not None:
         choice("--form", form, list(FORMATS))
-    place = _place(path_or_hub_id, media)
-    base = place if place.is_dir() else place.parent
+    path = _local_path(path_or_hub_id, media)
+    base = path if path.is_dir() else path.parent
     top = base if root is None else Path(root)
     if not top.is_dir():
-        raise PrismError(f"The --root {named(top)} is no folder.")
-    found = Collector(top.absolute())
-    sources = [open_source(each, found.root, encoding) for each in _tables(place)]
-    chosen, fitting = _chosen(sources, form, place)
+        raise PrismError(f"The --root {named(top)} is not a folder.")
+    collector = Collector(top.absolute())
+    sources = [open_source(each, collector.root, encoding) for each in _tables(path)]
+    chosen, fitting = _chosen(sources, form, path)
     for source in fitting:
-        found.split = _split(source)
-        FORMATS[chosen].read(source, found)
-    return found.table(chosen)
+        collector.split = _split(source)
+        FORMATS[chosen].read(source, collector)
+    return collector.table(chosen)
 
 
 def detect(source: Source) -> list[str]:
@@ -69,17 +69,17 @@ def detect(source: Source) -> list[str]:
     return [name for name, each in FORMATS.items() if each.fits(source)]
 
 
-def _place(path_or_hub_id: str | os.PathLike[str], media: bool) -> Path:
-    """The file or folder, or the snapshot of a data set on the Hub."""
+def _local_path(path_or_hub_id: str | os.PathLike[str], media: bool) -> Path:
+    """The file or folder, or the local snapshot of a data set on the Hub."""
     try:
-        place = Path(path_or_hub_id)
-        if place.exists():
-            return place.absolute()
+        path = Path(path_or_hub_id)
+        if path.exists():
+            return path.absolute()
     except (TypeError, ValueError, OSError):
-        raise PrismError(f"The data {quoted(path_or_hub_id, 120)} is no path; name a file or folder.") from None
+        raise PrismError(f"The data {quoted(path_or_hub_id, 120)} is not a path; name a file or folder.") from None
     text = str(path_or_hub_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", text) or text.lower().endswith(TABLES):
-        raise PrismError(f"There is no file or folder {named(place)}.")
+        raise PrismError(f"There is no file or folder {named(path)}.")
     from huggingface_hub import errors, snapshot_download
 
     patterns = None if media else [f"*{ending}" for ending in TABLES]
@@ -94,47 +94,47 @@ def _place(path_or_hub_id: str | os.PathLike[str], media: bool) -> Path:
         elif isinstance(error, errors.LocalEntryNotFoundError):
             why = "the Hub cannot be reached; check the network"
         raise PrismError(
-            f"There is no file or folder {quoted(text, 120)}, and no data set of this name came from the Hub: {why}."
+            f"There is no file or folder {quoted(text, 120)}, and the Hub gave no data set of this name: {why}."
         ) from error
 
 
-def _tables(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise PrismError(f"{named(place)} is neither a file nor a folder.")
-    found = [each for each in sorted(place.rglob("*")) if each.suffix.lower() in TABLES and each.is_file()]
-    if not found:
-        raise PrismError(f"The folder {named(place)} holds no table of labels ({', '.join(TABLES)}).")
-    return found
+def _tables(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise PrismError(f"{named(path)} is neither a file nor a folder.")
+    tables = [each for each in sorted(path.rglob("*")) if each.suffix.lower() in TABLES and each.is_file()]
+    if not tables:
+        raise PrismError(f"The folder {named(path)} holds no table of labels ({', '.join(TABLES)}).")
+    return tables
 
 
-def _chosen(sources: Sequence[Source], form: str | None, place: Path) -> tuple[str, list[Source]]:
+def _chosen(sources: Sequence[Source], form: str | None, path: Path) -> tuple[str, list[Source]]:
     """The format, and the files that have it."""
     fits = [(source, detect(source)) for source in sources]
     names = {name: None for _, each in fits for name in each}
     if form is None and len(names) > 1:
         raise PrismError(
-            f"{named(place)} fits several formats: {', '.join(names)}; say which one to read with --form, such as "
+            f"{named(path)} fits several formats: {', '.join(names)}; say which one to read with --form, such as "
             f"--form {next(iter(names))}."
         )
     if form is None and not names:
         raise PrismError(
-            f"{named(place)} has columns of no format that is known: {quoted(', '.join(sources[0].columns), 160)}; "
-            f"the nearest way is prompt, chosen, rejected. There are {', '.join(FORMATS)}."
+            f"{named(path)} has the columns of no known format: {quoted(', '.join(sources[0].columns), 160)}. The "
+            f"simplest format has the columns prompt, chosen, rejected. Known formats: {', '.join(FORMATS)}."
         )
     chosen = form or next(iter(names))
     fitting = [source for source, each in fits if chosen in each]
     if not fitting:
         raise PrismError(
-            f"{named(place)} does not fit --form {chosen} ({FORMATS[chosen].about}); it has the columns "
+            f"{named(path)} does not fit --form {chosen} ({FORMATS[chosen].about}); it has the columns "
             f"{quoted(', '.join(sources[0].columns), 160)}."
         )
     return chosen, fitting
 
 
 def _split(source: Source) -> str | None:
-    """The split that a file's name tells, as the Hub names files: train.csv, test_v1-00000-of-00002.parquet."""
+    """The split in a file's name, as the Hub names files: train.csv, test_v1-00000-of-00002.parquet; else None."""
     match = _SPLIT.match(source.path.stem)
     name = match.group().lower() if match else None  # test and test_v1 are two splits
     return _ALIASES.get(name, name) if name else None
@@ -143,25 +143,26 @@ def _split(source: Source) -> str | None:
 # -- votes and ratings as pairs
 
 
-def pairs(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, soft: bool = False) -> pa.Table:
+def pairs(preference_set: PreferenceSet, rule: str = "majority", margin: float = 0.0, soft: bool = False) -> pa.Table:
     """One row per pair, with a label per dimension: the votes of all annotators joined, ratings compared.
 
     Args:
-        found: a preference set. Where it has votes, its ratings are not compared.
-        rule: how annotators are joined. "majority": the vote of more than half of them, else a tie. "paper": all tie: a
-            tie; the votes that are no ties agree: that side; they conflict: no label. Where there are several
-            dimensions and none is "overall", this follows from them by the paper's rule (section 4.1).
+        preference_set: the set. If it has votes, its ratings are not used.
+        rule: how the votes of several annotators are joined. "majority": the side with more than half of the votes,
+            else a tie. "paper": a tie if all votes are ties; else the side of the votes that are not ties if they
+            agree, and no label if they conflict. A set of several dimensions without "overall" gets that one from the
+            others by the paper's rule (section 4.1).
         margin: largest difference that is a tie: of the mean ratings of two clips, in their unit; of the mean
             probabilities p_a and p_b.
-        soft: whether the shares of several annotators' votes are given as probabilities too.
+        soft: also give the shares of several annotators' votes as probabilities.
 
     Returns:
-        prompt, video_a, video_b, split, an int8 column per dimension (1: A better, -1: B, 0: tie, null: no label), and
-        where probabilities or confidences are given ``DIM:p_a``, ``DIM:p_b``, ``DIM:weight``, float32, null elsewhere.
+        prompt, video_a, video_b, split, an int8 column per dimension (1: A better, -1: B, 0: tie, null: no label); for
+        sets with probabilities or confidences also ``DIM:p_a``, ``DIM:p_b``, ``DIM:weight``, float32 or null.
     """
     choice("rule", rule, RULES)
     number("margin", margin, 0)
-    votes = found.votes if len(found.votes) else _compared(found, margin)
+    votes = preference_set.votes if len(preference_set.votes) else _compared(preference_set, margin)
     rows: dict[tuple[str, str, str, str | None], int] = {}
     heads: list[tuple[str, str, str, str | None]] = []
     cells: dict[str, dict[int, list[tuple[Any, ...]]]] = {name: {} for name in in_order(votes["dimension"].to_pylist())}
@@ -169,11 +170,16 @@ def pairs(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, sof
     for prompt, a, b, split, dimension, label, p_a, p_b, confidence in zip(
         *(votes[name].to_pylist() for name in names)
     ):
-        key = (prompt, min(a, b), max(a, b), split)  # in two splits it is two rows, which `check_disjoint` refuses
+        key = (
+            prompt,
+            min(a, b),
+            max(a, b),
+            split,
+        )  # a pair in two splits gives two rows; `check_disjoint` refuses them
         row = rows.setdefault(key, len(rows))
         if row == len(heads):
             heads.append((prompt, a, b, split))
-        elif heads[row][1] != a:  # the sides of the pair as it came first
+        elif heads[row][1] != a:  # an earlier vote has the sides the other way round
             label, p_a, p_b = None if label is None else -label, p_b, p_a
         cells[dimension].setdefault(row, []).append((label, p_a, p_b, confidence))
     joined = {
@@ -194,7 +200,7 @@ def pairs(found: PreferenceSet, rule: str = "majority", margin: float = 0.0, sof
 
 
 def _joined(votes: Sequence[tuple[Any, ...]], rule: str, margin: float) -> float:
-    """The label of one pair in one dimension; NaN: none."""
+    """The label of one pair in one dimension; NaN if there is none."""
     labels = [label for label, *_ in votes if label is not None]
     if not labels:
         soft = [p_a - p_b for _, p_a, p_b, _ in votes if p_a is not None]
@@ -207,33 +213,33 @@ def _joined(votes: Sequence[tuple[Any, ...]], rule: str, margin: float) -> float
 
 
 def _softened(by_row: dict[int, list[tuple[Any, ...]]], count: int, soft: bool) -> dict[str, pa.Array]:
-    """The columns p_a, p_b and weight, where there is something to say."""
+    """The columns p_a, p_b and weight, those without any value left out."""
     columns: dict[str, list[float | None]] = {name: [None] * count for name in ("p_a", "p_b", "weight")}
     for row, votes in by_row.items():
-        given = [(p_a, p_b) for _, p_a, p_b, _ in votes if p_a is not None]
-        if not given and soft and len(votes) > 1:
-            given = [(float(label == 1), float(label == -1)) for label, *_ in votes]
-        if given:
-            columns["p_a"][row], columns["p_b"][row] = np.mean(given, 0).tolist()
-        sure = [confidence for *_, confidence in votes if confidence is not None]
-        if sure:
-            columns["weight"][row] = float(np.mean(sure))
+        probabilities = [(p_a, p_b) for _, p_a, p_b, _ in votes if p_a is not None]
+        if not probabilities and soft and len(votes) > 1:
+            probabilities = [(float(label == 1), float(label == -1)) for label, *_ in votes]
+        if probabilities:
+            columns["p_a"][row], columns["p_b"][row] = np.mean(probabilities, 0).tolist()
+        confidences = [confidence for *_, confidence in votes if confidence is not None]
+        if confidences:
+            columns["weight"][row] = float(np.mean(confidences))
     return {name: pa.array(each, pa.float32()) for name, each in columns.items() if any(v is not None for v in each)}
 
 
-def _compared(found: PreferenceSet, margin: float) -> pa.Table:
+def _compared(preference_set: PreferenceSet, margin: float) -> pa.Table:
     """Votes of all pairs within each prompt, by the mean rating of each clip over its annotators."""
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     names = ("prompt", "dimension", "video", "score")
-    for prompt, dimension, video, score in zip(*(found.ratings[name].to_pylist() for name in names)):
+    for prompt, dimension, video, score in zip(*(preference_set.ratings[name].to_pylist() for name in names)):
         scores.setdefault((prompt, dimension), {}).setdefault(video, []).append(score)
     total = sum(len(each) * (len(each) - 1) // 2 for each in scores.values())
     if total > MOST_PAIRS:
         raise PrismError(
-            f"The ratings give {total:,} pairs, as prompts have up to {max(map(len, scores.values())):,} clips; at "
-            f"most {MOST_PAIRS:,} are made. Give fewer clips per prompt."
+            f"The ratings give {total:,} pairs, as prompts have up to {max(map(len, scores.values())):,} clips; the "
+            f"limit is {MOST_PAIRS:,} pairs. Give fewer clips per prompt."
         )
-    splits = dict(zip(found.videos["video"].to_pylist(), found.videos["split"].to_pylist()))
+    splits = dict(zip(preference_set.videos["video"].to_pylist(), preference_set.videos["split"].to_pylist()))
     rows: list[tuple[Any, ...]] = []
     for (prompt, dimension), by_video in scores.items():
         ids = list(by_video)

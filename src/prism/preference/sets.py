@@ -1,4 +1,4 @@
-"""A preference set as one kind of tables, whatever file it came from, and the collector that readers fill it with."""
+"""A preference set as three tables, the same for every file format, and the collector through which readers fill it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RATINGS = pa.schema(
         ("row", pa.int64()),
     ]
 )
-# where sets keep the files that they name
+# Folders below the root in which a named file is looked for: sets often name files relative to one of them.
 _FOLDERS = (
     "",
     "videos",
@@ -71,28 +71,28 @@ _FOLDERS = (
 
 @dataclass(frozen=True)
 class PreferenceSet:
-    """Clips and what annotators said of them, as three tables in the order of the file.
+    """Clips and the votes and ratings of annotators, as three tables in the order of the file.
 
-    The sides of a vote are those of the file; where a file names the winner first, they are in the order of the clips'
-    identities, so that the side never tells the label.
+    The sides A and B of a vote are those of the file. If a file always names the winner first, they are in the order of
+    the clips' identities instead, so that the side does not give the label away.
     """
 
     form: str
-    """Name of the format that was found."""
+    """Name of the format that was read."""
     root: Path
     """Folder that paths are relative to."""
     videos: pa.Table
     """`VIDEOS`, one row per clip: its identity, and its `path` below `root` (``FILE.parquet#COLUMN/ROW`` for bytes in a
     Parquet file) or its `frames`, pictures in order."""
     votes: pa.Table
-    """`VOTES`, one row per pair, dimension and annotator: `label` 1 (A better), -1 (B), 0 (tie) or null, where there
-    are only the probabilities `p_a`, `p_b` that A or B is better (the rest: a tie); `given`, the label as it stood."""
+    """`VOTES`, one row per pair, dimension and annotator: `label` 1 (A better), -1 (B), 0 (tie), or null if there are
+    only the probabilities `p_a`, `p_b` that A or B is better (the rest: a tie); `given`, the label as in the file."""
     ratings: pa.Table
     """`RATINGS`, one row per clip, dimension and annotator: `score`, in the set's own unit."""
     dropped: dict[str, list[Place]]
-    """Rows that gave nothing, by reason."""
+    """Rows that were left out, by reason."""
     missing: tuple[str, ...]
-    """Paths that are named and not there."""
+    """Paths that the set names and that do not exist."""
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -102,49 +102,49 @@ class PreferenceSet:
 
 def in_order(dimensions: Iterable[str]) -> tuple[str, ...]:
     """Each dimension once: VQ, MQ and TA, then others in order of appearance, "overall" last."""
-    places = {"VQ": 0, "MQ": 1, "TA": 2, "overall": 4}
-    return tuple(sorted(dict.fromkeys(dimensions), key=lambda name: places.get(name, 3)))
+    positions = {"VQ": 0, "MQ": 1, "TA": 2, "overall": 4}
+    return tuple(sorted(dict.fromkeys(dimensions), key=lambda name: positions.get(name, 3)))
 
 
 def check_dimension(row: Row, name: str) -> None:
     """Refuse the name of a dimension that cannot be a column of a table of pairs."""
     if ":" in name or name in PAIR_COLUMNS:
         raise PrismError(
-            f"The dimension {quoted(name, 80)} in {row.place} cannot have this name: it holds a colon, or is a column "
-            "of pairs; rename it."
+            f"The dimension {quoted(name, 80)} in {row.place} cannot have this name: a name with a colon, or one of "
+            f"{', '.join(PAIR_COLUMNS)}, is another column of a table of pairs; rename it."
         )
 
 
 @dataclass
 class Collector:
-    """What a reader finds, row by row."""
+    """The clips, votes and ratings that a reader adds row by row, and their checks."""
 
     root: Path
     split: str | None = None
-    """Of the file being read, where its name tells it."""
+    """Split of the file being read, if the file's name says it."""
     dropped: dict[str, list[Place]] = field(default_factory=dict)
     _videos: dict[str, dict[str, Any]] = field(default_factory=dict)
     _missing: dict[str, None] = field(default_factory=dict)
-    _there: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    _files: dict[str, tuple[str, bool]] = field(default_factory=dict)
     _votes: list[tuple[Any, ...]] = field(default_factory=list)
     _ratings: list[tuple[Any, ...]] = field(default_factory=list)
     _rated: set[str] = field(default_factory=set)
 
     def drop(self, row: Row, reason: str) -> None:
-        """Leave a row out, for a reason that is counted."""
+        """Leave a row out, and list it under a reason."""
         self.dropped.setdefault(reason, []).append(row.place)
 
     def file(self, row: Row, column: str, path: str) -> str:
-        """A path below the root; refuses one that climbs out of it, and remembers one where no file is."""
-        if path not in self._there:
-            self._there[path] = self._find(row, column, path)
-        name, there = self._there[path]
-        if not there:
+        """A path relative to the root. Refuses a path outside the root; lists one without a file as missing."""
+        if path not in self._files:
+            self._files[path] = self._find(row, column, path)
+        name, exists = self._files[path]
+        if not exists:
             self._missing[name] = None
         return name
 
     def _find(self, row: Row, column: str, path: str) -> tuple[str, bool]:
-        """Its path below the root, and whether a file is there."""
+        """The path relative to the root, and True if a file exists there."""
         if "://" in path[:12]:
             return path, False
         plain = path.replace("\\", "/")
@@ -152,10 +152,10 @@ class Collector:
             try:
                 plain = Path(plain).relative_to(self.root).as_posix()
             except ValueError:
-                raise self._climbs(row, column, path) from None
+                raise self._outside(row, column, path) from None
         plain = posixpath.normpath(plain)
         if plain == ".." or plain.startswith("../") or "\0" in plain:
-            raise self._climbs(row, column, path)
+            raise self._outside(row, column, path)
         for folder in _FOLDERS:
             name = posixpath.join(folder, plain)
             try:
@@ -165,7 +165,7 @@ class Collector:
                 break
         return plain, False
 
-    def _climbs(self, row: Row, column: str, path: str) -> PrismError:
+    def _outside(self, row: Row, column: str, path: str) -> PrismError:
         return PrismError(
             f"The path {quoted(path, 120)} in column {quoted(column, 60)}, {row.place}, leads out of the data's folder "
             f"{quoted(str(self.root), 120)}; give the folder that holds it with --root."
@@ -187,7 +187,7 @@ class Collector:
         image: str | None = None,
         split: str | None = None,
     ) -> str:
-        """Note a clip; its identity: `video` if given, else its path, the digest of its bytes, or its frames' stem."""
+        """Add a clip and return its identity: `video` if given, else its path or the digest of its bytes."""
         listed = None if frames is None else [self.file(row, column, frame) for frame in frames]
         if embedded is not None:
             video, path = video or embedded[0], embedded[1]
@@ -197,7 +197,7 @@ class Collector:
         assert video is not None, "a clip without path and bytes needs an identity"
         if num_frames is not None and not (0 < num_frames < 2**31 and num_frames == int(num_frames)):
             raise PrismError(f"The number of frames of {quoted(video, 120)} in {row.place} is {num_frames:g}.")
-        found = self._videos.setdefault(
+        facts = self._videos.setdefault(
             video,
             {
                 **{"video": video, "path": path, "frames": listed, "prompt": prompt, "split": split or self.split},
@@ -206,7 +206,7 @@ class Collector:
         )
         for name, value in {"model": model, "fps": fps, "num_frames": num_frames, "image": image}.items():
             if value is not None:
-                found.setdefault(name, int(value) if name == "num_frames" else value)
+                facts.setdefault(name, int(value) if name == "num_frames" else value)
         return video
 
     def vote(
@@ -225,7 +225,7 @@ class Collector:
         split: str | None = None,
         by_id: bool = False,
     ) -> None:
-        """Note what was said of a pair in one dimension.
+        """Add a vote on a pair in one dimension. `given` is the label as in the file.
 
         by_id: the file names the winner first; the sides are put in the order of the clips' identities.
         """
@@ -237,14 +237,14 @@ class Collector:
             video_a, video_b, p_a, p_b = video_b, video_a, p_b, p_a
             label = None if label is None else -label
         given = given if isinstance(given, str) else quoted(given, 200)
-        place = (row.place.source, row.place.row, split or self.split)
-        said = (annotator, label, p_a, p_b, confidence, given)
-        self._votes.append((video_a, video_b, prompt, dimension, *said, *place))
+        answer = (annotator, label, p_a, p_b, confidence, given)
+        position = (row.place.source, row.place.row, split or self.split)
+        self._votes.append((video_a, video_b, prompt, dimension, *answer, *position))
 
     def rating(
         self, row: Row, video: str, prompt: str, dimension: str, score: float, annotator: str | None = None
     ) -> None:
-        """Note an annotator's score of a clip."""
+        """Add an annotator's score of a clip."""
         check_dimension(row, dimension)
         self._rated.add(video)
         self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
@@ -254,7 +254,7 @@ class Collector:
         return video in self._rated
 
     def table(self, form: str) -> PreferenceSet:
-        """All that was found."""
+        """The preference set of all that was added."""
         videos = pa.Table.from_pylist(list(self._videos.values()), schema=VIDEOS)
         votes, ratings = _table(self._votes, VOTES), _table(self._ratings, RATINGS)
         return PreferenceSet(form, self.root, videos, votes, ratings, self.dropped, tuple(self._missing))

@@ -1,17 +1,17 @@
-"""Shards of a latent store (schema 2): written by several processes at once, each whole or absent, and listed again.
+"""Shards of a latent store (schema 2): files that several processes write at once, each complete or absent.
 
     store.json                schema 2, the cache key, dimensions, the call that most videos share, command, seed
     shards/UNIT.safetensors   tensors of some videos of one shape: "latents" (rows, ...); optional "states" (rows, S,
                               ...) recorded while sampling, "predicted" (rows, S, ...), the clean latents the denoiser
                               predicted there, and "t" (rows, S) in [0, 1000] of both
-    shards/UNIT.parquet       a row per video (`ROW_COLUMNS`, and any score columns); written last, so that the shard
-                              exists where this file does; its metadata hold the tensors' SHA-256 and the key's digest
+    shards/UNIT.parquet       a row per video (`ROW_COLUMNS`, and any score columns); written last, so that a shard is
+                              complete if this file exists; its metadata hold the tensors' SHA-256 and the key's digest
     index.parquet             the rows of all shards, so that a store of 100,000 videos opens in a second
-    pairs.parquet             labelled pairs (see ``prism.preference.pairs``); beside it optional votes and ratings
+    pairs.parquet             labelled pairs (see ``prism.preference.pairs``); optional: votes.parquet, ratings.parquet
     seals.json                SHA-256 of index, pairs, votes and ratings
 
-A unit is a piece of work with a name that follows from what is asked for (`unit_name`): whoever goes on with a run that
-was killed sees what is done, and processes that share a run write different units.
+A unit is the work that makes one shard. Its name (`unit_name`) depends on its number and videos only, so that a resumed
+run sees which units are done. Processes that share a run write different units.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from prism.preference.pairs import check_file, named, read_table
 
 FIRST_SCHEMA, SCHEMA = 1, 2
 FLOATS = ("F16", "BF16", "F32", "F64")
-NUMBERS = (*FLOATS, "I8")  # eight bits come with a scale
+NUMBERS = (*FLOATS, "I8")  # int8 tensors come with a scale
 STORE, INDEX, PAIRS, SEALS = "store.json", "index.parquet", "pairs.parquet", "seals.json"
 ROW_COLUMNS = {
     "video": pa.string(),
@@ -51,15 +51,15 @@ ROW_COLUMNS = {
     "source": pa.string(),
     "source_row": pa.int64(),
 }
-"""Columns of a shard's rows and of the index. Null may be: seed, model (the generator), image (a file below images/),
-source and source_row (where the video was named). call: JSON of the pipeline arguments that differ from the store's;
-shape: of one latent, "16x21x60x104"."""
+"""Columns of a shard's rows and of the index. May be null: seed, model (the generator), image (a file below images/),
+source and source_row (file and row that named the video). call: JSON of the pipeline arguments that differ from the
+store's; shape: of one latent, such as "16x21x60x104"."""
 REQUIRED = ("video", "prompt", "split", "call", "shape")
 UNIT = re.compile(r"\d{6}-[0-9a-f]{12}")
 
 
 def key_digest(key: Mapping[str, Any]) -> str:
-    """A hash of a cache key, whatever the order of its fields."""
+    """A hash of a cache key that ignores the order of its fields."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -68,29 +68,29 @@ def check_key(path: Path, metadata: Mapping[str, Any], key: str) -> None:
     if metadata.get("key") != key:
         raise PrismError(
             f"The file {named(path)} was written for another backbone, VAE, frame policy or dtype than store.json "
-            "says; delete the store's folder and write it anew, or put the right store.json back."
+            "says; delete the store's folder and write it again, or restore the right store.json."
         )
 
 
-def shard_tables(folder: Path, key: str, besides: Iterable[str] = ()) -> dict[str, tuple[pa.Table, dict[str, Any]]]:
-    """Rows and metadata of each shard but some units, by unit, in the order of their names."""
-    known, found = set(besides), {}
+def shard_tables(folder: Path, key: str, skip: Iterable[str] = ()) -> dict[str, tuple[pa.Table, dict[str, Any]]]:
+    """Rows and metadata of each shard, by unit, in the order of their names; the units in `skip` are left out."""
+    skipped, shards = set(skip), {}
     try:
         names = sorted(os.listdir(folder / "shards")) if (folder / "shards").is_dir() else []
     except OSError as error:
         raise PrismError(f"The folder {named(folder / 'shards')} cannot be read ({error.strerror}).") from error
     for name in names:
         unit, end = os.path.splitext(name)
-        if end == ".parquet" and UNIT.fullmatch(unit) and unit not in known:
+        if end == ".parquet" and UNIT.fullmatch(unit) and unit not in skipped:
             path = folder / "shards" / name
             metadata = noted(path)
             check_key(path, metadata, key)
-            found[unit] = read_rows(path, ()), metadata
-    return found
+            shards[unit] = read_rows(path, ()), metadata
+    return shards
 
 
 def read_rows(path: Path, texts: Sequence[str]) -> pa.Table:
-    """The rows of a shard or of the index, checked; `texts`: further columns that must be there."""
+    """The rows of a shard or of the index, checked; `texts`: further columns that it must have."""
     return read_table(path, ("video", "prompt", "split", "call", "shape", *texts), ("row",), tuple(ROW_COLUMNS))
 
 
@@ -105,7 +105,7 @@ def with_units(shards: Mapping[str, tuple[pa.Table, Any]]) -> pa.Table:
 def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
     """All rows of a store, with the column shard, and the SHA-256 of each shard's tensors and of the labels.
 
-    Shards that were written since the index are read beside it.
+    Shards that were written after the index are read too.
     """
     seals = _sealed(folder)
     for path, seal in seals.items():
@@ -116,10 +116,10 @@ def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
         check_key(folder / INDEX, metadata, key)
         rows = read_rows(folder / INDEX, ("shard",))
         sums = dict(metadata.get("sha256") or {})
-        strange = set(pc.unique(rows["shard"]).to_pylist()) - set(sums)
-        if strange:
+        unsealed = set(pc.unique(rows["shard"]).to_pylist()) - set(sums)
+        if unsealed:
             raise PrismError(
-                f"The file {named(folder / INDEX)} names the shard {quoted(min(strange), 60)} without its SHA-256."
+                f"The file {named(folder / INDEX)} names the shard {quoted(min(unsealed), 60)} without its SHA-256."
             )
     later = shard_tables(folder, key, sums)
     if later or rows is None:
@@ -132,35 +132,35 @@ def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
 
 
 def check_seal(path: Path, seal: str, kept_in: str) -> None:
-    """Compare a file with its SHA-256, which is kept in the file of that name."""
+    """Compare a file with its SHA-256; `kept_in` is the name of the file that holds the SHA-256."""
     check_file(path, f", though {kept_in} has its SHA-256")
     if files.sha256(path) != seal:
         raise PrismError(
             f"The file {named(path)} is not the one that was written: {kept_in} has another SHA-256. Copy or write the "
-            f"store anew; if it was changed on purpose, delete its line in {kept_in}."
+            f"store again; if the file was changed on purpose, delete its line in {kept_in}."
         )
 
 
 def _sealed(folder: Path) -> dict[Path, str]:
     path = folder / SEALS
-    found = files.read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict) or set(found) - {INDEX, PAIRS, "votes.parquet", "ratings.parquet"}:
-        raise PrismError(f"The file {named(path)} must be an object of SHA-256 sums by file name; it is altered.")
-    return {folder / name: str(seal) for name, seal in found.items()}
+    seals = files.read_json(path) if path.is_file() else {}
+    if not isinstance(seals, dict) or set(seals) - {INDEX, PAIRS, "votes.parquet", "ratings.parquet"}:
+        raise PrismError(f"The file {named(path)} must be an object of SHA-256 sums by file name; it was altered.")
+    return {folder / name: str(seal) for name, seal in seals.items()}
 
 
 def noted(path: Path) -> dict[str, Any]:
-    """The notes of `StoreWriter` in a Parquet file."""
+    """The metadata that `StoreWriter` put into a Parquet file."""
     try:
-        found = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
+        metadata = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
     except Exception as error:
         raise PrismError(
-            f"The file {named(path)} is no table of a latent store, or damaged ({quoted(error, 120)}); delete it, and "
-            "what it held is made again with --resume."
+            f"The file {named(path)} is no table of a latent store, or damaged ({quoted(error, 120)}); delete it and "
+            "run with --resume, which makes it again."
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(metadata, dict):
         raise PrismError(f"The file {named(path)} is no table of a latent store; delete it.")
-    return found
+    return metadata
 
 
 def open_shard(path: Path) -> Any:
@@ -175,10 +175,10 @@ def open_shard(path: Path) -> Any:
 
 
 def view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> Any:
-    """A tensor of an opened shard, not read yet, of one of some kinds of numbers, with at least one of them in it."""
+    """A tensor of an opened shard, not read yet; checked to be of one of `kinds`, and not empty."""
     try:
-        found = shard.get_slice(name)
-        kind, shape = found.get_dtype(), found.get_shape()
+        tensor = shard.get_slice(name)
+        kind, shape = tensor.get_dtype(), tensor.get_shape()
     except Exception:
         raise PrismError(f"The file {named(path)} holds no tensor {name!r}.") from None
     if kind not in kinds:
@@ -187,4 +187,4 @@ def view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> An
         raise PrismError(
             f"The tensor {name} in {named(path)} must be (rows, ...), found the shape {quoted(shape, 80)}."
         )
-    return found
+    return tensor

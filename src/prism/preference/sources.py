@@ -1,6 +1,6 @@
-"""Files of labels as rows of cells: CSV, JSON, JSONL and Parquet, of whatever encoding, with every cell checked.
+"""Files of labels as rows of cells: CSV, JSON, JSONL and Parquet, in any encoding, with every cell checked.
 
-Nothing is unpickled, and bytes of clips that stand in a Parquet file are not read until somebody wants the clip.
+Nothing is unpickled. Clips embedded in a Parquet file are not read with the rows, but when a clip is used.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a source: its cells by column, each given out as the kind that is asked for, or refused by its place."""
+    """A row of a source: its cells by column. Methods return a cell as one kind, or raise an error with its place."""
 
     cells: Mapping[str, Any]
     place: Place
 
-    def wrong(self, column: str, wanted: str) -> PrismError:
-        """The error of a cell that is not what is `wanted`."""
-        found = quoted(self.cells.get(column), 80) if self.cells.get(column) is not None else "nothing"
-        return PrismError(f"The column {quoted(column, 60)} in {self.place} must hold {wanted}; found {found}.")
+    def wrong(self, column: str, requirement: str) -> PrismError:
+        """The error for a cell that does not hold what is required."""
+        cell = quoted(self.cells.get(column), 80) if self.cells.get(column) is not None else "nothing"
+        return PrismError(f"The column {quoted(column, 60)} in {self.place} must hold {requirement}; found {cell}.")
 
     def text(self, column: str) -> str | None:
-        """A text; None where the cell is empty or not there. Numbers become their digits."""
+        """A text; None if the cell is empty or missing. Numbers become their digits."""
         cell = self.cells.get(column)
         if cell is None or (isinstance(cell, float) and math.isnan(cell)):
             return None
@@ -74,20 +74,20 @@ class Row:
         return text if text.strip() else None
 
     def number(self, column: str) -> float | None:
-        """A finite number, also where it is written as text; None where the cell is empty, NaN or not there."""
+        """A finite number, also from a text such as "0.5"; None if the cell is empty, NaN or missing."""
         cell = self.cells.get(column)
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             return None
         try:
-            found = float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.inf
+            value = float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.inf
         except (ValueError, OverflowError):
-            found = math.inf
-        if math.isinf(found):
+            value = math.inf
+        if math.isinf(value):
             raise self.wrong(column, "a finite number")
-        return None if math.isnan(found) else found
+        return None if math.isnan(value) else value
 
     def items(self, column: str) -> list[Any]:
-        """A list, also where it is written as JSON in a text; empty where the cell is."""
+        """A list, also from a text with JSON; empty if the cell is empty."""
         cell = self.cells.get(column)
         if isinstance(cell, str) and cell.lstrip().startswith("["):
             cell = _json(cell, f"The column {quoted(column, 60)} in {self.place}")
@@ -98,7 +98,7 @@ class Row:
         return cell
 
     def label(self, column: str, codes: Mapping[str, int | None]) -> int | None:
-        """The code of a label, by `codes`, in any case; None where the cell is empty.
+        """The code of a label in `codes`, upper or lower case; None if the cell is empty.
 
         Raises `PrismError` for a label that is not in `codes`, naming file, row and column."""
         text = self.text(column)
@@ -110,16 +110,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of labels: its columns, and its rows, which are read anew at each iteration where it is Parquet."""
+    """A file of labels: its columns and its rows. The rows of a Parquet file are read again at each iteration."""
 
     path: Path
     name: str
-    """The file's name, relative to the set's root where it is below that, else whole: what a row's place says."""
+    """The file's path in messages: relative to the set's root if it lies below the root, else absolute."""
     columns: tuple[str, ...]
     rows: Any = field(repr=False)
     """List of cells by column, or None for Parquet."""
     embedded: tuple[str, ...] = ()
-    """Columns of Parquet that hold clips or pictures as bytes, which rows do not have."""
+    """Columns of a Parquet file that hold clips or pictures as bytes; rows do not contain them."""
     shape: str = "rows"
     """"rows", or "object" for a JSON file of objects by key (each row's key is its cell "")."""
 
@@ -137,31 +137,31 @@ class Source:
                     number += 1
 
     def has(self, *columns: str) -> bool:
-        """True if all these columns are there."""
+        """True if the file has all these columns."""
         return all(column in self.columns for column in columns)
 
     def references(self, column: str) -> list[tuple[str, str] | None]:
-        """For each row, the identity of the clip embedded in a column (a digest of its bytes) and where it stands.
+        """For each row, the identity of the clip embedded in a column (a digest of its bytes) and its path.
 
-        The place is ``FILE.parquet#COLUMN/ROW``; None where there are no bytes. One clip's bytes are in memory at once.
+        The path is ``FILE.parquet#COLUMN/ROW``; None for rows without bytes. Few clips are in memory at once.
         """
-        found: list[tuple[str, str] | None] = []
+        references: list[tuple[str, str] | None] = []
         with _whole(self.path):
             for batch in pq.ParquetFile(self.path).iter_batches(16, columns=[column]):
                 for cell in batch.column(0):
                     value = cell["bytes"] if pa.types.is_struct(cell.type) else cell
                     data = value.as_buffer() if value.is_valid else None
                     if data is None or not len(data):
-                        found.append(None)
+                        references.append(None)
                     else:
-                        place = f"{self.name}#{column}/{len(found)}"
-                        found.append((f"sha256:{hashlib.sha256(data).hexdigest()[:24]}", place))
-        return found
+                        path = f"{self.name}#{column}/{len(references)}"
+                        references.append((f"sha256:{hashlib.sha256(data).hexdigest()[:24]}", path))
+        return references
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Say in a sentence what is wrong with a Parquet file that is read in the block."""
+    """Turn errors of reading a Parquet file in the block into a PrismError."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -169,15 +169,15 @@ def _whole(path: Path) -> Iterator[None]:
 
 
 def open_source(path: Path, root: Path, encoding: str | None = None) -> Source:
-    """A file of labels, told by its ending: .csv, .tsv, .json, .jsonl, .ndjson or .parquet.
+    """Open a file of labels by its ending: .csv, .tsv, .json, .jsonl, .ndjson or .parquet.
 
     Args:
         path: the file.
-        root: folder that its name is told relative to.
+        root: folder that `Source.name` is relative to.
         encoding: of text files; None: by the byte order mark, else UTF-8.
 
     Raises:
-        PrismError: for another ending, a pickle, a damaged file, another encoding, or columns that are there twice.
+        PrismError: for another ending, a pickle, a damaged file, another encoding, or two columns of the same name.
     """
     files.check_regular(path)
     try:
@@ -192,7 +192,7 @@ def open_source(path: Path, root: Path, encoding: str | None = None) -> Source:
         )
     if ending not in TABLES:
         raise PrismError(
-            f"The file {named(path)} is no table of labels by its ending; needed is one of {', '.join(TABLES)}."
+            f"The file {named(path)} is no table of labels; its name must end in one of {', '.join(TABLES)}."
         )
     if ending == ".parquet":
         return _parquet(path, name)
@@ -237,9 +237,9 @@ def _text(path: Path, encoding: str | None) -> str:
             f"There is no encoding {quoted(encoding, 60)}; name one like cp1252 with --encoding."
         ) from None
     except UnicodeError as error:
-        place = getattr(error, "start", 0)
+        start = getattr(error, "start", 0)
         raise PrismError(
-            f"The file {named(path)} is not {chosen}: byte {place} is 0x{data[place : place + 1].hex()}; save it as "
+            f"The file {named(path)} is not {chosen}: byte {start} is 0x{data[start : start + 1].hex()}; save it as "
             "UTF-8, or name its encoding (often cp1252 or gb18030) with --encoding."
         ) from None
 
@@ -264,7 +264,7 @@ def _csv(path: Path, text: str) -> list[Any]:
         if len(line) != len(header):
             raise PrismError(
                 f"In {Place(path.name, number)} there are {len(line)} cells where the header has {len(header)}; a text "
-                f"with the sign {'tab' if delimiter == chr(9) else delimiter} must stand in quotes."
+                f"that contains {'a tab' if delimiter == chr(9) else delimiter} must be in quotes."
             )
         rows.append(dict(zip(header, line)))
     return rows
@@ -287,7 +287,7 @@ def _objects(path: Path, text: str, lines: bool) -> tuple[list[dict[str, Any]], 
         except RecursionError:
             raise PrismError(f"{where} is not valid JSON (nested too deeply).") from None
         except ValueError as error:
-            lines = getattr(error, "msg", "") == "Extra data"  # one object a line, under the ending of JSON
+            lines = getattr(error, "msg", "") == "Extra data"  # JSONL (one object per line) named .json
             if not lines:
                 raise PrismError(f"{where} is not valid JSON ({quoted(error, 120)}).") from None
     if lines:
@@ -298,7 +298,7 @@ def _objects(path: Path, text: str, lines: bool) -> tuple[list[dict[str, Any]], 
         ]
     if isinstance(content, dict) and content and all(isinstance(each, dict) for each in content.values()):
         content, shape = [{"": key, **each} for key, each in content.items()], "object"
-    elif isinstance(content, dict):  # a table under a name, as {"data": [...]}
+    elif isinstance(content, dict):  # the rows under some key, as {"data": [...]}
         tables = [each for each in content.values() if isinstance(each, list)]
         content = tables[0] if len(tables) == 1 else [content]
     for number, each in enumerate(content if isinstance(content, list) else [content]):

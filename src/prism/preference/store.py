@@ -5,7 +5,7 @@
     videos.parquet                video, prompt, seed, split, shard, row, and any score columns
     pairs.parquet                 see ``prism.preference.pairs``
     latents-00000.safetensors     "latents" (rows, ...) in the layout of the sampling loop, float16 or float32; or int8
-                                  with "scale" (1, ...), by which each place of a latent is multiplied
+                                  with "scale" (1, ...), which each number of a latent is multiplied by
     trajectory-00000.safetensors  optional: "states" (rows, S, ...) recorded while sampling, "t" (rows, S) in [0, 1000]
 
 Latents are read row by row from memory-mapped files, so a store may be larger than memory.
@@ -85,20 +85,21 @@ class LatentStore:
         instance("A store's folder", folder, str | os.PathLike, "a path")
         folder = Path(folder)
         if not os.path.isdir(folder):  # also of a name too long for the file system
-            found = "is a file" if os.path.exists(folder) else "does not exist"
+            problem = "is a file" if os.path.exists(folder) else "does not exist"
             raise PrismError(
-                f"The store {named(folder)} {found}; it is a folder that prism.preference.write_store writes."
+                f"The store {named(folder)} {problem}; name a folder that prism encode or "
+                "prism.preference.write_store wrote."
             )
         if not (folder / "store.json").exists():
             raise PrismError(
-                f"The folder {named(folder)} is no store: its store.json does not exist. Latents and labels "
-                "become one by prism.preference.write_store."
+                f"The folder {named(folder)} is no store: its store.json does not exist. Name a folder that prism "
+                "encode or prism.preference.write_store wrote."
             )
         meta = _read_meta(folder / "store.json")
         if meta.get("schema") == SCHEMA:
             videos, seals = indexed(folder, key_digest(meta.get("key") or {}))
             pairs = _present(folder, videos)
-            tables = []  # compared already
+            tables = []  # `indexed` has compared them with their SHA-256
         elif meta.get("schema") == FIRST_SCHEMA:
             tables = [folder / "videos.parquet", folder / PAIRS]
             videos = read_table(tables[0], ("video", "prompt", "split"), ("shard", "row"), ("seed",))
@@ -123,7 +124,7 @@ class LatentStore:
         if isinstance(store, LatentStore):
             return store
         if not isinstance(store, str | os.PathLike):
-            raise PrismError(f"A latent store or its folder is needed, found {type(store).__name__}.")
+            raise PrismError(f"A latent store or its folder is needed, found {type(store).__name__}; give one of them.")
         return cls.open(store)
 
     @property
@@ -133,7 +134,7 @@ class LatentStore:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The pipeline arguments the videos were sampled with; scoring captures its conditioning with the same."""
+        """The pipeline arguments the videos were sampled with; scoring captures its conditioning with them too."""
         return dict(self.meta.get("call") or {})
 
     @property
@@ -142,7 +143,7 @@ class LatentStore:
 
     @property
     def has_predicted(self) -> bool:
-        """True if the denoiser's predictions of the clean latents are kept beside the recorded states' t."""
+        """True if the store keeps the denoiser's predictions of the clean latents at the recorded states."""
         return self._holds("predicted")
 
     def _holds(self, name: str) -> bool:
@@ -156,9 +157,9 @@ class LatentStore:
         return bool(self.meta["schema"] == SCHEMA)
 
     def call_of(self, video: str) -> dict[str, Any]:
-        """The pipeline arguments of one video: the store's, and where they differ its own."""
-        own = self._of(video, "call") if self._sharded else None
-        return {**self.call, **(json.loads(own) if own else {})}
+        """The pipeline arguments of one video: the store's, updated with those that differ for this video."""
+        different = self._of(video, "call") if self._sharded else None
+        return {**self.call, **(json.loads(different) if different else {})}
 
     def shape_of(self, video: str) -> tuple[int, ...]:
         """The shape of one video's latents."""
@@ -198,13 +199,13 @@ class LatentStore:
             t: (ids, S) float32, or (ids,) float32 of one index.
         """
         if not self.has_trajectories:
-            raise PrismError(f"The store {self.folder} holds no trajectories; make it anew with trajectories recorded.")
+            raise PrismError(f"The store {self.folder} holds no trajectories; write it again with recorded states.")
         ids, count = list(listed("The videos", ids)), self.num_states()
         if index is not None:
             index = whole(f"The index of a state in {named(self.folder)}", index, -count, count - 1) % count
         states, t = self._read("trajectory", "states", ids, index), self._read("trajectory", "t", ids, index)
         if not bool(((t >= 0) & (t <= 1000)).all()):
-            raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file is altered.")
+            raise PrismError(f"The t of recorded states in {self.folder} must lie in [0, 1000]; the file was altered.")
         return states, t
 
     def predicted(self, ids: Iterable[str], index: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +216,7 @@ class LatentStore:
             t: (ids,) float32.
         """
         if not self.has_predicted:
-            raise PrismError(f"The store {self.folder} holds no predicted latents; make it anew with them recorded.")
+            raise PrismError(f"The store {self.folder} holds no predicted latents; write it again with them recorded.")
         ids, count = list(listed("The videos", ids)), self.num_states()
         index = whole(f"The index of a state in {named(self.folder)}", index, -count, count - 1) % count
         return self._read("trajectory", "predicted", ids, index), self._read("trajectory", "t", ids, index)
@@ -257,7 +258,9 @@ class LatentStore:
     def _scale(self, path: Path) -> Tensor:
         scale: Tensor = self._tensor(path, "scale")[:].float()
         if not bool((scale >= 0).all()) or not bool(torch.isfinite(scale).all()):
-            raise PrismError(f"The tensor scale in {named(path)} must hold finite numbers from 0; the file is altered.")
+            raise PrismError(
+                f"The tensor scale in {named(path)} must hold finite numbers from 0; the file was altered."
+            )
         return scale
 
     def _path(self, kind: str, shard: Any) -> Path:
@@ -312,7 +315,7 @@ class LatentStore:
             )
 
     def _check_shape(self, shapes: dict[str, tuple[int, ...]], path: Path, name: str, view: Any, needed: int) -> None:
-        """A tensor must have the rows that are needed, and the shape behind them that it has in the other shards."""
+        """Check that a tensor has at least `needed` rows, and the same shape per row as in the other shards."""
         rows, *shape = view.get_shape()
         if rows < needed:
             table = self.folder / "videos.parquet"
@@ -323,10 +326,10 @@ class LatentStore:
                 f"(rows, {_listed(shapes[name])})."
             )
         if view.get_dtype() == "I8":
-            scale, wanted = self._tensor(path, "scale").get_shape(), [1, *shape]
-            if list(scale) != wanted:
+            scale, expected = self._tensor(path, "scale").get_shape(), [1, *shape]
+            if list(scale) != expected:
                 raise PrismError(
-                    f"The tensor scale in {named(path)} must have the shape ({_listed(wanted)}), found "
+                    f"The tensor scale in {named(path)} must have the shape ({_listed(expected)}), found "
                     f"({_listed(scale)})."
                 )
 
@@ -334,36 +337,36 @@ class LatentStore:
         table = self.folder / "pairs.parquet"
         _check_splits(self.pairs["split"].to_pylist(), table)
         columns = (self.videos[name].to_pylist() for name in ("video", "prompt", "split"))
-        known = {video: (prompt, split) for video, prompt, split in zip(*columns)}
+        facts = {video: (prompt, split) for video, prompt, split in zip(*columns)}
         for prompt, video_a, video_b, split in zip(*(self.pairs[name].to_pylist() for name in PAIR_COLUMNS)):
             for video in (video_a, video_b):
-                if known.get(video) == (prompt, split):
+                if facts.get(video) == (prompt, split):
                     continue
                 pair = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(table)}"
-                if video not in known:
+                if video not in facts:
                     raise PrismError(f"{pair} names no video of the store.")
                 raise PrismError(
                     f"{pair} is of {cut(prompt)} ({split}), but its video {cut(video)} of "
-                    f"{cut(known[video][0])} ({known[video][1]})."
+                    f"{cut(facts[video][0])} ({facts[video][1]})."
                 )
         label_matrix(self.pairs, self.dimensions)
         check_soft(self.pairs, self.dimensions, named(table))
 
 
 def _present(folder: Path, videos: pa.Table) -> pa.Table:
-    """The pairs whose videos are there; a store that is still being written has labels of videos that are to come."""
+    """The pairs whose videos the store holds; a store that is still being written may lack videos of some pairs."""
     if not (folder / PAIRS).is_file():
         return pa.table({name: pa.array([], pa.string()) for name in PAIR_COLUMNS})
     pairs = read_table(folder / PAIRS, PAIR_COLUMNS)
-    there = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
-    missing = len(pairs) - pc.sum(there).as_py() if len(pairs) else 0
+    present = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
+    missing = len(pairs) - pc.sum(present).as_py() if len(pairs) else 0
     if missing:
         warnings.warn(
-            f"{missing} of {len(pairs)} pairs of the store {named(folder)} are of videos that it does not hold (yet), "
-            "and are left out.",
+            f"{missing} of {len(pairs)} pairs of the store {named(folder)} name videos that it does not hold (yet); "
+            "they are left out.",
             stacklevel=3,
         )
-    return pairs.filter(there) if missing else pairs
+    return pairs.filter(present) if missing else pairs
 
 
 def _listed(shape: Sequence[int]) -> str:
@@ -371,13 +374,13 @@ def _listed(shape: Sequence[int]) -> str:
 
 
 def _check_splits(splits: Iterable[str], table: Path) -> None:
-    strange = set(splits) - set(SPLITS)
-    if strange:
-        raise PrismError(f"The split {cut(min(strange))} in {table} is none of {', '.join(SPLITS)}.")
+    unknown = set(splits) - set(SPLITS)
+    if unknown:
+        raise PrismError(f"The split {cut(min(unknown))} in {table} is none of {', '.join(SPLITS)}.")
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """store.json: an object whose parts have the kinds that a store relies on."""
+    """The content of store.json; checked to be an object with objects as "call", "backbone" and "sha256"."""
     check_file(path)
     meta = files.read_json(path)
     if not isinstance(meta, dict):

@@ -1,5 +1,5 @@
-"""The writers of latent stores: `StoreWriter` shard by shard, from several processes at once and resumed after a kill;
-`write_store` whole from what is in memory, in the files of schema 1.
+"""Writers of latent stores. `StoreWriter` writes shard by shard, from several processes, and can resume (schema 2);
+`write_store` writes a whole store from memory at once (schema 1).
 """
 
 from __future__ import annotations
@@ -44,25 +44,26 @@ SHARD_BYTES = 1 << 30
 _TENSORS = ("latents", "scale", "states", "predicted", "t")
 
 
-def unit_name(place: int, videos: Iterable[str]) -> str:
-    """The name of the unit of work at `place` (0 to 999,999) that makes these videos."""
-    if not 0 <= place < 1_000_000:
-        raise PrismError(f"A store has units 0 to 999999, found {place}; put more videos into each.")
+def unit_name(number: int, videos: Iterable[str]) -> str:
+    """The name of the unit of work with this number (0 to 999,999), which makes these videos."""
+    if not 0 <= number < 1_000_000:
+        raise PrismError(f"A store has units 0 to 999999, found {number}; put more videos into each.")
     digest = hashlib.sha256("\0".join(videos).encode(errors="surrogatepass")).hexdigest()
-    return f"{place:06d}-{digest[:12]}"
+    return f"{number:06d}-{digest[:12]}"
 
 
 class StoreWriter:
-    """Writes a store piece by piece. Memory is bounded by what `write` is given at once.
+    """Writer of a store, shard by shard; memory holds one shard at a time.
 
     Args:
-        folder: new, or with `resume` a store of the same key and meta, which is gone on with.
+        folder: new, or with `resume` a store of the same key and meta, which is continued.
         key: what the latents depend on, as JSON: backbone and revision, VAE, frame policy, dtype. Shards that were
             written under another key are refused.
         meta: further fields of store.json: "call", "backbone", "dimensions", "command", "seed".
-        resume: go on with what is there.
-        main: False in all but the first of several processes that write into the folder, after that one has begun.
-        changeable: fields of meta ("a.b": b of the object a) that may differ where a run is gone on with.
+        resume: continue the store in the folder.
+        main: True in the first of several processes that write into the folder; False in the others, which must open
+            the folder after it.
+        changeable: fields of meta ("a.b": b of the object a) that may differ when a store is continued.
 
     Raises:
         PrismError: for a folder that holds something else or another store, naming the first difference.
@@ -92,21 +93,23 @@ class StoreWriter:
         return True
 
     def write(self, unit: str, videos: pa.Table, tensors: Mapping[str, Tensor]) -> None:
-        """Write the shard of a unit; it appears whole, or not at all.
+        """Write the shard of a unit; readers see it complete, or not at all.
 
         Args:
-            unit: as of `unit_name`.
-            videos: a row per video: video, prompt, split, and what else `ROW_COLUMNS` names or scores are; row and
-                shape are filled in, and call is "{}" where it is missing.
+            unit: a name from `unit_name`.
+            videos: a row per video: video, prompt, split, and optionally other columns of `ROW_COLUMNS` and scores; row
+                and shape are filled in, and call is "{}" if it is missing.
             tensors: "latents" (videos, ...) of a floating-point dtype, or int8 with "scale" (1, ...); with recorded
-                states "states" (videos, S, ...), "t" (videos, S), and "predicted" (videos, S, ...).
+                states also "states" (videos, S, ...), "t" (videos, S), and "predicted" (videos, S, ...).
 
         Raises:
-            PrismError: for rows or tensors that do not fit each other, and where the file system refuses to write;
-                what was written before stays whole.
+            PrismError: for rows or tensors that do not fit each other, or if the file cannot be written; shards written
+                before stay complete.
         """
         if not UNIT.fullmatch(unit):
-            raise PrismError(f"The unit {quoted(unit, 60)} has no name as prism.preference.unit_name gives.")
+            raise PrismError(
+                f"The unit {quoted(unit, 60)} has no name of the right form; take it from prism.preference.unit_name."
+            )
         _check_tensors(unit, len(videos), tensors)
         rows = _completed(unit, videos, tensors["latents"])
         path = self.folder / "shards" / f"{unit}.safetensors"
@@ -123,16 +126,18 @@ class StoreWriter:
     def label(
         self, pairs: pa.Table | None = None, votes: pa.Table | None = None, ratings: pa.Table | None = None
     ) -> None:
-        """Write or replace labels; those that are None stay as they are. By the first process alone."""
+        """Write or replace labels; tables that are None stay as they are. Only the first process may call this."""
         for name, table in (("pairs", pairs), ("votes", votes), ("ratings", ratings)):
             if table is not None:
                 self._seal(f"{name}.parquet", table)
 
     def finish(self) -> int:
-        """Write the index of all shards and return the number of videos. By the first process, when all are done.
+        """Write the index of all shards and return the number of videos.
+
+        Only the first process may call this, when all processes have written their shards.
 
         Raises:
-            PrismError: where two shards hold the same video, or a shard is of another key.
+            PrismError: if two shards hold the same video, or a shard was written under another key.
         """
         shards = shard_tables(self.folder, self.key)
         rows = with_units(shards)
@@ -163,33 +168,34 @@ class StoreWriter:
 def _unwritable(path: Path, error: Exception) -> PrismError:
     reason = getattr(error, "strerror", None) or error
     return PrismError(
-        f"The file {named(path)} cannot be written ({quoted(reason, 120)}); make room or give the right to write, and "
-        "start again with --resume: the shards that are there are whole."
+        f"The file {named(path)} cannot be written ({quoted(reason, 120)}); free disk space or give write permission, "
+        "then start again with --resume: the shards written so far are complete."
     )
 
 
 def _check_tensors(unit: str, count: int, tensors: Mapping[str, Tensor]) -> None:
-    strange = [name for name in tensors if name not in _TENSORS]
-    if "latents" not in tensors or strange:
+    unknown = [name for name in tensors if name not in _TENSORS]
+    if "latents" not in tensors or unknown:
         raise PrismError(
-            f"A shard holds latents, and of {', '.join(_TENSORS[1:])} what there is; found {list(tensors)}."
+            f"The tensors of unit {unit} must be latents and optionally {', '.join(_TENSORS[1:])}; found "
+            f"{list(tensors)}."
         )
     if ("states" in tensors or "predicted" in tensors) != ("t" in tensors):
-        raise PrismError(f"The states of unit {unit} need their t, and t its states or predicted latents.")
+        raise PrismError(f"The tensors of unit {unit} need t if and only if they have states or predicted.")
     latents = tensors["latents"]
     if latents.ndim < 2 or not (latents.is_floating_point() or latents.dtype == torch.int8):
         raise PrismError(f"The latents of unit {unit} must be (rows, ...) floating-point numbers or int8 with a scale.")
     if (latents.dtype == torch.int8) != ("scale" in tensors):
-        raise PrismError(f"The latents of unit {unit} need a scale where they are int8, and none where not.")
-    wanted: dict[str, tuple[int, ...]] = {"latents": (count, *latents.shape[1:]), "scale": (1, *latents.shape[1:])}
+        raise PrismError(f"The latents of unit {unit} need a scale if and only if they are int8.")
+    shapes: dict[str, tuple[int, ...]] = {"latents": (count, *latents.shape[1:]), "scale": (1, *latents.shape[1:])}
     if "t" in tensors:
         steps = tensors["t"].shape[1] if tensors["t"].ndim == 2 else 0
-        wanted |= {"t": (count, steps)}
-        wanted |= dict.fromkeys(("states", "predicted"), (count, steps, *latents.shape[1:]))
+        shapes |= {"t": (count, steps)}
+        shapes |= dict.fromkeys(("states", "predicted"), (count, steps, *latents.shape[1:]))
     for name, value in tensors.items():
-        if tuple(value.shape) != wanted[name] or not value.numel():
+        if tuple(value.shape) != shapes[name] or not value.numel():
             raise PrismError(
-                f"The tensor {name} of unit {unit} must be {wanted[name]} for {count} videos, found "
+                f"The tensor {name} of unit {unit} must be {shapes[name]} for {count} videos, found "
                 f"{tuple(value.shape)}."
             )
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -197,7 +203,7 @@ def _check_tensors(unit: str, count: int, tensors: Mapping[str, Tensor]) -> None
 
 
 def _completed(unit: str, videos: pa.Table, latents: Tensor) -> pa.Table:
-    """The rows of a shard with all of `ROW_COLUMNS`, in their kinds."""
+    """The rows of a shard with all of `ROW_COLUMNS`, in their types."""
     count = len(videos)
     filled = {
         "row": pa.array(range(count), pa.int64()),
@@ -230,16 +236,17 @@ def write_store(
     shard_bytes: int = SHARD_BYTES,
     eight_bits: bool = False,
 ) -> None:
-    """Write a store into ``folder``, which exists (take it from ``files.new_folder``), and check it by opening it.
+    """Write a store into an existing ``folder`` (from ``files.new_folder``), and check it by opening it.
 
     Args:
         videos: one row per video: video, prompt, seed, split, and score columns; ``shard`` and ``row`` are added here.
         latents: (videos, ...) float16 or float32, row i belongs to row i of ``videos``.
-        pairs: as ``pairs_from_scores`` gives them; soft labels and weights beside them as in ``preference.soft``.
-        meta: goes into store.json: "call", "backbone", "command", "seed", "dimensions".
+        pairs: as from ``pairs_from_scores``; optionally soft labels and weights as in ``prism.preference.soft``.
+        meta: fields of store.json: "call", "backbone", "command", "seed", "dimensions".
         trajectories: {"states": (videos, S, ...), "t": (videos, S)}.
         shard_bytes: largest size of a latent file.
-        eight_bits: keep latents in a byte a number, off by at most 1/254 of the largest number at their place.
+        eight_bits: keep latents as int8; the error is at most 1/254 of the largest absolute value, in the shard, of the
+            same number of a latent.
     """
     instance("folder", folder, str | os.PathLike, "a path")
     folder = Path(folder)
