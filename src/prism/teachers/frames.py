@@ -86,13 +86,15 @@ def fitted(size: Sequence[int], least: int, most: int, factor: int = 28) -> tupl
     return rows, columns
 
 
-def resized(video: np.ndarray, height: int, width: int) -> Tensor:
-    """Frames (T, H, W, 3) of uint8 as (T, 3, height, width) float32 of whole numbers from 0 to 255: bicubic,
-    antialiased.
+def resized(video: np.ndarray, height: int, width: int, whole: bool = True) -> Tensor:
+    """Frames (T, H, W, 3) of uint8 as (T, 3, height, width) float32 from 0 to 255: bicubic, antialiased.
+
+    whole: round to whole numbers, as code that resizes pictures does; code that resizes floats overshoots a little.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
     if pixels.shape[-2:] != (height, width):
-        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True).round().clamp(0, 255)
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+        pixels = pixels.round().clamp(0, 255) if whole else pixels
     return pixels
 
 
@@ -112,11 +114,11 @@ def square(video: np.ndarray, side: int) -> Tensor:
 
 
 def letterbox(video: np.ndarray, side: int) -> Tensor:
-    """Whole frames (T, H, W, 3) of uint8 on black squares: (T, 3, side, side) from 0 to 255 (HPSv2's preprocessing)."""
+    """Whole frames (T, H, W, 3) of uint8 on black squares: (T, 3, side, side), 0 to 255 (HPSv2's preprocessing)."""
     height, width = video.shape[1:3]
     rows, columns = (max(1, round(size * side / max(height, width))) for size in (height, width))
     above, left = (side - rows) // 2, (side - columns) // 2
-    return F.pad(resized(video, rows, columns), (left, side - columns - left, above, side - rows - above))
+    return F.pad(resized(video, rows, columns, whole=False), (left, side - columns - left, above, side - rows - above))
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
