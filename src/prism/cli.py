@@ -32,6 +32,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "study": "prism.commands.lab:Study",
     "data check": "prism.commands.data:Check",
     "encode": "prism.commands.encode:Encode",
+    "collect": "prism.commands.collect:Collect",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",

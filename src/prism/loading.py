@@ -177,6 +177,21 @@ def check_store(folder: Path | None, store: Any, backbone: Any) -> None:
         )
 
 
+def load_reward(spec: str, timeout: float | None = None) -> Any:
+    """The `Reward` that a text names: referee (ShapeWorld's), or FILE.py:function, module:function.
+
+    timeout: seconds that a call may take; None: any time.
+    """
+    from prism.training.reward import Reward
+    from prism.training.reward import load_reward as load
+
+    if spec == "referee":
+        from prism.shapeworld import referee
+
+        return Reward(referee.reward, "referee", timeout)
+    return load(spec, timeout)
+
+
 def check_alone(command: str) -> None:
     """Refuse to run a command as several processes that would all write its folder."""
     count = os.environ.get("WORLD_SIZE", "1")

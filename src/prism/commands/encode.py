@@ -85,7 +85,7 @@ def run(config: Encode) -> Any:
 
     whole("--unit", config.unit, 1, 100_000)
     number("--margin", config.labels.margin, 0)
-    held_out = _shares(config.labels.held_out)
+    held_out = shares_of(config.labels.held_out)
     found = read(config.file, config.form, root=config.root, encoding=config.encoding)
     backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
     sizes = {}
@@ -112,7 +112,8 @@ def run(config: Encode) -> Any:
     )
 
 
-def _shares(text: str) -> tuple[float, float]:
+def shares_of(text: str) -> tuple[float, float]:
+    """The shares in the text of --held-out."""
     try:
         first, second = (float(part) for part in text.split(","))
     except ValueError:

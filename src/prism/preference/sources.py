@@ -196,7 +196,7 @@ def open_source(path: Path, root: Path, encoding: str | None = None) -> Source:
         )
     if ending == ".parquet":
         return _parquet(path, name)
-    text = _text(path, encoding)
+    text = read_text(path, encoding)
     if ending in (".csv", ".tsv"):
         rows, shape = _csv(path, text), "rows"
         columns = tuple(rows.pop(0))
@@ -224,7 +224,8 @@ def _is_bytes(kind: Any) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _text(path: Path, encoding: str | None) -> str:
+def read_text(path: Path, encoding: str | None = None) -> str:
+    """The text of a file, by its byte order mark or as UTF-8 where no encoding is named."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
@@ -131,16 +132,33 @@ class StoreWriter:
             if table is not None:
                 self._seal(f"{name}.parquet", table)
 
-    def finish(self) -> int:
+    def write_beside(self, name: str, table: pa.Table, notes: Mapping[str, Any]) -> None:
+        """Write a table that is no part of the store, at a name below its folder; it appears whole, or not at all."""
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write_table(path, table, notes)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def finish(self, scores: pa.Table | None = None) -> int:
         """Write the index of all shards and return the number of videos.
 
         Only the first process may call this, when all processes have written their shards.
+
+        scores: a column video, and columns of numbers that become score columns of the index, null for other videos.
 
         Raises:
             PrismError: if two shards hold the same video, or a shard was written under another key.
         """
         shards = shard_tables(self.folder, self.key)
         rows = with_units(shards)
+        if scores is not None:
+            places = pc.index_in(rows["video"], value_set=scores["video"].combine_chunks())
+            for name in scores.column_names:
+                if name != "video":
+                    rows = rows.drop_columns([name]) if name in rows.column_names else rows
+                    rows = rows.append_column(name, scores[name].take(places))
         ids = rows["video"].to_pylist()
         if len(set(ids)) < len(ids):
             video = next(video for video, count in Counter(ids).items() if count > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,17 +20,13 @@ from prism.backbone import Backbone
 from prism.backbone.fingerprint import VERSIONED
 from prism.errors import SEEDS, PrismError, number, whole
 from prism.preference import pairs_from_scores, write_store
+from prism.sampling.trajectory import candidate_seed as candidate_seed
 from prism.shapeworld import CALL, generator, grammar, referee
 from prism.shapeworld.generator import write_manifest
 
 SHIPPED = {"train": (750, 4), "validation": (40, 6), "test": (100, 4)}
 """Split -> (number of prompts, candidates per prompt) of the store that ships with the package."""
 BATCH = 32  # videos per pipeline call
-
-
-def candidate_seed(seed: int, prompt: str, index: int) -> int:
-    """The seed of a prompt's candidate: a function of the run's seed, the prompt and the candidate's index alone."""
-    return int(hashlib.sha256(f"{seed} {prompt} {index}".encode()).hexdigest()[:15], 16)
 
 
 def parse_share(text: str) -> tuple[str, tuple[int, int]]:

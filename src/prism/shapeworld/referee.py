@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -275,6 +276,20 @@ def batch(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """
     scores, _ = _judge(videos, prompts)
     return {"VQ": scores[0], "MQ": scores[1], "TA": scores[2], "overall": scores.mean(0)}
+
+
+def reward(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """VQ, MQ and TA of videos (T, H, W, 3) uint8, as `prism collect` asks a reward.
+
+    Raises ValueError for a prompt outside the grammar, or videos of another size than ShapeWorld's.
+    """
+    for video in videos:
+        if video.shape != (world.FRAMES, world.SIZE, world.SIZE, 3):
+            raise ValueError(
+                f"the referee measures {world.FRAMES} frames of {world.SIZE} by {world.SIZE}, found {video.shape[:3]}"
+            )
+    scores = batch(torch.from_numpy(np.stack(videos)).float() / 255, prompts)
+    return {name: scores[name] for name in TIE_MARGINS}
 
 
 def correct(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

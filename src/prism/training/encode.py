@@ -136,15 +136,13 @@ def encode(
 
 def with_splits(labelled: pa.Table, held_out: tuple[float, float]) -> pa.Table:
     """The pairs, each with a split: that of the set, or one by a hash of the prompt's text if the set names none."""
-    shares = [float(share) for share in held_out]
-    if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
-        raise PrismError(f"held_out must be two shares from 0, together below 1; found {held_out}.")
+    shares = check_shares(held_out)
     column = labelled["split"].to_pylist()
     unknown = sorted({split for split in column if split is not None and split not in SPLITS})
     if unknown:
         raise PrismError(f"The set has the split {quoted(unknown[0], 60)}; a store has {', '.join(SPLITS)}.")
     splits = [
-        _split_of(prompt, shares) if split is None else split
+        split_of(prompt, shares) if split is None else split
         for prompt, split in zip(labelled["prompt"].to_pylist(), column)
     ]
     index = labelled.column_names.index("split")
@@ -153,7 +151,16 @@ def with_splits(labelled: pa.Table, held_out: tuple[float, float]) -> pa.Table:
     return split_pairs
 
 
-def _split_of(prompt: str, shares: Sequence[float]) -> str:
+def check_shares(held_out: Sequence[float]) -> tuple[float, float]:
+    """The shares of validation and test prompts, checked."""
+    shares = [float(share) for share in held_out]
+    if len(shares) != 2 or not min(shares) >= 0 or not sum(shares) < 1:
+        raise PrismError(f"held_out must be two shares from 0, together below 1; found {held_out}.")
+    return shares[0], shares[1]
+
+
+def split_of(prompt: str, shares: Sequence[float]) -> str:
+    """The split of a prompt by a hash of its words; `shares`: of validation and of test prompts."""
     chance = int(prompt_key(prompt)[:12], 16) / 16**12
     if chance < shares[0]:
         return "validation"

@@ -1,0 +1,147 @@
+"""`prism collect`: candidates of a user's own backbone, labelled by rewards, become a latent store."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from prism.commands.encode import shares_of
+from prism.commands.options import Models, Repeated, Resuming, Seed, option
+from prism.commands.sample import Call
+from prism.errors import SEEDS, PrismError, number, quoted, whole
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What labels the videos."""
+
+    rewards: Annotated[tuple[str, ...], Repeated, option("SPEC", name="reward")] = ()
+    """Function that scores decoded videos: FILE.py:function, module:function, or referee (ShapeWorld's)."""
+    reward_timeout: float = 600.0
+    """Seconds that a call of it may take."""
+    margin: Annotated[str, option("X or NAME:X,...")] = "0"
+    """Largest difference of scores that is a tie, for all dimensions or by dimension."""
+    fps: Annotated[float | None, option(default="not told")] = None
+    """Frames per second, for functions that ask."""
+    label: bool = False
+    """Label the store in --out anew, by other rewards; nothing is sampled."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is sampled, and what of it is kept."""
+
+    candidates: int = 4
+    """Candidates of each prompt."""
+    seed: Seed = 0
+    states: Annotated[str, option("STEP,...", "none")] = ""
+    """Steps from 1 whose states are kept beside the final latents."""
+    predicted: bool = True
+    """Keep the clean latents that the denoiser predicts at these steps too."""
+    half: bool = False
+    """Keep latents in float16, not in the dtype of the pipeline."""
+    held_out: Annotated[str, option("V,T")] = "0.1,0.1"
+    """Shares of validation and test prompts, where the file names no splits."""
+    unit: int = 1
+    """Prompts per shard: what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class Collect:
+    """Sample candidates of your own model, have a reward label them, and write a store, which train and eval read.
+
+    A launcher's processes share the prompts; a run that was killed, or whose reward failed, goes on with --resume.
+    """
+
+    output: Resuming
+    prompts: Annotated[Path | None, option("FILE", "")] = None
+    """Prompts: a text file with one a line, or a table with a column prompt or prompt_en."""
+    encoding: Annotated[str | None, option("NAME", "UTF-8, or by the byte order mark")] = None
+    """Encoding of the prompts' file, such as cp1252."""
+    kept: Kept = Kept()
+    rewards: Rewards = Rewards()
+    models: Models = field(default_factory=Models)
+    call: Call = field(default_factory=Call)
+
+    def main(self) -> None:
+        """Collect, and say what the store holds."""
+        store = run(self)
+        if os.environ.get("RANK", "0") == "0":  # the first of several processes
+            prompts = len(set(store.videos["prompt"].to_pylist()))
+            named = f" in {', '.join(store.dimensions)}" if store.dimensions else ""
+            print(
+                f"{len(store.videos):,} videos of {prompts:,} prompts and {len(store.pairs):,} pairs{named}: "
+                f"{store.folder}"
+            )
+
+
+def run(config: Collect) -> Any:
+    """Collect or label; returns the opened store."""
+    kept, rewards = config.kept, config.rewards
+    whole("--candidates", kept.candidates, 1, 10_000)
+    whole("--seed", kept.seed, 0, SEEDS)
+    whole("--unit", kept.unit, 1, 100_000)
+    number("--reward-timeout", rewards.reward_timeout, 0, above=True)
+    if rewards.fps is not None:
+        number("--fps", rewards.fps, 0, above=True)
+    margins, states, held_out = _margins(rewards.margin), _states(kept.states), shares_of(kept.held_out)
+    if rewards.label == (config.prompts is not None):
+        raise PrismError(
+            "The --label samples nothing; leave --prompts out."
+            if rewards.label
+            else "No prompts are named to sample candidates of; give --prompts FILE, or --label to label --out anew."
+        )
+    if rewards.label and not rewards.rewards:
+        raise PrismError("The --label needs what labels; give --reward.")
+    from prism.loading import load_backbone, load_reward
+    from prism.preference.prompts import read_prompts
+
+    prompts = [] if config.prompts is None else read_prompts(config.prompts, config.encoding)
+    teachers = [load_reward(spec, rewards.reward_timeout) for spec in rewards.rewards]
+    from prism.training import collect, labels
+
+    labels.check_names(teachers)
+    backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
+    common: dict[str, Any] = {"margins": margins, "fps": rewards.fps, "resume": config.output.resume}
+    if rewards.label:
+        return collect.label(config.output.out, backbone, teachers, **common)
+    for name, value in asdict(config.call).items():
+        if value is not None:
+            call[name] = os.path.abspath(value) if name in ("image", "last_image", "video") else value
+    return collect.collect(
+        prompts,
+        backbone,
+        call,
+        config.output.out,
+        teachers,
+        candidates=kept.candidates,
+        seed=kept.seed,
+        states=states,
+        predicted=kept.predicted,
+        half=kept.half,
+        held_out=held_out,
+        unit=kept.unit,
+        **common,
+    )
+
+
+def _states(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(whole("A step of --states", int(part), 1, 10_000) for part in text.split(",") if text.strip())
+    except ValueError:
+        raise PrismError(f'The --states "{quoted(text, 60)}" must be steps apart by commas, such as 3,4,6.') from None
+
+
+def _margins(text: str) -> dict[str, float] | float:
+    """One margin, or by dimension."""
+    try:
+        if ":" not in text:
+            return number("--margin", float(text), 0)
+        parts = [part.rsplit(":", 1) for part in text.split(",")]
+        return {name.strip(): number("--margin", float(value), 0) for name, value in parts}
+    except ValueError:
+        raise PrismError(
+            f'The --margin "{quoted(text, 60)}" must be a number, or one by dimension such as VQ:0.03,MQ:0.1.'
+        ) from None

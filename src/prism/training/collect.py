@@ -1,0 +1,301 @@
+"""Collect candidates of a user's own backbone into a latent store, labelled by rewards: by several processes, resumed
+after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prism import files
+from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
+from prism.backbone.fingerprint import VERSIONED, fits
+from prism.errors import SEEDS, PrismError, listed, quoted, whole
+from prism.preference import LatentStore, StoreWriter, unit_name
+from prism.preference.prompts import Prompt
+from prism.preference.shards import SCHEMA, shard_tables
+from prism.preference.sources import Place
+from prism.runs import Clock
+from prism.sampling.trajectory import Trajectory, candidate_seed, sample
+from prism.team import Team
+from prism.training.encode import check_shares, split_of
+from prism.training.labels import Labels, check_names
+from prism.training.reward import Reward
+
+UNIT = 1
+"""Prompts per shard: what a kill can cost."""
+
+
+class Candidate(NamedTuple):
+    """A video to be sampled."""
+
+    video: str
+    prompt: Prompt
+    seed: int
+
+
+def collect(
+    prompts: Sequence[Prompt | str],
+    backbone: Backbone,
+    call: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    rewards: Sequence[Reward] = (),
+    *,
+    candidates: int = 4,
+    seed: int = 0,
+    states: Sequence[int] = (),
+    predicted: bool = True,
+    half: bool = False,
+    margins: Mapping[str, float] | float = 0.0,
+    held_out: tuple[float, float] = (0.1, 0.1),
+    fps: float | None = None,
+    unit: int = UNIT,
+    resume: bool = False,
+    command: str = "prism collect",
+    progress: bool = True,
+) -> LatentStore:
+    """Sample candidates of each prompt, have rewards label them, and write both as a store of schema 2.
+
+    A candidate is a stock call of its own, so that its latents depend on its seed alone: not on the process that makes
+    it, nor on what is made beside it. Candidates whose latents are not finite are told and left out. The processes of a
+    launcher share the prompts.
+
+    Args:
+        prompts: texts, or as of `prism.preference.prompts.read_prompts`; those that name no split get one by their
+            words.
+        backbone: whose pipeline samples.
+        call: the pipeline's arguments, as JSON; kept in the store.
+        out: the store's folder; new, or with `resume` the same run's.
+        rewards: what labels the videos; none leaves them without labels (see `label`).
+        candidates: per prompt.
+        seed: of the run; a candidate's own follows from it, its prompt and its number.
+        states: steps whose states are kept, from 1, as cuts are counted.
+        predicted: keep the clean latents that the denoiser predicts at these steps.
+        half: keep all latents in float16, instead of the dtype that the pipeline computes in.
+        margins: largest differences of scores that are ties: one, or by dimension.
+        held_out: shares of the prompts that are validation and test prompts.
+        fps: frames per second, for rewards that ask.
+        unit: prompts per shard.
+        resume: go on with a run that was stopped or killed; what is sampled or labelled stays.
+
+    Raises:
+        PrismError: for a call that the pipeline does not take, steps it does not make, `out` that holds something else,
+            or a reward that fails; what was made before stays.
+    """
+    check_names(rewards)
+    candidates, seed = whole("candidates", candidates, 1, 10_000), whole("seed", seed, 0, SEEDS)
+    unit, shares = whole("unit", unit, 1, 100_000), check_shares(held_out)
+    steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
+    call = {name: value for name, value in call.items() if name != "output_type"}
+    arguments = normalised(call)
+    if not backbone.family.takes_prompts:
+        raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
+    asked = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
+    backbone.check_call([prompt.text for prompt in asked], arguments)
+    units = [_candidates(asked[start : start + unit], candidates, seed) for start in range(0, len(asked), unit)]
+    team = Team.gathered(backbone.device)
+    key, meta = _identity(asked, backbone, call, candidates, seed, steps, predicted, half, shares)
+    writer = _writer(team, lambda main: StoreWriter(out, key, {**meta, "command": command}, resume, main, _CHANGEABLE))
+    labels = Labels(writer, rewards, backbone, arguments, fps)
+
+    def make(name: str, wanted: Sequence[Candidate]) -> list[str]:
+        dropped = []
+        if not writer.has(name):
+            dropped = _write(writer, name, wanted, backbone, arguments, steps, predicted, half, shares)
+        if writer.has(name):  # not where all its candidates were dropped
+            labels.label(name)
+        return dropped
+
+    work = [(unit_name(place, [each.video for each in rows]), rows) for place, rows in enumerate(units)]
+    done = [writer.has(name) and not labels.missing(name) for name, _ in work]
+    sentences = _shared(team, "collect", work, done, make, progress)
+
+    def finish() -> None:
+        if sentences:
+            print(
+                f"prism: {len(sentences)} candidates are left out: {quoted(sentences[0], 200)}"
+                f"{' ...' if len(sentences) > 1 else ''}",
+                file=sys.stderr,
+            )
+        if not labels.finish(margins):
+            raise PrismError("No candidate has finite latents; sample in a wider dtype (--dtype bf16 or fp32).")
+
+    team.on_first(finish)
+    return LatentStore.open(out)
+
+
+def label(
+    store: str | os.PathLike[str],
+    backbone: Backbone,
+    rewards: Sequence[Reward],
+    *,
+    margins: Mapping[str, float] | float = 0.0,
+    fps: float | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> LatentStore:
+    """Label the videos of a collected store anew, without sampling: pairs are then of these rewards.
+
+    Ratings by other rewards stay in the store. `resume`: go on with a labelling that was stopped or killed.
+
+    Raises:
+        PrismError: for a store that `collect` did not make, a backbone with another VAE, or a reward that fails.
+    """
+    if not rewards:
+        raise PrismError("No reward is named to label the store by; give --reward.")
+    folder = Path(store)
+    if not (folder / "store.json").is_file():
+        raise PrismError(f"The folder {files.shown(folder)} is no store; name one that prism collect made.")
+    meta = files.read_json(folder / "store.json")
+    key = meta.get("key") if isinstance(meta, dict) else None
+    if not isinstance(key, dict) or "candidates" not in key or meta.get("schema") != SCHEMA:
+        raise PrismError(
+            f"The store {files.shown(folder)} was not made by prism collect, and its labels are not replaced."
+        )
+    refusals, _ = fits(meta.get("backbone") or {}, backbone, ("vae",))
+    if refusals:
+        was, present = refusals[0]
+        raise PrismError(f"The store {files.shown(folder)} is of the {was}, and the backbone has {present}.")
+    team = Team.gathered(backbone.device)
+    identity = {name: value for name, value in meta.items() if name not in ("schema", "key")}
+    writer = _writer(team, lambda main: StoreWriter(folder, key, identity, True, main))
+    labels = Labels(writer, rewards, backbone, normalised(meta.get("call") or {}), fps)
+    if not resume:
+        team.on_first(labels.drop)
+    shards = shard_tables(folder, writer.key)
+    work = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
+    done = [not labels.missing(name) for name, _ in work]
+
+    def make(name: str, _: Sequence[Any]) -> list[str]:
+        labels.label(name)
+        return []
+
+    _shared(team, "label", work, done, make, progress)
+    team.on_first(lambda: labels.finish(margins))
+    return LatentStore.open(folder)
+
+
+_CHANGEABLE = ("command", *(f"backbone.{name}" for name in VERSIONED))
+
+
+def _identity(
+    prompts: Sequence[Prompt], backbone: Backbone, call: Mapping[str, Any], candidates: int, seed: int,
+    steps: Sequence[int], predicted: bool, half: bool, held_out: tuple[float, float],
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What the latents depend on, and further fields of store.json."""
+    try:
+        kept_call = json.loads(json.dumps(dict(call), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PrismError(
+            f"The call holds what a store cannot keep as JSON ({quoted(error, 120)}); give paths of files in place of "
+            "pictures, and texts in place of embeddings."
+        ) from error
+    fingerprint = backbone.fingerprint()
+    text = json.dumps([[prompt.text, prompt.split] for prompt in prompts])
+    key = {
+        "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
+        "call": kept_call,
+        "prompts": {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "candidates": candidates,
+        "seed": seed,
+        "states": list(steps),
+        "predicted": predicted and bool(steps),
+        "held_out": list(held_out),
+        "dtype": "float16" if half else "the pipeline's",
+    }
+    return key, {"call": kept_call, "backbone": fingerprint, "seed": seed}
+
+
+def _writer(team: Team, begin: Callable[[bool], StoreWriter]) -> StoreWriter:
+    """The store's writer of each process; the first begins."""
+    writers: list[StoreWriter] = []
+    team.on_first(lambda: writers.append(begin(True)))
+    return writers[0] if team.first else begin(False)
+
+
+def _candidates(prompts: Sequence[Prompt], count: int, seed: int) -> list[Candidate]:
+    seeds = [(prompt, candidate_seed(seed, prompt.text, index)) for prompt in prompts for index in range(count)]
+    return [Candidate(f"seed-{each}", prompt, each) for prompt, each in seeds]
+
+
+def _shared(
+    team: Team, what: str, work: Sequence[tuple[str, Sequence[Any]]], done: Sequence[bool],
+    make: Callable[[str, Sequence[Any]], list[str]], progress: bool,
+) -> list[str]:  # fmt: skip
+    """Do each piece of work that is not done in one of the processes, with progress; all sentences that came of it."""
+    mine = list(itertools.islice(zip(work, done), team.rank, None, team.size))
+    bar = tqdm(
+        total=sum(len(rows) for (_, rows), _ in mine),
+        initial=sum(len(rows) for (_, rows), ready in mine if ready),
+        desc=what,
+        unit=" videos",
+        disable=None if progress and team.first else True,
+    )
+    clock = Clock(f"{what}: units of videos", len(mine))
+
+    def run() -> list[str]:
+        sentences: list[str] = []
+        for number, ((name, rows), ready) in enumerate(mine):
+            if not ready:
+                sentences += make(name, rows)
+                bar.update(len(rows))
+            if team.first:
+                clock.tick(number + 1, not ready)
+        return sentences
+
+    try:
+        return [sentence for part in team.agree(run) for sentence in part]
+    finally:
+        bar.close()
+
+
+def _write(
+    writer: StoreWriter, name: str, wanted: Sequence[Candidate], backbone: Backbone, call: Mapping[str, Any],
+    steps: Sequence[int], predicted: bool, half: bool, shares: tuple[float, float],
+) -> list[str]:  # fmt: skip
+    """Sample and write one unit; the sentences of those candidates whose latents are not finite."""
+    kept: list[Candidate] = []
+    sampled: list[Trajectory] = []
+    dropped = []
+    for candidate in wanted:
+        trajectory = sample(backbone, candidate.prompt.text, candidate.seed, call, steps, predicted=predicted)
+        if half:
+            halves = {
+                name: each.half() for name, each in trajectory._asdict().items() if name != "t" and each is not None
+            }
+            trajectory = trajectory._replace(**halves)
+        if all(each.isfinite().all() for each in trajectory if each is not None):
+            kept.append(candidate)
+            sampled.append(trajectory)
+        else:
+            dropped.append(f"the latents of seed {candidate.seed} hold NaN or infinity; a wider dtype may help")
+    if not kept:
+        return dropped
+    columns = {
+        "video": [each.video for each in kept],
+        "prompt": [each.prompt.text for each in kept],
+        "split": [each.prompt.split or split_of(each.prompt.text, shares) for each in kept],
+        "seed": [each.seed for each in kept],
+        "model": [type(backbone.pipe).__name__] * len(kept),
+        "source": [each.prompt.place.source for each in kept],
+        "source_row": [each.prompt.place.row for each in kept],
+    }
+    tensors: dict[str, Tensor] = {}
+    for field in Trajectory._fields:
+        rows = [getattr(each, field) for each in sampled]
+        if rows[0] is not None:
+            tensors[field] = torch.stack(rows)
+    writer.write(name, pa.table(columns), tensors)
+    return dropped

@@ -1,0 +1,227 @@
+"""Labels of a store's videos by rewards: kept unit by unit as they come, joined to ratings, score columns and pairs.
+
+labels/REWARD/UNIT.parquet    video, and a column per dimension: the scores of a shard's videos, written when the
+                              whole unit is scored; its metadata say of which function and of which shard
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from prism.backbone import Backbone, layout
+from prism.backbone.noise import length
+from prism.errors import PrismError, number, quoted
+from prism.preference import StoreWriter
+from prism.preference.pairs import named, overall, read_table
+from prism.preference.readers import PreferenceSet, pairs
+from prism.preference.sets import RATINGS, VOTES
+from prism.preference.shards import INDEX, check_seal, noted, open_shard, read_rows, view
+from prism.training.reward import Reward
+
+FOLDER = "labels"
+BATCH = 8  # videos that a reward for batches is given at once
+
+
+def check_names(rewards: Sequence[Reward]) -> None:
+    """Refuse several rewards of one name, which labels could not tell apart."""
+    names = [reward.name for reward in rewards]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PrismError(f"Two rewards are named {twice[0]}; name them apart with --reward NAME=FILE.py:function.")
+
+
+class Labels:
+    """The labels of a store that is being written, by some rewards side by side.
+
+    Args:
+        writer: of the store.
+        rewards: with names of their own.
+        backbone: whose VAE decodes.
+        call: the pipeline arguments that the videos were sampled with.
+        fps: frames per second, for rewards that ask.
+    """
+
+    def __init__(
+        self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone, call: Mapping[str, Any],
+        fps: float | None = None,
+    ) -> None:  # fmt: skip
+        check_names(rewards)
+        self.writer, self.rewards, self.backbone, self.call, self.fps = writer, tuple(rewards), backbone, call, fps
+        self._grids: dict[tuple[int, ...], Any] = {}
+        self._changed: set[str] = set()
+
+    def drop(self) -> None:
+        """Forget what these rewards said, to ask them anew."""
+        for reward in self.rewards:
+            shutil.rmtree(self._folder(reward), ignore_errors=True)
+
+    def missing(self, unit: str) -> list[Reward]:
+        """The rewards that have not scored a unit yet."""
+        return [reward for reward in self.rewards if not self._has(reward, unit)]
+
+    def label(self, unit: str) -> None:
+        """Have a unit's videos scored by the rewards that have not."""
+        rewards = self.missing(unit)
+        if not rewards:
+            return
+        path = self.writer.folder / "shards" / f"{unit}.safetensors"
+        rows = read_rows(path.with_suffix(".parquet"), ()).to_pylist()
+        check_seal(path, noted(path.with_suffix(".parquet"))["sha256"], f"{unit}.parquet")
+        latents = view(open_shard(path), path, "latents")
+        scores: dict[str, list[dict[str, float]]] = {reward.name: [] for reward in rewards}
+        for start in range(0, len(rows), BATCH):
+            chunk = rows[start : start + BATCH]
+            videos = [self.decode(latents[start + k : start + k + 1], row) for k, row in enumerate(chunk)]
+            prompts, names = [row["prompt"] for row in chunk], [row["video"] for row in chunk]
+            for reward in rewards:
+                scores[reward.name] += reward.score(videos, prompts, self.fps, names)
+        for reward in rewards:
+            by_video = scores[reward.name]
+            columns = {name: pa.array([row[name] for row in by_video], pa.float64()) for name in by_video[0]}
+            table = pa.table({"video": pa.array([row["video"] for row in rows]), **columns})
+            notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
+            self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, row: Mapping[str, Any]) -> np.ndarray:
+        """The frames (T, H, W, 3) uint8 of latents (1, ...)."""
+        backbone, call = self.backbone, self.call
+        latents = latents.to(backbone.device)
+        shape = tuple(latents.shape)
+        if layout.is_packed(backbone.family.layout) and shape not in self._grids:
+            condition = backbone.condition([row["prompt"]], [row["seed"] or 0], **call)
+            arguments = condition.call(latents, latents.new_zeros(1), length(backbone.pipe.scheduler))  # type: ignore[union-attr]
+            self._grids[shape] = backbone.denoiser_call(arguments).grid()
+        frames = call.get("num_frames", backbone.default("num_frames"))
+        video = backbone.decode(latents, self._grids.get(shape), frames)[0]
+        return (video * 255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+
+    def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
+        """Write ratings, score columns and pairs of all that was labelled; returns the number of videos.
+
+        Ratings by others stay; pairs are of these rewards alone. With several rewards a dimension is REWARD.DIMENSION.
+
+        Args:
+            margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
+        """
+        if not self.rewards:
+            return self.writer.finish()
+        scored = {reward: self._joined(reward) for reward in self.rewards}
+        columns: dict[str, dict[str, float]] = {}
+        annotators: dict[str, str] = {}
+        for reward, table in scored.items():
+            for name in table.column_names[1:]:
+                dimension = name if len(self.rewards) == 1 else f"{reward.name}.{name}"
+                annotators[dimension] = reward.name
+                columns[dimension] = dict(zip(table["video"].to_pylist(), table[name].to_pylist()))
+        ids = list(dict.fromkeys(video for by_video in columns.values() for video in by_video))
+        scores = {name: pa.array([by.get(video) for video in ids], pa.float64()) for name, by in columns.items()}
+        count = self.writer.finish(pa.table({"video": pa.array(ids, pa.string()), **scores}))
+        videos = read_rows(self.writer.folder / INDEX, ())
+        prompts = dict(zip(videos["video"].to_pylist(), videos["prompt"].to_pylist()))
+        rows = [
+            (video, prompts[video], dimension, annotators[dimension], score, annotators[dimension], None)
+            for dimension, by_video in columns.items()
+            for video, score in by_video.items()
+            if video in prompts
+        ]
+        kinds = {each.name: each.type for each in RATINGS}
+        said = zip(*rows) if rows else [()] * len(kinds)
+        ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, said)})
+        self.writer.label(
+            _pairs(videos, ratings, _margins(margins, columns)), ratings=pa.concat_tables([self._others(), ratings])
+        )
+        return count
+
+    def _folder(self, reward: Reward) -> Path:
+        return self.writer.folder / FOLDER / reward.name
+
+    def _has(self, reward: Reward, unit: str) -> bool:
+        path = self._folder(reward) / f"{unit}.parquet"
+        if not path.is_file():
+            return False
+        notes = noted(path)
+        if notes.get("source") != reward.source:
+            raise PrismError(
+                f"The labels in {named(path)} are of another function, {quoted(notes.get('source'), 80)}; name this "
+                "one apart (--reward NAME=...), or label the store anew with --label."
+            )
+        if notes.get("version") != reward.version and reward.name not in self._changed:
+            self._changed.add(reward.name)
+            warnings.warn(
+                f"The file of the reward {reward.name} has changed since it scored some of these videos; their labels "
+                "stay. To ask it anew about all of them, use --label.",
+                stacklevel=4,
+            )
+        return True
+
+    def _joined(self, reward: Reward) -> pa.Table:
+        """The scores of all units, in the order of their names."""
+        paths = sorted(self._folder(reward).glob("*.parquet"))
+        tables = [read_table(path, ("video",)).replace_schema_metadata() for path in paths]
+        names = {tuple(table.column_names): path for table, path in zip(tables, paths)}
+        if len(names) > 1:
+            (first, _), (other, path) = list(names.items())[:2]
+            raise PrismError(
+                f"The reward {reward.name} gave the dimensions {quoted(', '.join(other[1:]), 80)} in {named(path)} and "
+                f"{quoted(', '.join(first[1:]), 80)} before; label the store anew with --label."
+            )
+        return pa.concat_tables(tables) if tables else pa.table({"video": pa.array([], pa.string())})
+
+    def _others(self) -> pa.Table:
+        """The ratings in the store that are not by these rewards."""
+        path = self.writer.folder / "ratings.parquet"
+        if not path.is_file():
+            return RATINGS.empty_table()
+        ratings = read_table(path, ("video", "prompt", "dimension")).replace_schema_metadata()
+        try:
+            ratings = ratings.select(RATINGS.names).cast(RATINGS)
+        except (pa.ArrowException, KeyError) as error:
+            raise PrismError(f"The file {named(path)} is no table of ratings ({quoted(error, 120)}).") from error
+        names = {reward.name for reward in self.rewards}
+        return ratings.filter(pa.array([annotator not in names for annotator in ratings["annotator"].to_pylist()]))
+
+
+_NONE = VOTES.empty_table()
+
+
+def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]) -> dict[str, float]:
+    """The tie margin of each dimension."""
+    if not isinstance(margins, Mapping):
+        return dict.fromkeys(dimensions, number("margin", margins, 0))
+    strange = [name for name in margins if name not in dimensions]
+    if strange and dimensions:
+        raise PrismError(
+            f"The margin of {quoted(strange[0], 60)} is of no dimension; there are "
+            f"{quoted(', '.join(dimensions), 160)}."
+        )
+    return {name: number(f"The margin of {name}", margins.get(name, 0.0), 0) for name in dimensions}
+
+
+def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) -> pa.Table:
+    """All pairs of each prompt's videos, a dimension each; where there are several and none is "overall", this follows
+    from them by the paper's rule.
+    """
+    clips = pa.table({name: videos[name] for name in ("video", "prompt", "split")})
+    labelled: pa.Table | None = None
+    for dimension, margin in margins.items():
+        chosen = ratings.filter(pa.array([each == dimension for each in ratings["dimension"].to_pylist()]))
+        one = pairs(PreferenceSet("", Path(), clips, _NONE, chosen, {}, ()), margin=margin)
+        labelled = one if labelled is None else labelled.append_column(dimension, one[dimension])
+    assert labelled is not None
+    if len(margins) > 1 and "overall" not in margins:
+        votes = np.stack([labelled[name].to_numpy().astype(float) for name in margins], 1)
+        joined = overall(votes)
+        empty = np.isnan(joined)
+        column = pa.array(np.where(empty, 0, joined).astype(np.int8), pa.int8(), mask=empty)
+        labelled = labelled.append_column("overall", column)
+    return labelled

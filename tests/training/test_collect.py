@@ -1,0 +1,349 @@
+"""Prompts and a reward become a store of the pipeline's own candidates, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tests import kills, tiny
+
+from prism import files
+from prism.backbone import Backbone
+from prism.cli import main
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.preference import LatentStore
+from prism.preference.prompts import Prompt
+from prism.preference.sources import Place
+from prism.sampling.trajectory import candidate_seed
+from prism.training import TrainConfig, train
+from prism.training.collect import collect, label
+from prism.training.reward import Reward, load_reward
+
+CALL = tiny.CALL_WAN
+TEXTS = ("a red circle moves right", "a blue square moves up", "a cat runs", "a green triangle moves left")
+SPLITS = ("train", "train", "validation", "test")
+PROMPTS = [Prompt(text, Place("prompts.txt", row), split) for row, (text, split) in enumerate(zip(TEXTS, SPLITS))]
+ROOT = Path(__file__).parents[2]
+
+
+def brightness(video, prompt):
+    assert video.dtype == np.uint8
+    assert video.shape == (9, 32, 32, 3)
+    assert prompt in TEXTS
+    return {"VQ": float(video.mean()), "MQ": float(np.abs(np.diff(video.astype(float), axis=0)).mean())}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(tiny.wan())
+
+
+def made(backbone, out, rewards=None, **options) -> LatentStore:
+    rewards = [Reward(brightness, "plain")] if rewards is None else rewards
+    options = {"candidates": 3, "seed": 5, "progress": False, **options}
+    return collect(PROMPTS, backbone, CALL, out, rewards, **options)
+
+
+def sums(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): files.sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def store(backbone, tmp_path_factory) -> LatentStore:
+    return made(backbone, tmp_path_factory.mktemp("collected") / "store", states=(2, 4))
+
+
+def stock(pipe, prompt, seed, **more):
+    return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), **CALL, output_type="latent", **more).frames
+
+
+def test_latents_are_those_of_the_stock_call_of_each_seed(store, backbone):
+    assert len(store.videos) == 12
+    for row in (0, 7, 11):
+        video = store.videos.slice(row, 1).to_pylist()[0]
+        assert video["seed"] == candidate_seed(5, video["prompt"], row % 3)
+        assert torch.equal(store.latents([video["video"]]), stock(backbone.pipe, video["prompt"], video["seed"]))
+    assert store.call == CALL
+    assert store.videos["source_row"].to_pylist()[::3] == [0, 1, 2, 3]
+    assert store.videos["split"].to_pylist()[::3] == list(SPLITS)
+
+
+def test_states_and_predictions_are_those_of_the_samplers_own_steps(store, backbone):
+    """By the sampler's own sums: z' = z + (sigma' - sigma) v at each step, so that z - sigma v is what v predicts."""
+    video = store.videos.slice(4, 1).to_pylist()[0]
+    after = []
+
+    def look(pipe, step, timestep, tensors):
+        after.append(tensors["latents"].clone())
+        return tensors
+
+    stock(backbone.pipe, video["prompt"], video["seed"], callback_on_step_end=look)
+    sigmas = backbone.pipe.scheduler.sigmas
+    for index, step in enumerate((2, 4)):
+        state, t = store.trajectory([video["video"]], index)
+        assert torch.equal(state, after[step - 2])
+        assert t.item() == pytest.approx(1000 * float(sigmas[step - 1]))
+        velocity = (after[step - 1] - state) / (sigmas[step] - sigmas[step - 1])
+        clean, level = store.predicted([video["video"]], index)
+        assert torch.equal(level, t)
+        assert torch.allclose(clean, state - sigmas[step - 1] * velocity, atol=1e-4)
+
+
+def test_scores_are_what_the_reward_says_of_the_decoded_videos(store, backbone):
+    columns = {name: store.videos[name].to_pylist() for name in ("video", "VQ", "MQ", "prompt")}
+    for row in (1, 8):
+        frames = backbone.decode(store.latents([columns["video"][row]]), num_frames=9)[0]
+        frames = (frames * 255).round().byte().numpy()
+        expected = brightness(frames, columns["prompt"][row])
+        assert {name: columns[name][row] for name in ("VQ", "MQ")} == pytest.approx(expected)
+    ratings = pq.read_table(store.folder / "ratings.parquet")
+    assert len(ratings) == 24
+    assert set(ratings["annotator"].to_pylist()) == {"plain"}
+    scores = dict(zip(columns["video"], columns["VQ"]))
+    pairs = store.pairs.to_pylist()
+    assert len(pairs) == 4 * 3
+    assert all(np.sign(scores[pair["video_a"]] - scores[pair["video_b"]]) == pair["VQ"] for pair in pairs)
+    agreeing = [pair for pair in pairs if pair["VQ"] == pair["MQ"]]
+    assert all(pair["overall"] == pair["VQ"] for pair in agreeing)
+    assert all(pair["overall"] is None for pair in pairs if pair not in agreeing)
+
+
+def test_the_store_trains(store, backbone, tmp_path):
+    judge = Judge.untrained(backbone, tap=2, dim=32, dimensions=("VQ", "overall"))
+    config = TrainConfig(steps=2, prompts_per_step=2, validate_every=2)
+    assert train(store, judge, config, tmp_path / "run", progress=False)["history"]
+
+
+def test_other_rewards_label_the_same_videos_again(store, backbone, tmp_path):
+    import shutil
+
+    folder = tmp_path / "again"
+    shutil.copytree(store.folder, folder)
+    before = sums(folder / "shards")
+    rows = {}
+
+    def dark(videos, prompts, fps):
+        assert fps == 8
+        rows.update(dict.fromkeys(prompts, len(videos)))
+        return [-float(video.mean()) for video in videos]
+
+    again = label(folder, backbone, [Reward(dark, "dark")], fps=8, margins=0.01, progress=False)
+    assert sums(folder / "shards") == before
+    assert rows == dict.fromkeys(TEXTS, 3)  # a batch is a prompt's candidates
+    assert again.dimensions == ("overall",)
+    scores = dict(zip(again.videos["video"].to_pylist(), again.videos["overall"].to_pylist()))
+    first = again.pairs.to_pylist()[0]
+    difference = scores[first["video_a"]] - scores[first["video_b"]]
+    assert first["overall"] == (0 if abs(difference) <= 0.01 else np.sign(difference))
+    annotators = pq.read_table(folder / "ratings.parquet")["annotator"].to_pylist()
+    assert {name: annotators.count(name) for name in set(annotators)} == {"plain": 24, "dark": 12}
+    both = label(folder, backbone, [Reward(dark, "dark"), Reward(brightness, "plain")], fps=8, progress=False)
+    assert both.dimensions == ("dark.overall", "plain.VQ", "plain.MQ", "overall")
+    scored = both.videos.select(["dark.overall", "plain.VQ"]).to_pylist()
+    assert all(row["dark.overall"] == pytest.approx(-row["plain.VQ"]) for row in scored)
+    with pytest.raises(PrismError, match=r"margin of TA is of no dimension; there are dark.overall"):
+        label(folder, backbone, [Reward(dark, "dark"), Reward(brightness, "plain")], fps=8, margins={"TA": 1})
+
+
+FAILURES = {
+    "raises": (lambda video, prompt: 1 / 0, "raised ZeroDivisionError: division by zero, for the video seed-"),
+    "leaves": (lambda video, prompt: sys.exit(3), "raised SystemExit: 3"),
+    "nan": (lambda video, prompt: float("nan"), "gave nan where a finite number is needed"),
+    "infinite": (lambda video, prompt: {"VQ": np.inf}, "gave inf for VQ where a finite number is needed"),
+    "text": (lambda video, prompt: "good", "gave good where a finite number is needed"),
+    "nothing": (lambda video, prompt: None, "gave None where a finite number"),
+    "empty": (lambda video, prompt: {}, "gave the dimensions none where one at least is needed"),
+    "keys": (lambda video, prompt: {"prompt": 1.0}, "names a dimension 'prompt'"),
+    "hangs": (lambda video, prompt: time.sleep(60), "did not answer within 0.3 seconds"),
+    "rows": (lambda videos, prompts: [1.0], "must answer with a row for each of 3 videos, and gave 1 of them"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_reward_that_fails_leaves_what_was_collected(name, store, backbone, tmp_path):
+    import shutil
+
+    function, sentence = FAILURES[name]
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    before = sums(folder)
+    with pytest.raises(PrismError) as caught:
+        label(folder, backbone, [Reward(function, "bad", 0.3)], progress=False)
+    assert sentence in str(caught.value)
+    assert "The reward bad" in str(caught.value)
+    assert name == "keys" or ('of the prompt "a red circle moves right"' in str(caught.value))
+    assert sums(folder) == before
+
+
+def test_a_run_whose_reward_failed_goes_on_with_the_labels_alone(store, backbone, tmp_path, monkeypatch):
+    scored = []
+
+    def fails(video, prompt):
+        scored.append(prompt)
+        if len(scored) == 8:
+            raise RuntimeError("the model is gone")
+        return brightness(video, prompt)
+
+    with pytest.raises(PrismError, match="raised RuntimeError: the model is gone, for the video seed"):
+        made(backbone, tmp_path / "store", [Reward(fails, "plain", source="plain")], states=(2, 4))
+    assert len(list((tmp_path / "store" / "shards").glob("*.safetensors"))) == 3
+    made(backbone, tmp_path / "store", [Reward(fails, "plain", source="plain")], states=(2, 4), resume=True)
+    assert len(scored) == 8 + 12 - 6  # two units of three were whole
+    assert sums(tmp_path / "store") == sums(store.folder)
+    with pytest.raises(PrismError, match=r"are of another function, plain; name this one apart"):
+        made(backbone, tmp_path / "store", [Reward(fails, "plain", source="b")], states=(2, 4), resume=True)
+    with pytest.raises(PrismError, match="differs in key: states"):
+        made(backbone, tmp_path / "store", states=(2, 5), resume=True)
+
+
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_store(backbone, tmp_path):
+    def work(out, resume=False):
+        collect(PROMPTS[:2], backbone, CALL, out, [Reward(brightness, "plain")], candidates=2, states=(3,),
+                progress=False, resume=resume)  # fmt: skip
+
+    work(tmp_path / "whole")
+    rng = np.random.default_rng(0)
+    points = iter(sorted(rng.choice(np.arange(4, 60), 6, replace=False).tolist()))
+    died = 0
+    for number, point in enumerate(points):
+        out = tmp_path / f"killed-{number}"
+        if kills.dies(lambda out=out: work(out), out, point, signal.SIGKILL):
+            died += 1
+            work(out, resume=True)
+        assert sums(out) == sums(tmp_path / "whole")
+    assert died >= 4
+
+
+def test_steps_and_schedulers_that_do_not_fit_are_refused(backbone, tmp_path):
+    with pytest.raises(PrismError, match="makes no step 9; --states takes steps from 1 to 6"):
+        made(backbone, tmp_path / "a", states=(9,))
+    with pytest.raises(PrismError, match="takes no argument 'strength'"):
+        collect(PROMPTS, backbone, {**CALL, "strength": 0.5}, tmp_path / "b", progress=False)
+    with pytest.raises(PrismError, match="Two rewards are named x"):
+        made(backbone, tmp_path / "c", [Reward(brightness, "x"), Reward(brightness, "x")])
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(PrismError, match="was not made by prism collect"):
+        label(ROOT / "src/prism/shapeworld/assets/candidates", backbone, [Reward(brightness, "x")])
+
+
+REWARD = '''
+"""Light and colour of a clip."""
+def light(video, prompt):
+    return {"light": video.mean() / 255, "red": video[..., 0].mean() / 255}
+'''
+
+
+def test_two_processes_write_the_store_of_one(tmp_path):
+    tiny.wan().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "pipe" / "call.json").write_text(json.dumps(CALL))
+    (tmp_path / "reward.py").write_text(REWARD)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    words = ["prism", "collect", "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu", "--candidates", "2"]
+    words += ["--reward", f"{tmp_path / 'reward.py'}:light", "--states", "2", "--backbone", str(tmp_path / "pipe")]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    for out, launcher in (("one", ["-m"]), ("two", several)):
+        command = [sys.executable, *launcher, *words, "--out", str(tmp_path / out)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("8 videos of 4 prompts and 4 pairs in light, red, overall") == 1
+    assert sums(tmp_path / "one") == sums(tmp_path / "two")
+
+
+def test_a_reward_that_hangs_ends_the_command_with_one_sentence(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ndef slow(video):\n    time.sleep(600)\n")
+    (tmp_path / "prompts.txt").write_text("a red circle moves right\n")
+    command = [sys.executable, "-m", "prism", "collect", "--prompts", str(tmp_path / "prompts.txt"), "--reward",
+               f"{tmp_path / 'slow.py'}:slow", "--reward-timeout", "0.2", "--candidates", "2", "--steps", "2",
+               "--out", str(tmp_path / "store")]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert run.returncode == 2
+    (line,) = [each for each in run.stderr.splitlines() if "prism:" in each]
+    assert "The reward slow did not answer within 0.2 seconds, for the video seed-" in line
+    assert len(list((tmp_path / "store" / "shards").glob("*.safetensors"))) == 1
+
+
+def command(*words) -> int:
+    return main([str(word) for word in words])
+
+
+def test_shapeworld_is_labelled_by_its_referee_and_evaluated(tmp_path, capsys):
+    from prism.shapeworld import grammar
+
+    lines = [
+        {"prompt_en": prompt, "split": split} for split in ("train", "test") for prompt in grammar.prompts(split, 2)
+    ]
+    (tmp_path / "prompts.json").write_text(json.dumps(lines))
+    words = ("--prompts", tmp_path / "prompts.json", "--reward", "referee", "--candidates", 2, "--steps", 4)
+    assert command("collect", *words, "--margin", "VQ:0.03,MQ:0.03,TA:0.03", "--out", tmp_path / "store") == 0
+    assert "8 videos of 4 prompts and 4 pairs in VQ, MQ, TA, overall" in capsys.readouterr().out
+    store = LatentStore.open(tmp_path / "store")
+    assert store.videos["split"].to_pylist() == ["train"] * 4 + ["test"] * 4
+    assert store.call["num_inference_steps"] == 4
+    for name in ("VQ", "MQ", "TA"):
+        assert all(0 <= value <= 1 for value in store.videos[name].to_pylist())
+    assert command("eval", "--data", tmp_path / "store", "--out", tmp_path / "eval", "--timesteps", "699") == 0
+    assert command("collect", *words, "--out", tmp_path / "store") == 2
+    assert "continue with --resume" in capsys.readouterr().err
+
+
+LINES = {
+    "": "give --prompts FILE, or --label",
+    "--label": "--label needs what labels; give --reward",
+    "--label --prompts nothing.txt --reward referee": "leave --prompts out",
+    "--prompts nothing.txt": "nothing.txt does not exist",
+    "--prompts p.txt --states 1,b": "must be steps apart by commas",
+    "--prompts p.txt --margin x": 'The --margin "x" must be a number',
+    "--prompts p.txt --reward nowhere.py:f": "nowhere.py of the --reward does not exist",
+    "--prompts p.txt --reward f": 'The --reward "f" names no function',
+    "--prompts p.txt --reward no.such.module:f": "cannot be imported: ModuleNotFoundError",
+    "--prompts p.txt --reward json:dump": "cannot be called as dump(video, prompt=...)",
+    "--prompts p.txt --reward json:bumps": "There is no function bumps in json; it has dump",
+    "--prompts p.txt --reward-timeout 0": "--reward-timeout must be a number above 0",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_mistake_is_one_sentence(line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("a cat\n")
+    assert command("collect", "--out", "store", *line.split()) == 2
+    assert LINES[line] in capsys.readouterr().err
+    assert not os.path.exists("store")
+
+
+def test_rewards_are_found_by_file_and_module_and_named(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("FACTOR = 2\n")
+    (tmp_path / "mine.py").write_text(
+        "import beside\n"
+        "class Model:\n"
+        "    dimensions = ('VQ',)\n"
+        "    name = 'model'\n"
+        "    def __call__(self, video, **more):\n"
+        "        assert set(more) == {'prompt', 'fps'}\n"
+        "        return {'VQ': beside.FACTOR}\n"
+        "def broken(video)\n"
+    )
+    with pytest.raises(PrismError, match="cannot be run: SyntaxError"):
+        load_reward(f"{tmp_path / 'mine.py'}:Model")
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("def broken(video)\n", ""))
+    reward = load_reward(f"{tmp_path / 'mine.py'}:Model")
+    assert (reward.name, reward.dimensions) == ("model", ("VQ",))
+    assert reward.score([np.zeros((1, 2, 2, 3), np.uint8)], ["a"]) == [{"VQ": 2.0}]
+    assert load_reward(f"other={tmp_path / 'mine.py'}:Model").name == "other"
+    tensors = Reward(lambda videos, prompts: {"a": torch.ones(2), "b": np.zeros(2, np.float32)}, "batch")
+    assert tensors.dimensions is None
+    assert tensors.score([None, None], ["p", "q"]) == [{"a": 1.0, "b": 0.0}] * 2
+    assert tensors.dimensions == ("a", "b")
+    changing = iter(({"a": 1}, {"b": 1}))
+    with pytest.raises(PrismError, match="gave the dimensions b where a is needed"):
+        Reward(lambda video: next(changing), "c").score([None, None], ["p", "q"])
