@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from prism.clip_sources import opened
 from prism.decoding import MOST_FRAMES, Decoder, Timeline
 from prism.errors import PrismError, choice, number, quoted, whole
-from prism.sources import opened
 
 STARTS = ("first", "middle", "uniform")
 FITS = ("crop", "pad", "stretch")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,40 +99,19 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
         raise PrismError(f"The video {quoted(str(path))} cannot be written: {_reason(error)}.") from error
 
 
-def read_video(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read every frame of a video file as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` where it cannot, and for
-    one of more than 4 GiB as such: `read_clip` reads part of it, or a smaller size.
+def read_video(path: Any) -> np.ndarray:
+    """Every frame of a video, as `read_clip` takes it, as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` as it
+    does, and for more than 4 GiB as such: `read_clip` reads part of it, or a smaller size.
     """
-    import av
-
-    try:
-        is_file, exists = Path(path).is_file(), Path(path).exists()
-    except (OSError, ValueError, TypeError) as error:  # a name too long, a null in it, no path at all
-        raise PrismError(f"The video {quoted(path)} cannot be read: {_reason(error)}.") from error
-    if not is_file:
-        raise PrismError(f"The video {path} {'is no file' if exists else 'does not exist'}.")
-    try:
-        pictures: list[np.ndarray] = []
-        left = MOST_BYTES
-        with av.open(f"file:{os.fspath(path)}") as container:
-            if not container.streams.video:
-                raise PrismError(f"The file {path} holds no video.")
-            for frame in container.decode(video=0):
-                left -= frame.height * frame.width * 12
-                if left < 0:
-                    raise PrismError(
-                        f"The video {quoted(path)} is more than {MOST_BYTES / 2**30:.3g} GiB as float32 frames; read "
-                        "part of it, or a smaller size, with prism.video.read_clip."
-                    )
-                pictures.append(frame.to_ndarray(format="rgb24"))
-        if not pictures:
-            raise PrismError(f"The video {path} holds no frames.")
-        read = np.empty((len(pictures), *pictures[0].shape), np.float32)
-        for row, picture in zip(read, pictures):
-            np.divide(picture, np.float32(255), out=row)
-        return read
-    except (OSError, ValueError, av.FFmpegError) as error:
-        raise PrismError(f"The video {path} cannot be read: {_reason(error)}.") from error
+    frames = read_clip(path).frames
+    if frames.size * 4 > MOST_BYTES:
+        raise PrismError(
+            f"The video {quoted(path)} is more than {MOST_BYTES / 2**30:.3g} GiB as float32 frames; read part of it, "
+            "or a smaller size, with prism.video.read_clip."
+        )
+    read = frames.astype(np.float32)
+    read /= np.float32(255)
+    return read
 
 
 def _reason(error: Exception) -> str:

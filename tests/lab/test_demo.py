@@ -11,7 +11,7 @@ import torch
 from prism import Judge, cli, files, shapeworld, video
 from prism.errors import PrismError
 from prism.evaluation import intervals as bootstrap
-from prism.lab import claims, demo, judges
+from prism.lab import demo, judges, per_prompt
 from prism.lab.contest import Contest
 from prism.lab.pixel import PixelJudge
 from prism.report.metrics import validate
@@ -135,7 +135,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     assert "`prism demo --full --seed 0 --out" in evidence
     assert "| early | step 2 keeps 1 | prism, 2 seeds |" in evidence
     stated = files.read_json(tmp_path / "killed" / "evidence" / "metrics.json")
-    intervals = list(claims.recomputed(tmp_path / "killed" / "evidence" / "per_prompt", stated))
+    intervals = list(per_prompt.recomputed(tmp_path / "killed" / "evidence" / "per_prompt", stated))
     kinds = {place.split("[")[0] for place, _, _ in intervals}
     assert kinds == {"accuracy", "judge_comparison", "best_of_n", "attention"}
     assert sum(there is not None for _, there, _ in intervals) > 0.8 * len(intervals)

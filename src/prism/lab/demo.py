@@ -20,7 +20,7 @@ from tqdm import tqdm
 import prism
 from prism import files, runs, shapeworld, temporary, video
 from prism.errors import SEEDS, whole
-from prism.lab import claims
+from prism.lab import claims, per_prompt
 from prism.lab import contest as strategies
 from prism.loading import check_alone, describe, load_backbone
 from prism.report.metrics import cut_entry, document, write_config
@@ -238,7 +238,7 @@ def _run(
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
         write_report(folder / "report.html", metrics, strips, title, claims.notes(metrics), written, looks=looks)
-        claims.write_values(folder / "per_prompt", measured, contested, head_seeds)
+        per_prompt.write_values(folder / "per_prompt", measured, contested, head_seeds)
         if config.full:
             write_evidence(folder / "evidence", metrics, written, _command(out, config))
             shutil.copytree(folder / "per_prompt", folder / "evidence" / "per_prompt")

@@ -95,8 +95,7 @@ def _unreadable(preference_set: PreferenceSet) -> list[dict[str, str]]:
         if any(each in missing for each in names):
             continue
         try:
-            whole = [str(preference_set.root / each) for each in names]
-            probe(whole if frames else whole[0])
+            probe(preference_set.source(path, frames))
         except PrismError as error:
             wrong.append({"video": video, "path": names[0], "error": str(error)})
     return wrong

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,10 @@ class PreferenceSet:
     def dimensions(self) -> tuple[str, ...]:
         """The dimensions that were judged: VQ, MQ and TA, then others in order of appearance, "overall" last."""
         return in_order(self.votes["dimension"].to_pylist() + self.ratings["dimension"].to_pylist())
+
+    def source(self, path: str | None, frames: Sequence[str] | None) -> str | list[str]:
+        """What `prism.video.read_clip` takes of a clip with this `path` or these `frames`, pictures in order."""
+        return [str(self.root / name) for name in frames or ()] if path is None else str(self.root / path)
 
 
 def in_order(dimensions: Iterable[str]) -> tuple[str, ...]:

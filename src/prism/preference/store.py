@@ -66,10 +66,9 @@ class LatentStore:
     ) -> None:
         self.folder, self.meta, self.videos, self.pairs, self._seals = folder, meta, videos, pairs, seals
         columns = (videos[name].to_pylist() for name in ("video", "shard", "row"))
-        self._place = {video: (shard, row) for video, shard, row in zip(*columns)}
+        self._place = {video: (shard, row, number) for number, (video, shard, row) in enumerate(zip(*columns))}
         self._shards: dict[Path, Any] = {}
         self._unread = set(seals)
-        self._rows: dict[str, int] | None = None
 
     def __repr__(self) -> str:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
@@ -168,12 +167,10 @@ class LatentStore:
         return tuple(self._tensor(self._path("latents", self._placed(video)[0]), "latents", NUMBERS).get_shape()[1:])
 
     def _of(self, video: str, column: str) -> Any:
-        self._placed(video)
-        if self._rows is None:
-            self._rows = {name: row for row, name in enumerate(self.videos["video"].to_pylist())}
-        return self.videos[column][self._rows[video]].as_py()
+        return self.videos[column][self._placed(video)[2]].as_py()
 
-    def _placed(self, video: str) -> tuple[Any, int]:
+    def _placed(self, video: str) -> tuple[Any, int, int]:
+        """Shard and row of a video's latents, and its row in the table of videos."""
         if video not in self._place:
             raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
         return self._place[video]
@@ -231,7 +228,7 @@ class LatentStore:
     def _read(self, kind: str, name: str, ids: Iterable[str], index: int | None = None) -> Tensor:
         rows = []
         for video in listed("The videos", ids):
-            shard, row = self._placed(video)
+            shard, row, _ = self._placed(video)
             path = self._path(kind, shard)
             self._check_seal(path)
             view = self._tensor(path, name, NUMBERS)
@@ -295,7 +292,7 @@ class LatentStore:
         if self._sharded:  # shapes were checked when shards were written; a file is compared with its SHA-256 when read
             return
         needed: dict[int, int] = {}
-        for shard, row in self._place.values():
+        for shard, row, _ in self._place.values():
             needed[shard] = max(needed.get(shard, 0), row + 1)
         recorded = self.has_trajectories
         shapes: dict[str, tuple[int, ...]] = {}

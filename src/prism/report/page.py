@@ -268,7 +268,7 @@ def _template() -> Any:
 
 METHOD = (
     "Intervals are 95 % bootstrap intervals over prompts; what another training of the judges would change is not in "
-    "them. `per_prompt/` holds the values per prompt that each is recomputed from (`prism.lab.claims.recomputed`). "
+    "them. `per_prompt/` holds the values per prompt that each is recomputed from (`prism.lab.per_prompt.recomputed`). "
     "Accuracy is that of decided pairs, which are no ties. A gain is the referee's overall score of the pick over the "
     "mean of its prompt's candidates, which is what a random pick gets on average, in pooled within-prompt standard "
     "deviations. A denoiser row is one evaluation of one sample by the denoiser."

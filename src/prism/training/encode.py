@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -105,7 +104,7 @@ def encode(
         for done, (number, rows) in enumerate(mine):
             name = unit_name(number, [row["video"] for row in rows])
             if not (written := writer.has(name)):
-                unread.extend(_write(writer, name, rows, preference_set.root, backbone, policy, shape, bar))
+                unread.extend(_write(writer, name, rows, preference_set, backbone, policy, shape, bar))
             else:
                 bar.update(len(rows))
             if team.first:
@@ -187,15 +186,11 @@ def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, 
     return clips
 
 
-def _source(root: Path, row: Mapping[str, Any]) -> Any:
-    return str(root / row["path"]) if row["path"] is not None else [str(root / name) for name in row["frames"]]
-
-
 def _write(
     writer: StoreWriter,
     name: str,
     rows: Sequence[Mapping[str, Any]],
-    root: Path,
+    preference_set: PreferenceSet,
     backbone: Backbone,
     policy: FramePolicy,
     shape: tuple[int, ...],
@@ -205,7 +200,8 @@ def _write(
     latents, kept, unread = [], [], []
     for row in rows:
         try:
-            clip = read_clip(_source(root, row), policy, row["fps"] if row["frames"] else None)
+            source = preference_set.source(row["path"], row["frames"])
+            clip = read_clip(source, policy, row["fps"] if row["frames"] else None)
         except PrismError as error:
             unread.append(str(error))
         else:
