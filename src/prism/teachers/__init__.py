@@ -21,6 +21,7 @@ from prism.teachers.hpsv2 import HPSv2
 from prism.teachers.hpsv3 import HPSv3
 from prism.teachers.imagereward import ImageReward
 from prism.teachers.unifiedreward import UnifiedReward
+from prism.teachers.vbench import VBench
 from prism.teachers.videoreward import VideoReward
 from prism.teachers.videoscore import VideoScore
 from prism.teachers.videoscore2 import VideoScore2
@@ -56,12 +57,13 @@ TEACHERS: dict[str, Callable[..., Any]] = {
     "hpsv2": HPSv2.load,
     "hpsv3": HPSv3.load,
     "imagereward": ImageReward.load,
+    "vbench": VBench.load,
 }
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 
 
 def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """The teacher that a text such as `videoreward`, `videoreward=FOLDER_OR_ID` or
+    """The teacher that a text such as `videoreward`, `videoreward=FOLDER_OR_ID`, `hpsv3,count=4` or
     `hpsv3=FOLDER_OR_ID,base=FOLDER_OR_ID,revision=COMMIT` names.
 
     Args:
@@ -74,12 +76,12 @@ def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
         PrismError: for an unknown name or option, and for weights that are missing or not of this teacher.
     """
     instance("A teacher", spec, str, "a text such as videoreward=FOLDER")
-    name, equals, rest = spec.partition("=")
+    first, *pairs = _OPTION.split(spec)
+    name, equals, source = first.partition("=")
     if name not in TEACHERS:
         near = difflib.get_close_matches(name, TEACHERS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TEACHERS)}."
         raise PrismError(f"There is no teacher {quoted(name, 60)}; {hint}")
-    source, *pairs = _OPTION.split(rest)
     if equals and not source:
         raise PrismError(f"The teacher {quoted(spec, 120)} names no source behind =; name a folder or a repository.")
     options: dict[str, Any] = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
