@@ -40,10 +40,7 @@ def load_backbone(
     for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    local_rank = (
-        f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
-    )  # of several processes on a machine
-    device = device or (f"cuda{local_rank}" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     check_device(device)
     dtype = DTYPES.get(str(dtype), dtype)
     if dtype is not None and dtype not in DTYPES.values():
@@ -64,6 +61,15 @@ def load_backbone(
     adapt(backbone.pipe, adapters)
     place(backbone.pipe, device, offload)
     return backbone, call, name
+
+
+def default_device() -> str:
+    """This process's GPU where there is one, else the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # one of several processes
 
 
 def check_device(device: str) -> None:
@@ -177,18 +183,23 @@ def check_store(folder: Path | None, store: Any, backbone: Any) -> None:
         )
 
 
-def load_reward(spec: str, timeout: float | None = None) -> Any:
-    """The `Reward` that a text names: referee (ShapeWorld's), or FILE.py:function, module:function.
+def load_reward(spec: str, timeout: float | None = None, device: str | None = None) -> Any:
+    """The `Reward` that a text names: referee (ShapeWorld's), a ready-made teacher such as videoreward=FOLDER, or
+    FILE.py:function, module:function.
 
-    timeout: seconds that a call may take; None: any time.
+    timeout: seconds that a call may take; None: any time. device: of a teacher.
     """
-    from prism.training.reward import Reward
+    from prism import teachers
+    from prism.training.reward import Reward, is_function
     from prism.training.reward import load_reward as load
 
     if spec == "referee":
         from prism.shapeworld import referee
 
-        return Reward(referee.reward, "referee", timeout)
+        return Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
+    if spec.partition("=")[0] in teachers.TEACHERS and not is_function(spec):
+        teacher = teachers.load(spec, device or default_device())
+        return Reward(teacher.score, teacher.name, timeout, spec, dimensions=teacher.dimensions, unclear=True)
     return load(spec, timeout)
 
 

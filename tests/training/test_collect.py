@@ -236,6 +236,40 @@ def test_steps_and_schedulers_that_do_not_fit_are_refused(backbone, tmp_path):
         label(ROOT / "src/prism/shapeworld/assets/candidates", backbone, [Reward(brightness, "x")])
 
 
+def test_a_teacher_labels_and_an_unclear_answer_is_no_label(store, backbone, tmp_path, capsys):
+    import shutil
+
+    from tests.teachers import small_models
+
+    from prism.loading import load_reward
+
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    (tmp_path / "weights").mkdir()
+    small_models.videoreward(tmp_path / "weights")
+    spec = f"videoreward={tmp_path / 'weights'},device=cpu,dtype=float32"
+    with pytest.raises(PrismError, match=r"reward videoreward raised: The teacher .*--fps"):
+        label(folder, backbone, [load_reward(spec)], progress=False)
+    again = label(folder, backbone, [load_reward(spec)], fps=8, progress=False)
+    assert again.dimensions == ("VQ", "MQ", "TA", "overall")
+    frames = (backbone.decode(again.latents(again.videos["video"].to_pylist()[:1])) * 255).round().byte()
+    teacher = load_reward(spec).function
+    (row,) = teacher([frames[0].numpy()], [TEXTS[0]], 8)
+    assert {name: again.videos[name][0].as_py() for name in row} == pytest.approx(row, rel=1e-4)
+
+    def writes(videos, prompts):
+        return [{"a": float("nan"), "b": float("nan")} if p == TEXTS[0] and i == 1 else {"a": i, "b": -i}
+                for i, p in enumerate(prompts)]  # fmt: skip
+
+    capsys.readouterr()
+    both = label(folder, backbone, [Reward(writes, "w", unclear=True), Reward(brightness, "plain")], progress=False)
+    assert "1 of 12 videos have no score in w.a" in capsys.readouterr().err
+    assert both.videos["w.a"].to_pylist() == [0, None, 2] + [0, 1, 2] * 3
+    of_first = [row for row in both.pairs.to_pylist() if row["prompt"] == TEXTS[0]]
+    assert [row["w.a"] for row in of_first] == [-1, None, None]  # (0, 2), then those of plain alone
+    assert None not in [row["plain.VQ"] for row in of_first]
+
+
 REWARD = '''
 """Light and colour of a clip."""
 def light(video, prompt):

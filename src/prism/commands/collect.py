@@ -18,7 +18,7 @@ class Rewards:
     """What labels the videos."""
 
     rewards: Annotated[tuple[str, ...], Repeated, option("SPEC", name="reward")] = ()
-    """Function that scores decoded videos: FILE.py:function, module:function, or referee (ShapeWorld's)."""
+    """What scores decoded videos: FILE.py:function, module:function, a teacher as videoreward=FOLDER, or referee."""
     reward_timeout: float = 600.0
     """Seconds that a call of it may take."""
     margin: Annotated[str, option("X or NAME:X,...")] = "0"
@@ -99,7 +99,7 @@ def run(config: Collect) -> Any:
     from prism.preference.prompts import read_prompts
 
     prompts = [] if config.prompts is None else read_prompts(config.prompts, config.encoding)
-    teachers = [load_reward(spec, rewards.reward_timeout) for spec in rewards.rewards]
+    teachers = [load_reward(spec, rewards.reward_timeout, config.models.device) for spec in rewards.rewards]
     from prism.training import collect, labels
 
     labels.check_names(teachers)

@@ -162,7 +162,7 @@ def pairs(preference_set: PreferenceSet, rule: str = "majority", margin: float =
     """
     choice("rule", rule, RULES)
     number("margin", margin, 0)
-    votes = preference_set.votes if len(preference_set.votes) else _compared(preference_set, margin)
+    votes = preference_set.votes if len(preference_set.votes) else compared(preference_set, margin)
     rows: dict[tuple[str, str, str, str | None], int] = {}
     heads: list[tuple[str, str, str, str | None]] = []
     cells: dict[str, dict[int, list[tuple[Any, ...]]]] = {name: {} for name in in_order(votes["dimension"].to_pylist())}
@@ -227,7 +227,7 @@ def _softened(by_row: dict[int, list[tuple[Any, ...]]], count: int, soft: bool) 
     return {name: pa.array(each, pa.float32()) for name, each in columns.items() if any(v is not None for v in each)}
 
 
-def _compared(preference_set: PreferenceSet, margin: float) -> pa.Table:
+def compared(preference_set: PreferenceSet, margin: float) -> pa.Table:
     """Votes of all pairs within each prompt, by the mean rating of each clip over its annotators."""
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     names = ("prompt", "dimension", "video", "score")

@@ -7,6 +7,7 @@ labels/REWARD/UNIT.parquet    video, and a column per dimension: the scores of a
 from __future__ import annotations
 
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from prism.backbone import Backbone, layout
 from prism.backbone.noise import length
 from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter
-from prism.preference.pairs import named, overall, read_table
-from prism.preference.readers import PreferenceSet, pairs
+from prism.preference.pairs import named, read_table
+from prism.preference.readers import PreferenceSet, compared, pairs
 from prism.preference.sets import RATINGS, VOTES
 from prism.preference.shards import INDEX, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
@@ -86,7 +87,10 @@ class Labels:
                 scores[reward.name] += reward.score(videos, prompts, self.fps, names)
         for reward in rewards:
             by_video = scores[reward.name]
-            columns = {name: pa.array([row[name] for row in by_video], pa.float64()) for name in by_video[0]}
+            columns = {
+                name: pa.array([row[name] for row in by_video], pa.float64(), from_pandas=True)  # NaN as null
+                for name in by_video[0]
+            }
             table = pa.table({"video": pa.array([row["video"] for row in rows]), **columns})
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
@@ -125,6 +129,10 @@ class Labels:
                 columns[dimension] = dict(zip(table["video"].to_pylist(), table[name].to_pylist()))
         ids = list(dict.fromkeys(video for by_video in columns.values() for video in by_video))
         scores = {name: pa.array([by.get(video) for video in ids], pa.float64()) for name, by in columns.items()}
+        for name, by in columns.items():
+            if unclear := sum(score is None for score in by.values()):
+                print(f"prism: {unclear} of {len(by)} videos have no score in {name}: the answer was not clear.",
+                      file=sys.stderr)  # fmt: skip
         count = self.writer.finish(pa.table({"video": pa.array(ids, pa.string()), **scores}))
         videos = read_rows(self.writer.folder / INDEX, ())
         prompts = dict(zip(videos["video"].to_pylist(), videos["prompt"].to_pylist()))
@@ -132,7 +140,7 @@ class Labels:
             (video, prompts[video], dimension, annotators[dimension], score, annotators[dimension], None)
             for dimension, by_video in columns.items()
             for video, score in by_video.items()
-            if video in prompts
+            if video in prompts and score is not None
         ]
         kinds = {each.name: each.type for each in RATINGS}
         said = zip(*rows) if rows else [()] * len(kinds)
@@ -208,20 +216,14 @@ def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]
 
 
 def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) -> pa.Table:
-    """All pairs of each prompt's videos, a dimension each; where there are several and none is "overall", this follows
-    from them by the paper's rule.
+    """All pairs of each prompt's videos, a column per dimension; where there are several and none is "overall", this
+    follows from them by the paper's rule.
     """
     clips = pa.table({name: videos[name] for name in ("video", "prompt", "split")})
-    labelled: pa.Table | None = None
+    names = ratings["dimension"].to_pylist()
+    votes = []
     for dimension, margin in margins.items():
-        chosen = ratings.filter(pa.array([each == dimension for each in ratings["dimension"].to_pylist()]))
-        one = pairs(PreferenceSet("", Path(), clips, _NONE, chosen, {}, ()), margin=margin)
-        labelled = one if labelled is None else labelled.append_column(dimension, one[dimension])
-    assert labelled is not None
-    if len(margins) > 1 and "overall" not in margins:
-        votes = np.stack([labelled[name].to_numpy().astype(float) for name in margins], 1)
-        joined = overall(votes)
-        empty = np.isnan(joined)
-        column = pa.array(np.where(empty, 0, joined).astype(np.int8), pa.int8(), mask=empty)
-        labelled = labelled.append_column("overall", column)
-    return labelled
+        chosen = ratings.filter(pa.array([name == dimension for name in names], pa.bool_()))
+        votes.append(compared(PreferenceSet("", Path(), clips, _NONE, chosen, {}, ()), margin))
+    rated = PreferenceSet("", Path(), clips, pa.concat_tables(votes), RATINGS.empty_table(), {}, ())
+    return pairs(rated)

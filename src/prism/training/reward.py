@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import queue
 import re
@@ -48,6 +49,8 @@ class Reward:
         timeout: seconds that a call may take; None: any time.
         source: which function it is, as FILE.py:function; labels of another one are not gone on with.
         version: a hash of the function's file.
+        dimensions: of its scores, where they are known before it is called.
+        unclear: whether NaN in all dimensions is an answer, that a video has no score: of teachers that write text.
 
     Raises:
         PrismError: for what cannot be called in one of the two ways.
@@ -55,7 +58,7 @@ class Reward:
 
     def __init__(
         self, function: Callable[..., Any], name: str, timeout: float | None = TIMEOUT, source: str = "",
-        version: str = "",
+        version: str = "", dimensions: Sequence[str] | None = None, unclear: bool = False,
     ) -> None:  # fmt: skip
         if not callable(function):
             raise PrismError(f"The reward {quoted(name, 80)} is a {type(function).__name__}; a function is needed.")
@@ -70,7 +73,8 @@ class Reward:
         self.function = function
         self.dimensions: tuple[str, ...] | None = None
         self._batched, self._takes = _form(function, name)
-        dimensions = getattr(function, "dimensions", None)
+        self.unclear = unclear
+        dimensions = dimensions or getattr(function, "dimensions", None)
         if isinstance(dimensions, list | tuple) and dimensions:
             self.dimensions = tuple(self._checked(each) for each in dimensions)
         self._worker: _Worker | None = None
@@ -82,7 +86,7 @@ class Reward:
         self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float | None = None,
         names: Sequence[str] = (),
     ) -> list[dict[str, float]]:  # fmt: skip
-        """Scores of videos, by dimension; a single number is the dimension "overall".
+        """Scores of videos, by dimension; a single number is the dimension "overall". NaN only of `unclear` rewards.
 
         Args:
             videos: (T, H, W, 3) uint8 each.
@@ -116,6 +120,9 @@ class Reward:
             raise self._wrong(f"did not answer within {self.timeout:g} seconds", names, prompts) from None
         except KeyboardInterrupt:
             raise
+        except PrismError as error:
+            fps = " (--fps)" if "frames per second" in str(error) else ""
+            raise self._wrong(f"raised: {quoted(error, 200).rstrip('.')}{fps}", names, prompts) from error
         except BaseException as error:  # also SystemExit of a script's own
             raise self._wrong(f"raised {reason(error, 160)}", names, prompts) from error
 
@@ -134,6 +141,8 @@ class Reward:
     def _answer(self, answer: Any, name: str, prompt: str) -> dict[str, float]:
         answer = _plain(answer)
         row = answer if isinstance(answer, Mapping) else {"overall": answer}
+        if self.unclear and row and all(isinstance(value, float) and value != value for value in row.values()):
+            return dict.fromkeys(self.dimensions or row, math.nan)
         scores: dict[str, float] = {}
         for dimension, value in row.items():
             try:
@@ -171,6 +180,11 @@ class Reward:
             f"The reward {self.name} {what}, for the video {quoted(names[0], 80)}{more} of the prompt "
             f'"{quoted(prompts[0], 80)}"; what was collected stays, and --resume goes on when the function is mended.'
         )
+
+
+def is_function(spec: str) -> bool:
+    """True for a text that names a function, as FILE.py:function or module:function, and no weights of a teacher."""
+    return re.search(r"(\.py|(^|=)[A-Za-z_][\w.]*):[A-Za-z_]\w*$", spec) is not None
 
 
 def load_reward(spec: str, timeout: float | None = TIMEOUT) -> Reward:
