@@ -33,6 +33,8 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "data check": "prism.commands.data:Check",
     "encode": "prism.commands.encode:Encode",
     "collect": "prism.commands.collect:Collect",
+    "score": "prism.commands.score:Score",
+    "reference": "prism.commands.reference:Reference",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",

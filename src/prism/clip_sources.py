@@ -14,6 +14,7 @@ from prism.decoding import Decoder, Movie, Timeline, decoder
 from prism.errors import PrismError, quoted, reason
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+MOVIES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif")
 _CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)/(?P<row>[0-9]{1,18})", re.DOTALL | re.IGNORECASE)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, dtype_of, tensor_of
+from prism.clips import FramePolicy
 from prism.errors import PrismError, quoted, whole
 
 
@@ -34,6 +36,51 @@ def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
                 f"{type(pipe).__name__}.{family.after_loop}, after_loop of the family {family.name!r}, does not take "
                 f"latents (1, ...) and give others: {type(error).__name__}: {quoted(error, 160)}."
             ) from error
+    return latents
+
+
+def call_frames(
+    backbone: Any,
+    call: Mapping[str, Any],
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    **policy: Any,
+) -> tuple[FramePolicy, dict[str, Any]]:
+    """The policy that takes of a clip the frames that a call of the pipeline makes, and the call with their number and
+    size.
+
+    Args:
+        backbone: a `Backbone`.
+        call: the pipeline's arguments.
+        num_frames, height, width: in place of the call's; None: the call's, or the pipeline's default.
+        **policy: further fields of `FramePolicy`.
+
+    Raises:
+        PrismError: where neither says how many frames or which size.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+        size = value or call.get(name) or backbone.default(name)
+        if size is None and backbone.takes(name):
+            raise PrismError(f"The pipeline states no {name}; give --{name.replace('_', '-')}.")
+        sizes[name] = size or 1  # image pipelines have one frame
+    full = {**call, **{name: size for name, size in sizes.items() if backbone.takes(name)}}
+    return FramePolicy(**{**policy, **sizes}), full
+
+
+def encode_frames(backbone: Any, frames: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """Latents (1, ...) of one video (T, H, W, 3), encoded by itself.
+
+    Raises PrismError where their shape is not `shape`, that of the latents that the pipeline makes.
+    """
+    latents: Tensor = backbone.encode(frames[None])
+    if tuple(latents.shape[1:]) != tuple(shape):
+        raise PrismError(
+            f"{len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} give latents {tuple(latents.shape[1:])}, "
+            f"and the pipeline makes {tuple(shape)} at its own arguments; give --height, --width and --num-frames that "
+            "it takes."
+        )
     return latents
 
 

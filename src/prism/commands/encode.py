@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +79,7 @@ class Encode:
 
 def run(config: Encode) -> Any:
     """Encode the set; returns the opened store."""
-    from prism.clips import FramePolicy
+    from prism.backbone.videos import call_frames
     from prism.loading import load_backbone
     from prism.preference.readers import read
 
@@ -88,19 +88,13 @@ def run(config: Encode) -> Any:
     held_out = shares_of(config.labels.held_out)
     found = read(config.file, config.form, root=config.root, encoding=config.encoding)
     backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
-    sizes = {}
-    for name in ("num_frames", "height", "width"):
-        size = getattr(config.frames, name) or call.get(name) or backbone.default(name)
-        if size is None and backbone.takes(name):
-            raise PrismError(f"The pipeline states no {name}; give --{name.replace('_', '-')}.")
-        sizes[name] = size or 1  # image pipelines have one frame
-    policy = FramePolicy(fps=config.frames.fps, start=config.frames.start, fit=config.frames.fit, **sizes)
+    policy, call = call_frames(backbone, call, **asdict(config.frames))
     from prism.training.encode import encode
 
     return encode(
         found,
         backbone,
-        {**call, **{name: size for name, size in sizes.items() if backbone.takes(name)}},
+        call,
         policy,
         config.output.out,
         rule=config.labels.rule,

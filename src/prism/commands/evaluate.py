@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from prism import files, runs
 from prism.commands import show
-from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, option, recorded
-from prism.errors import SEEDS, PrismError, quoted, whole
+from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, levels_of, option, recorded
+from prism.errors import SEEDS, whole
 
 NOTES = (
     "The accuracy is the share of labelled pairs of this split that the judge orders as their labels do. No prompt and "
@@ -63,7 +63,7 @@ def run(config: Evaluate) -> dict[str, Any]:
 
     models = config.models
     check_alone("eval")
-    levels = None if config.timesteps == TIMESTEPS else _levels(config.timesteps)
+    levels = None if config.timesteps == TIMESTEPS else levels_of("--timesteps", config.timesteps)
     whole("--batch-size", config.batch_size)
     whole("--num-draws", config.num_draws, 1, 1000)
     whole("--seed", config.seed, 0, SEEDS)
@@ -85,16 +85,3 @@ def run(config: Evaluate) -> dict[str, Any]:
             folder / "report.html", metrics, title=title, notes=NOTES, config=files.read_json(folder / "config.json")
         )
     return metrics
-
-
-def _levels(text: str) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise PrismError(
-            f'The --timesteps "{quoted(text, 120)}" are not numbers apart by commas; write for example 899,699,0.'
-        ) from None
-    for level in levels:
-        if not 0 <= level <= 1000:
-            raise PrismError(f"The --timesteps hold {level:g}; levels lie in 0 (clean) to 1000 (noise).")
-    return tuple(int(level) if level.is_integer() else level for level in levels)

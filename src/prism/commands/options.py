@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from prism.errors import PrismError, quoted
+
 
 def option(metavar: str | None = None, default: str | None = None, name: str | None = None, about: str = "") -> Any:
     """Describe an option: its value's name and its default in words ("": none) in --help, its name, its docstring."""
@@ -72,6 +74,20 @@ class Labelled(Models):
 
     data: Annotated[Path | None, option("FOLDER", "the embedded candidates")] = None
     """Latent store: videos as latents, with labelled pairs."""
+
+
+def levels_of(flag: str, text: str) -> tuple[float, ...]:
+    """The noise levels of a text, apart by commas."""
+    try:
+        levels = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise PrismError(
+            f'The {flag} "{quoted(text, 120)}" are not numbers apart by commas; write for example 899,699,0.'
+        ) from None
+    for level in levels:
+        if not 0 <= level <= 1000:
+            raise PrismError(f"The {flag} hold {level:g}; levels lie in 0 (clean) to 1000 (noise).")
+    return tuple(int(level) if level.is_integer() else level for level in levels)
 
 
 def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

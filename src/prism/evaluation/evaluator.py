@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prism.errors import DRAWS, SEEDS, PrismError, flag, number, quoted, whole
+from prism.errors import DRAWS, SEEDS, PrismError, flag, whole
 from prism.evaluation.facts import COLUMNS, decoded_facts, facts_of
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.evaluation.summary import accuracy_rows
+from prism.judge.checks import noise_levels
+from prism.judge.scoring import noise
 from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.report.rows import AccuracyRow
 from prism.team import Team, in_batches, ran_out
@@ -152,25 +153,10 @@ def check_judge(judge: Any) -> None:
 
 def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:
     """The noise levels to evaluate at, all within the range of t that the denoiser is used for."""
+    if timesteps is not None:
+        return noise_levels(judge.backbone, timesteps)
     low, high = getattr(judge.backbone, "t_range", (0.0, 1000.0))
-    if timesteps is None:
-        return tuple(t for t in TIMESTEPS if low <= t <= high) or ((low + high) / 2,)
-    listed = np.asarray(timesteps, dtype=object)
-    if listed.ndim != 1 or not len(listed):
-        raise PrismError(
-            f"timesteps must be a list of noise levels, at least one t from 0 to 1000; found {quoted(timesteps, 80)}."
-        )
-    checked = [number("The noise level t", t, 0, 1000) for t in listed]
-    levels = tuple(t if isinstance(t, int) else level for t, level in zip(listed, checked))
-    if len(set(levels)) < len(levels):
-        raise PrismError(f"timesteps names a noise level more than once; found {quoted(timesteps, 80)}.")
-    for t in levels:
-        if not low <= t <= high:
-            raise PrismError(
-                f"The denoiser that the judge reads is used for t from {low:g} to {high:g}, found the level {t:g}; "
-                "evaluate within."
-            )
-    return levels
+    return tuple(t for t in TIMESTEPS if low <= t <= high) or ((low + high) / 2,)
 
 
 def score_videos(
@@ -290,8 +276,8 @@ def videos_of(groups: Sequence[PromptGroup]) -> list[Video]:
 
 def noised(backbone: Any, latents: Tensor, videos: Sequence[str], t: float, draw: int = 0, seed: int = 0) -> Tensor:
     """Latents (B, ...) of some videos at level t, each under a draw of its own (Eq. 1)."""
-    noise = torch.stack([_noise(latents.shape[1:], seed, video, t, draw) for video in videos])
-    noisy: Tensor = backbone.add_noise(latents, t, noise)
+    drawn = torch.stack([noise(latents.shape[1:], seed, video, t, draw) for video in videos])
+    noisy: Tensor = backbone.add_noise(latents, t, drawn)
     return noisy
 
 
@@ -299,13 +285,6 @@ def _some(names: Sequence[str]) -> str:
     """The first few names, cut short."""
     shown = ", ".join(name if len(name) <= 40 else f"{name[:36]} ..." for name in names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
-
-
-def _noise(shape: Sequence[int], seed: int, video: str, t: float, draw: int) -> Tensor:
-    """The noise of one video's draw, the same whichever other videos are evaluated."""
-    key = f"{seed}/{video}/{float(t)}/{draw}".encode()
-    number = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
 
 
 def pair_margins(

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prism.errors import PrismError, quoted
+from prism.errors import PrismError, number, quoted
 
 if TYPE_CHECKING:
     from prism.judge.judge import Judge
@@ -88,6 +89,28 @@ def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
             f"{tuple(values.shape)}."
         )
     return values
+
+
+def noise_levels(backbone: Any, timesteps: Any) -> tuple[float, ...]:
+    """Noise levels (t from 0 to 1000), all of them where the denoiser that is read is used. Raises PrismError for
+    others, for none, and for one that is named twice."""
+    low, high = getattr(backbone, "t_range", (0.0, 1000.0))
+    listed = np.asarray(timesteps, dtype=object)
+    if listed.ndim != 1 or not len(listed):
+        raise PrismError(
+            f"timesteps must be a list of noise levels, at least one t from 0 to 1000; found {quoted(timesteps, 80)}."
+        )
+    checked = [number("The noise level t", t, 0, 1000) for t in listed]
+    levels = tuple(t if isinstance(t, int) else level for t, level in zip(listed, checked))
+    if len(set(levels)) < len(levels):
+        raise PrismError(f"timesteps names a noise level more than once; found {quoted(timesteps, 80)}.")
+    for t in levels:
+        if not low <= t <= high:
+            raise PrismError(
+                f"The denoiser that the judge reads is used for t from {low:g} to {high:g}, found the level {t:g}; "
+                "stay within."
+            )
+    return levels
 
 
 def finite(values: Tensor, what: str) -> Tensor:

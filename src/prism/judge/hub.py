@@ -16,7 +16,8 @@ from prism.backbone.pipeline import config_of
 from prism.errors import PrismError, listed, number, quoted, whole
 from prism.judge.checks import trained_range
 
-FETCHED = ("config.json", "model.safetensors", "evaluation.json")
+BESIDE = ["evaluation.json", "reference.json"]  # where there are any
+FETCHED = ["config.json", "model.safetensors", *BESIDE]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")  # of the Hub's cache
 
@@ -47,7 +48,7 @@ def upload(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=["evaluation.json"],  # the one in the repository is of earlier weights
+            delete_patterns=BESIDE,  # those in the repository are of earlier weights
         )
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(f"The judge did not reach {repo_id} on the Hub: {why(error, revision)}.") from error
@@ -57,7 +58,7 @@ def upload(
 def fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
     """Download a judge's repository; return its snapshot in the Hub's cache."""
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FETCHED)))
+        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=FETCHED))
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(
             f"There is no folder {repo_id}, and no head of this name came from the Hub: {why(error, revision)}."

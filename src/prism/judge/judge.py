@@ -18,11 +18,12 @@ from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
 from prism.errors import DRAWS, PrismError, flag, instance, whole
-from prism.judge import checks, hub
+from prism.judge import checks, hub, scoring
 from prism.judge import saved as folders
 from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
 from prism.judge.head import OPTIONS, Member, QueryHead, check_fits
 from prism.judge.objective import log_probabilities
+from prism.judge.reference import Reference
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
 PAPER_DIM = 1536
@@ -41,8 +42,7 @@ class Judge:
         dimensions: what the columns of scores mean, such as ("VQ", "MQ", "TA", "overall").
         eta: the tie threshold the heads were trained with (Eq. 3-4).
         trained_on: provenance of the training: store, steps, seed, source, prompts.
-        calibration: dimension -> {"temperature", "eta", "tie_threshold"}, see ``prism.evaluation.calibrate``; empty
-            where the judge was not calibrated.
+        calibration: dimension -> {"temperature", "eta", "tie_threshold"} of ``prism.evaluation.calibrate``, or empty.
     """
 
     name = "prism"
@@ -56,6 +56,7 @@ class Judge:
         trained_on: Mapping[str, Any] | None = None,
         calibration: Mapping[str, Any] | None = None,
         evaluation: Rows = (),
+        reference: Reference | None = None,
     ) -> None:
         checks.check_dimensions(dimensions)
         for member in members:
@@ -65,6 +66,7 @@ class Judge:
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
         self._warned, self._evaluation = False, (evaluation, versions(member.head for member in members))
+        self.reference = reference
         self._random: tuple[int, ...] | None = None  # `versions` of random heads, which any training changes
 
     def __repr__(self) -> str:
@@ -72,7 +74,7 @@ class Judge:
         return f"Judge({heads}, {', '.join(self.dimensions)}, {self.backbone})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles. A deep copy has its own heads and shares the backbone; a pickle holds both."""
+        """State for copies, which have their own heads and share the backbone, and pickles, which hold both."""
         return {**vars(self), "_random": self.is_untrained}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
@@ -119,16 +121,12 @@ class Judge:
     def average(cls, judges: Sequence[Judge]) -> Judge:
         """One judge whose scores are the mean of the judges' scores: heads of several seeds, or at several taps.
 
-        The backbone is read once, up to the highest tap. Scores are averaged as they are: heads trained with one
-        objective and one eta all score in its unit, the log-odds of Eq. 3, so that the mean is the log-odds of the
-        geometric mean of their opinions, and no head's scores depend on which videos are scored beside it.
+        The backbone is read once, up to the highest tap. Scores are averaged as they are, log-odds of Eq. 3 in the unit
+        of their eta: nothing has to be estimated, and no score depends on which videos are scored beside it.
 
         Args:
             judges: on the same pipeline, with the same dimensions and eta; averages among them count as one each.
-                The new judge shares their heads.
-
-        Raises:
-            PrismError: for no judges, or judges that do not fit together.
+                The new judge shares their heads. Raises PrismError for none, or ones that do not fit together.
         """
         judges = checks.listed(judges, Judge)
         first: Judge = judges[0]
@@ -150,14 +148,12 @@ class Judge:
 
         Args:
             source: a folder written by ``save_pretrained``, or the id of a repository on the Hub ("user/name"), of
-                which config.json, model.safetensors and evaluation.json alone are fetched.
+                which weights and JSON alone are fetched.
             pipe: a diffusers pipeline or a ``Backbone``: the one the head was trained on, or a finetune of it. Or a
-                pipeline's folder or id on the Hub, of which the blocks that the heads read are loaded and no later
-                ones: for a judge that stands by itself.
+                pipeline's folder or id on the Hub, of which no blocks above those that the heads read are loaded.
             revision: branch, tag or commit of the head on the Hub.
             token: for private repositories, the pipeline's too; None: the one logged in with.
-            **load: where ``pipe`` is a folder or an id, arguments of diffusers' ``from_pretrained`` (``dtype``,
-                ``variant``, ``cache_dir``, ...).
+            **load: where ``pipe`` is a folder or an id, arguments of diffusers' ``from_pretrained`` (``dtype``, ...).
 
         Raises:
             PrismError: where a file is missing, truncated, altered or a pickle, or the head was trained on another
@@ -176,7 +172,7 @@ class Judge:
             backbone = _backbone(pipe, reads)
         folders.check_fingerprint(saved, backbone)
         members = [Member(tap, head, share) for tap, head, share in saved.heads]
-        described = saved.dimensions, saved.eta, saved.trained_on, saved.calibration, saved.evaluation
+        described = saved.dimensions, saved.eta, saved.trained_on, saved.calibration, saved.evaluation, saved.reference
         return cls(backbone, members, *described)
 
     def save_pretrained(
@@ -224,8 +220,7 @@ class Judge:
             commit_message: first line of the commit.
             **card: evaluation, license and base_model, as of ``save_pretrained``.
 
-        Raises:
-            PrismError: where the Hub cannot be reached or refuses, as one sentence.
+        Raises PrismError where the Hub cannot be reached or refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "head"
@@ -241,6 +236,16 @@ class Judge:
         """The accuracies that were saved with these heads; empty once a head was trained further."""
         rows, measured = self._evaluation
         return rows if measured == versions(member.head for member in self.members) else []
+
+    @property
+    def reference(self) -> Reference | None:
+        """Scores of clips to read others beside (`prism.judge.reference`); None once a head was trained further."""
+        reference, measured = self._reference
+        return reference if measured == versions(member.head for member in self.members) else None
+
+    @reference.setter
+    def reference(self, reference: Reference | None) -> None:
+        self._reference = reference, versions(member.head for member in self.members)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -275,10 +280,7 @@ class Judge:
             **call: further arguments of the pipeline's call (height, images, ...); conditioning is captured with them.
 
         Returns:
-            (B, num_dimensions) float32, higher is better.
-
-        Raises:
-            PrismError: where a row's latents give no finite score.
+            (B, num_dimensions) float32, higher is better. Raises PrismError where a row has no finite score.
         """
         with self.backbone.held():
             return checks.finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)), "score")
@@ -321,6 +323,8 @@ class Judge:
         scores = torch.stack(draws)
         error = scores.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(scores[0], torch.nan)
         return scores.mean(0), error
+
+    score_video = scoring.score_video
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:

@@ -1,4 +1,4 @@
-"""A judge as a folder: config.json, model.safetensors, evaluation.json and a model card; written, read and checked."""
+"""A judge as a folder: config, weights, a model card, accuracies, a reference; written, read and checked."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from prism.backbone.fingerprint import fits
 from prism.errors import PrismError, number, quoted, whole
 from prism.judge import hub
 from prism.judge.head import AGGREGATIONS, LARGEST, OPTIONS, QueryHead
+from prism.judge.reference import Reference
 
 if TYPE_CHECKING:
     from prism.judge.judge import Judge
@@ -39,6 +40,7 @@ class SavedJudge:
     calibration: Mapping[str, Any]
     backbone: Mapping[str, Any]
     evaluation: Sequence[Mapping[str, Any]]
+    reference: Reference | None
 
     @property
     def last_tap(self) -> int:
@@ -73,7 +75,10 @@ def write(
         weights = temporary / "model.safetensors"
         # Copies: an average may hold a head twice, and files do not share memory.
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, weights)
-        files.write_json(temporary / "config.json", {**config, "weights_sha256": files.sha256(weights)})
+        digest = files.sha256(weights)
+        files.write_json(temporary / "config.json", {**config, "weights_sha256": digest})
+        if judge.reference is not None:
+            judge.reference.save(temporary, digest)
         note_evaluation(temporary, evaluation, licence, base_model or hub.origin(judge.backbone.pipe))
 
 
@@ -116,6 +121,7 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
         _calibration(config.get("calibration"), dimensions, path),
         fingerprint,
         _evaluation(folder / "evaluation.json"),
+        _reference(folder / "reference.json", dimensions, config.get("weights_sha256")),
     )
     header = _by_member(
         files.safetensors_header(weights), several
@@ -318,6 +324,10 @@ def _evaluation(path: Path) -> list[dict[str, Any]]:
     return hub.check_rows(
         evaluation.get("accuracy") if isinstance(evaluation, dict) else None, f"The accuracy in {path}"
     )
+
+
+def _reference(path: Path, dimensions: Sequence[str], weights_sha256: Any) -> Reference | None:
+    return Reference.read(path, dimensions, weights_sha256) if os.path.lexists(path) else None
 
 
 def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str, Any]]:

@@ -70,10 +70,10 @@ def run(
     """
     from prism.lab import ablation_results as results
     from prism.loading import check_alone, check_store, describe, load_backbone, open_store
+    from prism.preference.store import store_identity
     from prism.report.metrics import document
     from prism.report.page import write_report
     from prism.training.batches import levels
-    from prism.training.learner import store_identity
 
     check_alone("study")
     for name in ("seeds", "inits", "draws"):

@@ -249,7 +249,7 @@ def _run(
 
 def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: Any) -> dict[str, Any]:
     """All that the parts of a demo depend on. shipped: the store that it trains on; None where it samples its own."""
-    from prism.training.learner import store_identity
+    from prism.preference.store import store_identity
 
     return {
         "config": _plain({**asdict(config), "call": call}),

@@ -28,10 +28,11 @@ from prism.errors import PrismError
 from prism.evaluation.evaluator import Video, noised, videos_of
 from prism.lab.pixel import FORMAT, ROWS, PixelJudge, decode
 from prism.preference import LatentStore, PromptGroup
+from prism.preference.store import store_identity
 from prism.team import Team, in_batches
 from prism.training import TrainConfig
 from prism.training.batches import LEVELS, Batch, Batches, Conditionings, mean_accuracy, training_groups
-from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint, store_identity
+from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)

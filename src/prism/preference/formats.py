@@ -132,6 +132,32 @@ def ratings(source: Source, collector: Collector) -> None:
             collector.rating(row, video, prompt, name, score, row.text("annotator"))  # type: ignore[arg-type]
 
 
+def lists_clips(source: Source) -> bool:
+    """True if a table has the columns that `clip_list` needs."""
+    return source.has("prompt") and (source.has("video") or source.has("path"))
+
+
+def clip_list(source: Source, collector: Collector) -> None:
+    """Clips of which nothing is said: `prompt`, `video` (or `path`), and where they are there `model`, `fps`, `image`.
+    A clip that stands with several prompts is several clips: CLIP, CLIP#2, ..."""
+    column = "video" if "video" in source.columns else "path"
+    clips = Clips(source, collector)
+    prompts: dict[str, list[str]] = {}
+    for row in source:
+        prompt, clip = row.text("prompt"), clips.get(row, column)
+        if prompt is None or clip is None:
+            collector.drop(row, NO_PROMPT if prompt is None else NO_CLIP)
+            continue
+        name = str(clip.get("path") or clip.get("video") or clip["embedded"][0])
+        known = prompts.setdefault(name, [])
+        if prompt not in known:
+            known.append(prompt)
+            if len(known) > 1:
+                clip["video"] = f"{name}#{len(known)}"
+            facts: dict[str, Any] = {each: row.text(each) for each in ("model", "image", "split")}
+            collector.video(row, column, prompt, **clip, fps=row.number("fps"), **facts)
+
+
 def rated(source: Source) -> list[str]:
     """The columns with a number in at least one row, except those of `KNOWN`, which are not ratings."""
     left = [name for name in source.columns if name.casefold() not in KNOWN and name not in source.embedded]

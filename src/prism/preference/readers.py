@@ -48,6 +48,44 @@ def read(
         PrismError: for a path that does not exist, columns that fit no format or several, an unknown label, a cell of
             another kind, or a path outside the root; it names the file, row and column.
     """
+    path, collector, sources = _opened(path_or_hub_id, form, root, encoding, media)
+    chosen, fitting = _chosen(sources, form, path)
+    for source in fitting:
+        collector.split = _split(source)
+        FORMATS[chosen].read(source, collector)
+    return collector.table(chosen)
+
+
+def read_clips(
+    path_or_hub_id: str | os.PathLike[str],
+    form: str | None = None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    encoding: str | None = None,
+) -> PreferenceSet:
+    """Read the clips that a table names with their prompts: of a preference set, or of a table that needs no more than
+    the columns `prompt` and `video` (or `path`). Arguments and errors as of `read`."""
+    path, collector, sources = _opened(path_or_hub_id, form, root, encoding, True)
+    plain = [source for source in sources if formats.lists_clips(source)]
+    if form is not None or not plain or any(set(detect(source)) - {"ratings"} for source in sources):
+        chosen, fitting = _chosen(sources, form, path)
+        reader = FORMATS[chosen].read
+    else:
+        chosen, fitting, reader = "clips", plain, formats.clip_list
+    for source in fitting:
+        collector.split = _split(source)
+        reader(source, collector)
+    return collector.table(chosen)
+
+
+def _opened(
+    path_or_hub_id: str | os.PathLike[str],
+    form: str | None,
+    root: str | os.PathLike[str] | None,
+    encoding: str | None,
+    media: bool,
+) -> tuple[Path, Collector, list[Source]]:
+    """The file or folder, an empty collector for it, and its tables."""
     if form is not None:
         choice("--form", form, list(FORMATS))
     path = _local_path(path_or_hub_id, media)
@@ -56,12 +94,7 @@ def read(
     if not top.is_dir():
         raise PrismError(f"The --root {named(top)} is not a folder.")
     collector = Collector(top.absolute())
-    sources = [open_source(each, collector.root, encoding) for each in _tables(path)]
-    chosen, fitting = _chosen(sources, form, path)
-    for source in fitting:
-        collector.split = _split(source)
-        FORMATS[chosen].read(source, collector)
-    return collector.table(chosen)
+    return path, collector, [open_source(each, collector.root, encoding) for each in _tables(path)]
 
 
 def detect(source: Source) -> list[str]:

@@ -350,6 +350,13 @@ class LatentStore:
         check_soft(self.pairs, self.dimensions, named(table))
 
 
+def store_identity(store: LatentStore) -> dict[str, Any]:
+    """The identity of a store, the same in whatever folder it lies."""
+    every = ("store.json", "videos.parquet", INDEX, PAIRS)  # of either schema
+    names = [name for name in every if (store.folder / name).is_file()]
+    return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
+
+
 def _present(folder: Path, videos: pa.Table) -> pa.Table:
     """The pairs whose videos the store holds; a store that is still being written may lack videos of some pairs."""
     if not (folder / PAIRS).is_file():

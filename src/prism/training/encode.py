@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import VERSIONED
+from prism.backbone.videos import encode_frames
 from prism.clips import FramePolicy, read_clip
 from prism.errors import PrismError, quoted, whole
 from prism.preference import LatentStore, StoreWriter, check_disjoint, prompt_key, unit_name
@@ -205,14 +206,7 @@ def _write(
         except PrismError as error:
             unread.append(str(error))
         else:
-            latent = backbone.encode(clip.frames[None])
-            if tuple(latent.shape[1:]) != shape:
-                raise PrismError(
-                    f"{len(clip.frames)} frames of {clip.frames.shape[1]} x {clip.frames.shape[2]} give latents "
-                    f"{tuple(latent.shape[1:])}, and the pipeline makes {shape} at its own arguments; give --height, "
-                    "--width and --num-frames that the pipeline accepts."
-                )
-            latents.append(latent.cpu().half())
+            latents.append(encode_frames(backbone, clip.frames, shape).cpu().half())
             kept.append(row)
         bar.update()
     if kept:

@@ -21,6 +21,7 @@ from prism.errors import PrismError, quoted
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.preference import LatentStore, PromptGroup, prompt_key
+from prism.preference.store import store_identity
 from prism.team import Team, halved, ran_out
 from prism.training.batches import Batch, Conditionings, Validation
 from prism.training.config import TrainConfig
@@ -220,13 +221,6 @@ def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
     """(1 + 2 num_dimensions,) float64: the loss, pairs judged right and pairs decided, by dimension."""
     right, decided = (margins.detach() * labels > 0).sum(0), (labels.abs() == 1).sum(0)
     return torch.cat([loss.detach()[None].double().cpu(), right.double().cpu(), decided.double().cpu()])
-
-
-def store_identity(store: LatentStore) -> dict[str, Any]:
-    """The identity of a store, the same in whatever folder it lies."""
-    main_files = ("store.json", "videos.parquet", "index.parquet", "pairs.parquet")  # of schema 1 or 2
-    names = [name for name in main_files if (store.folder / name).is_file()]
-    return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 
 
 KEEP = 2

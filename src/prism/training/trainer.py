@@ -27,10 +27,11 @@ from prism.judge import Judge
 from prism.judge.checks import trained_together
 from prism.judge.judge import Member
 from prism.preference import LatentStore
+from prism.preference.store import store_identity
 from prism.team import Team
 from prism.training.batches import Batch, Batches, Conditionings, Validation, training_groups
 from prism.training.config import RESULTLESS, TrainConfig
-from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint, store_identity
+from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint
 
 # Settings that decide which rows a step reads, and in which batches; `train_together` needs equal ones.
 SHARED = (
