@@ -1,7 +1,4 @@
-"""The judge: a frozen backbone, the blocks it is tapped at, and trained heads that score noisy latents.
-
-Usually there is one head. ``Judge.average`` combines several, which read tokens of one pass of the backbone.
-"""
+"""The judge: a frozen backbone, the blocks it is tapped at, and trained heads that score noisy latents."""
 
 from __future__ import annotations
 
@@ -218,9 +215,7 @@ class Judge:
             private: whether a new repository is; None: as the account's settings say.
             token: of the Hub, with the right to write; None: the one logged in with.
             commit_message: first line of the commit.
-            **card: evaluation, license and base_model, as of ``save_pretrained``.
-
-        Raises PrismError where the Hub cannot be reached or refuses.
+            **card: evaluation, license and base_model, as of ``save_pretrained``. Raises PrismError if the Hub refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "head"

@@ -69,8 +69,15 @@ class Reference:
         return replace(self, scores=self.scores[:, rows], errors=self.errors[:, rows], prompts=(key,) * len(rows))
 
     def percentile(self, scores: np.ndarray, t: float) -> np.ndarray:
-        """Percentiles (B, num_dimensions), from 0 to 100, of scores (B, num_dimensions) at one of the levels: the share
-        of the reference's scores that are lower, and half the share of those that are equal."""
+        """Percentiles of scores: the share of the reference's scores that are lower, and half that of equal ones.
+
+        Args:
+            scores: (B, num_dimensions) float64 at the level t.
+            t: one of the levels.
+
+        Returns:
+            (B, num_dimensions) float64 from 0 to 100.
+        """
         own = np.sort(self.scores[self.levels.index(t)], axis=0)
         columns = [
             np.searchsorted(own[:, d], scores[:, d], "left") + np.searchsorted(own[:, d], scores[:, d], "right")
@@ -80,7 +87,7 @@ class Reference:
         return share
 
     def win_probability(self, judge: Judge, scores: np.ndarray, errors: np.ndarray, t: float) -> np.ndarray:
-        """Probabilities (B, num_dimensions) that a clip is preferred to a random one of the reference.
+        """Probabilities that a clip is preferred to a random one of the reference.
 
         Each is the mean, over the reference's clips, of P(preferred) + P(tie) / 2 under the judge's own Eq. 3-4
         (`Judge.probabilities`, so by its calibration where it has one), and over the noise of both scores: the margin
@@ -88,9 +95,12 @@ class Reference:
 
         Args:
             judge: whose scores these are.
-            scores: (B, num_dimensions) at the level t.
-            errors: (B, num_dimensions) their standard errors.
+            scores: (B, num_dimensions) float64 at the level t.
+            errors: (B, num_dimensions) float64, their standard errors.
             t: one of the levels.
+
+        Returns:
+            (B, num_dimensions) float64 from 0 to 1.
         """
         place = self.levels.index(t)
         own, noise = self.scores[place], np.nan_to_num(self.errors[place])
@@ -104,8 +114,18 @@ class Reference:
         return np.stack(wins)
 
     def beside(self, judge: Judge, scores: Tensor, errors: Tensor, levels: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Percentiles and win probabilities of scores (B, levels, num_dimensions) with their errors, of that shape too;
-        NaN at levels that the reference does not have."""
+        """Percentiles and win probabilities of scores.
+
+        Args:
+            judge: whose scores these are.
+            scores: (B, levels, num_dimensions) float64.
+            errors: (B, levels, num_dimensions) float64, their standard errors.
+            levels: of the scores.
+
+        Returns:
+            percentiles: (B, levels, num_dimensions) float64, NaN at levels that the reference does not have.
+            win_probabilities: (B, levels, num_dimensions) float64, NaN likewise.
+        """
         percentiles, wins = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
         for place, t in enumerate(levels):
             if t in self.levels:
@@ -261,7 +281,12 @@ def _chosen(store: LatentStore, split: str, most: int, seed: int) -> dict[str, s
 
 def between_groups(values: np.ndarray, groups: Sequence[str]) -> float | None:
     """The share of variance that is between groups: the intraclass correlation of one-way analysis of variance, at
-    least 0; None where no group has two members, there is one group, or all values are equal."""
+    least 0; None where no group has two members, there is one group, or all values are equal.
+
+    Args:
+        values: (clips,) float64.
+        groups: per clip, its group's name.
+    """
     names, index, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
     total, number_of = len(values), len(names)
     if number_of < 2 or number_of == total or np.ptp(values) == 0:

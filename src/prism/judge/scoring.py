@@ -130,8 +130,8 @@ def score_latents(
         **call: further arguments of the pipeline's call.
 
     Returns:
-        Mean over draws and its standard error, each (B, levels, num_dimensions) float64 on the CPU; the error is 0 at
-        t = 0, else NaN for one draw.
+        mean: (B, levels, num_dimensions) float64 on the CPU, over draws.
+        error: (B, levels, num_dimensions) float64, its standard error: 0 at t = 0, else NaN for one draw.
     """
     num_draws, batch_size = whole("num_draws", num_draws, 1, DRAWS), whole("batch_size", batch_size)
     seed = whole("seed", seed, 0, SEEDS)
@@ -174,14 +174,22 @@ def _draws(
 
 
 def noise(shape: Iterable[int], seed: int, key: str, t: float, draw: int) -> Tensor:
-    """Noise of one video's draw at one level, the same whichever other videos are scored."""
+    """Noise of one video's draw at one level, the same whichever other videos are scored.
+
+    Returns:
+        (...) float32 of the shape.
+    """
     text = f"{seed}/{key}/{float(t)}/{draw}".encode()
     number = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
 
 
 def content_key(video: np.ndarray) -> str:
-    """Digest of a video's frames (T, H, W, 3), uint8 or float in [0, 1], as bytes."""
+    """Digest of a video's frames as bytes.
+
+    Args:
+        video: (T, H, W, 3) uint8, or float in [0, 1].
+    """
     pixels = video if video.dtype == np.uint8 else (video * 255).round().astype(np.uint8)
     return hashlib.sha256(pixels.tobytes()).hexdigest()
 
