@@ -171,7 +171,8 @@ class Reference:
         levels, facts = document.get("levels"), document.get("facts")
         if not isinstance(levels, list) or not levels or len(set(map(repr, levels))) < len(levels):
             raise PrismError(f"The field 'levels' of {path} must list noise levels; found {quoted(levels, 80)}.")
-        checked = tuple(number(f"A level of {path}", t, 0, 1000) for t in levels)
+        numbers = (number(f"A level of {path}", t, 0, 1000) for t in levels)
+        checked = tuple(int(t) if t.is_integer() else t for t in numbers)
         if not isinstance(facts, dict):
             raise PrismError(f"The field 'facts' of {path} must be an object; found {quoted(facts, 80)}.")
         _check_shares(facts.get("between_prompts"), path)

@@ -27,7 +27,7 @@ from prism.video import frames
 if TYPE_CHECKING:
     from prism.judge.judge import Judge
 
-LEVELS = (699.0, 499.0)
+LEVELS = (699, 499)
 """Noise levels of heads of which nothing better is known: judging is best in the middle (paper, Table 1)."""
 
 
