@@ -42,15 +42,17 @@ class UnifiedReward:
         version: "1" or "2"; it decides on question, frames and dimensions.
 
     Attributes:
+        name: "unifiedreward", of version 2 "unifiedreward2".
         unread: answers without a clear number for each dimension so far; their videos have NaN scores.
     """
 
-    name = "unifiedreward"
+    lowest = 1.0  # of any dimension
 
     def __init__(self, writer: answers.Writer, version: str = "1") -> None:
         if version not in LABELS:
             raise PrismError(f"The version of unifiedreward must be 1 or 2; found {version}.")
         self.writer, self.version, self.unread = writer, version, 0
+        self.name = "unifiedreward" if version == "1" else "unifiedreward2"
         self.dimensions = tuple(LABELS[version])
 
     @classmethod
