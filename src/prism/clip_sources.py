@@ -1,4 +1,4 @@
-"""Where a video comes from: a file, a folder or list of pictures, bytes, or a cell of a Parquet file."""
+"""Sources of videos: a file, a folder or list of pictures, bytes, or a cell of a Parquet file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CELL = re.compile(r"(?P<file>.+\.parquet)#(?P<column>.+)/(?P<row>[0-9]{1,18})",
 
 
 def opened(source: Any, fps: float | None) -> tuple[Decoder, str]:
-    """The decoder of a source, and its name in sentences."""
+    """The decoder of a source, and its name in error messages."""
     if isinstance(source, bytes | bytearray | memoryview):
         name = f"The video of {len(source):,} bytes"
         return decoder(bytes(source), name), name
@@ -77,7 +77,7 @@ def _stills(items: Sequence[Any], name: str, fps: float | None) -> tuple[Decoder
 
 
 def _cell_value(file: str, column: str, row: int, name: str) -> Any:
-    """A file's bytes or path, or a list of them, in a cell of a Parquet file, of which a few rows are read."""
+    """A file's bytes or path, or a list of them, from a cell of a Parquet file, of which only a few rows are read."""
     import pyarrow.parquet as pq
 
     if not os.path.isfile(file):
@@ -101,12 +101,12 @@ def _cell_value(file: str, column: str, row: int, name: str) -> Any:
 
 
 def _value(table: Any, column: str, row: int) -> Any:
-    """The cell; no more than eight rows of its row group are held."""
+    """The cell's value; at most eight rows of its row group are in memory."""
     group = 0
     while row >= table.metadata.row_group(group).num_rows:
         row -= table.metadata.row_group(group).num_rows
         group += 1
-    leaves = [table.schema.column(place).path for place in range(len(table.schema))]
+    leaves = [table.schema.column(index).path for index in range(len(table.schema))]
     names = [path for path in leaves if path == column or path.startswith(f"{column}.")]
     for batch in table.iter_batches(batch_size=8, row_groups=[group], columns=names, use_threads=False):
         if row < batch.num_rows:
@@ -135,7 +135,7 @@ def _files(value: Any, folder: Path, name: str) -> Any:
 
 
 class Stills:
-    """Pictures in order, each by its path or its bytes, as the frames of one video."""
+    """Pictures, each a path or bytes, as the frames of one video."""
 
     def __init__(self, files: Sequence[str | bytes], name: str, fps: float | None):
         self.name = name
@@ -158,7 +158,7 @@ class Stills:
 
 
 def picture_files(folder: Path) -> list[str]:
-    """The pictures of a folder in the order of the numbers in their names: frame_2 goes before frame_10."""
+    """The pictures of a folder in the order of the numbers in their names: frame_2 comes before frame_10."""
     names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURES) and not name.startswith(".")]
     key = {name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)] for name in names}
     return [str(folder / name) for name in sorted(names, key=lambda name: (key[name], name))]

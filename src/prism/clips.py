@@ -1,4 +1,4 @@
-"""Clips: the frames of a video file that a stated policy takes, at the size that it states."""
+"""Clips: frames of a video file, chosen and resized by a `FramePolicy`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from prism.errors import PrismError, choice, number, quoted, whole
 
 STARTS = ("first", "middle", "uniform")
 FITS = ("crop", "pad", "stretch")
-MOST_BYTES = 4 * 2**30  # of a clip's frames
-_CLOSE = 1e-6  # seconds within which two times are one
+MOST_BYTES = 4 * 2**30  # largest size of a clip's frames
+_CLOSE = 1e-6  # times that differ by less (in seconds) count as equal
 
 
 @dataclass(frozen=True)
 class FramePolicy:
-    """Which frames of a video are taken, and at which size. Raises `PrismError` for settings that do not go together.
+    """The choice of a video's frames, and their size. Raises `PrismError` for settings that contradict each other.
 
-    Frames are taken by their time stamps: for each moment asked for the nearest frame (the earlier of two as near), so
-    that a file of variable rate is read at an even one, and a frame of a slower file stands twice.
+    With `fps`, frames are chosen by their time stamps: for each moment the nearest frame (the earlier of two equally
+    near ones). So a file of variable rate is read at a constant one, and frames of a slower file are repeated.
     """
 
     fps: float | None = None
@@ -30,14 +30,14 @@ class FramePolicy:
     num_frames: int | None = None
     """Number of frames that are taken; a clip that has fewer is refused. None: all of the clip."""
     start: str = "middle"
-    """Place of the frames in the clip: "first" from its beginning, "middle" as much before as after, "uniform" evenly
-    from its first frame to its last (needs num_frames and no fps)."""
+    """Position of the frames in the clip: "first" from its beginning, "middle" from its centre, "uniform" evenly from
+    its first frame to its last (needs num_frames and no fps)."""
     height: int | None = None
     """Pixels of a frame; None, for height and width: as the file has them."""
     width: int | None = None
     """Pixels of a frame."""
     fit: str = "crop"
-    """How another shape comes to this size: "crop" cuts off what is too much at both sides, "pad" leaves black bars,
+    """How a frame of another shape is brought to this size: "crop" cuts off both sides equally, "pad" adds black bars,
     "stretch" distorts."""
 
     def __post_init__(self) -> None:
@@ -66,9 +66,9 @@ class ClipInfo:
     width: int
     """Pixels."""
     num_frames: int
-    """Frames that the file states."""
+    """Number of frames that the file states."""
     held: int
-    """Frames that are there; fewer where the end of the file is missing."""
+    """Number of frames that exist; fewer if the end of the file is missing."""
     fps: float | None
     """Mean frames per second; None for one picture and for pictures without times."""
     duration: float | None
@@ -82,11 +82,11 @@ class Clip:
     frames: np.ndarray
     """(T, H, W, 3) uint8."""
     times: np.ndarray
-    """(T,) seconds since the file's first frame at which each frame begins; NaN where nothing says when."""
+    """(T,) seconds since the file's first frame at which each frame begins; NaN for pictures without times."""
     numbers: np.ndarray
-    """(T,) the frames' places in the file, from 0."""
+    """(T,) the frames' indices in the file, from 0."""
     fps: float | None
-    """Frames per second of `frames`; None where nothing says so."""
+    """Frames per second of `frames`; None if unknown."""
     info: ClipInfo
     """Facts of the file."""
 
@@ -98,8 +98,8 @@ LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32) / 255
 def brightness_and_motion(frames: np.ndarray) -> tuple[float, float]:
     """Mean luma of frames (T, H, W, 3) uint8, and the mean absolute change of a pixel's luma from frame to frame.
 
-    Both are in [0, 1]. Motion counts all that changes: movement of things and of the camera, flicker, cuts; it is 0 of
-    a single frame.
+    Both are in [0, 1]. Motion counts every change: movement of objects and of the camera, flicker, cuts; it is 0 for a
+    single frame.
     """
     before, brightness, changes = None, [], []
     for frame in frames:
@@ -112,16 +112,16 @@ def brightness_and_motion(frames: np.ndarray) -> tuple[float, float]:
 
 
 def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None = None) -> Clip:
-    """The frames that a policy takes (default: all) of a video, which is read frame by frame: no more than the frames
-    taken, at their final size, and one at the file's are held.
+    """The frames of a video that a policy takes (default: all). The video is read frame by frame: memory holds the
+    chosen frames at their final size, and one frame at the file's size.
 
     source: a video file of any kind that FFmpeg reads, a GIF, WebP or PNG (several pictures or one), a folder or list
     of picture files, the bytes of a file, or `FILE.parquet#COLUMN/ROW`: a cell with a file's bytes, or a struct
     {bytes, path} as the Image and Video features of datasets store it.
-    fps: rate of a list or folder of pictures, which states none (default: the policy's).
+    fps: rate of a list or folder of pictures, which state none (default: the policy's).
 
-    Frames are upright, with square pixels, 8 bits, and alpha over black. Raises `PrismError`, which names the clip, for
-    what is no video, damaged where the policy looks, shorter than the policy asks, or larger than 4 GiB as frames.
+    Frames are upright, with square pixels, 8 bits, and alpha over black. Raises `PrismError`, which names the clip,
+    if it is no video, too short for the policy, damaged at a frame that the policy takes, or over 4 GiB as frames.
     """
     policy = FramePolicy() if policy is None else policy
     if not isinstance(policy, FramePolicy):
@@ -139,7 +139,7 @@ def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None 
 
 
 def probe(source: Any, fps: float | None = None) -> ClipInfo:
-    """Facts of a video, as `read_clip` takes it, for which one frame is decoded. Raises `PrismError` as it does."""
+    """Facts of a video (any source of `read_clip`); decodes one frame. Raises `PrismError` as `read_clip` does."""
     rate = number("The fps of a clip", fps, 0.001, 1000) if fps is not None else None
     file, name = opened(source, rate)
     timeline = file.timeline()
@@ -147,31 +147,31 @@ def probe(source: Any, fps: float | None = None) -> ClipInfo:
 
 
 def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:
-    """Places of the frames that a policy takes, ascending; those that are asked for twice stand twice."""
+    """Indices of the frames that a policy takes, ascending; a frame that is taken twice is listed twice."""
     times, count = timeline.times, len(timeline.times)
     if not timeline.whole and (policy.start != "first" or policy.num_frames is None):
         raise PrismError(
-            f"{name} is damaged: it breaks off after {timeline.held} frames, and how many it had is not known; only a "
-            'frame policy with start="first" and num_frames can be met by it.'
+            f"{name} is damaged: it breaks off after {timeline.held} frames, and how many it had is not known; it can "
+            'only be read by a frame policy with start="first" and num_frames.'
         )
     if policy.fps is None or not timeline.timed:
-        wanted = count if policy.num_frames is None else policy.num_frames
-        if wanted > count:
-            raise PrismError(f"{name} has {count} frames; the frame policy takes {wanted}.")
+        needed = count if policy.num_frames is None else policy.num_frames
+        if needed > count:
+            raise PrismError(f"{name} has {count} frames; the frame policy takes {needed}.")
         if policy.start == "uniform":
-            numbers = _nearest(times, np.linspace(times[0], times[-1], wanted))
+            numbers = _nearest(times, np.linspace(times[0], times[-1], needed))
         else:
-            numbers = np.arange(wanted) + ((count - wanted) // 2 if policy.start == "middle" else 0)
+            numbers = np.arange(needed) + ((count - needed) // 2 if policy.start == "middle" else 0)
     else:
         moments = max(1, int(timeline.end * policy.fps + 1e-3))
-        wanted = moments if policy.num_frames is None else policy.num_frames
-        if wanted > MOST_FRAMES or (wanted - 1) / policy.fps > timeline.end + _CLOSE:
+        needed = moments if policy.num_frames is None else policy.num_frames
+        if needed > MOST_FRAMES or (needed - 1) / policy.fps > timeline.end + _CLOSE:
             raise PrismError(
-                f"{name} lasts {timeline.end:.4g} s; the frame policy takes {wanted:,} frames at {policy.fps:g} per "
-                f"second, which is {wanted / policy.fps:.4g} s."
+                f"{name} lasts {timeline.end:.4g} s; the frame policy takes {needed:,} frames at {policy.fps:g} per "
+                f"second, which is {needed / policy.fps:.4g} s."
             )
-        start = max(0.0, (timeline.end - wanted / policy.fps) / 2) if policy.start == "middle" else 0.0
-        numbers = _nearest(times, start + np.arange(wanted) / policy.fps)
+        start = max(0.0, (timeline.end - needed / policy.fps) / 2) if policy.start == "middle" else 0.0
+        numbers = _nearest(times, start + np.arange(needed) / policy.fps)
     if numbers[-1] >= timeline.held:
         raise PrismError(
             f"{name} is damaged: {timeline.held} of its {count} frames are there, and the frame policy takes frames up "
@@ -181,7 +181,7 @@ def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:
 
 
 def _nearest(times: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """For each moment the place of the nearest time, the earlier of two as near."""
+    """For each moment the index of the nearest time, the earlier one of two equally near."""
     after = np.searchsorted(times, moments).clip(1, max(1, len(times) - 1))
     before = after - 1
     after = after.clip(max=len(times) - 1)
@@ -192,37 +192,37 @@ def _decoded(
     file: Decoder, timeline: Timeline, numbers: np.ndarray, policy: FramePolicy, name: str
 ) -> tuple[np.ndarray, ClipInfo]:
     """(T, H, W, 3) uint8 of the frames by number, and the file's facts."""
-    wanted = np.unique(numbers)
+    distinct = np.unique(numbers)
     frames: np.ndarray | None = None
-    size, place = (0, 0), 0
-    for index, pixels, ratio in file.pictures(wanted.tolist()):
+    size, done = (0, 0), 0
+    for index, pixels, ratio in file.pictures(distinct.tolist()):
         if frames is None:
             size = (pixels.shape[0], max(1, round(pixels.shape[1] * ratio)))
             height, width = policy.height or size[0], policy.width or size[1]
-            if len(wanted) * height * width * 3 > MOST_BYTES:
+            if len(distinct) * height * width * 3 > MOST_BYTES:
                 raise PrismError(
-                    f"{name} would be {len(wanted):,} frames of {height} x {width}, more than {MOST_BYTES >> 30} GiB; "
+                    f"{name} would be {len(distinct):,} frames of {height} x {width}, over {MOST_BYTES >> 30} GiB; "
                     "give the frame policy num_frames, a lower fps, or height and width."
                 )
-            frames = np.zeros((len(wanted), height, width, 3), np.uint8)
-        if index != wanted[place]:
+            frames = np.zeros((len(distinct), height, width, 3), np.uint8)
+        if index != distinct[done]:
             break
-        _fit(frames[place], pixels, ratio, policy.fit if policy.height else "stretch")
-        place += 1
-    if frames is None or place < len(wanted):
+        _fit(frames[done], pixels, ratio, policy.fit if policy.height else "stretch")
+        done += 1
+    if frames is None or done < len(distinct):
         raise PrismError(
-            f"{name} is damaged: frame {wanted[place] + 1} of {len(timeline.times)}, which the frame policy takes, "
+            f"{name} is damaged: frame {distinct[done] + 1} of {len(timeline.times)}, which the frame policy takes, "
             "cannot be decoded."
         )
     count = len(timeline.times)
     timed = timeline.timed and timeline.end > 0
     rate = (count - 1) / float(timeline.times[-1]) if timed and count > 1 else count / timeline.end if timed else None
     facts = ClipInfo(*size, count, timeline.held, rate, timeline.end if timed else None)
-    return (frames if len(wanted) == len(numbers) else frames[np.searchsorted(wanted, numbers)]), facts
+    return (frames if len(distinct) == len(numbers) else frames[np.searchsorted(distinct, numbers)]), facts
 
 
 def _fit(out: np.ndarray, pixels: np.ndarray, ratio: float, fit: str) -> None:
-    """Write a frame into (H, W, 3) of another size: bicubic, smoothed where it becomes smaller."""
+    """Write a frame into (H, W, 3) of another size: bicubic, with anti-aliasing if it becomes smaller."""
     from PIL import Image
 
     (height, width), (rows, columns) = out.shape[:2], pixels.shape[:2]

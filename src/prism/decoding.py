@@ -1,4 +1,4 @@
-"""Frames of files, one at a time and upright: videos by PyAV, pictures and animations by PIL."""
+"""Decoding of files frame by frame, upright: videos by PyAV, pictures and animations by PIL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prism.errors import PrismError, quoted, reason
 
 MOST_PIXELS = 2**26  # per frame; 8K has half of that
 MOST_FRAMES = 10**6  # per file
-# No playlists and no lists of files, which would open others; no formats of devices.
+# No playlists or lists of files, which would open other files; no formats of devices.
 _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,obu,m4v,"
     "yuv4mpegpipe,dv,rm,swf,gif,apng"
@@ -23,40 +23,40 @@ _CONTAINERS = (
 _STILLS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")  # PIL's EPS would run Ghostscript
 _BEGINNINGS = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 _MATRIX, _AS_IT_IS = "DISPLAYMATRIX", np.array([1, 0, 0, 0, 1, 0, 0, 0, 1])
-_FASTEST = 0.1  # seconds that a frame of an animation lasts which says 0, as browsers have it
+_FASTEST = 0.1  # duration in seconds of an animation's frame whose stated duration is 0, as in browsers
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the frames of a file are shown."""
+    """The times at which the frames of a file are shown."""
 
     times: np.ndarray
-    """Seconds since the first frame, ascending, one per frame that the file states (also those that it lost)."""
+    """(frames,) seconds since the first frame, ascending, for each frame that the file states, also missing ones."""
     end: float
     """Seconds at which the last frame ends."""
     held: int
-    """Number of the frames that are there; fewer than `times` where the file's end is missing."""
+    """Number of frames that exist; fewer than `times` if the file's end is missing."""
     timed: bool = True
-    """False: nothing says when the frames are shown; the times count them."""
+    """False: the file states no times; `times` are made up from the frames' numbers."""
     whole: bool = True
-    """False: the file's end is missing, and how many frames it had is not known."""
+    """False: the file's end is missing, and its number of frames is unknown."""
 
 
 class Decoder(Protocol):
-    """A file whose frames can be had by number."""
+    """A file whose frames can be decoded by number."""
 
     def timeline(self) -> Timeline: ...
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
-        """Number, upright (H, W, 3) uint8 and width of a pixel over its height, of frames by ascending number, as far
-        as they can be decoded. Alpha lies over black.
+        """Decode the frames with these ascending numbers. Yields number, upright (H, W, 3) uint8, and the width of a
+        pixel over its height; frames that cannot be decoded are left out. Alpha is blended over black.
         """
 
 
 def decoder(data: str | bytes, name: str) -> Decoder:
-    """The decoder of a file, by its path or its bytes, chosen by how it begins. Raises `PrismError` for no file."""
+    """The decoder of a file (its path or bytes), chosen by its first bytes. Raises `PrismError` if it is no file."""
     if isinstance(data, str):
-        if os.path.exists(data) and not os.path.isfile(data):  # a pipe would wait for ever
+        if os.path.exists(data) and not os.path.isfile(data):  # reading a pipe may never end
             raise PrismError(f"{name} is no file.")
         try:
             with open(data, "rb") as file:
@@ -68,7 +68,7 @@ def decoder(data: str | bytes, name: str) -> Decoder:
     if not head:
         raise PrismError(f"{name} is empty (0 bytes).")
     if head.startswith(b"version https://git-lfs"):
-        raise PrismError(f"{name} is a pointer of Git LFS and no video; run `git lfs pull` where it comes from.")
+        raise PrismError(f"{name} is a pointer of Git LFS and no video; run `git lfs pull` in its repository.")
     webp, avif = head[:4] == b"RIFF" and head[8:12] == b"WEBP", head[4:12] in (b"ftypavif", b"ftypavis")
     if webp or avif or head.startswith(_BEGINNINGS):
         return Animation(data, name)
@@ -76,16 +76,17 @@ def decoder(data: str | bytes, name: str) -> Decoder:
 
 
 class Movie:
-    """A video file, decoded by PyAV: once over the packets for the times, once from the keyframe before what is wanted.
+    """A video file, decoded by PyAV: one pass over the packets for the times, and one decoding pass that starts at the
+    keyframe before the first frame asked for.
 
-    At any time one decoded frame is held, beside those that the codec itself refers to.
+    Memory holds one decoded frame at a time, besides the codec's own reference frames.
     """
 
     def __init__(self, data: str | bytes, name: str):
         self.name = name
         self._data = data
-        self._stamps: list[int] | None = None  # of the frames that are there; None: the file does not time each
-        self._matrix: np.ndarray | None = None  # how frames are turned
+        self._stamps: list[int] | None = None  # time stamps of the existing frames; None: not every frame has one
+        self._matrix: np.ndarray | None = None  # display matrix: rotation and flips
 
     def timeline(self) -> Timeline:
         with self._open() as container:
@@ -96,7 +97,7 @@ class Movie:
             while True:
                 try:
                     packet = next(packets, None)
-                except Exception:  # FFmpeg's, where the file breaks off
+                except Exception:  # FFmpeg's errors where the file breaks off
                     cut = True
                     break
                 if packet is None:
@@ -125,11 +126,11 @@ class Movie:
         last = float(length * base) if timed and 0 < length * base < 3600 else 0.0
         spacing = spacing or last or 1 / float(rate)
         lost = stated - total + torn if stated else 0
-        if stated_seconds is not None and self._stamps:  # it is counted from 0 of the file's clock
+        if stated_seconds is not None and self._stamps:  # the duration is counted from 0 of the file's clock
             stated_seconds -= float(self._stamps[0] * base)
         short = stated_seconds is not None and stated_seconds - times[-1] > 2.5 * spacing
         if timed and latest is not None and (lost > 0 or short or cut):
-            # Of what is shown after the last time of decoding, other frames that are shown before it may be missing.
+            # Frames shown after the last decoding time are not reliable: missing frames may belong between them.
             sure = max(1, int(np.searchsorted(np.array(self._stamps), latest, "right")))
             lost += len(times) - sure if lost > 0 else 0
             times = times[:sure]
@@ -147,7 +148,7 @@ class Movie:
         return np.array([float((stamp - self._stamps[0]) * base) for stamp in self._stamps])
 
     def _torn(self, container: str) -> bool:
-        """True for a transport stream that ends within one of its packets, which FFmpeg passes over."""
+        """True for a transport stream that ends in the middle of a packet, which FFmpeg ignores."""
         size = os.path.getsize(self._data) if isinstance(self._data, str) else len(self._data)
         return container == "mpegts" and all(size % packet for packet in (188, 192, 204))
 
@@ -155,46 +156,46 @@ class Movie:
         if self._stamps is None:
             yield from self._counted(numbers)
             return
-        wanted = [self._stamps[number] for number in numbers]
-        given = 0
+        stamps = [self._stamps[number] for number in numbers]
+        count = 0
         for seeking in (True, False) if numbers[0] > 0 else (False,):
-            for frame, pixels in self._matching(wanted, seeking):
+            for frame, pixels in self._matching(stamps, seeking):
                 yield numbers[frame], *pixels
-                given += 1
-            if given:
+                count += 1
+            if count:
                 return
 
-    def _matching(self, wanted: list[int], seeking: bool) -> Iterator[tuple[int, tuple[np.ndarray, float]]]:
-        """The frames with the wanted time stamps; none where seeking has gone past the first."""
-        place = 0
+    def _matching(self, stamps: list[int], seeking: bool) -> Iterator[tuple[int, tuple[np.ndarray, float]]]:
+        """The frames with these time stamps; none if seeking went past the first of them."""
+        index = 0
         with self._open() as container:
             stream = self._stream(container)
             if seeking:
                 try:
-                    container.seek(wanted[0], stream=stream)
+                    container.seek(stamps[0], stream=stream)
                 except Exception:
                     return
             for first, frame in enumerate(self._frames(container, stream)):
                 if frame is None or frame.pts is None:
                     continue
-                if seeking and first == 0 and frame.pts > wanted[0]:
+                if seeking and first == 0 and frame.pts > stamps[0]:
                     return
-                while place < len(wanted) and wanted[place] < frame.pts:  # its frame could not be decoded
-                    place += 1
-                if place == len(wanted):
+                while index < len(stamps) and stamps[index] < frame.pts:  # that frame could not be decoded
+                    index += 1
+                if index == len(stamps):
                     return
-                if frame.pts == wanted[place]:
-                    yield place, self._pixels(frame, stream)
-                    place += 1
-                    if place == len(wanted):
+                if frame.pts == stamps[index]:
+                    yield index, self._pixels(frame, stream)
+                    index += 1
+                    if index == len(stamps):
                         return
 
     def _counted(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
-        wanted = set(numbers)
+        chosen = set(numbers)
         with self._open() as container:
             stream = self._stream(container)
             for number, frame in enumerate(self._frames(container, stream)):
-                if number in wanted and frame is not None:
+                if number in chosen and frame is not None:
                     yield number, *self._pixels(frame, stream)
                 if number >= numbers[-1]:
                     return
@@ -219,13 +220,15 @@ class Movie:
             raise PrismError(f"{self.name} is of a codec that FFmpeg here cannot decode.")
         context = stream.codec_context
         if context.width * context.height > MOST_PIXELS:
-            raise PrismError(f"{self.name} states {context.width} x {context.height} pixels; {MOST_PIXELS:,} are read.")
+            raise PrismError(
+                f"{self.name} states {context.width} x {context.height} pixels; at most {MOST_PIXELS:,} are read."
+            )
         context.options = {"max_pixels": str(MOST_PIXELS)}
         return stream
 
     def _frames(self, container: Any, stream: Any) -> Iterator[Any]:
-        """Decoded frames in the order in which they are shown, None for those that are damaged: from an error on up to
-        the next keyframe.
+        """Decoded frames in the order in which they are shown; None for damaged ones: from an error to the next
+        keyframe.
         """
         broken = False
         packets = container.demux(stream)
@@ -252,7 +255,7 @@ class Movie:
             else:
                 pixels = frame.to_ndarray(format="rgb24")
             ratio = float(stream.sample_aspect_ratio or 1)
-            if self._matrix is None:  # once: reading it ties a frame to itself, and it is freed late
+            if self._matrix is None:  # read once: reading side data makes a reference cycle that delays freeing a frame
                 matrices = [np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == _MATRIX]
                 self._matrix = matrices[0].copy() if matrices and len(matrices[0]) == 9 else _AS_IT_IS
         except Exception as error:
@@ -262,7 +265,7 @@ class Movie:
 
 
 class Animation:
-    """A picture, or a GIF, WebP or PNG of several, decoded by PIL."""
+    """A picture, or an animated GIF, WebP or PNG, decoded by PIL."""
 
     def __init__(self, data: str | bytes, name: str):
         self.name = name
@@ -283,9 +286,9 @@ class Animation:
         return Timeline(np.array(starts), now, len(starts), timed=several, whole=whole)
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
-        wanted = set(numbers)
+        chosen = set(numbers)
         for number, picture in self._each():
-            if number in wanted:
+            if number in chosen:
                 from PIL import ImageOps
 
                 try:
@@ -301,13 +304,14 @@ class Animation:
 
         try:
             Image.init()
-            known = [each for each in _STILLS if each in Image.OPEN]  # AVIF not in every Pillow
+            formats = [each for each in _STILLS if each in Image.OPEN]  # not every Pillow reads AVIF
             with Image.open(
-                self._data if isinstance(self._data, str) else io.BytesIO(self._data), "r", known
+                self._data if isinstance(self._data, str) else io.BytesIO(self._data), "r", formats
             ) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise PrismError(
-                        f"{self.name} states {picture.width} x {picture.height} pixels; {MOST_PIXELS:,} are read."
+                        f"{self.name} states {picture.width} x {picture.height} pixels; at most {MOST_PIXELS:,} are "
+                        "read."
                     )
                 number, moving = 0, picture.format in ("GIF", "WEBP", "PNG") and getattr(picture, "is_animated", False)
                 while number < MOST_FRAMES:
@@ -319,7 +323,7 @@ class Animation:
                     except Exception:
                         if number == 0:
                             raise
-                        self._cut = True  # it gives as many as it has
+                        self._cut = True  # the frames before the damage are used
                         return
                     yield number, picture
                     number += 1
@@ -327,11 +331,11 @@ class Animation:
                         return
         except PrismError:
             raise
-        except Exception as error:  # PIL's decoders raise what they like
+        except Exception as error:  # PIL's decoders raise many kinds
             raise PrismError(f"{self.name} cannot be read as a picture: {_reason(error)}.") from error
 
     def _cut_gif(self) -> bool:
-        """True for a GIF without its last byte, which PIL gives as far as it goes."""
+        """True for a GIF without its end mark; PIL reads such a file without an error."""
         if isinstance(self._data, bytes):
             head, tail = self._data[:4], self._data[-16:]
         else:
@@ -343,8 +347,8 @@ class Animation:
 
 
 def _upright(pixels: np.ndarray, ratio: float, matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """A frame turned as its display matrix says: x' = a x + c y, y' = b x + d y, by right angles and flips."""
-    a, b, c, d = (int(matrix[place]) for place in (0, 1, 3, 4))
+    """A frame rotated by right angles and flipped as its display matrix says: x' = a x + c y, y' = b x + d y."""
+    a, b, c, d = (int(matrix[index]) for index in (0, 1, 3, 4))
     if abs(a) < abs(b):
         pixels, ratio, a, d = pixels.swapaxes(0, 1), 1 / ratio, c, b
     pixels = pixels[:, ::-1] if a < 0 else pixels
@@ -369,8 +373,8 @@ def _over_black(pixels: np.ndarray) -> np.ndarray:
 
 def _seconds(text: str | None) -> float | None:
     """Seconds of Matroska's "00:00:02.500000000"."""
-    found = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,12})?)", text or "", re.ASCII)
-    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else None
+    match = re.fullmatch(r"(\d{1,4}):(\d\d):(\d\d(?:\.\d{1,12})?)", text or "", re.ASCII)
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3]) if match else None
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""A user's mistake as one sentence, and the checks of numbers and foreign texts that raise it."""
+"""`PrismError`, a user's mistake in one sentence, and checks of numbers, lists and texts that raise it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PrismError(Exception):
     """A mistake of the user. `str(error)` names the file, field or flag, says what was found and what to do.
 
     The command line prints the sentence on stderr and exits with code 2; every other exception is a bug of ours.
-    It is one line of at most `LONGEST` characters: what foreign texts would add is cut out of its middle.
+    It is one line of at most `LONGEST` characters; longer ones are shortened in the middle.
     """
 
     def __init__(self, sentence: str = ""):
@@ -26,8 +26,8 @@ class PrismError(Exception):
 
 
 SEEDS = 2**32 - 1  # the largest seed that NumPy's and torch's generators take
-DRAWS = 1000  # the most noise draws that a score is the mean of
-QUOTED = 300  # characters of a foreign text that a sentence quotes at most
+DRAWS = 1000  # largest number of noise draws per score
+QUOTED = 300  # largest number of characters that are quoted from a foreign text
 
 
 def quoted(foreign: Any, limit: int = QUOTED) -> str:
@@ -41,63 +41,63 @@ def quoted(foreign: Any, limit: int = QUOTED) -> str:
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """An error's class and message; the class alone may say what happened: `KeyError: None`."""
+    """An error's class and message, as the message alone may say little: `KeyError: None`."""
     return quoted(f"{type(error).__name__}: {quoted(error, limit)}", limit).rstrip(".")
 
 
 def is_bool(value: Any) -> bool:
-    """True for a boolean, or an array of booleans, of whatever library."""
+    """True for a boolean, or an array of booleans, of any library."""
     return str(getattr(value, "dtype", type(value).__name__)).endswith("bool")
 
 
 def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -> int:
-    """`value` as an int, where it is a whole number from `low` to `high`, of whatever library (`operator.index`).
+    """`value` as an int, if it is a whole number from `low` to `high`, of any library (`operator.index`).
 
     Raises `PrismError` for anything else, True and False included.
     """
     try:
         number = None if is_bool(value) else operator.index(value)
-    except Exception:  # no TypeError alone: a tensor of several values raises what it likes
+    except Exception:  # not only TypeError: a tensor of several values raises other errors
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
         raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
     return number
 
 
-def instance(name: str, value: Any, kind: Any, wanted: str) -> None:
-    """Raise PrismError for a value that is not of the `kind`, which `wanted` describes."""
+def instance(name: str, value: Any, kind: Any, description: str) -> None:
+    """Raise PrismError for a value that is not of the `kind`; `description` is that kind in words."""
     if not isinstance(value, kind):
-        raise PrismError(f"{name} must be {wanted}; found {quoted(value, 80)} of type {type(value).__name__}.")
+        raise PrismError(f"{name} must be {description}; found {quoted(value, 80)} of type {type(value).__name__}.")
 
 
-def listed(name: str, values: Any, kind: type = str, wanted: str = "texts") -> list[Any]:
-    """The items of a list, tuple, array or iterator, all of a `kind`; no text alone, and nothing without an order."""
+def listed(name: str, values: Any, kind: type = str, description: str = "texts") -> list[Any]:
+    """The items of a list, tuple, array or iterator, all of a `kind`. Refuses a single text, a set and a mapping."""
     try:
         ordered = not isinstance(values, str | bytes | bytearray | Mapping | set | frozenset)
         items = list(values) if ordered else None
-    except Exception:  # of what cannot be iterated over
+    except Exception:  # not iterable
         items = None
     if items is None or not all(isinstance(item, kind) for item in items):
-        raise PrismError(f"{name} must be a list of {wanted}; found {quoted(values, 80)}.")
+        raise PrismError(f"{name} must be a list of {description}; found {quoted(values, 80)}.")
     return items
 
 
-def choice(name: str, value: Any, known: Sequence[str]) -> str:
-    """`value`, where it is one of the `known` texts."""
-    if not isinstance(value, str) or value not in known:
-        raise PrismError(f"{name} must be one of {', '.join(known)}; found {quoted(value, 80)}.")
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value`, if it is one of the `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise PrismError(f"{name} must be one of {', '.join(choices)}; found {quoted(value, 80)}.")
     return value
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, of whatever library."""
+    """`value` as a bool, if it is True or False, of any library."""
     if str(getattr(value, "dtype", type(value).__name__)) not in ("bool", "torch.bool"):
         raise PrismError(f"{name} must be True or False; found {quoted(value, 80)}.")
     return bool(value)
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, above: bool = False) -> float:
-    """`value` as a float, where it is a finite number from `low` (or `above` it) to `high`, of whatever library.
+    """`value` as a float, if it is a finite number from `low` (or `above` it) to `high`, of any library.
 
     Raises `PrismError` for anything else: NaN and infinity, texts, True and False.
     """

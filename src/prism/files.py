@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, or not at all, and are checked when they are read."""
+"""Files and folders that are written completely or not at all, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Refuse an output folder that holds something (unless `overwrite`) or cannot be made; return it as a path.
 
-    Commands call this before the first expensive step, so that a run is not lost to a typo at its end. An empty folder
-    is as good as none. Temporary folders that dead processes left beside it are removed.
+    Commands call this before the first expensive step, so that a typo in a path does not cost a finished run. An empty
+    folder counts as new. Temporary folders that dead processes left next to it are removed.
     """
     target = check_place(path)
     if target.exists():
@@ -50,15 +50,15 @@ def check_new_folder(path: str | os.PathLike[str], overwrite: bool = False) -> P
 
 
 def check_place(path: str | os.PathLike[str]) -> Path:
-    """Refuse a path that no folder can have or that is something else than a folder; make its parent; return it.
+    """Refuse a path that cannot be a folder or is a file; make its parent folder; return it as a path.
 
-    Temporary folders that dead processes left beside and in it are removed (`temporary.sweep`).
+    Temporary folders that dead processes left next to it and in it are removed (`temporary.sweep`).
     """
     try:
         target = Path(path)
-        if ".." in target.parts:  # may lead through a folder that is replaced
+        if ".." in target.parts:  # the path may lead through the folder that will be replaced
             target = Path(os.path.realpath(target))
-        os.fspath(target).encode()  # reports and messages name it
+        os.fspath(target).encode()  # must be writable in reports and messages
     except (TypeError, ValueError, OSError) as error:
         raise PrismError(
             f"The output folder {quoted(path, 120)} is no path of plain text; name another --out."
@@ -89,7 +89,7 @@ def _unmakeable(target: Path, error: OSError | ValueError | RecursionError) -> P
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """A path for a sentence: its middle is left out where it is longer than 120 characters."""
+    """A path for an error message; if it is longer than 120 characters, its middle is left out."""
     text = "".join(character if character.isprintable() else "?" for character in os.fspath(path))
     return text if len(text) <= 120 else f"{text[:70]}...{text[-45:]}"
 
@@ -107,14 +107,14 @@ def is_empty(folder: Path) -> bool:
 def new_folder(
     path: str | os.PathLike[str], overwrite: bool = False, discard: Callable[[Path], object] | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that takes its name, synced to disk, once the block ends well.
+    """Yield a temporary folder next to `path`, which is synced to disk and renamed to `path` if the block succeeds.
 
-    On any exception (Ctrl-C included) the temporary folder is removed, and what stood at `path` before stays.
-    An existing folder that holds something is refused unless `overwrite`, and then replaced only at the very end, in
-    one step where the system can exchange two names (Linux), so that even a kill leaves the old or the new there.
+    On any exception (Ctrl-C included) the temporary folder is removed, and an existing folder at `path` stays.
+    An existing folder that is not empty is refused unless `overwrite`, and then replaced only at the very end; on Linux
+    in one atomic step, so that even a kill leaves either the old or the new folder.
     Files get the permissions that the user's umask gives. Raises `PrismError` on entry, before any work.
 
-    discard: removes the folder that was replaced; None: with all that is in it.
+    discard: function that removes the replaced folder; None: it is deleted with its content.
     """
     target = check_new_folder(path, overwrite)
     work, lock = temporary.folder_beside(target)
@@ -129,17 +129,17 @@ def new_folder(
         with contextlib.suppress(FileNotFoundError):
             if work.stat().st_ino == inode:
                 temporary.remove(work)
-            else:  # exchanged: it is the old one
+            else:  # the names were exchanged: this is the old folder
                 (discard or temporary.remove)(work)
         temporary.release(lock)
 
 
 def publish(folder: Path, target: Path, discard: Callable[[Path], object] | None = None) -> None:
-    """Put a finished folder beside `target` in the place of `target`, of which a kill leaves the old or the new."""
+    """Replace `target` by a finished folder next to it; a kill leaves either the old or the new one."""
     open_to_readers(folder)
     sync_tree(folder)
     _publish(folder, target, True, discard)
-    if folder.exists():  # exchanged: it is the old one
+    if folder.exists():  # the names were exchanged: this is the old folder
         (discard or temporary.remove)(folder)
     _sync(target.absolute().parent)
 
@@ -147,7 +147,7 @@ def publish(folder: Path, target: Path, discard: Callable[[Path], object] | None
 def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path], object] | None) -> None:
     if not overwrite or is_empty(target):
         with contextlib.suppress(OSError):
-            if os.name == "nt":  # elsewhere an empty folder is replaced
+            if os.name == "nt":  # other systems replace an empty folder
                 target.rmdir()
         try:
             os.replace(work, target)
@@ -159,7 +159,7 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
     if temporary.exchange(work, target):
         return
     old = temporary.name_beside(target, temporary.OLD)
-    os.replace(target, old)  # a kill here leaves neither at the name: the next run puts the old one back (sweep)
+    os.replace(target, old)  # after a kill here nothing is at `target`: the next run puts the old one back (sweep)
     try:
         os.replace(work, target)
     except BaseException:
@@ -169,7 +169,7 @@ def _publish(work: Path, target: Path, overwrite: bool, discard: Callable[[Path]
 
 
 def appeared(work: Path, target: Path) -> PrismError:
-    """The error where somebody made `target` while a run worked; the finished work is kept beside it."""
+    """Keep the finished work next to `target`, and return the error that says where: `target` appeared meanwhile."""
     kept = target.with_name(
         f"{temporary.name_beside(target).name[1:].partition('.prism-')[0]}.kept-{os.urandom(2).hex()}"
     )
@@ -181,8 +181,9 @@ def appeared(work: Path, target: Path) -> PrismError:
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path of the same name that replaces `path` once the block ends well: a reader never sees half
-    a file. It gets the permissions that the user's umask gives (safetensors' writer makes files for their owner alone).
+    """Yield a temporary path of the same name that replaces `path` if the block succeeds: no reader sees half a file.
+
+    The file gets the permissions that the user's umask gives (safetensors writes files that only the owner can read).
     """
     target = Path(path)
     with temporary.scratch(target) as work:
@@ -202,7 +203,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk, so that a rename that follows publishes whole files."""
+    """Flush every file and folder below `folder` to disk, so that a later rename publishes complete files."""
     for root, _, names in os.walk(folder):
         for name in names:
             _sync(Path(root) / name)
@@ -220,9 +221,8 @@ def _sync(path: Path) -> None:
 
 
 def _umask() -> int:
-    with contextlib.suppress(
-        OSError, StopIteration
-    ):  # Linux shows it; elsewhere it can only be read by setting it, for all threads
+    # Linux shows the umask in /proc; on other systems it can only be read by setting it, for all threads.
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
     mask = os.umask(0)
@@ -241,7 +241,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse, before it is opened, what is no regular file: a reader of a pipe or of a device may never come back."""
+    """Refuse, before it is opened, a path that is not a regular file: reading a pipe or a device may never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
@@ -251,12 +251,12 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device or socket"
         raise PrismError(f"The file {path} cannot be read: it is a {kind}.")
-    if not os.access(path, os.R_OK):  # libraries take it for a missing or a damaged one
+    if not os.access(path, os.R_OK):  # libraries would report a missing or damaged file
         raise PrismError(f"The file {path} cannot be read: permission denied.")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file. Raises `PrismError` where it is missing, unreadable or not JSON."""
+    """Read a JSON file. Raises `PrismError` if it is missing, unreadable or not JSON."""
     check_regular(path)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -268,7 +268,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal. Raises `PrismError` where it cannot be read."""
+    """The SHA-256 of a file's bytes, in hexadecimal. Raises `PrismError` if it cannot be read."""
     check_regular(path)
     digest = hashlib.sha256()
     try:
@@ -283,7 +283,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Load every tensor of a safetensors file on the CPU.
 
-    Raises `PrismError` where the file is missing, truncated, a pickle, no safetensors at all, or holds NaN or infinity.
+    Raises `PrismError` if the file is missing, truncated, a pickle, not safetensors, or holds NaN or infinity.
     Nothing is ever unpickled.
     """
     import torch
@@ -305,7 +305,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def safetensors_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The dtype ("F32", "BF16", ...) and shape of every tensor of a safetensors file, which is not loaded.
 
-    Raises `PrismError` as `load_safetensors` does, but for the numbers.
+    Raises `PrismError` as `load_safetensors` does, but does not check the numbers.
     """
     from safetensors import safe_open
 
@@ -320,14 +320,14 @@ def safetensors_header(path: str | os.PathLike[str]) -> dict[str, tuple[str, tup
 
 @contextlib.contextmanager
 def safetensors_told(file: Path) -> Iterator[None]:
-    """Raise PrismError for whatever is wrong with a safetensors file that is read in the block."""
+    """Turn errors of reading a safetensors file in the block into a PrismError."""
     try:
         yield
     except MemoryError:
         raise
     except OSError as error:
         raise PrismError(f"The file {file} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # SafetensorError, and others where a header says what no writer would
+    except Exception as error:  # SafetensorError, and other errors for a corrupt header
         if _looks_like_pickle(file):
             raise PrismError(
                 f"The file {file} is a pickle, which is never loaded; convert it to safetensors first."

@@ -22,13 +22,13 @@ def load_backbone(
     offload: str = "none",
     loras: Sequence[str] = (),
 ) -> tuple[Any, dict[str, Any], str]:
-    """A `Backbone`, the call arguments that go with it, and its name for reports.
+    """A `Backbone`, the arguments of its pipeline's call, and its name for reports.
 
-    name: None for the embedded model; a folder or Hub id of a diffusers pipeline, whose arguments are read from
-    call.json beside it where there is one. device: None for cuda where there is one. dtype: None for bfloat16 on cuda,
+    name: None for the embedded model; else a folder or Hub id of a diffusers pipeline. Call arguments are read from
+    call.json in that folder, if there is one. device: None for cuda if there is one. dtype: None for bfloat16 on cuda,
     float32 elsewhere; the embedded model stays in float32. offload: "model" or "group", as diffusers' methods of these
-    names, which need an accelerator. loras: local files or folders of safetensors, each with :SCALE behind it or 1.
-    Raises `PrismError` for what cannot be loaded.
+    names, which need an accelerator. loras: local files or folders of safetensors, optionally followed by :SCALE.
+    Raises `PrismError` if something cannot be loaded.
     """
     import torch
     from diffusers.utils import logging as diffusers_logging
@@ -37,7 +37,7 @@ def load_backbone(
     from prism import shapeworld
     from prism.backbone import Backbone
 
-    for logging in (diffusers_logging, transformers_logging):  # loading takes a moment; what follows shows progress
+    for logging in (diffusers_logging, transformers_logging):  # no progress bars of loading
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     device = device or default_device()
@@ -86,7 +86,7 @@ def check_device(device: str) -> None:
 
 
 def place(pipe: Any, device: str, offload: str) -> None:
-    """Bring a pipeline to its device, or have diffusers bring its parts there as they are needed."""
+    """Move a pipeline to its device, or let diffusers move its models there when they are needed."""
     import torch
 
     if offload == "model":
@@ -125,7 +125,7 @@ def _float(text: str) -> Any:
 
 
 def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
-    """Load LoRAs, (file, scale) each, into a pipeline. Raises PrismError for those that do not fit it."""
+    """Load LoRAs, each (file, scale), into a pipeline. Raises PrismError for a LoRA that does not fit it."""
     if not adapters:
         return
     if not hasattr(pipe, "load_lora_weights"):
@@ -135,7 +135,7 @@ def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
             pipe.load_lora_weights(
                 str(file.parent), weight_name=file.name, adapter_name=f"lora-{index}", local_files_only=True
             )
-        except Exception as error:  # of diffusers, peft and safetensors, each with its own
+        except Exception as error:  # diffusers, peft and safetensors raise different errors
             raise PrismError(f"The --lora {file} cannot be loaded: {quoted(error).rstrip('.')}.") from error
         if not any(f"lora-{index}" in names for names in pipe.get_list_adapters().values()):
             raise PrismError(f"The --lora {file} holds nothing for {type(pipe).__name__}; it is of another model.")
@@ -158,7 +158,7 @@ def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:
     from prism.judge import Judge
 
     if head is None and not embedded:
-        raise PrismError("The embedded head fits the embedded backbone alone; name a head for this one with --head.")
+        raise PrismError("The embedded head fits only the embedded backbone; name a head for this one with --head.")
     if head is None:
         return Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
     return Judge.from_pretrained(head, backbone)
@@ -173,7 +173,7 @@ def open_store(folder: Path | None) -> Any:
 
 
 def check_store(folder: Path | None, store: Any, backbone: Any) -> None:
-    """Refuse the embedded candidates, which None takes, for a backbone with another VAE."""
+    """Refuse the embedded candidates (a folder None) for a backbone with another VAE."""
     from prism.backbone.fingerprint import fits
 
     if folder is None and fits(store.meta.get("backbone") or {}, backbone, ("vae",))[0]:

@@ -1,8 +1,8 @@
 """A run's folder: claimed by one process, refused to another configuration, resumed part by part, published.
 
-The only place that does this. A folder is *vacant* where it is missing or empty, or holds no more than what a run that
-died at its start leaves: any run may begin there. A file that no run makes is a user's and never deleted: a folder that
-holds one is refused, and one that came while a run was working is left lying.
+Only this module does this. A folder is *vacant* if it is missing or empty, or holds only the configuration of a run
+that died at its start: any run may begin there. A file that no run makes belongs to the user and is never deleted: a
+folder that holds such a file is refused, and a file that appears while a run works stays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prism import files, temporary
 from prism.errors import PrismError, first_difference, without
 
 CONFIG, IDENTITY = "config.json", "identity.json"
-# Names of the files that runs make; beside them, what a run lists as `files` in its config.json, and pieces of `Parts`.
+# Names of the files that runs make, besides those that a run lists as `files` in its config.json and pieces of `Parts`.
 _OURS = re.compile(
     r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
     r"|(evaluation|reference)\.json"
@@ -35,19 +35,19 @@ _OURS = re.compile(
 )
 
 
-# -- folders that a command makes in one go
+# -- folders that a command makes in one go, without resuming
 
 
 def check(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Path:
-    """Refuse an output folder that a new run cannot take the place of, before any work; return it as a path.
+    """Refuse, before any work, an output folder that a new run cannot replace; return it as a path.
 
-    kind: of run (`kind_of`); with `overwrite` a folder of this kind may be replaced, and no other.
+    kind: the kind of run (`kind_of`); with `overwrite` only a folder of this kind may be replaced.
     """
     out = files.check_place(out)
     if temporary.is_made_elsewhere(out):
         raise _busy(out)
     if out.exists() and (out.stat().st_dev, out.stat().st_ino) not in _held:
-        _hold(out).release()  # nobody works in it
+        _hold(out).release()  # raises if another process works in it
     if overwrite and not is_vacant(out):
         check_replaceable(out, kind)
     return files.check_new_folder(out, overwrite or is_vacant(out))
@@ -55,9 +55,9 @@ def check(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Path:
 
 @contextlib.contextmanager
 def new(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Iterator[Path]:
-    """Yield the folder in which a run does its work, which appears at `out` when the block ends well.
+    """Yield a folder for a run's work, which is renamed to `out` if the block succeeds.
 
-    As `files.new_folder`, but that it replaces a run of its own kind alone, and never a user's file.
+    Like `files.new_folder`, but replaces only a run of the same kind, and never a user's file.
     """
     out = check(out, overwrite, kind)
     with files.new_folder(out, overwrite or is_vacant(out), discard) as folder:
@@ -69,13 +69,13 @@ def new(out: str | os.PathLike[str], overwrite: bool, kind: str) -> Iterator[Pat
 
 
 def publish(work: Path, out: Path) -> None:
-    """Put a finished run's folder, which lies beside `out`, in the place of `out`; a kill leaves the old or the new."""
+    """Replace `out` by a finished run's folder next to it; a kill leaves either the old or the new one."""
     note_files(work)
     files.publish(work, out, discard)
 
 
 def note_files(folder: Path) -> None:
-    """Write down in a finished run's config.json which files it made, so that a user's are known from them."""
+    """List the files that a finished run made in its config.json, to tell them from a user's files."""
     config = _read(folder / CONFIG)
     if config is not None and "format" not in config:
         made = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -83,7 +83,7 @@ def note_files(folder: Path) -> None:
 
 
 def kind_of(folder: Path) -> str | None:
-    """The kind of run that made a folder: its command's name, or prism-head, store, ...; None for no run's."""
+    """The kind of run that made a folder: its command's name, or prism-head, store, ...; None if no run made it."""
     for name in ("metrics.json", CONFIG):
         config = _read(folder / name) or {}
         kind = config.get("command") or config.get("format")
@@ -94,20 +94,20 @@ def kind_of(folder: Path) -> str | None:
 
 
 def check_replaceable(folder: Path, kind: str) -> None:
-    """Refuse to replace a folder that is no run of this kind, or holds a user's file."""
+    """Refuse to replace a folder that no run of this kind made, or that holds a user's file."""
     held = kind_of(folder)
     if held != kind:
         names = {None: "nothing that PRISM made", "store": "a latent store", "parts": "parts of a run"}
         names |= {"prism-head": "a head", "weaker": "a backbone", "quality": "measurements of a backbone"}
         raise PrismError(
-            f"The folder {files.shown(folder)} holds {names.get(held, f'a run of {held}')}, so it is not replaced "
-            "by another thing; choose another --out."
+            f"The folder {files.shown(folder)} holds {names.get(held, f'a run of {held}')}, so it is not replaced; "
+            "choose another --out."
         )
     _refuse_foreign(folder)
 
 
 def is_vacant(folder: Path, besides: Sequence[str] = ()) -> bool:
-    """True for a folder in which a run may begin (see above); what lies in its folders `besides` does not count."""
+    """True for a folder in which a run may begin (see above); files in its folders `besides` do not count."""
     left = [path for path in _files(folder) if path.relative_to(folder).parts[0] not in besides]
     return not left or (
         all(path.parent == folder and path.name in (CONFIG, IDENTITY) for path in left) and kind_of(folder) is not None
@@ -115,17 +115,17 @@ def is_vacant(folder: Path, besides: Sequence[str] = ()) -> bool:
 
 
 def foreign(folder: Path) -> Path | None:
-    """The first file below a folder that no run made; None where there is none."""
+    """The first file below a folder that no run made; None if there is none."""
     listed = _listed(folder)
     return next((path for path in _files(folder) if not _is_ours(path, folder, listed)), None)
 
 
 def discard(folder: Path) -> None:
-    """Delete what runs made in a folder, and the folder. A user's file in it stays, and a warning says where."""
+    """Delete the files that runs made in a folder, and the folder. A user's file stays, and a warning says where."""
     _clear(folder)
     with contextlib.suppress(OSError):
         folder.rmdir()
-    if folder.exists() and temporary.NAME.fullmatch(folder.name):  # it was replaced while the file came
+    if folder.exists() and temporary.NAME.fullmatch(folder.name):  # a user's file appeared while it was replaced
         name = folder.with_name(f"{folder.name[1:].partition('.prism-')[0]}.kept-{os.urandom(2).hex()}")
         folder = folder.rename(name)
     if folder.exists():
@@ -133,7 +133,7 @@ def discard(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Delete what runs made in a folder."""
+    """Delete the files that runs made in a folder."""
     listed = _listed(folder)
     for path in list(_files(folder)):
         if _is_ours(path, folder, listed):
@@ -145,14 +145,14 @@ def _clear(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Everything below a folder that is no folder, links to folders included."""
+    """All files and links below a folder, links to folders included."""
     for root, folders, names in os.walk(folder):
         yield from (Path(root, name) for name in names)
         yield from (path for path in (Path(root, name) for name in folders) if path.is_symlink())
 
 
 def _listed(folder: Path) -> set[str]:
-    """Names of the files that a finished run wrote down (`note_files`); none for an unfinished one."""
+    """The files that a finished run listed (`note_files`); none for an unfinished run."""
     names = (_read(folder / CONFIG) or {}).get("files")
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
@@ -160,9 +160,9 @@ def _listed(folder: Path) -> set[str]:
 def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
     if path.is_symlink():
         return False
-    if listed:  # of a finished run: all that it made
+    if listed:  # a finished run lists all its files
         return path.relative_to(folder).as_posix() in listed
-    if path.stem == "state":  # of a checkpoint, and not of somebody's copy of one
+    if path.stem == "state":  # in a checkpoint's folder, not in a user's copy of one
         return re.fullmatch(r"step-\d{8}|\.step-\d{8}\.prism-[0-9a-f]{8}", path.parent.name) is not None
     return bool(_OURS.fullmatch(path.name)) or (path.suffix == ".json" and "seconds" in (_read(path) or {}))
 
@@ -177,7 +177,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object of a file; None where there is none."""
+    """The JSON object in a file; None if there is none."""
     try:
         content = files.read_json(path) if path.is_file() else None
     except PrismError:
@@ -185,28 +185,28 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# -- folders that a run works in, and that it can go on in after a kill
+# -- folders in which a run works, and which it can continue after a kill
 
 
 class Parts:
     """A run's folder and the finished pieces in it, held by this process until it ends or `release` is called.
 
-    A piece is done when its file or folder is there: it appears whole, so that a kill loses no more than the piece that
-    was being made. resumed: whether a run was there. Without a lock the folder is not held, as in all but the first of
-    several processes.
+    A piece is done if its file or folder exists: it is written completely or not at all, so that a kill loses only the
+    piece that was being made. resumed: True if the folder held a run before. Without a lock the folder is not held, as
+    in all but the first of several processes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], resumed: bool = False, lock: int | None = None) -> None:
         self.folder, self.resumed, self._lock = Path(folder), resumed, lock
 
     def has(self, name: str) -> bool:
-        """True if a piece is there: its path in the folder, suffix included."""
+        """True if a piece exists. name: its path in the folder, with suffix."""
         return (self.folder / name).exists()
 
     def once(self, name: str, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any]:
-        """Return what `make` returned, from `name`.json where it was made before; its wall time is added as "seconds".
+        """Return the result of `make`, from `name`.json if it was made before; its wall time is added as "seconds".
 
-        `make` may leave files in the folder: they must appear whole, and before it returns.
+        `make` may write files into the folder: they must be complete before it returns.
         """
         path = self.folder / f"{name}.json"
         if not path.is_file():
@@ -217,10 +217,10 @@ class Parts:
         return files.read_json(path)
 
     def piece(self, name: str, make: Callable[[Path], object], read: Callable[[Path], Any] = Path) -> Any:
-        """Return what `read` gives of a piece's path, which `make` writes where it is missing.
+        """Return the result of `read` on a piece's path; `make` writes the piece first if it is missing.
 
-        name: a file's path in the folder, or with "/" at its end a folder's. A piece that `read` refuses by a
-        `PrismError` is made anew, with a warning.
+        name: the path of a file in the folder, or of a folder if it ends in "/". A piece for which `read` raises a
+        `PrismError` is made again, with a warning.
         """
         path = self.folder / name
         if path.exists():
@@ -234,7 +234,7 @@ class Parts:
         return read(path)
 
     def release(self) -> None:
-        """Let other processes have the folder."""
+        """Release the folder to other processes."""
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
@@ -261,22 +261,22 @@ def claim(
     besides: Sequence[str] = (),
     shared: bool = False,
 ) -> Parts:
-    """Make a run's folder, or check that it is this run's, and hold it as long as what is returned lives.
+    """Make a run's folder, or check that it holds this run, and hold it as long as the returned object lives.
 
     Args:
-        folder: missing or vacant, a run begins; else it must hold this run, and `resume` or `restart` be set.
-        identity: what the run depends on, as JSON; kept in the folder's file `name`, which says whose the folder is.
-        resume: go on with the run that is there.
-        restart: delete a run of another configuration, and begin anew; one of this configuration goes on.
-        main: False in all but the first of several processes, for which nothing is checked, made or held.
-        changeable: names in `identity` ("a.b": b of the object a) that may differ from those of the run that is there,
-            because what comes out does not depend on them; theirs stay in the file.
-        besides: folders in it that may be there before a run is.
-        shared: with other processes that work in it and share it; none of them may restart it.
+        folder: if missing or vacant, a run begins; else it must hold this run, and `resume` or `restart` must be set.
+        identity: what the run depends on, as JSON; kept in the folder's file `name`, which identifies the run.
+        resume: continue the run in the folder.
+        restart: delete a run of another configuration, and begin; a run of this configuration is continued.
+        main: False in all but the first of several processes; then nothing is checked, made or held.
+        changeable: names in `identity` ("a.b": b of the object a) that may differ from those of the run in the folder,
+            because its results do not depend on them; the file keeps the old values.
+        besides: folders in it that may exist before a run begins.
+        shared: hold it together with other processes that work in it; none of them may restart it.
 
     Raises:
         PrismError: for a folder that holds something else or cannot be made, a run of another configuration (the first
-            difference is named), a run without `resume`, or one that another process is working on.
+            difference is named), an existing run without `resume`, or a folder that another process works in.
     """
     folder = Path(folder)
     if not main:
@@ -305,7 +305,7 @@ def _enter(
     changeable: Sequence[str],
     besides: Sequence[str],
 ) -> Parts:
-    """Begin the run `new` in a held folder, or go on with the one that is there; arguments as of `claim`."""
+    """Begin the run `new` in a held folder, or continue the run in it; arguments as in `claim`."""
     folder, path, command = held.folder, held.folder / name, new.get("command")
     held.resumed = False
     if is_vacant(folder, besides):
@@ -338,12 +338,12 @@ def _enter(
     key = different[0]
     raise PrismError(
         f"The run in {files.shown(folder)} differs in {key}: {first_difference(old.get(key), now.get(key))}; "
-        "continue it as it was started, choose another --out, or start anew with --overwrite where the command has it."
+        "continue it with its own settings, choose another --out, or start again with --overwrite if it has one."
     )
 
 
 def _hold(folder: Path, shared: bool = False) -> Parts:
-    """This process's claim on a folder, which may be one that it has already."""
+    """Hold a folder; if this process holds it already, return that object."""
     status = folder.stat()
     held = _held.get((status.st_dev, status.st_ino))
     if held is not None and held._lock is not None:
@@ -361,14 +361,14 @@ def _busy(folder: Path) -> PrismError:
 
 
 def abandon(folder: Path) -> None:
-    """Delete a folder in which no run has got anywhere; any other is left."""
+    """Delete a vacant folder; others stay."""
     if folder.is_dir() and not folder.is_symlink() and is_vacant(folder):
         temporary.sweep(folder)
         discard(folder)
 
 
 def parts_of(out: str | os.PathLike[str]) -> Path:
-    """The folder of a run's parts until its folder `out` is made: `<out>.parts`."""
+    """The folder of a run's parts until its folder `out` is complete: `<out>.parts`."""
     out = Path(out).absolute()
     return out.with_name(f"{out.name}.parts")
 
@@ -382,7 +382,9 @@ class Clock:
         self.worked = 0
 
     def tick(self, done: int, worked: bool, more: str = "") -> None:
-        """`done` of the total are done; `worked`: this one was not on disk already. `more` is put behind the count."""
+        """Count a step: `done` of the total are done. worked: this one took work, as it was not on disk already.
+        more: text after the count.
+        """
         now = time.monotonic()
         self.worked += worked
         if now - self.last >= self.every and self.worked:

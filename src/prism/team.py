@@ -44,9 +44,9 @@ def ran_out(error: BaseException) -> bool:
 
 
 def halved(rows: int, work: str, kind: str = "video") -> int:
-    """Half of `rows` videos per batch. Warns, and empties the GPU's cache of free memory.
+    """Half of `rows` videos per batch, after memory ran out. Warns, and empties the GPU's cache of free memory.
 
-    Raises PrismError if a batch was a single video.
+    Raises PrismError if the batch was already a single video.
     """
     if rows <= 1:
         raise PrismError(
@@ -62,7 +62,7 @@ def halved(rows: int, work: str, kind: str = "video") -> int:
 
 
 def in_batches(items: Sequence[T], rows: int, work: Callable[[Sequence[T]], Any], name: str) -> int:
-    """Call `work` on at most `rows` of `items` at a time, in order; where memory runs out, again on half as many.
+    """Call `work` on at most `rows` of `items` at a time, in order; if memory runs out, again on half as many.
 
     A failed call of `work` must have no effects, since its items are given to it again.
 
@@ -74,7 +74,7 @@ def in_batches(items: Sequence[T], rows: int, work: Callable[[Sequence[T]], Any]
         batch = items[start : start + rows]
         if _fits(work, batch):
             start += len(batch)
-        else:  # outside `_fits`, whose exception kept the failed attempt's tensors alive
+        else:  # not in `_fits`: while its exception exists, the tensors of the failed attempt are not freed
             rows = halved(len(batch), name)
     return rows
 
@@ -129,7 +129,9 @@ def meet() -> None:
                             "its machine is gone; start the run again."
                         )
     except RuntimeError as error:  # the process that hosts the store ended
-        raise PrismError("The process that the others meet at ended; start the run again.") from error
+        raise PrismError(
+            "The first process, through which all processes are synchronised, ended; start the run again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -162,7 +164,7 @@ def _store() -> Any:
 
 @dataclass
 class Team:
-    """This process's `rank` among the `size` that share work; a team of one unless `gathered`.
+    """This process's `rank` among the `size` processes that share work; one process unless `gathered`.
 
     device: the device of the tensors that processes send each other. Other objects are sent as pickles, from one
     process of the job to another: no pickle is ever read from a file.
@@ -176,8 +178,8 @@ class Team:
     def gathered(cls, device: str | torch.device | None = None) -> Team:
         """The team of the processes that a launcher started, to compute on `device`; None: on GPUs if there are any.
 
-        A group that does not exist yet is made from what `torchrun` or `accelerate launch` set, by accelerate's
-        PartialState.
+        If there is no process group yet, accelerate's PartialState makes it from the environment variables that
+        `torchrun` or `accelerate launch` set.
         """
         if not distributed.is_available():
             return cls()
@@ -204,7 +206,7 @@ class Team:
         return self.rank == 0
 
     def agree(self, work: Callable[[], T]) -> list[T]:
-        """The results of `work` on all processes, by rank. If it fails on one, it fails on all: none waits for ever."""
+        """The results of `work` on all processes, by rank. If it fails on one, all raise, and none waits forever."""
         if self.alone:
             return [work()]
         value, error = None, None
@@ -234,12 +236,12 @@ class Team:
                 first, other = (each.get(name, "not given") for each in (texts[0], text))
                 if first != other:
                     raise PrismError(
-                        f"Processes that share candidates must be given one call; process 0 has {name} = {first[:100]} "
-                        f"and process {rank} {other[:100]}."
+                        f"Processes that share candidates must be given the same call; process 0 has {name} = "
+                        f"{first[:100]} and process {rank} {other[:100]}."
                     )
 
     def owners(self, candidates: Sequence[Key], before: Mapping[Key, int]) -> dict[Key, int]:
-        """The rank of each candidate's process: the one `before`, unless it has more than an even share then."""
+        """The rank of each candidate's process: as `before`, unless that process would get more than an even share."""
         most = -(-len(candidates) // self.size)
         ranks: dict[Key, int] = {}
         spare: list[Key] = []
@@ -272,7 +274,7 @@ class Team:
                 belongings[candidate] = box[0]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """The result of `work` on the first process, for which the others wait. If it fails, all raise."""
+        """The result of `work`, run on the first process only; the others wait for it. If it fails, all raise."""
         if self.alone:
             return work()
         answer: list[Any] = [None, None]
@@ -333,10 +335,10 @@ def merged(parts: Iterable[Mapping[Key, T]]) -> dict[Key, T]:
 
 
 def portable(value: Any) -> Any:
-    """The value with its tensors in host memory, since another process has other devices."""
+    """The value with its tensors in host memory, as another process may have other devices."""
     if isinstance(value, Tensor):
         return value.cpu()
-    if is_dataclass(value) and not isinstance(value, type):  # also diffusers' outputs, though they are dicts too
+    if is_dataclass(value) and not isinstance(value, type):  # before dict: diffusers' outputs are both
         return replace(value, **{each.name: portable(getattr(value, each.name)) for each in fields(value)})
     if hasattr(value, "_fields"):
         return type(value)(*(portable(inner) for inner in value))

@@ -1,7 +1,7 @@
-"""Temporary names beside the files and folders that they are made for: `.NAME.prism-XXXXXXXX`.
+"""Temporary folders next to the file or folder that they are made for: `.NAME.prism-XXXXXXXX`.
 
-Each is a folder on which its process holds a lock as long as it lives, so that what a dead one left can be told from
-a live one's, and swept.
+Each is locked by its process as long as the process lives. A temporary folder without a lock was left by a process that
+died, and is removed by the next run (`sweep`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ NAME, OLD = re.compile(r"\.(.+)\.prism-[0-9a-f]{8}(-old)?", re.DOTALL), "-old"
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names in one atomic step; False if the system or the file system does not support it."""
     if sys.platform != "linux":
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+    cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(cwd, os.fsencode(one), cwd, os.fsencode(other), exchange) == 0
 
 
 def name_beside(target: Path, end: str = "") -> Path:
@@ -34,12 +34,13 @@ def name_beside(target: Path, end: str = "") -> Path:
 
 
 def folder_beside(target: Path, shared: bool = False) -> tuple[Path, int | None]:
-    """A new folder beside `target`, and the lock on it (None where the system has none); `shared`: as of `hold`."""
+    """A new folder next to `target`, and the lock on it (None if the system has no locks); `shared`: as in `hold`."""
     while True:
         path = name_beside(target)
         try:
             path.mkdir()
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):  # taken for a dead one by another's sweep
+            # Another process may sweep the folder before it is locked here; then try again.
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
                 lock = hold(path, shared)
                 _own.add(path)
                 if lock is None or path.stat().st_ino == os.fstat(lock).st_ino:
@@ -51,7 +52,7 @@ def folder_beside(target: Path, shared: bool = False) -> tuple[Path, int | None]
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder with all that is in it, also where a signal falls into that; what cannot be deleted stays."""
+    """Delete a folder and its content, also if a signal interrupts it; what cannot be deleted stays."""
     _own.discard(folder)
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -62,9 +63,9 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def scratch(target: Path, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`, deleted at the end, or after a kill by the next run for `target`.
+    """Yield a temporary folder next to `target`; it is deleted at the end, or after a kill by the next run.
 
-    shared: for a moment, so that nobody need take it for another process's work (`is_made_elsewhere`).
+    shared: with a shared lock, which `is_made_elsewhere` does not count as another process's work.
     """
     temporary, lock = folder_beside(target, shared)
     try:
@@ -75,9 +76,9 @@ def scratch(target: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def hold(folder: Path, shared: bool = False) -> int | None:
-    """Lock a folder while this process lives and keeps the descriptor; None where the file system has no locks.
+    """Lock a folder while this process lives and keeps the descriptor; None if the file system has no locks.
 
-    `shared`: with other processes that share it. Raises BlockingIOError where it is locked already.
+    `shared`: other processes may hold a shared lock too. Raises BlockingIOError if it is locked already.
     """
     try:
         import fcntl
@@ -101,7 +102,7 @@ def release(lock: int | None) -> None:
 
 
 def is_made_elsewhere(target: Path) -> bool:
-    """Whether another process works on a folder that is going to take the name `target`."""
+    """True if another process is working on a folder that will be renamed to `target`."""
     name = name_beside(target).name.rpartition("-")[0]
     with contextlib.suppress(OSError):
         for path in target.absolute().parent.iterdir():
@@ -110,16 +111,16 @@ def is_made_elsewhere(target: Path) -> bool:
                     release(hold(path, shared=True))
                 except BlockingIOError:
                     return True
-                except OSError:  # gone
+                except OSError:  # deleted meanwhile
                     continue
     return False
 
 
 def sweep(target: Path, deep: bool = False) -> None:
-    """Remove what dead processes of ours left beside `target` on its behalf, and in it (`deep`: anywhere in it).
+    """Remove temporary folders that dead processes left for `target`: next to it, and in it (`deep`: at any depth).
 
-    A folder is removed where its name is one of `NAME` and no process holds its lock. Where a replacement was cut
-    short between two renames, the old folder gets its name back.
+    A folder is removed if its name matches `NAME` and no process holds its lock. If a replacement was interrupted
+    between its two renames, the old folder gets its name back.
     """
     name = name_beside(target).name.rpartition("-")[0]
     with contextlib.suppress(OSError):
@@ -137,7 +138,7 @@ def sweep(target: Path, deep: bool = False) -> None:
 def _sweep_one(path: Path, target: Path | None) -> None:
     if not NAME.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return
-    with contextlib.suppress(OSError):  # a live process's, or gone already
+    with contextlib.suppress(OSError):  # locked by a live process, or deleted meanwhile
         lock = hold(path)
         if lock is None:
             return

@@ -1,4 +1,4 @@
-"""Frames of any kind made one kind, and videos in and out of mp4 files; clips of any file by `read_clip`."""
+"""Frames in any layout converted to one, mp4 files read and written, and clips of any video file (`read_clip`)."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from prism.errors import PrismError, number, quoted, whole
 __all__ = ["Clip", "ClipInfo", "FramePolicy", "frames", "probe", "read_clip", "read_video", "videos", "write_video"]
 
 FPS = (0.1, 240.0)  # frames per second that a file may have
-_TOLERANCE = 0.5 / 255  # how far floats may be out of [0, 1]: half a grey level, the rounding of half precision
+_TOLERANCE = 0.5 / 255  # how far floats may lie outside [0, 1]: half a grey level, for rounding in half precision
 _CHANNELS = (3, 4, 1)  # colour, colour and alpha, grey
 
 
 def frames(video: Any, name: str = "The video") -> np.ndarray:
-    """Frames of whatever kind as (T, H, W, 3) float32 in [0, 1].
+    """Frames of any library and layout as (T, H, W, 3) float32 in [0, 1].
 
-    Takes what pipelines give and libraries hold: a list of PIL images of any mode, or arrays and tensors (of any dtype,
-    on any device, or lists of them) in the layouts (T, H, W, C), (T, C, H, W), (C, T, H, W), for one picture (H, W, C),
-    (C, H, W) or (H, W), and with a batch axis of 1 in front. C is 3, 4 (alpha is dropped) or 1 (grey). Where several
-    axes could be the channels, one of size 3 goes before one of 4 or 1; then the last axis, the one behind the
-    frames, and the first, in this order. Three axes none of which can be channels are grey frames (T, H, W).
+    Takes a list of PIL images of any mode, or arrays and tensors (of any dtype, on any device, or lists of them) in the
+    layouts (T, H, W, C), (T, C, H, W), (C, T, H, W), for one picture (H, W, C), (C, H, W) or (H, W), and with a batch
+    axis of 1 in front. C is 3, 4 (alpha is dropped) or 1 (grey). If several axes could be the channels, an axis of size
+    3 is preferred to one of 4 or 1; among equal sizes the last axis, then the one after the frames, then the first. An
+    array of three axes none of which can be channels is grey frames (T, H, W).
 
-    Items of a list or iterator are frames, in the layouts of one picture, or else what it is a batch of.
+    Items of a list or iterator are frames in the layouts of one picture; a list of one video is that video.
 
-    Floats are in [0, 1]; what lies outside by up to half a grey level is clipped. Bytes, and whole numbers up to 255,
-    are in [0, 255]; uint16 above that in [0, 65535].
+    Floats are in [0, 1]; values outside by up to half a grey level are clipped. Bytes, and whole numbers up to 255, are
+    in [0, 255]; uint16 with larger values in [0, 65535].
 
-    Raises `PrismError`, which begins with `name`, for other ranges, NaN, other shapes, or what holds no frames.
+    Raises `PrismError`, which begins with `name`, for other ranges, NaN, other shapes, or other types.
     """
     try:
         array = _array(video, name)
@@ -48,8 +48,8 @@ def frames(video: Any, name: str = "The video") -> np.ndarray:
 
 
 def videos(batch: Any, name: str = "The video") -> np.ndarray:
-    """Videos of one size as (B, T, H, W, 3) float32 in [0, 1]: an array of five axes, a list of what `frames` takes, or
-    one video alone. Raises `PrismError` as `frames` does.
+    """Videos of one size as (B, T, H, W, 3) float32 in [0, 1]: from an array of five axes, a list of videos as `frames`
+    takes them, or a single video. Raises `PrismError` as `frames` does.
     """
     axes = len(batch.shape) if hasattr(batch, "shape") else None
     if axes != 5 and (
@@ -60,32 +60,32 @@ def videos(batch: Any, name: str = "The video") -> np.ndarray:
         batch = list(batch)
         several = bool(batch) and (isinstance(batch[0], list | tuple) or len(getattr(batch[0], "shape", ())) > 3)
         batch = batch if several or not batch else [batch]
-    found = [frames(video, f"{name} of row {row}" if len(batch) > 1 else name) for row, video in enumerate(batch)]
-    sizes = sorted({video.shape[:3] for video in found})
+    arrays = [frames(video, f"{name} of row {row}" if len(batch) > 1 else name) for row, video in enumerate(batch)]
+    sizes = sorted({video.shape[:3] for video in arrays})
     if len(sizes) != 1:
         raise PrismError(f"{name}s have the sizes {quoted(sizes, 120)}; videos of one size are needed.")
-    return np.stack(found)
+    return np.stack(arrays)
 
 
 def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int = 10) -> None:
     """Write a video, as `frames` takes it, as an H.264 mp4 that browsers play (yuv420p, near-lossless by default).
 
-    H and W that are odd lose their last row or column: yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
+    An odd H or W loses its last row or column, as yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
     crf: x264's constant rate factor, 0 (lossless) to 51.
-    Raises `PrismError` where `frames` does, for another fps, or where the file cannot be written.
+    Raises `PrismError` as `frames` does, for an fps or crf out of range, or if the file cannot be written.
     """
     import av
 
     rate = Fraction(number("fps", fps, *FPS)).limit_denominator(1000)
     array = frames(video, f"The video for {quoted(path, 120)}")
     pixels = (array * 255).round().astype(np.uint8)
-    for axis in (1, 2):  # a single row or column is doubled
+    for axis in (1, 2):  # a single row or column is repeated, for an even size
         pixels = np.repeat(pixels, 2, axis) if pixels.shape[axis] == 1 else pixels
     pixels = np.ascontiguousarray(pixels[:, : pixels.shape[1] // 2 * 2, : pixels.shape[2] // 2 * 2])
     crf = whole("crf", crf, 0, 51)
     try:
         name = os.fsdecode(path)
-        if "\0" in name:  # it would end there
+        if "\0" in name:  # FFmpeg would cut the name there
             raise ValueError("its name holds a null character")
         with av.open(f"file:{name}", "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=rate)
@@ -100,8 +100,8 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
 
 
 def read_video(path: Any) -> np.ndarray:
-    """Every frame of a video, as `read_clip` takes it, as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` as it
-    does, and for more than 4 GiB as such: `read_clip` reads part of it, or a smaller size.
+    """Every frame of a video (any source of `read_clip`) as (T, H, W, 3) float32 in [0, 1]. Raises `PrismError` as
+    `read_clip` does, and for frames of more than 4 GiB; `read_clip` reads a part of such a video, or a smaller size.
     """
     frames = read_clip(path).frames
     if frames.size * 4 > MOST_BYTES:
@@ -118,23 +118,22 @@ def _reason(error: Exception) -> str:
     return quoted(getattr(error, "strerror", None) or error).rstrip(".")
 
 
-# -- one kind of many
+# -- conversion of layouts and ranges
 
 
 def _is_image(value: Any) -> bool:
-    return hasattr(value, "mode") and hasattr(value, "convert")  # PIL's, without importing it
+    return hasattr(value, "mode") and hasattr(value, "convert")  # a PIL image, without importing PIL
 
 
 def _array(value: Any, name: str) -> np.ndarray:
-    """An array of numbers with the values as they are; pictures of a list are stacked."""
+    """An array of numbers with unchanged values; pictures of a list are stacked."""
     if _is_image(value):
         deep = value.mode.startswith(("I", "F"))  # grey of more than 8 bits, which PIL would clip
         return np.asarray(value if deep else value.convert("RGB"))
     if isinstance(value, str | bytes | os.PathLike):
         raise PrismError(f"{name} is given as {quoted(value, 80)}; read a file with prism.video.read_video.")
-    if hasattr(value, "detach") and hasattr(
-        value, "is_floating_point"
-    ):  # torch's, without importing it; bfloat16 is unknown to numpy
+    # A torch tensor, without importing torch; NumPy has no bfloat16.
+    if hasattr(value, "detach") and hasattr(value, "is_floating_point"):
         value = value.detach().cpu()
         value = value.dequantize() if value.is_quantized else value
         value = value.to_dense() if value.is_sparse else value
@@ -158,41 +157,43 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _frame(array: np.ndarray, item: Any) -> np.ndarray:
-    """(H, W, 3) of a list's item that is one picture: the list's axis cannot be its channels then."""
+    """(H, W, 3) of a list's item that is one picture; else the item. So the axis of the list is never the channels."""
     if isinstance(item, list | tuple) or array.ndim not in (2, 3):
         return array
     if array.ndim == 3:
-        place = next((axis for size in _CHANNELS for axis in (2, 0) if array.shape[axis] == size), None)
-        if place is None:
+        channels = next((axis for size in _CHANNELS for axis in (2, 0) if array.shape[axis] == size), None)
+        if channels is None:
             return array
-        array = np.moveaxis(array, place, 2)[..., :3]
+        array = np.moveaxis(array, channels, 2)[..., :3]
     return np.repeat(array.reshape(*array.shape[:2], -1), 3, 2) if array.ndim == 2 or array.shape[2] == 1 else array
 
 
 def _arranged(array: np.ndarray, name: str) -> np.ndarray:
     """(T, H, W, 3) of an array in any of the layouts of `frames`."""
-    given = array.shape
+    shape = array.shape
     if array.ndim == 5 and len(array) == 1:
         array = array[0]
     if array.ndim == 5:
-        raise PrismError(f"{name} has shape {given}, which is {given[0]} videos; give one of them.")
+        raise PrismError(f"{name} has shape {shape}, which is {shape[0]} videos; give one of them.")
     picture = array.ndim == 3 and any(array.shape[axis] in _CHANNELS for axis in (2, 0))
     if array.ndim == 2 or picture:
         array = array[None]  # one frame
     if array.ndim == 3:
         array = array[..., None]  # grey frames
     axes = (3, 1) if picture else (3, 1, 0)
-    place = next((axis for size in _CHANNELS for axis in axes if array.ndim == 4 and array.shape[axis] == size), None)
-    if place is None or 0 in array.shape:
+    channels = next(
+        (axis for size in _CHANNELS for axis in axes if array.ndim == 4 and array.shape[axis] == size), None
+    )
+    if channels is None or 0 in array.shape:
         raise PrismError(
-            f"{name} has shape {given}; (frames, height, width, 3) or (frames, 3, height, width) is needed."
+            f"{name} has shape {shape}; (frames, height, width, 3) or (frames, 3, height, width) is needed."
         )
-    array = np.moveaxis(array, place, 3)
+    array = np.moveaxis(array, channels, 3)
     return np.repeat(array, 3, 3) if array.shape[3] == 1 else array[..., :3]
 
 
 def _scaled(array: np.ndarray, name: str) -> np.ndarray:
-    """Float32 in [0, 1] of an array of any kind of numbers."""
+    """An array of any kind of numbers as float32 in [0, 1]."""
     kind = array.dtype.kind
     if kind == "f" and not np.isfinite(array).all():
         raise PrismError(f"{name} holds NaN or infinity.")

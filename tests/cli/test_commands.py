@@ -171,7 +171,7 @@ BAD_OPTIONS = {
     "no such head": (["--head", "nowhere"], "The head folder nowhere does not exist"),
     "a pipeline for a head": (["--head", "BACKBONE"], "holds no head: its config.json does not exist"),
     "a head for a pipeline": (["--backbone", "HEAD"], "holds no diffusers pipeline: its model_index.json does not"),
-    "embedded head for it": (["--head"], "embedded head fits the embedded backbone alone"),
+    "embedded head for it": (["--head"], "embedded head fits only the embedded backbone"),
     "no such device": (["--device", "abacus"], "The device abacus cannot be used"),
     "no such dtype": (["--dtype", "int4"], "The --dtype is int4"),
     "no speed": (["--fps", "0"], "--fps must be a number from 0.1 to 240; found 0.0"),

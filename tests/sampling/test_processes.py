@@ -155,7 +155,7 @@ def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:
     assert two[1]["errors"]["error"] == "The latents hold NaN."
     for each in two:
         assert "ran out with a single candidate" in each["errors"]["memory"]
-        assert "must be given one call; process 0 has prompt = [" in each["errors"]["other prompts"]
+        assert "must be given the same call; process 0 has prompt = [" in each["errors"]["other prompts"]
 
 
 KILLED = """
