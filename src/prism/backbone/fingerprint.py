@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, combinations, islice
 from typing import TYPE_CHECKING, Any
 
@@ -341,36 +341,39 @@ def surroundings(pipe: Any) -> str:
 
 def weights_state(module: nn.Module) -> str:
     """Digest of a module's weights (their names, shapes and first and last numbers) and of its adapters' settings."""
-    digest = hashlib.sha256()
-    ends: dict[torch.device, list[Tensor]] = {}
-    for name, value in weights(module).items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        for part in _plain(value):
-            flat = part.flatten()
-            ends.setdefault(part.device, []).extend((flat[:4].float(), flat[-4:].float()))
-    for tensors in ends.values():
-        digest.update(torch.cat(tensors).cpu().numpy().tobytes())  # one transfer per device
+
+    def ends(part: Tensor) -> list[Tensor]:
+        flat = part.flatten()
+        return [flat[:4].float(), flat[-4:].float()]
+
     names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
-    for layer in module.modules():
-        if hasattr(layer, "merged_adapters"):  # of peft
-            digest.update(repr([getattr(layer, name, None) for name in names]).encode())
-    return digest.hexdigest()
+    adapted = (layer for layer in module.modules() if hasattr(layer, "merged_adapters"))  # of peft
+    return _digest(module, ends, "".join(repr([getattr(layer, name, None) for name in names]) for layer in adapted))
 
 
 def weights_bits(module: nn.Module) -> str:
     """Digest of all numbers of a module's weights, summed on their device; a change of any one changes it."""
+
+    def sums(part: Tensor) -> list[Tensor]:
+        flat = part.contiguous().view(-1).view(torch.uint8)
+        whole = len(flat) - len(flat) % 8 if part.storage_offset() * part.element_size() % 8 == 0 else 0
+        words, rest = flat[:whole].view(torch.int64), flat[whole:]
+        return [each.sum(0, keepdim=True) for each in (words, rest) if len(each)]  # wraps around, and is exact
+
+    return _digest(module, sums)
+
+
+def _digest(module: nn.Module, numbers: Callable[[Tensor], list[Tensor]], settings: str = "") -> str:
+    """SHA-256 of the names, shapes and dtypes of a module's weights, of `numbers` (n,) of each, and of settings."""
     digest = hashlib.sha256()
-    sums: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for name, value in weights(module).items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         for part in _plain(value):
-            flat = part.contiguous().view(-1).view(torch.uint8)
-            whole = len(flat) - len(flat) % 8 if part.storage_offset() * part.element_size() % 8 == 0 else 0
-            sums_of_part = [flat[:whole].view(torch.int64).sum()] if whole else []  # wraps around, and is exact
-            sums_of_part += [flat[whole:].sum()] if whole < len(flat) else []
-            sums.setdefault(part.device, []).extend(sums_of_part)
-    for each in sums.values():
-        digest.update(torch.stack(each).cpu().numpy().tobytes())  # one transfer per device
+            by_device.setdefault(part.device, []).extend(numbers(part))
+    for tensors in by_device.values():
+        digest.update(torch.cat(tensors).cpu().numpy().tobytes())  # one transfer per device
+    digest.update(settings.encode())
     return digest.hexdigest()
 
 

@@ -97,24 +97,14 @@ class Writer:
     @classmethod
     def load(cls, source: str, revision: str | None, device: str | None, dtype: str | None) -> Writer:
         """Load Qwen2.5-VL or Qwen2-VL from a folder or a repository of the Hub; safetensors alone."""
-        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
 
         classes = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
         folder = weights.folder(source, revision)
         device, kind = weights.chosen(device, dtype)
         if not list(folder.glob("*.safetensors")):
             raise PrismError(f"The folder {files.shown(folder)} has no weights as safetensors; {weights.CONVERT}.")
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise PrismError(
-                f"The model in {files.shown(folder)} has no readable config.json: {quoted(error, 120)}."
-            ) from error
-        if config.model_type not in classes:
-            raise PrismError(
-                f"The model in {files.shown(folder)} is a {quoted(config.model_type, 60)}; {' or '.join(classes)} is "
-                "needed."
-            )
+        config = weights.config(folder, tuple(classes))
         model = _opened(classes[config.model_type], folder, kind)
         return cls(model.requires_grad_(False).eval().to(device), Reader.open(folder, config))
 

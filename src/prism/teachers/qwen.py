@@ -173,17 +173,9 @@ def scorer(
         tokens: special tokens, which are added to the tokenizer.
         where: the folder of the weights, for errors.
     """
-    from transformers import AutoConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise PrismError(
-            f"The base model in {files.shown(folder)} has no readable config.json: {quoted(error, 120)}."
-        ) from error
-    if config.model_type != "qwen2_vl":
-        raise PrismError(f"The base model in {files.shown(folder)} is a {config.model_type}; a qwen2_vl is needed.")
+    config = weights.config(folder, ("qwen2_vl",))
     reader = Reader.open(folder, config)
     reader.tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     head_state = {name.removeprefix("rm_head."): value for name, value in state.items() if name.startswith("rm_head.")}

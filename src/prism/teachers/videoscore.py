@@ -47,19 +47,18 @@ class VideoScore:
         Args:
             count: frames; by default 48 where the name of the source says v1.1, or else 16.
         """
-        from transformers import AutoConfig, AutoProcessor, Idefics2Model
+        from transformers import AutoProcessor, Idefics2Model
 
         folder = weights.folder(source, revision)
         device, kind = weights.chosen(device, dtype)
         state = weights.tensors(folder)
         if state is None:
             raise PrismError(f"The folder {files.shown(folder)} has no model.safetensors; {weights.CONVERT}.")
+        config = weights.config(folder, ("idefics2",))
         try:
-            config, processor = AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+            processor = AutoProcessor.from_pretrained(folder)
         except Exception as error:  # tokenizers raise many kinds
             raise PrismError(f"The model in {files.shown(folder)} cannot be opened: {quoted(error, 160)}.") from error
-        if config.model_type != "idefics2":
-            raise PrismError(f"The model in {files.shown(folder)} is a {config.model_type}; an idefics2 is needed.")
         scores = {name.removeprefix("score."): value for name, value in state.items() if name.startswith("score.")}
         body = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         head = nn.Linear(config.text_config.hidden_size, len(cls.dimensions), bias="bias" in scores)

@@ -40,6 +40,26 @@ def folder(source: str, revision: str | None = None, patterns: Sequence[str] = F
         ) from error
 
 
+def config(path: Path, types: Sequence[str]) -> Any:
+    """The configuration of transformers in a folder, whose model is of one of these types.
+
+    Raises PrismError where it cannot be read, or is of another.
+    """
+    from transformers import AutoConfig
+
+    try:
+        read = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise PrismError(
+            f"The model in {files.shown(path)} has no readable config.json: {quoted(error, 120)}."
+        ) from error
+    if read.model_type not in types:
+        raise PrismError(
+            f"The model in {files.shown(path)} is a {quoted(read.model_type, 60)}; {' or '.join(types)} is needed."
+        )
+    return read
+
+
 def tensors(path: Path, names: Sequence[str] = ("model.safetensors",)) -> dict[str, Tensor] | None:
     """The tensors of the first of these files that a folder has, or of the shards beside its index.
 
