@@ -143,8 +143,8 @@ def run(config: Score) -> dict[str, Any]:
 
 def clips_of(config: Score) -> Iterator[dict[str, Any]]:
     """The clips that the words name: video (its name), source, prompt, image, fps; each once."""
+    from prism.clip_sources import MOVIES, picture_files
     from prism.preference.sources import TABLES
-    from prism.sources import MOVIES, picture_files
 
     seen = set()
     if not config.files:
