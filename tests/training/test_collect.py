@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from prism.preference.sources import Place
 from prism.sampling.trajectory import candidate_seed
 from prism.training import TrainConfig, train
 from prism.training.collect import collect, label
+from prism.training.encode import split_of
 from prism.training.reward import Reward, load_reward
 
 CALL = tiny.CALL_WAN
@@ -328,6 +330,33 @@ def test_shapeworld_is_labelled_by_its_referee_and_evaluated(tmp_path, capsys):
     assert command("eval", "--data", tmp_path / "store", "--out", tmp_path / "eval", "--timesteps", "699") == 0
     assert command("collect", *words, "--out", tmp_path / "store") == 2
     assert "continue with --resume" in capsys.readouterr().err
+
+
+def test_the_pages_second_road_runs_as_printed(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/your-own-model.md").read_text().partition("## Road 2")[2]
+    lines = [line for line in page.split("```")[1].splitlines() if line]
+    assert [line.split()[1] for line in lines] == ["collect", "train", "eval"]
+    again = re.search(r"`prism (collect \S+ \S+ --label [^`]*)`", page).group(1)
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.wan()
+    pipe.save_pretrained("pipe")
+    Path("pipe/call.json").write_text(json.dumps({**CALL, "num_inference_steps": 2}))
+    Path("reward.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1))
+    Path("other.py").write_text(Path("reward.py").read_text().replace("steady(", "better("))
+    colours, shapes, ways = (
+        ("red", "green", "blue", "yellow"),
+        ("circle", "square", "triangle"),
+        ("left", "right", "up"),
+    )
+    everything = [f"a {colour} {shape} moves {way}" for colour in colours for shape in shapes for way in ways]
+    by_split = {split: [p for p in everything if split_of(p, (0.1, 0.1)) == split] for split in SPLITS}
+    prompts = [*by_split["train"][:4], *by_split["validation"][:1], *by_split["test"][:1]]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    for line in [*(line.removeprefix("prism ") for line in lines), again]:
+        short = ("--steps", 2, "--validate-every", 0) if line.startswith("train") else ()
+        assert command(*line.replace("FOLDER_OR_ID", "pipe").split(), *short) == 0, capsys.readouterr().err
+    assert "24 videos of 6 prompts and 36 pairs in steady, sharp, overall" in capsys.readouterr().out
+    assert Path("evaluation/metrics.json").is_file()
 
 
 LINES = {
