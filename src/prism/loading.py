@@ -197,7 +197,7 @@ def load_reward(spec: str, timeout: float | None = None, device: str | None = No
         from prism.shapeworld import referee
 
         return Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
-    if spec.partition("=")[0] in teachers.TEACHERS and not is_function(spec):
+    if teachers.named(spec) and not is_function(spec):
         teacher = teachers.load(spec, device or default_device())
         return Reward(teacher.score, teacher.name, timeout, spec, dimensions=teacher.dimensions, unclear=True)
     return load(spec, timeout)

@@ -147,6 +147,34 @@ def test_pictures_are_cut_as_published():
     assert frames.square(ramp, 40)[0, 0, 0].tolist() == list(range(20, 60))
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "imagereward", "videoscore", "hpsv3", "videoreward"])
+def test_half_precision_is_near_and_alike_each_time(name, tmp_path):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    makers = {"hpsv2": small_models.open_clip, "imagereward": small_models.imagereward}
+    if name in makers:
+        makers[name](folder, WORDS)
+    else:
+        {"videoscore": small_models.idefics2, "hpsv3": small_models.hpsv3, "videoreward": small_models.videoreward}[
+            name
+        ](folder)
+    videos, words = [small_models.clip(seed, frames=8) for seed in (0, 1)], ["a red cat", "a ball"]
+    exact = teachers.load(f"{name}={folder},device=cpu").score(videos, words, fps=8)
+    half = teachers.load(f"{name}={folder}", device="cpu", dtype="bfloat16")
+    rows = half.score(videos, words, fps=8)
+    assert rows == half.score(videos, words, fps=8) == half(videos=videos, prompts=words, fps=8)
+    assert half.score(videos[1:], words[1:], fps=8) == rows[1:]  # whatever is beside it
+    for row, other in zip(rows, exact):
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=0.3, atol=0.3)
+    assert rows != exact
+
+
+def test_a_spec_names_its_teacher():
+    for spec in ("hpsv3", "hpsv3,count=4", "hpsv3=a/b,count=4"):
+        assert teachers.named(spec) == "hpsv3"
+    assert [teachers.named(spec) for spec in ("hpsv4", "a.py:f", "")] == [None] * 3
+
+
 @pytest.mark.parametrize("name", ["hpsv2", "imagereward", "videoscore"])
 def test_a_folder_without_its_weights_is_refused(name, tmp_path):
     (tmp_path / "config.json").write_text("{}")

@@ -62,6 +62,12 @@ TEACHERS: dict[str, Callable[..., Any]] = {
 _OPTION = re.compile(r",(?=[a-z_]+=)")
 
 
+def named(spec: str) -> str | None:
+    """The teacher that a text names, with or without a source and options behind it; None for another text."""
+    name = re.split("[=,]", spec, maxsplit=1)[0]
+    return name if name in TEACHERS else None
+
+
 def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
     """The teacher that a text such as `videoreward`, `videoreward=FOLDER_OR_ID`, `hpsv3,count=4` or
     `hpsv3=FOLDER_OR_ID,base=FOLDER_OR_ID,revision=COMMIT` names.
