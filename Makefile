@@ -5,7 +5,7 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-QUICK := tests/test_golden.py tests/test_files.py tests/judge tests/preference tests/evaluation tests/sampling/test_exactness.py
+QUICK := tests/test_golden.py tests/test_files.py tests/test_clips.py tests/test_clip_files.py tests/judge tests/preference tests/evaluation tests/sampling/test_exactness.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
