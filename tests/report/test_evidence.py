@@ -96,7 +96,7 @@ def test_the_tables_of_the_committed_run_are_written_as_they_stand():
 
 
 def test_a_table_has_the_same_cells_on_the_terminal_and_on_a_page(document):
-    table = tables.bars_table(document["bars"])
+    table = tables.claims_table(document["bars"])
     assert (
         table.markdown() == "| bar | reached | met |\n| --- | --- | --- |\n| x under 3 % | 2.1 % | yes |\n| y | – | – |"
     )

@@ -100,7 +100,7 @@ class PreferenceSet:
         return in_order(self.votes["dimension"].to_pylist() + self.ratings["dimension"].to_pylist())
 
     def source(self, path: str | None, frames: Sequence[str] | None) -> str | list[str]:
-        """What `prism.video.read_clip` takes of a clip with this `path` or these `frames`, pictures in order."""
+        """The source that `prism.video.read_clip` takes, of a clip with this `path` or these `frames` in order."""
         return [str(self.root / name) for name in frames or ()] if path is None else str(self.root / path)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Matplotlib draws in these stand-ins; each becomes a CSS variable of the page, so that one drawing suits both styles.
+# Matplotlib draws in these placeholder colours; each is replaced by a CSS variable, so that one drawing suits both the
+# light and the dark style.
 _INK, _MUTED, _GRID, _ACCENT, _PAPER = "#010203", "#020304", "#030405", "#040506", "#050607"
 _SERIES = ("#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
 _VARIABLES = {
@@ -62,9 +63,9 @@ _STYLE = {"svg.fonttype": "none", "font.size": 10, "axes.unicode_minus": True, "
 
 
 def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
-    """Accuracy without ties against t: each judge's overall line with its interval, and thin lines of the dimensions.
+    """Plot accuracy without ties against t: each judge's overall line with its interval, dimensions as thin lines.
 
-    Returns an SVG element, or "" where no row has an accuracy.
+    Returns an SVG element, or "" if no row has an accuracy.
     """
     lines = _accuracy_lines(rows)
     if not lines:
@@ -84,7 +85,7 @@ def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
                 t, low, high, color=line.colour, alpha=0.14 if line.colour == _ACCENT else 0.09, linewidth=0
             )
         for (x0, x1), (y0, y1) in zip(pairwise(t), pairwise(value)):
-            skipped = any(x0 < level < x1 for level in levels)  # others were measured in between, this one was not
+            skipped = any(x0 < level < x1 for level in levels)  # a level in between was measured for other lines only
             style: Any = {"linestyle": (0, (2, 2.5)), "alpha": 0.7} if skipped else {}
             axes.plot([x0, x1], [y0, y1], color=line.colour, linewidth=width, solid_capstyle="round", **style)
         axes.plot(t, value, "o", color=line.colour, markersize=size, markeredgecolor=_PAPER)
@@ -100,7 +101,7 @@ def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
 
 
 def _accuracy_lines(rows: Sequence[AccuracyRow]) -> list[_Line]:
-    """Overall lines of every judge and set; where there is one judge, its dimensions as thin lines behind."""
+    """Overall lines of every judge and set; if there is only one judge, also its dimensions, as thin lines."""
     series: dict[tuple[Any, ...], list[AccuracyRow]] = {}
     for row in rows:
         if row["without_ties"] is not None:
@@ -131,11 +132,11 @@ def training_plot(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cost_plot(rows: Sequence[BestOfNRow]) -> str:
-    """Quality of the pick against denoiser rows, each strategy with its interval and name; "" without gains.
+    """Plot the pick's gain against denoiser rows, each strategy with its interval and name; "" without gains.
 
-    Where a strategy was run with several settings, they are joined in the order of their cost, the one that was fixed
-    beforehand (its name is the strategy's) is large, and small figures at the others say the step of the cut or the
-    length of the draft. The right edge tells gains as shares of the oracle's.
+    Points of one strategy with several settings are joined in the order of their cost. The setting that was fixed
+    before the run (its name is the strategy's) is large; small numbers at the others are the step of the cut or the
+    length of the draft. The right axis shows gains as shares of the oracle's gain.
     """
     points = [
         _Point(100 * row["denoiser_share_of_full"], row["referee_gain"], row)
@@ -155,11 +156,11 @@ def cost_plot(rows: Sequence[BestOfNRow]) -> str:
     for x, y, row in points:
         colour = _colour(row)
         ours, main = wording.is_ours(row), wording.is_main(row)
-        if row["referee_gain_ci95"] and not wording.is_blind(row):  # theirs is luck around zero
+        if row["referee_gain_ci95"] and not wording.is_blind(row):  # a blind pick's gain is chance
             width, alpha = (1.4, 0.55) if main else (0.8, 0.3)
             axes.plot([x, x], row["referee_gain_ci95"], color=colour, linewidth=width, alpha=alpha)
         size = 4.5 if not main else 8 if ours else 6.5
-        one = len(row["schedule"] or [0]) == 1  # cuts in several goes are off the curve, and hollow
+        one = len(row["schedule"] or [0]) == 1  # points with several cuts are hollow, and not on the curve
         fill = colour if main or one else "none"
         axes.plot(x, y, "o", color=colour, markersize=size, markerfacecolor=fill, markeredgewidth=1)
         if main:
@@ -193,7 +194,7 @@ def _curves(points: Sequence[_Point]) -> dict[str, list[_Point]]:
 
 
 def _oracle_axis(axes: Axes, points: Sequence[_Point]) -> None:
-    """The right edge: gains as shares of the best candidate's."""
+    """Draw the right axis: gains as shares of the best candidate's gain."""
     best: float | None = next((point.gain for point in points if wording.role(point.row) == "best"), None)
     if not best:
         return
@@ -226,7 +227,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
-    """Names at the clean end of the lines, the right edge, pushed apart where lines meet."""
+    """Write names at the right (clean) end of the lines, moved apart where lines are close."""
     low, high = axes.get_ylim()
     heights = _spread([end[0] for end in ends], gap=(high - low) * 0.062, low=low, high=high)
     for (_, line), height in zip(ends, heights):
@@ -242,11 +243,11 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, _Line]]) -> None:
 
 
 def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Names beside their points, each where it lies on the fewest points, bars, lines and names placed before it."""
+    """Write names next to their points, each where it overlaps the fewest points, lines and earlier names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
-    FigureCanvasAgg(figure).draw()  # the layout is settled, and lengths in pixels are known
+    FigureCanvasAgg(figure).draw()  # computes the layout, and so lengths in pixels
     unit = figure.dpi / 72
     taken = []
     for line in axes.get_lines():
@@ -271,11 +272,11 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
         assert best is not None
         _, across, box = best
         taken += [(box.x0, box.y0, box.x1, box.y1)] * 20
-        place = {1: box.x0, 0: (box.x0 + box.x1) / 2, -1: box.x1}[across]
+        anchor = {1: box.x0, 0: (box.x0 + box.x1) / 2, -1: box.x1}[across]
         axes.annotate(
             label.text,
-            # anchored where it is next to its point, so that a page may write it larger
-            tuple(axes.transData.inverted().transform((place, (box.y0 + box.y1) / 2))),
+            # Anchored at the side next to its point, so that larger text on a page grows away from the point.
+            tuple(axes.transData.inverted().transform((anchor, (box.y0 + box.y1) / 2))),
             ha={1: "left", 0: "center", -1: "right"}[across],
             va="center",
             color=label.colour,
@@ -286,9 +287,9 @@ def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
 
 
 def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """`values` moved apart to at least `gap`, inside [low, high], in their order and about their places.
+    """`values` moved apart by at least `gap`, inside [low, high], in the same order, close to where they were.
 
-    Sequences whose steps are at least `gap` stay so under elementwise mean, maximum and minimum.
+    The mean of the lowest and the highest solution is one too, and so is that mean limited to [low, high].
     """
     order = sorted(range(len(values)), key=values.__getitem__)
     last = len(order) - 1
@@ -302,7 +303,7 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> lis
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an SVG element that scales with the page, takes its font and its colours, and reads out `title`."""
+    """The figure as an SVG element with the page's width, font and colours, and `title` for screen readers."""
     import matplotlib
 
     stream = io.StringIO()

@@ -25,7 +25,7 @@ from prism.report.rows import AccuracyRow, Agreement, BestOfNRow
 
 @dataclasses.dataclass(frozen=True)
 class FilmRow:
-    """One video of a page: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
+    """A video of a page: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
 
     label: str
     frames: np.ndarray
@@ -35,8 +35,8 @@ class FilmRow:
 
 @dataclasses.dataclass(frozen=True)
 class FilmStrip:
-    """Videos of one prompt: `clips` play side by side, at `fps` frames per second, and `rows` are film strips one below
-    the other: all candidates at a cut, say, or winner and losers finished.
+    """Videos of one prompt: `clips` play side by side, at `fps` frames per second; `rows` are film strips below each
+    other, for example all candidates at a cut, or the finished winner and losers.
     """
 
     title: str
@@ -55,10 +55,10 @@ def write_report(
     config: Mapping[str, Any] | None = None,
     looks: Sequence[FilmStrip] = (),
 ) -> None:
-    """Write the page at `path` from a metrics document, film strips, and `notes` on what it shows and what not; `looks`
-    are film strips of where the query looks.
+    """Write the page at `path` from a metrics document and film strips. `notes` say what the numbers show and do not
+    show; `looks` are film strips of the query's attention.
 
-    Plots, tables and headline numbers appear for what `metrics` holds. Raises `PrismError` where it breaks the schema.
+    Plots, tables and headline numbers appear if `metrics` holds them. Raises `PrismError` if it breaks the schema.
     """
     validate(metrics)
     accuracy: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
@@ -121,7 +121,7 @@ def film(frames: np.ndarray, count: int = 9, gap: int = 2) -> np.ndarray:
 def clip(video: np.ndarray, fps: float) -> bytes:
     """A video (T, H, W, 3) as the bytes of an mp4 for a page: at most 480 pixels wide or high."""
     height, width = np.shape(video)[1:3]
-    step = -(-max(height, width) // SIDE)  # whole pixels are left out, which is quick and good enough to look at
+    step = -(-max(height, width) // SIDE)  # every step-th pixel is kept: quick, and good enough for a page
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         media.write_video(path, video[:, ::step, ::step], fps, crf=10 if step == 1 else 20)
@@ -137,13 +137,13 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-# the headline numbers' noise level, fixed before any run; the levels of the project's bars beside it
-LEVEL, BARS = 699, {899, 699, 499}
-SIDE = 480  # most pixels of a page's clip
+# The noise level of the headline numbers, fixed before any run; and the levels that the project makes claims about.
+LEVEL, CLAIMED_LEVELS = 699, {899, 699, 499}
+SIDE = 480  # largest width and height of a page's clip, in pixels
 
 
 def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The few numbers a reader should take away, each with its name and what it is measured in or against."""
+    """The few most important numbers, each with its name and its unit or reference."""
     cards = []
     shown: list[AccuracyRow] = wording.pooled(metrics["accuracy"])
     main = wording.main_dimension(shown)
@@ -156,7 +156,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         beside = [
             f"{other['t']:g}: {wording.percent(other['without_ties'])}"
             for other in others
-            if other["t"] in BARS - {row["t"]}
+            if other["t"] in CLAIMED_LEVELS - {row["t"]}
         ]
         text = f"of decided pairs ordered rightly at t\u00a0=\u00a0{row['t']:g}{between}"
         text += f"; at t\u00a0=\u00a0{', '.join(beside)}" if beside else ""
@@ -166,7 +166,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         cards.append({"name": "Judge accuracy", "value": wording.percent(row["without_ties"]), "text": text})
     every: list[BestOfNRow] = wording.pooled(metrics["best_of_n"])
     picks = [row for row in every if wording.is_main(row)]
-    # one strategy, named before the run: the better of several would be chosen by its luck
+    # One strategy, chosen before the run: choosing the best of several afterwards would favour luck.
     named = [row for strategy in wording.ours() for row in picks if row["strategy"] == strategy]
     if not named:
         return cards
@@ -187,7 +187,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _seeds_apart(metrics: Mapping[str, Any]) -> list[BestOfNRow]:
-    """The rows of each head seed where there are several: its main strategies on the first set of prompts."""
+    """The rows of each head seed, if there are several: the main strategies on the first set of prompts."""
     rows: list[BestOfNRow] = wording.apart(metrics["best_of_n"])
     named = [row for row in rows if wording.is_main(row) and row["set"] == rows[0]["set"]]
     return sorted(named, key=lambda row: (row["strategy"], row["head_seed"]))
@@ -276,7 +276,7 @@ METHOD = (
 
 
 def write_evidence(folder: Path, metrics: Mapping[str, Any], config: Mapping[str, Any], command: str) -> None:
-    """Write README.md, with every table of the run, and metrics.json and config.json to `folder`, which is made."""
+    """Write README.md, with every table of the run, metrics.json and config.json into the new folder `folder`."""
     folder.mkdir(parents=True)
     files.write_json(folder / "metrics.json", metrics)
     files.write_json(folder / "config.json", config)
@@ -284,7 +284,7 @@ def write_evidence(folder: Path, metrics: Mapping[str, Any], config: Mapping[str
 
 
 def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str) -> str:
-    """The tables of a run, after the command, date, machine and time that made them."""
+    """The tables of a run as Markdown, below its command, date, machine and time."""
     machine, timings = metrics["environment"], metrics["timings"]
     minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in timings.items() if name != "this process")
     rows: list[AccuracyRow] = metrics["accuracy"]
@@ -298,7 +298,7 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
         "`config.json` holds every setting, `metrics.json` every number.",
         METHOD,
         "## Bars",
-        tables.bars_table(metrics["bars"]).markdown(),
+        tables.claims_table(metrics["bars"]).markdown(),
         "## Accuracy by noise level",
         tables.accuracy_table(wording.pooled(rows), whole=True).markdown(),
         "## Against the pixel judges",

@@ -26,9 +26,9 @@ Group = Mapping[str, AccuracyRow]  # accuracy rows of one judge at one level, by
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """A head and the cell that it has for a row. `page`: the head on a page, where that is another.
+    """A column's head and the function that gives its cell for a row. `page`: another head for a page.
 
-    A line break in `head` is one on the terminal and a space on a page.
+    A line break in `head` is kept on the terminal and becomes a space on a page.
     """
 
     head: str
@@ -40,7 +40,7 @@ class Column(Generic[Row]):
 
 @dataclass(frozen=True)
 class Table(Generic[Row]):
-    """Columns over rows. rich prints it as it is; `markdown` is the same for a page, without title and caption."""
+    """Columns and rows. rich prints the table; `markdown` gives it for a page, without title and caption."""
 
     columns: Sequence[Column[Row]]
     rows: Sequence[Row]
@@ -127,7 +127,7 @@ def accuracy_table(
         "threshold chosen on validation pairs. t = 1000 is pure noise, 0 is clean"
     )
     if all(row["with_ties_validation_threshold"] is None for row in rows):
-        caption = caption.replace("the threshold chosen on validation pairs", "not told, for want of validation pairs")
+        caption = caption.replace("the threshold chosen on validation pairs", "not known without validation pairs")
     judges = {(row["judge"], row["head_seed"], row["source"], row["set"]) for row in rows}
     columns = [*(names if len(judges) > 1 else []), *accuracy, decided, *by_dimension, ties, pairs]
     return Table(columns, groups, title, caption)
@@ -171,8 +171,8 @@ def judges_table(
 def best_of_n_table(rows: Sequence[BestOfNRow], title: str | None = None, whole: bool = False) -> Table[BestOfNRow]:
     """`rows` as in metrics.json's "best_of_n": one line per strategy, as given.
 
-    Fits 80 columns unless `whole`, which is for a page and names settings and judge in every row. The columns of what
-    a pick gains are left out on the terminal where no referee measured it.
+    Fits 80 columns unless `whole`, which is for a page and names settings and judge in every row. On the terminal the
+    columns of a pick's gain are left out if no referee measured it.
     """
 
     gain: list[Column[BestOfNRow]] = [
@@ -252,7 +252,7 @@ def attention_table(rows: Sequence[AttentionRow]) -> Table[AttentionRow]:
     )
 
 
-def bars_table(rows: Sequence[ClaimRow]) -> Table[ClaimRow]:
+def claims_table(rows: Sequence[ClaimRow]) -> Table[ClaimRow]:
     """`rows` as in metrics.json's "bars", one line each."""
     verdicts = {None: wording.MISSING, True: "yes", False: "no"}
     return Table(
@@ -266,7 +266,7 @@ def bars_table(rows: Sequence[ClaimRow]) -> Table[ClaimRow]:
 
 
 def beside_table(beside: Beside) -> Table[BesideRow]:
-    """A run's main numbers beside the full run's; fits 80 columns."""
+    """A run's main numbers next to those of the full run; fits 80 columns."""
     many = f"{beside['full_prompts']} prompts, {beside['full_judges']} judges"
     few = f"{beside['prompts']} prompt{'' if beside['prompts'] == 1 else 's'}"
     columns: list[Column[BesideRow]] = [
@@ -315,7 +315,7 @@ def calibration_table(rows: Sequence[CalibrationRow]) -> Table[CalibrationRow]:
     """`rows` as in the "calibration" of a study's metrics.json, one line per variant and dimension."""
 
     def temperature(value: float) -> str:
-        return f"{value:.2f}" if value < 100 else "above 100"  # its scores tell nothing of the labels
+        return f"{value:.2f}" if value < 100 else "above 100"  # scores without any information on the labels
 
     return Table(
         [

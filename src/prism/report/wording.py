@@ -1,4 +1,4 @@
-"""Grouping of metrics.json's rows and wording of their numbers, alike on the terminal and on the page."""
+"""Groups of metrics.json's rows and texts of their numbers, the same on the terminal and on the page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MISSING = "–"
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
 JudgedRow = TypeVar("JudgedRow", "AccuracyRow", "BestOfNRow")  # all of one kind
-# What a strategy is in a report: one plain call, a pick by luck, one of those that are to save work, the one whose cost
-# is the unit, the one whose gain is the unit, or none of these.
+# Roles of strategies in a report. "plain": one plain call; "luck": a random pick; "ours": saves work; "reference": its
+# cost is the unit of cost; "best": its gain is the unit of gain.
 Role = Literal["plain", "luck", "ours", "reference", "best", ""]
 
 
@@ -33,9 +33,9 @@ _strategies: Callable[[], Mapping[str, Any]] = dict
 
 
 def tell(strategies: Callable[[], Mapping[str, Any]]) -> None:
-    """Take the function that gives the strategies by name, in the order in which reports list them.
+    """Set the function that gives the strategies by name, in the order in which reports list them.
 
-    It is called once a report asks: the package names those of `prism.sampling`, which nothing here may import.
+    It is called only when a report is made: the package sets that of `prism.sampling`, which is not imported here.
     """
     global _strategies
     _strategies = strategies
@@ -48,22 +48,22 @@ def role(row: BestOfNRow) -> Role:
 
 
 def is_ours(row: BestOfNRow) -> bool:
-    """True for a Best-of-N row of a strategy that is to save work."""
+    """True for a Best-of-N row of a strategy that saves work."""
     return role(row) == "ours"
 
 
 def is_blind(row: BestOfNRow) -> bool:
-    """True where the pick was made without looking at the candidates, so that its gain is chance around zero."""
+    """True if the pick was made without looking at the candidates, so that its gain is chance around zero."""
     return role(row) in ("plain", "luck")
 
 
 def ours() -> list[str]:
-    """The strategies that are to save work, the headline's first."""
+    """The strategies that save work; the first is that of the headline numbers."""
     return [name for name, kind in _strategies().items() if kind.role == "ours"]
 
 
 def setting(row: BestOfNRow) -> int | None:
-    """The number that Best-of-N rows of one strategy differ in: the length of a draft, or the step of a single cut."""
+    """The setting that differs between rows of one strategy: the length of a draft, or the step of a single cut."""
     if row["draft_steps"] is not None:
         return int(row["draft_steps"])
     cuts = row["schedule"] or []
@@ -83,19 +83,19 @@ def dimensions(rows: Sequence[AccuracyRow]) -> list[str]:
 
 
 def pooled(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
-    """The rows to show where judges of several seeds were measured: one for all of them in place of one each."""
+    """The rows to show: if judges of several seeds were measured, their common rows in place of one per seed."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if row.get("head_seeds") or (row["judge"], row["set"]) not in together]
 
 
 def apart(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
-    """The rows of single judges where judges of several seeds were measured; none where there was one."""
+    """The rows per seed, if judges of several seeds were measured; none for a judge of one seed."""
     together = {(row["judge"], row["set"]) for row in rows if row.get("head_seeds")}
     return [row for row in rows if not row.get("head_seeds") and (row["judge"], row["set"]) in together]
 
 
 def is_main(row: BestOfNRow) -> bool:
-    """True for a Best-of-N row of a strategy with the settings that were fixed beforehand."""
+    """True for a Best-of-N row of a strategy with the settings that were fixed before the run."""
     return bool(row.get("name", row["strategy"]) == row["strategy"])
 
 
@@ -104,8 +104,8 @@ def in_order(rows: Sequence[BestOfNRow]) -> list[BestOfNRow]:
     order = list(_strategies())
 
     def key(row: BestOfNRow) -> tuple[Any, ...]:
-        place = order.index(row["strategy"]) if row["strategy"] in order else len(order)
-        return place, row["n"], len(row["schedule"] or []), row["denoiser_share_of_full"] or 0.0
+        position = order.index(row["strategy"]) if row["strategy"] in order else len(order)
+        return position, row["n"], len(row["schedule"] or []), row["denoiser_share_of_full"] or 0.0
 
     return sorted(rows, key=key)
 
@@ -142,7 +142,7 @@ def points(value: float) -> str:
 
 
 def clear(interval: Sequence[float] | None) -> bool:
-    """True for an interval of a difference that leaves out zero."""
+    """True for an interval of a difference that does not contain zero."""
     return interval is not None and (interval[0] > 0 or interval[1] < 0)
 
 
@@ -151,7 +151,7 @@ def points_interval(value: Sequence[float] | None) -> str:
 
 
 def judge_name(row: AccuracyRow | BestOfNRow) -> str:
-    """The judge with its head's seed and training source where it has them."""
+    """The judge's name with its head's seed and training source, if it has them."""
     seed = "" if row.get("head_seed") is None else f", seed {row['head_seed']}"
     if row.get("head_seeds"):
         seed = f", {len(row['head_seeds'])} seeds"
@@ -161,7 +161,7 @@ def judge_name(row: AccuracyRow | BestOfNRow) -> str:
 
 
 def short_names(rows: Sequence[AccuracyRow]) -> dict[str, str]:
-    """Names of judges without seeds where they are told apart without: name -> short name."""
+    """Names of judges without seeds, if they are distinct without: name -> short name."""
     names = {judge_name(row): row["judge"] for row in rows}
     return {name: short if list(names.values()).count(short) == 1 else name for name, short in names.items()}
 
@@ -177,12 +177,12 @@ def by_level(rows: Sequence[AccuracyRow]) -> list[dict[str, AccuracyRow]]:
 
 
 def strategy_name(row: BestOfNRow) -> str:
-    """The strategy, and by whose judgement where that was not our head's."""
+    """The strategy's name, with the judge's if that was not our head."""
     return row["strategy"] if row["judge"] in ("prism", "referee", None) else f"{row['strategy']} ({row['judge']})"
 
 
 def judged_at(row: Row) -> str:
-    """The noise level at which a Best-of-N row's finished latents were judged; "" where they were not re-noised."""
+    """The noise level at which a Best-of-N row's finished latents were judged; "" if they were not re-noised."""
     return "" if row["judge_at"] is None else f"judged at t{_SPACE}={_SPACE}{row['judge_at']:g}"
 
 
@@ -213,7 +213,7 @@ def signed(value: float | None) -> str:
 
 
 def _number(value: float, digits: int, sign: str = "") -> str:
-    """A number with a typographic minus, and with none where it rounds to zero."""
+    """A number with a typographic minus sign, and no sign if it rounds to zero."""
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
@@ -226,6 +226,6 @@ def whole(value: int | None) -> str:
 
 
 def count(value: float) -> str:
-    """Thousands apart by a narrow space; one decimal only where there is a fraction."""
+    """A number with thousands separated by a narrow space; one decimal only if there is a fraction."""
     text = f"{value:,.0f}" if float(value).is_integer() or value >= 1000 else f"{value:,.1f}"
     return text.replace(",", "\u202f")
