@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -26,6 +27,7 @@ from prism import files
 from prism.errors import PrismError
 from prism.judge import Judge, QueryHead
 from prism.judge.hub import model_card
+from prism.judge.reference import Reference
 
 DIMENSIONS = ("VQ", "MQ", "overall")
 ROOT = Path(__file__).parents[2]
@@ -82,11 +84,14 @@ def talk(hub: StandIn) -> dict[str, Any]:
     """All that is asked of the Hub in this file."""
     said: dict[str, Any] = {}
     pipe = tiny.wan()
-    said["addresses"] = [judge_of().push_to_hub("someone/head", token=TOKEN, evaluation=ROWS, license="mit")]
+    judge, measured = judge_of(), np.ones((1, 2, 3))
+    judge.reference = Reference((500,), DIMENSIONS, measured, measured, ("key", "key"), {"clips": 2})
+    said["addresses"] = [judge.push_to_hub("someone/head", token=TOKEN, evaluation=ROWS, license="mit")]
     said["pushed"] = sorted(hub.branches["someone/head"]["main"])
     said["card"] = hub.branches["someone/head"]["main"]["README.md"].decode()
     loaded = Judge.from_pretrained("someone/head", pipe)
     said["scores"], said["evaluation"], said["fetched"] = scores_of(loaded), loaded.evaluation, sorted(hub.fetched)
+    said["reference"] = loaded.reference.facts
     judge_of(1).push_to_hub("someone/head", token=TOKEN, revision="wider", private=True, commit_message="Another")
     said["branch"] = scores_of(Judge.from_pretrained("someone/head", pipe, revision="wider"))
     said["main again"] = scores_of(Judge.from_pretrained("someone/head", pipe))
@@ -138,7 +143,9 @@ def said(tmp_path_factory):
 def test_a_judge_that_was_pushed_scores_as_before(said):
     assert said["scores"] == said["hidden"] == scores_of(judge_of())
     assert said["evaluation"] == ROWS
-    assert said["pushed"] == [".gitattributes", "README.md", "config.json", "evaluation.json", "model.safetensors"]
+    names = [".gitattributes", "README.md", "config.json", "evaluation.json", "model.safetensors", "reference.json"]
+    assert said["pushed"] == names
+    assert said["reference"] == {"clips": 2}
     assert "/someone/head/commit/" in said["addresses"][0]
     assert said["private"] == ["someone/hidden"]
 
@@ -158,11 +165,11 @@ def test_a_branch_and_a_message_are_the_users(said):
 
 
 def test_accuracies_of_earlier_weights_do_not_stay_on_the_hub(said):
-    assert "evaluation.json" not in said["after another push"]
+    assert not {"evaluation.json", "reference.json"} & set(said["after another push"])
 
 
 def test_only_safetensors_and_json_are_fetched(said):
-    assert said["fetched"] == ["config.json", "evaluation.json", "model.safetensors"]
+    assert said["fetched"] == ["config.json", "evaluation.json", "model.safetensors", "reference.json"]
     assert said["fetched at all"] == said["fetched"]
 
 

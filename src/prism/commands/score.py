@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import math
-import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from prism import files
 from prism.commands.encode import Frames
 from prism.commands.evaluate import Judged
 from prism.commands.options import Seed, levels_of, option
-from prism.errors import DRAWS, SEEDS, PrismError, first_difference, quoted, whole
+from prism.commands.scores import Journal, cells, show, write
+from prism.errors import DRAWS, SEEDS, PrismError, quoted, whole
 
 ENDINGS = (".csv", ".json")
-SHOWN = 20  # clips that are printed where a file has them all
-COLUMNS = ("video", "prompt", "t", "dimension", "score", "standard_error", "draws")
-BESIDE = ("percentile", "win_probability", "reference_clips", "reference_of")
 
 
 @dataclass(frozen=True)
@@ -74,7 +68,7 @@ class Score:
     def main(self) -> int:
         """Score, print the table, and return the exit code."""
         document = run(self)
-        _show(document, self.out)
+        show(document, self.out)
         return 1 if document["unread"] else 0
 
 
@@ -96,6 +90,8 @@ def run(config: Score) -> dict[str, Any]:
     asked = None if config.levels is None else levels_of("--t", config.levels)
     out = None if config.out is None else _checked_out(config)
     clips = list(clips_of(config))
+    if not clips:
+        raise PrismError(f"There is no clip in {quoted(' '.join(config.files), 200)}.")
     backbone, call, name = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
     judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None)
     policy, call = call_frames(backbone, call, **asdict(config.frames))
@@ -104,6 +100,7 @@ def run(config: Score) -> dict[str, Any]:
     facts = {
         **{"seed": config.seed, "draws": config.draws, "levels": list(levels), "dimensions": list(judge.dimensions)},
         **{"head": head_digest(judge), "backbone": describe(backbone, name), "frames": asdict(policy)},
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         **{"call": json.loads(json.dumps(call, default=str)), "reference": _described(judge.reference)},
     }
     journal = Journal(out, facts, config.resume)
@@ -124,16 +121,17 @@ def run(config: Score) -> dict[str, Any]:
             if scored.compared:
                 of = "prompt" if scored.same_prompt[0] else "all"
                 row |= {"reference_clips": scored.compared[0], "reference_of": of}
-            row["scores"] = _cells(scored)
+            row["scores"] = cells(scored)
             journal.add(clip, row)
         rows.append(row)
     for each in unread:
         print(f"prism: left out: {each['reason']}", file=sys.stderr)
     if not rows:
+        journal.end()
         raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0]['reason'], 300)}")
     document = {"schema": 1, "command": "score", **facts, "clips": rows, "unread": unread}
     if out is not None:
-        _write(out, document)
+        write(out, document)
         journal.end()
     return document
 
@@ -151,14 +149,12 @@ def clips_of(config: Score) -> Iterator[dict[str, Any]]:
         raise PrismError("Which clips to score is not said; name files, folders or tables.")
     for word in config.files:
         path = Path(word)
-        suffix = path.suffix.lower()
-        folder = path.is_dir()
-        movies = sorted(each for each in path.rglob("*") if each.suffix.lower() in MOVIES) if folder else []
+        movies = sorted(each for each in path.rglob("*") if each.suffix.lower() in MOVIES) if path.is_dir() else []
+        on_the_hub = not path.exists() and re.fullmatch(r"[\w-]+/[\w-]+", word)
         if movies:
             found = [_single(str(each), config) for each in movies if each.is_file()]
-        elif (folder and not picture_files(path)) or (not folder and (suffix in TABLES or not path.exists())):
-            clip_or_table = suffix in TABLES or folder or (not suffix and word.count("/") == 1)
-            found = _tabled(word, config) if clip_or_table else [_single(word, config)]
+        elif path.suffix.lower() in TABLES or on_the_hub or (path.is_dir() and not picture_files(path)):
+            found = _tabled(word, config)
         else:
             found = [_single(word, config)]
         for clip in found:
@@ -220,26 +216,6 @@ def check_inputs(backbone: Any, call: Mapping[str, Any], clips: Sequence[Mapping
             raise PrismError(f"{type(backbone.pipe).__name__} takes no image; leave --image out.")
 
 
-# -- what comes out
-
-
-def _cells(scored: Any) -> list[dict[str, Any]]:
-    """One entry per level and dimension of a `VideoScores` of one video."""
-    cells = []
-    beside = {"percentile": scored.percentiles, "win_probability": scored.win_probabilities}
-    for place, t in enumerate(scored.levels):
-        for column, dimension in enumerate(scored.dimensions):
-            values = {"score": scored.scores, "standard_error": scored.errors}
-            values |= {name: value for name, value in beside.items() if value is not None}
-            numbers = {name: _number(value[0, place, column].item()) for name, value in values.items()}
-            cells.append({"t": t, "dimension": dimension, **numbers})
-    return cells
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(f"{value:.6g}")
-
-
 def _described(reference: Any) -> dict[str, Any] | None:
     return None if reference is None else {"levels": list(reference.levels), **reference.facts}
 
@@ -257,139 +233,3 @@ def _checked_out(config: Score) -> Path:
     except OSError as error:
         raise PrismError(f"The --out {quoted(str(out), 200)} cannot be made: {error.strerror}.") from error
     return out
-
-
-def _write(out: Path, document: dict[str, Any]) -> None:
-    """Write the .csv, a row per clip, level and dimension, or the .json."""
-    if out.suffix.lower() == ".json":
-        files.write_json(out, document)
-        return
-    beside = BESIDE if document["reference"] else ()
-    images = ("image",) if any(clip["image"] for clip in document["clips"]) else ()
-    with files.new_file(out) as work, work.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [*COLUMNS, *beside, *images], lineterminator="\n")
-        writer.writeheader()
-        for clip in document["clips"]:
-            same = {name: clip[name] for name in ("video", "prompt", *images, *beside[2:])}
-            for cell in clip["scores"]:
-                writer.writerow({**same, "draws": document["draws"] if cell["t"] else 1, **cell})
-
-
-class Journal:
-    """The clips that are scored, line by line beside `out`, so that a run that was stopped can go on."""
-
-    def __init__(self, out: Path | None, facts: Mapping[str, Any], resume: bool) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.file = None if out is None else self.path(out)
-        if self.file is None:
-            return
-        head = json.dumps({"journal": json.loads(json.dumps(facts))})
-        if self.file.exists():
-            if not resume:
-                raise PrismError(
-                    f"The file {files.shown(self.file)} is of a run that stopped; go on with --resume, or delete it."
-                )
-            self._read(json.loads(head)["journal"])
-            return
-        with files.new_file(self.file) as work:
-            work.write_text(f"{head}\n", encoding="utf-8")
-
-    @staticmethod
-    def path(out: Path) -> Path:
-        return out.with_name(f"{out.name}.partial")
-
-    @staticmethod
-    def key(clip: Mapping[str, Any]) -> str:
-        return json.dumps([clip["video"], clip["prompt"], clip["image"]])
-
-    def _read(self, facts: Mapping[str, Any]) -> None:
-        """Take over the whole lines of an earlier run with the same facts, and cut off a line that broke."""
-        assert self.file is not None
-        files.check_regular(self.file)
-        data = self.file.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        try:
-            before, *rows = (json.loads(line) for line in lines)
-            before = before["journal"]
-            self.rows = {self.key(row): row for row in rows if isinstance(row["scores"], list)}
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise PrismError(
-                f"The file {files.shown(self.file)} is no list of scored clips, or was altered; delete it."
-            ) from None
-        if before != facts:
-            raise PrismError(
-                f"The run in {files.shown(self.file)} was another: {first_difference(before, facts)}; delete it, or "
-                "choose another --out."
-            )
-        os.truncate(self.file, sum(map(len, lines)))
-
-    def add(self, clip: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-        """Note a clip's row."""
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
-
-    def end(self) -> None:
-        """Remove the list, once `out` is there."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-
-
-def _show(document: Mapping[str, Any], out: Path | None) -> None:
-    """Print the table, what it is beside, and where the file is."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from prism.report.tables import Column, Table
-
-    clips = document["clips"]
-    shown = clips if out is None else clips[:SHOWN]
-    rows = [
-        {**clip, "t": t, "cells": {cell["dimension"]: cell for cell in clip["scores"] if cell["t"] == t}}
-        for clip in shown
-        for t in document["levels"]
-    ]
-    columns: list[Any] = [
-        Column("clip", lambda row: escape(quoted(str(row["video"]), 60)), left=True),
-        Column("t", lambda row: f"{row['t']:g}"),
-        *(Column(escape(name), partial(_cell, name)) for name in document["dimensions"]),
-    ]
-    console = Console(highlight=False)
-    console.print(Table(columns, rows))
-    for line in _read_as(document):
-        console.print(line, soft_wrap=True, markup=False)
-    if out is not None:
-        more = f" ({len(clips) - len(shown):,} more clips than shown)" if len(clips) > len(shown) else ""
-        console.print(f"Scores: {out}{more}", soft_wrap=True, markup=False)
-
-
-def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what the percentiles and probabilities are among."""
-    reference = document["reference"]
-    if not reference:
-        yield "This head has no reference to read scores beside: prism reference --head HEAD --data STORE adds one."
-        return
-    store = reference["store"] if isinstance(reference.get("store"), dict) else {}
-    name, split = (quoted(str(each), 60) for each in (store.get("name"), reference.get("split")))
-    yield (
-        f"Percentile, and probability of being preferred (half of a tie counts), among clips of {name} ({split}) at "
-        f"t = {', '.join(f'{t:g}' for t in reference['levels'])}."
-    )
-    apart = sum(clip["reference_of"] == "all" for clip in document["clips"])
-    if apart:
-        shares = reference.get("between_prompts") or {}
-        numbers = [share for by_name in shares.values() for share in by_name.values() if share is not None]
-        most = f", and up to {max(numbers):.0%} of their variance is between prompts" if numbers else ""
-        yield (
-            f"The reference lacks the prompts of {apart} of {len(document['clips'])} clips: these stand among clips of "
-            f"other prompts{most}, so that their place says more of the prompt than of the clip."
-        )
-
-
-def _cell(dimension: str, row: Mapping[str, Any]) -> str:
-    cell = row["cells"][dimension]
-    error = cell["standard_error"]
-    text = f"{cell['score']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
-    if cell.get("percentile") is not None:
-        text += f"\n{cell['percentile']:.0f} %, {cell['win_probability']:.2f}"
-    return text

@@ -155,6 +155,8 @@ def clip_list(source: Source, collector: Collector) -> None:
             if len(known) > 1:
                 clip["video"] = f"{name}#{len(known)}"
             facts: dict[str, Any] = {each: row.text(each) for each in ("model", "image", "split")}
+            if facts["image"] is not None:
+                facts["image"] = collector.file(row, "image", facts["image"])
             collector.video(row, column, prompt, **clip, fps=row.number("fps"), **facts)
 
 

@@ -1,0 +1,204 @@
+"""What `prism score` leaves: a table on the terminal, a CSV or JSON file, and on the way a list of what is done."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prism import files
+from prism.errors import PrismError, first_difference, quoted
+
+SHOWN = 20  # clips that are printed where a file has them all
+COLUMNS = ("video", "prompt", "t", "dimension", "score", "standard_error", "draws")
+BESIDE = ("percentile", "win_probability", "reference_clips", "reference_of")
+
+
+def cells(scored: Any) -> list[dict[str, Any]]:
+    """One entry per level and dimension of a `VideoScores` of one video."""
+    cells = []
+    beside = {"percentile": scored.percentiles, "win_probability": scored.win_probabilities}
+    for place, t in enumerate(scored.levels):
+        for column, dimension in enumerate(scored.dimensions):
+            values = {"score": scored.scores, "standard_error": scored.errors}
+            values |= {name: value for name, value in beside.items() if value is not None}
+            numbers = {name: _number(value[0, place, column].item()) for name, value in values.items()}
+            cells.append({"t": t, "dimension": dimension, **numbers})
+    return cells
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(f"{value:.6g}")
+
+
+def write(out: Path, document: dict[str, Any]) -> None:
+    """Write the .csv, a row per clip, level and dimension, or the .json."""
+    if out.suffix.lower() == ".json":
+        files.write_json(out, document)
+        return
+    beside = BESIDE if document["reference"] else ()
+    images = ("image",) if any(clip["image"] for clip in document["clips"]) else ()
+    with files.new_file(out) as work, work.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*COLUMNS, *beside, *images], lineterminator="\n")
+        writer.writeheader()
+        for clip in document["clips"]:
+            same = {name: clip[name] for name in ("video", "prompt", *images, *beside[2:])}
+            for cell in clip["scores"]:
+                writer.writerow({**same, "draws": document["draws"] if cell["t"] else 1, **cell})
+
+
+class Journal:
+    """The clips that are scored, line by line beside `out`, so that a run that was stopped can go on."""
+
+    def __init__(self, out: Path | None, facts: Mapping[str, Any], resume: bool) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.file = None if out is None else self.path(out)
+        if self.file is None:
+            return
+        head = json.dumps({"journal": json.loads(json.dumps(facts))})
+        if self.file.exists():
+            if not resume:
+                raise PrismError(
+                    f"The file {files.shown(self.file)} is of a run that stopped; go on with --resume, or delete it."
+                )
+            self._read(json.loads(head)["journal"])
+            return
+        with files.new_file(self.file) as work:
+            work.write_text(f"{head}\n", encoding="utf-8")
+
+    @staticmethod
+    def path(out: Path) -> Path:
+        return out.with_name(f"{out.name}.partial")
+
+    @staticmethod
+    def key(clip: Mapping[str, Any]) -> str:
+        return json.dumps([clip["video"], clip["prompt"], clip["image"]])
+
+    def _read(self, facts: Mapping[str, Any]) -> None:
+        """Take over the whole lines of an earlier run with the same facts, and cut off a line that broke."""
+        assert self.file is not None
+        files.check_regular(self.file)
+        data = self.file.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        try:
+            before, *rows = (json.loads(line) for line in lines)
+            before = before["journal"]
+            self.rows = {self.key(row): row for row in rows}
+            if before == facts and not all(_is_row(row, facts) for row in rows):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise PrismError(
+                f"The file {files.shown(self.file)} is no list of scored clips, or was altered; delete it."
+            ) from None
+        if before != facts:
+            raise PrismError(
+                f"The run in {files.shown(self.file)} was another: {first_difference(before, facts)}; delete it, or "
+                "choose another --out."
+            )
+        os.truncate(self.file, sum(map(len, lines)))
+
+    def add(self, clip: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        """Note a clip's row."""
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def end(self) -> None:
+        """Remove the list, once `out` is there."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+
+def _end(name: str) -> str:
+    """A clip's name, or its end: beginnings are mostly alike."""
+    line = quoted(name, 2000)
+    return line if len(line) <= 40 else f"...{line[-37:]}"
+
+
+def _is_row(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """True for a row that has all that is written of it."""
+    beside = bool(facts["reference"])
+    named = [(cell["t"], cell["dimension"]) for cell in row["scores"]]
+    numbers = [cell[name] for cell in row["scores"] for name in ("score", "standard_error", *BESIDE[: 2 * beside])]
+    wanted = [(t, name) for t in facts["levels"] for name in facts["dimensions"]]
+    plain = all(isinstance(each, int | float | None) for each in numbers)
+    return named == wanted and plain and all(name in row for name in BESIDE[2:] if beside)
+
+
+def show(document: Mapping[str, Any], out: Path | None) -> None:
+    """Print the table, what it is beside, and where the file is."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from prism.report.tables import Column, Table
+
+    clips = document["clips"]
+    shown = clips if out is None else clips[:SHOWN]
+    rows = [
+        {**clip, "t": t, "cells": {cell["dimension"]: cell for cell in clip["scores"] if cell["t"] == t}}
+        for clip in shown
+        for t in document["levels"]
+    ]
+    columns: list[Any] = [
+        Column("clip", lambda row: escape(_end(str(row["video"]))), left=True),
+        Column("t", lambda row: f"{row['t']:g}"),
+        *(Column(escape(name), partial(_cell, name)) for name in document["dimensions"]),
+    ]
+    console = Console(highlight=False)
+    console.print(Table(columns, rows))
+    for line in _read_as(document):
+        console.print(line, soft_wrap=True, markup=False)
+    if out is not None:
+        more = f" ({len(clips) - len(shown):,} more clips than shown)" if len(clips) > len(shown) else ""
+        console.print(f"Scores: {out}{more}", soft_wrap=True, markup=False)
+
+
+def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences on what the percentiles and probabilities are among."""
+    reference = document["reference"]
+    if not reference:
+        yield "This head has no reference to read scores beside: prism reference --head HEAD --data STORE adds one."
+        return
+    store = reference["store"] if isinstance(reference.get("store"), dict) else {}
+    name, split = (quoted(str(each), 60) for each in (store.get("name"), reference.get("split")))
+    yield (
+        f"Percentile, and probability of being preferred (half of a tie counts), among clips of {name} ({split}) at "
+        f"t = {', '.join(f'{t:g}' for t in reference['levels'])}."
+    )
+    yield from _unlike(reference, document)
+    apart = sum(clip["reference_of"] == "all" for clip in document["clips"])
+    if apart:
+        shares = reference.get("between_prompts") or {}
+        numbers = [share for by_name in shares.values() for share in by_name.values() if share is not None]
+        most = f", and up to {max(numbers):.0%} of their variance is between prompts" if numbers else ""
+        yield (
+            f"The reference lacks the prompts of {apart} of {len(document['clips'])} clips: these stand among clips of "
+            f"other prompts{most}, so that their place says more of the prompt than of the clip."
+        )
+
+
+def _unlike(reference: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for clips that are not of the frames that the reference's were."""
+    pairs = [(reference.get("call"), document["call"]), (reference.get("frames"), document["frames"])]
+    for theirs, ours in pairs:
+        for name in ("num_frames", "height", "width", "fps", "start", "fit"):
+            if isinstance(theirs, dict) and name in theirs and name in ours and theirs[name] != ours[name]:
+                yield (
+                    f"The reference's clips are of {name} {quoted(theirs[name], 40)}, and these of {ours[name]}: clips "
+                    "that are unlike are compared."
+                )
+                return
+
+
+def _cell(dimension: str, row: Mapping[str, Any]) -> str:
+    cell = row["cells"][dimension]
+    error = cell["standard_error"]
+    text = f"{cell['score']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
+    if cell.get("percentile") is not None:
+        text += f"\n{cell['percentile']:.0f} %, {cell['win_probability']:.2f}"
+    return text
