@@ -8,14 +8,16 @@ A table of pairs has the columns prompt, video_a, video_b, split and one int8 co
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prism import files
@@ -198,30 +200,50 @@ def group_by_prompt(pairs: pa.Table, dimensions: Sequence[str], split: str) -> l
 
     In the split "train" a pair with probabilities counts as labelled, even if it has no hard label.
     """
-    instance("split", split, str, "a text")
-    dimensions = list(listed("dimensions", dimensions))
-    labels = label_matrix(pairs, dimensions)
-    soft, weights = soft_labels(pairs, dimensions)
-    labelled = ~np.isnan(labels)
-    if split == "train" and soft is not None:
-        labelled |= ~np.isnan(soft[..., 0])
-    chosen = np.array([s == split for s in pairs["split"].to_pylist()], dtype=bool) & labelled.any(1)
-    rows: dict[str, list[int]] = {}
-    prompts = pairs["prompt"].to_pylist()
-    for row in np.flatnonzero(chosen).tolist():
-        rows.setdefault(prompts[row], []).append(row)
-    video_a, video_b = pairs["video_a"].to_pylist(), pairs["video_b"].to_pylist()
-    groups = []
-    for prompt, members in rows.items():
-        index: dict[str, int] = {}
-        for row in members:
-            for video in (video_a[row], video_b[row]):
-                index.setdefault(video, len(index))
-        first = np.array([index[video_a[row]] for row in members])
-        second = np.array([index[video_b[row]] for row in members])
-        of_group = (None if values is None else values[members] for values in (soft, weights))
-        groups.append(PromptGroup(prompt, tuple(index), first, second, labels[members], *of_group))
-    return groups
+    return list(PromptGroups(pairs, dimensions, split))
+
+
+class PromptGroups(Sequence[PromptGroup]):
+    """The groups of `group_by_prompt`, each made when it is asked for: a few numbers per pair are all that is kept."""
+
+    def __init__(self, pairs: pa.Table, dimensions: Sequence[str], split: str) -> None:
+        instance("split", split, str, "a text")
+        dimensions = list(listed("dimensions", dimensions))
+        labels = label_matrix(pairs, dimensions)
+        soft, weights = soft_labels(pairs, dimensions)
+        labelled = ~np.isnan(labels)
+        if split == "train" and soft is not None:
+            labelled |= ~np.isnan(soft[..., 0])
+        chosen = np.flatnonzero(pc.equal(pairs["split"], split).to_numpy() & labelled.any(1))
+        prompts = pairs["prompt"].take(pa.array(chosen)).combine_chunks().dictionary_encode().indices.to_numpy()
+        self._rows = chosen[np.argsort(prompts, kind="stable")]
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(prompts))]).astype(np.int64)
+        self._labels = labels[self._rows]
+        self._soft, self._weights = (None if each is None else each[self._rows] for each in (soft, weights))
+        self._texts = pairs.select(PAIR_COLUMNS[:3])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> PromptGroup: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PromptGroup]: ...
+
+    def __getitem__(self, index: int | slice) -> PromptGroup | list[PromptGroup]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]  # refuses one that is not there
+        members = slice(self._starts[number], self._starts[number + 1])
+        rows = self._texts.take(pa.array(self._rows[members]))
+        video_a, video_b = rows["video_a"].to_pylist(), rows["video_b"].to_pylist()
+        videos: dict[str, int] = {}
+        for video in itertools.chain(*zip(video_a, video_b)):
+            videos.setdefault(video, len(videos))
+        first, second = (np.array([videos[video] for video in each]) for each in (video_a, video_b))
+        extras = (None if values is None else values[members] for values in (self._soft, self._weights))
+        return PromptGroup(rows["prompt"][0].as_py(), tuple(videos), first, second, self._labels[members], *extras)
 
 
 def prompt_key(prompt: str) -> str:

@@ -21,10 +21,12 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -32,7 +34,7 @@ from safetensors import safe_open
 
 from prism import files
 from prism.errors import PrismError, quoted
-from prism.preference.pairs import check_file, named, read_table
+from prism.preference.pairs import PAIR_COLUMNS, check_file, named, read_table
 
 FIRST_SCHEMA, SCHEMA = 1, 2
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -188,3 +190,38 @@ def view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> An
             f"The tensor {name} in {named(path)} must be (rows, ...), found the shape {quoted(shape, 80)}."
         )
     return tensor
+
+
+def present_pairs(folder: Path, videos: pa.Table) -> pa.Table:
+    """The pairs whose videos the store holds; a store that is still being written may lack videos of some pairs."""
+    if not (folder / PAIRS).is_file():
+        return pa.table({name: pa.array([], pa.string()) for name in PAIR_COLUMNS})
+    pairs = read_table(folder / PAIRS, PAIR_COLUMNS)
+    present = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
+    missing = len(pairs) - pc.sum(present).as_py() if len(pairs) else 0
+    if missing:
+        warnings.warn(
+            f"{missing} of {len(pairs)} pairs of the store {named(folder)} name videos that it does not hold (yet); "
+            "they are left out.",
+            stacklevel=3,
+        )
+    return pairs.filter(present) if missing else pairs
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The content of store.json; checked to be an object with objects as "call", "backbone" and "sha256"."""
+    check_file(path)
+    meta = files.read_json(path)
+    if not isinstance(meta, dict):
+        raise PrismError(f"The file {named(path)} is a {type(meta).__name__} where an object is needed.")
+    for name in ("call", "backbone", "sha256"):
+        if not isinstance(meta.get(name) or {}, dict):
+            raise PrismError(f"The field {name} of {named(path)} must be an object, found {quoted(meta[name], 80)}.")
+    return meta
+
+
+def kinds_of(videos: pa.Table) -> np.ndarray:
+    """(videos,) int64 numbers of shape and call, in order of appearance."""
+    both = pc.binary_join_element_wise(videos["shape"], videos["call"], "|")
+    kinds: np.ndarray = both.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    return kinds

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -34,7 +34,6 @@ from prism.preference.pairs import (
     SPLITS,
     PromptGroup,
     check_disjoint,
-    check_file,
     cut,
     dimensions_of,
     group_by_prompt,
@@ -52,10 +51,16 @@ from prism.preference.shards import (
     check_seal,
     indexed,
     key_digest,
+    kinds_of,
     open_shard,
+    present_pairs,
+    read_meta,
     view,
 )
 from prism.preference.soft import check_soft
+
+OPEN_SHARDS = 64
+"""Shards that are memory-mapped at once: what a store of any size holds of them, and within a system's open files."""
 
 
 class LatentStore:
@@ -65,10 +70,13 @@ class LatentStore:
         self, folder: Path, meta: dict[str, Any], videos: pa.Table, pairs: pa.Table, seals: Mapping[Path, str]
     ) -> None:
         self.folder, self.meta, self.videos, self.pairs, self._seals = folder, meta, videos, pairs, seals
-        columns = (videos[name].to_pylist() for name in ("video", "shard", "row"))
-        self._place = {video: (shard, row, number) for number, (video, shard, row) in enumerate(zip(*columns))}
-        self._shards: dict[Path, Any] = {}
+        self._index = {video: row for row, video in enumerate(videos["video"].to_pylist())}
+        shards = videos["shard"].combine_chunks().dictionary_encode()
+        self._shard_names, self._shard_of = shards.dictionary.to_pylist(), shards.indices.to_numpy()
+        self._row_of = videos["row"].to_numpy()
+        self._shards: OrderedDict[Path, Any] = OrderedDict()  # opened, the one used last at the end
         self._unread = set(seals)
+        self._kinds: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
@@ -94,10 +102,10 @@ class LatentStore:
                 f"The folder {named(folder)} is no store: its store.json does not exist. Name a folder that prism "
                 "encode or prism.preference.write_store wrote."
             )
-        meta = _read_meta(folder / "store.json")
+        meta = read_meta(folder / "store.json")
         if meta.get("schema") == SCHEMA:
             videos, seals = indexed(folder, key_digest(meta.get("key") or {}))
-            pairs = _present(folder, videos)
+            pairs = present_pairs(folder, videos)
             tables = []  # `indexed` has compared them with their SHA-256
         elif meta.get("schema") == FIRST_SCHEMA:
             tables = [folder / "videos.parquet", folder / PAIRS]
@@ -147,8 +155,8 @@ class LatentStore:
 
     def _holds(self, name: str) -> bool:
         if self._sharded:
-            first = next(iter(self._place.values()), None)
-            return first is not None and name in self._opened(self._path("latents", first[0])).keys()  # noqa: SIM118
+            first = next(iter(self._shard_names), None)
+            return first is not None and name in self._opened(self._path("latents", first)).keys()  # noqa: SIM118
         return name == "states" and self._path("trajectory", 0).exists()
 
     @property
@@ -166,14 +174,30 @@ class LatentStore:
             return tuple(int(size) for size in str(self._of(video, "shape")).split("x"))
         return tuple(self._tensor(self._path("latents", self._placed(video)[0]), "latents", NUMBERS).get_shape()[1:])
 
-    def _of(self, video: str, column: str) -> Any:
-        return self.videos[column][self._placed(video)[2]].as_py()
+    def kinds(self, ids: Iterable[str]) -> np.ndarray:
+        """Numbers from 0 of the shape and call of videos; those of one number fit one batch.
 
-    def _placed(self, video: str) -> tuple[Any, int, int]:
-        """Shard and row of a video's latents, and its row in the table of videos."""
-        if video not in self._place:
+        Returns:
+            (ids,) int64. A store of the first schema has one shape and call, number 0.
+        """
+        if self._kinds is None:
+            self._kinds = kinds_of(self.videos) if self._sharded else np.zeros(len(self.videos), np.int64)
+        kinds: np.ndarray = self._kinds[[self._row(video) for video in ids]]
+        return kinds
+
+    def _of(self, video: str, column: str) -> Any:
+        return self.videos[column][self._row(video)].as_py()
+
+    def _row(self, video: str) -> int:
+        """The row of a video in the table of videos."""
+        if video not in self._index:
             raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
-        return self._place[video]
+        return self._index[video]
+
+    def _placed(self, video: str) -> tuple[Any, int]:
+        """The shard of a video's latents, and their row in it."""
+        row = self._row(video)
+        return self._shard_names[self._shard_of[row]], int(self._row_of[row])
 
     def groups(self, split: str, dimensions: Sequence[str] | None = None) -> list[PromptGroup]:
         """The labelled pairs of a split by prompt."""
@@ -222,13 +246,13 @@ class LatentStore:
         """S, the number of recorded states per video; 0 without trajectories."""
         if not (self.has_trajectories or self.has_predicted):
             return 0
-        shard = next(iter(self._place.values()))[0] if self._sharded else 0
+        shard = self._shard_names[0] if self._sharded else 0
         return int(self._tensor(self._path("trajectory", shard), "t").get_shape()[1])
 
     def _read(self, kind: str, name: str, ids: Iterable[str], index: int | None = None) -> Tensor:
         rows = []
         for video in listed("The videos", ids):
-            shard, row, _ = self._placed(video)
+            shard, row = self._placed(video)
             path = self._path(kind, shard)
             self._check_seal(path)
             view = self._tensor(path, name, NUMBERS)
@@ -242,6 +266,8 @@ class LatentStore:
                 ) from error
             if not bool(torch.isfinite(value).all()):
                 raise PrismError(f"The {name} of video {cut(video)} in {self.folder} hold NaN or infinity.")
+            if not value.numel():
+                raise PrismError(f"The video {cut(video)} in {self.folder} has no recorded state {index}.")
             rows.append(value[0] if index is None else value[0, 0])
         if not rows:
             raise PrismError(f"No videos were asked for in the store {self.folder}.")
@@ -271,6 +297,9 @@ class LatentStore:
     def _opened(self, path: Path) -> Any:
         if path not in self._shards:
             self._shards[path] = open_shard(path)
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(path)
         return self._shards[path]
 
     def _check_seal(self, path: Path) -> None:
@@ -282,18 +311,16 @@ class LatentStore:
 
     def _check_videos(self) -> None:
         table = self.folder / (INDEX if self._sharded else "videos.parquet")
-        ids, splits = (self.videos[name].to_pylist() for name in ("video", "split"))
-        if len(set(ids)) != len(ids):
-            twice = next(video for video, count in Counter(ids).items() if count > 1)
+        if len(self._index) < len(self.videos):
+            twice = next(v for v, count in Counter(self.videos["video"].to_pylist()).items() if count > 1)
             raise PrismError(f"The video {cut(twice)} is in {table} twice.")
-        _check_splits(splits, table)
+        _check_splits(pc.unique(self.videos["split"]).to_pylist(), table)
         as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
         check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))  # videos without pairs leak as well
         if self._sharded:  # shapes were checked when shards were written; a file is compared with its SHA-256 when read
             return
-        needed: dict[int, int] = {}
-        for shard, row, _ in self._place.values():
-            needed[shard] = max(needed.get(shard, 0), row + 1)
+        rows_of = ((shard, self._row_of[self._shard_of == number]) for number, shard in enumerate(self._shard_names))
+        needed = {shard: int(rows.max()) + 1 for shard, rows in rows_of}
         recorded = self.has_trajectories
         shapes: dict[str, tuple[int, ...]] = {}
         for shard in sorted({*needed, 0} if recorded and needed else needed):
@@ -332,20 +359,21 @@ class LatentStore:
 
     def _check_pairs(self) -> None:
         table = self.folder / "pairs.parquet"
-        _check_splits(self.pairs["split"].to_pylist(), table)
-        columns = (self.videos[name].to_pylist() for name in ("video", "prompt", "split"))
-        facts = {video: (prompt, split) for video, prompt, split in zip(*columns)}
-        for prompt, video_a, video_b, split in zip(*(self.pairs[name].to_pylist() for name in PAIR_COLUMNS)):
-            for video in (video_a, video_b):
-                if facts.get(video) == (prompt, split):
-                    continue
-                pair = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(table)}"
-                if video not in facts:
-                    raise PrismError(f"{pair} names no video of the store.")
-                raise PrismError(
-                    f"{pair} is of {cut(prompt)} ({split}), but its video {cut(video)} of "
-                    f"{cut(facts[video][0])} ({facts[video][1]})."
-                )
+        _check_splits(pc.unique(self.pairs["split"]).to_pylist(), table)
+        for side in ("video_a", "video_b"):
+            rows = pc.index_in(self.pairs[side], value_set=self.videos["video"])
+            same = [pc.equal(self.videos[name].take(rows), self.pairs[name]) for name in ("prompt", "split")]
+            wrong = pc.index(pc.fill_null(pc.and_(*same), False), False).as_py()
+            if wrong < 0:
+                continue
+            prompt, video_a, video_b, split = (self.pairs[name][wrong].as_py() for name in PAIR_COLUMNS)
+            pair, row = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(table)}", rows[wrong].as_py()
+            if row is None:
+                raise PrismError(f"{pair} names no video of the store.")
+            raise PrismError(
+                f"{pair} is of {cut(prompt)} ({split}), but its video {cut(self.pairs[side][wrong].as_py())} of "
+                f"{cut(self.videos['prompt'][row].as_py())} ({self.videos['split'][row].as_py()})."
+            )
         label_matrix(self.pairs, self.dimensions)
         check_soft(self.pairs, self.dimensions, named(table))
 
@@ -357,22 +385,6 @@ def store_identity(store: LatentStore) -> dict[str, Any]:
     return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 
 
-def _present(folder: Path, videos: pa.Table) -> pa.Table:
-    """The pairs whose videos the store holds; a store that is still being written may lack videos of some pairs."""
-    if not (folder / PAIRS).is_file():
-        return pa.table({name: pa.array([], pa.string()) for name in PAIR_COLUMNS})
-    pairs = read_table(folder / PAIRS, PAIR_COLUMNS)
-    present = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
-    missing = len(pairs) - pc.sum(present).as_py() if len(pairs) else 0
-    if missing:
-        warnings.warn(
-            f"{missing} of {len(pairs)} pairs of the store {named(folder)} name videos that it does not hold (yet); "
-            "they are left out.",
-            stacklevel=3,
-        )
-    return pairs.filter(present) if missing else pairs
-
-
 def _listed(shape: Sequence[int]) -> str:
     return quoted(", ".join(map(str, shape)), 60)
 
@@ -381,15 +393,3 @@ def _check_splits(splits: Iterable[str], table: Path) -> None:
     unknown = set(splits) - set(SPLITS)
     if unknown:
         raise PrismError(f"The split {cut(min(unknown))} in {table} is none of {', '.join(SPLITS)}.")
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    """The content of store.json; checked to be an object with objects as "call", "backbone" and "sha256"."""
-    check_file(path)
-    meta = files.read_json(path)
-    if not isinstance(meta, dict):
-        raise PrismError(f"The file {named(path)} is a {type(meta).__name__} where an object is needed.")
-    for name in ("call", "backbone", "sha256"):
-        if not isinstance(meta.get(name) or {}, dict):
-            raise PrismError(f"The field {name} of {named(path)} must be an object, found {quoted(meta[name], 80)}.")
-    return meta
