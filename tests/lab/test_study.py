@@ -20,7 +20,7 @@ from prism.lab import ablations
 from prism.lab.ablation_results import BASE, chosen, table
 from prism.report.metrics import validate
 from prism.training import TrainConfig
-from prism.training.batches import LEVELS
+from prism.training.validation import LEVELS
 
 TRAIN = dataclasses.replace(ablations.RECIPE, steps=4, prompts_per_step=2, learning_rate=1e-3, log_every=4)
 ONLY = ("heads-2", "heads-across", "taps-2+3", "draws-2", "steps-2", "mixed-0.5")

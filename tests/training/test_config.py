@@ -35,7 +35,10 @@ def test_learning_rate():
         ({"learning_rate": 0}, "learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number"),
         ({"eta": 1}, "eta must be above 1"),
-        ({"source": "pixels"}, "source must be one of renoised, trajectory, mixed"),
+        (
+            {"source": "pixels"},
+            "source must be one of recorded, predicted, renoised, or a mixture such as renoised=0.5,predicted=0.5",
+        ),
         ({"objective": "hinge"}, "objective must be one of"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"t_low": 500, "t_high": 400}, "t_low"),

@@ -20,8 +20,10 @@ from prism.errors import PrismError
 from prism.evaluation import evaluate, evaluator, measure
 from prism.judge import Judge
 from prism.preference import LatentStore
-from prism.training import TrainConfig, batches, train, train_together
-from prism.training.batches import Batches, Validation, training_groups
+from prism.training import TrainConfig, conditionings, train, train_together
+from prism.training.batches import Batches, training_groups
+from prism.training.conditionings import Conditionings
+from prism.training.validation import Validation
 
 CONFIG = TrainConfig(steps=4, prompts_per_step=3, learning_rate=1e-3, log_every=2, checkpoint_every=0)
 CPU = (
@@ -251,38 +253,38 @@ def test_everything_that_a_conditioning_holds_is_counted_and_moves():
     assert back.arguments["n"] == 3
 
 
-def test_prompts_that_do_not_fit_are_encoded_as_batches_need_them_and_resume_to_the_bit(store, tmp_path, monkeypatch):
+def test_each_prompt_is_encoded_once_a_run_and_kept_on_disk(store, tmp_path, monkeypatch):
+    """Two epochs of six prompts: six encodings, of which memory holds none."""
     monkeypatch.setattr(backbone_module, "_CACHE_BYTES", 0)
     pipe = tiny.wan()
-    rows, results = encoded(pipe), []
-    groups = store.groups("train")
-    one = batches.Conditionings(Backbone(pipe), store, [group.prompt for group in groups])
-    entry = one._kept.nbytes // len(groups)
-    config = dataclasses.replace(CONFIG, prompts_per_step=1, steps=12, checkpoint_every=5)
-    for name, room in (("all", 100 * entry), ("few", 2 * entry)):
-        monkeypatch.setattr(batches, "HELD_BYTES", room)
-        judge = judge_for(pipe)
-        rows.clear()
-        train(store, judge, config, tmp_path / name, progress=False)
-        results.append((weights(judge), sum(rows)))
-    (whole, at_once), (parts, as_needed) = results
-    assert at_once == 6  # two epochs of six prompts
-    assert 12 <= as_needed <= 6 + 12
-    assert_close(whole, parts)
+    rows = encoded(pipe)
+    train(store, judge_for(pipe), dataclasses.replace(CONFIG, prompts_per_step=1, steps=12), tmp_path, progress=False)
+    assert sum(rows) == 6
 
-    draw = Batches.draw
 
-    def stop(self: Any, step: int, places: Any) -> Any:
-        if step == 8:
-            raise KeyboardInterrupt
-        return draw(self, step, places)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Batches, "draw", stop)
-        train(store, judge_for(pipe), config, tmp_path / "stopped", progress=False)
-    resumed = judge_for(pipe)
-    train(store, resumed, config, tmp_path / "stopped", resume=True, progress=False)
-    assert all(torch.equal(value, weights(resumed)[name]) for name, value in parts.items())
+@pytest.mark.parametrize("make", [tiny.wan, tiny.cogvideox])
+def test_what_comes_back_from_disk_is_what_was_captured(make, tmp_path, monkeypatch):
+    """Oracle: the pipeline's own conditioning; each row, rows again, and what all rows share (CogVideoX's RoPE)."""
+    call = tiny.CALL_WAN if make is tiny.wan else tiny.CALL_COGVIDEOX
+    shape = stores.SHAPE if make is tiny.wan else (3, 4, 4, 4)
+    store = stores.make(tmp_path / "store", prompts=(20, 1, 1), per_prompt=2, meta={"call": call}, shape=shape)
+    backbone, groups = Backbone(make()), store.groups("train")
+    found = Conditionings(backbone, store, groups)
+    for chunk in (range(16), range(16, 20)):
+        backbone.forget()
+        expected = backbone.condition([groups[index].prompt for index in chunk], **call)
+        for index in (chunk[1], chunk[0], chunk[1]):
+            ours, theirs = list(tensors_of(found.of([index]))), list(tensors_of(expected[index - chunk[0]]))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            assert [value.dtype for value in ours] == [value.dtype for value in theirs]
+    both = found.of([3, 17, 3])
+    assert len(both) == 3
+    assert len(found._known_forms) == 1
+    assert len(backbone._conditionings) == 0 or chunk == range(16, 20)
+    small = SimpleNamespace(free=1)
+    monkeypatch.setattr(conditionings.shutil, "disk_usage", lambda _: small)
+    with pytest.raises(PrismError, match=r"20 prompts find no room .*; set TMPDIR to a folder with more"):
+        Conditionings(backbone, store, groups).capture()
 
 
 # -- a store's call, and paths

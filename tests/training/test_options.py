@@ -13,8 +13,9 @@ from prism.errors import PrismError
 from prism.evaluation import evaluate
 from prism.judge import Judge
 from prism.training import TrainConfig, train, train_together
-from prism.training.batches import LEVELS, Batches, training_groups
+from prism.training.batches import Batches, training_groups
 from prism.training.trainer import SHARED
+from prism.training.validation import LEVELS
 
 CONFIG = TrainConfig(steps=6, prompts_per_step=2, learning_rate=1e-3, log_every=3, checkpoint_every=0)
 DIMENSIONS = ("VQ", "overall")

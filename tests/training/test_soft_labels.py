@@ -91,7 +91,7 @@ def test_a_batch_and_its_parts_carry_the_values_of_their_own_pairs(hard, tmp_pat
     store = relabelled(hard, tmp_path / "own", own)
     rows = {(row["video_a"], row["video_b"]): row for row in store.pairs.to_pylist()}
     config = dataclasses.replace(CONFIG, per_prompt=per_prompt, draws_per_step=2)
-    groups = training_groups(store, DIMENSIONS, config)
+    groups = list(training_groups(store, DIMENSIONS, config))
     groups[0] = dataclasses.replace(groups[0], soft=None, weights=None)  # as one of another store may be
     batches = Batches(store, groups, Backbone(tiny.wan()), config)
     seen = 0

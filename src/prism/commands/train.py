@@ -197,7 +197,7 @@ def recipe_options(text: str) -> dict[str, Any]:
 def _measured(judge: Any, store: Any, config: TrainConfig) -> list[AccuracyRow]:
     """Rows "accuracy" of metrics.json, on validation pairs (else on test pairs), at the main noise levels."""
     from prism.evaluation import evaluate
-    from prism.training.batches import levels
+    from prism.training.validation import levels
 
     for split in ("validation", "test"):
         if store.groups(split, judge.dimensions):

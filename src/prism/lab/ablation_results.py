@@ -23,8 +23,9 @@ from prism.report import tables, wording
 from prism.report.rows import AccuracyRow, CalibrationRow, StudyRow
 from prism.runs import Parts
 from prism.team import in_batches
-from prism.training.batches import LEVELS, conditioned, levels
+from prism.training.conditionings import conditioned
 from prism.training.config import TrainConfig
+from prism.training.validation import LEVELS, levels
 
 BASE = "base"
 BASE_HEADS = 5  # heads trained by the recipe itself, so that up to so many can be averaged
@@ -172,7 +173,7 @@ def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> lis
 
     def work(batch: Sequence[Video]) -> None:
         videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
-        latents, conditioning = store.latents(videos), conditioned(backbone, store, prompts)
+        latents, conditioning = store.latents(videos), conditioned(backbone, store, prompts, store.call)
         scores: list[list[Tensor]] = [[] for _ in judges]
         for t, draw in passes:
             tokens = backbone.tokens(noised(backbone, latents, videos, t, draw, SEED), conditioning, t, taps)

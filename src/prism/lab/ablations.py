@@ -73,7 +73,7 @@ def run(
     from prism.preference.store import store_identity
     from prism.report.metrics import document
     from prism.report.page import write_report
-    from prism.training.batches import levels
+    from prism.training.validation import levels
 
     check_alone("study")
     for name in ("seeds", "inits", "draws"):

@@ -31,8 +31,10 @@ from prism.preference import LatentStore, PromptGroup
 from prism.preference.store import store_identity
 from prism.team import Team, in_batches
 from prism.training import TrainConfig
-from prism.training.batches import LEVELS, Batch, Batches, Conditionings, mean_accuracy, training_groups
+from prism.training.batches import Batch, Batches, training_groups
+from prism.training.conditionings import Conditionings
 from prism.training.learner import Learner, Steps, load_checkpoint, save_checkpoint
+from prism.training.validation import LEVELS, mean_accuracy
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def train_pixel(
     options = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
     judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, store.call, **options)
     learner = Learner(judge, settings, team)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
-    conditionings = Conditionings(backbone, store, [group.prompt for group in groups])
+    conditionings = Conditionings(backbone, store, groups)
+    conditionings.capture()
     shown = _Shown(store, groups, frames, config, noisy)
     validation = _Validation(store, held_out, frames, (0, *LEVELS) if noisy else (0,))
     batches = Batches(store, groups, backbone, settings)
@@ -172,7 +175,7 @@ def train_pixel(
     ):
         batch = batches.draw(step, places)
         videos = shown(step, batch, places)
-        steps.take(step, [learner], batch, partial(forward, step, videos))
+        steps.take(step, [learner], batch, partial(iter, [batch]), partial(forward, step, videos))
         if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
             learner.validate(step, validation)  # type: ignore[arg-type]
             judge.head.train()

@@ -311,8 +311,9 @@ class LatentStore:
 
     def _check_videos(self) -> None:
         table = self.folder / (INDEX if self._sharded else "videos.parquet")
-        if len(self._index) < len(self.videos):
-            twice = next(v for v, count in Counter(self.videos["video"].to_pylist()).items() if count > 1)
+        ids = self.videos["video"].to_pylist()
+        if len(set(ids)) != len(ids):
+            twice = next(video for video, count in Counter(ids).items() if count > 1)
             raise PrismError(f"The video {cut(twice)} is in {table} twice.")
         _check_splits(pc.unique(self.videos["split"]).to_pylist(), table)
         as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from prism.judge import Judge
 
 MOST = 10**12  # the largest value of an integer setting
-SOURCES = ("renoised", "trajectory", "mixed")
+SOURCES = ("recorded", "predicted", "renoised")
+OLDER_SOURCES = ("trajectory", "mixed")  # recorded alone, or recorded with the probability trajectory_share
 LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
-RESULTLESS = ("max_rows", "checkpoint_every", "log_every")  # settings that do not change the trained weights
+# Settings that do not change the trained weights, but for rounding.
+RESULTLESS = ("max_rows", "gradient_accumulation_steps", "token_cache", "checkpoint_every", "log_every", "report_to")
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class TrainConfig:
     eta: float = 5.0
     """Tie threshold of Eq. 3-4."""
     source: str = "renoised"
-    """"renoised": finished latents with new noise (Eq. 1). "trajectory": recorded states. "mixed": one or the other."""
+    """renoised: finished latents with new noise (Eq. 1). recorded: states recorded while sampling. predicted: the clean
+    latents that the denoiser predicted there, with new noise. A mixture by prompt: renoised=0.5,predicted=0.5."""
     trajectory_share: float = 0.5
-    """Probability of a recorded state with the source "mixed"."""
+    """Probability of a recorded state with the source "mixed", an older name of recorded=0.5,renoised=0.5."""
     max_prompts: int = 0
     """Number of prompts to train on, always the same ones for the same number; 0: all."""
     per_prompt: int = 0
@@ -72,10 +75,18 @@ class TrainConfig:
     """Save the head of the best validation in place of the last one."""
     max_rows: int = 64
     """Videos per forward pass of the backbone; bounds memory, changes nothing else. Halved if memory runs out."""
+    gradient_accumulation_steps: int = 1
+    """Number of parts in which a process reads its prompts of a step; their gradients add up to those of the step, and
+    memory is that of one part. prompts_per_step counts all parts of all processes."""
+    token_cache: str = ""
+    """Folder in which the tokens of tapped blocks are kept; needs noise_draws. Another head on the same draws then
+    trains without the backbone. cache.json says what it holds. Empty: none."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none, so that a killed run starts from the beginning."""
     log_every: int = 50
     """Steps between entries of the history."""
+    report_to: str = ""
+    """Trackers of accelerate that get each entry, apart by commas: tensorboard, wandb, trackio, ... Empty: none."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -92,7 +103,14 @@ class TrainConfig:
                 object.__setattr__(self, field.name, flag(name, value))
             else:
                 instance(name, value, kind, "a text")
-        for name in ("steps", "prompts_per_step", "draws_per_step", "max_rows", "log_every"):
+        for name in (
+            "steps",
+            "prompts_per_step",
+            "draws_per_step",
+            "max_rows",
+            "log_every",
+            "gradient_accumulation_steps",
+        ):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         counts = ("warmup_steps", "checkpoint_every", "seed", "max_prompts", "noise_draws", "validate_every")
         for name in (*counts, "weight_decay", "max_gradient_norm"):
@@ -108,9 +126,21 @@ class TrainConfig:
         self._require("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1")
         self._require("keep_best", not self.keep_best or self.validate_every > 0, "false without validate_every")
         self._require("levels", self.levels in LEVELS, f"one of {', '.join(LEVELS)}")
-        self._require("source", self.source in SOURCES, f"one of {', '.join(SOURCES)}")
+        self._require("token_cache", not self.token_cache or self.noise_draws > 0, "empty without noise_draws")
+        if self.source not in OLDER_SOURCES:
+            wanted = f"one of {', '.join(SOURCES)}, or a mixture such as renoised=0.5,predicted=0.5"
+            self._require("source", _shares(self.source) is not None, wanted)
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Probability of each source of a training sample; a single one has 1."""
+        if self.source == "mixed":
+            return {"recorded": self.trajectory_share, "renoised": 1 - self.trajectory_share}
+        shares = _shares("recorded" if self.source == "trajectory" else self.source)
+        assert shares is not None  # checked on construction
+        return shares
 
     def _require(self, name: str, holds: bool, requirement: str) -> None:
         if not holds:
@@ -137,6 +167,23 @@ class TrainConfig:
             return self.learning_rate
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _shares(text: str) -> dict[str, float] | None:
+    """Probabilities of a text such as "renoised=1,predicted=3", in the order of `SOURCES`; None for another text."""
+    if text in SOURCES:
+        return {text: 1.0}
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (each.strip() for each in part.partition("="))
+        try:
+            weight = float(value)
+        except ValueError:
+            return None
+        if name not in SOURCES or name in weights or not 0 < weight < math.inf:
+            return None
+        weights[name] = weight
+    return {name: weights[name] / sum(weights.values()) for name in SOURCES if name in weights}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import math
 import operator
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from prism.judge.objective import label_counts, preference_loss
 from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.preference.store import store_identity
 from prism.team import Team, halved, ran_out
-from prism.training.batches import Batch, Conditionings, Validation
+from prism.training.batches import Batch, Labels
+from prism.training.conditionings import Conditionings
 from prism.training.config import TrainConfig
+from prism.training.logs import Window, extremes, tally
+from prism.training.tokens import TokenCache
+from prism.training.validation import Validation
 
 
 class Learner:
@@ -34,8 +39,8 @@ class Learner:
     a step over, before `finish_step`.
     """
 
-    def __init__(self, judge: Judge, config: TrainConfig, team: Team) -> None:
-        self.judge, self.config, self.team = judge, config, team
+    def __init__(self, judge: Judge, config: TrainConfig, team: Team, prompts: int = 0) -> None:
+        self.judge, self.config, self.team, self.prompts = judge, config, team, prompts
         self.optimizer = torch.optim.AdamW(
             judge.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -46,6 +51,7 @@ class Learner:
         self.window = Window(judge.dimensions)
         self.best = -1.0
         self._counts = self._sums = torch.zeros(0)
+        self._lowest, self._highest = math.inf, -math.inf
         judge.head.train()
 
     def scores(self, tokens: Tokens) -> Tensor:
@@ -53,16 +59,17 @@ class Learner:
         head: Tensor = self.judge.head(tokens.after(self.judge.tap), tokens.text, tokens.text_mask)
         return head
 
-    def begin(self, batch: Batch) -> None:
-        """Start a step. `batch` holds the pairs of this process; others may hold further pairs of the step."""
+    def begin(self, step: Labels | Batch) -> None:
+        """Start a step. `step` holds the labels of this process; others may hold further ones."""
         self.optimizer.zero_grad()
-        self._counts = self.team.total(label_counts(batch.labels, self.config.objective, batch.soft, batch.weights))
+        self._counts = self.team.total(label_counts(step.labels, self.config.objective, step.soft, step.weights))
         self.begin_again()
 
     def begin_again(self) -> None:
         """Start the step over: drop the gradients and sums of the parts done so far."""
         self.optimizer.zero_grad()
-        self._sums = torch.zeros(1 + 2 * len(self.judge.dimensions), dtype=torch.float64)
+        self._sums = torch.zeros(1, dtype=torch.float64)  # the shape of `tally` from the first part on
+        self._lowest, self._highest = math.inf, -math.inf
 
     def backward(self, scores: Tensor, part: Batch) -> None:
         """Add the gradients of a part of the batch: its share of the loss over all pairs of all processes."""
@@ -70,7 +77,9 @@ class Learner:
         how = config.eta, config.objective, config.label_smoothing
         loss = preference_loss(margins, part.labels, *how, self._counts, part.soft, part.weights)
         loss.backward()
-        self._sums += _sums(loss, margins, part.labels)
+        self._sums = self._sums + tally(loss, margins, scores, part.labels, part.t, part.first)
+        lowest, highest = scores.detach().aminmax()
+        self._lowest, self._highest = min(self._lowest, float(lowest)), max(self._highest, float(highest))
 
     def finish_step(self, step: int) -> None:
         """Take the optimiser's step (counted from 0) on the gradients of all parts and all processes.
@@ -78,23 +87,29 @@ class Learner:
         Raises:
             PrismError: on a loss that is not finite.
         """
-        config, sums = self.config, self.team.total(self._sums).tolist()
+        config, of_process = self.config, extremes(self.team, self._lowest, self._highest)
+        sums = self.team.total(torch.cat([self._sums, of_process])).tolist()
         if not math.isfinite(sums[0]):
             raise PrismError(
                 f"The loss of step {step + 1} is not finite; lower the learning rate or check the latents."
             )
-        self.team.add_up([value.grad for value in self.judge.head.parameters() if value.grad is not None])
+        gradients = [value.grad for value in self.judge.head.parameters() if value.grad is not None]
+        self.team.add_up(gradients)
         if config.max_gradient_norm:
-            torch.nn.utils.clip_grad_norm_(self.judge.head.parameters(), config.max_gradient_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.judge.head.parameters(), config.max_gradient_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
         rate = config.learning_rate_at(step)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
         self.optimizer.step()
         if "average" in self.copies:
             self._move_average(min(config.ema_decay, (1 + step) / (10 + step)))
-        self.window.add(sums)
+        self.window.add(sums, float(norm))
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            self.history.append({"step": step + 1, **self.window.close(), "learning_rate": rate})
+            entry = {"step": step + 1, **self.window.close(), "learning_rate": rate}
+            epoch = {"epoch": (step + 1) * config.prompts_per_step / self.prompts} if self.prompts else {}
+            self.history.append({**entry, **epoch})
 
     def validate(self, step: int, validation: Validation) -> None:
         """Record the accuracy on validation pairs after a step (from 0), and keep the weights if it is the best."""
@@ -141,23 +156,50 @@ class Learner:
                 self.copies["average"][name].lerp_(value, 1 - decay)
 
 
-def read(learners: Sequence[Learner], batch: Batch, conditionings: Conditionings, max_rows: int) -> list[Tensor]:
+def read(
+    learners: Sequence[Learner],
+    batch: Batch,
+    conditionings: Conditionings,
+    max_rows: int,
+    cache: TokenCache | None = None,
+) -> list[Tensor]:
     """Each learner's scores (rows, num_dimensions) of a batch: one truncated forward pass per row feeds them all."""
     backbone, taps = learners[0].judge.backbone, sorted({learner.judge.tap for learner in learners})
     scores: list[list[Tensor]] = [[] for _ in learners]
-    for start in range(0, len(batch.t), max_rows):
-        rows = slice(start, start + max_rows)
-        conditioning = conditionings.of(batch.prompts[rows])
-        tokens = backbone.tokens(batch.noisy_latents[rows], conditioning, batch.t[rows], taps)
+    order: list[int] = []
+
+    def tokens_of(rows: Sequence[int]) -> Tokens:
+        noisy = torch.stack([batch.latents[row] for row in rows]).to(backbone.device)
+        conditioning = conditionings.of([batch.prompts[row] for row in rows], batch.kinds[rows[0]])
+        return backbone.tokens(noisy, conditioning, batch.t[list(rows)], taps)
+
+    def unit_of(rows: Sequence[int]) -> Tokens:
+        parts = [tokens_of(rows[start : start + max_rows]) for start in range(0, len(rows), max_rows)]
+        return parts[0] if len(parts) == 1 else Tokens.cat(parts)
+
+    def reads() -> Iterator[tuple[list[int], Tokens]]:
+        if cache is None:
+            yield from ((rows, tokens_of(rows)) for rows in batch.passes(max_rows))
+            return
+        for draw, number, rows in batch.units():
+            unit = cache.tokens(batch.prompts[rows[0]], draw, number, partial(unit_of, rows), backbone.device)
+            yield rows, unit
+
+    for rows, tokens in reads():
+        order += rows
         for part, learner in zip(scores, learners):
             part.append(learner.scores(tokens))
-    return [torch.cat(part) for part in scores]
+    whole = [torch.cat(part) for part in scores]
+    if order != sorted(order):  # videos of several kinds
+        back = torch.tensor(order).argsort().to(whole[0].device)
+        whole = [each[back] for each in whole]
+    return whole
 
 
 class Steps:
     """Steps of several learners on the same batches, in smaller parts once memory has run out.
 
-    Each part's loss is divided by the counts of the whole batch, so that parts add up to the same step, up to rounding.
+    Each part's loss is divided by the counts of the whole step, so that parts add up to the same step, up to rounding.
     """
 
     def __init__(self, rows: int) -> None:
@@ -165,19 +207,42 @@ class Steps:
         self._in_parts = False
 
     def take(
-        self, step: int, learners: Sequence[Learner], batch: Batch, forward: Callable[[Batch, int], Sequence[Tensor]]
+        self,
+        step: int,
+        learners: Sequence[Learner],
+        labels: Labels | Batch,
+        batches: Callable[[], Iterable[Batch]],
+        forward: Callable[[Batch, int], Sequence[Tensor]],
     ) -> None:
-        """Take one step (from 0). ``forward(part, rows)`` gives each learner's scores of a part, `rows` at a time."""
+        """Take one step (from 0).
+
+        Args:
+            labels: all labels of the step.
+            batches: give its batches, one after another; called again if memory runs out.
+            forward: ``forward(part, rows)`` gives each learner's scores of a part, `rows` at a time.
+        """
         for learner in learners:
-            learner.begin(batch)
-        while not self._fits(learners, batch, forward):  # processes add up their gradients only in finish_step
-            self.rows, self._in_parts = halved(min(self.rows, len(batch.t)), "training"), True
+            learner.begin(labels)
+        while not self._fits(learners, batches, forward):  # processes add up their gradients only in finish_step
+            self._in_parts = True
             for learner in learners:
                 learner.begin_again()
         for learner in learners:
             learner.finish_step(step)
 
     def _fits(
+        self,
+        learners: Sequence[Learner],
+        batches: Callable[[], Iterable[Batch]],
+        forward: Callable[[Batch, int], Sequence[Tensor]],
+    ) -> bool:
+        for batch in batches():
+            if not self._batch_fits(learners, batch, forward):
+                self.rows = halved(min(self.rows, len(batch.t)), "training")
+                return False
+        return True
+
+    def _batch_fits(
         self, learners: Sequence[Learner], batch: Batch, forward: Callable[[Batch, int], Sequence[Tensor]]
     ) -> bool:
         try:
@@ -189,38 +254,6 @@ class Steps:
                 raise
             return False
         return True
-
-
-class Window:
-    """Mean loss and accuracy since the last entry of the history; ``state`` is JSON, for checkpoints."""
-
-    def __init__(self, dimensions: tuple[str, ...]) -> None:
-        self.dimensions = dimensions
-        self.state = self._empty()
-
-    def _empty(self) -> dict[str, Any]:
-        zeros = [0] * len(self.dimensions)
-        return {"loss": 0.0, "steps": 0, "right": zeros, "decided": zeros}
-
-    def add(self, sums: Sequence[float]) -> None:
-        """Add a step's `_sums`."""
-        count = len(self.dimensions)
-        right, decided = map(int, sums[1 : 1 + count]), map(int, sums[1 + count :])
-        self.state["loss"] += sums[0]
-        self.state["steps"] += 1
-        self.state["right"] = [a + b for a, b in zip(self.state["right"], right)]
-        self.state["decided"] = [a + b for a, b in zip(self.state["decided"], decided)]
-
-    def close(self) -> dict[str, Any]:
-        done, self.state = self.state, self._empty()
-        shares = (right / decided if decided else None for right, decided in zip(done["right"], done["decided"]))
-        return {"loss": done["loss"] / done["steps"], "accuracy": dict(zip(self.dimensions, shares))}
-
-
-def _sums(loss: Tensor, margins: Tensor, labels: Tensor) -> Tensor:
-    """(1 + 2 num_dimensions,) float64: the loss, pairs judged right and pairs decided, by dimension."""
-    right, decided = (margins.detach() * labels > 0).sum(0), (labels.abs() == 1).sum(0)
-    return torch.cat([loss.detach()[None].double().cpu(), right.double().cpu(), decided.double().cpu()])
 
 
 KEEP = 2
@@ -284,7 +317,8 @@ def _restore(path: Path, tensors: dict[str, Tensor], state: dict[str, Any], lear
         for copy, weights in learner.copies.items():
             for name, value in weights.items():
                 value.copy_(tensors[f"{copy}.{name}"])
-        learner.history, learner.window.state, learner.best = state["history"], state["window"], state["best"]
+        learner.history, learner.best = state["history"], state["best"]
+        learner.window.restore(state["window"])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise PrismError(f"The checkpoint {path} does not fit this run ({quoted(error, 200)}).") from error
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,22 @@ from prism.evaluation.evaluator import check_judge
 from prism.judge import Judge
 from prism.judge.checks import trained_together
 from prism.judge.judge import Member
-from prism.preference import LatentStore
+from prism.preference import LatentStore, PromptGroup
 from prism.preference.store import store_identity
 from prism.team import Team
-from prism.training.batches import Batch, Batches, Conditionings, Validation, training_groups
+from prism.training.batches import Batch, Batches, training_groups
+from prism.training.conditionings import Conditionings
 from prism.training.config import RESULTLESS, TrainConfig
 from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint
+from prism.training.logs import Trackers, mean_entry
+from prism.training.tokens import TokenCache, cache_of
+from prism.training.validation import Validation
 
 # Settings that decide which rows a step reads, and in which batches; `train_together` needs equal ones.
 SHARED = (
     *("seed", "prompts_per_step", "max_rows", "max_prompts", "per_prompt", "source", "trajectory_share"),
     *("t_low", "t_high", "levels", "draws_per_step", "noise_draws", "shared_noise"),
+    *("gradient_accumulation_steps", "token_cache"),
 )
 
 # Entries of config.json that may differ when a run is resumed: memory, logging, the store's folder, and entries that a
@@ -45,6 +51,7 @@ CHANGEABLE = (
     *(f"train.{name}" for name in RESULTLESS),
     *(f"judge.backbone.{name}" for name in VERSIONED),
     "store.name",
+    "tokens",
 )
 
 
@@ -98,8 +105,11 @@ def train(
     _check_backbone(store, judge)
     team = _team(judge, config)
     validation = Validation(store, judge.dimensions, judge.taps, config.max_rows) if config.validate_every else None
+    trackers = Trackers(config.report_to if team.first else "")
     claims: list[runs.Parts] = []  # only the first process claims the folder
     resolved = _resolved(store, judge, config)
+    cache = cache_of(config, store, judge.backbone, judge.dimensions, judge.taps, len(groups))
+    resolved |= {} if cache is None else {"tokens": cache.description}
     team.on_first(lambda: claims.append(runs.claim(out, resolved, resume, restart, changeable=CHANGEABLE)))
     if (out / "head").is_dir():  # the run had already ended
         _take_over(judge, Judge.from_pretrained(out / "head", judge.backbone))
@@ -107,25 +117,30 @@ def train(
         return files.read_json(out / "history.json")
 
     batches = Batches(store, groups, judge.backbone, config)
-    conditionings = Conditionings(judge.backbone, store, [group.prompt for group in groups])
-    learners = [Learner(each, config, team) for each in _one_by_one(judge)]
+    conditionings = _conditionings(judge, store, groups, cache)
+    learners = [Learner(each, config, team, len(groups)) for each in _one_by_one(judge)]
     steps, start = Steps(config.max_rows), 0
     for number, learner in enumerate(learners):
         start = load_checkpoint(_checkpoints_of(checkpoints, number), learner, start if number else None)
     slots = range(team.rank, config.prompts_per_step, team.size)
+    trackers.start(out / "logs", config.to_dict())
 
     shown = progress and team.first
     bar = tqdm(total=config.steps, initial=start, desc="train", disable=None if shown else True)
     clock = runs.Clock("train", config.steps, every=30) if shown and bar.disable else None
     with judge.backbone.freed():  # offload models once at the end, not after each step
         for step in range(start, config.steps):
-            batch = batches.draw(step, slots)
-            steps.take(step, learners, batch, lambda part, rows: read(learners, part, conditionings, rows))
+            labels = batches.labels(step, slots)
+            drawn = partial(_drawn, batches, step, slots, config.gradient_accumulation_steps)
+            steps.take(
+                step, learners, labels, drawn, lambda part, rows: read(learners, part, conditionings, rows, cache)
+            )
             if validation is not None and _due(step, config.validate_every, config.steps):
                 for learner in learners:
                     learner.validate(step, validation)
-            if learners[0].history and learners[0].history[-1]["step"] == step + 1:
-                bar.set_postfix(_shown(_mean([learner.history[-1] for learner in learners])))
+            for entries in _entries(learners, step + 1):
+                bar.set_postfix(_shown(entries))
+                trackers.log(entries)
             bar.update()
             if clock is not None:
                 clock.tick(step + 1, True, f" steps, {_loss_text(learners)}")
@@ -135,13 +150,14 @@ def train(
                 for number in reversed(range(len(learners))):
                     save_checkpoint(_checkpoints_of(checkpoints, number), step + 1, learners[number])
     bar.close()
+    trackers.finish()
 
     for learner in learners:
         learner.finish(store, groups)
     if len(learners) > 1:
         judge.eta, judge.trained_on = config.eta, trained_together([each.judge.trained_on for each in learners])
     result = {
-        "history": [_mean(entries) for entries in zip(*(learner.history for learner in learners))],
+        "history": [mean_entry(entries) for entries in zip(*(learner.history for learner in learners))],
         "steps": config.steps,
         "seconds": time.perf_counter() - started,
         "prompts": len(groups),
@@ -197,12 +213,13 @@ def train_together(
     groups = training_groups(store, first.dimensions, config)
     _check_backbone(store, first)
     team = _team(first, config)
-    learners = [Learner(judge, each, team) for judge, each in zip(judges, configs)]
+    learners = [Learner(judge, each, team, len(groups)) for judge, each in zip(judges, configs)]
     taps = tuple(sorted({judge.tap for judge in judges}))
     validated = any(each.validate_every for each in configs)
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
-    conditionings = Conditionings(first.backbone, store, [group.prompt for group in groups])
+    cache = cache_of(config, store, first.backbone, first.dimensions, taps, len(groups))
+    conditionings = _conditionings(first, store, groups, cache)
     slots, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
     last, hidden = max(each.steps for each in configs), None if progress and team.first else True
     with first.backbone.freed():  # offload models once at the end, not after each step
@@ -210,9 +227,10 @@ def train_together(
             running = [learner for learner in learners if step < learner.config.steps]
 
             def forward(part: Batch, rows: int, running: Sequence[Learner] = running) -> list[Tensor]:
-                return read(running, part, conditionings, rows)
+                return read(running, part, conditionings, rows, cache)
 
-            steps.take(step, running, batches.draw(step, slots), forward)
+            drawn = partial(_drawn, batches, step, slots, config.gradient_accumulation_steps)
+            steps.take(step, running, batches.labels(step, slots), drawn, forward)
             for learner in running:
                 if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
                     learner.validate(step, validation)
@@ -232,6 +250,28 @@ def _team(judge: Judge, config: TrainConfig) -> Team:
     return team
 
 
+def _conditionings(
+    judge: Judge, store: LatentStore, groups: Sequence[PromptGroup], cache: TokenCache | None
+) -> Conditionings:
+    """The conditionings of all prompts, captured now; where tokens may be there already, when they are needed."""
+    conditionings = Conditionings(judge.backbone, store, groups)
+    if cache is None:
+        conditionings.capture()
+    return conditionings
+
+
+def _drawn(batches: Batches, step: int, slots: Sequence[int], parts: int) -> Iterator[Batch]:
+    """The batches of a step, in as many parts as the slots allow."""
+    size = -(-len(slots) // parts)
+    return (batches.draw(step, slots[start : start + size]) for start in range(0, len(slots), size))
+
+
+def _entries(learners: Sequence[Learner], step: int) -> list[dict[str, Any]]:
+    """The entries that a step (from 1) added to the history; of several heads their mean."""
+    added = ([entry for entry in learner.history[-2:] if entry["step"] == step] for learner in learners)
+    return [mean_entry(entries) for entries in zip(*added)]
+
+
 def _due(step: int, every: int, steps: int) -> bool:
     """True after every `every` steps (counted from 0), and after the last."""
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
@@ -247,21 +287,6 @@ def _one_by_one(judge: Judge) -> list[Judge]:
 def _checkpoints_of(folder: Path, number: int) -> Path:
     """The folder of a head's checkpoints; the first head's lie in `folder` itself."""
     return folder / f"head-{number}" if number else folder
-
-
-def _mean(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of several heads' entries of one step of the history."""
-    if len(entries) == 1:
-        return entries[0]
-    mean = dict(entries[0])
-    if "loss" in mean:
-        mean["loss"] = sum(entry["loss"] for entry in entries) / len(entries)
-    kind = "validation" if "validation" in mean else "accuracy"
-    mean[kind] = {
-        name: None if share is None else sum(entry[kind][name] for entry in entries) / len(entries)
-        for name, share in mean[kind].items()
-    }
-    return mean
 
 
 def _loss_text(learners: Sequence[Learner]) -> str:
