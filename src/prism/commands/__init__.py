@@ -12,6 +12,7 @@ def show(metrics: Mapping[str, Any], out: Path) -> None:
     from rich.console import Console
 
     from prism.report import wording
+    from prism.report.evaluation_tables import evaluation_tables, swap_sentence
     from prism.report.tables import accuracy_table, beside_table, best_of_n_table, judges_table
 
     console = Console(highlight=False)
@@ -21,6 +22,10 @@ def show(metrics: Mapping[str, Any], out: Path) -> None:
             console.print(judges_table(rows, f"Judges on {name} prompts") if several else accuracy_table(rows))
     for rows in wording.by_set(wording.in_order(wording.pooled(metrics["best_of_n"]))).values():
         console.print(best_of_n_table(rows))
+    for table in evaluation_tables(metrics).values():
+        console.print(table)
+    for row in metrics.get("swap", []):
+        console.print(swap_sentence(row))
     if metrics.get("beside"):
         console.print(beside_table(metrics["beside"]))
     console.print(f"Report: {out / 'report.html'}", soft_wrap=True, markup=False)

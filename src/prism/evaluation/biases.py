@@ -70,29 +70,17 @@ def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return mask
 
 
-def swap_test(
-    judge: Scorer, store: LatentStore, split: str = "test", t: float = 699, seed: int = 0, batch_size: int = 64
-) -> SwapRow:
+def swap_test(judge: Scorer, store: LatentStore, split: str = "test", t: float = 699, seed: int = 0) -> SwapRow:
     """Score pairs as (A, B), and again as (B, A): the "swap" row of metrics.json.
 
-    A judge that scores each video by itself has margins that turn their sign exactly, whatever the order; this looks
-    whether it does. Of the split's first `SWAPPED` pairs, on one noise draw.
+    A judge that scores each video by itself has margins that turn their sign whatever the order; this looks whether it
+    does. Of the split's first `SWAPPED` pairs, on one noise draw, both videos in one batch where their shapes allow it.
     """
-    rows = store.pairs.filter([each == split for each in store.pairs["split"].to_pylist()]).to_pylist()[:SWAPPED]
-    margins = []
-    for names in (("video_a", "video_b"), ("video_b", "video_a")):
-        ordered = [(row[name], row["prompt"]) for row in rows for name in names]
-        scores: list[tuple[Video, np.ndarray]] = []
-        for batch in batches_of(store, ordered, batch_size):
-
-            def work(part: Sequence[Video]) -> None:
-                videos = [video for video, _ in part]
-                noisy = noised(judge.backbone, store.latents(videos), videos, t, 0, seed)
-                scores.extend(zip(part, scores_of(judge, store, part, noisy, t)))  # noqa: B023
-
-            in_batches(batch, batch_size, work, "swapping")
-        by_video = {video: score for (video, _), score in scores}
-        margins.append(np.stack([by_video[row[names[0]]] - by_video[row[names[1]]] for row in rows]))
+    rows = store.pairs.filter([each == split for each in store.pairs["split"].to_pylist()]).slice(0, SWAPPED)
+    margins = [
+        np.stack([_margin(judge, store, row[a], row[b], row["prompt"], t, seed) for row in rows.to_pylist()])
+        for a, b in (("video_a", "video_b"), ("video_b", "video_a"))
+    ]
     return {
         "judge": judge.name,
         "set": split,
@@ -101,3 +89,18 @@ def swap_test(
         "flipped": int((np.sign(margins[0]) != -np.sign(margins[1])).any(1).sum()),
         "largest_difference": float(np.abs(margins[0] + margins[1]).max()),
     }
+
+
+def _margin(judge: Scorer, store: LatentStore, first: str, second: str, prompt: str, t: float, seed: int) -> np.ndarray:
+    """(num_dimensions,) score of the first video minus that of the second, in this order in their batch."""
+    scores: list[np.ndarray] = []
+    for batch in batches_of(store, [(first, prompt), (second, prompt)], 2):
+
+        def work(part: Sequence[Video]) -> None:
+            videos = [video for video, _ in part]
+            noisy = noised(judge.backbone, store.latents(videos), videos, t, 0, seed)
+            scores.extend(scores_of(judge, store, part, noisy, t))
+
+        in_batches(batch, 2, work, "swapping")
+    margin: np.ndarray = scores[0] - scores[1]
+    return margin

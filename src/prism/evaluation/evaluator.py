@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,7 +76,7 @@ def measure(
     a `Judge` one truncated forward pass.
 
     Args:
-        judge: a judge; every one of its dimensions needs a column in the store's pairs.
+        judge: a judge; those of its dimensions that the store has labels of are measured, and a warning names others.
         store: opened store, or its folder.
         split: the pairs to measure on. Those of "validation" choose ``with_ties_validation_threshold``'s threshold.
         timesteps: noise levels in [0, 1000], 0 clean; None: those of the paper's Table 1 at which the pipeline uses the
@@ -102,10 +103,11 @@ def measure(
     check_judge(judge)
     store = LatentStore.of(store)
     levels = _levels(judge, timesteps)
-    groups = store.groups(split, judge.dimensions)
+    dimensions = _labelled(judge, store)
+    groups = store.groups(split, list(dimensions))
     if not groups:
         raise PrismError(f"The store {store.folder} has no labelled pairs in the split {split}.")
-    validation = store.groups("validation", judge.dimensions) if split != "validation" else groups
+    validation = store.groups("validation", list(dimensions)) if split != "validation" else groups
     if split != "train":
         _check_leak(judge, [*groups, *validation], store)
 
@@ -123,13 +125,13 @@ def measure(
         units |= {probe: COLUMNS[probe][1] for probe in ("brightness", "motion")}
 
     def table(which: str) -> Any:
-        return pair_table(store, which, judge.name, judge.dimensions, levels, scored, facts)
+        return pair_table(store, which, judge.name, dimensions, levels, scored, facts)
 
     about = {
         "head_seed": judge.trained_on.get("seed"),
         "source": judge.trained_on.get("source", "untrained"),
         "eta": float(judge.eta),
-        "dimensions": list(judge.dimensions),
+        "dimensions": list(dimensions),
         "calibration": dict(getattr(judge, "calibration", {})),
         "levels": list(levels),
         "log_snr": [_log_snr(judge, t) for t in levels],
@@ -149,6 +151,24 @@ def check_judge(judge: Any) -> None:
             f"A judge on a pipeline is needed, found {type(judge).__name__}; put one there with "
             "Judge.from_pretrained(head, pipe)."
         )
+
+
+def _labelled(judge: Scorer, store: LatentStore) -> dict[str, int]:
+    """The judge's dimensions that the store has labels of, with their places among its scores."""
+    places = {name: place for place, name in enumerate(judge.dimensions) if name in store.dimensions}
+    missing = [name for name in judge.dimensions if name not in places]
+    if not places:
+        raise PrismError(
+            f"The judge scores {', '.join(judge.dimensions)}, and the pairs of {store.folder} have labels of "
+            f"{', '.join(store.dimensions) or 'nothing'}; measure a judge that scores one of these."
+        )
+    if missing:
+        warnings.warn(
+            f"The pairs of {store.folder} have no labels of {', '.join(missing)}, which the judge scores; they are "
+            "left out.",
+            stacklevel=3,
+        )
+    return places
 
 
 def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prism.errors import PrismError, quoted
+from prism.errors import SEEDS, PrismError, quoted, whole
 from prism.evaluation.facts import PROBES
 from prism.evaluation.intervals import prompt_interval
 from prism.preference import LatentStore
@@ -95,17 +95,18 @@ class Measurement:
             extra = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
             table = read_table(Path(path), TEXTS, (), ("t", "label", "margin"))
             _check(table, extra)
-        except (OSError, pa.ArrowException, PrismError, KeyError, ValueError, TypeError, RecursionError) as error:
+        except Exception as error:  # anyone's file: pyarrow and json have many kinds
             raise PrismError(
-                f"The file {quoted(path, 150)} is no whole measurement of a judge ({quoted(error, 200)}); measure anew."
+                f"The file {quoted(str(path), 150)} is no whole measurement of a judge ({quoted(error, 200)}); "
+                "measure anew."
             ) from error
         settings, tuning = extra["settings"], None
         if "split" in table.column_names:
             splits = np.array(table["split"].to_pylist(), dtype=object)
             table = table.drop_columns(["split"])
-            whole = table.replace_schema_metadata(None)
-            table = whole.filter(pa.array(splits == settings["split"]))
-            tuning = whole.filter(pa.array(splits == "validation"))
+            every = table.replace_schema_metadata(None)
+            table = every.filter(pa.array(splits == settings["split"]))
+            tuning = every.filter(pa.array(splits == "validation"))
         return cls(extra["rows"], table.replace_schema_metadata(None), settings, tuning, extra.get("about", {}))
 
     @property
@@ -171,8 +172,31 @@ def _check(table: pa.Table, extra: Any) -> None:
     t = _float(table, "t")
     if ((t < 0) | (t > 1000)).any():
         raise PrismError("its levels are not all from 0 to 1000")
+    if extra.get("about"):
+        whole("its seed", extra["settings"]["seed"], 0, SEEDS)
+        _check_about(extra["about"], np.unique(t).tolist())
+        if not len(table):
+            raise PrismError("it holds no pair")
     if "score_a" in known and (_float(table, "score_a") - _float(table, "score_b") != _float(table, "margin")).any():
         raise PrismError("its margins are not the differences of its scores")
+
+
+def _check_about(about: Mapping[str, Any], levels: Sequence[float]) -> None:
+    """Raise PrismError for a description of a judge that lacks what rows are made of."""
+    fitted = about["calibration"]
+    numbers = [about["eta"], *(each["eta"] for each in fitted.values())]
+    temperatures = [each["temperature"] for each in fitted.values()]
+    if not all(isinstance(value, int | float) and 1 < value < np.inf for value in numbers):
+        raise PrismError("an eta is no number above 1")
+    if not all(isinstance(value, int | float) and 0 < value < np.inf for value in temperatures):
+        raise PrismError("a temperature is no number above 0")
+    known = about["levels"]
+    if not all(isinstance(value, int | float) for value in known) or not set(levels) <= set(known):
+        raise PrismError("its levels are not those that it names")
+    if len(about["log_snr"]) != len(known) or not isinstance(about["source"], str) or "head_seed" not in about:
+        raise PrismError("log_snr, source or head_seed of the judge is not there")
+    if not all(isinstance(unit, str) for unit in about["units"].values()):
+        raise PrismError("its units are no texts")
 
 
 def _float(table: pa.Table, name: str) -> np.ndarray:
@@ -218,7 +242,7 @@ def pair_table(
     store: LatentStore,
     split: str,
     judge: str,
-    dimensions: Sequence[str],
+    dimensions: Mapping[str, int],
     levels: Sequence[float],
     scores: Sequence[Mapping[str, np.ndarray]],
     facts: Mapping[str, Mapping[str, float]],
@@ -226,11 +250,12 @@ def pair_table(
     """The labelled pairs of a split, in the store's order, with a judge's scores: `Measurement.pairs`.
 
     Args:
+        dimensions: those to take, with their places among the scores.
         scores: per level, the scores (num_dimensions,) of each video.
         facts: by probe (`prism.evaluation.biases.PROBES`), the fact of each video that has one.
     """
-    labels = label_matrix(store.pairs, dimensions)
-    soft, _ = soft_labels(store.pairs, dimensions)
+    labels = label_matrix(store.pairs, list(dimensions))
+    soft, _ = soft_labels(store.pairs, list(dimensions))
     is_split = np.array(store.pairs["split"].to_pylist(), dtype=object) == split
     videos = [np.array(store.pairs[name].to_pylist(), dtype=object) for name in ("video_a", "video_b")]
     prompts = np.array(store.pairs["prompt"].to_pylist(), dtype=object)
@@ -239,10 +264,10 @@ def pair_table(
     models = {video: str(model) for video, model in zip(ids, named) if model is not None}
     tables = []
     for t, scored in zip(levels, scores):
-        for column, dimension in enumerate(dimensions):
+        for column, (dimension, place) in enumerate(dimensions.items()):
             rows = np.flatnonzero(is_split & ~np.isnan(labels[:, column]))
             sides = [names[rows].tolist() for names in videos]
-            values = [np.array([scored[video][column] for video in names], dtype=np.float64) for names in sides]
+            values = [np.array([scored[video][place] for video in names], dtype=np.float64) for names in sides]
             columns: dict[str, Any] = {
                 "judge": pa.array([judge] * len(rows), pa.string()),
                 "t": pa.array([float(t)] * len(rows), pa.float64()),
@@ -256,9 +281,8 @@ def pair_table(
                 "score_a": pa.array(values[0]),
                 "score_b": pa.array(values[1]),
             }
-            for side, names in zip("ab", sides):
-                place = "ab".index(side)
-                p = np.full(len(rows), np.nan) if soft is None else soft[rows, column, place]
+            for i, (side, names) in enumerate(zip("ab", sides)):
+                p = np.full(len(rows), np.nan) if soft is None else soft[rows, column, i]
                 columns[f"model_{side}"] = pa.array([models.get(video) for video in names], pa.string())
                 columns[f"p_{side}"] = pa.array(p, from_pandas=True)
                 for probe in PROBES:

@@ -19,6 +19,7 @@ from prism import files
 from prism import video as media
 from prism.report import figures as plots
 from prism.report import tables, wording
+from prism.report.evaluation_tables import evaluation_tables, swap_sentence
 from prism.report.metrics import validate
 from prism.report.rows import AccuracyRow, Agreement, BestOfNRow
 
@@ -82,7 +83,9 @@ def write_report(
         has_curves=any(not wording.is_main(row) for row in picks),
         picks_by_set=wording.by_set(wording.in_order(picks)),
         seeds_apart=_seeds_apart(metrics),
-        comparison=wording.comparison(metrics.get("judge_comparison", [])),
+        comparison=[] if metrics["command"] == "eval" else wording.comparison(metrics.get("judge_comparison", [])),
+        evaluation=evaluation_tables(metrics),
+        swaps=[swap_sentence(row) for row in metrics.get("swap", [])],
         attention=metrics.get("attention", []),
         agreement=metrics.get("agreement"),
         bars=metrics.get("bars", []),
@@ -137,8 +140,7 @@ def png(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-# The noise level of the headline numbers, fixed before any run; and the levels that the project makes claims about.
-LEVEL, CLAIMED_LEVELS = 699, {899, 699, 499}
+CLAIMED_LEVELS = {899, 699, 499}  # noise levels that the project makes claims about
 SIDE = 480  # largest width and height of a page's clip, in pixels
 
 
@@ -149,7 +151,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     main = wording.main_dimension(shown)
     overall = [row for row in shown if row["dimension"] == main and row["without_ties"] is not None]
     if overall:
-        row = min(overall, key=lambda row: abs(row["t"] - LEVEL))
+        row = min(overall, key=lambda row: abs(row["t"] - wording.LEVEL))
         interval = row["without_ties_ci95"]
         between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
         others = [other for other in overall if (other["judge"], other["set"]) == (row["judge"], row["set"])]

@@ -127,21 +127,13 @@ class GeneratorRow(TypedDict):
     difference_ci95: list[float] | None
 
 
-class Refitted(TypedDict):
-    """The field "refitted": a calibration that fits the validation pairs, on the pairs of the row."""
-
-    temperature: float
-    eta: float
-    nll: float
-    calibration_error: float
-
-
 class ReliabilityRow(TypedDict):
     """One row of "reliability": a judge's probabilities of A, tie and B (Eq. 3-4) against the labels.
 
     nll is the mean cross-entropy in nats, nll_of_shares that of one who knows the shares of ties and of preferences
     alone. Errors are expected calibration errors of P(preferred) and P(tie) in bins of as many pairs each; by_chance is
     the former's mean if the probabilities were right. curve: [mean probability, share that came true, number] per bin.
+    refitted: temperature, eta, nll and calibration_error of a calibration that fits the validation pairs.
     """
 
     judge: str
@@ -160,7 +152,7 @@ class ReliabilityRow(TypedDict):
     tie_calibration_error: float
     curve: list[list[float]]
     tie_curve: list[list[float]]
-    refitted: Refitted | None
+    refitted: dict[str, float] | None
 
 
 class BiasRow(TypedDict):

@@ -6,11 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from prism.report.rows import AccuracyRow, BestOfNRow, ComparisonRow, StudyRow
+    from prism.report.rows import (
+        AccuracyRow,
+        BestOfNRow,
+        BiasRow,
+        ComparisonRow,
+        GeneratorRow,
+        ReliabilityRow,
+        StudyRow,
+    )
 
 MISSING = "–"
+LEVEL = 699  # the headline numbers' noise level, fixed before any run
 _SPACE = "\u00a0"  # keeps a number and what belongs to it on one line
 Row = Mapping[str, Any]
+LevelRow = TypeVar("LevelRow", "GeneratorRow", "ReliabilityRow", "BiasRow")  # of one level and dimension
 JudgedRow = TypeVar("JudgedRow", "AccuracyRow", "BestOfNRow")  # all of one kind
 # Roles of strategies in a report. "plain": one plain call; "luck": a random pick; "ours": saves work; "reference": its
 # cost is the unit of cost; "best": its gain is the unit of gain.
@@ -80,6 +90,17 @@ def dimensions(rows: Sequence[AccuracyRow]) -> list[str]:
     """The dimensions of accuracy rows besides the main one, in order of appearance."""
     main = main_dimension(rows)
     return [name for name in dict.fromkeys(row["dimension"] for row in rows) if name != main]
+
+
+def leading(rows: Sequence[LevelRow], every_level: bool = False) -> list[LevelRow]:
+    """The rows of the main dimension at the level nearest to `LEVEL`, or at every level, noisiest first."""
+    names = [row["dimension"] for row in rows]
+    main = "overall" if "overall" in names or not names else names[0]
+    kept = [row for row in rows if row["dimension"] == main]
+    if every_level:
+        return sorted(kept, key=lambda row: -row["t"])
+    nearest = min((row["t"] for row in kept), key=lambda t: abs(t - LEVEL), default=None)
+    return [row for row in kept if row["t"] == nearest]
 
 
 def pooled(rows: Sequence[JudgedRow]) -> list[JudgedRow]:
