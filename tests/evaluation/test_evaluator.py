@@ -11,9 +11,9 @@ from tests import stores, tiny
 
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, evaluate, pairwise_accuracy, score_videos
-from prism.evaluation.evaluator import _noise
 from prism.judge import Judge
 from prism.judge.objective import tie_margin
+from prism.judge.scoring import noise as _noise
 from prism.preference import prompt_key
 from prism.report import metrics
 
