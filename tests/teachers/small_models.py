@@ -46,6 +46,8 @@ def qwen(folder: Path, kind: str = "qwen2_vl", seed: int = 0, tokens: int | None
         Qwen2_5_VLForConditionalGeneration,
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
     )
 
     made = tokenizer()
@@ -66,6 +68,16 @@ def qwen(folder: Path, kind: str = "qwen2_vl", seed: int = 0, tokens: int | None
     if kind == "qwen2_vl":
         vision = {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, **shared}
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **named))
+    elif kind == "qwen3_vl":
+        vision = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "num_position_embeddings": 16,
+                  "deepstack_visual_indexes": [0], **shared, "patch_size": 16}  # fmt: skip
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config={**text, "head_dim": 8}, vision_config=vision, **named)
+        )
+        stated = {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "image_mean": [0.5] * 3,
+                  "image_std": [0.5] * 3}  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        (folder / "preprocessor_config.json").write_text(json.dumps(stated))
     else:
         vision = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "fullatt_block_indexes": [1],
                   "window_size": 56, "tokens_per_second": 2, **shared}  # fmt: skip

@@ -145,6 +145,42 @@ def test_a_writer_writes_what_the_model_does(folder):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_qwen3_is_shown_pictures_as_its_own_processor_makes_them(tmp_path):
+    from transformers import Qwen3VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    small_models.qwen(tmp_path, "qwen3_vl", seed=7)
+    teacher = teachers.load(f"unifiedreward={tmp_path},version=2,device=cpu")
+    writer, video = teacher.writer, small_models.clip(0, frames=2, height=128, width=192)
+    size = frames.fitted(video.shape[1:3], *writer.reader.limits, writer.reader.factor)
+    assert size == (224, 320)  # 65,536 pixels at least, of 32 a token
+    pixels = frames.resized(video, *size)
+    inputs = writer.reader.inputs("How good?", pixels, "image")
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=16, min_pixels=65536, max_pixels=16777216, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    made = processor([frame.permute(1, 2, 0).numpy().astype("uint8") for frame in pixels], return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], made["pixel_values"])
+    assert torch.equal(inputs["image_grid_thw"], made["image_grid_thw"])
+    model = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    torch.testing.assert_close(writer.write("How good?", pixels, "image", 1).scores[0], logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(PrismError, match="A Qwen3-VL writes times between"):
+        teachers.load(f"videoscore2={tmp_path},device=cpu").score([video], ["a"], fps=8)
+
+
+def test_a_damaged_description_of_pictures_is_refused(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for text in ('{"image_mean": "grey"}', '{"size": 3}', '{"min_pixels": {}, "max_pixels": "many"}'):
+        (copy / "preprocessor_config.json").write_text(text)
+        with pytest.raises(PrismError, match=r"preprocessor_config\.json does not describe"):
+            teachers.load(f"videoscore2={copy}")
+
+
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_unifiedreward_asks_as_published_and_counts_what_it_cannot_read(folder, version, monkeypatch):
     teacher = teachers.load(f"unifiedreward={folder},version={version}")

@@ -158,12 +158,12 @@ def test_half_precision_is_near_and_alike_each_time(name, tmp_path):
         {"videoscore": small_models.idefics2, "hpsv3": small_models.hpsv3, "videoreward": small_models.videoreward}[
             name
         ](folder)
-    videos, words = [small_models.clip(seed, frames=8) for seed in (0, 1)], ["a red cat", "a ball"]
-    exact = teachers.load(f"{name}={folder},device=cpu").score(videos, words, fps=8)
-    half = teachers.load(f"{name}={folder}", device="cpu", dtype="bfloat16")
+    videos, words = [small_models.clip(seed, frames=2) for seed in (0, 1)], ["a red cat", "a ball"]
+    spec = f"{name}={folder}" + ("" if name == "videoreward" else ",count=1")
+    exact = teachers.load(f"{spec},device=cpu").score(videos, words, fps=8)
+    half = teachers.load(spec, device="cpu", dtype="bfloat16")
     rows = half.score(videos, words, fps=8)
-    assert rows == half.score(videos, words, fps=8) == half(videos=videos, prompts=words, fps=8)
-    assert half.score(videos[1:], words[1:], fps=8) == rows[1:]  # whatever is beside it
+    assert half(videos=videos[1:], prompts=words[1:], fps=8) == rows[1:]  # whatever is beside it
     for row, other in zip(rows, exact):
         np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=0.3, atol=0.3)
     assert rows != exact

@@ -96,10 +96,14 @@ class Writer:
 
     @classmethod
     def load(cls, source: str, revision: str | None, device: str | None, dtype: str | None) -> Writer:
-        """Load Qwen2.5-VL or Qwen2-VL from a folder or a repository of the Hub; safetensors alone."""
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+        """Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL from a folder or a repository of the Hub; safetensors alone."""
+        import transformers
 
-        classes = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen2_vl": Qwen2VLForConditionalGeneration}
+        classes = {
+            "qwen2_vl": transformers.Qwen2VLForConditionalGeneration,
+            "qwen2_5_vl": transformers.Qwen2_5_VLForConditionalGeneration,
+            "qwen3_vl": transformers.Qwen3VLForConditionalGeneration,
+        }
         folder = weights.folder(source, revision)
         device, kind = weights.chosen(device, dtype)
         if not list(folder.glob("*.safetensors")):
@@ -123,6 +127,8 @@ class Writer:
             seed: of the draws; the same question about the same frames has the same answer, and the global random
                 state is left alone.
         """
+        if kind == "video" and self.model.config.model_type == "qwen3_vl":
+            raise PrismError("A Qwen3-VL writes times between a video's frames, which no teacher's question does.")
         device, dtype = self.model.device, self.model.dtype
         inputs = {
             name: value.to(device, dtype if value.is_floating_point() else None)

@@ -1,4 +1,4 @@
-"""Frames and a question as the input of Qwen2-VL and Qwen2.5-VL, and models of these families with a reward head.
+"""Frames and a question as the input of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and Qwen2-VL with a reward head.
 
 The layouts are those of transformers' processors (Apache 2.0) and of qwen-vl-utils (Apache 2.0). They are made here of
 frames in memory, as the processors for video need torchvision.
@@ -38,6 +38,7 @@ class Reader:
         tokenizer: of transformers, with a chat template.
         patch, temporal, merge: pixels of a patch's side, frames in a patch, patches along a token's side.
         mean, std: of the channels, on a scale of 0 to 1.
+        limits: least and most pixels of a picture.
     """
 
     tokenizer: Any
@@ -46,6 +47,7 @@ class Reader:
     merge: int = 2
     mean: tuple[float, ...] = CLIP[0]
     std: tuple[float, ...] = CLIP[1]
+    limits: tuple[int, int] = (4 * 28 * 28, 16384 * 28 * 28)
 
     @classmethod
     def open(cls, folder: Path, config: Any) -> Reader:
@@ -62,10 +64,26 @@ class Reader:
             raise PrismError(f"The tokenizer in {files.shown(folder)} has no chat template; download it again.")
         path = folder / "preprocessor_config.json"
         stated = files.read_json(path) if path.is_file() else {}
-        mean, std = (stated.get(f"image_{name}", default) for name, default in zip(("mean", "std"), CLIP))
-        vision = config.vision_config
+        stated = stated if isinstance(stated, dict) else {}
+        size, vision = stated.get("size") or {}, config.vision_config
+        try:
+            mean, std = (
+                tuple(map(float, stated.get(f"image_{name}", CLIP[k]))) for k, name in enumerate(("mean", "std"))
+            )
+            limits = (
+                int(stated.get("min_pixels") or size.get("shortest_edge") or cls.limits[0]),
+                int(stated.get("max_pixels") or size.get("longest_edge") or cls.limits[1]),
+            )
+        except (AttributeError, TypeError, ValueError) as error:
+            raise PrismError(f"The file {files.shown(path)} does not describe a Qwen-VL's pictures.") from error
         return cls(
-            tokenizer, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, tuple(mean), tuple(std)
+            tokenizer,
+            vision.patch_size,
+            vision.temporal_patch_size,
+            vision.spatial_merge_size,
+            mean=mean,
+            std=std,
+            limits=limits,
         )
 
     @property

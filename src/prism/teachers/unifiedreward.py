@@ -1,4 +1,4 @@
-"""UnifiedReward: Qwen2.5-VL that writes scores of a video, for its first version and for 2.0.
+"""UnifiedReward: Qwen2.5-VL, for 2.0 also Qwen3-VL, that writes scores of a video.
 
 Facts from CodeGoat24/UnifiedReward at ff6f520 (MIT): the questions (prompts/unifiedreward.txt and unifiedreward2.txt),
 two frames a second as a video for the first version, 16 frames as pictures for 2.0, greedy answers. The first version
@@ -32,7 +32,6 @@ LABELS = {
     },
 }
 _PICTURES = 16  # frames that 2.0 is shown
-_PICTURE_PIXELS = (4 * 28 * 28, 16384 * 28 * 28)  # least and most, of Qwen's preprocessing
 
 
 class UnifiedReward:
@@ -93,7 +92,7 @@ class UnifiedReward:
 
     def _second(self, video: np.ndarray, prompt: str) -> str:
         chosen = [index * len(video) // _PICTURES for index in range(_PICTURES)]
-        size = frames.fitted(video.shape[1:3], *_PICTURE_PIXELS, self.writer.reader.factor)
+        size = frames.fitted(video.shape[1:3], *self.writer.reader.limits, self.writer.reader.factor)
         pixels = frames.resized(video[list(dict.fromkeys(chosen))], *size)
         question = prompts.filled("unifiedreward2", qwen.harmless(prompt))
         return self.writer.write(question, pixels, "image", 4096).text
