@@ -17,9 +17,16 @@ from tests import shapes
 torch.set_num_threads(1)
 
 # In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
-WARNINGS_ARE_ERRORS = ("evaluation", "preference", "report", "shapeworld")
+WARNINGS_ARE_ERRORS = ("cli", "evaluation", "judge", "preference", "report", "shapeworld")
 EXCEPTIONS = (
-    "ignore:This judge is untrained:UserWarning",  # PRISM's own: most tests build a head with random weights
+    # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
+    "ignore:This judge is untrained:UserWarning",
+    "ignore:The first cut comes at step 1 of [4-6], which sees pure noise:UserWarning",
+    "ignore:\\d+ training prompts?. too few to learn from:UserWarning",
+    # PEFT's, of a second adapter
+    "ignore:Already found a `peft_config` attribute in the model:UserWarning",
+    # NumPy's, of PIL's images in diffusers
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
 )
 
 
