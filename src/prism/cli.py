@@ -31,6 +31,8 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "eval": "prism.commands.evaluate:Evaluate",
     "study": "prism.commands.lab:Study",
     "data check": "prism.commands.data:Check",
+    "data export": "prism.commands.data:Export",
+    "data import": "prism.commands.data:Import",
     "encode": "prism.commands.encode:Encode",
     "collect": "prism.commands.collect:Collect",
     "score": "prism.commands.score:Score",

@@ -1,17 +1,17 @@
-"""`prism data check`: what is in a preference set, before anything is computed from it."""
+"""`prism data`: what is in a preference set, and a store's videos compared by people."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from prism.commands.options import option
-from prism.errors import quoted
+from prism.commands.options import Models, Resuming, Seed, option
+from prism.errors import SEEDS, number, quoted, whole
 
 SHOWN = 3  # examples of a list that are printed
 
@@ -49,6 +49,83 @@ class Check:
         found = read(self.file, self.form, root=self.root, encoding=self.encoding, media=False)
         facts = summary(found, self.rule, self.margin, self.probe)
         print(json.dumps(facts, indent=2, ensure_ascii=False) if self.json else "\n".join(lines(facts)))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a store's videos as clips, and pairs of them as a table and Label Studio's tasks, for people to compare.
+
+    Fill pairs.csv, or import tasks.json and labels.xml into Label Studio; `prism data import` reads the answers back.
+    """
+
+    store: Annotated[Path, tyro.conf.Positional, option("STORE")]
+    """Store, such as prism collect makes."""
+    output: Resuming
+    dimensions: Annotated[str, option("NAME,NAME")] = "overall"
+    """Questions that are asked per pair, such as VQ,MQ,TA."""
+    split: Annotated[str | None, option("NAME", "all")] = None
+    """Videos of this split alone: train, validation or test."""
+    pairs_per_prompt: Annotated[int | None, option("INT", "all")] = None
+    """Random pairs of each prompt's videos."""
+    fps: float = 8.0
+    """Frames per second of the clips."""
+    url: Annotated[str, option("PREFIX")] = "/data/local-files/?d="
+    """Prefix of the clips' paths in tasks.json; as given, for local files of Label Studio."""
+    seed: Seed = 0
+    """Seed of the order of pairs and sides."""
+    models: Models = field(default_factory=Models)
+
+    def main(self) -> None:
+        """Export, and say what was written."""
+        from prism.loading import load_backbone, open_store
+        from prism.training.annotation import export
+
+        number("--fps", self.fps, 0.1, 240)
+        whole("--seed", self.seed, 0, SEEDS)
+        if self.pairs_per_prompt is not None:
+            whole("--pairs-per-prompt", self.pairs_per_prompt)
+        store = open_store(self.store)
+        backbone, _, _ = load_backbone(self.models.backbone, self.models.device, self.models.dtype)
+        chosen = export(
+            store,
+            backbone,
+            self.output.out,
+            dimensions=[name.strip() for name in self.dimensions.split(",") if name.strip()],
+            split=self.split,
+            pairs_per_prompt=self.pairs_per_prompt,
+            seed=self.seed,
+            fps=self.fps,
+            url=self.url,
+            resume=self.output.resume,
+        )
+        print(f"{len(chosen):,} pairs to compare: {self.output.out / 'pairs.csv'}, {self.output.out / 'tasks.json'}")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Write people's answers about an export into its store, as the labels of its pairs."""
+
+    store: Annotated[Path, tyro.conf.Positional, option("STORE")]
+    """Store that was exported."""
+    answers: Annotated[Path, tyro.conf.Positional, option("FILE")]
+    """The filled pairs.csv, or Label Studio's export as JSON, JSON-MIN or CSV."""
+    form: Annotated[str | None, option("NAME", "by the columns")] = None
+    """Format to read, where several fit."""
+    rule: str = "majority"
+    """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
+    soft: bool = False
+    """Keep the shares of several annotators' votes as probabilities beside the labels."""
+    overwrite: bool = False
+    """Replace the labels that the store has in these dimensions."""
+
+    def main(self) -> None:
+        """Import, and say what the store has now."""
+        from prism.training.annotation import read_back
+
+        store = read_back(
+            self.store, self.answers, form=self.form, rule=self.rule, soft=self.soft, overwrite=self.overwrite
+        )
+        print(f"{len(store.pairs):,} pairs labelled in {', '.join(store.dimensions)}: {store.folder}")
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

@@ -221,6 +221,54 @@ def videoalign(source: Source, collector: Collector) -> None:
                     collector.rating(row, video, pair[2], "overall" if name == "Overall" else name, score, annotator)
 
 
+def label_studio(source: Source, collector: Collector) -> None:
+    """Label Studio's JSON export: tasks with `data` (path_A, path_B, prompt) and `annotations`; their results are
+    choices A, B or same per dimension (`from_name`), or one pairwise selection, left or right, which has no tie.
+    Cancelled annotations and predictions do not count. Its CSV and JSON-MIN exports have VideoAlign's columns."""
+    clips = Clips(source, collector)
+    for row in source:
+        data = row.cells.get("data")
+        if not isinstance(data, dict):
+            raise row.wrong("data", "an object with path_A, path_B and prompt")
+        task = Row(data, row.place)
+        annotations = [each for each in row.items("annotations") if not _cancelled(row, each)]
+        answers = [(each, *answer) for each in annotations for answer in _answers(row, each)]
+        if not answers:
+            collector.drop(row, NO_LABEL)
+            continue
+        facts: dict[str, Any] = {"split": (task.text("split"),) * 2}
+        pair = clips.pair(task, ("path_A", "path_B"), **facts)
+        if pair is None:
+            continue
+        for annotation, dimension, label, answer in answers:
+            who = annotation.get("completed_by")
+            who = who.get("email") or who.get("id") if isinstance(who, dict) else who
+            who = None if who is None else str(who)
+            collector.vote(row, *pair, dimension, label, answer, annotator=who, split=task.text("split"))
+
+
+def _cancelled(row: Row, annotation: Any) -> bool:
+    if not isinstance(annotation, dict):
+        raise row.wrong("annotations", "a list of objects")
+    return bool(annotation.get("was_cancelled"))
+
+
+def _answers(row: Row, annotation: dict[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """Dimension, label and the label as given, for each result of an annotation that is one."""
+    codes = {**LABELS, "left": 1, "right": -1}
+    for result in Row(annotation, row.place).items("result"):
+        value = result.get("value") if isinstance(result, dict) else None
+        if not isinstance(value, dict) or not ("choices" in value or "selected" in value):
+            continue  # a comment, a rating of one clip, a region
+        chosen = value.get("choices", value.get("selected"))
+        chosen = chosen[0] if isinstance(chosen, list) and len(chosen) == 1 else chosen
+        pairwise = "selected" in value
+        dimension = "overall" if pairwise else str(result.get("from_name"))
+        label = Row({dimension: chosen}, row.place).label(dimension, codes)
+        if label is not None:
+            yield "overall" if dimension == "Overall" else dimension, label, str(chosen)
+
+
 def _labelled(source: Source, columns: Collection[str]) -> Iterator[str]:
     """The columns with A, B or same in at least one row."""
     names: set[str] = set()
@@ -247,5 +295,10 @@ FORMATS = {
         "VideoAlign’s training CSV, VideoGen-RewardBench: path_A, path_B, prompt, and A, B or same",
         lambda source: source.has("path_A", "path_B", "prompt"),
         videoalign,
+    ),
+    "label-studio": Format(
+        "Label Studio’s JSON export: data and annotations per task",
+        lambda source: source.has("data", "annotations"),
+        label_studio,
     ),
 }

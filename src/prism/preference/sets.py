@@ -110,11 +110,11 @@ def in_order(dimensions: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(dimensions), key=lambda name: positions.get(name, 3)))
 
 
-def check_dimension(row: Row, name: str) -> None:
-    """Refuse the name of a dimension that cannot be a column of a table of pairs."""
+def check_dimension(name: str, where: object) -> None:
+    """Refuse the name of a dimension that cannot be a column of a table of pairs; `where` it was met."""
     if ":" in name or name in PAIR_COLUMNS:
         raise PrismError(
-            f"The dimension {quoted(name, 80)} in {row.place} cannot have this name: a name with a colon, or one of "
+            f"The dimension {quoted(name, 80)} in {where} cannot have this name: a name with a colon, or one of "
             f"{', '.join(PAIR_COLUMNS)}, is another column of a table of pairs; rename it."
         )
 
@@ -233,7 +233,7 @@ class Collector:
 
         by_id: the file names the winner first; the sides are put in the order of the clips' identities.
         """
-        check_dimension(row, dimension)
+        check_dimension(dimension, row.place)
         if confidence is not None and confidence < 0:
             raise PrismError(f"The confidence in {row.place} must be 0 or more; found {confidence:g}.")
         p_a, p_b = p or (None, None)
@@ -249,7 +249,7 @@ class Collector:
         self, row: Row, video: str, prompt: str, dimension: str, score: float, annotator: str | None = None
     ) -> None:
         """Add an annotator's score of a clip."""
-        check_dimension(row, dimension)
+        check_dimension(dimension, row.place)
         self._rated.add(video)
         self._ratings.append((video, prompt, dimension, annotator, score, row.place.source, row.place.row))
 

@@ -40,6 +40,27 @@ def check_names(rewards: Sequence[Reward]) -> None:
         raise PrismError(f"Two rewards are named {twice[0]}; name them apart with --reward NAME=FILE.py:function.")
 
 
+class Decoder:
+    """Decode latents of a store, for rewards and for people; a packed latent's grid is computed once per shape."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._grids: dict[tuple[int, ...], Any] = {}
+
+    @torch.no_grad()
+    def frames(self, latents: Tensor, prompt: str, call: Mapping[str, Any], seed: int = 0) -> np.ndarray:
+        """The frames (T, H, W, 3) uint8 of latents (1, ...) of a prompt, sampled with these pipeline arguments."""
+        backbone, latents = self.backbone, latents.to(self.backbone.device)
+        shape = tuple(latents.shape)
+        if layout.is_packed(backbone.family.layout) and shape not in self._grids:
+            condition = backbone.condition([prompt], [seed], **call)
+            arguments = condition.call(latents, latents.new_zeros(1), length(backbone.pipe.scheduler))  # type: ignore[union-attr]
+            self._grids[shape] = backbone.denoiser_call(arguments).grid()
+        num_frames = call.get("num_frames", backbone.default("num_frames"))
+        video = backbone.decode(latents, self._grids.get(shape), num_frames)[0]
+        return (video * 255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+
+
 class Labels:
     """The labels of a store that is being written, by some rewards side by side.
 
@@ -57,7 +78,7 @@ class Labels:
     ) -> None:  # fmt: skip
         check_names(rewards)
         self.writer, self.rewards, self.backbone, self.call, self.fps = writer, tuple(rewards), backbone, call, fps
-        self._grids: dict[tuple[int, ...], Any] = {}
+        self._decoder = Decoder(backbone)
         self._changed: set[str] = set()
 
     def drop(self) -> None:
@@ -81,7 +102,10 @@ class Labels:
         scores: dict[str, list[dict[str, float]]] = {reward.name: [] for reward in rewards}
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
-            videos = [self.decode(latents[start + k : start + k + 1], row) for k, row in enumerate(chunk)]
+            videos = [
+                self._decoder.frames(latents[start + k : start + k + 1], row["prompt"], self.call, row["seed"] or 0)
+                for k, row in enumerate(chunk)
+            ]
             prompts, names = [row["prompt"] for row in chunk], [row["video"] for row in chunk]
             for reward in rewards:
                 scores[reward.name] += reward.score(videos, prompts, self.fps, names)
@@ -94,20 +118,6 @@ class Labels:
             table = pa.table({"video": pa.array([row["video"] for row in rows]), **columns})
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, row: Mapping[str, Any]) -> np.ndarray:
-        """The frames (T, H, W, 3) uint8 of latents (1, ...)."""
-        backbone, call = self.backbone, self.call
-        latents = latents.to(backbone.device)
-        shape = tuple(latents.shape)
-        if layout.is_packed(backbone.family.layout) and shape not in self._grids:
-            condition = backbone.condition([row["prompt"]], [row["seed"] or 0], **call)
-            arguments = condition.call(latents, latents.new_zeros(1), length(backbone.pipe.scheduler))  # type: ignore[union-attr]
-            self._grids[shape] = backbone.denoiser_call(arguments).grid()
-        frames = call.get("num_frames", backbone.default("num_frames"))
-        video = backbone.decode(latents, self._grids.get(shape), frames)[0]
-        return (video * 255).round().to(torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
 
     def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
         """Write ratings, score columns and pairs of all that was labelled; returns the number of videos.
