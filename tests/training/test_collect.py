@@ -410,3 +410,48 @@ def test_rewards_are_found_by_file_and_module_and_named(tmp_path, monkeypatch):
     changing = iter(({"a": 1}, {"b": 1}))
     with pytest.raises(PrismError, match="gave the dimensions b where a is needed"):
         Reward(lambda video: next(changing), "c").score([None, None], ["p", "q"])
+
+
+def test_candidates_that_are_not_finite_are_told_and_left_out(backbone, tmp_path, capsys):
+    pipe = tiny.wan()
+    broken, calls = Backbone(pipe), []
+    pipe.scheduler.register_to_config(stochastic_sampling=False)
+
+    def overflows(module, inputs, output):
+        calls.append(len(calls))
+        return (output[0] * float("nan"),) if 12 <= calls[-1] < 24 else output  # the second of 6 steps of 2 calls each
+
+    pipe.transformer.register_forward_hook(overflows)
+    store = collect(PROMPTS[:2], broken, CALL, tmp_path / "store", [Reward(brightness, "plain")], candidates=2,
+                    progress=False)  # fmt: skip
+    assert "1 candidates are left out: the latents of seed" in capsys.readouterr().err
+    assert store.videos["prompt"].to_pylist() == [TEXTS[0], TEXTS[1], TEXTS[1]]
+    assert len(store.pairs) == 1
+    with torch.no_grad():
+        next(pipe.transformer.parameters()).fill_(float("nan"))
+    with pytest.raises(PrismError, match="No candidate has finite latents"):
+        collect(PROMPTS[:1], Backbone(pipe), CALL, tmp_path / "other", [Reward(brightness, "plain")], progress=False)
+
+
+def test_a_reward_whose_file_changed_goes_on_with_a_warning(store, backbone, tmp_path):
+    import shutil
+
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    label(folder, backbone, [Reward(brightness, "plain", source="r.py:f", version="1")], progress=False)
+    next((folder / "labels" / "plain").iterdir()).unlink()
+    with pytest.warns(UserWarning, match="file of the reward plain has changed since it scored some"):
+        again = label(
+            folder, backbone, [Reward(brightness, "plain", source="r.py:f", version="2")], resume=True, progress=False
+        )
+    assert again.videos["VQ"].to_pylist() == store.videos["VQ"].to_pylist()
+
+
+def test_pictures_and_numbers_that_json_does_not_hold_are_refused(backbone, tmp_path):
+    with pytest.raises(PrismError, match="call holds what a store cannot keep as JSON"):
+        collect(PROMPTS, backbone, {**CALL, "callback_on_step_end": print}, tmp_path / "a", progress=False)
+    with pytest.raises(PrismError, match="held_out must be two shares"):
+        made(backbone, tmp_path / "b", held_out=(0.9, 0.2))
+    half = made(backbone, tmp_path / "half", [], half=True, candidates=1)
+    assert half.latents([half.videos["video"][0].as_py()]).half().float().isfinite().all()
+    assert len(half.pairs) == 0

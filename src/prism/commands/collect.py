@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prism.commands.encode import shares_of
-from prism.commands.options import Models, Repeated, Resuming, Seed, option
+from prism.commands.options import Adapted, Repeated, Resuming, Seed, option
 from prism.commands.sample import Call
 from prism.errors import SEEDS, PrismError, number, quoted, whole
 
@@ -62,7 +62,7 @@ class Collect:
     """Encoding of the prompts' file, such as cp1252."""
     kept: Kept = Kept()
     rewards: Rewards = Rewards()
-    models: Models = field(default_factory=Models)
+    models: Adapted = field(default_factory=Adapted)
     call: Call = field(default_factory=Call)
 
     def main(self) -> None:
@@ -103,7 +103,8 @@ def run(config: Collect) -> Any:
     from prism.training import collect, labels
 
     labels.check_names(teachers)
-    backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
+    models = config.models
+    backbone, call, _ = load_backbone(models.backbone, models.device, models.dtype, models.offload, models.loras)
     common: dict[str, Any] = {"margins": margins, "fps": rewards.fps, "resume": config.output.resume}
     if rewards.label:
         return collect.label(config.output.out, backbone, teachers, **common)
@@ -123,6 +124,7 @@ def run(config: Collect) -> Any:
         half=kept.half,
         held_out=held_out,
         unit=kept.unit,
+        loras=models.loras,
         **common,
     )
 

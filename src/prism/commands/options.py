@@ -69,6 +69,16 @@ class Models(Device):
 
 
 @dataclass(frozen=True)
+class Adapted(Models):
+    """Models, and where they are kept."""
+
+    offload: Annotated[str, option("NAME")] = "none"
+    """Keep models in host memory until needed: whole (model), or layer by layer (group)."""
+    loras: Annotated[tuple[str, ...], Repeated, option("FILE[:SCALE]", name="lora")] = ()
+    """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
+
+
+@dataclass(frozen=True)
 class Labelled(Models):
     """Models and data."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from prism import files, runs
 from prism.commands import show
-from prism.commands.options import Head, Models, Repeated, Replacing, option, recorded
+from prism.commands.options import Adapted, Head, Replacing, option, recorded
 from prism.errors import PrismError, number, quoted, whole
 
 if TYPE_CHECKING:
@@ -32,14 +32,10 @@ FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are compared with
 
 
 @dataclass(frozen=True)
-class Sampling(Models):
+class Sampling(Adapted):
     """Models, and where they are kept."""
 
     head: Head = None
-    offload: Annotated[str, option("NAME")] = "none"
-    """Keep models in host memory until needed: whole (model), or layer by layer (group)."""
-    loras: Annotated[tuple[str, ...], Repeated, option("FILE[:SCALE]", name="lora")] = ()
-    """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def collect(
     held_out: tuple[float, float] = (0.1, 0.1),
     fps: float | None = None,
     unit: int = UNIT,
+    loras: Sequence[str] = (),
     resume: bool = False,
     command: str = "prism collect",
     progress: bool = True,
@@ -88,6 +89,7 @@ def collect(
         held_out: shares of the prompts that are validation and test prompts.
         fps: frames per second, for rewards that ask.
         unit: prompts per shard.
+        loras: names of the LoRAs that are loaded and their scales; kept in the store, and not changed by `resume`.
         resume: go on with a run that was stopped or killed; what is sampled or labelled stays.
 
     Raises:
@@ -107,6 +109,7 @@ def collect(
     units = [_candidates(asked[start : start + unit], candidates, seed) for start in range(0, len(asked), unit)]
     team = Team.gathered(backbone.device)
     key, meta = _identity(asked, backbone, call, candidates, seed, steps, predicted, half, shares)
+    key |= {"loras": [str(each) for each in loras]} if loras else {}
     writer = _writer(team, lambda main: StoreWriter(out, key, {**meta, "command": command}, resume, main, _CHANGEABLE))
     labels = Labels(writer, rewards, backbone, arguments, fps)
 

@@ -127,7 +127,7 @@ class Labels:
         Args:
             margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
         """
-        if not self.rewards:
+        if not any(self._folder(reward).is_dir() for reward in self.rewards):
             return self.writer.finish()
         scored = {reward: self._joined(reward) for reward in self.rewards}
         columns: dict[str, dict[str, float]] = {}
