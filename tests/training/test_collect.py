@@ -120,6 +120,16 @@ def test_scores_are_what_the_reward_says_of_the_decoded_videos(store, backbone):
     assert all(pair["overall"] is None for pair in pairs if pair not in agreeing)
 
 
+def test_larger_shards_hold_the_same_videos_and_scores(store, backbone, tmp_path):
+    larger = made(backbone, tmp_path / "store", unit=4, states=(2, 4))  # 12 videos, more than a reward is given at once
+    assert len(list((tmp_path / "store" / "shards").glob("*.parquet"))) == 1
+    for name in ("video", "seed", "VQ", "MQ"):
+        assert larger.videos[name].to_pylist() == store.videos[name].to_pylist()
+    ids = store.videos["video"].to_pylist()
+    assert torch.equal(larger.latents(ids), store.latents(ids))
+    assert larger.pairs.equals(store.pairs)
+
+
 def test_the_store_trains(store, backbone, tmp_path):
     judge = Judge.untrained(backbone, tap=2, dim=32, dimensions=("VQ", "overall"))
     config = TrainConfig(steps=2, prompts_per_step=2, validate_every=2)
