@@ -137,7 +137,8 @@ def test_an_evaluation_that_does_not_fit_goes_on_in_halves(store, monkeypatch, e
     with pytest.warns(UserWarning, match="Memory ran out with 28 videos per batch while evaluating"):
         found = measure(judge, store, timesteps=(900, 0), num_draws=2, progress=False)
     for ours, theirs in zip(found.pairs.to_pylist(), expected.pairs.to_pylist()):
-        assert ours.pop("margin") == pytest.approx(theirs.pop("margin"), abs=1e-5)
+        for name in ("margin", "score_a", "score_b"):
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=1e-5)
         assert ours == theirs
 
 
@@ -196,7 +197,8 @@ def test_an_evaluation_encodes_each_prompt_once_where_the_cache_has_room_for_few
     found = measure(judge, store, timesteps=levels, num_draws=2, batch_size=4, progress=False)
     assert sum(rows) == 14
     for ours, theirs in zip(found.pairs.to_pylist(), plain.pairs.to_pylist()):
-        assert ours.pop("margin") == pytest.approx(theirs.pop("margin"), abs=1e-5)
+        for name in ("margin", "score_a", "score_b"):
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), abs=1e-5)
         assert ours == theirs
     judge.backbone.forget()
     monkeypatch.setattr(backbone_module, "_CACHE_BYTES", 1)  # less than a batch: still once

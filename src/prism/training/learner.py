@@ -164,7 +164,8 @@ def read(
     cache: TokenCache | None = None,
 ) -> list[Tensor]:
     """Each learner's scores (rows, num_dimensions) of a batch: one truncated forward pass per row feeds them all."""
-    backbone, taps = learners[0].judge.backbone, sorted({learner.judge.tap for learner in learners})
+    backbone = learners[0].judge.backbone
+    taps = sorted({learner.judge.tap for learner in learners}) if cache is None else cache.taps
     scores: list[list[Tensor]] = [[] for _ in learners]
     order: list[int] = []
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +74,9 @@ class TokenCache:
         identity = json.loads(json.dumps(identity))
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         blocks = ", ".join(map(str, taps))
-        what = (
-            f"Tokens after blocks {blocks} at {config.noise_draws} fixed draws of noise and t per prompt, to train on"
-        )
-        self.folder, self.units, self.made = Path(config.token_cache) / digest, units, 0
-        self._lock = threading.Lock()
+        draws = f"{config.noise_draws} fixed draws of noise and t per prompt"
+        what = f"Tokens after blocks {blocks} at {draws}, to train heads on"
+        self.folder, self.taps, self.units, self.made = Path(config.token_cache) / digest, list(taps), units, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             label = self.folder / "cache.json"
