@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import spearmanr
 from tests import stores, tiny
+from tests.zoo.latte_to_qwen import ltx_i2v
 
 from prism import Judge, cli, files
 from prism.backbone import Backbone
@@ -155,7 +157,7 @@ class TestScore:
 
         def breaks(self, *args, **kwargs):
             calls.append(args)
-            if len(calls) == 3:
+            if len(calls) in (2, 4):
                 raise KeyboardInterrupt
             return whole(self, *args, **kwargs)
 
@@ -168,8 +170,9 @@ class TestScore:
         assert "go on with --resume" in capsys.readouterr().err
         assert score(place, *words, "--out", out, "--seed", "1", "--resume") == 2
         assert "seed was 0 and is now 1" in capsys.readouterr().err
+        assert score(place, *words, "--out", out, "--resume") == 130
         assert score(place, *words, "--out", out, "--resume") == 0
-        assert len(calls) == 4
+        assert len(calls) == 5
         assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
         assert sorted(each.name for each in tmp_path.glob("*s.csv*")) == ["s.csv"]
         assert score(place, *words, "--out", out) == 2
@@ -186,6 +189,32 @@ class TestScore:
             stream.write(f"{line}\n")
         assert score(place, *words, "--resume") == 2
         assert "is no list of scored clips, or was altered" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:This judge is untrained")
+def test_a_pipeline_that_starts_from_an_image_takes_it_from_a_flag_or_a_table(tmp_path, capsys):
+    pipe, call = ltx_i2v()
+    pipe.save_pretrained(tmp_path / "backbone")
+    call.pop("image").save(tmp_path / "image.png")
+    files.write_json(tmp_path / "backbone" / "call.json", call)
+    Judge.untrained(pipe, dim=16, dimensions=("VQ",)).save_pretrained(tmp_path / "head")
+    video = np.random.default_rng(0).uniform(size=(call["num_frames"], call["height"], call["width"], 3))
+    write_video(tmp_path / "clip.mp4", video, 8)
+    (tmp_path / "list.csv").write_text("prompt,video,image\na cat,clip.mp4,image.png\na cat,clip.mp4,gone.png\n")
+    (tmp_path / "two.csv").write_text("prompt,video,image\na cat,clip.mp4,image.png\na dog,clip.mp4,gone.png\n")
+    words = [tmp_path / "clip.mp4", "--prompt", "a cat", "--draws", "1"]
+    assert score(tmp_path, *words) == 2
+    assert (
+        "clip.mp4 has no image; give --image FILE, or a table with a column image (LTXImageToVideoPip"
+        in capsys.readouterr().err
+    )
+    assert score(tmp_path, *words, "--image", tmp_path / "image.png", "--out", tmp_path / "flag.csv") == 0
+    assert score(tmp_path, tmp_path / "list.csv", "--draws", "1", "--out", tmp_path / "list-out.csv") == 0
+    flag, listed = table(tmp_path / "flag.csv"), table(tmp_path / "list-out.csv")
+    assert [row["score"] for row in flag] == [row["score"] for row in listed]
+    assert listed[0]["image"] == str(tmp_path / "image.png")
+    assert score(tmp_path, tmp_path / "two.csv", "--draws", "1") == 1
+    assert "gone.png" in capsys.readouterr().err
 
 
 REFUSED = {
@@ -259,6 +288,20 @@ def test_the_shipped_head_has_a_reference_that_its_command_gives(tmp_path):
     few = measure(judge, asset_folder("candidates"), "test", [699], 4, 0, most=8, progress=False)
     rows = [place for place, key in enumerate(shipped.prompts) if key in few.prompts]
     np.testing.assert_allclose(few.scores[0], shipped.scores[0, rows], atol=2e-3)
+
+
+def test_places_follow_the_referee_within_prompts_and_not_across_them():
+    """The figures of docs/scoring.md: of the shipped reference, whose clips the referee scored."""
+    reference = Judge.from_pretrained(asset_folder("head"), pipeline()).reference
+    rows = stores.LatentStore.open(asset_folder("candidates")).videos.to_pylist()
+    rows = [row for row in rows if row["split"] == "test"]
+    truth, (_, prompts) = np.array([row["overall"] for row in rows]), np.unique(reference.prompts, return_inverse=True)
+    judged = reference.scores[reference.levels.index(499), :, reference.dimensions.index("overall")]
+    assert spearmanr(judged, truth).statistic == pytest.approx(-0.11, abs=0.01)
+    apart = [each - (np.bincount(prompts, each) / np.bincount(prompts))[prompts] for each in (judged, truth)]
+    assert spearmanr(*apart).statistic == pytest.approx(0.63, abs=0.01)
+    shares = [share for by_name in reference.facts["between_prompts"].values() for share in by_name.values()]
+    assert (round(min(shares), 2), round(max(shares), 2)) == (0.72, 0.93)
 
 
 def test_the_page_runs_as_printed(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests import stores, tiny
-from tests.zoo.latte_to_qwen import ltx_i2v
+from tests.zoo.latte_to_qwen import ltx_i2v, svd
 
 from prism.backbone import Backbone
 from prism.clips import FramePolicy, read_clip
@@ -90,18 +90,19 @@ def test_scores_depend_on_content_and_seed_and_nothing_beside(judge, clips, tmp_
     assert (other - whole[1:2]).abs().min() > 1e-4
 
 
-def test_a_pipeline_that_starts_from_an_image_is_scored_with_it(tmp_path):
-    pipe, call = ltx_i2v()
+@pytest.mark.parametrize(("make", "prompt"), [(ltx_i2v, "a cat"), (svd, "")])
+def test_a_pipeline_that_starts_from_an_image_is_scored_with_it(tmp_path, make, prompt):
+    pipe, call = make()
     backbone = Backbone(pipe)
     judge = judge_on(backbone)
     video = np.random.default_rng(0).uniform(size=(call["num_frames"], call["height"], call["width"], 3))
     write_video(tmp_path / "clip.mp4", video, 8)
-    one = judge.score_video(tmp_path / "clip.mp4", "a cat", 600, 2, **call)
+    one = judge.score_video(tmp_path / "clip.mp4", prompt, 600, 2, **call)
     pixels = read_clip(str(tmp_path / "clip.mp4")).frames
     latent, key = backbone.encode(pixels[None]), content_key(pixels)
-    assert torch.equal(one.scores, score_latents(judge, latent, [key], ["a cat"], [600], 2, **call)[0])
+    assert torch.equal(one.scores, score_latents(judge, latent, [key], [prompt], [600], 2, **call)[0])
     black = {**call, "image": call["image"].point(lambda value: 0)}
-    assert (one.scores - judge.score_video(tmp_path / "clip.mp4", "a cat", 600, 2, **black).scores).abs().max() > 1e-6
+    assert (one.scores - judge.score_video(tmp_path / "clip.mp4", prompt, 600, 2, **black).scores).abs().max() > 1e-6
 
 
 def test_what_cannot_be_scored_is_refused(judge, clips):
@@ -237,6 +238,11 @@ def test_prompts_that_the_head_was_trained_on_are_refused(backbone, store):
     judge.trained_on = {"prompt_keys": [prompt_key(prompt)]}
     with pytest.raises(PrismError, match="The head was trained on the prompt"):
         measure(judge, store, progress=False)
+    with pytest.raises(PrismError, match="The head was trained on the prompt"):
+        measure(judge, store, "all", progress=False)
+    assert measure(judge, store, "train", [5], 1, progress=False).scores.shape == (1, 24, 2)
+    judge.trained_on = {}
+    assert measure(judge, store, "all", [5], 1, progress=False).scores.shape == (1, 52, 2)
     with pytest.raises(PrismError, match="has 0 clips in the split unseen"):
         measure(judge, store, "unseen", progress=False)
 

@@ -21,7 +21,7 @@ class Reference:
     head: Annotated[Path, option("FOLDER")]
     """The trained head's folder."""
     split: Annotated[str, option("NAME")] = "test"
-    """Split whose clips are taken; the head must not have been trained on their prompts."""
+    """Split whose clips are taken, or all; the head must not have been trained on their prompts (but for train)."""
     levels: Annotated[str | None, option("T,T", "those the head is best at", name="t")] = None
     """Noise levels to judge at, 0 (clean) to 1000 (noise)."""
     draws: int = 4

@@ -197,23 +197,23 @@ def _tabled(word: str, config: Score) -> list[dict[str, Any]]:
 
 def check_inputs(backbone: Any, call: Mapping[str, Any], clips: Sequence[Mapping[str, Any]]) -> None:
     """Refuse clips that lack what the pipeline cannot do without, a prompt or an image, before any is read."""
-    import inspect
-
-    parameter = inspect.signature(type(backbone.pipe).__call__).parameters.get("image")
-    needs = parameter is not None and parameter.default is inspect.Parameter.empty and not call.get("image")
     for clip in clips:
         if backbone.family.takes_prompts and not (clip["prompt"] or "").strip():
             raise PrismError(
                 f"The clip {quoted(clip['video'], 120)} has no prompt; give --prompt, a text file of the same name "
                 "beside it, or name a table."
             )
-        if clip["image"] is None and needs:
-            raise PrismError(
-                f"{type(backbone.pipe).__name__} starts from an image, and the clip {quoted(clip['video'], 120)} has "
-                "none; give --image FILE, or a table with a column image."
-            )
-        if clip["image"] is not None and parameter is None:
+        if clip["image"] is not None and not backbone.takes("image"):
             raise PrismError(f"{type(backbone.pipe).__name__} takes no image; leave --image out.")
+    bare = next((clip for clip in clips if clip["image"] is None), None)
+    if bare is not None and backbone.takes("image") and not call.get("image"):
+        try:
+            backbone.condition([bare["prompt"] or ""], **call)
+        except PrismError as error:
+            raise PrismError(
+                f"The clip {quoted(bare['video'], 100)} has no image; give --image FILE, or a table with a column "
+                f"image ({quoted(error, 200)})"
+            ) from error
 
 
 def _described(reference: Any) -> dict[str, Any] | None:

@@ -207,7 +207,7 @@ def measure(
     Args:
         judge: whose scores.
         store: opened store, or its folder.
-        split: whose clips; labels are not needed.
+        split: whose clips, or "all"; labels are not needed.
         levels: noise levels in [0, 1000]; None: `prism.judge.scoring.default_levels`.
         num_draws: noise draws per clip and level.
         seed: of the noise, and of the prompts that are taken.
@@ -262,7 +262,7 @@ def measure(
 def _chosen(store: LatentStore, split: str, most: int, seed: int) -> dict[str, str]:
     """Clips of a split with their prompts: all, or whole prompts at random up to `most`, in the store's order."""
     columns = (store.videos[name].to_pylist() for name in ("video", "prompt", "split"))
-    there = {video: prompt for video, prompt, each in zip(*columns) if each == split}
+    there = {video: prompt for video, prompt, each in zip(*columns) if split in (each, "all")}
     counts: dict[str, int] = {}
     for prompt in there.values():
         counts[prompt] = counts.get(prompt, 0) + 1
