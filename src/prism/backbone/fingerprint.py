@@ -380,8 +380,7 @@ def _digest(module: nn.Module, numbers: Callable[[Tensor], list[Tensor]], settin
 def _plain(value: Tensor) -> list[Tensor]:
     """The plain tensors of a weight: itself, its quantised integers, or a tensor subclass's parts; none on meta."""
     if is_traceable_wrapper_subclass(value):
-        names, _ = value.__tensor_flatten__()
-        return [plain for name in names for plain in _plain(getattr(value, name))]
+        return [plain for name in value.__tensor_flatten__()[0] for plain in _plain(getattr(value, name))]
     if value.is_meta:
         return []
     return [value.detach().int_repr() if value.is_quantized else value.detach()]
