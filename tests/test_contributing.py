@@ -59,3 +59,8 @@ def test_every_dotted_name_in_pages_code_and_docstrings_exists() -> None:
     assert [name for name in sorted(named) if not exists(name)] == []
     wrong = ["prism.sources", "prism.video.read_clips", "prism.video.frames.nothing"]
     assert [name for name in wrong if exists(name)] == []
+
+
+def test_no_module_is_longer_than_400_lines() -> None:
+    long = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "src/prism").rglob("*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
