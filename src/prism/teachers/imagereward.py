@@ -80,7 +80,9 @@ class ImageReward:
                 num_attention_heads=width // _HEAD, image_size=side, patch_size=_PATCH, layer_norm_eps=1e-6,
             )  # fmt: skip
             sizes = {name: med[name] for name in _SIZES}
-            text_config = BlipTextConfig(encoder_hidden_size=width, is_decoder=True, **sizes)
+            text_config = BlipTextConfig(
+                encoder_hidden_size=width, is_decoder=True, bos_token_id=None, sep_token_id=None, **sizes
+            )
             wide = sizes["hidden_size"]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise PrismError(
