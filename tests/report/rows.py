@@ -68,3 +68,34 @@ def picks() -> list[dict[str, Any]]:
         pick("full", 0.95, 1.0, judge_at=700),
         pick("oracle", 1.3, 1.0, judge="referee", vae_decodes=480),
     ]
+
+
+def evaluation() -> dict[str, list[dict[str, Any]]]:
+    """The rows that `prism eval` writes beside accuracy, at two levels and in two dimensions."""
+    found: dict[str, list[dict[str, Any]]] = {"generators": [], "reliability": [], "biases": []}
+    for t in (899, 699):
+        for dimension in ("VQ", "overall"):
+            where = {"judge": "prism", "set": "test", "t": t, "dimension": dimension}
+            shares = {"judge_share": 0.61, "people_share": 0.52, "difference": 0.09, "difference_ci95": [0.02, 0.16]}
+            of_pair = {"pairs": 90, "decided_pairs": 71, "prompts": 40, "without_ties": 0.7}
+            for models in (("sora", "wan"), ("wan", "wan")):
+                row = {**where, "model_a": models[0], "model_b": models[1], **of_pair, **shares}
+                row["without_ties_ci95"] = [0.61, 0.79]
+                found["generators"].append(row if models[0] != models[1] else {**row, **dict.fromkeys(shares)})
+            reliability = {"temperature": 1.0, "eta": 5.0, "pairs": 90, "soft_pairs": 0, "nll": 1.02}
+            reliability |= {"nll_ci95": [0.9, 1.1], "nll_of_shares": 0.95, "calibration_error": 0.08}
+            reliability |= {
+                "calibration_error_by_chance": 0.03,
+                "tie_calibration_error": 0.2,
+                "curve": [[0.1, 0.2, 18]],
+            }
+            curves = {"curve": [[0.1, 0.2, 18]], "tie_curve": [[0.6, 0.2, 9]]}
+            refitted = {"temperature": 2.0, "eta": 1.5, "nll": 0.87, "calibration_error": 0.041}
+            found["reliability"].append({**where, **reliability, **curves, "refitted": refitted})
+            probe = {"probe": "brightness", "unit": "mean luma", "pairs": 66, "prompts": 39, **shares}
+            found["biases"].append({**where, **probe, "judge_share_ci95": [0.5, 0.7], "people_share_ci95": None})
+    swap = {"judge": "prism", "set": "test", "t": 699, "pairs": 32, "flipped": 0, "largest_difference": 0.0}
+    against = {"judge": "runs/a", "against": "runs/b", "set": "test", "t": 699, "dimension": "overall"}
+    against |= {"difference": 0.031, "ci95": [-0.01, 0.07], "pairs": 71, "prompts": 40}
+    tested = {"better": 12, "worse": 9, "mcnemar_p": 0.6636}
+    return {**found, "swap": [swap], "judge_comparison": [{**against, **tested}]}

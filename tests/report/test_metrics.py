@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.report import rows
 
 from prism import files
 from prism.errors import PrismError
-from prism.report import metrics
+from prism.report import metrics, page
 
 
 @pytest.fixture
@@ -95,6 +96,18 @@ def test_rows_that_only_some_commands_write_are_checked_too(key):
             metrics.validate(broken)
     del read[key]
     metrics.validate(read)
+
+
+@pytest.mark.parametrize("key", ["generators", "reliability", "biases", "swap", "judge_comparison"])
+def test_rows_of_an_evaluation_are_checked(key):
+    document = metrics.document("eval", {"name": "tiny"}, 0, rows.accuracy(), **rows.evaluation())
+    for field in metrics._OPTIONAL_ROWS[key].__required_keys__:
+        broken = {**document, key: [{name: value for name, value in document[key][0].items() if name != field}]}
+        with pytest.raises(PrismError, match=rf"{key}\[0\]: the field '{field}' is missing"):
+            metrics.validate(broken)
+    older = {name: value for name, value in document.items() if name not in rows.evaluation()}
+    metrics.validate(older)
+    page.write_report(os.devnull, older)
 
 
 def test_environment_names_what_computed():

@@ -15,6 +15,7 @@ from PIL import Image
 from tests.report import rows
 
 from prism import video as media
+from prism.commands import show
 from prism.errors import PrismError
 from prism.report import figures, metrics, page, tables, wording
 
@@ -372,3 +373,27 @@ def test_labels_of_points_keep_off_points_and_each_other():
     spots = [axes.transData.transform(point) for point in points]
     assert not any(box.contains(*spot) for box in boxes for spot in spots)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_the_page_and_the_terminal_show_an_evaluation(tmp_path, capsys):
+    document = metrics.document("eval", {"name": "tiny"}, 0, rows.accuracy(), **rows.evaluation())
+    page.write_report(tmp_path / "r.html", document)
+    _, text = read(tmp_path / "r.html")
+    show(document, tmp_path)
+    told = " ".join(capsys.readouterr().out.split())
+    for needle in (
+        "Accuracy of runs/a over runs/b",
+        "+3.1",
+        "0.664",
+        "Per pair of generators, overall at t = 699",
+        "sora / wan",
+        "Probabilities of better, tie and worse, overall",
+        "4.1\u00a0%",
+        "Bias probes, overall at t = 699",
+        "brighter",
+        "+9.0",
+        "32 pairs scored as (A, B) and as (B, A) have exactly opposite margins",
+    ):
+        assert needle in text, needle
+        assert needle.replace("\u00a0", " ") in told, needle
+    assert "Against judges that look at pixels" not in text

@@ -71,6 +71,13 @@ def test_latents_are_those_of_the_clips_and_labels_those_of_the_file(data, backb
     for video in ("3b.mp4", "11a.mp4"):
         expected = backbone.encode(read_clip(str(data.parent / video), POLICY).frames[None]).half().float()
         assert torch.equal(store.latents([video]), expected)
+        clip = read_clip(str(data.parent / video), POLICY)
+        row = next(row for row in store.videos.to_pylist() if row["video"] == video)
+        luma = clip.frames @ np.array([0.2126, 0.7152, 0.0722]) / 255
+        assert row["clip_brightness"] == pytest.approx(luma.mean(), abs=1e-6)
+        assert row["clip_motion"] == pytest.approx(np.abs(np.diff(luma, axis=0)).mean(), abs=1e-6)
+        facts = clip.info.duration, clip.info.fps, clip.info.height * clip.info.width
+        assert (row["clip_seconds"], row["clip_fps"], row["clip_pixels"]) == pytest.approx(facts)
     by_pair = {row["video_a"]: row for row in store.pairs.to_pylist()}
     labels = [by_pair[f"{place}a.mp4"]["VQ"] for place in range(PROMPTS)]
     assert labels == [(1, -1, 0)[place % 3] for place in range(PROMPTS)]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import VERSIONED
 from prism.backbone.videos import encode_frames
-from prism.clips import FramePolicy, read_clip
+from prism.clips import FramePolicy, clip_facts, read_clip
 from prism.errors import PrismError, quoted, whole
 from prism.preference import LatentStore, StoreWriter, check_disjoint, prompt_key, unit_name
 from prism.preference.pairs import SPLITS, dimensions_of
@@ -198,7 +198,7 @@ def _write(
     bar: Any,
 ) -> list[str]:
     """Encode the clips of one shard and write it. Returns an error message per clip that cannot be read."""
-    latents, kept, unread = [], [], []
+    latents, kept, facts, unread = [], [], [], []
     for row in rows:
         try:
             source = preference_set.source(row["path"], row["frames"])
@@ -208,9 +208,12 @@ def _write(
         else:
             latents.append(encode_frames(backbone, clip.frames, shape).cpu().half())
             kept.append(row)
+            facts.append(clip_facts(clip))
         bar.update()
     if kept:
         columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
         source_rows = [row["row"] for row in kept]
-        writer.write(name, pa.table({**columns, "source_row": source_rows}), {"latents": torch.cat(latents)})
+        numbers = {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
+        table = pa.table({**columns, "source_row": source_rows, **numbers})
+        writer.write(name, table, {"latents": torch.cat(latents)})
     return unread
