@@ -123,7 +123,7 @@ def collect(
 
     work = [(unit_name(place, [each.video for each in rows]), rows) for place, rows in enumerate(units)]
     done = [writer.has(name) and not labels.missing(name) for name, _ in work]
-    sentences = _shared(team, "collect", work, done, make, progress)
+    sentences = _shared(team, "collecting", work, done, make, progress)
 
     def finish() -> None:
         if sentences:
@@ -185,7 +185,7 @@ def label(
         labels.label(name)
         return []
 
-    _shared(team, "label", work, done, make, progress)
+    _shared(team, "labelling", work, done, make, progress)
     team.on_first(lambda: labels.finish(margins))
     return LatentStore.open(folder)
 
@@ -246,7 +246,7 @@ def _shared(
         unit=" videos",
         disable=None if progress and team.first else True,
     )
-    clock = Clock(f"{what}: units of videos", len(mine))
+    clock = Clock(f"{what} shards", len(mine))
 
     def run() -> list[str]:
         sentences: list[str] = []
