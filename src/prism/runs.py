@@ -32,6 +32,7 @@ _OURS = re.compile(
     r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
     r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"
     r"|[0-9a-f]{32}(\.npy|\.\d+\.partial)"  # decoded frames
+    r"|events\.out\.tfevents\.[\w.-]+|hparams\.yml"  # of TensorBoard
 )
 
 
