@@ -18,7 +18,7 @@ import numpy as np
 
 from prism.evaluation.intervals import prompt_interval, video_interval
 
-PROMPTS, VIDEOS = (10, 15, 20, 30, 60, 200), (40, 60, 100, 300)
+PROMPTS, VIDEOS = (10, 15, 20, 30, 60, 200), (60, 100, 300)
 
 
 def over_prompts(count: int, repetitions: int = 2000, seed: int = 0, logit: float = 0.8, spread: float = 0.8) -> float:

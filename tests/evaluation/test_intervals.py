@@ -99,14 +99,14 @@ def test_the_interval_over_videos_by_hand():
     second = first[1:] + first[:1]
     e = values - values.mean()
     variance = sum(e[i] * e[j] for i in range(n) for j in range(n) if min((i - j) % n, (j - i) % n) <= 1)
-    variance = max(variance, (e**2).sum()) * n / (n - 1) / n**2
-    half = stats.t.ppf(0.975, n - 1) * np.sqrt(variance)
+    variance = max(variance, (e**2).sum()) * n / (n - 4) / n**2
+    half = stats.t.ppf(0.975, n / 2 - 1) * np.sqrt(variance)
     assert video_interval(values, first, second) == pytest.approx([values.mean() - half, values.mean() + half])
     positive = np.arange(n) < n / 2
     e = positive - positive.mean()
     variance = sum(e[i] * e[j] for i in range(n) for j in range(n) if min((i - j) % n, (j - i) % n) <= 1)
     assert variance > (e**2).sum()
-    half = stats.t.ppf(0.975, n - 1) * np.sqrt(variance * n / (n - 1)) / n
+    half = stats.t.ppf(0.975, n / 2 - 1) * np.sqrt(variance * n / (n - 4)) / n
     assert video_interval(positive, second, first) == pytest.approx([0.5 - half, 0.5 + half])
 
 

@@ -15,7 +15,7 @@ FEWEST_PROMPTS = 10
 """Fewest prompts for an interval: with fewer even a widened one covers less than it says, with one it is a point."""
 MANY_PROMPTS = 30
 """Prompts from which on the percentiles of the bootstrap are taken as they are. Below they are widened."""
-FEWEST_VIDEOS = 40
+FEWEST_VIDEOS = 60
 """Fewest videos for an interval over videos (benchmarks/coverage.py says how far it is from 95 % with as many)."""
 
 
@@ -87,8 +87,9 @@ def video_interval(values: ArrayLike, first: ArrayLike, second: ArrayLike) -> li
     """95 % interval of a mean over pairs for other videos of the same prompts: [low, high].
 
     Two pairs depend on each other where they have a video in common; the variance is that of Aronow, Samii and Assenova
-    (2015): squares of the residuals' sums per video, less those per pair of videos. `prompt_interval` says more where
-    there are prompts enough, as a prompt's videos are in no other prompt.
+    (2015): squares of the residuals' sums per video, less those per pair of videos. As residuals are of the estimated
+    mean, to which a video's effect adds twice, it is taken times V / (V - 4), with V / 2 - 1 degrees of freedom.
+    `prompt_interval` says more where there are prompts enough, as a prompt's videos are in no other prompt.
 
     Args:
         values: (n,) one per pair, such as 1 where the judge is right.
@@ -110,8 +111,8 @@ def video_interval(values: ArrayLike, first: ArrayLike, second: ArrayLike) -> li
     of_video = np.bincount(a, residuals, len(videos)) + np.bincount(b, residuals, len(videos))
     _, dyads = np.unique(np.minimum(a, b) * len(videos) + np.maximum(a, b), return_inverse=True)
     of_dyad = np.bincount(dyads, residuals)
-    variance = max((of_video**2).sum() - (of_dyad**2).sum(), (of_dyad**2).sum()) * len(videos) / (len(videos) - 1)
-    half = stats.t.ppf(0.975, len(videos) - 1) * sqrt(variance) / len(rows)
+    variance = max((of_video**2).sum() - (of_dyad**2).sum(), (of_dyad**2).sum()) * len(videos) / (len(videos) - 4)
+    half = stats.t.ppf(0.975, len(videos) / 2 - 1) * sqrt(variance) / len(rows)
     return [float(max(rows.mean() - half, rows.min())), float(min(rows.mean() + half, rows.max()))]
 
 
