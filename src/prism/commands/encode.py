@@ -63,6 +63,8 @@ class Encode:
     """Encoding of text files, such as cp1252."""
     unit: int = 64
     """Clips per shard: what a kill can cost."""
+    latents: Annotated[Path | None, option("FOLDER", "clips are decoded and encoded")] = None
+    """Cache of FastVideo (Parquet) or musubi-tuner (safetensors) with the clips' latents, by their files' names."""
     frames: Frames = Frames()
     labels: Labels = Labels()
     models: Models = field(default_factory=Models)
@@ -81,11 +83,18 @@ def run(config: Encode) -> Any:
     """Encode the set; returns the opened store."""
     from prism.backbone.videos import call_frames
     from prism.loading import load_backbone
+    from prism.preference.caches import LatentCache
     from prism.preference.readers import read
 
     whole("--unit", config.unit, 1, 100_000)
     number("--margin", config.labels.margin, 0)
     held_out = shares_of(config.labels.held_out)
+    chosen = [
+        f"--{name}" for name in ("fps", "start", "fit") if getattr(config.frames, name) != getattr(Frames(), name)
+    ]
+    if config.latents and chosen:
+        raise PrismError(f"With --latents no clip is decoded, and {chosen[0]} has no meaning; leave one of them out.")
+    cache = LatentCache.open(config.latents) if config.latents else None
     found = read(config.file, config.form, root=config.root, encoding=config.encoding)
     backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
     policy, call = call_frames(backbone, call, **asdict(config.frames))
@@ -103,6 +112,7 @@ def run(config: Encode) -> Any:
         held_out=held_out,
         unit=config.unit,
         resume=config.output.resume,
+        latents=cache,
     )
 
 

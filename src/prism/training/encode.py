@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,11 +20,13 @@ from prism.backbone.videos import encode_frames
 from prism.clips import FramePolicy, clip_facts, read_clip
 from prism.errors import PrismError, quoted, whole
 from prism.preference import LatentStore, StoreWriter, check_disjoint, prompt_key, unit_name
+from prism.preference.caches import LatentCache
 from prism.preference.pairs import SPLITS, dimensions_of
 from prism.preference.readers import PreferenceSet, pairs
 from prism.preference.shards import indexed
 from prism.runs import Clock
 from prism.team import Team
+from prism.training.cached import CachedLatents
 
 UNIT = 64
 """Clips per shard: as many are lost at most when a process is killed, and held in memory at once."""
@@ -43,6 +45,7 @@ def encode(
     held_out: tuple[float, float] = (0.1, 0.1),
     unit: int = UNIT,
     resume: bool = False,
+    latents: LatentCache | None = None,
     command: str = "prism encode",
     progress: bool = True,
 ) -> LatentStore:
@@ -62,6 +65,8 @@ def encode(
             split depends on its text alone.
         unit: clips per shard.
         resume: continue a run that was stopped or killed.
+        latents: a cache in which the clips' latents are looked up; no clip is decoded, `policy` is not used, and shards
+            follow the cache's order.
 
     Raises:
         PrismError: if there is nothing to encode, if latents of the policy's frames differ in shape from those that
@@ -72,9 +77,15 @@ def encode(
     clips = _clips(preference_set, labelled)
     team = Team.gathered(backbone.device)
     fingerprint = backbone.fingerprint()
+    shape = tuple(backbone.condition([clips[0]["prompt"]], **call).shape)  # type: ignore[union-attr]
+    reader: CachedLatents | _Encoder = _Encoder(preference_set, backbone, policy, shape)
+    absent: list[str] = []
+    if latents is not None:
+        reader = CachedLatents(latents, backbone, shape)
+        clips, absent = reader.find(clips)
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
-        "frames": asdict(policy),
+        **({"frames": asdict(policy)} if latents is None else {"latents": reader.key}),
         "dtype": "float16",
     }
     dimensions = list(dimensions_of(labelled))
@@ -91,7 +102,6 @@ def encode(
     writer = writers[0]
     units = [clips[start : start + unit] for start in range(0, len(clips), unit)]
     mine = list(itertools.islice(enumerate(units), team.rank, None, team.size))
-    shape = tuple(backbone.condition([clips[0]["prompt"]], **call).shape)  # type: ignore[union-attr]
     bar = tqdm(
         total=sum(len(rows) for _, rows in mine),
         desc="encode",
@@ -105,7 +115,7 @@ def encode(
         for done, (number, rows) in enumerate(mine):
             name = unit_name(number, [row["video"] for row in rows])
             if not (written := writer.has(name)):
-                unread.extend(_write(writer, name, rows, preference_set, backbone, policy, shape, bar))
+                unread.extend(_write(writer, name, rows, reader, bar))
             else:
                 bar.update(len(rows))
             if team.first:
@@ -116,7 +126,7 @@ def encode(
     bar.close()
 
     def finish() -> None:
-        unread = [sentence for part in parts for sentence in part]
+        unread = absent + [sentence for part in parts for sentence in part]
         if unread:
             print(
                 f"prism: {len(unread)} clips could not be read and are left out with their pairs: "
@@ -187,33 +197,39 @@ def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, 
     return clips
 
 
+class _Encoder:
+    """The latents of clips, each decoded and encoded by itself."""
+
+    key: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, source: PreferenceSet, backbone: Backbone, policy: FramePolicy, shape: tuple[int, ...]) -> None:
+        self.source, self.backbone, self.policy, self.shape = source, backbone, policy, shape
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The tensor "latents" (1, ...) of one clip, float16, and its facts. Raises PrismError if it cannot be read."""
+        source = self.source.source(row["path"], row["frames"])
+        clip = read_clip(source, self.policy, row["fps"] if row["frames"] else None)
+        return {"latents": encode_frames(self.backbone, clip.frames, self.shape).cpu().half()}, clip_facts(clip)
+
+
 def _write(
-    writer: StoreWriter,
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    preference_set: PreferenceSet,
-    backbone: Backbone,
-    policy: FramePolicy,
-    shape: tuple[int, ...],
-    bar: Any,
+    writer: StoreWriter, name: str, rows: Sequence[Mapping[str, Any]], reader: CachedLatents | _Encoder, bar: Any
 ) -> list[str]:
-    """Encode the clips of one shard and write it. Returns an error message per clip that cannot be read."""
-    latents, kept, facts, unread = [], [], [], []
+    """Write the shard of some clips. Returns an error message per clip that cannot be read."""
+    made, kept, facts, unread = [], [], [], []
     for row in rows:
         try:
-            source = preference_set.source(row["path"], row["frames"])
-            clip = read_clip(source, policy, row["fps"] if row["frames"] else None)
+            tensors, numbers = reader(row)
         except PrismError as error:
             unread.append(str(error))
         else:
-            latents.append(encode_frames(backbone, clip.frames, shape).cpu().half())
+            made.append(tensors)
             kept.append(row)
-            facts.append(clip_facts(clip))
+            facts.append(numbers)
         bar.update()
     if kept:
         columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
-        source_rows = [row["row"] for row in kept]
-        numbers = {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
-        table = pa.table({**columns, "source_row": source_rows, **numbers})
-        writer.write(name, table, {"latents": torch.cat(latents)})
+        columns["source_row"] = [row["row"] for row in kept]
+        columns |= {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
+        writer.write(name, pa.table(columns), {each: torch.cat([one[each] for one in made]) for each in made[0]})
     return unread
