@@ -221,7 +221,11 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def kinds_of(videos: pa.Table) -> np.ndarray:
-    """(videos,) int64 numbers of shape and call, in order of appearance."""
+    """Number the combinations of shape and call, in order of appearance.
+
+    Returns:
+        (videos,) int64, equal for videos that may share a batch.
+    """
     both = pc.binary_join_element_wise(videos["shape"], videos["call"], "|")
     kinds: np.ndarray = both.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     return kinds
