@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +65,7 @@ class Conditionings:
         self._known_forms: list[_Form] = []
         self._file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # as long as this lives
         self._size = 0
+        weakref.finalize(self, self._file.close)
 
     def capture(self) -> None:
         """Encode all prompts now, as suits pipelines whose models are offloaded: the text encoder moves once."""
