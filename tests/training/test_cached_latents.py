@@ -5,6 +5,7 @@ The caches are written here as those programs write them, with the VAE called di
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -311,6 +312,41 @@ def test_the_name_of_a_clip_is_what_stands_before_the_last_of_its_facts(stem, st
     match = _NAME.fullmatch(f"{stem}_{start:05d}-{count:03d}_0832x0480_wan")
     assert match
     assert (match["stem"], match["count"]) == (stem, f"{count:03d}")
+
+
+CELLS = {
+    "bytes": st.one_of(st.none(), st.binary(max_size=8), st.just(bytes(3072)), st.just(b"\x00\x3c" * 1536)),
+    "shape": st.one_of(st.none(), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6), st.just([16, 3, 4, 4])),
+    "dtype": st.one_of(
+        st.none(), st.text(max_size=5), st.sampled_from(["float16", "bfloat16", "torch.float32", "int64"])
+    ),
+}
+TEXTS = {name: st.one_of(st.none(), st.text(max_size=5)) for name in CELLS}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_cells_give_latents_or_a_sentence(backbone, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("cells")
+    kinds = {"bytes": pa.binary(), "shape": pa.list_(pa.int64()), "dtype": pa.string()}
+    if data.draw(st.booleans()):
+        cells, kinds = TEXTS, dict.fromkeys(kinds, pa.string())
+    else:
+        cells = CELLS
+    columns = {"file_name": pa.array(["a", "a"])}
+    for name in ("vae_latent", "trajectory_latents", "trajectory_timesteps"):
+        for part, kind in kinds.items():
+            columns[f"{name}_{part}"] = pa.array([data.draw(cells[part]) for _ in range(2)], kind)
+    pq.write_table(pa.table(columns), folder / "a.parquet")
+    cache = LatentCache.open(folder)
+    reader = CachedLatents(cache, backbone, (16, 3, 4, 4))
+    clip = {"video": "a", "path": "a.mp4"}
+    with contextlib.suppress(PrismError):
+        reader.find([clip])
+        reader(clip)
+    for entry in cache.find("a"):
+        with contextlib.suppress(PrismError):
+            assert cache.read(entry, False).latent.isfinite().all()
 
 
 def test_the_command_makes_the_store_without_clips(data, backbone, tmp_path, capsys):

@@ -104,9 +104,11 @@ def array(cells: Mapping[str, Any], name: str, entry: Entry, axes: int) -> Tenso
     dtype = _DTYPES.get(str(kind).removeprefix("torch."))
     if dtype is None:
         raise PrismError(f"The {name}_dtype in {entry} must be one of {', '.join(_DTYPES)}; found {quoted(kind, 60)}.")
+    if not isinstance(data, bytes):
+        raise PrismError(f"The {name}_bytes in {entry} must hold bytes; found {quoted(data, 60)}.")
     sizes = list(shape) if isinstance(shape, list) else []
     valid = bool(sizes) and all(isinstance(size, int) and size > 0 for size in sizes)
-    if not valid or not isinstance(data, bytes) or math.prod(sizes) * dtype.itemsize != len(data):
+    if not valid or math.prod(sizes) * dtype.itemsize != len(data):
         raise PrismError(
             f"The {name}_shape in {entry} is {quoted(shape, 80)}, of {kind}, and {name}_bytes holds {len(data):,} "
             "bytes; they do not fit each other."

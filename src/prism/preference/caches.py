@@ -95,12 +95,12 @@ class LatentCache:
         return next((self.entries[name] for name in names if self.entries.get(name)), [])
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
-        """The shape (C, F, H, W) of a latent, which is not read. Raises PrismError if there is none."""
+        """The shape (C, F, H, W) of a latent, which is not read, as the file states it."""
         if self.kind == MUSUBI:
             return files.safetensors_header(entry.path)[cache_files.latent_key(entry.path)][1]
         cells = self._cells(entry, ("shape",))
-        shape = cells.get(f"{LATENT}_shape") or (cells.get(f"{TRAJECTORY}_shape") or ())[-4:]
-        return tuple(shape)
+        shapes = [cells.get(f"{name}_shape") for name in (LATENT, TRAJECTORY)]
+        return next((tuple(shape[-4:]) for shape in shapes if isinstance(shape, list) and shape), ())
 
     def in_loop(self, vae: str, normalised_by_mean: bool, factor: str) -> bool:
         """True if the latents are on the scale of the sampling loop, False if on that of the VAE.
