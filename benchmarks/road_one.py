@@ -52,7 +52,7 @@ def main() -> None:
     prism("data", "check", out / "pairs.csv")
     prism("encode", out / "pairs.csv", "--out", stores["clips"], *resumed(stores["clips"]))
     for name, store in stores.items():
-        folder = out / name
+        folder = out / f"{name}_head"
         if not (folder / "metrics.json").exists():
             training = ("--steps", options.steps, "--seed", options.seed, *resumed(folder))
             prism("train", "--data", store, "--out", folder, *training)
@@ -60,7 +60,7 @@ def main() -> None:
     for source, store in stores.items():
         measured = {}
         for name in stores:
-            judge = Judge.from_pretrained(out / name / "head", backbone)
+            judge = Judge.from_pretrained(out / f"{name}_head" / "head", backbone)
             judge.name = name
             measured[name] = measure(judge, store, "test", LEVELS, seed=options.seed)
             for row in measured[name].rows:
