@@ -17,16 +17,21 @@ from tests import shapes
 torch.set_num_threads(1)
 
 # In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
-WARNINGS_ARE_ERRORS = ("cli", "evaluation", "judge", "preference", "report", "shapeworld")
+WARNINGS_ARE_ERRORS = ("cli", "evaluation", "judge", "preference", "report", "shapeworld", "training")
 EXCEPTIONS = (
     # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
     "ignore:This judge is untrained:UserWarning",
-    "ignore:The first cut comes at step 1 of [4-6], which sees pure noise:UserWarning",
+    "ignore:The first cut comes at step 1 of [3-6], which sees pure noise:UserWarning",
     "ignore:\\d+ training prompts?. too few to learn from:UserWarning",
-    # PEFT's, of a second adapter
+    # PEFT's, of a second adapter and of one that is not merged
     "ignore:Already found a `peft_config` attribute in the model:UserWarning",
+    "ignore:Already unmerged. Nothing to do:UserWarning",
     # NumPy's, of PIL's images in diffusers
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+    "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",
+    # PyTorch's, of layer norms of another dtype and of layers that autocast leaves in float32
+    "ignore:Mismatch dtype between input and weight:UserWarning",
+    "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
 )
 
 
@@ -34,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folders = {Path(__file__).parent / name for name in WARNINGS_ARE_ERRORS}
     for item in items:
         if item.path.parent in folders:
-            item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS))
+            item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS), append=False)  # a test's own marks win
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -94,9 +94,8 @@ def test_a_filled_table_becomes_labels_of_the_stores_own_pairs_beside_the_earlie
 ):
     before = LatentStore.open(store)
     ids = sorted(set(before.pairs["video_a"].to_pylist()) | set(before.pairs["video_b"].to_pylist()))
-    first, second = (
-        [v for v in ids if before._place[v][0] == unit] for unit in sorted({before._place[v][0] for v in ids})
-    )
+    shard_of = dict(zip(before.videos["video"].to_pylist(), before.videos["shard"].to_pylist()))
+    first, second = ([v for v in ids if shard_of[v] == shard] for shard in sorted({shard_of[v] for v in ids}))
     answers = {(first[1], first[0]): "A", (first[0], first[2]): "same", (second[0], second[1]): "B"}
     assert (
         main(
