@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,46 @@ def load_backbone(
     adapt(backbone.pipe, adapters)
     place(backbone.pipe, device, offload)
     return backbone, call, name
+
+
+@contextlib.contextmanager
+def crew_of_backbone(
+    name: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: str = "none",
+    loras: Sequence[str] = (),
+    ray: str | None = None,
+    workers: int | None = None,
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The `Crew` that holds a backbone, and the arguments of its pipeline's call; actors of Ray end with the block.
+
+    ray: None for this process and those that a launcher started beside it; "local", "auto" or an address for actors of
+    a Ray cluster. workers: the number of actors. Other arguments as of `load_backbone`, which each actor calls.
+    """
+    from prism.training.fan_out import crew_of
+
+    if ray is None:
+        backbone, call, _ = load_backbone(name, device, dtype, offload, loras)
+        yield crew_of(backbone), call
+        return
+    from prism import shapeworld
+    from prism.training.actors import Actors
+
+    call = dict(shapeworld.CALL) if name is None else _call_beside(name)
+    load = partial(_backbone, _absolute(name), device, dtype, offload, [_absolute(lora) for lora in loras])
+    gpus = None if device is None else device.startswith("cuda")
+    with Actors(load, ray, workers, gpus) as actors:
+        yield actors, call
+
+
+def _backbone(*arguments: Any) -> Any:
+    return load_backbone(*arguments)[0]
+
+
+def _absolute(text: Any) -> Any:
+    """An existing file or folder by its full path, for processes in other folders; another text as it is."""
+    return os.path.abspath(text) if text is not None and os.path.exists(text) else text
 
 
 def default_device() -> str:
@@ -196,11 +238,44 @@ def load_reward(spec: str, timeout: float | None = None, device: str | None = No
     if spec == "referee":
         from prism.shapeworld import referee
 
-        return Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
-    if teachers.named(spec) and not is_function(spec):
+        reward = Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
+    elif teachers.named(spec) and not is_function(spec):
         teacher = teachers.load(spec, device or default_device())
-        return Reward(teacher.score, teacher.name, timeout, spec, dimensions=teacher.dimensions, unclear=True)
-    return load(spec, timeout)
+        reward = Reward(teacher.score, teacher.name, timeout, spec, dimensions=teacher.dimensions, unclear=True)
+    else:
+        reward = load(spec, timeout)
+    reward.load = partial(_load_once, spec, timeout, device)
+    return reward
+
+
+@cache
+def _load_once(spec: str, timeout: float | None, device: str | None) -> Any:
+    return load_reward(spec, timeout, device)
+
+
+def load_rewards(specs: Sequence[str], timeout: float | None, device: str | None, crew: Any = None) -> list[Any]:
+    """The `Reward` of each text, as from `load_reward`; with a crew, its processes alone load teachers."""
+    from prism import teachers
+    from prism.training.reward import Reward, is_function
+
+    rewards = []
+    for spec in specs:
+        if crew is not None and teachers.named(spec) and not is_function(spec):
+            described = crew.ask(partial(_described, spec=spec, timeout=timeout, device=device))
+            rewards.append(Reward(_elsewhere, timeout=timeout, unclear=True, **described))
+            rewards[-1].load = partial(_load_once, spec, timeout, device)
+        else:
+            rewards.append(load_reward(spec, timeout, device))
+    return rewards
+
+
+def _described(_: Any, spec: str, timeout: float | None, device: str | None) -> dict[str, Any]:
+    reward = _load_once(spec, timeout, device)
+    return {name: getattr(reward, name) for name in ("name", "source", "version", "dimensions")}
+
+
+def _elsewhere(videos: Any, prompts: Any, fps: Any = None) -> Any:
+    raise PrismError("This reward is loaded by other processes.")
 
 
 def check_alone(command: str) -> None:

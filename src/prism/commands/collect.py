@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prism.commands.encode import shares_of
-from prism.commands.options import Adapted, Repeated, Resuming, Seed, option
+from prism.commands.options import Adapted, Repeated, Resuming, Seed, Several, option
 from prism.commands.sample import Call
 from prism.errors import SEEDS, PrismError, number, quoted, whole
 
@@ -52,7 +52,8 @@ class Kept:
 class Collect:
     """Sample candidates of your own model, have a reward label them, and write a store, which train and eval read.
 
-    A launcher's processes share the prompts; a run that was killed, or whose reward failed, goes on with --resume.
+    A launcher's processes share the prompts, or workers of Ray on several machines; a run that was killed, or whose
+    reward failed, goes on with --resume.
     """
 
     output: Resuming
@@ -63,6 +64,7 @@ class Collect:
     kept: Kept = Kept()
     rewards: Rewards = Rewards()
     models: Adapted = field(default_factory=Adapted)
+    several: Several = field(default_factory=Several)
     call: Call = field(default_factory=Call)
 
     def main(self) -> None:
@@ -80,6 +82,7 @@ class Collect:
 def run(config: Collect) -> Any:
     """Collect or label; returns the opened store."""
     kept, rewards = config.kept, config.rewards
+    config.several.check()
     whole("--candidates", kept.candidates, 1, 10_000)
     whole("--seed", kept.seed, 0, SEEDS)
     whole("--unit", kept.unit, 1, 100_000)
@@ -95,38 +98,41 @@ def run(config: Collect) -> Any:
         )
     if rewards.label and not rewards.rewards:
         raise PrismError("The --label needs what labels; give --reward.")
-    from prism.loading import load_backbone, load_reward
+    from prism.loading import crew_of_backbone, load_rewards
     from prism.preference.prompts import read_prompts
-
-    prompts = [] if config.prompts is None else read_prompts(config.prompts, config.encoding)
-    teachers = [load_reward(spec, rewards.reward_timeout, config.models.device) for spec in rewards.rewards]
     from prism.training import collect, labels
 
+    prompts = [] if config.prompts is None else read_prompts(config.prompts, config.encoding)
+    models, several, remote = config.models, config.several, config.several.ray is not None
+    teachers = [] if remote else load_rewards(rewards.rewards, rewards.reward_timeout, models.device)
     labels.check_names(teachers)
-    models = config.models
-    backbone, call, _ = load_backbone(models.backbone, models.device, models.dtype, models.offload, models.loras)
-    common: dict[str, Any] = {"margins": margins, "fps": rewards.fps, "resume": config.output.resume}
-    if rewards.label:
-        return collect.label(config.output.out, backbone, teachers, **common)
-    for name, value in asdict(config.call).items():
-        if value is not None:
-            call[name] = os.path.abspath(value) if name in ("image", "last_image", "video") else value
-    return collect.collect(
-        prompts,
-        backbone,
-        call,
-        config.output.out,
-        teachers,
-        candidates=kept.candidates,
-        seed=kept.seed,
-        states=states,
-        predicted=kept.predicted,
-        half=kept.half,
-        held_out=held_out,
-        unit=kept.unit,
-        loras=models.loras,
-        **common,
-    )
+    with crew_of_backbone(
+        models.backbone, models.device, models.dtype, models.offload, models.loras, several.ray, several.ray_workers
+    ) as (crew, call):
+        if remote:
+            teachers = load_rewards(rewards.rewards, rewards.reward_timeout, models.device, crew)
+        common: dict[str, Any] = {"margins": margins, "fps": rewards.fps, "resume": config.output.resume}
+        if rewards.label:
+            return collect.label(config.output.out, crew, teachers, **common)
+        for name, value in asdict(config.call).items():
+            if value is not None:
+                call[name] = os.path.abspath(value) if name in ("image", "last_image", "video") else value
+        return collect.collect(
+            prompts,
+            crew,
+            call,
+            config.output.out,
+            teachers,
+            candidates=kept.candidates,
+            seed=kept.seed,
+            states=states,
+            predicted=kept.predicted,
+            half=kept.half,
+            held_out=held_out,
+            unit=kept.unit,
+            loras=models.loras,
+            **common,
+        )
 
 
 def _states(text: str) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from prism.commands.options import Models, Resuming, option
+from prism.commands.options import Models, Resuming, Several, option
 from prism.errors import PrismError, number, quoted, whole
 
 
@@ -48,8 +49,8 @@ class Labels:
 class Encode:
     """Encode the clips of a preference set into a latent store, which train and eval read.
 
-    Reads what `prism data check` reads. A launcher's processes share the clips; a run that was killed goes on with
-    --resume.
+    Reads what `prism data check` reads. A launcher's processes share the clips, or workers of Ray on several machines.
+    A run that was killed goes on with --resume.
     """
 
     file: Annotated[str, tyro.conf.Positional, option("FILE")]
@@ -68,6 +69,7 @@ class Encode:
     frames: Frames = Frames()
     labels: Labels = Labels()
     models: Models = field(default_factory=Models)
+    several: Several = field(default_factory=Several)
 
     def main(self) -> None:
         """Encode, and say what the store holds."""
@@ -82,11 +84,12 @@ class Encode:
 def run(config: Encode) -> Any:
     """Encode the set; returns the opened store."""
     from prism.backbone.videos import call_frames
-    from prism.loading import load_backbone
+    from prism.loading import crew_of_backbone
     from prism.preference.caches import LatentCache
     from prism.preference.readers import read
 
     whole("--unit", config.unit, 1, 100_000)
+    config.several.check()
     number("--margin", config.labels.margin, 0)
     held_out = shares_of(config.labels.held_out)
     chosen = [
@@ -96,24 +99,27 @@ def run(config: Encode) -> Any:
         raise PrismError(f"With --latents no clip is decoded, and {chosen[0]} has no meaning; leave one of them out.")
     cache = LatentCache.open(config.latents) if config.latents else None
     found = read(config.file, config.form, root=config.root, encoding=config.encoding)
-    backbone, call, _ = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
-    policy, call = call_frames(backbone, call, **asdict(config.frames))
     from prism.training.encode import encode
 
-    return encode(
-        found,
-        backbone,
-        call,
-        policy,
-        config.output.out,
-        rule=config.labels.rule,
-        margin=config.labels.margin,
-        soft=config.labels.soft,
-        held_out=held_out,
-        unit=config.unit,
-        resume=config.output.resume,
-        latents=cache,
-    )
+    models, several = config.models, config.several
+    with crew_of_backbone(
+        models.backbone, models.device, models.dtype, ray=several.ray, workers=several.ray_workers
+    ) as (crew, call):
+        policy, call = crew.ask(partial(call_frames, call=call, **asdict(config.frames)))
+        return encode(
+            found,
+            crew,
+            call,
+            policy,
+            config.output.out,
+            rule=config.labels.rule,
+            margin=config.labels.margin,
+            soft=config.labels.soft,
+            held_out=held_out,
+            unit=config.unit,
+            resume=config.output.resume,
+            latents=cache,
+        )
 
 
 def shares_of(text: str) -> tuple[float, float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from prism.errors import PrismError, quoted
+from prism.errors import PrismError, quoted, whole
 
 
 def option(metavar: str | None = None, default: str | None = None, name: str | None = None, about: str = "") -> Any:
@@ -76,6 +77,37 @@ class Adapted(Models):
     """Keep models in host memory until needed: whole (model), or layer by layer (group)."""
     loras: Annotated[tuple[str, ...], Repeated, option("FILE[:SCALE]", name="lora")] = ()
     """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
+
+
+_Address: Any = PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[ADDRESS]",
+    instance_from_str=lambda words: words[0] if words else "local",
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [] if value is None else [value],
+)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several machines, by Ray."""
+
+    ray: Annotated[str | None, _Address, option(default="without Ray")] = None
+    """Share the work among workers of Ray: of the cluster at ADDRESS, or auto for the one that this machine is part of;
+    without ADDRESS (or with local) of one that is started on this machine."""
+    ray_workers: Annotated[int | None, option(default="one per GPU, else per machine")] = None
+    """Workers of Ray, each with the backbone."""
+
+    def check(self) -> None:
+        """Refuse a number of workers without Ray, and Ray in several processes."""
+        from prism.loading import check_alone
+
+        if self.ray_workers is not None:
+            whole("--ray-workers", self.ray_workers, 1, 10_000)
+            if self.ray is None:
+                raise PrismError("The --ray-workers are of Ray; give --ray too.")
+        if self.ray is not None:
+            check_alone("with --ray")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prism import files, runs
+from prism import files, runs, temporary
 from prism.errors import PrismError, flag, instance, quoted, whole
 from prism.preference.pairs import named
 from prism.preference.shards import (
@@ -151,6 +151,7 @@ class StoreWriter:
         Raises:
             PrismError: if two shards hold the same video, or a shard was written under another key.
         """
+        temporary.sweep(self.folder, deep=True)  # what a process left that was killed while the others went on
         shards = shard_tables(self.folder, self.key)
         rows = with_units(shards)
         if scores is not None:

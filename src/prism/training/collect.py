@@ -5,18 +5,17 @@ after a kill.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prism import files
 from prism.backbone import Backbone
@@ -27,10 +26,9 @@ from prism.preference import LatentStore, StoreWriter, unit_name
 from prism.preference.prompts import Prompt
 from prism.preference.shards import SCHEMA, shard_tables
 from prism.preference.sources import Place
-from prism.runs import Clock
 from prism.sampling.trajectory import Trajectory, candidate_seed, sample
-from prism.team import Team
 from prism.training.encode import check_shares, split_of
+from prism.training.fan_out import Crew, Make, crew_of, writer_of
 from prism.training.labels import Labels, check_names
 from prism.training.reward import Reward
 
@@ -48,7 +46,7 @@ class Candidate(NamedTuple):
 
 def collect(
     prompts: Sequence[Prompt | str],
-    backbone: Backbone,
+    backbone: Backbone | Crew,
     call: Mapping[str, Any],
     out: str | os.PathLike[str],
     rewards: Sequence[Reward] = (),
@@ -71,12 +69,12 @@ def collect(
 
     A candidate is a stock call of its own, so that its latents depend on its seed alone: not on the process that makes
     it, nor on what is made beside it. Candidates whose latents are not finite are told and left out. The processes of a
-    launcher share the prompts.
+    launcher share the prompts, or the actors of a Ray cluster.
 
     Args:
         prompts: texts, or as of `prism.preference.prompts.read_prompts`; those that name no split get one by their
             words.
-        backbone: whose pipeline samples.
+        backbone: its pipeline samples; or a crew that holds one, such as `prism.training.actors.Actors`.
         call: the pipeline's arguments, as JSON; kept in the store.
         out: the store's folder; new, or with `resume` the same run's.
         rewards: what labels the videos; none leaves them without labels (see `label`).
@@ -102,28 +100,34 @@ def collect(
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
     call = {name: value for name, value in call.items() if name != "output_type"}
     arguments = normalised(call)
-    if not backbone.family.takes_prompts:
-        raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
     asked = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
-    backbone.check_call([prompt.text for prompt in asked], arguments)
-    units = [_candidates(asked[start : start + unit], candidates, seed) for start in range(0, len(asked), unit)]
-    team = Team.gathered(backbone.device)
-    key, meta = _identity(asked, backbone, call, candidates, seed, steps, predicted, half, shares)
+    crew = crew_of(backbone)
+    fingerprint = crew.ask(partial(_checked, texts=[prompt.text for prompt in asked], call=arguments))
+    key, meta = _identity(asked, fingerprint, call, candidates, seed, steps, predicted, half, shares)
     key |= {"loras": [str(each) for each in loras]} if loras else {}
-    writer = _writer(team, lambda main: StoreWriter(out, key, {**meta, "command": command}, resume, main, _CHANGEABLE))
-    labels = Labels(writer, rewards, backbone, arguments, fps)
-
-    def make(name: str, wanted: Sequence[Candidate]) -> list[str]:
-        dropped = []
-        if not writer.has(name):
-            dropped = _write(writer, name, wanted, backbone, arguments, steps, predicted, half, shares)
-        if writer.has(name):  # not where all its candidates were dropped
-            labels.label(name)
-        return dropped
-
-    work = [(unit_name(place, [each.video for each in rows]), rows) for place, rows in enumerate(units)]
-    done = [writer.has(name) and not labels.missing(name) for name, _ in work]
-    sentences = _shared(team, "collecting", work, done, make, progress)
+    meta["command"] = command
+    opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
+    writer = writer_of(crew, opened)
+    labels = Labels(writer, rewards)
+    units = [
+        (unit_name(number, [each.video for each in rows]), rows)
+        for number, rows in enumerate(
+            _candidates(asked[start : start + unit], candidates, seed) for start in range(0, len(asked), unit)
+        )
+    ]
+    done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
+    begin = partial(
+        _sampler,
+        opened=opened,
+        rewards=rewards,
+        call=arguments,
+        fps=fps,
+        steps=steps,
+        predicted=predicted,
+        half=half,
+        shares=shares,
+    )
+    sentences = crew.share("collecting", "videos", units, done, begin, progress)
 
     def finish() -> None:
         if sentences:
@@ -135,13 +139,13 @@ def collect(
         if not labels.finish(margins):
             raise PrismError("No candidate has finite latents; sample in a wider dtype (--dtype bf16 or fp32).")
 
-    team.on_first(finish)
+    crew.on_first(finish)
     return LatentStore.open(out)
 
 
 def label(
     store: str | os.PathLike[str],
-    backbone: Backbone,
+    backbone: Backbone | Crew,
     rewards: Sequence[Reward],
     *,
     margins: Mapping[str, float] | float = 0.0,
@@ -167,26 +171,23 @@ def label(
         raise PrismError(
             f"The store {files.shown(folder)} was not made by prism collect, and its labels are not replaced."
         )
-    refusals, _ = fits(meta.get("backbone") or {}, backbone, ("vae",))
+    crew = crew_of(backbone)
+    refusals, _ = crew.ask(partial(_fits, fingerprint=meta.get("backbone") or {}))
     if refusals:
         was, present = refusals[0]
         raise PrismError(f"The store {files.shown(folder)} is of the {was}, and the backbone has {present}.")
-    team = Team.gathered(backbone.device)
     identity = {name: value for name, value in meta.items() if name not in ("schema", "key")}
-    writer = _writer(team, lambda main: StoreWriter(folder, key, identity, True, main))
-    labels = Labels(writer, rewards, backbone, normalised(meta.get("call") or {}), fps)
+    opened = partial(StoreWriter, os.path.abspath(folder), key, identity, True)
+    writer = writer_of(crew, opened)
+    labels = Labels(writer, rewards)
     if not resume:
-        team.on_first(labels.drop)
+        crew.on_first(labels.drop)
     shards = shard_tables(folder, writer.key)
-    work = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
-    done = [not labels.missing(name) for name, _ in work]
-
-    def make(name: str, _: Sequence[Any]) -> list[str]:
-        labels.label(name)
-        return []
-
-    _shared(team, "labelling", work, done, make, progress)
-    team.on_first(lambda: labels.finish(margins))
+    units = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
+    done = crew.on_first(lambda: [not labels.missing(name) for name, _ in units])
+    begin = partial(_labeller, opened=opened, rewards=rewards, call=normalised(meta.get("call") or {}), fps=fps)
+    crew.share("labelling", "videos", units, done, begin, progress)
+    crew.on_first(lambda: labels.finish(margins))
     return LatentStore.open(folder)
 
 
@@ -194,7 +195,7 @@ _CHANGEABLE = ("command", *(f"backbone.{name}" for name in VERSIONED))
 
 
 def _identity(
-    prompts: Sequence[Prompt], backbone: Backbone, call: Mapping[str, Any], candidates: int, seed: int,
+    prompts: Sequence[Prompt], fingerprint: Mapping[str, Any], call: Mapping[str, Any], candidates: int, seed: int,
     steps: Sequence[int], predicted: bool, half: bool, held_out: tuple[float, float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """What the latents depend on, and further fields of store.json."""
@@ -205,7 +206,6 @@ def _identity(
             f"The call holds what a store cannot keep as JSON ({quoted(error, 120)}); give paths of files in place of "
             "pictures, and texts in place of embeddings."
         ) from error
-    fingerprint = backbone.fingerprint()
     text = json.dumps([[prompt.text, prompt.split] for prompt in prompts])
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
@@ -218,14 +218,19 @@ def _identity(
         "held_out": list(held_out),
         "dtype": "float16" if half else "the pipeline's",
     }
-    return key, {"call": kept_call, "backbone": fingerprint, "seed": seed}
+    return key, {"call": kept_call, "backbone": dict(fingerprint), "seed": seed}
 
 
-def _writer(team: Team, begin: Callable[[bool], StoreWriter]) -> StoreWriter:
-    """The store's writer of each process; the first begins."""
-    writers: list[StoreWriter] = []
-    team.on_first(lambda: writers.append(begin(True)))
-    return writers[0] if team.first else begin(False)
+def _checked(backbone: Backbone, texts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
+    """The backbone's fingerprint. Raises PrismError for a call that it does not take."""
+    if not backbone.family.takes_prompts:
+        raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
+    backbone.check_call(texts, call)
+    return backbone.fingerprint()
+
+
+def _fits(backbone: Backbone, fingerprint: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    return fits(fingerprint, backbone, ("vae",))
 
 
 def _candidates(prompts: Sequence[Prompt], count: int, seed: int) -> list[Candidate]:
@@ -233,35 +238,37 @@ def _candidates(prompts: Sequence[Prompt], count: int, seed: int) -> list[Candid
     return [Candidate(f"seed-{each}", prompt, each) for prompt, each in seeds]
 
 
-def _shared(
-    team: Team, what: str, work: Sequence[tuple[str, Sequence[Any]]], done: Sequence[bool],
-    make: Callable[[str, Sequence[Any]], list[str]], progress: bool,
-) -> list[str]:  # fmt: skip
-    """Do each piece of work that is not done in one of the processes, with progress; all sentences that came of it."""
-    mine = list(itertools.islice(zip(work, done), team.rank, None, team.size))
-    bar = tqdm(
-        total=sum(len(rows) for (_, rows), _ in mine),
-        initial=sum(len(rows) for (_, rows), ready in mine if ready),
-        desc=what,
-        unit=" videos",
-        disable=None if progress and team.first else True,
-    )
-    clock = Clock(f"{what} shards", len(mine))
+def _sampler(
+    backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
+    fps: float | None, **kept: Any,
+) -> Make:  # fmt: skip
+    """A process's function that samples and labels a unit; `kept`: further arguments of `_write`."""
+    writer = opened(main=False)
+    labels = Labels(writer, rewards, backbone, call, fps)
 
-    def run() -> list[str]:
-        sentences: list[str] = []
-        for number, ((name, rows), ready) in enumerate(mine):
-            if not ready:
-                sentences += make(name, rows)
-                bar.update(len(rows))
-            if team.first:
-                clock.tick(number + 1, not ready)
-        return sentences
+    def make(name: str, wanted: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
+        dropped = [] if writer.has(name) else _write(writer, name, wanted, backbone, call, **kept)
+        if writer.has(name):  # not where all its candidates were dropped
+            labels.label(name)
+        count(len(wanted))
+        return dropped
 
-    try:
-        return [sentence for part in team.agree(run) for sentence in part]
-    finally:
-        bar.close()
+    return make
+
+
+def _labeller(
+    backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
+    fps: float | None,
+) -> Make:  # fmt: skip
+    """A process's function that labels a unit."""
+    labels = Labels(opened(main=False), rewards, backbone, call, fps)
+
+    def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
+        labels.label(name)
+        count(len(rows))
+        return []
+
+    return make
 
 
 def _write(

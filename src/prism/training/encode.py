@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import VERSIONED
@@ -24,9 +23,8 @@ from prism.preference.caches import LatentCache
 from prism.preference.pairs import SPLITS, dimensions_of
 from prism.preference.readers import PreferenceSet, pairs
 from prism.preference.shards import indexed
-from prism.runs import Clock
-from prism.team import Team
 from prism.training.cached import CachedLatents
+from prism.training.fan_out import Crew, Make, crew_of, writer_of
 
 UNIT = 64
 """Clips per shard: as many are lost at most when a process is killed, and held in memory at once."""
@@ -34,7 +32,7 @@ UNIT = 64
 
 def encode(
     preference_set: PreferenceSet,
-    backbone: Backbone,
+    backbone: Backbone | Crew,
     call: Mapping[str, Any],
     policy: FramePolicy,
     out: str | os.PathLike[str],
@@ -52,11 +50,12 @@ def encode(
     """Encode every clip that a pair names, and write the pairs beside the latents, as a store of schema 2.
 
     Each clip is encoded alone, so that its latent does not depend on the others. Clips that cannot be read are reported
-    and left out with their pairs. The processes of a launcher (``torchrun``) share the shards.
+    and left out with their pairs. The processes of a launcher (``torchrun``) share the shards, or the actors of a Ray
+    cluster.
 
     Args:
         preference_set: clips and votes, from `prism.preference.readers.read`.
-        backbone: its VAE encodes.
+        backbone: its VAE encodes; or a crew that holds one, such as `prism.training.actors.Actors`.
         call: the pipeline's arguments for videos of this size (height, width, num_frames, ...); kept in the store.
         policy: the frames taken from a clip, and their size.
         out: the store's folder; new, or with `resume` that of the run to continue.
@@ -75,58 +74,36 @@ def encode(
     unit = whole("unit", unit, 1, 100_000)
     labelled = with_splits(pairs(preference_set, rule, margin, soft), held_out)
     clips = _clips(preference_set, labelled)
-    team = Team.gathered(backbone.device)
-    fingerprint = backbone.fingerprint()
-    shape = tuple(backbone.condition([clips[0]["prompt"]], **call).shape)  # type: ignore[union-attr]
-    reader: CachedLatents | _Encoder = _Encoder(preference_set, backbone, policy, shape)
-    absent: list[str] = []
-    if latents is not None:
-        reader = CachedLatents(latents, backbone, shape)
-        clips, absent = reader.find(clips)
+    crew = crew_of(backbone)
+    reader = partial(
+        _reader,
+        preference_set=replace(preference_set, root=preference_set.root.absolute()),
+        policy=policy,
+        call=dict(call),
+        clips=clips,
+        latents=None if latents is None else replace(latents, _open=None),
+    )
+    fingerprint, reader_key, clips, absent = crew.ask(partial(_planned, reader=reader))
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
-        **({"frames": asdict(policy)} if latents is None else {"latents": reader.key}),
+        **({"frames": asdict(policy)} if latents is None else {"latents": reader_key}),
         "dtype": "float16",
     }
     dimensions = list(dimensions_of(labelled))
     meta = {"call": dict(call), "backbone": fingerprint, "dimensions": dimensions, "command": command, "seed": None}
     changeable = ("command", *(f"backbone.{name}" for name in VERSIONED))
-    writers: list[StoreWriter] = []
-
-    def begin(main: bool) -> None:
-        writers.append(StoreWriter(out, key, meta, resume, main, changeable))
-
-    team.on_first(lambda: begin(True))
-    if not team.first:
-        begin(False)
-    writer = writers[0]
-    units = [clips[start : start + unit] for start in range(0, len(clips), unit)]
-    mine = list(itertools.islice(enumerate(units), team.rank, None, team.size))
-    bar = tqdm(
-        total=sum(len(rows) for _, rows in mine),
-        desc="encode",
-        unit=" clips",
-        disable=None if progress and team.first else True,
-    )
-    clock = Clock("encoding clips", len(mine))
-
-    def work() -> list[str]:
-        unread: list[str] = []
-        for done, (number, rows) in enumerate(mine):
-            name = unit_name(number, [row["video"] for row in rows])
-            if not (written := writer.has(name)):
-                unread.extend(_write(writer, name, rows, reader, bar))
-            else:
-                bar.update(len(rows))
-            if team.first:
-                clock.tick(done + 1, not written)
-        return unread
-
-    parts = team.agree(work)
-    bar.close()
+    opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=changeable)
+    writer = writer_of(crew, opened)
+    units = [
+        (unit_name(number, [row["video"] for row in rows]), rows)
+        for number, rows in enumerate(clips[start : start + unit] for start in range(0, len(clips), unit))
+    ]
+    done = crew.on_first(lambda: [writer.has(name) for name, _ in units])
+    begin = partial(_encoder, opened=opened, reader=reader)
+    sentences = crew.share("encoding", "clips", units, done, begin, progress)
 
     def finish() -> None:
-        unread = absent + [sentence for part in parts for sentence in part]
+        unread = absent + sentences
         if unread:
             print(
                 f"prism: {len(unread)} clips could not be read and are left out with their pairs: "
@@ -140,7 +117,7 @@ def encode(
         ratings = preference_set.ratings if len(preference_set.ratings) else None
         writer.label(labelled.filter(readable), preference_set.votes if len(preference_set.votes) else None, ratings)
 
-    team.on_first(finish)
+    crew.on_first(finish)
     return LatentStore.open(out)
 
 
@@ -212,24 +189,47 @@ class _Encoder:
         return {"latents": encode_frames(self.backbone, clip.frames, self.shape).cpu().half()}, clip_facts(clip)
 
 
-def _write(
-    writer: StoreWriter, name: str, rows: Sequence[Mapping[str, Any]], reader: CachedLatents | _Encoder, bar: Any
-) -> list[str]:
-    """Write the shard of some clips. Returns an error message per clip that cannot be read."""
-    made, kept, facts, unread = [], [], [], []
-    for row in rows:
-        try:
-            tensors, numbers = reader(row)
-        except PrismError as error:
-            unread.append(str(error))
-        else:
-            made.append(tensors)
-            kept.append(row)
-            facts.append(numbers)
-        bar.update()
-    if kept:
-        columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
-        columns["source_row"] = [row["row"] for row in kept]
-        columns |= {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
-        writer.write(name, pa.table(columns), {each: torch.cat([one[each] for one in made]) for each in made[0]})
-    return unread
+def _reader(
+    backbone: Backbone, *, preference_set: PreferenceSet, policy: FramePolicy, call: Mapping[str, Any],
+    clips: list[dict[str, Any]], latents: LatentCache | None,
+) -> tuple[CachedLatents | _Encoder, list[dict[str, Any]], list[str]]:  # fmt: skip
+    """A process's source of latents, the clips that it holds in its order, and a sentence for each other clip."""
+    shape = tuple(backbone.condition([clips[0]["prompt"]], **call).shape)  # type: ignore[union-attr]
+    if latents is None:
+        return _Encoder(preference_set, backbone, policy, shape), clips, []
+    reader = CachedLatents(latents, backbone, shape)
+    return reader, *reader.find(clips)
+
+
+def _planned(
+    backbone: Backbone, reader: Callable[[Backbone], Any]
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], list[str]]:
+    """The backbone's fingerprint, the reader's key, the clips that it holds, and a sentence for each other clip."""
+    source, clips, absent = reader(backbone)
+    return backbone.fingerprint(), source.key, clips, absent
+
+
+def _encoder(backbone: Backbone, *, opened: Callable[..., StoreWriter], reader: Callable[[Backbone], Any]) -> Make:
+    """A process's function that writes the shard of some clips; a sentence per clip that it cannot read."""
+    writer, (source, _, _) = opened(main=False), reader(backbone)
+
+    def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
+        made, kept, facts, unread = [], [], [], []
+        for row in rows:
+            try:
+                tensors, numbers = source(row)
+            except PrismError as error:
+                unread.append(str(error))
+            else:
+                made.append(tensors)
+                kept.append(row)
+                facts.append(numbers)
+            count(1)
+        if kept:
+            columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
+            columns["source_row"] = [row["row"] for row in kept]
+            columns |= {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
+            writer.write(name, pa.table(columns), {each: torch.cat([one[each] for one in made]) for each in made[0]})
+        return unread
+
+    return make

@@ -67,18 +67,18 @@ class Labels:
     Args:
         writer: of the store.
         rewards: with names of their own.
-        backbone: whose VAE decodes.
+        backbone: its VAE decodes; None where nothing is scored, but only asked for, joined or dropped.
         call: the pipeline arguments that the videos were sampled with.
         fps: frames per second, for rewards that ask.
     """
 
     def __init__(
-        self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone, call: Mapping[str, Any],
-        fps: float | None = None,
+        self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone | None = None,
+        call: Mapping[str, Any] | None = None, fps: float | None = None,
     ) -> None:  # fmt: skip
         check_names(rewards)
-        self.writer, self.rewards, self.backbone, self.call, self.fps = writer, tuple(rewards), backbone, call, fps
-        self._decoder = Decoder(backbone)
+        self.writer, self.rewards, self.call, self.fps = writer, tuple(rewards), call or {}, fps
+        self._decoder = None if backbone is None else Decoder(backbone)
         self._changed: set[str] = set()
 
     def drop(self) -> None:
@@ -95,6 +95,9 @@ class Labels:
         rewards = self.missing(unit)
         if not rewards:
             return
+        if self._decoder is None:
+            raise PrismError("Labels without a backbone decode no videos to be scored; give them one.")
+        decode = self._decoder.frames
         path = self.writer.folder / "shards" / f"{unit}.safetensors"
         rows = read_rows(path.with_suffix(".parquet"), ()).to_pylist()
         check_seal(path, noted(path.with_suffix(".parquet"))["sha256"], f"{unit}.parquet")
@@ -103,7 +106,7 @@ class Labels:
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
             videos = [
-                self._decoder.frames(latents[start + k : start + k + 1], row["prompt"], self.call, row["seed"] or 0)
+                decode(latents[start + k : start + k + 1], row["prompt"], self.call, row["seed"] or 0)
                 for k, row in enumerate(chunk)
             ]
             prompts, names = [row["prompt"] for row in chunk], [row["video"] for row in chunk]

@@ -78,6 +78,11 @@ class Reward:
         if isinstance(dimensions, list | tuple) and dimensions:
             self.dimensions = tuple(self._checked(each) for each in dimensions)
         self._worker: _Worker | None = None
+        self.load: Callable[[], Reward] | None = None
+        """Loads it in another process, which is then sent this in its place: a file's function cannot be sent."""
+
+    def __reduce__(self) -> Any:
+        return (_unpacked, ({**vars(self), "_worker": None},)) if self.load is None else (self.load, ())
 
     def __repr__(self) -> str:
         return f"Reward({self.name})"
@@ -180,6 +185,12 @@ class Reward:
             f"The reward {self.name} {what}, for the video {quoted(names[0], 80)}{more} of the prompt "
             f'"{quoted(prompts[0], 80)}"; what was collected stays, and --resume goes on when the function is mended.'
         )
+
+
+def _unpacked(attributes: dict[str, Any]) -> Reward:
+    reward = Reward.__new__(Reward)
+    vars(reward).update(attributes)
+    return reward
 
 
 def is_function(spec: str) -> bool:

@@ -1,0 +1,144 @@
+"""Units of work shared among the processes that hold a backbone: those of a launcher here, of Ray in `actors`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from prism.backbone import Backbone
+from prism.preference import StoreWriter
+from prism.runs import Clock
+from prism.team import Team
+
+T = TypeVar("T")
+Unit = tuple[str, Sequence[Any]]
+"""The name of a unit of work, and the rows of the videos that it makes."""
+Make = Callable[[str, Sequence[Any], Callable[[int], Any]], list[str]]
+"""Makes a unit, and calls its third argument with each number of rows that are done. Returns a sentence per row that
+is left out. A unit may be made again, also while a lost process still makes it: its files appear whole."""
+Begin = Callable[[Backbone], Make]
+"""Prepares a process for making units. It is sent to other machines, so that it must be picklable."""
+
+
+class Crew(Protocol):
+    """The processes that hold a backbone.
+
+    Attributes:
+        first: True in the process that writes what no unit makes, and messages.
+    """
+
+    first: bool
+
+    def ask(self, question: Callable[[Backbone], T]) -> T:
+        """The answer to a (picklable) question about the backbone."""
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """The result of `work`, run in the first process only."""
+
+    def share(
+        self, name: str, kind: str, units: Sequence[Unit], done: Sequence[bool], begin: Begin, progress: bool
+    ) -> list[str]:
+        """Make the units that are not done, each in one of the processes, with a progress bar.
+
+        Args:
+            name: of the work, in messages, such as encoding.
+            kind: of the rows, in messages, such as videos.
+            units: with names of their own.
+            done: True for the units that were made before.
+            begin: prepares a process.
+            progress: show the bar where stderr is a terminal, and lines of text elsewhere.
+
+        Returns:
+            All sentences that came of it.
+
+        Raises:
+            PrismError: if a unit fails; units that were made stay.
+        """
+
+
+class Processes:
+    """The processes that a launcher such as ``torchrun`` started, or this one alone; each holds the backbone."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone, self.team = backbone, Team.gathered(backbone.device)
+        self.first = self.team.first
+
+    def ask(self, question: Callable[[Backbone], T]) -> T:
+        """The answer of this process."""
+        return question(self.backbone)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """See `Crew.on_first`; the others wait for it."""
+        return self.team.on_first(work)
+
+    def share(
+        self, name: str, kind: str, units: Sequence[Unit], done: Sequence[bool], begin: Begin, progress: bool
+    ) -> list[str]:
+        """See `Crew.share`: each process makes every n-th unit."""
+        mine = list(itertools.islice(zip(units, done), self.team.rank, None, self.team.size))
+
+        def run() -> list[str]:
+            sentences: list[str] = []
+            make = begin(self.backbone)
+            shown = Shown(name, kind, mine, self.first, progress)
+            with shown.bar():
+                for (unit, rows), ready in mine:
+                    if not ready:
+                        sentences += make(unit, rows, shown.rows)
+                        shown.unit()
+            return sentences
+
+        return [sentence for part in self.team.agree(run) for sentence in part]
+
+
+class Shown:
+    """The progress of units: a bar on a terminal, lines in a log.
+
+    Args:
+        name, kind, progress: as of `Crew.share`.
+        units: each with True if it was made before.
+        first: in other processes nothing is shown.
+    """
+
+    def __init__(self, name: str, kind: str, units: Sequence[tuple[Unit, bool]], first: bool, progress: bool) -> None:
+        self._made = sum(ready for _, ready in units)
+        self._first, self._clock = first, Clock(f"{name} shards", len(units))
+        self._bar = tqdm(
+            total=sum(len(rows) for (_, rows), _ in units),
+            initial=sum(len(rows) for (_, rows), ready in units if ready),
+            desc=name,
+            unit=f" {kind}",
+            disable=None if progress and first else True,
+        )
+
+    def rows(self, count: int) -> None:
+        """Count rows of a unit that are done."""
+        self._bar.update(count)
+
+    def unit(self) -> None:
+        """Count a unit that is done."""
+        self._made += 1
+        if self._first:
+            self._clock.tick(self._made, True)
+
+    @contextmanager
+    def bar(self) -> Iterator[None]:
+        """Keep the bar on the terminal; it is closed at the end."""
+        with self._bar:
+            yield
+
+
+def crew_of(backbone: Backbone | Crew) -> Crew:
+    """The crew of a backbone of this process; a crew is returned as it is."""
+    return Processes(backbone) if isinstance(backbone, Backbone) else backbone
+
+
+def writer_of(crew: Crew, opened: Callable[..., StoreWriter]) -> StoreWriter:
+    """The store's writer in each process of a crew: the first begins or continues the store, the others follow."""
+    writers: list[StoreWriter] = []
+    crew.on_first(lambda: writers.append(opened()))
+    return writers[0] if crew.first else opened(main=False)
