@@ -17,7 +17,17 @@ from tests import shapes
 torch.set_num_threads(1)
 
 # In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
-WARNINGS_ARE_ERRORS = ("cli", "evaluation", "judge", "preference", "report", "shapeworld", "training")
+WARNINGS_ARE_ERRORS = (
+    "cli",
+    "evaluation",
+    "judge",
+    "lab",
+    "preference",
+    "report",
+    "shapeworld",
+    "teachers",
+    "training",
+)
 EXCEPTIONS = (
     # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
     "ignore:This judge is untrained:UserWarning",
@@ -26,6 +36,8 @@ EXCEPTIONS = (
     # PEFT's, of a second adapter and of one that is not merged
     "ignore:Already found a `peft_config` attribute in the model:UserWarning",
     "ignore:Already unmerged. Nothing to do:UserWarning",
+    # Transformers', of its own attribute that PEFT reads
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     # NumPy's, of PIL's images in diffusers
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
     "ignore:__array_wrap__ must accept context and return_scalar arguments:DeprecationWarning",

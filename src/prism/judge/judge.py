@@ -337,7 +337,7 @@ class Judge:
         """Scores of each member, of tokens that were tapped at ``self.taps``.
 
         Returns:
-            (members, B, num_dimensions) float32.
+            (members, B, D) float32: a column for each of the D dimensions of a head.
         """
         heads = [(member.tap, member.head.to(tokens.visual.device)) for member in self.members]  # where the pipeline is
         return torch.stack([head(tokens.after(tap), tokens.text, tokens.text_mask) for tap, head in heads])
