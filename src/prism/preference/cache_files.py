@@ -97,6 +97,9 @@ def array(cells: Mapping[str, Any], name: str, entry: Entry, axes: int) -> Tenso
     """The numbers in a row's cells NAME_bytes, NAME_shape and NAME_dtype, float32; None if there are none.
 
     A batch axis of one in front is taken away.
+
+    Returns:
+        (...) float32, of so many axes.
     """
     data, shape, kind = (cells.get(f"{name}_{part}") for part in PARTS)
     if not data:
@@ -122,6 +125,16 @@ def array(cells: Mapping[str, Any], name: str, entry: Entry, axes: int) -> Tenso
 
 
 def levels(times: Tensor | None, count: int, entry: Entry) -> Tensor:
+    """The noise levels of a trajectory, checked to fall and to be as many as its states.
+
+    Args:
+        times: (count,) float32 in [0, 1000].
+        count: states of the trajectory.
+        entry: where they stand, for the message.
+
+    Returns:
+        (count,) float32, `times`.
+    """
     if times is None or len(times) != count:
         have = "none" if times is None else len(times)
         raise PrismError(f"The trajectory in {entry} has {count} states and {have} timesteps; one a state is needed.")
@@ -172,6 +185,11 @@ def latent_key(path: Path) -> str:
 
 
 def tensor(path: Path, architecture: str) -> Tensor:
+    """The latents in a file of musubi-tuner of that architecture.
+
+    Returns:
+        (C, F, H, W) float32.
+    """
     stated = metadata(path).get("architecture")
     if stated != architecture:
         raise PrismError(
@@ -194,6 +212,15 @@ def tensor(path: Path, architecture: str) -> Tensor:
 
 
 def checked(latent: Tensor | None, entry: Entry) -> Tensor:
+    """Latents, refused where they hold what float16 cannot, or zeros that stand for NaN.
+
+    Args:
+        latent: (..., C, F, H, W) float32.
+        entry: where they stand, for the message.
+
+    Returns:
+        (..., C, F, H, W) float32, `latent`.
+    """
     assert latent is not None
     if not bool(latent.half().isfinite().all()):
         raise PrismError(
