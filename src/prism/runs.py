@@ -339,7 +339,8 @@ def _enter(
     key = different[0]
     raise PrismError(
         f"The run in {files.shown(folder)} differs in {key}: {first_difference(old.get(key), now.get(key))}; "
-        "continue it with its own settings, choose another --out, or start again with --overwrite if it has one."
+        "continue it with its own settings, choose another --out, start again with --overwrite if it has one, or "
+        "delete the folder."
     )
 
 

@@ -16,9 +16,11 @@ from prism.backbone import Backbone
 from prism.cli import main
 from prism.errors import PrismError
 from prism.preference import LatentStore
+from prism.preference.pairs import joined
 from prism.preference.readers import read
-from prism.training.annotation import _merged, clip_name, export, read_back
+from prism.training.annotation import clip_name, export, read_back
 from prism.training.collect import collect
+from prism.training.collect import label as label_store
 from prism.training.reward import Reward
 from prism.video import frames, probe, read_video
 
@@ -131,6 +133,47 @@ def saved(backbone, tmp_path):
     return folder
 
 
+def test_answers_outlive_a_second_export_and_a_reward_that_labels_anew(store, backbone, tmp_path):
+    def darkness(video, prompt):
+        return {"VQ": -float(video.mean()), "dark": -float(video.mean()), "even": 1.0}
+
+    chosen = export(store, backbone, tmp_path / "out", dimensions=("MQ", "TA"), seed=1)
+    table = rows(tmp_path / "out" / "pairs.csv")
+    with open(tmp_path / "out" / "pairs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(row | {"MQ": "A", "TA": "B" * (number < 2)} for number, row in enumerate(table))
+    answers = (tmp_path / "out" / "pairs.csv").read_bytes()
+    export(store, backbone, tmp_path / "out", dimensions=("MQ", "TA"), seed=1, resume=True)
+    assert (tmp_path / "out" / "pairs.csv").read_bytes() == answers
+    opened = read_back(store, tmp_path / "out" / "pairs.csv")
+    assert set(opened.dimensions) == {"light", "MQ", "TA"}  # no overall that nobody answered
+    label_store(store, backbone, [Reward(darkness, "other")], progress=False)
+    after = LatentStore.open(store)
+    assert set(after.dimensions) == {"VQ", "MQ", "TA", "dark", "even", "overall"}
+    by_pair = {(row["video_a"], row["video_b"]): row for row in after.pairs.to_pylist()}
+    dark = {row["video"]: row["dark"] for row in after.videos.to_pylist()}
+    assert len(by_pair) == 6
+    for number, (_, a, b) in enumerate(chosen):
+        row, sign = (by_pair[a, b], 1) if (a, b) in by_pair else (by_pair[b, a], -1)
+        assert row["MQ"] == sign
+        assert row["TA"] == (-sign if number < 2 else None)
+        assert row["dark"] == sign * np.sign(dark[a] - dark[b])
+    with pytest.raises(PrismError, match="People labelled MQ"):
+        label_store(store, backbone, [Reward(lambda video, prompt: {"MQ": 1.0}, "third")], progress=False)
+    assert LatentStore.open(store).pairs.equals(after.pairs)
+    with open(tmp_path / "out" / "pairs.csv", "w", newline="") as file:  # a second file of other questions
+        writer = csv.DictWriter(file, ["path_A", "path_B", "prompt", "style"])
+        writer.writeheader()
+        writer.writerows(
+            {name: row[name] for name in table[0] if name not in ("MQ", "TA")} | {"style": "A"} for row in table
+        )
+    later = read_back(store, tmp_path / "out" / "pairs.csv")
+    assert set(later.dimensions) == {*after.dimensions, "style"}
+    label_store(store, backbone, [Reward(lambda video, prompt: {"flat": 1.0}, "third")], progress=False)
+    assert set(LatentStore.open(store).dimensions) == {"flat", "MQ", "TA", "style"}
+
+
 def annotated(task, number, **answers):
     results = [
         {"from_name": name, "to_name": "A", "type": "choices", "value": {"choices": [value]}}
@@ -180,7 +223,7 @@ def test_earlier_labels_keep_their_meaning_where_people_saw_the_sides_exchanged(
     })  # fmt: skip
     sides = {"prompt": ["p"], "video_a": ["y"], "video_b": ["x"], "split": ["train"]}
     new = pa.table({**sides, "overall": pa.array([1], pa.int8())})
-    first, second = _merged(before, new, ["overall"]).to_pylist()
+    first, second = joined(before, new, ["overall"]).to_pylist()
     assert [first[name] for name in ("video_a", "video_b", "m", "overall")] == ["y", "x", -1, 1]
     assert [round(first[f"m:{name}"], 6) for name in ("p_a", "p_b", "weight")] == [0.2, 0.7, 3]
     assert [second[name] for name in ("video_a", "video_b", "m", "overall")] == ["x", "z", -1, None]
@@ -228,6 +271,9 @@ def test_an_export_that_was_stopped_goes_on_and_another_is_refused(store, backbo
         ({"split": "tests"}, "no split tests"),
         ({"dimensions": ()}, "need a question"),
         ({"dimensions": ("a:b",)}, "cannot have this name"),
+        ({"dimensions": ("VQ", "VQ")}, "twice among the questions"),
+        ({"dimensions": ("path_A",)}, "stands for something else"),
+        ({"dimensions": ("prompt",)}, "cannot have this name"),
     ):
         with pytest.raises(PrismError, match=words):
             export(store, backbone, tmp_path / "never", **arguments)

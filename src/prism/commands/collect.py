@@ -39,7 +39,7 @@ class Kept:
     states: Annotated[str, option("STEP,...", "none")] = ""
     """Steps from 1 whose states are kept beside the final latents."""
     predicted: bool = True
-    """Keep the clean latents that the denoiser predicts at these steps too."""
+    """The clean latents that the denoiser predicts at these steps, beside the states."""
     half: bool = False
     """Keep latents in float16, not in the dtype of the pipeline."""
     held_out: Annotated[str, option("V,T")] = "0.1,0.1"

@@ -179,6 +179,8 @@ def _tabled(word: str, config: Score) -> list[dict[str, Any]]:
     """The clips of a table."""
     from prism.preference.readers import read_clips
 
+    if config.prompt is not None and Path(word).is_dir():
+        raise PrismError(f"The folder {quoted(word, 120)} holds no video; name a folder of clips, or a clip.")
     if config.prompt is not None:
         raise PrismError(f"The table {quoted(word, 120)} has a prompt for each clip; leave --prompt out.")
     tables = config.tables

@@ -120,6 +120,11 @@ def run(config: Train) -> dict[str, Any]:
     store = open_store(models.data)
     backbone, _, name = load_backbone(models.backbone, models.device, models.dtype)
     check_store(models.data, store, backbone)
+    if not store.dimensions:
+        raise PrismError(
+            f"The store {store.folder} has no labels to learn from; label it with prism collect --label --reward, or "
+            "with prism data import."
+        )
     options = {name: value for name, value in vars(head).items() if name != "tap"}
     options |= {"dim": DIM if embedded and head.dim is None else head.dim, "dimensions": store.dimensions}
     judge = Judge.average(untrained_heads(backbone, taps or (TAPS if embedded else (None,)), settings.seed, **options))

@@ -106,7 +106,10 @@ def measure(
     dimensions = _labelled(judge, store)
     groups = store.groups(split, list(dimensions))
     if not groups:
-        raise PrismError(f"The store {store.folder} has no labelled pairs in the split {split}.")
+        raise PrismError(
+            f"The store {store.folder} has no labelled pairs in the split {split}, "
+            f"but in: {', '.join(sorted(set(store.pairs['split'].to_pylist()))) or 'none'}."
+        )
     validation = store.groups("validation", list(dimensions)) if split != "validation" else groups
     if split != "train":
         _check_leak(judge, [*groups, *validation], store)

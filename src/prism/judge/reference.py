@@ -224,7 +224,7 @@ def measure(
     chosen = default_levels(judge) if levels is None else noise_levels(judge.backbone, levels)
     clips = _chosen(store, split, most, seed)
     trained_on = set(judge.trained_on.get("prompt_keys", ()))
-    for prompt in dict.fromkeys(clips.values()) if split != "train" else ():
+    for prompt in dict.fromkeys(clips.values()):
         if prompt_key(prompt) in trained_on:
             raise PrismError(
                 f"The head was trained on the prompt {quoted(prompt, 120)} of {store.folder}; take clips of prompts "

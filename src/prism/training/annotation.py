@@ -9,10 +9,10 @@ import json
 import os
 import posixpath
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import pyarrow as pa
@@ -23,12 +23,14 @@ from prism.backbone import Backbone
 from prism.backbone.fingerprint import fits
 from prism.errors import SEEDS, PrismError, number, quoted, whole
 from prism.preference import LatentStore, StoreWriter
-from prism.preference.pairs import PAIR_COLUMNS, SPLITS
+from prism.preference.formats import KNOWN
+from prism.preference.pairs import PAIR_COLUMNS, SPLITS, joined, read_table
 from prism.preference.readers import PreferenceSet, pairs, read
 from prism.preference.sets import check_dimension
 from prism.training.labels import Decoder
 from prism.video import write_video
 
+_COLUMN = re.compile(r"(path|video|fps|num_frames|model|image)_[ab]|[ab]_model|mos_.*", re.IGNORECASE)
 LOCAL_FILES = "/data/local-files/?d="
 """Prefix by which Label Studio serves files below its LOCAL_FILES_DOCUMENT_ROOT."""
 
@@ -78,6 +80,11 @@ def export(
         raise PrismError("People need a question; give at least one dimension, such as overall.")
     for name in dimensions:
         check_dimension(name, "the questions")
+        if name.casefold() in KNOWN or _COLUMN.fullmatch(name) or list(dimensions).count(name) > 1:
+            raise PrismError(
+                f"The question {quoted(name, 60)} cannot be a column of answers: the name stands for something else, "
+                "or twice among the questions; rename it."
+            )
     refusals, _ = fits(store.meta.get("backbone") or {}, backbone, ("vae",))
     if refusals:
         raise PrismError(f"The store {store.folder} is of the {refusals[0][0]}, and the backbone has {refusals[0][1]}.")
@@ -102,10 +109,11 @@ def export(
         {"path_A": f"clips/{clip_name(a)}", "path_B": f"clips/{clip_name(b)}", "prompt": prompt}
         for prompt, a, b in chosen
     ]
-    with files.new_file(folder / "pairs.csv") as work, open(work, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["path_A", "path_B", "prompt", *columns])
-        table.writeheader()
-        table.writerows(rows)
+    if not (folder / "pairs.csv").exists():  # it may hold answers
+        with files.new_file(folder / "pairs.csv") as work, open(work, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ["path_A", "path_B", "prompt", *columns])
+            table.writeheader()
+            table.writerows(rows)
     served = [{"video_A": f"{url}{row['path_A']}", "video_B": f"{url}{row['path_B']}"} for row in rows]
     tasks = [{"data": {**row, **each}} for row, each in zip(rows, served)]
     with files.new_file(folder / "tasks.json") as work:
@@ -140,7 +148,9 @@ def read_back(
         raise PrismError(f"The store {store.folder} has the first schema, which takes no further labels.")
     said = _of_store(read(answers, form), store)
     labelled = pairs(said, rule, soft=soft)
-    dimensions = [name for name in labelled.column_names if name not in PAIR_COLUMNS]
+    answered = set(said.votes["dimension"].to_pylist())  # without an overall that follows from others
+    dimensions = [name for name in labelled.column_names if name.split(":")[0] in answered]
+    labelled = labelled.select([*PAIR_COLUMNS, *dimensions])
     taken = [name for name in dimensions if name in store.pairs.column_names and ":" not in name]
     if taken and not overwrite:
         raise PrismError(
@@ -149,7 +159,7 @@ def read_back(
         )
     key, identity = store.meta["key"], {name: store.meta[name] for name in store.meta if name not in ("schema", "key")}
     writer = StoreWriter(store.folder, key, identity, resume=True)
-    writer.label(_merged(store.pairs, labelled, dimensions), votes=said.votes)
+    writer.label(joined(store.pairs, labelled, dimensions), votes=_with_earlier(store, said.votes, dimensions))
     return LatentStore.open(store.folder)
 
 
@@ -191,6 +201,16 @@ def _interface(columns: Sequence[str]) -> str:
     return f'<View>\n  <Header value="$prompt"/>\n  <View style="display: flex">{videos}</View>\n{questions}\n</View>\n'
 
 
+def _with_earlier(store: LatentStore, votes: pa.Table, dimensions: Sequence[str]) -> pa.Table:
+    """The votes, and those that the store has in other dimensions."""
+    path = store.folder / "votes.parquet"
+    if not path.is_file():
+        return votes
+    earlier = read_table(path, ("dimension",)).replace_schema_metadata().select(votes.column_names).cast(votes.schema)
+    kept = [name not in dimensions for name in earlier["dimension"].to_pylist()]
+    return pa.concat_tables([earlier.filter(pa.array(kept, pa.bool_())), votes])
+
+
 def _of_store(answers: PreferenceSet, store: LatentStore) -> PreferenceSet:
     """The answers with the store's ids, prompts and splits in place of the clips' files."""
     videos = {name: store.videos[name].to_pylist() for name in ("video", "prompt", "split")}
@@ -211,33 +231,3 @@ def _of_store(answers: PreferenceSet, store: LatentStore) -> PreferenceSet:
         row["video_a"], row["video_b"] = ids[row["video_a"]], ids[row["video_b"]]
         row["prompt"], row["split"] = facts[row["video_a"]]
     return replace(answers, votes=pa.Table.from_pylist(votes, answers.votes.schema))
-
-
-def _merged(before: pa.Table, labelled: pa.Table, dimensions: Sequence[str]) -> pa.Table:
-    """The pairs of both tables, with the new labels in `dimensions` and the earlier ones in all others."""
-    new = {(row["video_a"], row["video_b"]): row for row in labelled.to_pylist()}
-    kept = [name for name in before.column_names if name not in PAIR_COLUMNS and name.split(":")[0] not in dimensions]
-    rows: list[Mapping[str, Any]] = []
-    for row in before.to_pylist():
-        sides = (row["video_a"], row["video_b"])
-        if sides[::-1] in new:  # the people saw the sides the other way round
-            row["video_a"], row["video_b"] = sides[::-1]
-            row |= {name: None if row[name] is None else _mirrored(row, name) for name in kept}
-        given = new.pop((row["video_a"], row["video_b"]), {})
-        rows.append(
-            {name: row[name] for name in (*PAIR_COLUMNS, *kept)} | {name: given.get(name) for name in dimensions}
-        )
-    rows += [{**dict.fromkeys(kept), **row} for row in new.values()]
-    rows = [row for row in rows if any(row[name] is not None for name in (*kept, *dimensions))]
-    fields = [before.schema.field(name) for name in (*PAIR_COLUMNS, *kept)]
-    schema = pa.schema([*fields, *(labelled.schema.field(name) for name in dimensions)])
-    return pa.Table.from_pylist(rows, schema)
-
-
-def _mirrored(row: Mapping[str, Any], name: str) -> Any:
-    """The label, probability or weight of a pair in a column once its sides are exchanged."""
-    dimension, _, kind = name.partition(":")
-    if not kind:
-        return -row[name]
-    other = {"p_a": "p_b", "p_b": "p_a"}.get(kind, kind)
-    return row[f"{dimension}:{other}"]

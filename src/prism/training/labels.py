@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from prism.backbone import Backbone, layout
 from prism.backbone.noise import length
 from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter
-from prism.preference.pairs import named, read_table
+from prism.preference.pairs import PAIR_COLUMNS, joined, named, read_table
 from prism.preference.readers import PreferenceSet, compared, pairs
 from prism.preference.sets import RATINGS, VOTES
-from prism.preference.shards import INDEX, check_seal, noted, open_shard, read_rows, view
+from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
 
 FOLDER = "labels"
@@ -125,7 +125,8 @@ class Labels:
     def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
         """Write ratings, score columns and pairs of all that was labelled; returns the number of videos.
 
-        Ratings by others stay; pairs are of these rewards alone. With several rewards a dimension is REWARD.DIMENSION.
+        Ratings by others and people's labels stay; all other labels of pairs are of these rewards. With several rewards
+        a dimension is REWARD.DIMENSION.
 
         Args:
             margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
@@ -158,10 +159,28 @@ class Labels:
         kinds = {each.name: each.type for each in RATINGS}
         said = zip(*rows) if rows else [()] * len(kinds)
         ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, said)})
-        self.writer.label(
-            _pairs(videos, ratings, _margins(margins, columns)), ratings=pa.concat_tables([self._others(), ratings])
-        )
+        labelled = _pairs(videos, ratings, _margins(margins, columns))
+        path = self.writer.folder / "votes.parquet"
+        if path.is_file():  # what people said, as `prism data import` writes it
+            labelled = self._beside_people(
+                labelled, list(columns), set(read_table(path, ("dimension",))["dimension"].to_pylist())
+            )
+        self.writer.label(labelled, ratings=pa.concat_tables([self._others(), ratings]))
         return count
+
+    def _beside_people(self, labelled: pa.Table, rated: Sequence[str], answered: Set[str]) -> pa.Table:
+        """The pairs with people's labels, in the dimensions they answered, beside the rewards' labels."""
+        both = [name for name in rated if name in answered]
+        if both:
+            raise PrismError(
+                f"People labelled {quoted(both[0], 60)} in {named(self.writer.folder)}, and the reward gives a "
+                "dimension of this name; let it give a dict with another name. Their labels stay as they are."
+            )
+        dimensions = [name for name in labelled.column_names if name not in (*PAIR_COLUMNS, *answered)]
+        before = read_table(self.writer.folder / PAIRS, PAIR_COLUMNS)
+        theirs = [name for name in before.column_names if name.split(":")[0] in answered]
+        people, rewards = before.select([*PAIR_COLUMNS, *theirs]), labelled.select([*PAIR_COLUMNS, *dimensions])
+        return joined(people, rewards, dimensions)
 
     def _folder(self, reward: Reward) -> Path:
         return self.writer.folder / FOLDER / reward.name
@@ -223,7 +242,7 @@ def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]
     if strange and dimensions:
         raise PrismError(
             f"The margin of {quoted(strange[0], 60)} is of no dimension; there are "
-            f"{quoted(', '.join(dimensions), 160)}."
+            f"{quoted(', '.join(dimensions), 160)}. All labels are kept: give another margin and --resume."
         )
     return {name: number(f"The margin of {name}", margins.get(name, 0.0), 0) for name in dimensions}
 

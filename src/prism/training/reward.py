@@ -213,7 +213,8 @@ def load_reward(spec: str, timeout: float | None = TIMEOUT) -> Reward:
     where, colon, attribute = target.rpartition(":")
     if not colon or not where or not attribute.isidentifier():
         raise PrismError(
-            f'The --reward "{quoted(spec, 120)}" names no function; write FILE.py:function or module:function.'
+            f'The --reward "{quoted(spec, 120)}" names no function and no teacher; write FILE.py:function, '
+            "module:function, or the name of a teacher (docs/teachers.md lists them)."
         )
     module = _from_file(where) if where.endswith(".py") else _imported(where)
     if not hasattr(module, attribute):
