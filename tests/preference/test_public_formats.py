@@ -283,11 +283,15 @@ COLUMNS = {
     "hpdv3": "prompt path1 path2 confidence choice_dist",
     "imagerewarddb": "prompt prompt_id rank image_path overall_rating",
     "groups": "prompt image_records",
+    "label-studio": "data annotations",
 }
 LISTS = [[{"from": "human", "value": 'prompt: "x"'}, {"from": "gpt", "value": "look: 1"}], [{"image_path": "a"}]]
+RESULTS = [{"from_name": "VQ", "value": {"choices": ["A"]}}, {"value": {"selected": "left"}}, {"value": 1}]
+LISTS += [[{"result": RESULTS}]]
+TASK = {"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "x"}
 CELLS = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.lists(st.integers(), max_size=2)),
-    st.sampled_from(["A", "a.mp4", "b.mp4", "0.5", 1, 0, 0.5, *LISTS]),
+    st.sampled_from(["A", "a.mp4", "b.mp4", "0.5", 1, 0, 0.5, *LISTS, TASK]),
 )
 
 

@@ -214,7 +214,8 @@ class PromptGroups(Sequence[PromptGroup]):
         labelled = ~np.isnan(labels)
         if split == "train" and soft is not None:
             labelled |= ~np.isnan(soft[..., 0])
-        chosen = np.flatnonzero(pc.equal(pairs["split"], split).to_numpy() & labelled.any(1))
+        name = split.encode(errors="surrogatepass")  # as bytes: Arrow takes no half of a surrogate pair
+        chosen = np.flatnonzero(pc.equal(pairs["split"].cast(pa.binary()), name).to_numpy() & labelled.any(1))
         prompts = pairs["prompt"].take(pa.array(chosen)).combine_chunks().dictionary_encode().indices.to_numpy()
         self._rows = chosen[np.argsort(prompts, kind="stable")]
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(prompts))]).astype(np.int64)
