@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -249,11 +248,10 @@ def score_levels(
 
 
 def batches_of(store: LatentStore, videos: Sequence[Video], batch_size: int) -> list[list[Video]]:
-    """Videos in batches of one shape of latents and one call, at most `batch_size` each, in order."""
-    buckets: dict[tuple[Any, str], list[Video]] = {}
-    for video, prompt in videos:
-        key = store.shape_of(video), json.dumps(store.call_of(video), sort_keys=True, default=str)
-        buckets.setdefault(key, []).append((video, prompt))
+    """Videos in batches of one kind (shape of latents, call and image), at most `batch_size` each, in order."""
+    buckets: dict[int, list[Video]] = {}
+    for kind, video in zip(store.kinds(video for video, _ in videos).tolist(), videos):
+        buckets.setdefault(kind, []).append(video)
     return [bucket[at : at + batch_size] for bucket in buckets.values() for at in range(0, len(bucket), batch_size)]
 
 

@@ -230,9 +230,9 @@ def measure(
                 f"The head was trained on the prompt {quoted(prompt, 120)} of {store.folder}; take clips of prompts "
                 "that it has not seen."
             )
-    alike: dict[str, list[str]] = {}  # videos of one shape and call
-    for video in clips:
-        alike.setdefault(json.dumps([store.shape_of(video), store.call_of(video)], default=str), []).append(video)
+    alike: dict[int, list[str]] = {}  # videos of one shape, call and image
+    for video, kind in zip(clips, store.kinds(clips).tolist()):
+        alike.setdefault(kind, []).append(video)
     scored: dict[str, tuple[Tensor, Tensor]] = {}
     with tqdm(total=len(clips), desc="reference", unit="clip", disable=None if progress else True) as bar:
         for videos in alike.values():

@@ -80,6 +80,14 @@ class Clips:
         ids = []
         for number, side in enumerate(sides):
             of_side = {name: values[number] for name, values in facts.items()}
+            of_side["image"] = next(
+                (
+                    cell
+                    for cell in (row.cells.get(f"image_{'AB'[number]}"), row.cells.get("image"))
+                    if isinstance(cell, str) and cell.strip()
+                ),
+                None,
+            )
             if models:
                 of_side["model"] = row.text(models[number])
             ids.append(self.collector.video(row, columns[number], prompt, **side, **of_side))  # type: ignore[arg-type]
@@ -90,7 +98,7 @@ class Clips:
 
 
 def chosen_rejected(source: Source, collector: Collector) -> None:
-    """Your own pairs: `prompt`, `chosen`, `rejected`; optionally `dimension`, `annotator`, `confidence`,
+    """Your own pairs: `prompt`, `chosen`, `rejected`; optionally `dimension`, `annotator`, `confidence`, `image`,
     `chosen_model`, `rejected_model`, `split`. There are no ties, and the better clip is always named first."""
     clips = Clips(source, collector)
     for row in source:
@@ -155,8 +163,6 @@ def clip_list(source: Source, collector: Collector) -> None:
             if len(known) > 1:
                 clip["video"] = f"{name}#{len(known)}"
             facts: dict[str, Any] = {each: row.text(each) for each in ("model", "image", "split")}
-            if facts["image"] is not None:
-                facts["image"] = collector.file(row, "image", facts["image"])
             collector.video(row, column, prompt, **clip, fps=row.number("fps"), **facts)
 
 

@@ -15,29 +15,31 @@ COLUMNS = ("prompt", "prompt_en")
 
 
 class Prompt(NamedTuple):
-    """A prompt, where it stood, and its split where the file names one."""
+    """A prompt, where it stood, and where the file names them its split and the image that its videos start from."""
 
     text: str
     place: Place
     split: str | None = None
+    image: str | None = None
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str | None = None) -> list[Prompt]:
-    """The prompts of a file, each once, in its order.
+    """The prompts of a file, each once (with each of its images), in its order.
 
     Args:
         path: a table (.csv, .tsv, .json, .jsonl, .ndjson, .parquet) with a column prompt or prompt_en, and optionally
-            split (train, validation, test, unseen); any other file is text with a prompt a line.
+            split (train, validation, test, unseen) and image (a path relative to the file); any other file is text with
+            a prompt a line.
         encoding: of text; None: by the byte order mark, else UTF-8.
 
     Raises:
-        PrismError: for a file without prompts, of another encoding, without such a column, or with a prompt that is no
-            text or in two splits.
+        PrismError: for a file without prompts, of another encoding, without such a column, with a prompt that is no
+            text or in two splits, or an image that is no file.
     """
     file = Path(path)
     files.check_regular(file)
     rows = _rows(file, encoding) if file.suffix.lower() in TABLES else _lines(file, encoding)
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[tuple[str, str | None], Prompt] = {}
     splits: dict[str, str | None] = {}
     for prompt in rows:
         if prompt.split is not None and prompt.split not in SPLITS:
@@ -49,7 +51,7 @@ def read_prompts(path: str | os.PathLike[str], encoding: str | None = None) -> l
             raise PrismError(
                 f'The prompt "{quoted(prompt.text, 120)}" in {prompt.place} is in two splits; a prompt belongs to one.'
             )
-        prompts.setdefault(prompt.text, prompt)
+        prompts.setdefault((prompt.text, prompt.image), prompt)
     if not prompts:
         raise PrismError(f"The file {named(file)} holds no prompt; write one a line.")
     return list(prompts.values())
@@ -63,8 +65,25 @@ def _rows(file: Path, encoding: str | None) -> list[Prompt]:
             f"The file {named(file)} has the columns {quoted(', '.join(source.columns), 120) or 'none'}; one named "
             f"{' or '.join(COLUMNS)} is needed."
         )
-    found = ((row, row.text(column)) for row in source)
-    return [Prompt(text.strip(), Place(file.name, row.place.row), row.text("split")) for row, text in found if text]
+    return [
+        Prompt(text.strip(), Place(file.name, row.place.row), row.text("split"), _image(file, row))
+        for row in source
+        if (text := row.text(column))
+    ]
+
+
+def _image(file: Path, row: Row) -> str | None:
+    """The absolute path of a row's image, which must be a file."""
+    image = row.text("image")
+    if image is None:
+        return None
+    path = os.path.abspath(file.absolute().parent / image.strip())
+    if "\0" in path or not os.path.isfile(path):
+        raise PrismError(
+            f"The image {quoted(image, 120)} in {row.place} is no file; give a path relative to "
+            f"{quoted(str(file.absolute().parent), 120)}."
+        )
+    return path
 
 
 def _lines(file: Path, encoding: str | None) -> list[Prompt]:

@@ -191,7 +191,11 @@ class Collector:
         image: str | None = None,
         split: str | None = None,
     ) -> str:
-        """Add a clip and return its identity: `video` if given, else its path or the digest of its bytes."""
+        """Add a clip and return its identity: `video` if given, else its path or the digest of its bytes.
+
+        image: path of the picture that the clip starts from, kept relative to the root.
+        """
+        image = None if image is None else self.file(row, "image", image.strip())
         listed = None if frames is None else [self.file(row, column, frame) for frame in frames]
         if embedded is not None:
             video, path = video or embedded[0], embedded[1]
@@ -208,6 +212,11 @@ class Collector:
                 **{"source": row.place.source, "row": row.place.row},
             },
         )
+        if image is not None and facts.get("image") not in (None, image):
+            raise PrismError(
+                f"The clip {quoted(video, 100)} has the image {quoted(image, 100)} in {row.place} and "
+                f"{quoted(facts['image'], 100)} before; a clip starts from one."
+            )
         for name, value in {"model": model, "fps": fps, "num_frames": num_frames, "image": image}.items():
             if value is not None:
                 facts.setdefault(name, int(value) if name == "num_frames" else value)

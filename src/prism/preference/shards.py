@@ -7,6 +7,7 @@
     shards/UNIT.parquet       a row per video (`ROW_COLUMNS`, and any score columns); written last, so that a shard is
                               complete if this file exists; its metadata hold the tensors' SHA-256 and the key's digest
     index.parquet             the rows of all shards, so that a store of 100,000 videos opens in a second
+    images/SHA256.ENDING      conditioning images of videos, each once (``prism.preference.images``)
     pairs.parquet             labelled pairs (see ``prism.preference.pairs``); optional: votes.parquet, ratings.parquet
     seals.json                SHA-256 of index, pairs, votes and ratings
 
@@ -34,7 +35,7 @@ from safetensors import safe_open
 
 from prism import files
 from prism.errors import PrismError, quoted
-from prism.preference.pairs import PAIR_COLUMNS, check_file, named, read_table
+from prism.preference.pairs import PAIR_COLUMNS, SPLITS, check_file, cut, named, read_table
 
 FIRST_SCHEMA, SCHEMA = 1, 2
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -221,11 +222,19 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def kinds_of(videos: pa.Table) -> np.ndarray:
-    """Number the combinations of shape and call, in order of appearance.
+    """Number the combinations of shape, call and conditioning image, in order of appearance.
 
     Returns:
         (videos,) int64, equal for videos that may share a batch.
     """
-    both = pc.binary_join_element_wise(videos["shape"], videos["call"], "|")
-    kinds: np.ndarray = both.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    columns = [videos[name] for name in ("image", "shape", "call") if name in videos.column_names]
+    joined = pc.binary_join_element_wise(*(column.cast(pa.string()).fill_null("") for column in columns), "|")
+    kinds: np.ndarray = joined.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
     return kinds
+
+
+def check_splits(splits: Iterable[str], table: Path) -> None:
+    """Refuse splits of a table that are none of `SPLITS`."""
+    unknown = set(splits) - set(SPLITS)
+    if unknown:
+        raise PrismError(f"The split {cut(min(unknown))} in {table} is none of {', '.join(SPLITS)}.")

@@ -29,9 +29,9 @@ from torch import Tensor
 
 from prism import files
 from prism.errors import PrismError, instance, listed, quoted, whole
+from prism.preference import images
 from prism.preference.pairs import (
     PAIR_COLUMNS,
-    SPLITS,
     PromptGroup,
     check_disjoint,
     cut,
@@ -49,6 +49,7 @@ from prism.preference.shards import (
     PAIRS,
     SCHEMA,
     check_seal,
+    check_splits,
     indexed,
     key_digest,
     kinds_of,
@@ -61,6 +62,7 @@ from prism.preference.soft import check_soft
 
 OPEN_SHARDS = 64
 """Shards that are memory-mapped at once: what a store of any size holds of them, and within a system's open files."""
+_WRITTEN = "that prism encode or prism.preference.write_store wrote"
 
 
 class LatentStore:
@@ -71,12 +73,12 @@ class LatentStore:
     ) -> None:
         self.folder, self.meta, self.videos, self.pairs, self._seals = folder, meta, videos, pairs, seals
         self._index = {video: row for row, video in enumerate(videos["video"].to_pylist())}
-        shards = videos["shard"].combine_chunks().dictionary_encode()
+        shards, self._row_of = videos["shard"].combine_chunks().dictionary_encode(), videos["row"].to_numpy()
         self._shard_names, self._shard_of = shards.dictionary.to_pylist(), shards.indices.to_numpy()
-        self._row_of = videos["row"].to_numpy()
         self._shards: OrderedDict[Path, Any] = OrderedDict()  # opened, the one used last at the end
         self._unread = set(seals)
         self._kinds: np.ndarray | None = None
+        self._whole_images: set[Path] = set()
 
     def __repr__(self) -> str:
         return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
@@ -92,15 +94,11 @@ class LatentStore:
         instance("A store's folder", folder, str | os.PathLike, "a path")
         folder = Path(folder)
         if not os.path.isdir(folder):  # also of a name too long for the file system
-            problem = "is a file" if os.path.exists(folder) else "does not exist"
-            raise PrismError(
-                f"The store {named(folder)} {problem}; name a folder that prism encode or "
-                "prism.preference.write_store wrote."
-            )
+            what = "is a file" if os.path.exists(folder) else "does not exist"
+            raise PrismError(f"The store {named(folder)} {what}; name a folder {_WRITTEN}.")
         if not (folder / "store.json").exists():
             raise PrismError(
-                f"The folder {named(folder)} is no store: its store.json does not exist. Name a folder that prism "
-                "encode or prism.preference.write_store wrote."
+                f"The folder {named(folder)} is no store: its store.json does not exist. Name a folder {_WRITTEN}."
             )
         meta = read_meta(folder / "store.json")
         if meta.get("schema") == SCHEMA:
@@ -150,7 +148,7 @@ class LatentStore:
 
     @property
     def has_predicted(self) -> bool:
-        """True if the store keeps the denoiser's predictions of the clean latents at the recorded states."""
+        """True if the store keeps the clean latents that the denoiser predicted at the recorded states."""
         return self._holds("predicted")
 
     def _holds(self, name: str) -> bool:
@@ -164,18 +162,28 @@ class LatentStore:
         return bool(self.meta["schema"] == SCHEMA)
 
     def call_of(self, video: str) -> dict[str, Any]:
-        """The pipeline arguments of one video: the store's, updated with those that differ for this video."""
-        different = self._of(video, "call") if self._sharded else None
-        return {**self.call, **(json.loads(different) if different else {})}
+        """The pipeline arguments of one video: the store's, updated with those that differ for it and its `image`."""
+        different, image = self._of(video, "call") if self._sharded else None, self.image_of(video)
+        call = {**self.call, **(json.loads(different) if different else {})}
+        return call if image is None else {**call, "image": str(image)}
+
+    def image_of(self, video: str) -> Path | None:
+        """The file of a video's conditioning image, compared with its SHA-256 the first time; None: it has none."""
+        name = self._of(video, "image") if self._sharded and "image" in self.videos.column_names else None
+        path = None if name is None else images.path_of(self.folder, name)
+        if path is not None and path not in self._whole_images:
+            images.check(path)
+            self._whole_images.add(path)
+        return path
 
     def shape_of(self, video: str) -> tuple[int, ...]:
         """The shape of one video's latents."""
         if self._sharded:
-            return tuple(int(size) for size in str(self._of(video, "shape")).split("x"))
+            return tuple(map(int, str(self._of(video, "shape")).split("x")))
         return tuple(self._tensor(self._path("latents", self._placed(video)[0]), "latents", NUMBERS).get_shape()[1:])
 
     def kinds(self, ids: Iterable[str]) -> np.ndarray:
-        """Numbers from 0 of the shape and call of videos; those of one number fit one batch.
+        """Numbers from 0 of the shape, call and image of videos; those of one number are conditioned alike.
 
         Returns:
             (ids,) int64. A store of the first schema has one shape and call, number 0.
@@ -315,7 +323,7 @@ class LatentStore:
         if len(set(ids)) != len(ids):
             twice = next(video for video, count in Counter(ids).items() if count > 1)
             raise PrismError(f"The video {cut(twice)} is in {table} twice.")
-        _check_splits(pc.unique(self.videos["split"]).to_pylist(), table)
+        check_splits(pc.unique(self.videos["split"]).to_pylist(), table)
         as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
         check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))  # videos without pairs leak as well
         if self._sharded:  # shapes were checked when shards were written; a file is compared with its SHA-256 when read
@@ -360,7 +368,7 @@ class LatentStore:
 
     def _check_pairs(self) -> None:
         table = self.folder / "pairs.parquet"
-        _check_splits(pc.unique(self.pairs["split"]).to_pylist(), table)
+        check_splits(pc.unique(self.pairs["split"]).to_pylist(), table)
         for side in ("video_a", "video_b"):
             rows = pc.index_in(self.pairs[side], value_set=self.videos["video"])
             same = [pc.equal(self.videos[name].take(rows), self.pairs[name]) for name in ("prompt", "split")]
@@ -388,9 +396,3 @@ def store_identity(store: LatentStore) -> dict[str, Any]:
 
 def _listed(shape: Sequence[int]) -> str:
     return quoted(", ".join(map(str, shape)), 60)
-
-
-def _check_splits(splits: Iterable[str], table: Path) -> None:
-    unknown = set(splits) - set(SPLITS)
-    if unknown:
-        raise PrismError(f"The split {cut(min(unknown))} in {table} is none of {', '.join(SPLITS)}.")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prism import files, runs, temporary
 from prism.errors import PrismError, flag, instance, quoted, whole
+from prism.preference import images
 from prism.preference.pairs import named
 from prism.preference.shards import (
     FIRST_SCHEMA,
@@ -80,6 +81,7 @@ class StoreWriter:
         changeable: Sequence[str] = (),
     ) -> None:
         self.folder, self.key = Path(folder), key_digest(key)
+        self._images: dict[str, str] = {}
         identity = {"schema": SCHEMA, **meta, "key": dict(key)}
         self._claim = runs.claim(
             self.folder, identity, resume, main=main, name=STORE, shared=True, changeable=changeable
@@ -93,13 +95,24 @@ class StoreWriter:
         check_key(path, noted(path), self.key)
         return True
 
+    def keep_image(self, source: str | os.PathLike[str]) -> str:
+        """Copy a conditioning image into the store, once; any process may. Returns what the column image holds of it.
+
+        Raises:
+            PrismError: for a file that is missing, no picture, or damaged.
+        """
+        path = os.path.abspath(source)
+        if path not in self._images:
+            self._images[path] = images.keep(self.folder, source)
+        return self._images[path]
+
     def write(self, unit: str, videos: pa.Table, tensors: Mapping[str, Tensor]) -> None:
         """Write the shard of a unit; readers see it complete, or not at all.
 
         Args:
             unit: a name from `unit_name`.
             videos: a row per video: video, prompt, split, and optionally other columns of `ROW_COLUMNS` and scores; row
-                and shape are filled in, and call is "{}" if it is missing.
+                and shape are filled in, and call is "{}" if it is missing. image: from `keep_image`.
             tensors: "latents" (videos, ...) of a floating-point dtype, or int8 with "scale" (1, ...); with recorded
                 states also "states" (videos, S, ...), "t" (videos, S), and "predicted" (videos, S, ...).
 
@@ -113,6 +126,9 @@ class StoreWriter:
             )
         _check_tensors(unit, len(videos), tensors)
         rows = _completed(unit, videos, tensors["latents"])
+        for image in rows["image"].drop_null().unique().to_pylist():
+            if not images.path_of(self.folder, image).is_file():
+                raise PrismError(f"The image {image} of unit {unit} is not in the store; call keep_image first.")
         path = self.folder / "shards" / f"{unit}.safetensors"
         try:
             path.parent.mkdir(exist_ok=True)

@@ -60,7 +60,7 @@ def export(
     pairs and sides are random, by `seed`, so that neither tells anything.
 
     Args:
-        store: a store, such as `prism collect` makes; videos of one prompt and of one shape are compared.
+        store: a store, such as `prism collect` makes; videos of one prompt, image and shape are compared.
         backbone: whose VAE decodes.
         dimensions: questions that people answer per pair.
         split: videos of this split alone.
@@ -166,17 +166,17 @@ def read_back(
 def _chosen(
     store: LatentStore, split: str | None, pairs_per_prompt: int | None, seed: int
 ) -> list[tuple[str, str, str]]:
-    """Pairs of videos of one prompt and shape, in random order and on random sides."""
+    """Pairs of videos of one prompt, image and shape, in random order and on random sides."""
     if split is not None and split not in SPLITS:
         raise PrismError(f"There is no split {quoted(split, 60)}; a store has {', '.join(SPLITS)}.")
     if pairs_per_prompt is not None:
         whole("pairs_per_prompt", pairs_per_prompt)
-    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    groups: dict[tuple[str, tuple[int, ...], Path | None], list[str]] = {}
     for video, prompt, each in zip(*(store.videos[name].to_pylist() for name in ("video", "prompt", "split"))):
         if split in (None, each):
-            groups.setdefault((prompt, store.shape_of(video)), []).append(video)
+            groups.setdefault((prompt, store.shape_of(video), store.image_of(video)), []).append(video)
     chance, chosen = random.Random(seed), []
-    for (prompt, _), videos in groups.items():
+    for (prompt, *_), videos in groups.items():
         every = list(itertools.combinations(sorted(videos), 2))
         kept = every if pairs_per_prompt is None else chance.sample(every, min(pairs_per_prompt, len(every)))
         chosen += [(prompt, *(pair if chance.random() < 0.5 else pair[::-1])) for pair in kept]

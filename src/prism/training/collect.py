@@ -27,6 +27,7 @@ from prism.preference.prompts import Prompt
 from prism.preference.shards import SCHEMA, shard_tables
 from prism.preference.sources import Place
 from prism.sampling.trajectory import Trajectory, candidate_seed, sample
+from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
 from prism.training.fan_out import Crew, Make, crew_of, writer_of
 from prism.training.labels import Labels, check_names
@@ -73,7 +74,7 @@ def collect(
 
     Args:
         prompts: texts, or as of `prism.preference.prompts.read_prompts`; those that name no split get one by their
-            words.
+            words, and those that name an image start from it.
         backbone: its pipeline samples; or a crew that holds one, such as `prism.training.actors.Actors`.
         call: the pipeline's arguments, as JSON; kept in the store.
         out: the store's folder; new, or with `resume` the same run's.
@@ -102,8 +103,8 @@ def collect(
     arguments = normalised(call)
     asked = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
     crew = crew_of(backbone)
-    fingerprint = crew.ask(partial(_checked, texts=[prompt.text for prompt in asked], call=arguments))
-    key, meta = _identity(asked, fingerprint, call, candidates, seed, steps, predicted, half, shares)
+    fingerprint, digests = crew.ask(partial(_checked, prompts=asked, call=arguments))
+    key, meta = _identity(asked, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
     key |= {"loras": [str(each) for each in loras]} if loras else {}
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
@@ -112,7 +113,7 @@ def collect(
     units = [
         (unit_name(number, [each.video for each in rows]), rows)
         for number, rows in enumerate(
-            _candidates(asked[start : start + unit], candidates, seed) for start in range(0, len(asked), unit)
+            _candidates(asked[start : start + unit], candidates, seed, digests) for start in range(0, len(asked), unit)
         )
     ]
     done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
@@ -195,8 +196,8 @@ _CHANGEABLE = ("command", *(f"backbone.{name}" for name in VERSIONED))
 
 
 def _identity(
-    prompts: Sequence[Prompt], fingerprint: Mapping[str, Any], call: Mapping[str, Any], candidates: int, seed: int,
-    steps: Sequence[int], predicted: bool, half: bool, held_out: tuple[float, float],
+    prompts: Sequence[Prompt], digests: Mapping[str, str], fingerprint: Mapping[str, Any], call: Mapping[str, Any],
+    candidates: int, seed: int, steps: Sequence[int], predicted: bool, half: bool, held_out: tuple[float, float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """What the latents depend on, and further fields of store.json."""
     try:
@@ -206,7 +207,7 @@ def _identity(
             f"The call holds what a store cannot keep as JSON ({quoted(error, 120)}); give paths of files in place of "
             "pictures, and texts in place of embeddings."
         ) from error
-    text = json.dumps([[prompt.text, prompt.split] for prompt in prompts])
+    text = json.dumps([[each.text, each.split, *([digests[each.image]] if each.image else [])] for each in prompts])
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
         "call": kept_call,
@@ -221,20 +222,47 @@ def _identity(
     return key, {"call": kept_call, "backbone": dict(fingerprint), "seed": seed}
 
 
-def _checked(backbone: Backbone, texts: Sequence[str], call: dict[str, Any]) -> dict[str, Any]:
-    """The backbone's fingerprint. Raises PrismError for a call that it does not take."""
+def _checked(
+    backbone: Backbone, prompts: Sequence[Prompt], call: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The backbone's fingerprint, and the SHA-256 of each image. Raises PrismError for a call that it does not take."""
     if not backbone.family.takes_prompts:
         raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
-    backbone.check_call(texts, call)
-    return backbone.fingerprint()
+    backbone.check_call([prompt.text for prompt in prompts], call)
+    return backbone.fingerprint(), _image_digests(prompts, backbone, call)
 
 
 def _fits(backbone: Backbone, fingerprint: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     return fits(fingerprint, backbone, ("vae",))
 
 
-def _candidates(prompts: Sequence[Prompt], count: int, seed: int) -> list[Candidate]:
-    seeds = [(prompt, candidate_seed(seed, prompt.text, index)) for prompt in prompts for index in range(count)]
+def _image_digests(prompts: Sequence[Prompt], backbone: Backbone, call: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of the prompts' images by path, each of which was opened; refuses what cannot be sampled with."""
+    digests: dict[str, str] = {}
+    for prompt in prompts:
+        if prompt.image is None or prompt.image in digests:
+            continue
+        if not backbone.takes("image"):
+            raise PrismError(
+                f"{type(backbone.pipe).__name__} takes no image, and {prompt.place} names one; leave the column image "
+                "out."
+            )
+        try:
+            normalised({"image": prompt.image})
+            digests[prompt.image] = files.sha256(prompt.image)
+        except (PrismError, OSError) as error:
+            raise PrismError(f"The image of {prompt.place} cannot be sampled with: {error}") from error
+    bare = next((prompt for prompt in prompts if prompt.image is None), None)
+    if bare is not None:
+        check_bare(backbone, bare.text, call, f'The prompt "{quoted(bare.text, 100)}"')
+    return digests
+
+
+def _candidates(prompts: Sequence[Prompt], count: int, seed: int, digests: Mapping[str, str]) -> list[Candidate]:
+    texts = [f"{each.text}\0{digests[each.image]}" if each.image else each.text for each in prompts]
+    seeds = [
+        (prompt, candidate_seed(seed, text, index)) for prompt, text in zip(prompts, texts) for index in range(count)
+    ]
     return [Candidate(f"seed-{each}", prompt, each) for prompt, each in seeds]
 
 
@@ -280,7 +308,9 @@ def _write(
     sampled: list[Trajectory] = []
     dropped = []
     for candidate in wanted:
-        trajectory = sample(backbone, candidate.prompt.text, candidate.seed, call, steps, predicted=predicted)
+        path = candidate.prompt.image
+        arguments = call if path is None else {**call, **normalised({"image": path})}
+        trajectory = sample(backbone, candidate.prompt.text, candidate.seed, arguments, steps, predicted=predicted)
         if half:
             halves = {
                 name: each.half() for name, each in trajectory._asdict().items() if name != "t" and each is not None
@@ -299,6 +329,9 @@ def _write(
         "split": [each.prompt.split or split_of(each.prompt.text, shares) for each in kept],
         "seed": [each.seed for each in kept],
         "model": [type(backbone.pipe).__name__] * len(kept),
+        "image": pa.array(
+            [None if each.prompt.image is None else writer.keep_image(each.prompt.image) for each in kept], pa.string()
+        ),
         "source": [each.prompt.place.source for each in kept],
         "source_row": [each.prompt.place.row for each in kept],
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 from prism.backbone import Backbone, Conditioning, Ragged
 from prism.backbone.conditioning import compacted, tensors_of, with_tensors
 from prism.backbone.denoiser_call import flattened
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 from prism.evaluation.evaluator import check_call
 from prism.preference import LatentStore, PromptGroup
 from prism.team import in_batches, ran_out
@@ -38,6 +38,18 @@ def conditioned(
         raise
 
 
+def check_bare(backbone: Backbone, prompt: str, call: Mapping[str, Any], what: str) -> None:
+    """Refuse what has no image of its own, named `what`, where the pipeline does nothing without one."""
+    if backbone.takes("image") and call.get("image") is None:
+        try:
+            backbone.condition([prompt], **call)
+        except PrismError as error:
+            raise PrismError(
+                f"{what} has no image, and {type(backbone.pipe).__name__} needs one; name it in a column image "
+                f"({quoted(error, 160)})."
+            ) from error
+
+
 @dataclass(frozen=True)
 class _Form:
     """A row's conditioning without the tensors of its own (they are on the device "meta"), and where each belongs."""
@@ -47,7 +59,7 @@ class _Form:
 
 
 class Conditionings:
-    """The conditionings of the prompts of groups, under the calls of their videos.
+    """The conditionings of the prompts of groups, under the calls and images of their videos.
 
     Prompts are encoded `CHUNK` at a time, in an order that depends on the groups alone, so that a resumed run reads the
     same bits. What was encoded lies in an unnamed file in the folder for temporary files (TMPDIR), which ends with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
 from prism.backbone.fingerprint import VERSIONED
 from prism.backbone.videos import encode_frames
 from prism.clips import FramePolicy, clip_facts, read_clip
@@ -24,6 +26,7 @@ from prism.preference.pairs import SPLITS, dimensions_of
 from prism.preference.readers import PreferenceSet, pairs
 from prism.preference.shards import indexed
 from prism.training.cached import CachedLatents
+from prism.training.conditionings import check_bare
 from prism.training.fan_out import Crew, Make, crew_of, writer_of
 
 UNIT = 64
@@ -49,9 +52,9 @@ def encode(
 ) -> LatentStore:
     """Encode every clip that a pair names, and write the pairs beside the latents, as a store of schema 2.
 
-    Each clip is encoded alone, so that its latent does not depend on the others. Clips that cannot be read are reported
-    and left out with their pairs. The processes of a launcher (``torchrun``) share the shards, or the actors of a Ray
-    cluster.
+    Each clip is encoded alone, so that its latent does not depend on the others. Clips that cannot be read, or whose
+    image cannot, are reported and left out with their pairs. Images are kept where the pipeline takes one. The
+    processes of a launcher (``torchrun``) share the shards, or the actors of a Ray cluster.
 
     Args:
         preference_set: clips and votes, from `prism.preference.readers.read`.
@@ -155,7 +158,7 @@ def split_of(prompt: str, shares: Sequence[float]) -> str:
 
 
 def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, Any]]:
-    """The clips that pairs name, in the set's order, each with its pairs' prompt and split."""
+    """The clips that pairs name, in the set's order, each with its pairs' prompt and split, and its image's path."""
     prompt_of: dict[str, tuple[str, str]] = {}
     for prompt, a, b, split in zip(*(labelled[name].to_pylist() for name in ("prompt", "video_a", "video_b", "split"))):
         for video in (a, b):
@@ -165,7 +168,12 @@ def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, 
                     f"{quoted(prompt, 80)}; a clip is judged for one prompt."
                 )
     clips = [
-        {**row, "prompt": prompt_of[row["video"]][0], "split": prompt_of[row["video"]][1]}
+        {
+            **row,
+            "prompt": prompt_of[row["video"]][0],
+            "split": prompt_of[row["video"]][1],
+            "image": row["image"] and str(preference_set.root.absolute() / row["image"]),
+        }
         for row in preference_set.videos.to_pylist()
         if row["video"] in prompt_of
     ]
@@ -194,11 +202,30 @@ def _reader(
     clips: list[dict[str, Any]], latents: LatentCache | None,
 ) -> tuple[CachedLatents | _Encoder, list[dict[str, Any]], list[str]]:  # fmt: skip
     """A process's source of latents, the clips that it holds in its order, and a sentence for each other clip."""
-    shape = tuple(backbone.condition([clips[0]["prompt"]], **call).shape)  # type: ignore[union-attr]
+    shape = _shape(backbone, clips, call)
     if latents is None:
         return _Encoder(preference_set, backbone, policy, shape), clips, []
     reader = CachedLatents(latents, backbone, shape)
     return reader, *reader.find(clips)
+
+
+def _shape(backbone: Backbone, clips: Sequence[Mapping[str, Any]], call: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the latents that the pipeline makes; it is asked with the first image that can be read.
+
+    Raises:
+        PrismError: for a clip without an image where the pipeline needs one.
+    """
+    bare = next((row for row in clips if row["image"] is None), None) if backbone.takes("image") else clips[0]
+    if bare is not None:
+        check_bare(backbone, bare["prompt"], call, f"The clip {quoted(bare['video'], 100)}")
+        return tuple(backbone.condition([bare["prompt"]], **call).shape)  # type: ignore[union-attr]
+    for row in clips[:-1]:
+        with contextlib.suppress(PrismError):
+            normalised({"image": row["image"]})
+            break
+    else:
+        row = clips[-1]
+    return tuple(backbone.condition([row["prompt"]], **{**call, "image": row["image"]}).shape)  # type: ignore[union-attr]
 
 
 def _planned(
@@ -217,16 +244,18 @@ def _encoder(backbone: Backbone, *, opened: Callable[..., StoreWriter], reader: 
         made, kept, facts, unread = [], [], [], []
         for row in rows:
             try:
+                image = writer.keep_image(row["image"]) if row["image"] and backbone.takes("image") else None
                 tensors, numbers = source(row)
             except PrismError as error:
                 unread.append(str(error))
             else:
                 made.append(tensors)
-                kept.append(row)
+                kept.append({**row, "image": image})
                 facts.append(numbers)
             count(1)
         if kept:
             columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
+            columns["image"] = pa.array([row["image"] for row in kept], pa.string())
             columns["source_row"] = [row["row"] for row in kept]
             columns |= {each: pa.array([clip[each] for clip in facts], pa.float64()) for each in facts[0]}
             writer.write(name, pa.table(columns), {each: torch.cat([one[each] for one in made]) for each in made[0]})

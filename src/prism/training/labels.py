@@ -21,7 +21,7 @@ from torch import Tensor
 from prism.backbone import Backbone, layout
 from prism.backbone.noise import length
 from prism.errors import PrismError, number, quoted
-from prism.preference import StoreWriter
+from prism.preference import StoreWriter, images
 from prism.preference.pairs import PAIR_COLUMNS, joined, named, read_table
 from prism.preference.readers import PreferenceSet, compared, pairs
 from prism.preference.sets import RATINGS, VOTES
@@ -106,7 +106,7 @@ class Labels:
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
             videos = [
-                decode(latents[start + k : start + k + 1], row["prompt"], self.call, row["seed"] or 0)
+                decode(latents[start + k : start + k + 1], row["prompt"], self._call(row), row["seed"] or 0)
                 for k, row in enumerate(chunk)
             ]
             prompts, names = [row["prompt"] for row in chunk], [row["video"] for row in chunk]
@@ -121,6 +121,11 @@ class Labels:
             table = pa.table({"video": pa.array([row["video"] for row in rows]), **columns})
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
+
+    def _call(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline arguments of a video, with its image."""
+        name = row.get("image")
+        return {**self.call, **({"image": str(images.path_of(self.writer.folder, name))} if name else {})}
 
     def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
         """Write ratings, score columns and pairs of all that was labelled; returns the number of videos.
@@ -248,8 +253,8 @@ def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]
 
 
 def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) -> pa.Table:
-    """All pairs of each prompt's videos, a column per dimension; where there are several and none is "overall", this
-    follows from them by the paper's rule.
+    """All pairs of each prompt's videos of one image, a column per dimension; where there are several and none is
+    "overall", this follows from them by the paper's rule.
     """
     clips = pa.table({name: videos[name] for name in ("video", "prompt", "split")})
     names = ratings["dimension"].to_pylist()
@@ -258,4 +263,9 @@ def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) ->
         chosen = ratings.filter(pa.array([name == dimension for name in names], pa.bool_()))
         votes.append(compared(PreferenceSet("", Path(), clips, _NONE, chosen, {}, ()), margin))
     rated = PreferenceSet("", Path(), clips, pa.concat_tables(votes), RATINGS.empty_table(), {}, ())
-    return pairs(rated)
+    labelled = pairs(rated)
+    if videos["image"].null_count == len(videos):
+        return labelled
+    image_of = dict(zip(videos["video"].to_pylist(), videos["image"].to_pylist()))
+    sides = zip(labelled["video_a"].to_pylist(), labelled["video_b"].to_pylist())
+    return labelled.filter(pa.array([image_of[a] == image_of[b] for a, b in sides], pa.bool_()))
