@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -16,18 +15,7 @@ from tests import shapes
 
 torch.set_num_threads(1)
 
-# In these folders a warning that no test expects is an error. Those named here are meant, and are not of the test.
-WARNINGS_ARE_ERRORS = (
-    "cli",
-    "evaluation",
-    "judge",
-    "lab",
-    "preference",
-    "report",
-    "shapeworld",
-    "teachers",
-    "training",
-)
+# A warning that no test expects is an error. Those named here are meant, and are not of the test.
 EXCEPTIONS = (
     # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
     "ignore:This judge is untrained:UserWarning",
@@ -48,10 +36,8 @@ EXCEPTIONS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    folders = {Path(__file__).parent / name for name in WARNINGS_ARE_ERRORS}
     for item in items:
-        if item.path.parent in folders:
-            item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS), append=False)  # a test's own marks win
+        item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS), append=False)  # a test's own marks win
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -150,6 +150,7 @@ def test_a_film_of_1080p_needs_the_memory_of_the_frames_taken(tmp_path):
     assert peak < 31 * 90 * 160 * 3 + 4 * 1080 * 1920 * 3  # of 193 MB that all frames would be
 
 
+@pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # met by gc
 def test_decoded_frames_are_freed_at_once(files, monkeypatch):
     """They are FFmpeg's memory, which tracemalloc does not see; the garbage collector alone would free them late."""
     living, fit = [], clips._fit

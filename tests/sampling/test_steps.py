@@ -157,6 +157,7 @@ def test_costs_follow_a_guider() -> None:
     assert backbone.guided(call)
 
 
+@pytest.mark.filterwarnings("ignore:All 2 candidates have the same score at step 6:UserWarning")  # the oracle's
 def test_asking_encodes_no_text_anew_and_runs_no_denoiser() -> None:
     pipe, call = build("wan21_t2v_unipc")
     judge, counter = Judge.untrained(pipe, dim=16), Counter(pipe)
