@@ -465,3 +465,14 @@ def test_pictures_and_numbers_that_json_does_not_hold_are_refused(backbone, tmp_
     half = made(backbone, tmp_path / "half", [], half=True, candidates=1)
     assert half.latents([half.videos["video"][0].as_py()]).half().float().isfinite().all()
     assert len(half.pairs) == 0
+
+
+def test_what_can_be_refused_before_sampling_leaves_no_folder(backbone, tmp_path):
+    with pytest.raises(PrismError, match="makes no step 9; --states takes steps from 1 to 6"):
+        made(backbone, tmp_path / "out", states=(2, 9))
+    with pytest.raises(PrismError, match=r"The reward timed takes fps, .* give --fps"):
+        made(backbone, tmp_path / "out", [Reward(lambda video, prompt, fps: fps, "timed")])
+    assert not (tmp_path / "out").exists()
+    reward = Reward(lambda video, prompt, fps=7.0: fps, "timed")  # its own default stands
+    assert reward.score([np.zeros((1, 2, 2, 3), np.uint8)], ["a"]) == [{"overall": 7.0}]
+    assert reward.score([np.zeros((1, 2, 2, 3), np.uint8)], ["a"], 5.0) == [{"overall": 5.0}]

@@ -30,7 +30,7 @@ from prism.sampling.trajectory import Trajectory, candidate_seed, sample
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
 from prism.training.fan_out import Crew, Make, crew_of, writer_of
-from prism.training.labels import Labels, check_names
+from prism.training.labels import Labels, check_fps, check_names
 from prism.training.reward import Reward
 
 UNIT = 1
@@ -96,6 +96,7 @@ def collect(
             or a reward that fails; what was made before stays.
     """
     check_names(rewards)
+    check_fps(rewards, fps)
     candidates, seed = whole("candidates", candidates, 1, 10_000), whole("seed", seed, 0, SEEDS)
     unit, shares = whole("unit", unit, 1, 100_000), check_shares(held_out)
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
@@ -103,7 +104,7 @@ def collect(
     arguments = normalised(call)
     asked = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
     crew = crew_of(backbone)
-    fingerprint, digests = crew.ask(partial(_checked, prompts=asked, call=arguments))
+    fingerprint, digests = crew.ask(partial(_checked, prompts=asked, call=arguments, steps=steps))
     key, meta = _identity(asked, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
     key |= {"loras": [str(each) for each in loras]} if loras else {}
     meta["command"] = command
@@ -163,6 +164,7 @@ def label(
     """
     if not rewards:
         raise PrismError("No reward is named to label the store by; give --reward.")
+    check_fps(rewards, fps)
     folder = Path(store)
     if not (folder / "store.json").is_file():
         raise PrismError(f"The folder {files.shown(folder)} is no store; name one that prism collect made.")
@@ -223,12 +225,16 @@ def _identity(
 
 
 def _checked(
-    backbone: Backbone, prompts: Sequence[Prompt], call: dict[str, Any]
+    backbone: Backbone, prompts: Sequence[Prompt], call: dict[str, Any], steps: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The backbone's fingerprint, and the SHA-256 of each image. Raises PrismError for a call that it does not take."""
     if not backbone.family.takes_prompts:
         raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
     backbone.check_call([prompt.text for prompt in prompts], call)
+    count = call.get("num_inference_steps", backbone.default("num_inference_steps"))
+    others = any(call.get(name) is not None for name in ("timesteps", "sigmas", "strength"))  # which say it themselves
+    if steps and isinstance(count, int) and not others and steps[-1] > count:
+        raise PrismError(f"The call makes no step {steps[-1]}; --states takes steps from 1 to {count}.")
     return backbone.fingerprint(), _image_digests(prompts, backbone, call)
 
 

@@ -40,6 +40,13 @@ def check_names(rewards: Sequence[Reward]) -> None:
         raise PrismError(f"Two rewards are named {twice[0]}; name them apart with --reward NAME=FILE.py:function.")
 
 
+def check_fps(rewards: Sequence[Reward], fps: float | None) -> None:
+    """Refuse rewards whose function needs the frames per second, where nobody gives them."""
+    lacking = [reward.name for reward in rewards if reward.needs_fps and fps is None]
+    if lacking:
+        raise PrismError(f"The reward {lacking[0]} takes fps, the frames per second of the videos; give --fps.")
+
+
 class Decoder:
     """Decode latents of a store, for rewards and for people; a packed latent's grid is computed once per shape."""
 

@@ -73,6 +73,9 @@ class Reward:
         self.function = function
         self.dimensions: tuple[str, ...] | None = None
         self._batched, self._takes = _form(function, name)
+        asked = inspect.signature(function).parameters.get("fps") if "fps" in self._takes else None
+        self.needs_fps = asked is not None and asked.default is inspect.Parameter.empty
+        self._has_fps = asked is not None and not self.needs_fps
         self.unclear = unclear
         dimensions = dimensions or getattr(function, "dimensions", None)
         if isinstance(dimensions, list | tuple) and dimensions:
@@ -104,7 +107,7 @@ class Reward:
                 something else than finite numbers of the same dimensions each time.
         """
         names = names or [str(position) for position in range(len(videos))]
-        extra = {"fps": fps} if "fps" in self._takes else {}
+        extra = {"fps": fps} if "fps" in self._takes and not (fps is None and self._has_fps) else {}
         if self._batched:
             named: dict[str, Any] = {"videos": list(videos), "prompts": list(prompts), **extra}
             answers = self._rows(self._call(named, names, prompts), names, prompts)
