@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 EXCEPTIONS = (
     # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
     "ignore:This judge is untrained:UserWarning",
-    "ignore:The first cut comes at step 1 of [3-6], which sees pure noise:UserWarning",
+    "ignore:The first cut comes at step 1 of [1-6], which sees pure noise:UserWarning",
     "ignore:\\d+ training prompts?. too few to learn from:UserWarning",
     # PEFT's, of a second adapter and of one that is not merged
     "ignore:Already found a `peft_config` attribute in the model:UserWarning",
@@ -32,6 +32,17 @@ EXCEPTIONS = (
     # PyTorch's, of layer norms of another dtype and of layers that autocast leaves in float32
     "ignore:Mismatch dtype between input and weight:UserWarning",
     "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
+    # PyTorch's, of dynamic quantisation, of TorchScript inside it, of attention that is not compiled, and of compilation
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
+    "ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor:UserWarning",
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
+    "ignore:flex_attention called without torch.compile:UserWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf Tensor is being accessed:UserWarning",
+    # diffusers', of its own argument in earlier versions, and of a picture that it hands on
+    "ignore:`torch_dtype` is deprecated:FutureWarning",
+    "ignore:The given NumPy array is not writable:UserWarning",
+    # Python's, of files that nobody closed: it comes where garbage is collected, in whichever test that is
+    "ignore::ResourceWarning",
 )
 
 

@@ -111,7 +111,7 @@ def test_nothing_half_written_after_kill(tmp_path):
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "a").exists()
     assert all(name.startswith(".a.prism-") for name in names(tmp_path))
 

@@ -15,6 +15,7 @@ TOLERANCE = 1e-3
 FLIPPED_PAIRS = 2
 
 
+@pytest.mark.filterwarnings("ignore:The head was trained at t from 0 to 300:UserWarning")  # of a level beside
 def test_the_golden_run_gives_what_its_file_says() -> None:
     expected, found = json.loads(golden.FILE.read_text(encoding="utf-8")), golden.run()
     assert found["pairs"] == expected["pairs"]
