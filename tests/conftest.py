@@ -32,7 +32,7 @@ EXCEPTIONS = (
     # PyTorch's, of layer norms of another dtype and of layers that autocast leaves in float32
     "ignore:Mismatch dtype between input and weight:UserWarning",
     "ignore:In CPU autocast, but the target dtype is not supported:UserWarning",
-    # PyTorch's, of dynamic quantisation, of TorchScript inside it, of attention that is not compiled, and of compilation
+    # PyTorch's, of dynamic quantisation and TorchScript, of attention that is not compiled, and of compilation
     "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
     "ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other quantized tensor:UserWarning",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning",
