@@ -203,7 +203,7 @@ def test_a_flipped_byte_a_missing_image_and_a_foreign_name_are_told(store, tmp_p
     with pytest.raises(PrismError, match="is not the one that was written: its name has another SHA-256"):
         flipped.call_of(video)
     path.unlink()
-    with pytest.raises(PrismError, match=f"{path.name}.* is missing. Copy the store again"):
+    with pytest.raises(PrismError, match=r"is missing\. Copy the store again"):
         flipped.call_of(video)
     for name in ("../store.json", "/etc/passwd", "a.png", f"{'0' * 64}.png/x"):
         with pytest.raises(PrismError, match="is no SHA-256 with an ending"):
