@@ -138,6 +138,17 @@ _SIZES = {"text_width": 2**20, "width": 4096, "layers": 256}  # the largest that
 ROWS = 16  # videos that the network looks at together
 
 
+def checked_prompts(noisy_latents: Tensor, prompts: str | Sequence[str]) -> list[str]:
+    """A prompt per latent. Raises PrismError for another number of them, and for latents that are not finite."""
+    names = [prompts] * len(noisy_latents) if isinstance(prompts, str) else list(prompts)
+    if len(names) != len(noisy_latents):
+        raise PrismError(f"There must be a prompt for each latent; found {len(names)} for {len(noisy_latents)}.")
+    bad = ~noisy_latents.flatten(1).isfinite().all(1)  # bytes could not tell
+    if bool(bad.any()):
+        raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
+    return names
+
+
 def decode(backbone: Backbone, latents: Tensor) -> Tensor:
     """Latents (B, ...), noisy or not, decoded as they are: (B, T, H, W, 3) uint8.
 
@@ -228,13 +239,7 @@ class PixelJudge:
 
         Frames are rounded to 8 bits, as in a video file.
         """
-        names = [prompts] * len(noisy_latents) if isinstance(prompts, str) else list(prompts)
-        if len(names) != len(noisy_latents):
-            raise PrismError(f"There must be a prompt for each latent; found {len(names)} for {len(noisy_latents)}.")
-        bad = ~noisy_latents.flatten(1).isfinite().all(1)  # bytes could not tell
-        if bool(bad.any()):
-            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
-        scores = []
+        names, scores = checked_prompts(noisy_latents, prompts), []
         for start in range(0, len(names), ROWS):
             rows = slice(start, start + ROWS)
             latents = noisy_latents[rows]

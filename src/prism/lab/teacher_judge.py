@@ -12,7 +12,7 @@ from torch import Tensor
 from prism.backbone import Backbone
 from prism.errors import PrismError, quoted
 from prism.judge import Judge
-from prism.lab.pixel import ROWS, decode
+from prism.lab.pixel import ROWS, checked_prompts, decode
 from prism.teachers import Teacher
 
 
@@ -63,13 +63,7 @@ class TeacherJudge:
     @torch.no_grad()
     def score(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
         """(B, num_dimensions) float32 of latents at noise level t, decoded as they are; t and `call` are not used."""
-        names = [prompts] * len(noisy_latents) if isinstance(prompts, str) else list(prompts)
-        if len(names) != len(noisy_latents):
-            raise PrismError(f"There must be a prompt for each latent; found {len(names)} for {len(noisy_latents)}.")
-        bad = ~noisy_latents.flatten(1).isfinite().all(1)  # bytes could not tell
-        if bool(bad.any()):
-            raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
-        scores = []
+        names, scores = checked_prompts(noisy_latents, prompts), []
         for start in range(0, len(names), ROWS):
             rows = slice(start, start + ROWS)
             latents = noisy_latents[rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from prism.errors import PrismError, quoted
-from prism.preference.pairs import PAIR_COLUMNS
+from prism.preference.pairs import PAIR_COLUMNS, named, read_table
 from prism.preference.sources import Place, Row
 
 VIDEOS = pa.schema(
@@ -108,6 +108,24 @@ def in_order(dimensions: Iterable[str]) -> tuple[str, ...]:
     """Each dimension once: VQ, MQ and TA, then others in order of appearance, "overall" last."""
     positions = {"VQ": 0, "MQ": 1, "TA": 2, "overall": 4}
     return tuple(sorted(dict.fromkeys(dimensions), key=lambda name: positions.get(name, 3)))
+
+
+_TEXTS = ("video", "video_a", "video_b", "prompt", "dimension")  # columns that have a text in each row
+
+
+def kept_rows(path: Path, schema: pa.Schema, column: str, left_out: Set[str]) -> pa.Table:
+    """The rows of a store's table of votes or ratings, without those of some dimensions or annotators.
+
+    A table that does not exist has no rows. Raises `PrismError` for a file without the columns of the schema.
+    """
+    if not path.is_file():
+        return schema.empty_table()
+    table = read_table(path, tuple(name for name in schema.names if name in _TEXTS)).replace_schema_metadata()
+    try:
+        table = table.select(schema.names).cast(schema)
+    except (pa.ArrowException, KeyError) as error:
+        raise PrismError(f"The file {named(path)} is no table of {path.stem} ({quoted(error, 120)}).") from error
+    return table.filter(pa.array([each not in left_out for each in table[column].to_pylist()], pa.bool_()))
 
 
 def check_dimension(name: str, where: object) -> None:

@@ -24,9 +24,9 @@ from prism.backbone.fingerprint import fits
 from prism.errors import SEEDS, PrismError, number, quoted, whole
 from prism.preference import LatentStore, StoreWriter
 from prism.preference.formats import KNOWN
-from prism.preference.pairs import PAIR_COLUMNS, SPLITS, joined, read_table
+from prism.preference.pairs import PAIR_COLUMNS, SPLITS, joined
 from prism.preference.readers import PreferenceSet, pairs, read
-from prism.preference.sets import check_dimension
+from prism.preference.sets import VOTES, check_dimension, kept_rows
 from prism.training.labels import Decoder
 from prism.video import write_video
 
@@ -159,7 +159,8 @@ def read_back(
         )
     key, identity = store.meta["key"], {name: store.meta[name] for name in store.meta if name not in ("schema", "key")}
     writer = StoreWriter(store.folder, key, identity, resume=True)
-    writer.label(joined(store.pairs, labelled, dimensions), votes=_with_earlier(store, said.votes, dimensions))
+    earlier = kept_rows(store.folder / "votes.parquet", VOTES, "dimension", answered)
+    writer.label(joined(store.pairs, labelled, dimensions), votes=pa.concat_tables([earlier, said.votes]))
     return LatentStore.open(store.folder)
 
 
@@ -199,16 +200,6 @@ def _interface(columns: Sequence[str]) -> str:
         f'<View><Header value="{side}"/><Video name="{side}" value="$video_{side}"/></View>' for side in "AB"
     )
     return f'<View>\n  <Header value="$prompt"/>\n  <View style="display: flex">{videos}</View>\n{questions}\n</View>\n'
-
-
-def _with_earlier(store: LatentStore, votes: pa.Table, dimensions: Sequence[str]) -> pa.Table:
-    """The votes, and those that the store has in other dimensions."""
-    path = store.folder / "votes.parquet"
-    if not path.is_file():
-        return votes
-    earlier = read_table(path, ("dimension",)).replace_schema_metadata().select(votes.column_names).cast(votes.schema)
-    kept = [name not in dimensions for name in earlier["dimension"].to_pylist()]
-    return pa.concat_tables([earlier.filter(pa.array(kept, pa.bool_())), votes])
 
 
 def _of_store(answers: PreferenceSet, store: LatentStore) -> PreferenceSet:

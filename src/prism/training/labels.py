@@ -24,7 +24,7 @@ from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter, images
 from prism.preference.pairs import PAIR_COLUMNS, joined, named, read_table
 from prism.preference.readers import PreferenceSet, compared, pairs
-from prism.preference.sets import RATINGS, VOTES
+from prism.preference.sets import RATINGS, VOTES, kept_rows
 from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
 
@@ -231,16 +231,8 @@ class Labels:
 
     def _others(self) -> pa.Table:
         """The ratings in the store that are not by these rewards."""
-        path = self.writer.folder / "ratings.parquet"
-        if not path.is_file():
-            return RATINGS.empty_table()
-        ratings = read_table(path, ("video", "prompt", "dimension")).replace_schema_metadata()
-        try:
-            ratings = ratings.select(RATINGS.names).cast(RATINGS)
-        except (pa.ArrowException, KeyError) as error:
-            raise PrismError(f"The file {named(path)} is no table of ratings ({quoted(error, 120)}).") from error
         names = {reward.name for reward in self.rewards}
-        return ratings.filter(pa.array([annotator not in names for annotator in ratings["annotator"].to_pylist()]))
+        return kept_rows(self.writer.folder / "ratings.parquet", RATINGS, "annotator", names)
 
 
 _NONE = VOTES.empty_table()
