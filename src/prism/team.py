@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import threading
@@ -107,7 +108,7 @@ def meet() -> None:
         return
     if id(store) not in _meetings:
         _meetings[id(store)] = [store, 0]
-        threading.Thread(target=_show, args=(store, _ALIVE.format(rank)), daemon=True).start()
+        _show_from_now(store, _ALIVE.format(rank))
     _meetings[id(store)][1] += 1
     all_here = size * _meetings[id(store)][1]
     seen: dict[int, tuple[int, float]] = {}
@@ -146,14 +147,24 @@ def together() -> Iterator[None]:
         ) from error
 
 
-def _show(store: Any, key: str) -> None:
-    """Show signs of life as long as the process and the store exist."""
-    try:
-        while True:
-            store.add(key, 1)
-            time.sleep(INTERVAL)
-    except RuntimeError:
-        return
+def _show_from_now(store: Any, key: str) -> None:
+    """Show signs of life, in a thread, as long as the process and the store exist."""
+    end = threading.Event()
+
+    def show() -> None:
+        with contextlib.suppress(RuntimeError):
+            while not end.is_set():
+                store.add(key, 1)
+                end.wait(INTERVAL)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+
+    # A thread within the store's C++ code while the interpreter ends would abort the process.
+    @atexit.register
+    def _() -> None:
+        end.set()
+        thread.join(10)
 
 
 def _store() -> Any:

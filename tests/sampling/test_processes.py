@@ -203,6 +203,37 @@ def test_nobody_waits_for_a_process_that_was_killed(killed: int, said: str) -> N
     assert [run.returncode for run in runs] == [-9 if rank == killed else 5 for rank in (0, 1)]
 
 
+ENDING = """
+from datetime import timedelta
+from prism import team
+
+shared = team.Team.gathered("cpu")
+store, team.INTERVAL = team._store(), 0
+
+class Slow:
+    def add(self, key, value):
+        if value and "alive" in key:
+            try:
+                store.wait(["never"], timedelta(milliseconds=20))
+            except Exception:
+                pass
+        return store.add(key, value)
+
+slow = Slow()
+team._store = lambda: slow
+team.meet()
+"""
+
+
+def test_signs_of_life_do_not_abort_a_process_that_ends() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    run = subprocess.run([sys.executable, "-c", ENDING], env={**os.environ, **shared}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_candidates_stay_where_they_are_as_far_as_that_is_fair() -> None:
     team = Team(size=3)
     before = team.owners(range(7), {})
