@@ -17,7 +17,6 @@ from diffusers import (
     HunyuanSkyreelsImageToVideoPipeline,
     Kandinsky5T2VPipeline,
     LTXConditionPipeline,
-    MotifVideoImage2VideoPipeline,
     SkyReelsV2DiffusionForcingImageToVideoPipeline,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Transformer3DModel,
@@ -152,7 +151,7 @@ def cosmos25_image() -> tuple[Any, dict[str, Any]]:
 def motif_video_i2v() -> tuple[Any, dict[str, Any]]:
     """Latents (16, 3, 4, 6) + 16 image channels + 1 of mask; tokens (18, 24), beside 4 of the image."""
     processor = SiglipImageProcessor(size={"height": 16, "width": 16})
-    pipe, call = cosmos_and_more.motif_video(MotifVideoImage2VideoPipeline, feature_extractor=processor)
+    pipe, call = cosmos_and_more.motif_video("MotifVideoImage2VideoPipeline", feature_extractor=processor)
     return pipe, {**call, "image": _image(32, 48)}
 
 
