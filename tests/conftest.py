@@ -41,6 +41,8 @@ EXCEPTIONS = (
     # diffusers', of its own argument in earlier versions, and of a picture that it hands on
     "ignore:`torch_dtype` is deprecated:FutureWarning",
     "ignore:The given NumPy array is not writable:UserWarning",
+    # pyparsing's, of names that early versions of matplotlib use
+    "ignore:'[a-zA-Z]+' deprecated - use '[a-z_]+':DeprecationWarning",
     # Python's, of files that nobody closed: it comes where garbage is collected, in whichever test that is
     "ignore::ResourceWarning",
 )

@@ -74,7 +74,12 @@ def test_it_is_scipys_bootstrap_of_sums_per_prompt():
     right = rng.random(400) < 0.5 + 0.006 * prompts
     sums = np.bincount(prompts, right), np.bincount(prompts)
     scipys = stats.bootstrap(
-        sums, lambda r, n, axis: r.sum(axis) / n.sum(axis), paired=True, method="percentile", n_resamples=20000, rng=rng
+        sums,
+        lambda r, n, axis: r.sum(axis) / n.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=20000,
+        random_state=rng,  # a name that old and new versions take
     ).confidence_interval
     low, high = clustered_bootstrap(right, prompts, draws=20000)
     assert (low, high) == pytest.approx((scipys.low, scipys.high), abs=0.02 * (high - low))
