@@ -14,7 +14,7 @@ from torch import nn
 import prism
 from prism.backbone import Backbone
 from prism.backbone.denoiser_call import by_name
-from prism.backbone.wrapping import around, around_module, state_kept
+from prism.backbone.wrapping import around, around_module, state_restored
 from prism.sampling.plan import Candidate
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor
@@ -65,11 +65,11 @@ def test_positional_arguments_get_their_names() -> None:
     assert found["timestep"] is timestep
 
 
-def test_state_kept_on_the_way_out() -> None:
+def test_state_restored_on_the_way_out() -> None:
     pipe = tiny.wan("unipc")
     pipe(tiny.PROMPT, **{**tiny.CALL_WAN, "output_type": "latent"})
     scheduler, guidance, bars = dict(vars(pipe.scheduler)), pipe._guidance_scale, pipe._progress_bar_config
-    with pytest.raises(KeyboardInterrupt), state_kept(pipe):
+    with pytest.raises(KeyboardInterrupt), state_restored(pipe):
         assert pipe._progress_bar_config["disable"] is True
         pipe._guidance_scale, pipe._made_up = 1.0, 3
         pipe.scheduler.set_timesteps(3)

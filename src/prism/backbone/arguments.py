@@ -129,10 +129,10 @@ def check_texts(prompts: Sequence[Any], call: Mapping[str, Any]) -> None:
 
 def _check_embeddings(call: Mapping[str, Any]) -> None:
     for name, value in call.items():
-        plain = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
-        if plain and value is not None and (not isinstance(value, Tensor) or value.ndim < 2):
+        of_text = name.startswith(_TEXTS) and ("embeds" in name or "mask" in name)
+        if of_text and value is not None and (not isinstance(value, Tensor) or value.ndim < 2):
             raise PrismError(f"{name} must be a tensor with one row per prompt; found {quoted(value, 80)}.")
-        if plain and value is not None:
+        if of_text and value is not None:
             _check_numbers(name, value)
     for name, value in call.items():
         positive = call.get(name.removeprefix("negative_")) if "embeds" in name and "mask" not in name else None
@@ -173,7 +173,7 @@ def _check_numbers(name: str, value: Tensor) -> None:
 
 
 def of_prompt(call: Mapping[str, Any], row: int, prompts: int) -> dict[str, Any]:
-    """The call for one of several prompts: of arguments with one row per prompt, its `row`."""
+    """The call for prompt number `row` of several: arguments with one row per prompt are cut to that row."""
     row_call = dict(call)
     for name, value in call.items():
         if _is_embedding(name, value) and len(value) > 1:
@@ -264,8 +264,8 @@ def _is_unicode(text: str) -> bool:
 # Arguments with a row per prompt: prompt_2, prompt_embeds, prompt_embeds_mask, negative_pooled_prompt_embeds, ...
 _OF_A_PROMPT = re.compile(r"(negative_|pooled_)*prompt(_\d|_embeds\w*|_attention_mask\w*|_mask\w*|_cu_seqlens)?$")
 
-# Pictures for adapters. Their rows and lists have another meaning in each pipeline, and no pipeline repeats them for a
-# batch: a call with one is made one row at a time.
+# Pictures for adapters. Their rows and lists mean something else in each pipeline, and no pipeline repeats them for a
+# batch, so that a call with one is made one row at a time.
 _OF_AN_ADAPTER = re.compile(r"(negative_)?ip_adapter_image(_embeds)?$")
 
 # Call arguments that do not change a conditioning.
@@ -286,20 +286,21 @@ def is_relevant(family: Family, name: str) -> bool:
 
 
 def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The call arguments that may change a conditioning; all of them where there are an adapter's pictures, which hold
-    rows for the guidance too."""
+    """The call arguments that may change a conditioning; with an adapter's pictures all but the generator, as these
+    hold rows for the unconditional pass too."""
     shown = shows_adapters(call)
     return {name: value for name, value in call.items() if name != "generator" and (shown or is_relevant(family, name))}
 
 
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
-    """Arguments, of those `taken` by the pipeline's call, that turn guidance off, sparing the unconditional rows."""
+    """The arguments that turn guidance off, so that no unconditional rows are computed; `taken`: those that the
+    pipeline's call takes. Empty where an adapter's pictures hold rows for them."""
     names = () if shows_adapters(call) else (family.guidance, "min_guidance_scale")
     return {name: 1.0 for name in names if name in taken}
 
 
 def shows_adapters(call: Mapping[str, Any]) -> bool:
-    """Tell whether a call holds pictures of an adapter (IP-Adapter), which are for one row."""
+    """Tell whether a call holds pictures for an adapter (IP-Adapter), which serve one row."""
     return any(_OF_AN_ADAPTER.match(name) and value is not None for name, value in call.items())
 
 

@@ -41,7 +41,7 @@ from prism.backbone.pipeline import (
     is_denoiser,
 )
 from prism.backbone.registry import check_pipeline, family_of
-from prism.backbone.steps import Steps, ask, is_guided
+from prism.backbone.steps import Steps, is_guided, steps_of
 from prism.backbone.taps import Tokens
 from prism.backbone.videos import finished
 from prism.backbone.wrapping import capture, free_hooks, held, is_compiled
@@ -96,7 +96,7 @@ class Backbone:
 
     def _t_range(self, denoisers: int) -> tuple[float, float]:
         """The noise levels of the denoiser that is read: all, or those on its side of `boundary_ratio`."""
-        ratio = config_of(self.pipe).get("boundary_ratio")
+        ratio = config_of(self.pipe).get("boundary_ratio")  # a share of the noise levels
         if ratio is None or denoisers == 1:
             return 0.0, 1000.0
         return (0.0, 1000.0 * ratio) if self.reads.endswith("_2") else (1000.0 * ratio, 1000.0)
@@ -105,11 +105,11 @@ class Backbone:
     def from_pretrained(
         cls, id_or_folder: str, up_to: int | None = None, reads: str | None = None, **kwargs: Any
     ) -> Backbone:
-        """Load a pipeline from a folder or the Hub. Safetensors only; `kwargs` go to diffusers.
+        """Load a pipeline from a folder or the Hub, its weights from safetensors files alone; `kwargs` go to diffusers.
 
         Args:
-            up_to: load only so many of the denoiser's blocks, for a judge that reads no later one. Such a backbone can
-                read tokens and encode and decode videos, and cannot sample.
+            up_to: load the denoiser's first blocks alone, this many, for a judge that reads no later one. Such a
+                backbone reads tokens and encodes and decodes videos, but cannot sample.
             reads: see `Backbone`.
         """
         return load(cls, str(id_or_folder), up_to, reads, {"use_safetensors": True, **kwargs})
@@ -171,7 +171,8 @@ class Backbone:
         MiB, which drops the least recently used. Where `call` gives `prompt_embeds` and what goes with them, one row
         or one per prompt, the prompts are None. Raises PrismError for an empty prompt or an unknown argument.
 
-        seeds: one per prompt; used where a video's seed draws its condition, as an image's latents (docs/backbones.md)
+        seeds: one per prompt; used where the condition is drawn with the video's seed, as latents of an image are (see
+            docs/backbones.md).
         """
         rows = prompts if isinstance(prompts, str) else [prompt or "" for prompt in texts(prompts, "prompts")]
         seeds = None if seeds is None else [whole("A seed", seed, 0) for seed in listed("seeds", seeds, object)]
@@ -227,7 +228,8 @@ class Backbone:
 
     @contextmanager
     def freed(self) -> Iterator[None]:
-        """On leaving the outermost of these, offload models (`enable_model_cpu_offload`) as a call does at its end."""
+        """On leaving the outermost nested `freed`, offload models (`enable_model_cpu_offload`) as a call does at its
+        end."""
         outermost, self._freeing = not self._freeing, True
         try:
             yield
@@ -352,13 +354,13 @@ class Backbone:
     # -- checks
 
     def check_call(self, prompts: Sequence[str], call: dict[str, Any]) -> None:
-        """Raise PrismError for arguments the pipeline does not take, and for empty or over-long prompts."""
+        """Raise PrismError for arguments that the pipeline does not take, and for empty prompts; warn of long ones."""
         check_call(self, prompts, call)
 
     def steps(self, call: Mapping[str, Any]) -> Steps:
         """The steps that `pipe(**call)` makes, see `prism.backbone.steps`; `call` holds all it needs."""
         with self.held():
-            return ask(self, call)
+            return steps_of(self, call)
 
     def num_inference_steps(self, call: dict[str, Any]) -> int:
         """The number of steps that the call asks for; `steps` says how many `pipe(**call)` makes."""

@@ -43,6 +43,8 @@ def paths(flow: Flow, inner: Code, local: dict[str, Value], path: Path, depth: i
 
 
 class _Run:
+    """One function's instructions, run on symbols along every path."""
+
     def __init__(self, flow: Flow, inner: Code, depth: int):
         self.flow, self.inner, self.depth = flow, inner, depth
         self.code = list(dis.get_instructions(inner.code))
@@ -55,6 +57,7 @@ class _Run:
         self.ends: list[tuple[Value, Path]] = []
 
     def _of_with(self, target: int) -> bool:
+        """True for the handler that leaves a `with` block."""
         return any(each.opname == "WITH_EXCEPT_START" for each in self.code[target : target + 3])
 
     def all(self, local: dict[str, Value], path: Path) -> list[tuple[Value, Path]]:
@@ -87,6 +90,7 @@ class _Run:
         return self.ends
 
     def _later(self, frame: _Frame, index: int, stack: list[Value], path: Path) -> None:
+        """Put off another path, which goes on at instruction `index`."""
         self.ahead.append(_Frame(index, stack, dict(frame.local), path, (), dict(frame.visits)))
 
     def _step(self, frame: _Frame) -> tuple[Any, bool]:

@@ -1,7 +1,7 @@
 """Conditionings: the denoiser's arguments other than latents and timestep, captured from a stock call and cached.
 
-`Conditioning` is captured once per prompt and kept in a `ConditioningCache`, which can be trimmed to a number of bytes.
-The stock calls of a search encode texts and images by themselves; `encoded_once` reuses the encodings among them.
+A `Conditioning` is captured once per prompt and cached in a `ConditioningCache`, which can be trimmed to a number of
+bytes. The stock calls of a search encode texts and images by themselves; with `encoded_once` they share the encodings.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ Entry = TypeVar("Entry")
 class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
-    `timestep` is a template: its dtype and its shape beyond the batch are those the pipeline passes; `timed` is its
-    name. `noisy`, `axis` and `dtype` are the name, the channel axis and the dtype of the latents that the denoiser
-    takes, `shape` is that of one row of them. `appended` follows them on that axis (an image's latents, a mask), or is
-    None. Where the mask `given` (bool, shaped like the latents) is True, the pipeline shows the denoiser a condition in
-    place of noise, which is in `kept`; where `given_times` (bool, like the timestep) is True, the template's timestep.
+    arguments: the other arguments by name; batched: the paths of those with a row per sample.
+    timestep: a template, (B, ...), of the dtype and shape that the pipeline passes; timed: its name.
+    noisy, axis, dtype, shape: name, channel axis, dtype and shape of one row of the latents that the denoiser takes.
+    appended: channels after the latents' (an image's latents, a mask), or None.
+    given: (B, ...) bool, True where the pipeline shows the denoiser a condition in place of noise; kept: the latents
+        with that condition. Both None where there is none.
+    given_times: bool, shaped like the timestep, True where the template's timestep stays; None: nowhere.
     """
 
     arguments: dict[str, Any]
@@ -63,16 +65,16 @@ class Conditioning:
         timestep, latents = part.timestep, part.noisy
         if timestep.ndim == 0:
             timestep = timestep.expand(call.batch)[rows]
-        taken = {path: value for path, value in part.arguments.items() if path not in (name, timed)}
+        others = {path: value for path, value in part.arguments.items() if path not in (name, timed)}
         flat = {path: value for path, value in flattened(call.arguments).items() if path not in (name, timed)}
         batched = frozenset(path for path, value in flat.items() if call.has_rows(path, value))
         axis = layout.channel_axis(family.layout)
         count = family.channels(call.config, latents)
         appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
         latents = latents.narrow(axis, 0, count)
-        given, times = _condition_masks(part, timestep, latents, pipeline)
+        mask, timestep_mask = _condition_masks(part, timestep, latents, pipeline)
         return cls(
-            arguments=taken,
+            arguments=others,
             batched=batched,
             timestep=timestep,
             timed=timed,
@@ -81,9 +83,9 @@ class Conditioning:
             dtype=latents.dtype,
             shape=tuple(latents.shape[1:]),
             appended=appended,
-            kept=None if given is None else latents,
-            given=given,
-            given_times=times,
+            kept=None if mask is None else latents,
+            given=mask,
+            given_times=timestep_mask,
         )
 
     def __len__(self) -> int:
@@ -174,24 +176,23 @@ class Ragged:
 def _condition_masks(
     call: DenoiserCall, timestep: Tensor, latents: Tensor, pipeline: type
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of the latents and the timesteps of a captured call that hold a condition, each None where none does."""
-    family, mask = call.family, call.arguments.get("condition_mask")
-    if mask is not None:
-        given = mask.bool() if bool(mask.any()) else None
-        times = None if given is None or timestep.ndim < 5 else given.flatten(3).any(3)[..., None, None]
-        return given, times
+    """Masks of the latents and of the timesteps of a captured call that hold a condition, each None where none does."""
+    family, condition_mask = call.family, call.arguments.get("condition_mask")
+    if condition_mask is not None:
+        mask = condition_mask.bool() if bool(condition_mask.any()) else None
+        times = None if mask is None or timestep.ndim < 5 else mask.flatten(3).any(3)[..., None, None]
+        return mask, times
     if {base.__name__ for base in pipeline.__mro__} & set(family.first_frame_pipelines) and call.config.get(
         "image_condition_type"
     ) != "latent_concat":
         axis = family.layout.index("T")
-        given = torch.zeros_like(latents, dtype=torch.bool)
-        given.narrow(axis, 0, 1).fill_(True)
-        return given, None
+        mask = torch.zeros_like(latents, dtype=torch.bool)
+        mask.narrow(axis, 0, 1).fill_(True)
+        return mask, None
     if timestep.ndim == 1:
         return None, None
-    times = timestep != timestep.flatten(1).amax(1).view(
-        -1, *[1] * (timestep.ndim - 1)
-    )  # sampled frames are the noisiest
+    # Sampled frames have the highest timestep of their row.
+    times = timestep != timestep.flatten(1).amax(1).view(-1, *[1] * (timestep.ndim - 1))
     if not bool(times.any()):
         return None, None
     if bool(timestep[times].any()):
@@ -268,7 +269,7 @@ class Stowed:
 
 
 class ConditioningCache(Generic[Key, Entry]):
-    """Conditionings by key; `nbytes` is the memory of their tensors, a storage that several share counted once.
+    """Conditionings by key. `nbytes` is the memory of their tensors; a storage that several share counts once.
 
     Reading or setting an entry makes it the one used last.
     """
@@ -339,8 +340,8 @@ def cache_key(call: dict[str, Any]) -> str | None:
 
 @contextmanager
 def encoded_once(backbone: Backbone) -> Iterator[None]:
-    """While open, each text and each conditioning image is encoded once, though each call of a search asks for it.
-    A meter of the encoders' work must be opened before this, so that it counts only the calls that are made.
+    """While open, each text and each conditioning image is encoded once, however many calls of a search encode it.
+    Open a meter of the encoders' work before this, or it counts calls that are answered from here.
     """
     pipe, encodings = backbone.pipe, _Encodings()
     with ExitStack() as stack:
@@ -357,14 +358,14 @@ class _Encodings:
     """Outputs of encoders by their inputs."""
 
     def __init__(self) -> None:
-        self.kept: dict[Any, Any] = {}
+        self.outputs: dict[Any, Any] = {}
 
     def once(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """An encoder's output, computed at the first call with these arguments and reused afterwards."""
         key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
-        if key not in self.kept:
-            self.kept[key] = inner(*args, **kwargs)
-        return self.kept[key]
+        if key not in self.outputs:
+            self.outputs[key] = inner(*args, **kwargs)
+        return self.outputs[key]
 
     def prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's embeddings. A text repeated for several candidates is encoded once, and its row repeated."""
@@ -378,9 +379,9 @@ class _Encodings:
         if arguments.get("batch_size") == rows:
             arguments["batch_size"] = 1
         key = ("prompt", repr(sorted(arguments.items())))
-        if key not in self.kept:
-            self.kept[key] = inner(**arguments)
-        one = self.kept[key]
+        if key not in self.outputs:
+            self.outputs[key] = inner(**arguments)
+        one = self.outputs[key]
         if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
             return inner(*args, **kwargs)  # not one row per text: leave it to the pipeline
         return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)

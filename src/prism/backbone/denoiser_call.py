@@ -66,6 +66,7 @@ class DenoiserCall:
 
     @property
     def timestep(self) -> Tensor:
+        """The model timestep: (), (B,), or with further axes for frames or tokens."""
         timestep: Tensor = self._argument("timestep_argument")
         return timestep
 
@@ -89,7 +90,7 @@ class DenoiserCall:
         return self.family.conditional(self.batch, samples)
 
     def has_rows(self, name: str, value: Any) -> bool:
-        """Tell whether an argument has one row or several per sample (embeddings of a first and a last image are two).
+        """Tell whether an argument has one or several rows per sample (two for embeddings of a first and a last image).
 
         `name` is "argument.key" for a value in a dictionary; a dictionary has rows where any of its values has.
         """
@@ -152,7 +153,7 @@ class DenoiserCall:
     def _count(self, count: TokenCount) -> int:
         if count == "text":
             shape = self._argument("text_argument").shape
-            return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # or ids
+            return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # embeddings, or ids (B, Lt)
         if not callable(count):
             return int(count)
         try:
@@ -200,9 +201,7 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         named = dict(list(bound.items())[1:])
         rest = named.pop(others[0], {}) if others else {}
         kwargs = {**named, **rest}
-    if isinstance(
-        kwargs.get("fps"), list
-    ):  # SkyReels-V2 repeats the call's one rate per row, and reads it at batch 1 only
+    if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 repeats one rate per row, and its denoiser takes one alone
         kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
     return kwargs
 
@@ -238,6 +237,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take(value: Any, rows: Any, batch: int) -> Any:
+    """Some rows of a tensor, which may have several per sample of the batch, or of a list with one per sample."""
     if isinstance(value, Tensor):
         return value.unflatten(0, (batch, -1))[rows].flatten(0, 1)
     return value[rows] if isinstance(rows, slice) else [value[int(row)] for row in rows]

@@ -142,11 +142,11 @@ class Family:
     text_embedder: str | None = None
     """the denoiser's own text embedding: its output is D_vis wide and does not see the timestep; None: there is none"""
     text_padding: Literal["zeros", "mask", "unknown"] = "unknown"
-    """how text rows after the prompt's end are recognised: they are zero, a mask says so, or not at all"""
+    """how text rows after the prompt's end are recognised: they are zero, a mask says so, or they are not"""
     text_limit: int | None = None
     """largest number of tokens of a prompt, where the call has no max_sequence_length to say it"""
     text_reason: str = ""
-    """why that module is the text embedding, or why there is none (for the page)"""
+    """why `text_embedder` is that module, or why there is none (for docs/backbones.md)"""
     takes_prompts: bool = True
     """the pipelines take a prompt"""
     single_prompt: bool = False
@@ -159,9 +159,9 @@ class Family:
     """arguments of the call that are refused unless they have their defaults, as a judge cannot read what they do; each
     with the reason"""
     first_frame_pipelines: tuple[str, ...] = ()
-    """pipelines whose latents hold a given image as their first frame, which neither a mask nor the timestep shows"""
+    """pipelines that put an image into the latents as their first frame, and show it by no mask and no timestep"""
     restores_condition: bool = False
-    """only after the loop the pipeline puts the given frames back into the latents; within it they are sampled too"""
+    """the loop samples a condition's frames too, and the pipeline puts the condition back into the latents after it"""
     after_loop: str = ""
     """name of the pipeline's method that changes latents (1, ...) after the loop"""
     extra_frames: Literal["before", "behind"] = "before"
@@ -192,7 +192,7 @@ class Family:
     tap: float = 0.4
     """default depth of the tap, as a share of the blocks"""
     tap_reason: str = ""
-    """why at that depth (for the page)"""
+    """why `tap` is at that depth (for docs/backbones.md)"""
 
     def __post_init__(self) -> None:
         _check_values(self)
@@ -219,16 +219,16 @@ class Family:
 
         Raises PrismError where the blocks are not in lists, so that the first of them cannot be loaded alone.
         """
-        lists, left = [], up_to
+        lists, remaining = [], up_to
         for name in self.blocks:
             part = denoiser.get_submodule(name)
             if not isinstance(part, nn.ModuleList):
                 raise PrismError(
                     f"Of {type(denoiser).__name__} no first blocks can be loaded alone; load the whole pipeline."
                 )
-            kept = min(left, len(part))
-            lists.append((part, kept))
-            left -= kept
+            count = min(remaining, len(part))
+            lists.append((part, count))
+            remaining -= count
         return lists + [(denoiser.get_submodule(name), up_to) for name in self.parallel_blocks]
 
     def block_widths(self, denoiser: Any) -> list[int]:
@@ -323,7 +323,7 @@ def _check_values(family: Family) -> None:
             value = (frozenset if fact.name in _SETS else tuple)(value) if _hashable(value) else value
             object.__setattr__(family, fact.name, value)
         label = f"{fact.name} of the family {name}"
-        if not _is(value, kind):
+        if not _is_of(value, kind):
             raise PrismError(f"{label} must be {_described(kind)}; found {quoted(repr(value), 80)}.")
         if fact.name in _NEEDED and not value:
             raise PrismError(f"{label} must not be empty.")
@@ -354,20 +354,21 @@ def _hashable(values: Any) -> bool:
     return all(getattr(value, "__hash__", None) is not None for value in values)
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is_of(value: Any, kind: Any) -> bool:
+    """True where a value is of a type hint, with the items that it names; a bool is no number."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return any(_is(value, each) for each in arguments)
+        return any(_is_of(value, each) for each in arguments)
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if origin is tuple:
         each = [arguments[0]] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is, value, each))
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_of, value, each))
     if origin is frozenset:
-        return isinstance(value, frozenset) and all(_is(each, arguments[0]) for each in value)
+        return isinstance(value, frozenset) and all(_is_of(each, arguments[0]) for each in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(
-            _is(k, arguments[0]) and _is(v, arguments[1]) for k, v in value.items()
+            _is_of(k, arguments[0]) and _is_of(v, arguments[1]) for k, v in value.items()
         )
     if origin is Callable:
         return callable(value) and not isinstance(value, type)
@@ -377,6 +378,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _described(kind: Any) -> str:
+    """A type hint in words, for messages."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return ", ".join(map(_described, arguments[:-1])) + f" or {_described(arguments[-1])}"

@@ -94,13 +94,13 @@ def fits(
             elif changed is None:
                 warnings.append(f"another configuration of the {PARTS[part]}, of which only a hash was kept")
             elif vital:
-                refusals.append(_both(part, was, vital[0], *changed[vital[0]]))
+                refusals.append(_refusal(part, was, vital[0], *changed[vital[0]]))
             else:
                 warnings += _clause(part, changed)
         else:
             needs = _table(needs)
             other = [name for name, value in needs.items() if not _same(value, present["needs"][part].get(name, value))]
-            refusals += [_both(part, was, name, needs[name], present["needs"][part][name]) for name in other[:1]]
+            refusals += [_refusal(part, was, name, needs[name], present["needs"][part][name]) for name in other[:1]]
             before, now = _table(_table(saved.get("settings")).get(part)), present["settings"][part]
             names = [name for name in {**before, **now} if before.get(name, ABSENT) != now.get(name, ABSENT)]
             warnings += _clause(part, {name: (before.get(name, ABSENT), now.get(name, ABSENT)) for name in names})
@@ -145,8 +145,8 @@ def config_text(part: Any) -> bytes:
 def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]]:
     """Variants of `config_text` by other versions of diffusers or ways of loading, the likeliest first.
 
-    They lack settings that are defaults or that the class does not name, or have one at its default, or another depth.
-    With each come the settings that differ: name -> (then, now).
+    A variant lacks settings that are at their default or that the class does not name; or it has one setting at its
+    default, or another number of layers. With each come the settings that differ: name -> (then, now).
     """
     config = _public(part)
     yield {}, _text(config)
@@ -169,6 +169,7 @@ def config_texts(part: Any) -> Iterator[tuple[dict[str, tuple[Any, Any]], bytes]
 
 
 def _table(value: Any) -> Mapping[str, Any]:
+    """A mapping as it is, and anything else as an empty one: a saved fingerprint may hold anything."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -216,7 +217,7 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
 
 
 def _settings(part: Any) -> dict[str, Any]:
-    """A configuration as JSON, without the settings in `needs` and those that are their class's defaults."""
+    """A configuration as JSON, without the settings that `needs` holds and those at their class's defaults."""
     if not isinstance(getattr(part, "config", None), Mapping):
         return {}
     defaults = _defaults(part)
@@ -245,8 +246,8 @@ def _text(config: Mapping[str, Any]) -> bytes:
 
 
 def _json(value: Any) -> Any:
-    """A setting after a round trip through JSON: tuples and arrays as lists, objects (a quantisation config) as their
-    `to_dict()` or as text; anything else that JSON cannot hold as text.
+    """A setting after a round trip through JSON: tuples and arrays become lists, objects with `to_dict` (a quantisation
+    config) dictionaries, and anything else that JSON cannot hold a text.
     """
 
     def plain(obj: Any) -> Any:
@@ -284,13 +285,15 @@ def _changed_since(part: Any, digest: Any) -> dict[str, tuple[Any, Any]] | None:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """True for equal values, and for numbers that differ by no more than rounding to bfloat16."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
     numbers = all(isinstance(value, int | float) and abs(value) < 1e300 for value in (one, other))
     return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=1e-6) if numbers else one == other
 
 
-def _both(part: str, kind: str, name: str, was: Any, now: Any) -> tuple[str, str]:
+def _refusal(part: str, kind: str, name: str, was: Any, now: Any) -> tuple[str, str]:
+    """A setting that refuses a backbone, as (saved, present) in words."""
     name = name.replace("_", " ")
     return f"{PARTS[part]} {kind} ({name} {_brief(was)})", f"{kind} ({name} {_brief(now)})"
 
@@ -309,7 +312,7 @@ def _brief(value: Any) -> str:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """A module's weights by name, with those that accelerate offloaded and those that int8 layers pack."""
+    """A module's weights by name, also those that accelerate has offloaded and those packed in int8 layers."""
     module = unwrapped(module)
     by_name: dict[str, Tensor] = dict(module.named_parameters())
     for path, part in module.named_modules():
@@ -327,8 +330,8 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def surroundings(pipe: Any) -> str:
-    """A digest of all that a conditioning depends on besides the call: the pipeline's parts except its denoisers, with
-    their weights and adapters. Takes a few ms for the largest encoders.
+    """A digest of what a conditioning depends on besides the call: the pipeline's parts except its denoisers, with
+    their weights and adapters. It takes a few ms for the largest encoders.
     """
     states = []
     for name, part in sorted(pipe.components.items()):

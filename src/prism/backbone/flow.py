@@ -50,11 +50,26 @@ _IN_PLACE = {name for name in dir(operator) if name.startswith("__i") and hasatt
     "__invert__",
 }
 _READERS = {"items", "keys", "values", "copy", "index", "count", "__len__", "__contains__", "__getitem__", "__iter__"}
+# Methods that change their object: `_SILENT` return None, the others of `_MUTATORS` a value.
 _SILENT = {"append", "extend", "insert", "update", "clear", "add", "discard", "remove", "sort", "reverse", "appendleft"}
 _MUTATORS = _SILENT | {"pop", "popitem", "setdefault", "popleft", "put"}
-_KEEPING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)  # while they train
+# Layers that draw random numbers or update statistics while they train.
+_IMPURE_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
 _UNFOLLOWED = re.compile(r"_foreach_|batch_norm|instance_norm")  # change tensors in containers
-_FIXED = (str, bytes, int, float, complex, bool, type(None), tuple, frozenset, torch.dtype, torch.device, re.Pattern)
+_IMMUTABLE = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    tuple,
+    frozenset,
+    torch.dtype,
+    torch.device,
+    re.Pattern,
+)
 
 
 class Flow(Symbols):
@@ -88,7 +103,7 @@ class Flow(Symbols):
                 self.unclean(function, owner)
 
     def only_looks(self, function: Any, owner: Any = MISSING) -> bool:
-        """True where a call returns None and changes none of its arguments, whatever other calls wrote before."""
+        """True where a call returns None and changes none of its arguments."""
         self.written.clear()
         ends = self._ends(function, owner)
         return ends is not None and all(result is self.none and not self.changes(result, path) for result, path in ends)
@@ -166,7 +181,7 @@ class Flow(Symbols):
             local = _bound(self, function.__code__, defaults_of(function), args, kwargs, star, named)
             return paths(self, Code(function.__code__, function.__globals__, cells), local, path, depth + 1)
         if isinstance(function, nn.Module) and id(function) not in self.modules:
-            if any(isinstance(each, _KEEPING) and each.training for each in function.modules()):
+            if any(isinstance(each, _IMPURE_LAYERS) and each.training for each in function.modules()):
                 return [(self.kept_now(), path)]
             forward: Any = vars(function).get("forward", type(function).forward)
             bound = forward if "forward" in vars(function) else types.MethodType(forward, function)
@@ -189,7 +204,7 @@ class Flow(Symbols):
             pure = function.__module__.split(".")[0] in _PURE | {"torch", "diffusers"} or not _standard(function)
             if function is super:
                 return [(self.super(*args), path)] if len(args) == 2 else [(self.kept_now(), path)]
-            if any(each.kept for each in parts) and _sways(function):
+            if any(each.kept for each in parts) and _changes_computation(function):
                 path.trace = (*path.trace, (self.none, self.kept))
             if pure and function.__name__ != "count":
                 op = function.__name__ if function.__name__ in PLAIN else ("new", function.__name__)
@@ -286,7 +301,7 @@ class Flow(Symbols):
             if name in ("get", "__getitem__", "pop") and len(args) == 1:
                 return self.item(target, args[0], path)
             return self.made(name if name in PLAIN else ("call", name), target, *parts)
-        if isinstance(concrete, _FIXED):
+        if isinstance(concrete, _IMMUTABLE):
             return self.made(name if name in PLAIN else ("call", name), target, *parts)
         if isinstance(concrete, dict) and name in ("get", "__getitem__") and args and args[0].op == "constant":
             item = self.item(target, args[0], path)
@@ -319,7 +334,7 @@ def gives(function: types.FunctionType) -> bool:
     return False
 
 
-def _sways(kind: type) -> bool:
+def _changes_computation(kind: type) -> bool:
     """True for a context manager of torch that changes what is computed inside it."""
     module = kind.__module__
     return module.startswith("torch") and hasattr(kind, "__enter__") and "profiler" not in module

@@ -20,10 +20,12 @@ STANDARD = "BCTHW"
 
 
 def channel_axis(layout: Layout) -> int:
+    """The index of the channels' axis."""
     return layout.index("C")
 
 
 def is_packed(layout: Layout) -> bool:
+    """True for latents that are packed into tokens, (B, L, C), and so do not show their grid."""
     return layout.startswith("BL")
 
 

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
 
-# The largest whole numbers that configurations may hold, because diffusers and transformers allocate blocks, and tables
-# of positions or timesteps, before they read a weight. Fields with a word of `_FREE` (rope_theta) have no limit.
+# The largest whole numbers that configurations may hold (`_MOST_BLOCKS` in fields with a word of `_DEPTHS`), because
+# diffusers and transformers allocate blocks, and tables of positions or timesteps, before they read a weight. Fields
+# with a word of `_FREE` (rope_theta) have no limit.
 _MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks"), ("theta", "base")
 HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
 
@@ -69,7 +70,7 @@ def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None
 
 
 def make(kind: type[Backbone], pipe: Any, reads: str | None, attributes: Mapping[str, Any]) -> Backbone:
-    """A backbone with attributes that its pipeline does not show: one that was partly loaded or pickled."""
+    """A backbone with attributes that its pipeline does not show, for one that was loaded in part or unpickled."""
     backbone = kind(pipe, reads or None)
     vars(backbone).update(attributes)
     return backbone
@@ -157,7 +158,7 @@ def load_pipeline(
 
 
 def _accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that `function`, of this version of the Hub's client, takes."""
+    """The options that `function` takes; those of the Hub's client differ between versions."""
     taken = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in taken}
 
@@ -189,8 +190,8 @@ def load_denoiser(
             f"Blocks up to {up_to} are asked for, and this denoiser, {type(model).__name__}, has {total}; a head that "
             "reads after more is one of another model."
         )
-    for part, kept in family.first_blocks(model, up_to):
-        del part[kept:]
+    for part, count in family.first_blocks(model, up_to):
+        del part[count:]
     tensors = _tensors(subfolder, list(model.state_dict()), kwargs.get("variant"), fetch)
     model.load_state_dict(_cast(model, tensors, kwargs.get("torch_dtype", kwargs.get("dtype")), name), assign=True)
     return model.eval(), total
@@ -238,6 +239,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _of_variant(name: str, variant: str | None) -> str:
+    """A weights file's name with the variant before its ending, as in model.fp16.safetensors."""
     start, _, kind = name.rpartition(".")
     return name if variant is None else f"{start}.{variant}.{kind}"
 

@@ -22,7 +22,7 @@ from prism.errors import PrismError, quoted
 
 Clock = Literal["flow", "rising_flow", "ddpm", "euler", "edm"]
 FLOWS = ("flow", "rising_flow")
-_TAKEN = {
+_SCHEDULERS = {
     "flow": "a flow-matching one (FlowMatchEulerDiscreteScheduler, or another with use_flow_sigmas=True)",
     "ddpm": "one with alphas_cumprod (DDIM, DPM++) and no flow sigmas",
     "edm": "one in Karras' form, with sigma_min, sigma_max and continuous timesteps (EDMEulerScheduler)",
@@ -57,7 +57,7 @@ def check(clock: Clock | OwnClock, scheduler: Any) -> None:
     if form not in _forms(scheduler):
         raise PrismError(
             f"The noise levels of this {type(scheduler).__name__} cannot be told for the pipeline's model, which takes "
-            f"{_TAKEN[form]}; set such a scheduler, or take a strategy that judges nothing on the way."
+            f"{_SCHEDULERS[form]}; set such a scheduler, or take a strategy that judges nothing on the way."
         )
 
 
@@ -133,6 +133,7 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
 
 
 def _own_level(clock: OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`level` of an `OwnClock`, checked: a user's function may return anything."""
     levels = clock.level(scheduler, t)
     several = levels if isinstance(levels, tuple | list) else [levels]
     if len(several) != 3 or not all(isinstance(each, Tensor) and each.shape == t.shape for each in several):

@@ -21,16 +21,12 @@ from prism.backbone.flow import Flow, defaults_of, gives
 from prism.backbone.symbols import MISSING
 from prism.errors import PrismError
 
-# Packages whose wrappers and layers keep a call's output a function of its arguments (`pipeline.check_whole` refuses
-# their caches). `_REFUSED`: packages that cache or slice, with their names.
+# Packages whose wrappers and layers give outputs that depend on a call's arguments alone; `pipeline.check_whole`
+# refuses their caches.
 _TRUSTED = {"accelerate", "bitsandbytes", "builtins", "contextlib", "deepspeed", "diffusers", "functools", "optimum"}
 _TRUSTED |= {"peft", "prism", "torch", "torchao", "transformers", "unittest"}
-_PLACES = {
-    "forward",
-    "_old_forward",
-    "_hf_hook",
-    "_diffusers_hook",
-}  # a module's attributes that may hold foreign code
+_ATTRIBUTES = {"forward", "_old_forward", "_hf_hook", "_diffusers_hook"}  # of a module, that may hold foreign code
+# Packages that cache or slice the denoiser's calls, and their names in messages.
 _REFUSED = {"cache_dit": "cache-dit", "para_attn": "ParaAttention", "xfuser": "xDiT"}
 
 
@@ -59,8 +55,8 @@ def check_patches(denoiser: nn.Module) -> None:
             taking_arguments = [
                 each for each in functions if each.__code__.co_argcount or each.__code__.co_flags & 0x04
             ]
-            guilty = [each for each in taking_arguments[1:] if flow.unclean(each)]
-            what = f"{kind}{_name((guilty or functions)[-1 if guilty else 0])}"
+            unclean = [each for each in taking_arguments[1:] if flow.unclean(each)]
+            what = f"{kind}{_name((unclean or functions)[-1 if unclean else 0])}"
             raise PrismError(_sentence(root, what, "goes by earlier calls, a clock or chance"))
 
 
@@ -100,7 +96,7 @@ def _flow(root: nn.Module) -> Flow:
 
 
 def patch_of(denoiser: nn.Module) -> str:
-    """The name of the foreign code that replaces a denoiser's or a block's forward, or "" """
+    """The name of the foreign code that replaces a denoiser's or a block's forward; empty where there is none."""
     return next(map(_name, _foreign(getattr(denoiser, "_orig_mod", denoiser))), "")
 
 
@@ -115,8 +111,8 @@ def _sentence(root: nn.Module, what: str, why: str) -> str:
 
 
 def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, Any, str]]:
-    """Calls that foreign code answers or changes, one of each kind: the foreign functions that it reaches, the function
-    that is called, its first argument or `MISSING`, and "the hook " for hooks, "" for others."""
+    """Calls that foreign code answers or changes, one of each kind. Each is a tuple: the foreign functions that the
+    call reaches, the function that is called, its first argument or `MISSING`, and "the hook " for a hook, else ""."""
     home, seen = _home(root), set()
     for value, owner, what in _of_all_modules(root):
         if functions := [each for each in _reachable(value, set()) if _is_foreign(each, object, "")]:
@@ -128,14 +124,14 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
         if kind not in classes:
             classes[kind] = list(_class_patches(kind, home, leaf=not attributes["_modules"]))
         alike = (kind, type(attributes.get("processor")))
-        plain = alike in processors and attributes.keys().isdisjoint(_PLACES)
+        plain = alike in processors and attributes.keys().isdisjoint(_ATTRIBUTES)
         if plain and not (classes[kind] or attributes["_forward_pre_hooks"] or attributes["_forward_hooks"]):
             continue  # nearly all modules; the loop runs at every read, so it must be fast
         processors.add(alike)
         calls: list[tuple[list[types.FunctionType], Any, Any, str]]
         calls = [(functions, call, module, "") for functions, call in classes[kind]]
-        accelerates = attributes.get("_hf_hook")
-        hooks = [*getattr(accelerates, "hooks", ()), accelerates]
+        accelerate_hook = attributes.get("_hf_hook")
+        hooks = [*getattr(accelerate_hook, "hooks", ()), accelerate_hook]
         hooks += attributes["_diffusers_hook"].hooks.values() if "_diffusers_hook" in attributes else []
         names = ("new_forward", "pre_forward", "post_forward")
         values = [(attributes[name], MISSING, "") for name in ("forward", "_old_forward") if name in attributes]
@@ -190,8 +186,8 @@ def _names_read(root: nn.Module) -> set[str]:
     return {name for function in methods if _top(function) in _TRUSTED for name in function.__code__.co_names}
 
 
-def giving(hook: Any) -> Any:
-    """The hook if it may change a call, or None if it only looks."""
+def unless_it_looks(hook: Any) -> Any:
+    """The hook if it may change a call, or None if it only looks: returns nothing."""
     return hook if any(gives(function) for function in _reachable(hook, set())) else None
 
 
@@ -209,8 +205,9 @@ def _home(root: nn.Module) -> str:
 
 
 def _class_patches(kind: type, home: str, leaf: bool) -> Iterator[tuple[list[types.FunctionType], Any]]:
-    """Foreign functions that calls of a module's class reach, with its `__call__` or `forward`: set on the class, or
-    the forward of a foreign class. A leaf is a layer, such as a quantised one; its own class's forward is allowed."""
+    """Foreign functions that a call of a module of this class reaches, and the `__call__` or `forward` that is called:
+    one that was set on the class, or the forward of a foreign class. A leaf, such as a quantised layer, may have a
+    forward of its own class."""
     call = next((vars(each)["__call__"] for each in kind.__mro__ if "__call__" in vars(each)), None)
     if called := [f for f in _reachable(call, set()) if _is_foreign(f, kind, home)]:
         yield called, call
@@ -235,11 +232,12 @@ def _is_foreign(function: types.FunctionType, kind: type, home: str) -> bool:
 
 
 def _top(function: types.FunctionType) -> str:
+    """The name of the package that a function was defined in."""
     return str(function.__globals__.get("__name__", "")).split(".")[0]
 
 
 def _name(function: types.FunctionType) -> str:
-    """A function's own name and module, not those of the function that it wraps, in words."""
+    """A function's name and module in words; those of the wrapper, not of the function that it wraps."""
     code = function.__code__
     name = getattr(code, "co_qualname", code.co_name).replace(".<locals>", "")  # from Python 3.11
     return f"{name} of {function.__globals__.get('__name__', 'a module')}"[-120:]
@@ -296,14 +294,15 @@ def _holds_blocks(value: Any, root: nn.Module) -> bool:
     """True where a module that is not part of the denoiser holds parts of it, but not all."""
     if not isinstance(value, nn.Module):
         return False
-    parts_ids, inside = {id(module) for module in root.modules()}, list(value.modules())
-    if id(value) in parts_ids or any(module is root for module in inside):
+    ids, inside = {id(module) for module in root.modules()}, list(value.modules())
+    if id(value) in ids or any(module is root for module in inside):
         return False
     lists = (each for module in inside for each in vars(module).values() if isinstance(each, list | tuple))
-    return any(id(each) in parts_ids for each in (*inside, *(part for parts in lists for part in parts)))
+    return any(id(each) in ids for each in (*inside, *(part for parts in lists for part in parts)))
 
 
 def _lookup(function: types.FunctionType) -> dict[str, Any]:
+    """The globals, closure and defaults that a function reads, by name."""
     names = function.__code__.co_names
     shared = {name: function.__globals__[name] for name in names if name in function.__globals__}
     return {**shared, **_cells(function), **defaults_of(function)}

@@ -24,7 +24,7 @@ CALL = ("generator", "num_inference_steps", "output_type")  # arguments that eve
 
 
 class Scheduler(Protocol):
-    """The scheduler: it steps the latents. Its attributes are put back after a call, so its state must be
+    """The scheduler: it steps the latents. PRISM restores its attributes after a call, so that its state must be
     assigned to attributes and not written into the objects that they hold."""
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def check(pipe: Any, family: Family) -> None:
 
 
 def unwrapped(part: Any) -> Any:
-    """The model inside the wrappers that compile (torch), adapt (peft), shard, replicate or quantise it as a whole."""
+    """The model inside wrappers that compile it (torch), adapt it (peft), or shard, replicate or quantise it whole."""
     while (inner := _inside(part)) is not None:
         part = inner
     return part
@@ -184,7 +184,7 @@ _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta
 
 
 def check_denoisers(backbone: Any) -> None:
-    """Raise PrismError where, since the backbone was made, a denoiser was removed from the pipeline, or the one that is
+    """Raise PrismError where a denoiser was removed from the pipeline after the backbone was made, or the one that is
     read was replaced by one with other blocks."""
     missing = [
         name for name, part in zip(backbone.denoiser_names, backbone.denoisers) if not isinstance(part, nn.Module)
@@ -233,7 +233,7 @@ def check_whole(denoisers: tuple[Any, ...]) -> None:
 
 @contextmanager
 def explain_misfits(pipe: Any) -> Iterator[None]:
-    """Raise an error that names the devices and dtypes of the parts, where torch fails because they differ."""
+    """Raise PrismError naming the devices and dtypes of the parts, where torch fails because they differ."""
     try:
         yield
     except RuntimeError as error:
@@ -262,7 +262,8 @@ def is_foreign(error: BaseException) -> bool:
 
 
 def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
-    """The PrismError for an error of a pipeline's call at a 1-based step (0: before the first); None: raise it."""
+    """The PrismError for an error of a pipeline's call at a 1-based step (0: before the first), or None for an error
+    that is to be raised as it is."""
     kind = type(pipe).__name__
     if not step:
         refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
@@ -282,7 +283,7 @@ def callers_own() -> Iterator[None]:
 
 
 def is_pipelines(error: BaseException, pipe: Any) -> bool:
-    """Tell whether the pipeline's code failed, not a function of the caller's that it called, such as a hook."""
+    """Tell whether the pipeline's code failed, and not a function of the caller's that it ran, such as a hook."""
     called = [module for module in _modules(error) if module.split(".")[0] not in _BENEATH]
     home = type(pipe).__module__
     return is_foreign(error) and bool(called) and (called[-1] == home or called[-1].split(".")[0] in _LIBRARIES)
@@ -298,7 +299,10 @@ def _modules(error: BaseException) -> Iterator[str]:
 
 @contextmanager
 def explain_failures(part: Any, work: str) -> Iterator[None]:
-    """Raise an error that names the part of a pipeline that failed at its `work` (as where its config was altered)."""
+    """Raise PrismError naming the part of a pipeline that fails, such as one whose configuration was altered.
+
+    work: what it does, in a word that follows "while".
+    """
     try:
         yield
     except Exception as error:

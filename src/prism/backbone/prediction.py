@@ -12,7 +12,8 @@ from torch import Tensor
 from prism.backbone.pipeline import config_of
 from prism.errors import PrismError
 
-# What in a scheduler of diffusers tells the prediction, by class; others are refused, as they may mean something else.
+# Classes of diffusers' schedulers, by the way to the predicted clean latents; others are refused, because what their
+# model predicts is not certain.
 _FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "LTXEulerAncestralRFScheduler")
 _SOLVERS = (
     "UniPCMultistepScheduler",
@@ -20,41 +21,44 @@ _SOLVERS = (
     "DPMSolverSinglestepScheduler",
     "EDMDPMSolverMultistepScheduler",
 )
-_GIVERS = (  # their steps return it second
+_RETURNING = (  # `step` returns the predicted clean latents, second in its tuple
     *("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"),
     *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "EDMEulerScheduler"),
 )
 
 
 class Prediction:
-    """The clean latents predicted at one step: made before the step, while the scheduler stands at it, read after it.
+    """The clean latents predicted at one step. Make it before the scheduler's `step`, and `read` it afterwards.
 
     Args:
         scheduler: the pipeline's, of diffusers.
         step: the arguments of its `step` by name: model_output (with guidance), timestep, sample.
 
     Raises:
-        PrismError: for a scheduler that does not tell what its model predicts.
+        PrismError: for a scheduler from whose steps the prediction cannot be read.
     """
 
     def __init__(self, scheduler: Any, step: Mapping[str, Any]) -> None:
         kinds = {kind.__name__ for kind in type(scheduler).__mro__}
         self._clean: Tensor | None = None
-        if isinstance(step.get("pred_original_sample"), Tensor):  # the pipeline makes it itself, as Cosmos does
+        if isinstance(step.get("pred_original_sample"), Tensor):  # the pipeline computes it, as Cosmos' do
             self._clean = step["pred_original_sample"]
         elif kinds & {*_FLOWS}:
             self._clean = _of_flow(scheduler, step)
         elif kinds & {*_SOLVERS} and _predicts_clean(scheduler):
-            here = _at_step(scheduler, step["timestep"])
-            self._clean = here.convert_model_output(step["model_output"], sample=step["sample"])
-        elif not kinds & {*_GIVERS}:
+            solver = _at_step(scheduler, step["timestep"])
+            self._clean = solver.convert_model_output(step["model_output"], sample=step["sample"])
+        elif not kinds & {*_RETURNING}:
             raise PrismError(
                 f"The steps of {type(scheduler).__name__} do not tell the clean latents that the denoiser predicts; "
                 "leave them out (--no-predicted), or set another scheduler."
             )
 
     def read(self, output: Any) -> Tensor:
-        """The clean latents, in the layout and on the scale of the loop's last; `output`: what the step gave."""
+        """The clean latents, of the shape and on the scale of those that the loop ends with.
+
+        output: the value that the scheduler's `step` returned.
+        """
         if self._clean is not None:
             return self._clean
         clean: Any = getattr(output, "pred_original_sample", None)
@@ -69,24 +73,24 @@ class Prediction:
 
 
 def _of_flow(scheduler: Any, step: Mapping[str, Any]) -> Tensor:
-    """x + (sigma of clean latents - sigma) v: z_t - sigma v, or z_t + (1 - sigma) v where sigma counts from noise."""
+    """z_t + (sigma_0 - sigma_t) v, where sigma_0, that of clean latents, is 0, or 1 with `invert_sigmas`."""
     sample, velocity = step["sample"].to(torch.float32), step["model_output"]
     tokens = step.get("per_token_timesteps")
-    if tokens is not None:  # then the step goes up its velocity, which the pipeline has turned round
+    if tokens is not None:  # such a step adds the velocity, because the pipeline has changed its sign
         clean: Tensor = sample + (tokens / config_of(scheduler)["num_train_timesteps"])[..., None] * velocity
     else:
-        here = _at_step(scheduler, step["timestep"])
+        current = _at_step(scheduler, step["timestep"])
         target = 1.0 if config_of(scheduler).get("invert_sigmas") else 0.0
-        clean = sample + (target - here.sigmas[here.step_index]) * velocity
+        clean = sample + (target - current.sigmas[current.step_index]) * velocity
     return clean.to(velocity.dtype)
 
 
 def _at_step(scheduler: Any, timestep: Any) -> Any:
-    """A copy of the scheduler that knows at which step it stands, as `step` finds out at its beginning."""
-    here = copy.copy(scheduler)
-    if here.step_index is None:
-        here._init_step_index(timestep)
-    return here
+    """A copy of the scheduler with its `step_index` set, as `step` sets it first."""
+    current = copy.copy(scheduler)
+    if current.step_index is None:
+        current._init_step_index(timestep)
+    return current
 
 
 def _predicts_clean(scheduler: Any) -> bool:

@@ -19,7 +19,7 @@ from prism.errors import PrismError
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-_MOST = 64  # calls whose steps are cached
+_CACHED_CALLS = 64
 _PLAIN = (str, int, float, bool, type(None))
 # Arguments that change neither the number of steps nor their timesteps.
 _IRRELEVANT = ("prompt", "negative_prompt", "generator", "output_type", "return_dict")
@@ -68,8 +68,8 @@ class Steps:
         return min(readable, key=lambda number: abs(number - step), default=step)
 
 
-def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
-    """The steps of `pipe(**call)`, cached from an equal call or read by running it up to its first denoiser call.
+def steps_of(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
+    """The steps of `pipe(**call)`, from the cache or by running the call up to its first denoiser call.
 
     Raises:
         PrismError: for a call that the pipeline refuses, or that makes no step.
@@ -110,7 +110,7 @@ def ask(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
     steps = Steps(tuple(timesteps), _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count))
     if key is not None:
         backbone.steps_by_call[key] = steps
-        for old in list(backbone.steps_by_call)[:-_MOST]:
+        for old in list(backbone.steps_by_call)[:-_CACHED_CALLS]:
             del backbone.steps_by_call[old]
     return steps
 
@@ -136,7 +136,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
         return bool(guider.num_conditions > 1)
     scale = call.get(name, backbone.default(name))
-    if name == "true_cfg_scale":  # beside the embedded guidance; on only with a negative prompt
+    if name == "true_cfg_scale":  # guidance besides the embedded one; needs a negative prompt
         negative = any(call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
         return scale is not None and scale > 1.0 and negative
     return scale is not None and scale > 1.0

@@ -195,10 +195,10 @@ class Symbols:
         concrete = target.concrete
         path.memory[target, name] = value
         self.written.add((None if concrete is MISSING else id(concrete), name))
-        is_denoisers = (
+        may_be_denoiser = (
             concrete is MISSING or isinstance(concrete, nn.Module) or type(concrete).__module__.startswith("diffusers")
         )
-        if is_denoisers and (
+        if may_be_denoiser and (
             name in self.names_read or (concrete is MISSING and not _is_private(target) and target.parts)
         ):
             path.trace = (*path.trace, (target, self.constant(name), value))

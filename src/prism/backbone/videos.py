@@ -24,9 +24,9 @@ def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
     """See `Backbone.finished`."""
     family = call.family
     if family.restores_condition:
-        shown = Conditioning.of(call, call.conditional(len(latents)), type(pipe))
-        if shown.given is not None and shown.kept is not None:
-            latents = torch.where(shown.given, shown.kept.to(latents.dtype), latents)
+        condition = Conditioning.of(call, call.conditional(len(latents)), type(pipe))
+        if condition.given is not None and condition.kept is not None:
+            latents = torch.where(condition.given, condition.kept.to(latents.dtype), latents)
     if family.after_loop and hasattr(pipe, family.after_loop):
         change = getattr(pipe, family.after_loop)
         try:
@@ -47,17 +47,16 @@ def call_frames(
     width: int | None = None,
     **policy: Any,
 ) -> tuple[FramePolicy, dict[str, Any]]:
-    """The policy that takes of a clip the frames that a call of the pipeline makes, and the call with their number and
-    size.
+    """The policy that cuts a clip to the frames of a pipeline's call, and the call with their number and size.
 
     Args:
         backbone: a `Backbone`.
         call: the pipeline's arguments.
-        num_frames, height, width: in place of the call's; None: the call's, or the pipeline's default.
+        num_frames, height, width: replace the call's; None: the call's, or the pipeline's default.
         **policy: further fields of `FramePolicy`.
 
     Raises:
-        PrismError: where neither says how many frames or which size.
+        PrismError: where neither the arguments nor the pipeline's defaults hold one of them.
     """
     sizes: dict[str, int] = {}
     for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
@@ -124,13 +123,14 @@ def decode(
     latents = layout.unpack(latents.to(dtype_of(vae)), family.layout, grid)
     ratio = getattr(pipe, "vae_scale_factor_temporal", None)
     if num_frames is not None and ratio is not None:
-        more = latents.shape[2] - ((num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio))
-        kept = latents.shape[2] - max(0, more)
-        latents = latents[:, :, -kept:] if family.extra_frames == "before" else latents[:, :, :kept]
+        of_video = (num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio)
+        count = min(latents.shape[2], of_video)
+        latents = latents[:, :, -count:] if family.extra_frames == "before" else latents[:, :, :count]
     latents = denormalise(family, pipe, latents)
     if family.vae_frame_by_frame:
         frames = latents.transpose(1, 2).flatten(0, 1)
-        # From `forward`'s signature, as the pipelines do: some versions of diffusers wrap `decode` and hide its own.
+        # From the signature of `forward`, as the pipelines do: some versions of diffusers wrap `decode`, which hides
+        # its signature.
         takes_num_frames = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
         options: dict[str, Any] = {"num_frames": latents.shape[2]} if takes_num_frames else {}
         pixels: Tensor = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))

@@ -169,7 +169,7 @@ def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = Fa
 
 
 class _Around:
-    """A call as `around` wraps it: calls from other threads or deeper holds pass to `inner`."""
+    """A wrapped function or module, see `around`: calls from other threads or deeper holds pass to `inner`."""
 
     def __init__(self, wrapper: Callable[..., Any], inner: Callable[..., Any], reads: bool):
         self.wrapper, self.inner, self.reads, self.level = wrapper, inner, reads, _holds.level
@@ -210,7 +210,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 @contextmanager
-def state_kept(pipe: Any) -> Iterator[None]:
+def state_restored(pipe: Any) -> Iterator[None]:
     """Restore afterwards what a call changes on the pipeline and on its parts that are no modules (scheduler, guider),
     so that the next call starts as this one did; progress bars are off meanwhile.
     """
@@ -247,20 +247,24 @@ def _contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refill(container: Any, content: Any) -> None:
+    """Set the contents of a list, dictionary or set in place, as others may hold the same object."""
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int] = lambda: 0) -> Any:
-    """The stock call's result, or None where it was ended by `StopCall`. The pipeline's state is restored.
+    """The stock call's result, or None where `StopCall` ended it. The pipeline's state is restored.
 
-    Arguments that it refuses and failures of its code become a PrismError; errors of callers' callbacks pass unchanged.
+    Arguments that the pipeline refuses and failures of its code become a PrismError; errors of a caller's callback pass
+    unchanged.
+
+    step: gives the number of the current step (from 1; 0 before the first), for messages.
     """
     try:
-        with explain_misfits(pipe), state_kept(pipe):
+        with explain_misfits(pipe), state_restored(pipe):
             return pipe(**call)
     except StopCall:
-        free_hooks(pipe)  # the stopped call did not reach its own call of it
+        free_hooks(pipe)  # the stopped call did not come to its end, where it does this
         return None
     except BaseException as error:
         free_hooks(pipe)
@@ -278,18 +282,18 @@ def free_hooks(pipe: Any) -> None:
 def capture(
     pipe: Any, denoisers: Sequence[nn.Module], call: Mapping[str, Any], look: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """The arguments, by name, of the first denoiser call that `pipe(**call)` was about to make; `look` is called there.
-    Empty where it makes none.
+    """The arguments, by name, of the first denoiser call of `pipe(**call)`, which ends there, after a call of `look`;
+    empty where it makes none.
     """
-    kept: dict[str, Any] = {}
+    captured: dict[str, Any] = {}
 
-    def keep(denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> None:
-        kept.update(by_name(denoiser, args, kwargs))
+    def record(denoiser: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> None:
+        captured.update(by_name(denoiser, args, kwargs))
         look()
         raise StopCall
 
     with ExitStack() as stack:
         for denoiser in denoisers:
-            stack.enter_context(around_module(denoiser, partial(keep, denoiser)))
+            stack.enter_context(around_module(denoiser, partial(record, denoiser)))
         run_until_stopped(pipe, call)
-    return kept
+    return captured

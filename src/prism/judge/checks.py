@@ -29,6 +29,7 @@ def check_options(options: Iterable[str], allowed: Sequence[str]) -> None:
 
 
 def check_generator(generator: Any) -> None:
+    """Refuse anything but one generator or None."""
     if not isinstance(generator, torch.Generator | None):
         raise PrismError(f"generator must be one torch.Generator on the CPU; found {quoted(generator, 80)}.")
 
@@ -70,14 +71,14 @@ def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
     """Convert margins to a tensor.
 
     Args:
-        margins: (..., num_dimensions), a tensor or what torch makes one of.
-        dimensions: what the last axis is of.
+        margins: (..., num_dimensions), a tensor or anything that torch turns into one.
+        dimensions: the names along the last axis.
 
     Returns:
         (..., num_dimensions) of the tensor's dtype, float32 for anything else.
 
     Raises:
-        PrismError: for what is no tensor, or not of these dimensions.
+        PrismError: for anything else, or another number of dimensions.
     """
     try:
         values = margins if isinstance(margins, Tensor) else torch.as_tensor(margins, dtype=torch.float32)
@@ -92,8 +93,8 @@ def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
 
 
 def noise_levels(backbone: Any, timesteps: Any) -> tuple[float, ...]:
-    """Noise levels (t from 0 to 1000), all of them where the denoiser that is read is used. Raises PrismError for
-    others, for none, and for one that is named twice."""
+    """Noise levels, checked: t from 0 to 1000. Raises PrismError for none, for one that is named twice, and for one at
+    which the pipeline does not use the denoiser that the judge reads."""
     low, high = getattr(backbone, "t_range", (0.0, 1000.0))
     listed = np.asarray(timesteps, dtype=object)
     if listed.ndim != 1 or not len(listed):
@@ -133,7 +134,8 @@ def finite(values: Tensor, what: str) -> Tensor:
 
 
 def trained_range(trained_on: Mapping[str, Any]) -> tuple[float, float]:
-    """(t_low, t_high) that a head was trained at; the range that all members share; 0 to 1000 where unknown."""
+    """(t_low, t_high) that a head was trained at, for an average the range that its members share; 0 to 1000 where
+    unknown."""
     ranges = [trained_range(member) for member in trained_on.get("members", ())]
     config = trained_on.get("config") or {}
     low, high = config.get("t_low"), config.get("t_high")
@@ -156,7 +158,7 @@ def warn_outside(trained_on: Mapping[str, Any], lowest: float, highest: float) -
 
 
 def versions(heads: Iterable[nn.Module]) -> tuple[int, ...]:
-    """Number of in-place writes to each weight (-1: torch does not count them), which any training loop changes."""
+    """Number of in-place writes to each weight, which any training loop raises; -1 where torch does not count them."""
     weights = [weight for head in heads for weight in head.parameters()]
     return tuple(-1 if weight.is_inference() else weight._version for weight in weights)
 

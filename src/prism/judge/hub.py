@@ -16,8 +16,8 @@ from prism.backbone.pipeline import config_of
 from prism.errors import PrismError, listed, number, quoted, whole
 from prism.judge.checks import trained_range
 
-BESIDE = ["evaluation.json", "reference.json"]  # where there are any
-FETCHED = ["config.json", "model.safetensors", *BESIDE]
+OPTIONAL = ["evaluation.json", "reference.json"]  # files that only some heads have
+FETCHED = ["config.json", "model.safetensors", *OPTIONAL]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")  # of the Hub's cache
 
@@ -48,7 +48,7 @@ def upload(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            delete_patterns=BESIDE,  # those in the repository are of earlier weights
+            delete_patterns=OPTIONAL,  # such files in the repository belong to earlier weights
         )
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(f"The judge did not reach {repo_id} on the Hub: {why(error, revision)}.") from error

@@ -118,8 +118,8 @@ class Judge:
     def average(cls, judges: Sequence[Judge]) -> Judge:
         """One judge whose scores are the mean of the judges' scores: heads of several seeds, or at several taps.
 
-        The backbone is read once, up to the highest tap. Scores are averaged as they are, log-odds of Eq. 3 in the unit
-        of their eta: nothing has to be estimated, and no score depends on which videos are scored beside it.
+        The backbone is read once, up to the highest tap. Scores are averaged without rescaling, as all are log-odds of
+        Eq. 3 with one eta: nothing has to be estimated, and no score depends on the other videos that are scored.
 
         Args:
             judges: on the same pipeline, with the same dimensions and eta; averages among them count as one each.
@@ -215,7 +215,10 @@ class Judge:
             private: whether a new repository is; None: as the account's settings say.
             token: of the Hub, with the right to write; None: the one logged in with.
             commit_message: first line of the commit.
-            **card: evaluation, license and base_model, as of ``save_pretrained``. Raises PrismError if the Hub refuses.
+            **card: evaluation, license and base_model, as of ``save_pretrained``.
+
+        Raises:
+            PrismError: where the Hub refuses, or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "head"
@@ -275,7 +278,10 @@ class Judge:
             **call: further arguments of the pipeline's call (height, images, ...); conditioning is captured with them.
 
         Returns:
-            (B, num_dimensions) float32, higher is better. Raises PrismError where a row has no finite score.
+            (B, num_dimensions) float32, higher is better.
+
+        Raises:
+            PrismError: where a row has no finite score.
         """
         with self.backbone.held():
             return checks.finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)), "score")
@@ -345,7 +351,7 @@ class Judge:
     def probabilities(self, margins: Tensor) -> Tensor:
         """Probabilities of A preferred, tie and B preferred (Eq. 3-4).
 
-        Those of a calibrated judge are meant to be believed; others are what the objective gives, mostly overconfident.
+        Those of a calibrated judge agree with observed frequencies; without calibration they are mostly overconfident.
 
         Args:
             margins: (..., num_dimensions) scores of A minus scores of B at one noise level.
@@ -386,7 +392,7 @@ class Judge:
         return self.backbone.tokens(noisy_latents, conditioning, t, self.taps)
 
     def check_level(self, t: float | Tensor) -> None:
-        """Warn once of heads that were not trained, or not at these noise levels. Arguments as of ``score``."""
+        """Warn, once, that the heads were not trained, or not at these noise levels. Arguments as of ``score``."""
         if not self._warned and self.is_untrained:
             self._warned = warn_untrained()
         if not self._warned:
@@ -395,5 +401,6 @@ class Judge:
 
 
 def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
-    """A pipeline as a backbone; `reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
+    """A pipeline as a backbone. `reads`: where a pipeline has two denoisers, the one that a saved head was trained
+    on."""
     return pipe if isinstance(pipe, Backbone) else Backbone(pipe, reads)

@@ -57,13 +57,13 @@ def label_counts(
 def _targets(labels: Tensor, objective: str, soft: Tensor | None) -> Tensor:
     """(pairs, num_dimensions, outcomes) probabilities of A preferred, tie ("btt" alone) and B preferred.
 
-    All are 0 where there is no label. "bt" leaves the share of ties out, of a soft label as of a hard one.
+    All are 0 where there is no label. "bt" leaves out the tie, and with it that share of a soft label.
     """
     targets = torch.stack([labels == 1, labels == 0, labels == -1], -1).to(labels.dtype)  # NaN equals none of them
     if soft is not None:
         p_a, p_b = soft.to(labels.dtype).unbind(-1)
-        given = torch.stack([p_a, 1 - p_a - p_b, p_b], -1)
-        targets = torch.where(given.isnan().any(-1, keepdim=True), targets, given)
+        soft_targets = torch.stack([p_a, 1 - p_a - p_b, p_b], -1)
+        targets = torch.where(soft_targets.isnan().any(-1, keepdim=True), targets, soft_targets)
     return targets if objective == "btt" else targets[..., ::2]
 
 
@@ -85,10 +85,10 @@ def preference_loss(
 ) -> Tensor:
     """Mean negative log-likelihood of the labels: first over the pairs of each dimension, then over dimensions.
 
-    Of a soft label it is the cross-entropy, -(p_a log P(A > B) + p_tie log P(tie) + p_b log P(B > A)) with p_tie =
-    1 - p_a - p_b; at probabilities of 0 and 1 that is the hard label's, to the bit. A weight multiplies a label's loss,
-    while the mean is over the number of labels whose weight is not 0: a batch of unsure labels teaches less than one of
-    sure ones, and weight 1 is a label without one.
+    For a soft label it is the cross-entropy, -(p_a log P(A > B) + p_tie log P(tie) + p_b log P(B > A)) with p_tie =
+    1 - p_a - p_b; with probabilities of 0 and 1 it equals the hard label's loss to the bit. A weight multiplies a
+    label's loss. The mean still divides by the number of labels, of those whose weight is not 0, so that a batch of
+    unsure labels gives smaller gradients than one of sure labels. A weight of 1 changes nothing.
 
     Dimensions with no label in the batch do not count. A batch without any label gives 0.
 
@@ -112,14 +112,14 @@ def preference_loss(
     targets = _targets(labels, objective, soft)
     labelled, targets = _counted(targets, weights), targets.to(margins.dtype)
     log_p = logsigmoid(torch.stack([margins, -margins], -1)) if objective == "bt" else log_probabilities(margins, eta)
-    # where, not a product alone: log 0 of an outcome that is not in the label must not become NaN; nor must rounding
-    # of p_a + p_b to more than 1 count.
+    # `where`, not a product alone: an outcome of probability 0 must not give 0 * -inf = NaN, and p_a + p_b may be
+    # rounded to more than 1, which makes the tie's probability negative.
     losses = -torch.where(targets > 0, targets * log_p, torch.zeros_like(log_p)).sum(-1)
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * targets.sum(-1) * log_p.mean(-1)
     if weights is not None:
         losses = losses * torch.where(weights.isnan(), 1, weights).to(losses.dtype)
-    # where again: an infinite margin of an unlabelled pair must not become NaN.
+    # `where` again: a pair without a label may have an infinite margin, whose loss must not become NaN.
     losses = torch.where(labelled, losses, torch.zeros_like(losses))
     counts = labelled.sum(0) if counts is None else counts
     return (losses.sum(0) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)

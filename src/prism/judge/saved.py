@@ -30,7 +30,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 @dataclass(frozen=True)
 class SavedJudge:
-    """A judge's folder, read and checked, before it meets a backbone; ``heads`` are (tap, head, share)."""
+    """A judge's folder, read and checked, not yet put onto a backbone; ``heads`` are (tap, head, share)."""
 
     folder: Path
     heads: Sequence[tuple[int, QueryHead, float]]
@@ -123,9 +123,8 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
         _evaluation(folder / "evaluation.json"),
         _reference(folder / "reference.json", dimensions, config.get("weights_sha256")),
     )
-    header = _by_member(
-        files.safetensors_header(weights), several
-    )  # read first: it tells a pickle from a truncated file
+    # Before the tensors: the header tells a pickle from a truncated file.
+    header = _by_member(files.safetensors_header(weights), several)
     for index, (_, head, _) in enumerate(heads):
         stored = header.pop(str(index), {})
         head.check_shapes({name: shape for name, (_, shape) in stored.items()}, weights)
@@ -316,7 +315,7 @@ def _check_plain(value: Any, name: str) -> None:
 
 
 def _evaluation(path: Path) -> list[dict[str, Any]]:
-    """Read the accuracies beside a head; many folders have none, and all of earlier versions."""
+    """Read the accuracies beside a head. Folders of earlier versions, and of heads not yet measured, have none."""
     if not os.path.lexists(path):
         return []
     evaluation = files.read_json(path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism.backbone.wrapping import capture, state_kept
+from prism.backbone.wrapping import capture, state_restored
 from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.lab.contest import Contest
@@ -226,7 +226,7 @@ def _expected_clean(backbone: Any, prompt: str, seeds: Sequence[int], step: int,
         rows = first.conditional(len(seeds))
         states[1] = first.noisy[rows], first.timestep[rows][0]
     else:
-        with state_kept(pipe):  # puts the pipeline's `_interrupt` back
+        with state_restored(pipe):  # puts the pipeline's `_interrupt` back
             pipe(prompts, callback_on_step_end=keep_state, **call)
     noisy, timestep = states[step]
     conditioning = backbone.condition(prompts, **{name: call[name] for name in call if name != "generator"})

@@ -25,7 +25,7 @@ from prism.sampling.search import Search
 from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
 
-DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (the paper's Table 1)
+DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
 
 
 @dataclass
@@ -140,8 +140,8 @@ def best_of_n(
         judge: a `Judge` on this pipeline, or the folder or Hub id of one. None is allowed
             for the strategies none, random and oracle.
         prompt: one text, or a list of them, one run and one result each. None where the pipeline takes none (Stable
-            Video Diffusion), or where the call gives `prompt_embeds` and what goes with them in its place: one row, or
-            one per prompt for as many results.
+            Video Diffusion), or where the call gives embeddings in its place (`prompt_embeds`, masks, pooled vectors):
+            one row, or one per prompt for as many results.
         n: number of candidates, 8 unless `seeds` are given, at most 10,000. Candidate i has seed `seed + i`, or
             `seeds[i]`. If `seed` is None, one is drawn; see `result.seeds`.
         schedule: cuts [(step, keep), ...] of the strategy early, or their text "5:1"; see `prism.sampling.plan`.
@@ -265,8 +265,8 @@ def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter
             ) from None
     latents = None
     if keep_latents:
-        kept = merged(search.team.agree(lambda: search.latents))
-        latents = {candidate.index: value for candidate, value in kept.items() if not candidate.edits}
+        sampled = merged(search.team.agree(lambda: search.latents))
+        latents = {candidate.index: value for candidate, value in sampled.items() if not candidate.edits}
     noise = set().union(*search.team.agree(lambda: search.noise))
     return BestOfNResult(
         top=tuple(Pick(output[0][0], z, c.seed, c.index, output, c.edits) for c, (output, z) in finished.items()),

@@ -69,7 +69,7 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
             stack.enter_context(around(pipe.scheduler, "step", listener.scheduler_step))
             if hasattr(pipe.scheduler, "set_timesteps"):
                 stack.enter_context(around(pipe.scheduler, "set_timesteps", listener.start))
-        yield listener.heard
+        yield listener.scores
 
 
 class _Listener:
@@ -77,7 +77,7 @@ class _Listener:
 
     def __init__(self, backbone: Backbone, judge: Any):
         self.backbone, self.judge = backbone, judge
-        self.heard: list[StepScores] = []
+        self.scores: list[StepScores] = []
         self.step, self.index = 1, 0  # the 1-based step, and the denoiser calls made in it so far
         self.t = math.inf  # of the last denoiser call
         # Tokens of both groups of rows (CFG in one batch) at t: the scheduler's step shows which are conditional.
@@ -116,7 +116,7 @@ class _Listener:
     def _score(self, t: float, tokens: Tokens) -> None:
         if hasattr(self.judge, "check_level"):
             self.judge.check_level(t)
-        self.heard.append(StepScores(self.step, t, self.judge.score_tokens(tokens)))
+        self.scores.append(StepScores(self.step, t, self.judge.score_tokens(tokens)))
 
 
 def _backbone_of(judge: Any, pipe: Any) -> Backbone:

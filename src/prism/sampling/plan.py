@@ -185,9 +185,10 @@ def cut_rows(
 class Workload:
     """The part of a run's cost that its plan does not decide: the number of candidates and the cost of each.
 
+    n: the number of candidates. top_k: the number of them that are finished.
     calls, draft_calls: denoiser passes (groups of rows) per step of the run and of a draft.
-    cfg: guidance as a second call, or as a second group of rows. tap_share: k/L, the share of a row that a judge runs
-    to score one latent by itself. top_k: the number of candidates that are finished. listens: see `cut_rows`.
+    cfg: guidance as a second call, or as a second group of rows.
+    tap_share: k/L, the share of a row that a judge runs to score one latent by itself. listens: see `cut_rows`.
     """
 
     n: int

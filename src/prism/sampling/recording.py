@@ -1,4 +1,4 @@
-"""Recordings of a candidate's denoiser outputs, each given again only for the inputs it was computed from."""
+"""Recordings of a candidate's denoiser outputs, each used again only for the inputs that it was computed from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from prism.backbone.denoiser_call import DenoiserCall, flattened
 from prism.backbone.fingerprint import weights_bits
-from prism.backbone.patches import giving, values_of
+from prism.backbone.patches import unless_it_looks, values_of
 
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, str, type(None))
-_HOLDERS = (list, tuple, dict)
+_CONTAINERS = (list, tuple, dict)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 
 
@@ -27,11 +27,13 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "for
 class Inputs:
     """Digest of the inputs from which one candidate's rows of a denoiser call are computed.
 
-    moment: a hash of the timestep alone; a recording without this moment need not be searched. exact: SHA-256 of all
-    but the values of floating-point rows: the denoiser and its switches (see `switched`), the arguments that all rows
-    share, names, shapes, dtypes, timesteps, integers. bits: a hash of each floating-point argument, to the bit. sums:
-    means and root mean squares of its parts, (arguments, 2, CHUNKS). tolerance: the most that rounding changes them
-    by, (arguments,). single: True if the call was of this candidate only.
+    moment: hash of the timestep alone; a recording without this moment need not be searched.
+    exact: SHA-256 of all but the values of floating-point rows: the denoiser and its switches (see `switched`), the
+        arguments that all rows share, names, shapes, dtypes, timesteps, integers.
+    bits: a hash of each floating-point argument, to the bit.
+    sums: (arguments, 2, CHUNKS) means and root mean squares of parts of each floating-point argument.
+    tolerance: (arguments,) the largest change of `sums` by rounding.
+    single: True if the call was of this candidate only.
     """
 
     moment: int
@@ -74,8 +76,8 @@ class Recording:
 
     def find(self, inputs: Inputs) -> Tensor | None:
         """The output that was recorded for these inputs, or None."""
-        for kept, output in self._outputs.get(inputs.exact, ()):
-            if kept.same(inputs):
+        for recorded, output in self._outputs.get(inputs.exact, ()):
+            if recorded.same(inputs):
                 return output
         return None
 
@@ -156,7 +158,7 @@ def switched(denoiser: nn.Module) -> str:
     for module in denoiser.modules():
         values = vars(module)
         switches += [v for name, v in values.items() if type(v) in _PLAIN and name not in _MODULE_ATTRIBUTES]
-        switches += [v for v in values.values() if type(v) in _HOLDERS and _is_plain(v)]
+        switches += [v for v in values.values() if type(v) in _CONTAINERS and _is_plain(v)]
         registry, forward, processor = values.get("_diffusers_hook"), values.get("forward"), values.get("processor")
         hooks = () if registry is None else registry.hooks  # diffusers adds an empty registry at the first call
         if hooks or forward is not None or values["_forward_hooks"] or values["_forward_pre_hooks"]:
@@ -182,7 +184,7 @@ def state_of(denoisers: Sequence[nn.Module]) -> str:
             digest.update(_held({name: v for name, v in values.items() if isinstance(v, Tensor)}).encode())
             digest.update(_held([values["_buffers"], values.get("forward"), values.get("processor")]).encode())
             hooks = (*values["_forward_pre_hooks"].values(), *values["_forward_hooks"].values())
-            digest.update(_held(list(map(giving, hooks))).encode())
+            digest.update(_held(list(map(unless_it_looks, hooks))).encode())
     return digest.hexdigest()
 
 
@@ -219,7 +221,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A text that is equal for equal values; of objects neither tensor nor plain, the class."""
+    """A text that is equal for equal values; an object that is neither a tensor nor plain gives its class's name."""
     if isinstance(value, Tensor):
         whole = value.detach().flatten()[None]
         return f"{value.dtype} {tuple(value.shape)} {_bits(whole).item()}"

@@ -1,4 +1,4 @@
-"""One stock pipeline call of several candidates: gated, recorded, and answered from recordings."""
+"""Intercept one stock pipeline call of several candidates: gate it, record it, and answer it from recordings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from prism.backbone.wrapping import StopCall, around, around_module, run_until_s
 def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
     """Raise PrismError if the scheduler's steps draw noise that does not depend on a candidate's seed.
 
-    That is tried: a copy of the scheduler makes two steps on zeros. A step that takes a generator is given one, as in a
+    To find out, a copy of the scheduler makes two steps on zeros. A step that takes a generator is given one, as in a
     search, except where the pipeline steps copies of its scheduler (`counts_steps_by_calls`). A replaced method of the
     scheduler whose result depends on earlier calls is refused too.
     """
@@ -84,6 +84,7 @@ def reproduction(prompts: bool, candidate: Candidate, noise: set[str]) -> str:
 
     Args:
         prompts: True if the pipeline takes a prompt.
+        candidate: the winner.
         noise: the sources of the noise that the scheduler's steps drew, see `Interceptor`.
     """
     seed = candidate.seed
@@ -242,7 +243,7 @@ class Interceptor:
     # -- the scheduler and the user's callback
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """Make a step of the scheduler, lend it a generator if it has none, and see which generators it drew from.
+        """Make a step of the scheduler, lend it a generator if it has none, and note which generators it drew from.
 
         A step that takes a generator and is given none would draw its noise from the global one. It is lent the
         candidates' own generators, so that a candidate depends on its seed alone, however the search is batched.

@@ -193,17 +193,17 @@ class Search:
         self, candidates: list[Candidate], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
     ) -> list[Candidate]:
         """The survivors of all cuts (step, keep), in one call of all the candidates that ends at the last cut."""
-        keeps, last, kept = dict(cuts), cuts[-1][0], candidates
+        keeps, last, survivors = dict(cuts), cuts[-1][0], candidates
 
         def on_cut(
             step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor
         ) -> list[Candidate] | None:
-            nonlocal kept
-            kept = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living)
-            return None if step == last else kept
+            nonlocal survivors
+            survivors = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living)
+            return None if step == last else survivors
 
         self._run_until(candidates, {step: probed[step] for step in keeps}, on_cut)
-        return kept
+        return survivors
 
     def _run_until(self, candidates: list[Candidate], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
         """One call of the candidates, which `on_cut` must end at one of the cuts."""
@@ -234,10 +234,18 @@ class Search:
     ) -> list[Candidate]:
         """The best `keep` candidates by weighted score, best first. The cut is added to `self.scores`.
 
-        scores: a row of values per candidate. names: the columns of it, with their `weights`; by default the judge's.
-        alive: the candidates before the cut; those without scores were dropped. The recordings of losers are deleted,
-        and the candidates kept are distributed evenly over the processes. Raises PrismError if fewer than `top_k`
-        candidates have scores.
+        The recordings of losers are deleted, and the survivors are distributed evenly over the processes.
+
+        Args:
+            step, t: step and noise level of the cut, for the record.
+            scores: a row of values per candidate.
+            keep: number of survivors.
+            alive: the candidates before the cut; those without scores were dropped.
+            names: the columns of `scores`; by default the judge's dimensions.
+            weights: by name; by default the run's.
+
+        Raises:
+            PrismError: if fewer than `top_k` candidates have scores.
         """
         names, weights = names or self.judge.dimensions, self.weights if weights is None else weights
         if len(scores) < self.top_k:
@@ -297,7 +305,7 @@ class Search:
         warnings.warn(f"The candidate with seed {candidate.seed} is dropped: {reason}.", stacklevel=2)
 
     def too_few(self) -> PrismError:
-        """The error that fewer than `top_k` candidates are left."""
+        """The error for a search in which fewer than `top_k` candidates are left."""
         few = "No candidate has" if self.top_k == 1 else f"Fewer than the {self.top_k} candidates of top_k have"
         seeds = ", ".join(str(c.seed) for c in self.candidates[:8]) + (", ..." if len(self.candidates) > 8 else "")
         return PrismError(

@@ -1,4 +1,4 @@
-"""One stock call of one seed, kept: its final latents, states on the way, and the clean latents predicted there."""
+"""Record one stock call of one seed: its final latents, noisy states on the way, and the clean latents predicted."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def candidate_seed(seed: int, prompt: str, index: int) -> int:
 
 
 class Trajectory(NamedTuple):
-    """What one call left, on the CPU, in the dtypes that the pipeline computed in.
+    """The latents of one call, on the CPU, in the dtypes that the pipeline computed in.
 
-    latents: (...) final ones, normalised, in the layout of the sampling loop. states: (S, ...) as the denoiser took
-    them at the recorded steps. t: (S,) float32, their noise levels in [0, 1000]. predicted: (S, ...) the clean latents
-    that the guided denoiser predicted there. The last three are None where nothing was recorded.
+    latents: (...) final latents, normalised, in the layout of the sampling loop.
+    states: (S, ...) noisy latents that the denoiser took at the S recorded steps; None where nothing was recorded.
+    t: (S,) float32, noise levels of the states in [0, 1000], or None.
+    predicted: (S, ...) clean latents that the guided denoiser predicted at these steps, or None.
     """
 
     latents: Tensor
@@ -56,8 +57,8 @@ def sample(
         predicted: keep the predicted clean latents at these steps too.
 
     Raises:
-        PrismError: for steps that the call does not make, or whose predictions the scheduler does not tell; for a
-            scheduler that draws noise which no seed decides.
+        PrismError: for steps that the call does not make, or from which no prediction can be read; for a scheduler
+            whose noise no seed decides.
     """
     recorder = _Recorder(backbone, Candidate(0, seed), steps, predicted and bool(steps))
     arguments = {**call, "generator": generator_of(seed), "output_type": "latent"}
@@ -99,7 +100,7 @@ class _Recorder(Interceptor):
         self.steps, self.predicts, self.last = frozenset(steps), predicts, 0
         self.states: dict[int, Tensor] = {}
         self.levels: dict[int, float] = {}
-        self.shown: Conditioning | None = None
+        self.condition: Conditioning | None = None
         self.predicted: dict[int, Tensor] = {}
 
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +112,7 @@ class _Recorder(Interceptor):
             axis = layout.channel_axis(self.backbone.family.layout)
             noisy = noisy.narrow(axis, 0, self.backbone.family.channels(call.config, noisy))
             self.states[self.step] = noisy[0].detach().to("cpu", copy=True)
-            self.shown = Conditioning.of(call, call.conditional(1), type(self.backbone.pipe))
+            self.condition = Conditioning.of(call, call.conditional(1), type(self.backbone.pipe))
             self.levels[self.step] = call.t(self.backbone.pipe.scheduler)
         return output
 
@@ -127,7 +128,7 @@ class _Recorder(Interceptor):
         return output
 
     def _with_condition(self, clean: Tensor, state: Tensor) -> Tensor:
-        """Predicted latents in the denoiser's layout, with a condition's frames, which the denoiser takes clean."""
+        """Predicted latents in the denoiser's layout, completed by a condition's frames, which it is given clean."""
         form = self.backbone.family.layout
         if layout.is_packed(form) and clean.ndim == 5:
             clean = layout.pack(clean, form)
@@ -136,6 +137,6 @@ class _Recorder(Interceptor):
         missing = state.shape[axis] - clean.shape[axis]
         if missing > 0:  # the scheduler is given all frames but the first
             clean = torch.cat([state.narrow(axis, 0, missing).to(clean), clean], axis)
-        if self.shown is not None and self.shown.given is not None and self.shown.kept is not None:
-            clean = torch.where(self.shown.given, self.shown.kept.to(clean.dtype), clean)
+        if self.condition is not None and self.condition.given is not None and self.condition.kept is not None:
+            clean = torch.where(self.condition.given, self.condition.kept.to(clean.dtype), clean)
         return clean
