@@ -36,11 +36,12 @@ def pairwise_accuracy(
     Args:
         labels: (n,) 1 (A preferred), -1 (B preferred) or 0 (tie).
         margins: (n,) score of A minus score of B.
-        threshold: margins up to it are called ties; a negative one calls none. None: the best one on these very pairs,
-            which flatters the judge; choose it on validation pairs and pass it for an honest figure.
-        method: ``"exact"`` tries every threshold, none included, and moves equal margins together.
-            ``"videoalign"`` gives what the public evaluator of VideoGen-RewardBench gives: it never tries to call no
-            tie, and reads the accuracy in between equal margins, so that its value depends on the order of the pairs.
+        threshold: margins of at most this size are called ties, none where it is negative. None: the best threshold on
+            these very pairs, which flatters the judge; for an honest figure pass one that was chosen on validation
+            pairs.
+        method: ``"exact"`` tries every threshold, and none, and treats equal margins alike. ``"videoalign"`` gives the
+            figure of VideoGen-RewardBench's public evaluator, which always calls at least one tie and may put a
+            threshold between equal margins, so that it depends on the order of the pairs.
 
     Raises:
         PrismError: on labels other than 1, -1 and 0, margins that are not finite, or lengths that differ.

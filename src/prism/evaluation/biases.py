@@ -1,5 +1,5 @@
-"""Bias probes: how often a judge prefers the longer, brighter, ... of two clips, against how often people do, and
-whether it minds which clip comes first.
+"""Bias probes: how often a judge prefers the longer, brighter, ... of two clips, compared with how often people do, and
+a test that the order of the two does not matter.
 
 People may well prefer brighter clips; a judge is biased where it does so more often than they do, on the same pairs.
 """
@@ -25,10 +25,10 @@ DIFFERENT = 0.05
 
 
 def bias_rows(measured: Measurement) -> list[BiasRow]:
-    """The "biases" rows of metrics.json: one per noise level, dimension and probe that has decided pairs to tell of.
+    """The "biases" rows of metrics.json: one per noise level, dimension and probe with decided pairs to count.
 
-    Both shares are of the same decided pairs, of clips that differ by more than `DIFFERENT`; a margin of zero is half
-    a preference.
+    The judge's share and people's are of the same decided pairs, of clips that differ by more than `DIFFERENT`. A
+    margin of zero counts as half a preference.
     """
     rows: list[BiasRow] = []
     seed, units = measured.settings["seed"], measured.about.get("units", {})
@@ -64,7 +64,7 @@ def bias_rows(measured: Measurement) -> list[BiasRow]:
 
 
 def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,) bool: both numbers are there and differ by more than `DIFFERENT` of the larger one."""
+    """(n,) bool: neither number is NaN, and they differ by more than `DIFFERENT` of the larger one."""
     with np.errstate(invalid="ignore"):
         mask: np.ndarray = np.abs(a - b) > DIFFERENT * np.maximum(np.abs(a), np.abs(b))
     return mask
@@ -73,8 +73,8 @@ def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def swap_test(judge: Scorer, store: LatentStore, split: str = "test", t: float = 699, seed: int = 0) -> SwapRow:
     """Score pairs as (A, B), and again as (B, A): the "swap" row of metrics.json.
 
-    A judge that scores each video by itself has margins that turn their sign whatever the order; this looks whether it
-    does. Of the split's first `SWAPPED` pairs, on one noise draw, both videos in one batch where their shapes allow it.
+    The margin of a judge that scores each video by itself changes its sign alone; this tests that it does, on the
+    split's first `SWAPPED` pairs and one noise draw, with both videos in one batch where their shapes allow it.
     """
     rows = store.pairs.filter([each == split for each in store.pairs["split"].to_pylist()]).slice(0, SWAPPED)
     margins = [

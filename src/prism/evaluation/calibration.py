@@ -1,7 +1,8 @@
-"""Calibration: how far a judge's probabilities of A, tie and B (Eq. 3-4) are those of the labels, and its correction.
+"""Calibration: measure how well a judge's probabilities of A, tie and B (Eq. 3-4) match the labels, and correct them.
 
-A head that overfits its training pairs is too sure, and its eta was set, not learned. Both are corrected on validation
-pairs by maximum likelihood: margins are divided by a temperature, and eta is fitted with it. No ranking changes.
+A head that overfits its training pairs is too sure, and its eta is a setting, not learned. Both are corrected on
+validation pairs by maximum likelihood: margins are divided by a temperature, and eta is fitted with it. No ranking
+changes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Calibration:
     eta: float
     """Tie threshold of Eq. 3-4 that goes with the divided margins."""
     tie_threshold: float
-    """Undivided |margin| up to which calling a tie is right most often; -1: never call one."""
+    """|margin|, before the division, up to which a pair is best called a tie; -1: never."""
 
 
 def nll(labels: ArrayLike, margins: ArrayLike, eta: float, temperature: float = 1.0) -> float:
@@ -49,8 +50,8 @@ def nll(labels: ArrayLike, margins: ArrayLike, eta: float, temperature: float = 
 def calibration_error(labels: ArrayLike, margins: ArrayLike, eta: float, temperature: float = 1.0) -> float:
     """Expected calibration error of P(A preferred), in [0, 1].
 
-    Each pair counts both ways round, so that which video is called A does not matter. The probabilities go into
-    equally full bins; the error is the mean over them of |mean probability - share of pairs where A was preferred|.
+    Each pair counts in both orders, so that it does not matter which video is called A. The probabilities go into
+    equally full bins; the error is the mean over bins of |mean probability - share of pairs in which A was preferred|.
     """
     y, m = np.asarray(labels, dtype=np.float64), np.asarray(margins, dtype=np.float64)
     y, m = np.concatenate([y, -y]), np.concatenate([m, -m])
@@ -59,16 +60,17 @@ def calibration_error(labels: ArrayLike, margins: ArrayLike, eta: float, tempera
 
 
 def _bins(p: np.ndarray) -> list[np.ndarray]:
-    """Places of probabilities (n,) by rising probability, in equally full bins."""
+    """Indices of probabilities (n,), sorted by probability, in equally full bins."""
     return np.array_split(np.argsort(p, kind="stable"), min(BINS, len(p)))
 
 
 def _error(p: np.ndarray, outcomes: np.ndarray) -> float:
+    """Expected calibration error of probabilities (n,) of outcomes (n,), which are 0, 1 or shares."""
     return float(sum(abs(p[part].sum() - outcomes[part].sum()) for part in _bins(p)) / len(p))
 
 
 def _curve(p: np.ndarray, outcomes: np.ndarray) -> list[list[float]]:
-    """[mean probability, share that came true, number] per bin."""
+    """[mean probability, mean outcome, number of pairs] per bin."""
     return [[float(p[part].mean()), float(outcomes[part].mean()), len(part)] for part in _bins(p)]
 
 
@@ -88,11 +90,11 @@ def fit(labels: ArrayLike, margins: ArrayLike) -> Calibration:
         raise PrismError("A judge is calibrated on decided pairs with margins other than zero; there are none.")
 
     def loss(parameters: np.ndarray) -> float:
-        slope, log_rest = parameters  # margins are scaled by slope / spread; slope 0 fits a judge without any signal
+        slope, log_rest = parameters  # margins times slope / spread, eta = 1 + exp(log_rest)
         return nll(y, m * (slope / spread), 1 + math.exp(np.clip(log_rest, -12, 12)))
 
     optimum = minimize(loss, np.array([1.0, 0.0]), method="Nelder-Mead", options={"xatol": 1e-5, "fatol": 1e-10}).x
-    slope = max(float(optimum[0]) / spread, 1e-6)  # positive: a judge that is mostly wrong keeps its order of videos
+    slope = max(float(optimum[0]) / spread, 1e-6)  # positive, so that calibration reverses no ranking
     eta = 1 + math.exp(float(np.clip(optimum[1], -12, 12)))
     return Calibration(1 / slope, eta, pairwise_accuracy(y, m).threshold)
 
@@ -103,8 +105,8 @@ def calibrate(judge: Judge, measured: Measurement) -> list[dict[str, Any]]:
     Sets ``judge.calibration``, which ``Judge.probabilities`` uses and ``save_pretrained`` keeps.
 
     Returns:
-        One row per dimension: dimension, pairs, temperature, eta, tie_threshold, and of P(A preferred) before and
-        after, on these very pairs: nll_before, nll_after, calibration_error_before, calibration_error_after.
+        One row per dimension: dimension, pairs, temperature, eta, tie_threshold, and, on these very pairs,
+        nll_before, nll_after, calibration_error_before, calibration_error_after (of P(A preferred)).
     """
     rows = []
     for dimension, (labels, margins) in margins_of(measured).items():
@@ -123,7 +125,7 @@ def margins_of(measured: Measurement) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 
 def reliability(labels: ArrayLike, margins: ArrayLike, eta: float, fitted: Mapping[str, float]) -> dict[str, float]:
-    """Likelihood and calibration error on some pairs, before a calibration and after it."""
+    """Negative log-likelihood and calibration error on some pairs, before a calibration and after it."""
     after = (fitted["eta"], fitted["temperature"])
     return {
         "nll_before": nll(labels, margins, eta),
@@ -141,8 +143,8 @@ DRAWS = 200
 def reliability_rows(measured: Measurement) -> list[ReliabilityRow]:
     """The "reliability" rows of metrics.json: one per noise level and dimension.
 
-    Of pairs with probabilities in place of a label (soft labels) these are what came true. A temperature and eta that
-    fit the validation pairs of the same level are shown beside the judge's, where there are such pairs.
+    For pairs with soft labels the outcomes are their probabilities. Where there are validation pairs at the same level,
+    "refitted" holds the temperature and eta that fit these, for comparison with the judge's.
     """
     about, rows = measured.about, []
     seed, split = measured.settings["seed"], measured.settings["split"]
@@ -155,7 +157,7 @@ def reliability_rows(measured: Measurement) -> list[ReliabilityRow]:
         log_p = _log_p(block, eta, temperature)
         p, losses = np.exp(log_p), _losses(outcomes, log_p)
         shares = outcomes.mean(0)
-        shares[[0, 2]] = (shares[0] + shares[2]) / 2  # which video is called A means nothing
+        shares[[0, 2]] = (shares[0] + shares[2]) / 2  # which video is called A is arbitrary
         sides = np.concatenate([p[:, 0], p[:, 2]]), np.concatenate([outcomes[:, 0], outcomes[:, 2]])
         row: ReliabilityRow = {
             "judge": measured.judge,
@@ -198,7 +200,7 @@ def _log_p(block: Block, eta: float, temperature: float) -> np.ndarray:
 
 
 def _outcomes(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) shares of A preferred, tie and B preferred, 0 or 1 of a hard label; (n,) bool: those of a soft one."""
+    """(n, 3) shares of A preferred, tie and B preferred, 0 or 1 for a hard label; (n,) bool, True for soft labels."""
     hard = np.stack([block.labels == 1, block.labels == 0, block.labels == -1], 1).astype(np.float64)
     p_a, p_b = block.numbers["p_a"], block.numbers["p_b"]
     soft = ~np.isnan(p_a)
@@ -212,7 +214,7 @@ def _losses(outcomes: np.ndarray, log_p: np.ndarray) -> np.ndarray:
 
 
 def _by_chance(p: np.ndarray, seed: int) -> float:
-    """The calibration error that probabilities (n, 3) have on average of hard labels that are drawn by them."""
+    """The mean calibration error of probabilities (n, 3) against hard labels that are drawn from them."""
     generator = np.random.default_rng(seed)
     sides = np.concatenate([p[:, 0], p[:, 2]])
     bins, errors = _bins(sides), []

@@ -21,34 +21,34 @@ def compare_judges(
 ) -> list[ComparisonRow]:
     """The accuracy of one judge minus another's, on the same pairs under the same noise.
 
-    The interval is a paired bootstrap's: it resamples the differences pair by pair, whole prompts at a time, so that
-    pairs which are hard for both judges do not widen it.
+    The interval is a paired bootstrap: it resamples the differences of pairs, whole prompts at a time, so that pairs
+    which are hard for both judges do not widen it.
 
     Args:
-        one, other: measurements on the same split, levels, draws and seed. Several of one judge (heads of several
-            seeds) count as their mean: the share of them that is right about a pair.
+        one, other: measurements on the same split, levels, draws and seed. Several measurements of one judge (heads of
+            several seeds) count as their mean: the share of the heads that are right about a pair.
         seed: of the resampling.
         any_draws: let the two differ in the number of noise draws that a score is averaged over.
 
     Returns:
         The "judge_comparison" rows of metrics.json, one per t and dimension that both have: judge, against, set, t,
         dimension, difference (accuracy without ties of `one` minus `other`'s), ci95 (None below 10 prompts), pairs
-        (decided), prompts; of two single judges also better and worse (pairs that one of them alone is right about)
-        and mcnemar_p, the exact two-sided p of McNemar's test, which takes pairs for independent as ci95 does not.
+        (decided), prompts. For two single judges also better and worse (pairs that `one` or `other` alone is right
+        about) and mcnemar_p, the exact two-sided p of McNemar's test, which, unlike ci95, assumes independent pairs.
 
     Raises:
         PrismError: where the two were not measured alike.
     """
     seed, any_draws = whole("seed", seed, 0, SEEDS), flag("any_draws", any_draws)
     ours, theirs = _several(one), _several(other)
-    kept = [
+    compared = [
         {name: value for name, value in measured.settings.items() if not (any_draws and name == "num_draws")}
         for measured in [*ours, *theirs]
     ]
-    for settings in kept:
-        if settings != kept[0]:
+    for settings in compared:
+        if settings != compared[0]:
             raise PrismError(
-                f"Judges are compared under the same noise on the same split, found {kept[0]} and {settings}; "
+                f"Judges are compared under the same noise on the same split, found {compared[0]} and {settings}; "
                 "measure both alike."
             )
     left, right = [measured.decided() for measured in ours], [measured.decided() for measured in theirs]
@@ -94,7 +94,7 @@ def _several(measured: Measurement | Sequence[Measurement]) -> list[Measurement]
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Exact two-sided p of as many pairs that one judge alone is right about, if both judges were alike."""
+    """Exact two-sided p of these numbers of pairs that one judge alone is right about, if both judges were equal."""
     from scipy import stats
 
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0

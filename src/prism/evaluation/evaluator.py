@@ -70,29 +70,30 @@ def measure(
 ) -> Measurement:
     """A judge's accuracy on a split of a store, with its margin on every pair.
 
-    Each video is noised by its own draw, a function of (seed, video, t, draw), so that a figure does not depend on
-    which other videos or levels are evaluated beside it, and all judges see the same noise. Each (video, t, draw) costs
-    a `Judge` one truncated forward pass.
+    Each video gets noise of its own, a function of (seed, video, t, draw), so that a figure does not depend on the
+    other videos or levels that are evaluated, and all judges see the same noise. Each (video, t, draw) costs a `Judge`
+    one truncated forward pass.
 
     Args:
-        judge: a judge; those of its dimensions that the store has labels of are measured, and a warning names others.
+        judge: a judge; its dimensions that the store has labels of are measured, and a warning names the others.
         store: opened store, or its folder.
         split: the pairs to measure on. Those of "validation" choose ``with_ties_validation_threshold``'s threshold.
         timesteps: noise levels in [0, 1000], 0 clean; None: those of the paper's Table 1 at which the pipeline uses the
             denoiser that the judge reads.
-        num_draws: noise draws a video's score is averaged over; at t = 0 one is all there is.
+        num_draws: noise draws that a video's score is averaged over; at t = 0, without noise, it is one.
         seed: of noise and bootstrap.
         batch_size: videos in one forward pass; halved, with a warning, where memory runs out.
         progress: show a progress bar (on a terminal).
-        team: the processes that share the videos, all of which call this and get the same; None: this one alone.
+        team: the processes that share the videos; all of them call this and get the same result. None: this one alone.
         decode: decode the videos whose brightness and motion the store does not hold, for `bias_rows`.
 
     Returns:
-        Its ``rows``, one per t and dimension, are the "accuracy" rows of metrics.json: judge, head_seed, source, t,
-        log_snr, set, dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on this very split, for
-        comparison with published figures), with_ties_validation_threshold, with_ties_model_rule (Eq. 3-4's own rule,
-        untuned), pairs and prompts (all labelled, ties included), decided_pairs and decided_prompts (those that
-        without_ties and its interval are of). None where there is nothing to measure; no interval below 10 prompts.
+        The measurement. Its ``rows``, one per t and dimension, are the "accuracy" rows of metrics.json: judge,
+        head_seed, source, t, log_snr, set, dimension, without_ties, without_ties_ci95, with_ties (threshold tuned on
+        this very split, for comparison with published figures), with_ties_validation_threshold, with_ties_model_rule
+        (the rule of Eq. 3-4, untuned), pairs and prompts (all labelled, ties included), decided_pairs and
+        decided_prompts (counted for without_ties and its interval). A value is None where there is nothing to measure,
+        and an interval below 10 prompts.
 
     Raises:
         PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
@@ -118,8 +119,8 @@ def measure(
     videos = sum(len(group.videos) for group in everything)
     total, label = sum(draws for _, draws in passes) * videos, f"evaluate {judge.name}"
     team = Team() if team is None else team
-    shown = None if progress and team.first else True
-    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=shown) as bar:
+    hidden = None if progress and team.first else True
+    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=hidden) as bar:
         scored = score_levels(judge, store, everything, passes, seed, batch_size, bar, team)
     facts, units = facts_of(store, [video for video, _ in videos_of(everything)])
     if decode:
@@ -156,10 +157,10 @@ def check_judge(judge: Any) -> None:
 
 
 def _labelled(judge: Scorer, store: LatentStore) -> dict[str, int]:
-    """The judge's dimensions that the store has labels of, with their places among its scores."""
-    places = {name: place for place, name in enumerate(judge.dimensions) if name in store.dimensions}
-    missing = [name for name in judge.dimensions if name not in places]
-    if not places:
+    """The judge's dimensions that the store has labels of, each with its column among the scores."""
+    columns = {name: column for column, name in enumerate(judge.dimensions) if name in store.dimensions}
+    missing = [name for name in judge.dimensions if name not in columns]
+    if not columns:
         raise PrismError(
             f"The judge scores {', '.join(judge.dimensions)}, and the pairs of {store.folder} have labels of "
             f"{', '.join(store.dimensions) or 'nothing'}; measure a judge that scores one of these."
@@ -170,7 +171,7 @@ def _labelled(judge: Scorer, store: LatentStore) -> dict[str, int]:
             "left out.",
             stacklevel=3,
         )
-    return places
+    return columns
 
 
 def _levels(judge: Scorer, timesteps: Sequence[float] | None) -> tuple[float, ...]:
@@ -207,8 +208,8 @@ def score_levels(
 ) -> list[dict[str, np.ndarray]]:
     """Scores of the groups' videos, one dict per level as `score_videos` returns it.
 
-    passes: (level, number of noise draws at it) pairs.
-    team: the processes that share the batches; the batches, and with them the scores, are those of one process.
+    passes: pairs of a level and the number of noise draws at it.
+    team: the processes that share the batches. Batches and scores are the same for any number of processes.
 
     A batch is scored at all levels before the next one: its latents are read and its prompts encoded once.
     """
@@ -248,7 +249,7 @@ def score_levels(
 
 
 def batches_of(store: LatentStore, videos: Sequence[Video], batch_size: int) -> list[list[Video]]:
-    """Videos in batches of one kind (shape of latents, call and image), at most `batch_size` each, in order."""
+    """Videos in batches of at most `batch_size`, each of one kind (shape of latents, call, image), in order."""
     buckets: dict[int, list[Video]] = {}
     for kind, video in zip(store.kinds(video for video, _ in videos).tolist(), videos):
         buckets.setdefault(kind, []).append(video)
@@ -256,7 +257,7 @@ def batches_of(store: LatentStore, videos: Sequence[Video], batch_size: int) -> 
 
 
 def scores_of(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: Tensor, t: float) -> np.ndarray:
-    """Scores (rows, num_dimensions) float64, all finite, of a batch of one call whose latents are at level t."""
+    """Scores (rows, num_dimensions) float64, all finite, of a batch of videos of one call, noised to level t."""
     videos, prompts = [video for video, _ in batch], [prompt for _, prompt in batch]
     call = store.call_of(videos[0])
     try:
@@ -275,7 +276,7 @@ def scores_of(judge: Scorer, store: LatentStore, batch: Sequence[Video], noisy: 
 
 
 def check_call(backbone: Any, store: LatentStore, prompt: str, call: Mapping[str, Any] | None = None) -> None:
-    """Raise PrismError where the pipeline does not take a call of the store (None: that of most videos)."""
+    """Raise PrismError where the pipeline does not take a call of the store; None: the call that most videos have."""
     try:
         backbone.condition([prompt], **(store.call if call is None else call))
     except PrismError:
@@ -296,7 +297,7 @@ def videos_of(groups: Sequence[PromptGroup]) -> list[Video]:
 
 
 def noised(backbone: Any, latents: Tensor, videos: Sequence[str], t: float, draw: int = 0, seed: int = 0) -> Tensor:
-    """Latents (B, ...) of some videos at level t, each under a draw of its own (Eq. 1)."""
+    """Latents (B, ...) of some videos at level t, each with noise of its own (Eq. 1)."""
     drawn = torch.stack([noise(latents.shape[1:], seed, video, t, draw) for video in videos])
     noisy: Tensor = backbone.add_noise(latents, t, drawn)
     return noisy

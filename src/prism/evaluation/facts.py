@@ -1,7 +1,8 @@
 """Facts of clips that a judge may be biased by: length, rate, resolution, brightness, motion.
 
-They come from columns of the store's videos, which `prism encode` writes; length and resolution else from the call of
-each video. Brightness and motion are measured on frames: of latents they would be another thing for each VAE.
+They come from columns of the store's videos, which `prism encode` writes. Where these are missing, length and
+resolution come from the call of each video. Brightness and motion are measured on frames, as latents of different VAEs
+cannot be compared.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ PROBES = tuple(COLUMNS)
 
 
 def facts_of(store: LatentStore, videos: Iterable[str]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Facts of videos, probe -> video -> number, as far as the store has them; and the unit of each probe."""
-    wanted = set(videos)
+    """Facts of videos, probe -> video -> number, as far as the store has them, and the unit of each probe."""
+    requested = set(videos)
     ids = store.videos["video"].to_pylist()
     facts: dict[str, dict[str, float]] = {}
     units: dict[str, str] = {}
@@ -41,13 +42,13 @@ def facts_of(store: LatentStore, videos: Iterable[str]) -> tuple[dict[str, dict[
             facts[probe] = {
                 video: value
                 for video, value in zip(ids, values)
-                if value is not None and np.isfinite(value) and video in wanted
+                if value is not None and np.isfinite(value) and video in requested
             }
             units[probe] = unit
-    asked = (("length", "frames", ("num_frames",)), ("resolution", COLUMNS["resolution"][1], ("height", "width")))
-    for probe, unit, names in asked:
+    fallbacks = (("length", "frames", ("num_frames",)), ("resolution", COLUMNS["resolution"][1], ("height", "width")))
+    for probe, unit, names in fallbacks:
         if not facts.get(probe):
-            calls = {video: store.call_of(video) for video in ids if video in wanted}
+            calls = {video: store.call_of(video) for video in ids if video in requested}
             facts[probe] = {
                 video: float(np.prod([call[name] for name in names]))
                 for video, call in calls.items()
@@ -80,7 +81,11 @@ def decoded_facts(
     facts: Mapping[str, Mapping[str, float]],
     team: Team,
 ) -> dict[str, dict[str, float]]:
-    """Brightness and motion of all (video, prompt); where one of them is missing, of decoded frames."""
+    """Brightness and motion of all videos, probe -> video -> number, measured on decoded frames where `facts` lacks
+    them.
+
+    videos: (video, prompt) each. team: the processes that share the decoding.
+    """
     probes = ("brightness", "motion")
     lacking = [each for each in videos if not all(each[0] in facts.get(probe, {}) for probe in probes)]
     mine = lacking[team.rank :: team.size]

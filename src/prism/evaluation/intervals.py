@@ -1,4 +1,4 @@
-"""Intervals of figures of pairs, which share prompts and videos and so are not independent."""
+"""Confidence intervals of figures over pairs, which are not independent, as they share prompts and videos."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prism.errors import SEEDS, PrismError, instance, quoted, whole
 
 MOST_RESAMPLES = 1_000_000
 FEWEST_PROMPTS = 10
-"""Fewest prompts for an interval: with fewer even a widened one covers less than it says, with one it is a point."""
+"""Fewest prompts for an interval: with fewer even a widened one covers less than 95 %, and with one it is a point."""
 MANY_PROMPTS = 30
-"""Prompts from which on the percentiles of the bootstrap are taken as they are. Below they are widened."""
+"""With fewer prompts than these the percentiles of the bootstrap are widened."""
 FEWEST_VIDEOS = 60
-"""Fewest videos for an interval over videos (benchmarks/coverage.py says how far it is from 95 % with as many)."""
+"""Fewest videos for an interval over videos; benchmarks/coverage.py measures its coverage with as many."""
 
 
 def clustered_bootstrap(
@@ -26,10 +26,10 @@ def clustered_bootstrap(
     seed: int = 0,
     draws: int = 2000,
 ) -> tuple[float, float]:
-    """95 % percentile interval of a statistic by resampling whole prompts, as the pairs of one are not independent.
+    """95 % percentile interval of a statistic by resampling whole prompts, as pairs of one prompt are not independent.
 
-    `scipy.stats.bootstrap` of sums per prompt is the same with other draws; its BCa covers no better here. Of less than
-    `MANY_PROMPTS` clusters the percentiles are widened as Student's t is (Hesterberg 2015, section 4.3).
+    It equals `scipy.stats.bootstrap` of sums per prompt but for the random draws; BCa intervals cover no better here.
+    With fewer than `MANY_PROMPTS` clusters the percentiles are widened by Student's t (Hesterberg 2015, section 4.3).
 
     Args:
         values: (n,) or (n, k), one row per pair or candidate. To compare two judges pass their difference, row by row.
@@ -63,7 +63,7 @@ def clustered_bootstrap(
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     with np.errstate(invalid="ignore", divide="ignore"):
         results = numbers("What the statistic gives", statistic(times @ sums))
-    results = results[np.isfinite(results)]  # a resample may hold no row that counts
+    results = results[np.isfinite(results)]  # a ratio is 0 / 0 where a resample holds no row that counts
     if not len(results):
         return float("nan"), float("nan")
     low, high = np.percentile(results, _percentiles(len(names)))
@@ -76,7 +76,7 @@ def prompt_interval(
     statistic: Callable[[np.ndarray], np.ndarray] | None = None,
     seed: int = 0,
 ) -> list[float] | None:
-    """`clustered_bootstrap` over prompts as [low, high]; None below `FEWEST_PROMPTS` prompts, or where none counts."""
+    """`clustered_bootstrap` over prompts as [low, high]; None below `FEWEST_PROMPTS` prompts, or without a result."""
     if len(np.unique(labels_of(prompts))) < FEWEST_PROMPTS:
         return None
     low, high = clustered_bootstrap(values, prompts, statistic, seed)
@@ -84,29 +84,30 @@ def prompt_interval(
 
 
 def video_interval(values: ArrayLike, first: ArrayLike, second: ArrayLike) -> list[float] | None:
-    """95 % interval of a mean over pairs for other videos of the same prompts: [low, high].
+    """95 % interval [low, high] of a mean over pairs, for a new draw of videos of the same prompts.
 
-    Two pairs depend on each other where they have a video in common; the variance is that of Aronow, Samii and Assenova
-    (2015): squares of the residuals' sums per video, less those per pair of videos. As residuals are of the estimated
-    mean, to which a video's effect adds twice, it is taken times V / (V - 4), with V / 2 - 1 degrees of freedom.
-    `prompt_interval` says more where there are prompts enough, as a prompt's videos are in no other prompt.
+    Two pairs are dependent where they share a video. The variance is that of Aronow, Samii and Assenova (2015): the sum
+    of squares of the residuals' sums per video, minus that per pair of videos. As residuals are taken from the
+    estimated mean, to which each pair adds the effects of two videos, the variance is multiplied by V / (V - 4) for V
+    videos, and Student's t has V / 2 - 1 degrees of freedom. Prefer `prompt_interval` where there are enough prompts:
+    it allows for other prompts too.
 
     Args:
         values: (n,) one per pair, such as 1 where the judge is right.
         first, second: (n,) names of the pair's videos.
 
     Returns:
-        None below `FEWEST_VIDEOS` videos, or where no video is in two pairs.
+        [low, high]; None below `FEWEST_VIDEOS` videos, or where no video is in two pairs.
     """
     rows, names = numbers("Values", values), [labels_of(side) for side in (first, second)]
     if rows.ndim != 1 or any(len(side) != len(rows) for side in names):
         raise PrismError("Values and the two videos must be lists of one length.")
-    videos, places = np.unique(np.concatenate(names), return_inverse=True)
+    videos, indices = np.unique(np.concatenate(names), return_inverse=True)
     if len(videos) < FEWEST_VIDEOS or len(videos) == 2 * len(rows):
         return None
     from scipy import stats
 
-    a, b = places[: len(rows)], places[len(rows) :]
+    a, b = indices[: len(rows)], indices[len(rows) :]
     residuals = rows - rows.mean()
     of_video = np.bincount(a, residuals, len(videos)) + np.bincount(b, residuals, len(videos))
     _, dyads = np.unique(np.minimum(a, b) * len(videos) + np.maximum(a, b), return_inverse=True)
@@ -117,7 +118,7 @@ def video_interval(values: ArrayLike, first: ArrayLike, second: ArrayLike) -> li
 
 
 def _percentiles(clusters: int) -> list[float]:
-    """The percentiles of a bootstrap distribution that are the ends of a 95 % interval."""
+    """The percentiles of a bootstrap distribution at the ends of a 95 % interval."""
     if not 2 <= clusters < MANY_PROMPTS:
         return [2.5, 97.5]
     from scipy import stats

@@ -1,4 +1,4 @@
-"""A judge's scores of labelled pairs, at each noise level and in each dimension: kept as a table, saved and read."""
+"""A judge's scores of labelled pairs, at each noise level and in each dimension, as a table that is saved and read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMAT, SCHEMA = "prism-scores", 1
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The labelled pairs of one noise level and one dimension, in the store's order: a row each."""
+    """The labelled pairs of one noise level and one dimension, one row per pair, in the store's order."""
 
     t: float
     dimension: str
@@ -49,13 +49,13 @@ class Block:
 
     @property
     def decided(self) -> np.ndarray:
-        """(n,) bool: no ties."""
+        """(n,) bool, True where the label is no tie."""
         mask: np.ndarray = self.labels != 0
         return mask
 
     @property
     def right(self) -> np.ndarray:
-        """(n,) bool: the margin has the label's sign."""
+        """(n,) bool, True where the margin has the label's sign."""
         mask: np.ndarray = self.labels * self.margins > 0
         return mask
 
@@ -66,12 +66,12 @@ class Measurement:
 
     rows: the "accuracy" rows of metrics.json.
     pairs: one row per t, dimension and labelled pair: judge, t, dimension, prompt, video_a, video_b, label (1 A
-        preferred, -1 B, 0 tie) and margin (score of A minus score of B); of measurements that were made since, also
-        row (of the store's pairs), model_a, model_b and the columns `NUMBERS`.
-    settings: split, num_draws and seed of the noise, without which two judges were not measured alike.
-    tuning: the same table of the validation pairs, which choose the threshold of ties.
-    about: the judge (head_seed, source, eta, dimensions, calibration), levels as they were given, their log_snr, units
-        of the pairs' facts, and what a command adds. Empty of older measurements.
+        preferred, -1 B, 0 tie) and margin (score of A minus score of B). Except in files of earlier versions also row
+        (of the store's pairs), model_a, model_b and the columns `NUMBERS`.
+    settings: split, num_draws and seed of the noise; two judges can be compared where these are equal.
+    tuning: such a table of the validation pairs, on which the threshold of ties is chosen.
+    about: facts of the judge (head_seed, source, eta, dimensions, calibration), the levels as the caller wrote them,
+        their log_snr, units of the pairs' facts, and additions of a command. Empty in files of earlier versions.
     """
 
     rows: list[AccuracyRow]
@@ -95,7 +95,7 @@ class Measurement:
             extra = json.loads((pq.read_schema(path).metadata or {})[b"prism"])
             table = read_table(Path(path), TEXTS, (), ("t", "label", "margin"))
             _check(table, extra)
-        except Exception as error:  # anyone's file: pyarrow and json have many kinds
+        except Exception as error:  # pyarrow and json raise many kinds on foreign files
             raise PrismError(
                 f"The file {quoted(str(path), 150)} is no whole measurement of a judge ({quoted(error, 200)}); "
                 "measure anew."
@@ -116,7 +116,7 @@ class Measurement:
         return name
 
     def level(self, t: float) -> float:
-        """A noise level as it was given: a whole number, or with a fraction."""
+        """A noise level as the caller wrote it, as an int or a float."""
         return next((level for level in self.about.get("levels", ()) if level == t), int(t) if t.is_integer() else t)
 
     @cached_property
@@ -131,7 +131,7 @@ class Measurement:
         return {} if table is None else {(block.t, block.dimension): block for block in _blocks(table)}
 
     def decided(self) -> dict[tuple[float, str], tuple[list[tuple[str, str]], np.ndarray, np.ndarray]]:
-        """Decided pairs by (t, dimension): (video_a, video_b), prompts (n,), a mask (n,) of those judged right."""
+        """Decided pairs by (t, dimension): their videos (A, B), prompts (n,), and a mask (n,) of those judged right."""
         columns = {name: self.pairs[name].to_numpy(zero_copy_only=False) for name in COLUMNS}
         is_decided = columns["label"] != 0
         levels, dimensions = columns["t"][is_decided], columns["dimension"][is_decided]
@@ -157,8 +157,8 @@ def _check(table: pa.Table, extra: Any) -> None:
         raise PrismError(f"it is {extra['format']!r} of schema {extra['schema']!r}")
     if not isinstance(extra["settings"]["split"], str) or not isinstance(extra.get("about", {}), dict):
         raise PrismError("its split is no text, or what it says about the judge no object")
-    known = [name for name in ("t", "label", "margin", "row", *NUMBERS) if name in table.column_names]
-    for name in known:
+    numeric = [name for name in ("t", "label", "margin", "row", *NUMBERS) if name in table.column_names]
+    for name in numeric:
         kind = table[name].type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
             raise PrismError(f"its column {name} holds {kind}")
@@ -177,12 +177,12 @@ def _check(table: pa.Table, extra: Any) -> None:
         _check_about(extra["about"], np.unique(t).tolist())
         if not len(table):
             raise PrismError("it holds no pair")
-    if "score_a" in known and (_float(table, "score_a") - _float(table, "score_b") != _float(table, "margin")).any():
+    if "score_a" in numeric and (_float(table, "score_a") - _float(table, "score_b") != _float(table, "margin")).any():
         raise PrismError("its margins are not the differences of its scores")
 
 
 def _check_about(about: Mapping[str, Any], levels: Sequence[float]) -> None:
-    """Raise PrismError for a description of a judge that lacks what rows are made of."""
+    """Raise PrismError for facts of a judge from which no rows can be computed."""
     fitted = about["calibration"]
     numbers = [about["eta"], *(each["eta"] for each in fitted.values())]
     temperatures = [each["temperature"] for each in fitted.values()]
@@ -190,10 +190,10 @@ def _check_about(about: Mapping[str, Any], levels: Sequence[float]) -> None:
         raise PrismError("an eta is no number above 1")
     if not all(isinstance(value, int | float) and 0 < value < np.inf for value in temperatures):
         raise PrismError("a temperature is no number above 0")
-    known = about["levels"]
-    if not all(isinstance(value, int | float) for value in known) or not set(levels) <= set(known):
+    named = about["levels"]
+    if not all(isinstance(value, int | float) for value in named) or not set(levels) <= set(named):
         raise PrismError("its levels are not those that it names")
-    if len(about["log_snr"]) != len(known) or not isinstance(about["source"], str) or "head_seed" not in about:
+    if len(about["log_snr"]) != len(named) or not isinstance(about["source"], str) or "head_seed" not in about:
         raise PrismError("log_snr, source or head_seed of the judge is not there")
     if not all(isinstance(unit, str) for unit in about["units"].values()):
         raise PrismError("its units are no texts")
@@ -206,6 +206,7 @@ def _float(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _blocks(table: pa.Table) -> Iterator[Block]:
+    """A table's blocks, by noise level and dimension."""
     count = len(table)
     nothing, none = np.full(count, np.nan), np.full(count, None, dtype=object)
     present = set(table.column_names)
@@ -231,7 +232,7 @@ def _blocks(table: pa.Table) -> Iterator[Block]:
 
 
 def _numbered(prompts: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """(n,) number of each row's prompt, from 0, in their order of appearance by `order`."""
+    """(n,) number of each row's prompt, counted from 0 as prompts first appear in rows sorted by `order`."""
     first: dict[str, int] = {}
     for row in np.argsort(order, kind="stable").tolist():
         first.setdefault(prompts[row], len(first))
@@ -250,9 +251,9 @@ def pair_table(
     """The labelled pairs of a split, in the store's order, with a judge's scores: `Measurement.pairs`.
 
     Args:
-        dimensions: those to take, with their places among the scores.
-        scores: per level, the scores (num_dimensions,) of each video.
-        facts: by probe (`prism.evaluation.biases.PROBES`), the fact of each video that has one.
+        dimensions: the dimensions to take, each with its column among the scores.
+        scores: per level, the scores (num_dimensions,) by video.
+        facts: by probe (`prism.evaluation.facts.PROBES`) and video, as far as they are known.
     """
     labels = label_matrix(store.pairs, list(dimensions))
     soft, _ = soft_labels(store.pairs, list(dimensions))
@@ -264,10 +265,10 @@ def pair_table(
     models = {video: str(model) for video, model in zip(ids, named) if model is not None}
     tables = []
     for t, scored in zip(levels, scores):
-        for column, (dimension, place) in enumerate(dimensions.items()):
-            rows = np.flatnonzero(is_split & ~np.isnan(labels[:, column]))
+        for number, (dimension, column) in enumerate(dimensions.items()):
+            rows = np.flatnonzero(is_split & ~np.isnan(labels[:, number]))
             sides = [names[rows].tolist() for names in videos]
-            values = [np.array([scored[video][place] for video in names], dtype=np.float64) for names in sides]
+            values = [np.array([scored[video][column] for video in names], dtype=np.float64) for names in sides]
             columns: dict[str, Any] = {
                 "judge": pa.array([judge] * len(rows), pa.string()),
                 "t": pa.array([float(t)] * len(rows), pa.float64()),
@@ -275,14 +276,14 @@ def pair_table(
                 "prompt": pa.array(prompts[rows], pa.string()),
                 "video_a": pa.array(sides[0], pa.string()),
                 "video_b": pa.array(sides[1], pa.string()),
-                "label": pa.array(labels[rows, column].astype(np.int8)),
+                "label": pa.array(labels[rows, number].astype(np.int8)),
                 "margin": pa.array(values[0] - values[1]),
                 "row": pa.array(rows),
                 "score_a": pa.array(values[0]),
                 "score_b": pa.array(values[1]),
             }
             for i, (side, names) in enumerate(zip("ab", sides)):
-                p = np.full(len(rows), np.nan) if soft is None else soft[rows, column, i]
+                p = np.full(len(rows), np.nan) if soft is None else soft[rows, number, i]
                 columns[f"model_{side}"] = pa.array([models.get(video) for video in names], pa.string())
                 columns[f"p_{side}"] = pa.array(p, from_pandas=True)
                 for probe in PROBES:
@@ -297,11 +298,11 @@ MEANS: tuple[Share, ...] = ("without_ties", "with_ties", "with_ties_validation_t
 
 
 def accuracy(measured: Sequence[Measurement], seed: int = 0) -> list[AccuracyRow]:
-    """The "accuracy" rows of judges of several head seeds: first those of the mean over seeds, then each judge's.
+    """The "accuracy" rows of judges with several head seeds: the rows of their mean, then each judge's.
 
     A row of the mean has "head_seed" None and the seeds in "head_seeds"; its accuracies are means over the judges. Its
-    interval resamples prompts, and each pair counts with the share of judges that are right about it. A single judge
-    has its own rows alone.
+    interval resamples prompts, and each pair counts with the share of judges that are right about it. For a single
+    judge these are its rows.
     """
     single = [row for each in measured for row in each.rows]
     if len(measured) < 2:

@@ -17,9 +17,9 @@ from prism.report.rows import AccuracyRow, GeneratorRow
 def accuracy_rows(measured: Measurement, method: str = "exact", over_videos: bool = False) -> list[AccuracyRow]:
     """The "accuracy" rows of metrics.json, see `prism.evaluation.measure`.
 
-    method: "videoalign" adds with_ties_videoalign, what the public evaluator of VideoGen-RewardBench gives on the same
+    method: "videoalign" adds with_ties_videoalign, the figure of VideoGen-RewardBench's public evaluator on the same
         scores in the store's order.
-    over_videos: add without_ties_videos_ci95, see `video_interval`, where there is one.
+    over_videos: add without_ties_videos_ci95, the `video_interval`, where it exists.
     """
     choice("The method", method, METHODS)
     about, seed = measured.about, measured.settings["seed"]
@@ -64,19 +64,19 @@ def accuracy_rows(measured: Measurement, method: str = "exact", over_videos: boo
 def generator_rows(measured: Measurement) -> list[GeneratorRow]:
     """The "generators" rows of metrics.json: one per noise level, dimension and pair of generators.
 
-    None where the store names fewer than two generators. Shares are of decided pairs; a margin of zero is half a
-    preference.
+    There are no rows where the store names fewer than two generators. Shares are of decided pairs; a margin of zero
+    counts as half a preference.
     """
     rows: list[GeneratorRow] = []
     for block in measured.blocks:
         a, b = (np.array([model or "" for model in side], dtype=str) for side in block.models)
-        known = (a != "") & (b != "")
+        named = (a != "") & (b != "")
         first, second = np.minimum(a.astype(object), b.astype(object)), np.maximum(a.astype(object), b.astype(object))
-        names = sorted(set(zip(first[known].tolist(), second[known].tolist())))
+        names = sorted(set(zip(first[named].tolist(), second[named].tolist())))
         if len({model for pair in names for model in pair}) < 2:
             continue
         rows += [
-            _of_generators(measured, block, *pair, known & (first == pair[0]) & (second == pair[1])) for pair in names
+            _of_generators(measured, block, *pair, named & (first == pair[0]) & (second == pair[1])) for pair in names
         ]
     return rows
 

@@ -28,7 +28,7 @@ from prism.teachers.videoscore2 import VideoScore2
 
 
 class Teacher(Protocol):
-    """What scores videos.
+    """A model that scores decoded videos.
 
     Attributes:
         name: as in `TEACHERS`.
@@ -41,10 +41,10 @@ class Teacher(Protocol):
     def score(
         self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float | None = None
     ) -> list[dict[str, float]]:
-        """A score for each dimension of each video (T, H, W, 3) of uint8, of the prompt at its place.
+        """Scores of videos (T, H, W, 3) of uint8 for their prompts, one per video: per video, scores by dimension.
 
-        fps: the videos' frames per second; a teacher that samples by time needs it.
-        NaN in all dimensions: a teacher that writes text gave no clear answer.
+        fps: the videos' frames per second, needed by teachers that sample frames by time.
+        All scores of a video are NaN where a teacher that writes text gave no clear answer.
         """
         ...
 
@@ -63,17 +63,17 @@ _OPTION = re.compile(r",(?=[a-z_]+=)")
 
 
 def named(spec: str) -> str | None:
-    """The teacher that a text names, with or without a source and options behind it; None for another text."""
+    """The teacher's name that a text begins with, alone or before a source and options; None for another text."""
     name = re.split("[=,]", spec, maxsplit=1)[0]
     return name if name in TEACHERS else None
 
 
 def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """The teacher that a text such as `videoreward`, `videoreward=FOLDER_OR_ID`, `hpsv3,count=4` or
-    `hpsv3=FOLDER_OR_ID,base=FOLDER_OR_ID,revision=COMMIT` names.
+    """Load a teacher by a text: `videoreward`, `videoreward=FOLDER_OR_ID`, `hpsv3,count=4` or
+    `hpsv3=FOLDER_OR_ID,base=FOLDER_OR_ID,revision=COMMIT`.
 
     Args:
-        spec: a name of `TEACHERS`, the source of its weights (by default their repository of the Hub), and options of
+        spec: a name of `TEACHERS`, the source of its weights (by default their repository on the Hub), and options of
             its `load` such as revision, base, device and dtype.
         device: where it computes; by default a GPU where there is one.
         dtype: of its weights; by default bfloat16, on the CPU float32.
@@ -94,13 +94,13 @@ def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
     options |= dict(pair.split("=", 1) for pair in pairs)
     numbers = {key: int(value) for key, value in options.items() if isinstance(value, str) and value.isdecimal()}
     loader = TEACHERS[name]
-    known = _options(loader)
+    accepted = _options(loader)
     for key in options:
-        if key not in known:
+        if key not in accepted:
             raise PrismError(
-                f"The teacher {name} has no option {quoted(key, 60)}; it takes {', '.join(sorted(known))}."
+                f"The teacher {name} has no option {quoted(key, 60)}; it takes {', '.join(sorted(accepted))}."
             )
-    options |= {key: value for key, value in numbers.items() if known[key].startswith("int")}
+    options |= {key: value for key, value in numbers.items() if accepted[key].startswith("int")}
     return loader(*([source] if equals else []), **options)
 
 

@@ -1,7 +1,7 @@
-"""Numbers in the answers of teachers that write text, and models that write them.
+"""Numbers in the answers of teachers that write text, and the models that write them.
 
-An answer counts only where every dimension stands in it with one number of the published range. Any other gives NaN
-for all dimensions, and is counted.
+An answer is read only if it gives every dimension one number of the published range. Any other answer gives NaN for all
+dimensions; teachers count these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NUMBER = (
 
 
 class Label(NamedTuple):
-    """A dimension's words in an answer, and the least and the largest number behind them."""
+    """A dimension's words in an answer, and the range of the number that follows them."""
 
     words: str
     low: float
@@ -38,9 +38,10 @@ class Label(NamedTuple):
 
 
 def labelled(answer: str, labels: Mapping[str, Label]) -> dict[str, float] | None:
-    """The number behind each label of an answer, by dimension.
+    """The number that follows each label in an answer, by dimension.
 
-    None where a label is missing, has no number behind it, one outside its range, or several that differ.
+    None where a label is missing, or is followed by no number, one outside its range, or different numbers in several
+    places.
     """
     numbers = {}
     for dimension, label in labels.items():
@@ -53,18 +54,18 @@ def labelled(answer: str, labels: Mapping[str, Label]) -> dict[str, float] | Non
 
 
 def missing(dimensions: Sequence[str]) -> dict[str, float]:
-    """The scores of a video whose answer says none: NaN in every dimension."""
+    """The scores of a video whose answer could not be read: NaN in every dimension."""
     return dict.fromkeys(dimensions, math.nan)
 
 
 @dataclass
 class Answer:
-    """What a model wrote.
+    """The text that a model wrote.
 
     Attributes:
         text: without special tokens.
         ids: the tokens written.
-        scores: (tokens written, vocabulary), each token's scores after temperature and cuts.
+        scores: (tokens written, vocabulary) logits at each token, after temperature and truncation of unlikely tokens.
         tokenizer: of the model.
     """
 
@@ -74,11 +75,11 @@ class Answer:
     tokenizer: Any
 
     def token_at(self, position: int) -> int:
-        """The index of the token that writes the character at a position of the text with special tokens."""
+        """The index of the token with the character at this position of `written()`."""
         return bisect.bisect_right(range(len(self.ids)), position, key=lambda index: len(self.written(index)))
 
     def written(self, index: int | None = None) -> str:
-        """The text with special tokens, up to and without a token."""
+        """The text with special tokens; all of it, or up to the token `index` and with it."""
         ids = self.ids if index is None else self.ids[: index + 1]
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -121,11 +122,11 @@ class Writer:
 
         Args:
             question, pixels, kind: as of `Reader.inputs`.
-            tokens: the most that are written.
-            seconds: between two of a video's frames in time's grid; None: Qwen2-VL, which has no such position.
-            temperature: None: the likeliest token each time.
-            seed: of the draws; the same question about the same frames has the same answer, and the global random
-                state is left alone.
+            tokens: largest number of tokens that are written.
+            seconds: time between two of a video's frames, for Qwen2.5-VL's positions; None for Qwen2-VL.
+            temperature: of the draws; None: the likeliest token each time.
+            seed: of the draws. The same question about the same frames gets the same answer, and the global random
+                state is not touched.
         """
         if kind == "video" and self.model.config.model_type == "qwen3_vl":
             raise PrismError("A Qwen3-VL writes times between a video's frames, which no teacher's question does.")
@@ -152,15 +153,15 @@ class Writer:
 
 def _opened(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        model, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except Exception as error:  # damaged shards raise many kinds
         raise PrismError(f"The model in {files.shown(folder)} cannot be loaded: {quoted(error, 160)}.") from error
-    if told["missing_keys"] or told["mismatched_keys"]:
-        name = str(next(iter([*told["missing_keys"], *told["mismatched_keys"]])))
+    if report["missing_keys"] or report["mismatched_keys"]:
+        name = str(next(iter([*report["missing_keys"], *report["mismatched_keys"]])))
         raise PrismError(f"The model in {files.shown(folder)} lacks {quoted(name, 100)}; download it again.")
     return model
 
 
 def frame_interval(positions: np.ndarray, total: int, fps: float) -> float:
-    """Seconds between frames chosen from `total` at `fps`, as qwen-vl-utils reckons: the duration over their count."""
+    """Seconds between the frames at `positions` of `total` at `fps`, as qwen-vl-utils computes it: duration / count."""
     return total / fps / len(positions)

@@ -1,4 +1,4 @@
-"""Which frames of a video a teacher looks at, and at what size: the rules of the published code."""
+"""The frames of a video that a teacher looks at, and their size, by the rules of the published code."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from prism.errors import PrismError, number, quoted
 
 
 def check(videos: Sequence[np.ndarray], prompts: Sequence[str], name: str, least: int = 1) -> None:
-    """Refuse videos that are not (T, H, W, 3) uint8 with `least` frames, and prompts that are not one text for each.
-
-    Raises PrismError, which names the teacher and the position of the video.
+    """Raise PrismError for videos that are not (T, H, W, 3) uint8 with at least `least` frames, and for prompts that
+    are not one text per video. The error names the teacher and the position of the video.
     """
     if isinstance(prompts, str) or len(videos) != len(prompts):
         count = "one text" if isinstance(prompts, str) else len(prompts)
@@ -47,17 +46,18 @@ def rate(fps: float | None, name: str) -> float:
     return number(f"The frame rate for the teacher {name}", fps, 0, 1e4, above=True)
 
 
-def by_time(total: int, fps: float, wanted: float = 2.0, floor: bool = True) -> np.ndarray:
-    """Positions of frames at `wanted` a second, as qwen-vl-utils takes them: an even number from 4 to 768, spread
-    evenly from the first frame to the last.
+def by_time(total: int, fps: float, per_second: float = 2.0, floor: bool = True) -> np.ndarray:
+    """Positions of frames that are sampled by time, as in qwen-vl-utils: an even number from 4 to 768, at most `total`,
+    spread evenly from the first frame to the last.
 
     Args:
         total: frames of the video, at least 2.
         fps: of the video.
-        floor: an odd count becomes the even one below; False: the nearer even one, as in VideoAlign's copy.
+        per_second: frames to take per second.
+        floor: round an odd count down to an even one; False: to the nearer even one, as in VideoAlign's copy.
     """
     most = min(768, total) // 2 * 2
-    count = min(max(total / fps * wanted, 4), most)
+    count = min(max(total / fps * per_second, 4), most)
     even = (math.floor(count / 2) if floor else round(count / 2)) * 2
     return spread(total, max(2, min(even, total)))
 
@@ -68,8 +68,8 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def fitted(size: Sequence[int], least: int, most: int, factor: int = 28) -> tuple[int, int]:
-    """The height and width nearest to those of a frame that are multiples of `factor`, with `least` to `most` pixels in
-    all (smart_resize of Qwen2-VL). Raises PrismError where one side is over 200 times the other.
+    """The height and width nearest to a frame's `size` that are multiples of `factor` and have from `least` to `most`
+    pixels in all (smart_resize of Qwen2-VL). Raises PrismError where one side is over 200 times the other.
     """
     height, width = size
     if max(height, width) > 200 * min(height, width):
@@ -89,7 +89,8 @@ def fitted(size: Sequence[int], least: int, most: int, factor: int = 28) -> tupl
 def resized(video: np.ndarray, height: int, width: int, whole: bool = True) -> Tensor:
     """Frames (T, H, W, 3) of uint8 as (T, 3, height, width) float32 from 0 to 255: bicubic, antialiased.
 
-    whole: round to whole numbers, as code that resizes pictures does; code that resizes floats overshoots a little.
+    whole: round to whole numbers from 0 to 255, as libraries do that resize pictures; those that resize floats do not,
+        and leave the range a little.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2).float()
     if pixels.shape[-2:] != (height, width):
@@ -99,13 +100,13 @@ def resized(video: np.ndarray, height: int, width: int, whole: bool = True) -> T
 
 
 def some(video: np.ndarray, count: int) -> np.ndarray:
-    """`count` frames of a video, evenly spread from the first to the last; all of a shorter one."""
+    """`count` frames of a video, evenly spread from the first to the last; all frames of a shorter video."""
     return video[spread(len(video), min(count, len(video)))]
 
 
 def square(video: np.ndarray, side: int) -> Tensor:
-    """The middle squares of frames (T, H, W, 3) of uint8 whose shorter side is made `side`: (T, 3, side, side), whole
-    numbers from 0 to 255 (BLIP's preprocessing).
+    """Frames (T, H, W, 3) of uint8, resized so that the shorter side is `side` and cropped to the middle square:
+    (T, 3, side, side), whole numbers from 0 to 255 (BLIP's preprocessing).
     """
     height, width = video.shape[1:3]
     rows, columns = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
@@ -114,7 +115,7 @@ def square(video: np.ndarray, side: int) -> Tensor:
 
 
 def letterbox(video: np.ndarray, side: int) -> Tensor:
-    """Whole frames (T, H, W, 3) of uint8 on black squares: (T, 3, side, side), 0 to 255 (HPSv2's preprocessing)."""
+    """Frames (T, H, W, 3) of uint8, whole on black squares: (T, 3, side, side), 0 to 255 (HPSv2's preprocessing)."""
     height, width = video.shape[1:3]
     rows, columns = (max(1, round(size * side / max(height, width))) for size in (height, width))
     above, left = (side - rows) // 2, (side - columns) // 2
@@ -122,5 +123,5 @@ def letterbox(video: np.ndarray, side: int) -> Tensor:
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (T, 3, H, W) from 0 to 255 with each channel's mean and deviation (on a scale of 0 to 1) taken out."""
+    """Pixels (T, 3, H, W) from 0 to 255, normalised by each channel's mean and deviation (on a scale of 0 to 1)."""
     return (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]

@@ -1,7 +1,8 @@
-"""HPSv2: CLIP ViT-H/14 fine-tuned on people's choices between pictures; the cosine of picture and prompt.
+"""HPSv2: CLIP ViT-H/14 fine-tuned on people's choices between pictures; a score is the cosine of picture and prompt.
 
-Facts from tgxs002/HPSv2, package hpsv2 1.2.0 (Apache 2.0): the whole picture on a black square of 224, the prompt in
-lower case, unit features without the logit scale. It judges pictures; how frames are chosen and averaged is PRISM's.
+Facts from tgxs002/HPSv2, package hpsv2 1.2.0 (Apache 2.0): the whole picture on a black square of 224 pixels, the
+prompt in lower case, unit features without the logit scale. HPSv2 judges pictures; the choice and the mean of frames
+are PRISM's.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class HPSv2:
         cls, source: str = WEIGHTS, revision: str | None = None, base: str | None = None, device: str | None = None,
         dtype: str | None = None, count: int = 8,
     ) -> HPSv2:  # fmt: skip
-        """Load HPS_v2.1_compressed.safetensors (or HPS_v2_compressed.safetensors), of open_clip's names, or a CLIPModel
-        of transformers, from a folder or a repository of the Hub.
+        """Load HPS_v2.1_compressed.safetensors (or HPS_v2_compressed.safetensors), with open_clip's names, or a
+        CLIPModel of transformers, from a folder or a repository of the Hub.
 
         Args:
             base: folder or repository with the configuration and tokenizer of CLIP ViT-H/14; by default the folder
@@ -84,19 +85,19 @@ class HPSv2:
         for video, prompt in zip(videos, prompts):
             pixels = frames.normalised(frames.letterbox(frames.some(video, self.count), side), *qwen.CLIP)
             words = self.tokenizer(cleaned(prompt), truncation=True, max_length=77, return_tensors="pt").to(device)
-            seen = self.model.vision_model(pixel_values=pixels.to(device, self.model.dtype)).pooler_output
-            said = self.model.text_model(input_ids=words["input_ids"]).pooler_output
-            seen = F.normalize(self.model.visual_projection(seen).float(), dim=-1)
-            said = F.normalize(self.model.text_projection(said).float(), dim=-1)
-            rows.append({"preference": float((seen @ said.T).mean())})
+            image = self.model.vision_model(pixel_values=pixels.to(device, self.model.dtype)).pooler_output
+            text = self.model.text_model(input_ids=words["input_ids"]).pooler_output
+            image = F.normalize(self.model.visual_projection(image).float(), dim=-1)
+            text = F.normalize(self.model.text_projection(text).float(), dim=-1)
+            rows.append({"preference": float((image @ text.T).mean())})
         return rows
 
     __call__ = score
 
 
 def cleaned(prompt: str) -> str:
-    """A prompt as open_clip's tokenizer cleans it: mended Unicode, entities read, one space between words, lower case.
-    Special tokens are broken up.
+    """A prompt as open_clip's tokenizer cleans it: Unicode repaired (ftfy), HTML entities decoded, one space between
+    words, lower case. Special tokens are broken up.
     """
     import ftfy
 
@@ -105,7 +106,7 @@ def cleaned(prompt: str) -> str:
 
 
 def of_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A CLIPModel's state of an open_clip model's."""
+    """The state of an open_clip model under the names of transformers' CLIPModel."""
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         tower = "vision_model" if name.startswith("visual.") else "text_model"
@@ -120,8 +121,8 @@ def of_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 if block[2].startswith(f"{old}."):
                     renamed[f"{stem}.{new}.{block[2].removeprefix(f'{old}.')}"] = value
         elif name in _WHOLE:
-            new, turned = _WHOLE[name]
-            renamed[new] = value.T.contiguous() if turned else value
+            new, transposed = _WHOLE[name]
+            renamed[new] = value.T.contiguous() if transposed else value
     return renamed
 
 

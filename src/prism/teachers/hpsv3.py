@@ -1,7 +1,7 @@
-"""HPSv3: Qwen2-VL-7B with a head for people's preference between pictures, as a mean and a deviation.
+"""HPSv3: Qwen2-VL-7B with a head that gives the mean and the deviation of people's preference for a picture.
 
 Facts from MizzenAI/HPSv3, package hpsv3 1.0.0 (MIT): the question (prompts/hpsv3.txt), pictures of 256 tokens, the
-head's layers, one special token. It judges pictures; how frames are chosen and averaged is PRISM's.
+head's layers, one special token. HPSv3 judges pictures; the choice and the mean of frames are PRISM's.
 """
 
 from __future__ import annotations

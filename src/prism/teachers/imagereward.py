@@ -1,7 +1,8 @@
 """ImageReward: BLIP (ViT-L) and an MLP for people's preference between pictures, normalised as published.
 
-Facts from THUDM/ImageReward, package image-reward 1.5 (Apache 2.0): the middle square of 224, a prompt of 35 tokens at
-most, the MLP's layers, mean and deviation. It judges pictures; how frames are chosen and averaged is PRISM's.
+Facts from THUDM/ImageReward, package image-reward 1.5 (Apache 2.0): the middle square of 224 pixels, at most 35 tokens
+of the prompt, the MLP's layers, mean and deviation. ImageReward judges pictures; the choice and the mean of frames are
+PRISM's.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class ImageReward:
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         folder = weights.folder(source, revision)
-        own = folder if base is None and (folder / "tokenizer_config.json").is_file() else None
-        foundation = own or weights.folder(base or BASE, patterns=("*.json", "*.txt"))
+        foundation = folder if base is None and (folder / "tokenizer_config.json").is_file() else None
+        foundation = foundation or weights.folder(base or BASE, patterns=("*.json", "*.txt"))
         device, kind = weights.chosen(device, dtype)
         state = weights.tensors(folder, ("ImageReward.safetensors",))
         if state is None:
@@ -74,7 +75,7 @@ class ImageReward:
         try:
             positions = state["blip.visual_encoder.pos_embed"]
             width, side = positions.shape[2], round((positions.shape[1] - 1) ** 0.5) * _PATCH
-            layers = 1 + max(int(found[1]) for name in state if (found := _BLOCK.match(name)))
+            layers = 1 + max(int(match[1]) for name in state if (match := _BLOCK.match(name)))
             vision_config = BlipVisionConfig(
                 hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                 num_attention_heads=width // _HEAD, image_size=side, patch_size=_PATCH, layer_norm_eps=1e-6,
@@ -83,7 +84,7 @@ class ImageReward:
             text_config = BlipTextConfig(
                 encoder_hidden_size=width, is_decoder=True, bos_token_id=None, sep_token_id=None, **sizes
             )
-            wide = sizes["hidden_size"]
+            hidden_size = sizes["hidden_size"]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise PrismError(
                 f"The folder {files.shown(folder)} holds no ImageReward's med_config.json and weights: "
@@ -92,7 +93,7 @@ class ImageReward:
         vision = weights.empty(lambda: BlipVisionModel(vision_config))
         text = weights.empty(lambda: BlipTextModel(text_config, add_pooling_layer=False))
         mlp = nn.Sequential(
-            nn.Linear(wide, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+            nn.Linear(hidden_size, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
             nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
         )  # fmt: skip
         parts = of_blip(state)
@@ -115,11 +116,11 @@ class ImageReward:
         for video, prompt in zip(videos, prompts):
             pixels = frames.normalised(frames.square(frames.some(video, self.count), side), *qwen.CLIP)
             words = self.tokenizer(prompt, truncation=True, max_length=_WORDS, return_tensors="pt")["input_ids"]
-            seen = self.vision(pixel_values=pixels.to(device, dtype)).last_hidden_state
-            said = self.text(
-                input_ids=words.to(device).expand(len(seen), -1), encoder_hidden_states=seen, is_decoder=False
+            image = self.vision(pixel_values=pixels.to(device, dtype)).last_hidden_state
+            text = self.text(
+                input_ids=words.to(device).expand(len(image), -1), encoder_hidden_states=image, is_decoder=False
             ).last_hidden_state[:, 0]
-            rows.append({"preference": float((self.head(said.float()).mean() - MEAN) / DEVIATION)})
+            rows.append({"preference": float((self.head(text.float()).mean() - MEAN) / DEVIATION)})
         return rows
 
     __call__ = score
@@ -141,7 +142,7 @@ _VISION = (  # in order: pattern in BLIP's ViT -> name in BlipVisionModel
 
 
 def of_blip(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """States of BlipVisionModel ("vision"), BlipTextModel ("text") and the MLP ("mlp") of ImageReward's."""
+    """ImageReward's state as those of BlipVisionModel ("vision"), BlipTextModel ("text") and the MLP ("mlp")."""
     parts: dict[str, dict[str, Tensor]] = {"vision": {}, "text": {}, "mlp": {}}
     for name, value in state.items():
         if name.startswith("blip.visual_encoder."):

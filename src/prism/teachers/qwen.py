@@ -1,7 +1,7 @@
 """Frames and a question as the input of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and Qwen2-VL with a reward head.
 
-The layouts are those of transformers' processors (Apache 2.0) and of qwen-vl-utils (Apache 2.0). They are made here of
-frames in memory, as the processors for video need torchvision.
+The layouts are those of transformers' processors (Apache 2.0) and of qwen-vl-utils (Apache 2.0). They are built here
+from frames in memory, as the processors for video need torchvision.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _TYPES = {"image": 1, "video": 2}  # token types, by which M-RoPE counts
 
 
 def harmless(prompt: str) -> str:
-    """A prompt whose special tokens, such as <|im_end|>, are broken up: it would speak for the model otherwise."""
+    """A prompt whose special tokens, such as <|im_end|>, are broken up, so that it cannot end the user's turn."""
     return re.sub(r"<(?=\|\w+\|>)", "< ", prompt)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What turns frames and a question into tensors.
+    """The preprocessing of frames and a question into tensors.
 
     Attributes:
         tokenizer: of transformers, with a chat template.
-        patch, temporal, merge: pixels of a patch's side, frames in a patch, patches along a token's side.
+        patch: pixels along a patch's side. temporal: frames per patch. merge: patches along a token's side.
         mean, std: of the channels, on a scale of 0 to 1.
         limits: least and most pixels of a picture.
     """
@@ -95,14 +95,14 @@ class Reader:
         """The model's arguments for one question about frames.
 
         Args:
-            question: what follows the frames in the user's turn.
+            question: the text that follows the frames in the user's turn.
             pixels: (T, 3, H, W) from 0 to 255; H and W are multiples of `factor`.
             kind: "video", or "image": each frame is a picture of its own.
             rows: 1: all frames in one conversation; T: the same question for each picture.
         """
         frames = normalised(pixels, self.mean, self.std)
         if kind == "image":
-            frames = frames.repeat_interleave(self.temporal, 0)  # a picture is a still of so many frames
+            frames = frames.repeat_interleave(self.temporal, 0)  # a picture fills a patch's frames alike
         elif missing := -len(frames) % self.temporal:
             frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
         patches, (times, height, width) = self._patches(frames)
@@ -135,7 +135,8 @@ class Reader:
         }
 
     def _patches(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """(patches, values of a patch) of frames (T, 3, H, W), those of a token beside each other; the grid's sizes."""
+        """Frames (T, 3, H, W) as (patches, values per patch), with a token's patches in succession, and the grid (T, H,
+        W) in patches."""
         times, rows, columns = (
             len(frames) // self.temporal, frames.shape[2] // self.patch, frames.shape[3] // self.patch,
         )  # fmt: skip
@@ -153,13 +154,14 @@ class Reader:
 class Scorer(nn.Module):
     """Qwen2-VL with a head on the last hidden states at special tokens, as VideoAlign and HPSv3 trained it.
 
-    Both call the language model without Qwen2-VL's three-axis positions, so all three are the token's place in the
-    sequence (a side effect of their `forward` under transformers 4.45, which their weights are trained for).
+    Both call the language model without Qwen2-VL's three-axis positions, so that all three axes hold the token's index
+    in the sequence. (This is a side effect of their `forward` under transformers 4.45, and their weights are trained
+    with it.)
 
     Args:
         model: a Qwen2VLModel.
-        head: a linear or an MLP, in float32.
-        tokens: ids of the special tokens, each of which stands once in a row.
+        head: a linear layer or an MLP, in float32.
+        tokens: ids of the special tokens, each of which occurs once per row.
     """
 
     def __init__(self, model: Any, head: nn.Module, tokens: list[int]) -> None:
@@ -168,7 +170,7 @@ class Scorer(nn.Module):
 
     @torch.inference_mode()
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(rows, tokens, outputs) float32."""
+        """The head's outputs at each special token: (rows, tokens, outputs) float32."""
         device, dtype = self.model.device, self.model.dtype
         placed = {
             name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
@@ -176,18 +178,20 @@ class Scorer(nn.Module):
         ids = placed["input_ids"]
         positions = torch.arange(ids.shape[1], device=device).expand(3, len(ids), -1)
         hidden = self.model(**placed, position_ids=positions, use_cache=False).last_hidden_state
-        where = torch.stack([(ids == token).int().argmax(1) for token in self.tokens], 1)  # (rows, tokens)
-        return self.head(hidden.float()[torch.arange(len(ids), device=device)[:, None], where])
+        columns = torch.stack([(ids == token).int().argmax(1) for token in self.tokens], 1)  # (rows, tokens)
+        return self.head(hidden.float()[torch.arange(len(ids), device=device)[:, None], columns])
 
 
 def scorer(
     folder: Path, state: dict[str, Tensor], head: nn.Module, tokens: tuple[str, ...], dtype: torch.dtype, device: str,
     where: Path,
 ) -> tuple[Scorer, Reader]:  # fmt: skip
-    """A scorer and its reader, of the base model's folder (configuration and tokenizer) and all weights.
+    """A scorer and its reader, from the base model's folder (configuration and tokenizer) and all weights.
 
     Args:
+        folder: of the base model.
         state: under Qwen2-VL's names of any version of transformers; those of the head begin with "rm_head.".
+        head: the untrained head, which is filled.
         tokens: special tokens, which are added to the tokenizer.
         where: the folder of the weights, for errors.
     """
@@ -199,7 +203,7 @@ def scorer(
     head_state = {name.removeprefix("rm_head."): value for name, value in state.items() if name.startswith("rm_head.")}
     body = {current(name): value for name, value in state.items() if not name.startswith(("rm_head.", "lm_head."))}
     embedding = body.get("language_model.embed_tokens.weight")
-    if embedding is not None:  # the special tokens made it longer, or cut off what the tokenizer never uses
+    if embedding is not None:  # fine-tuning resized it for the special tokens: longer, or without unused rows
         config.text_config.vocab_size = len(embedding)
         if len(embedding) < len(reader.tokenizer):
             raise PrismError(
@@ -212,6 +216,6 @@ def scorer(
 
 
 def current(name: str) -> str:
-    """A parameter's name in transformers 5's Qwen2VLModel, of the name in any version's model for generation."""
+    """A parameter's name in transformers 5's Qwen2VLModel, from its name in any version's model for generation."""
     name = re.sub(r"^model\.(?=visual\.|language_model\.)", "", name)
     return re.sub(r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.", name)

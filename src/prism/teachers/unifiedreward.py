@@ -1,8 +1,8 @@
-"""UnifiedReward: Qwen2.5-VL, for 2.0 also Qwen3-VL, that writes scores of a video.
+"""UnifiedReward: a Qwen2.5-VL (in version 2.0 also Qwen3-VL) that writes scores of a video.
 
 Facts from CodeGoat24/UnifiedReward at ff6f520 (MIT): the questions (prompts/unifiedreward.txt and unifiedreward2.txt),
-two frames a second as a video for the first version, 16 frames as pictures for 2.0, greedy answers. The first version
-on LLaVA-OneVision is not of transformers' classes; its sibling on Qwen2.5-VL is.
+two frames per second as a video for the first version, 16 frames as pictures for 2.0, greedy answers. Of the first
+version only the model on Qwen2.5-VL can be loaded: that on LLaVA-OneVision has no class in transformers.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _PICTURES = 16  # frames that 2.0 is shown
 
 
 class UnifiedReward:
-    """Scores that the model writes: 1 to 4 in five dimensions and "overall" 1 to 10; of 2.0, 1 to 5 in three.
+    """Scores that the model writes: five dimensions from 1 to 4 and "overall" from 1 to 10; in 2.0 three from 1 to 5.
 
     Args:
         version: "1" or "2"; it decides on question, frames and dimensions.
 
     Attributes:
-        name: "unifiedreward", of version 2 "unifiedreward2".
+        name: "unifiedreward"; for version 2 "unifiedreward2".
         unread: answers without a clear number for each dimension so far; their videos have NaN scores.
     """
 

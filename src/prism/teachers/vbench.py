@@ -1,8 +1,8 @@
-"""VBench's dimensions for videos of one's own, by the package vbench in a Python of its own.
+"""VBench's dimensions for any videos, computed by the package vbench in a Python environment of its own.
 
-Facts from Vchitect/VBench, package vbench 0.1.5 (Apache 2.0): its mode "custom_input", one video's result in each
-dimension, and their ranges. It asks for transformers 4.33 and numpy 1, so it cannot live beside PRISM: another
-interpreter runs it. It downloads its own networks into ~/.cache/vbench, or VBENCH_CACHE_DIR.
+Facts from Vchitect/VBench, package vbench 0.1.5 (Apache 2.0): its mode "custom_input", the result of single videos in
+each dimension, and their ranges. It needs transformers 4.33 and numpy 1, which exclude PRISM's; therefore another
+interpreter runs it. It downloads its networks into ~/.cache/vbench, or VBENCH_CACHE_DIR.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ QUALITY = (
     "aesthetic_quality", "imaging_quality",
 )  # fmt: skip
 DIMENSIONS = (*QUALITY, "temporal_style", "overall_consistency")
-_PERCENT = "imaging_quality"  # its videos are of 0 to 100, its mean of 0 to 1
+_PERCENT = "imaging_quality"  # VBench gives it from 0 to 100 for single videos, but from 0 to 1 for their mean
 _RUN = """
 import json, sys, torch
 from vbench import VBench
 with open(sys.argv[1], encoding="utf-8") as file:
-    asked = json.load(file)
-VBench(torch.device(asked["device"]), None, asked["out"]).evaluate(
-    videos_path=asked["videos"], name="prism", prompt_list=asked["prompts"], dimension_list=asked["dimensions"],
+    request = json.load(file)
+VBench(torch.device(request["device"]), None, request["out"]).evaluate(
+    videos_path=request["videos"], name="prism", prompt_list=request["prompts"], dimension_list=request["dimensions"],
     mode="custom_input", imaging_quality_preprocessing_mode="longer",
 )
 """
 
 
 class VBench:
-    """Scores of 0 to 1 in VBench's dimensions; "dynamic_degree" is 0 or 1. The higher, the better, by VBench's reading.
+    """Scores from 0 to 1 in VBench's dimensions, higher is better; "dynamic_degree" is 0 or 1.
 
-    Its networks are loaded anew for each call, so give it many videos at once: label a finished store.
+    Each call loads VBench's networks anew, so give it many videos at once: label a finished store.
 
     Args:
         python: interpreter that has the package vbench.
@@ -62,11 +62,11 @@ class VBench:
     def load(
         cls, source: str = sys.executable, dimensions: str = "+".join(QUALITY), device: str | None = None
     ) -> VBench:
-        """The teacher that a Python runs.
+        """The teacher, run by a Python interpreter.
 
         Args:
             source: the interpreter, such as path/to/vbench-venv/bin/python.
-            dimensions: names apart by "+".
+            dimensions: names joined by "+".
         """
         if not os.access(source, os.X_OK) or Path(source).is_dir():
             raise PrismError(
@@ -87,11 +87,15 @@ class VBench:
             names = [f"video{position}.mp4" for position in range(len(videos))]
             for name, each in zip(names, videos):
                 video.write_video(folder / name, each, rate)
-            asked = Path(scratch) / "asked.json"
+            request_file = Path(scratch) / "request.json"
             request = {"device": self.device, "out": str(out), "videos": str(folder), "dimensions": self.dimensions}
-            asked.write_text(json.dumps(request | {"prompts": dict(zip(names, prompts))}), encoding="utf-8")
+            request_file.write_text(json.dumps(request | {"prompts": dict(zip(names, prompts))}), encoding="utf-8")
             run = subprocess.run(
-                [self.python, "-c", _RUN, str(asked)], cwd=scratch, capture_output=True, text=True, errors="replace"
+                [self.python, "-c", _RUN, str(request_file)],
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
             if run.returncode != 0:
                 last = (run.stderr.strip() or run.stdout.strip() or "no message").splitlines()[-1]

@@ -25,8 +25,9 @@ TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
 class VideoReward:
     """Scores of a video for a prompt: VQ, MQ and TA, each normalised by the mean and deviation in model_config.json.
 
-    Frames: two a second (`fps` of the folder's configuration), at least 4, evenly spread; each of at most
-    `max_frame_pixels`. Scores have no fixed range: about 0 +- 1 over VideoAlign's videos.
+    Frames: two per second (`fps` in the folder's configuration), at least 4, evenly spread, each with at most
+    `max_frame_pixels`. Scores have no fixed range; over VideoAlign's videos their mean is about 0 and their deviation
+    about 1.
     """
 
     name = "videoreward"
@@ -63,7 +64,7 @@ class VideoReward:
                     "adapter_model.safetensors with non_lora_state_dict.safetensors; where there are .pth files, "
                     f"{weights.CONVERT}."
                 )
-            state = {**_foundation(foundation), **rest, **adapter}  # what was trained replaces the base's
+            state = {**_foundation(foundation), **rest, **adapter}  # trained weights replace the base's
         state = {qwen.current(name): value for name, value in weights.plain(state).items()}
         state = weights.merged(state, config["rank"], config["alpha"], config["rslora"], checkpoint)
         head = state.get("rm_head.weight")
@@ -81,16 +82,16 @@ class VideoReward:
     __call__ = score
 
     def _one(self, video: np.ndarray, prompt: str, fps: float) -> dict[str, float]:
-        wanted = self.config["num_frames"]
-        if wanted is None:
+        count = self.config["num_frames"]
+        if count is None:
             chosen = video[frames.by_time(len(video), fps, self.config["fps"], floor=False)]
         else:
-            chosen = video[frames.spread(len(video), min(round(wanted / 2) * 2, len(video)))]
+            chosen = video[frames.spread(len(video), min(round(count / 2) * 2, len(video)))]
         size = frames.fitted(
             video.shape[1:3], qwen.LEAST_PIXELS, self.config["max_frame_pixels"], self.reader.factor
         )  # fmt: skip
         inputs = self.reader.inputs(question(prompt), frames.resized(chosen, *size), "video")
-        output = self.scorer(inputs)[0].diagonal()  # each token's own output
+        output = self.scorer(inputs)[0].diagonal()  # output i at token i
         means, deviations = self.config["mean"], self.config["std"]
         return {
             dimension: (float(value) - means[dimension]) / deviations[dimension]
@@ -104,7 +105,7 @@ def question(prompt: str) -> str:
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What a model_config.json says of frames, base model, adapter and statistics, checked."""
+    """The settings in a model_config.json for frames, base model, adapter and statistics, checked."""
     config = files.read_json(path)
 
     def part(name: str, default: Any = None) -> dict[str, Any]:
@@ -157,6 +158,7 @@ def _latest(folder: Path) -> Path:
 
 
 def _foundation(folder: Path) -> dict[str, Any]:
+    """The base model's state, which an adapter is added to."""
     state = weights.tensors(folder)
     if state is None:
         raise PrismError(f"The base model in {files.shown(folder)} has no model.safetensors, which an adapter needs.")

@@ -1,7 +1,7 @@
 """VideoScore: Mantis Idefics2-8B with a regression head for five dimensions.
 
 Facts from TIGER-AI-Lab/VideoScore at 8e44973, examples/run_videoscore.py (MIT): the question (prompts/videoscore.txt)
-with the frames behind it, 16 frames (48 for v1.1), the head on the last token (Idefics2ForSequenceClassification of
+followed by the frames, 16 frames (48 for v1.1), the head on the last token (Idefics2ForSequenceClassification of
 Mantis).
 """
 
@@ -22,7 +22,7 @@ WEIGHTS = "TIGER-Lab/VideoScore-v1.1"
 
 
 class VideoScore:
-    """Five dimensions, trained on grades 1 to 4; a regression may go a little beyond.
+    """Scores in five dimensions, trained on grades from 1 to 4; a regression may leave this range a little.
 
     Args:
         count: the most frames that are shown.
@@ -97,7 +97,7 @@ class VideoScore:
 
 
 def chosen_frames(total: int, count: int) -> list[int]:
-    """Positions of `count` frames, each the first of its share of the video; all frames of a shorter one."""
+    """Positions of `count` frames, the first of each of `count` equal parts of a video; all frames of a shorter one."""
     return list(range(total)) if total <= count else np.arange(0, total, total / count).astype(int)[:count].tolist()
 
 

@@ -1,7 +1,7 @@
 """VideoScore2: Qwen2.5-VL that reasons, then writes three scores, each weighted by how sure the model was of it.
 
 Facts from TIGER-AI-Lab/VideoScore2 at e6abe26, vs2_inference.py (model under Apache 2.0): the question
-(prompts/videoscore2.txt), two frames a second, drawn at temperature 0.7, and the published soft score.
+(prompts/videoscore2.txt), two frames per second, answers drawn at temperature 0.7, and the published soft score.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _GRADES = range(1, 6)
 
 
 class VideoScore2:
-    """Visual quality, text alignment and physical consistency: above 0 to 5.
+    """Scores of visual quality, text alignment and physical consistency, above 0 and up to 5.
 
-    A score is the likeliest grade of 1 to 5 times its share of the five grades' probability, where the model writes the
-    grade. So a sure 2 (2.0) is above an unsure 3 (from 0.6): this is the published rule.
+    A score is the likeliest grade, from 1 to 5, times its probability among the five grades at the token where the
+    model writes the grade. By this published rule a sure 2 (2.0) may score above an unsure 3 (from 0.6).
 
     Args:
         seed: of the draws of the answer. The same video and prompt have the same answer.
@@ -76,10 +76,10 @@ def question(prompt: str) -> str:
 
 
 def soft(answer: answers.Answer) -> list[float] | None:
-    """The three soft scores of an answer; None where it has not three grades from 1 to 5.
+    """The three soft scores of an answer; None where it does not have three grades from 1 to 5.
 
-    The grade's token is the one that writes the grade; the published code looks for the first digit behind the first
-    mention of the dimension, which is the same where the reasoning does not mention it with a colon.
+    Each is read at the token that writes the grade. The published code takes the first digit after the first mention of
+    the dimension, which is the same token unless the reasoning mentions the dimension with a colon.
     """
     written = answer.written()
     match = _PATTERN.search(written)

@@ -1,4 +1,4 @@
-"""Weights of teachers: a folder or a repository of the Hub, tensors by name, adapters merged; nothing is unpickled."""
+"""Weights of teachers: read from a folder or a repository of the Hub, adapters merged; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONVERT = 'convert it once as docs/teachers.md shows under "Weights that are pic
 def folder(source: str, revision: str | None = None, patterns: Sequence[str] = FETCHED) -> Path:
     """The folder `source`, or the snapshot of the Hub's repository of that name.
 
-    Raises PrismError where there is neither, or a revision is asked of a folder.
+    Raises PrismError where there is neither, or where a folder is given with a revision.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -41,9 +41,9 @@ def folder(source: str, revision: str | None = None, patterns: Sequence[str] = F
 
 
 def config(path: Path, types: Sequence[str]) -> Any:
-    """The configuration of transformers in a folder, whose model is of one of these types.
+    """The transformers configuration in a folder.
 
-    Raises PrismError where it cannot be read, or is of another.
+    Raises PrismError where it cannot be read, or its model_type is none of `types`.
     """
     from transformers import AutoConfig
 
@@ -61,9 +61,10 @@ def config(path: Path, types: Sequence[str]) -> Any:
 
 
 def tensors(path: Path, names: Sequence[str] = ("model.safetensors",)) -> dict[str, Tensor] | None:
-    """The tensors of the first of these files that a folder has, or of the shards beside its index.
+    """The tensors by name in the first of these files that a folder has, or in the shards of its index; None without
+    any.
 
-    Raises PrismError where the file is damaged, or a pickle of its name is there in its place.
+    Raises PrismError where the file is damaged, or there is a pickle of that name instead.
     """
     for name in names:
         if (path / name).is_file():
@@ -84,13 +85,15 @@ def tensors(path: Path, names: Sequence[str] = ("model.safetensors",)) -> dict[s
 
 
 def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a model that peft had wrapped, under the names that it has without."""
+    """The state of a model that was wrapped by peft, under the names of the plain model."""
     return {re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.default(?=\.)", "", name): state[name] for name in state}
 
 
 def merged(state: Mapping[str, Tensor], rank: int, alpha: float, rslora: bool, where: Path) -> dict[str, Tensor]:
-    """A state in which LoRA's pairs are added to their weights: W + alpha / rank B A (Hu et al. 2021), or with the
-    root of the rank (rsLoRA). Raises PrismError for a pair without its weight.
+    """A state with the LoRA pairs (A, B) merged into their weights: W + alpha / rank B A (Hu et al. 2021), or
+    alpha / sqrt(rank) with rsLoRA. Raises PrismError for a pair without a weight of its shape.
+
+    where: the adapter's folder, for errors.
     """
     scale = alpha / (math.sqrt(rank) if rslora else rank)
     result = {name: value for name, value in state.items() if ".lora_" not in name}
@@ -113,7 +116,7 @@ def merged(state: Mapping[str, Tensor], rank: int, alpha: float, rslora: bool, w
 
 
 def empty(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose parameters take no memory until `fill` gives them; buffers that are computed are there."""
+    """A module whose parameters take no memory until `fill` sets them; its computed buffers exist."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -121,9 +124,9 @@ def empty(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, device: str, where: Path) -> Any:
-    """Put a state into a model of the same names (it may be on the meta device), in `dtype` on `device`, for use.
+    """Load a state into a model, which may be on the meta device; return it for inference, in `dtype` on `device`.
 
-    Raises PrismError where names or shapes differ.
+    Raises PrismError where names or shapes differ. where: the weights' folder, for errors.
     """
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for name in sorted({*shapes, *state}):
@@ -139,7 +142,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype, devi
 
 
 def chosen(device: str | None, dtype: str | torch.dtype | None) -> tuple[str, torch.dtype]:
-    """The device (by default a GPU where there is one) and dtype (by default bfloat16 there, float32 on the CPU)."""
+    """The device, by default a GPU where there is one, and the dtype, by default bfloat16 there and float32 on CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type

@@ -1,4 +1,4 @@
-"""Questions of teachers as their authors published them, one file each: they are the models' interface, and verbatim.
+"""Questions of teachers, verbatim as their authors published them, one file each: the models were trained on them.
 
 videoreward.txt     KwaiVGI/VideoAlign at 219ab9d, prompt_template.py, "detailed_special" (MIT)
 hpsv3.txt           MizzenAI/HPSv3, package hpsv3 1.0.0, data_collator_qwen.py, INSTRUCTION and its special token (MIT)
