@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from prism.judge import Judge
 from prism.preference import LatentStore
 from prism.preference.readers import read
 from prism.training import TrainConfig, train
+from prism.training import encode as encoding
 from prism.training.encode import encode
 from prism.video import write_video
 
@@ -117,11 +122,41 @@ def test_clips_that_cannot_be_read_are_told_and_left_out_with_their_pairs(data, 
     (tmp_path / "clips" / "2a.mp4").write_bytes(b"no video")
     (tmp_path / "clips" / "4b.mp4").unlink()
     store = made(again, backbone, tmp_path / "store")
-    assert "2 clips could not be read" in capsys.readouterr().err
+    assert re.search(r"2 clips could not be read .*2a\.mp4.* \.\.\.$", capsys.readouterr().err.strip())  # the first one
     assert len(store.videos) == 2 * PROMPTS - 2
     assert {row["video_a"] for row in store.pairs.to_pylist()} == {
         f"{p}a.mp4" for p in range(PROMPTS) if p not in (2, 4)
     }
+
+
+@pytest.mark.parametrize("stops", [None, 4])
+def test_clips_are_read_ahead_a_few_at_a_time_and_no_thread_is_left(data, backbone, tmp_path, monkeypatch, stops):
+    read_one, encode_one, started, encoded = encoding.read_clip, Backbone.encode, [], []
+
+    def reads(source, *arguments):
+        started.append((Path(source).name, threading.current_thread() is threading.main_thread()))
+        assert len(started) <= len(encoded) + encoding.AHEAD + 1  # else memory would hold more and more clips
+        return read_one(source, *arguments)
+
+    def encodes(self, video):
+        if len(encoded) == stops:
+            raise KeyboardInterrupt
+        while len(started) < min(len(encoded) + 2, 2 * PROMPTS):  # the next one is being read by now
+            time.sleep(0.001)
+        result = encode_one(self, video)
+        encoded.append(video)
+        return result
+
+    monkeypatch.setattr(encoding, "read_clip", reads)
+    monkeypatch.setattr(Backbone, "encode", encodes)
+    with pytest.raises(KeyboardInterrupt) if stops else contextlib.nullcontext():
+        made(data, backbone, tmp_path / "store", unit=2 * PROMPTS)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prism-clips")]
+    assert not any(main for _, main in started)
+    if not stops:
+        assert sorted(name for name, _ in started) == sorted(
+            f"{place}{side}.mp4" for place in range(PROMPTS) for side in "ab"
+        )
 
 
 def test_another_size_than_the_pipelines_and_unknown_splits_are_refused(data, backbone, tmp_path):

@@ -51,12 +51,12 @@ LATENT_CHANNELS = 48
 OFFSET, GAIN = 64.0, 4096.0  # make the encoder's last norm and SiLU linear, see `_write_linear_head`
 
 
-def build() -> AutoencoderKLWan:
-    """An untrained VAE: 16x16x4 compression, 48 channels, `(B, 3, 17, 64, 64)` in [-1, 1] to `(B, 48, 5, 4, 4)`."""
+def build(channels: int = LATENT_CHANNELS) -> AutoencoderKLWan:
+    """An untrained VAE: 16x16x4 compression, `(B, 3, 17, 64, 64)` in [-1, 1] to `(B, channels, 5, 4, 4)`."""
     return AutoencoderKLWan(
         base_dim=48,
         decoder_base_dim=32,
-        z_dim=LATENT_CHANNELS,
+        z_dim=channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
         temperal_downsample=[True, True],
@@ -65,8 +65,8 @@ def build() -> AutoencoderKLWan:
         out_channels=48,
         scale_factor_temporal=4,
         scale_factor_spatial=16,
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
     )
 
 
@@ -174,29 +174,29 @@ def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
     the identity. Each channel is divided by the fourth root of its variance: strong components stay stronger than weak
     ones, so more noise is needed to hide them."""
     encoder = vae.encoder
-    width = hidden.shape[1]
+    width, channels = hidden.shape[1], vae.config.z_dim
     encoder.mid_block.attentions[0].proj.bias[:width] = OFFSET
     encoder.mid_block.attentions[0].proj.bias[width] = GAIN * (width + 1) ** 0.5
     encoder.norm_out.gamma.zero_()
     encoder.norm_out.gamma[:width] = GAIN
 
     rows = hidden.permute(0, 2, 3, 4, 1).reshape(-1, width)
-    mean, directions, variances = principal(rows, LATENT_CHANNELS)
+    mean, directions, variances = principal(rows, channels)
     scale = variances**-0.25
     scale = scale / (scale.square() * variances).mean().sqrt()  # mean variance of one over the channels
     kernel = directions * scale[:, None]
-    encoder.conv_out.weight[:LATENT_CHANNELS, :width, -1, 1, 1] = kernel
-    encoder.conv_out.bias[:LATENT_CHANNELS] = -kernel @ (mean + OFFSET)
-    encoder.conv_out.bias[LATENT_CHANNELS:] = -20.0  # log-variance of the posterior: nearly no noise
+    encoder.conv_out.weight[:channels, :width, -1, 1, 1] = kernel
+    encoder.conv_out.bias[:channels] = -kernel @ (mean + OFFSET)
+    encoder.conv_out.bias[channels:] = -20.0  # log-variance of the posterior: nearly no noise
     vae.quant_conv.weight.zero_()
     vae.quant_conv.bias.zero_()
-    both = torch.arange(2 * LATENT_CHANNELS)
+    both = torch.arange(2 * channels)
     vae.quant_conv.weight[both, both] = 1.0
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) in [-1, 1] to latents (B, 48, t, h, w); mean 0, deviation 1: not normalised further."""
+    """Video (B, 3, T, H, W) in [-1, 1] to latents (B, z_dim, t, h, w); mean 0, deviation 1: not normalised further."""
     return vae.encode(video).latent_dist.mode()
 
 
@@ -222,7 +222,7 @@ class LinearCode:
     @torch.no_grad()
     def of(cls, vae: AutoencoderKLWan) -> LinearCode:
         """Compute the matrices from the responses of the fitted layers to unit impulses, in double precision."""
-        encoder, frames = vae.encoder, 5
+        encoder, frames, channels = vae.encoder, 5, vae.config.z_dim
         size = 3 * frames * 256
         impulses = torch.cat([torch.eye(size), torch.zeros(1, size)]).view(-1, 3, frames, 16, 16)
         hidden = patchify(impulses, vae.config.patch_size).double()
@@ -237,16 +237,16 @@ class LinearCode:
         head = encoder.conv_out
         bias = encoder.mid_block.attentions[0].proj.bias.double()
         gain = encoder.norm_out.gamma[0].double().squeeze() * len(bias) ** 0.5 / bias.norm()  # of the norm, all but 1
-        kernel = head.weight[:LATENT_CHANNELS, :-1, -1, 1, 1].double()
+        kernel = head.weight[:channels, :-1, -1, 1, 1].double()
         cells = torch.einsum("zc,nct->nzt", kernel, gain * (hidden[:, :-1, :, 0, 0] + bias[:-1, None]))
-        cells = (cells + head.bias[:LATENT_CHANNELS, None].double()).float()
-        bias, answers = cells[-1], (cells[:-1] - cells[-1]).view(3, frames, 256, LATENT_CHANNELS, 2)
-        first = answers[:, :1, ..., 0].reshape(-1, LATENT_CHANNELS)
-        rest = answers[:, 1:, ..., 1].reshape(-1, LATENT_CHANNELS)
+        cells = (cells + head.bias[:channels, None].double()).float()
+        bias, answers = cells[-1], (cells[:-1] - cells[-1]).view(3, frames, 256, channels, 2)
+        first = answers[:, :1, ..., 0].reshape(-1, channels)
+        rest = answers[:, 1:, ..., 1].reshape(-1, channels)
         return cls(first, rest, bias[:, 0], bias[:, 1])
 
     def __call__(self, video: Tensor) -> Tensor:
-        """(B, T, H, W, 3) in [0, 1] to latents (B, 48, t, h, w)."""
+        """(B, T, H, W, 3) in [0, 1] to latents (B, z_dim, t, h, w)."""
         pixels, parts = to_input(video), []
         for (step, matrix, bias), frames in zip(self.maps, (pixels[:, :, :1], pixels[:, :, 1:]), strict=True):
             blocks = frames.unfold(2, step, step).unfold(3, 16, 16).unfold(4, 16, 16).permute(0, 2, 3, 4, 1, 5, 6, 7)
@@ -287,14 +287,14 @@ def build_text_encoder() -> UMT5EncoderModel:
     )
 
 
-def build_transformer(layers: int = 6, heads: int = 4) -> WanTransformer3DModel:
+def build_transformer(layers: int = 6, heads: int = 4, channels: int = LATENT_CHANNELS) -> WanTransformer3DModel:
     """A Wan transformer over 80 tokens (5x4x4 latent cells); its width is 32 per attention head."""
     return WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=heads,
         attention_head_dim=32,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=64,
         freq_dim=64,
         ffn_dim=4 * 32 * heads,

@@ -225,7 +225,7 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
     if config.start:
         transformer, text_encoder = generator.load_generator(Path(config.start))
     else:
-        transformer = generator.build_transformer(config.layers, config.heads)
+        transformer = generator.build_transformer(config.layers, config.heads, vae.config.z_dim)
         text_encoder = generator.build_text_encoder()
     transformer, text_encoder = transformer.to(device).train(), text_encoder.to(device).train()
     tokenizer = generator.tokenizer()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from prism.backbone import Backbone, layout
 from prism.backbone.videos import normalise
 from prism.errors import PrismError, quoted
 from prism.preference.caches import Entry, LatentCache
+
+Result = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class CachedLatents:
@@ -107,7 +110,11 @@ class CachedLatents:
             return 0 if states is None else len(states)
         return None
 
-    def __call__(self, clip: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def each(self, clips: Sequence[Mapping[str, Any]]) -> Generator[Callable[[], Result], None, None]:
+        """A function per clip, in their order, that reads it and gives its tensors and facts."""
+        yield from (partial(self, clip) for clip in clips)
+
+    def __call__(self, clip: Mapping[str, Any]) -> Result:
         """The tensors "latents" (1, ...) of one clip, float16, with a trajectory "states" (1, S, ...) and "t" (1, S),
         and no facts of its frames.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -30,7 +33,11 @@ from prism.training.conditionings import check_bare
 from prism.training.fan_out import Crew, Make, crew_of, writer_of
 
 UNIT = 64
-"""Clips per shard: as many are lost at most when a process is killed, and held in memory at once."""
+"""Clips per shard: as many are lost at most when a process is killed, and their latents held in memory at once."""
+AHEAD = 2
+"""Clips that are decoded by as many threads while the VAE encodes another one."""
+Facts = dict[str, float | None]
+Results = Generator[Callable[[], tuple[dict[str, torch.Tensor], Facts]], None, None]
 
 
 def encode(
@@ -190,11 +197,30 @@ class _Encoder:
     def __init__(self, source: PreferenceSet, backbone: Backbone, policy: FramePolicy, shape: tuple[int, ...]) -> None:
         self.source, self.backbone, self.policy, self.shape = source, backbone, policy, shape
 
-    def __call__(self, row: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The tensor "latents" (1, ...) of one clip, float16, and its facts. Raises PrismError if it cannot be read."""
+    def each(self, rows: Sequence[Mapping[str, Any]]) -> Results:
+        """A function per clip, in their order, that gives its tensor "latents" (1, ...), float16, and its facts.
+
+        It raises PrismError if the clip cannot be read. The next clips are read meanwhile; closing this ends that.
+        """
+        pool, reading = ThreadPoolExecutor(AHEAD, "prism-clips"), deque[Future[tuple[np.ndarray, Facts]]]()
+        try:
+            for row in rows:
+                reading.append(pool.submit(self._read, row))
+                if len(reading) > AHEAD:
+                    yield partial(self._latents, reading.popleft())
+            while reading:
+                yield partial(self._latents, reading.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[np.ndarray, Facts]:
         source = self.source.source(row["path"], row["frames"])
         clip = read_clip(source, self.policy, row["fps"] if row["frames"] else None)
-        return {"latents": encode_frames(self.backbone, clip.frames, self.shape).cpu().half()}, clip_facts(clip)
+        return clip.frames, clip_facts(clip)
+
+    def _latents(self, reading: Future[tuple[np.ndarray, Facts]]) -> tuple[dict[str, torch.Tensor], Facts]:
+        frames, facts = reading.result()
+        return {"latents": encode_frames(self.backbone, frames, self.shape).cpu().half()}, facts
 
 
 def _reader(
@@ -242,17 +268,18 @@ def _encoder(backbone: Backbone, *, opened: Callable[..., StoreWriter], reader: 
 
     def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
         made, kept, facts, unread = [], [], [], []
-        for row in rows:
-            try:
-                image = writer.keep_image(row["image"]) if row["image"] and backbone.takes("image") else None
-                tensors, numbers = source(row)
-            except PrismError as error:
-                unread.append(str(error))
-            else:
-                made.append(tensors)
-                kept.append({**row, "image": image})
-                facts.append(numbers)
-            count(1)
+        with contextlib.closing(source.each(rows)) as results:
+            for row, result in zip(rows, results):
+                try:
+                    image = writer.keep_image(row["image"]) if row["image"] and backbone.takes("image") else None
+                    tensors, numbers = result()
+                except PrismError as error:
+                    unread.append(str(error))
+                else:
+                    made.append(tensors)
+                    kept.append({**row, "image": image})
+                    facts.append(numbers)
+                count(1)
         if kept:
             columns = {each: [row[each] for row in kept] for each in ("video", "prompt", "split", "model", "source")}
             columns["image"] = pa.array([row["image"] for row in kept], pa.string())
