@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from tests import tiny
+from tests.teachers import small_models
 from tests.training.test_encode import CALL, POLICY, make_set, sums
 
 from prism.backbone import Backbone
@@ -47,6 +49,13 @@ def cluster():
     assert started
     yield ray
     ray.shutdown()
+
+
+def redness(video) -> float:
+    return float(video[..., 0].mean())
+
+
+REDNESS = f"{__name__}:redness"
 
 
 def note(diary: Path) -> int:
@@ -101,6 +110,25 @@ def test_the_command_collects_the_same_files_after_a_worker_was_killed_while_it_
     assert os.path.getsize(tmp_path / "diary-two") > 8
 
 
+def test_actors_label_anew_by_a_teacher_that_each_loads_itself(tmp_path, capsys):
+    (tmp_path / "teacher").mkdir()
+    small_models.imagereward(tmp_path / "teacher", ["a", "red", "circle", "cat", "runs"])
+    tiny.wan().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("a cat runs\na red circle\na red cat\n")
+    models = ["--backbone", str(tmp_path / "pipe"), "--device", "cpu"]
+    sizes = ["--steps", "2", "--height", "32", "--width", "32", "--num-frames", "9", "--candidates", "2"]
+    collected = ["collect", *models, "--prompts", str(tmp_path / "prompts.txt"), *sizes, "--reward", REDNESS]
+    assert main([*collected, "--out", str(tmp_path / "one")]) == 0, capsys.readouterr().err
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for out, more in (("one", []), ("two", ["--ray", "--ray-workers", "2"])):
+        rewards = ["--reward", f"imagereward={tmp_path / 'teacher'}", "--reward", REDNESS]
+        code = main(["collect", "--label", *models, *rewards, *more, "--out", str(tmp_path / out)])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        assert "6 videos of 3 prompts and 3 pairs in imagereward.preference, redness.overall" in said.out
+    assert sums(tmp_path / "two") == sums(tmp_path / "one")
+
+
 class Small:
     """Nothing but a name."""
 
@@ -134,6 +162,23 @@ def test_failures_warnings_and_units_that_kill_every_worker_are_told(monkeypatch
         with pytest.raises(PrismError, match="unit deadly ended 2 workers, one after another"):
             crew.share("test", "rows", [("deadly", [1])], [False], begin, False)
     assert "was lost" in capsys.readouterr().err
+
+
+class Unreadable:
+    """Sent by the driver, and read by no worker."""
+
+    def __reduce__(self):
+        return exec, (f"import os\nif os.getpid() != {os.getpid()}: raise ImportError('no such module here')",)
+
+    def __call__(self):
+        return Small()
+
+
+def test_what_no_worker_can_read_is_told(monkeypatch):
+    monkeypatch.setattr(actors, "LOSSES", 1)
+    with Actors(Unreadable(), workers=1) as crew:
+        with pytest.raises(PrismError, match=r"Workers of the Ray cluster do not start: .*no such module here"):
+            crew.ask(type)
 
 
 MACHINES = [{"CPU": 64.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 4.0}, {"memory": 1.0}]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import socket
 import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pickle import PicklingError
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -37,17 +37,18 @@ _SENTENCE = "prism: the worker {} was lost; another one makes again what it had 
 class Actor:
     """A backbone on one device, in a process of its own. Each answer comes with what went wrong and warnings."""
 
-    def __init__(self, load: bytes, folder: str, paths: Sequence[str]) -> None:
+    def __init__(self, folder: str, paths: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # relative paths mean the same where the machine has the folder
             os.chdir(folder)
         sys.path += [path for path in paths if path not in sys.path]  # for what the driver can import
-        self._load: Callable[[], Backbone] = pickle.loads(load)  # from the driver, as all that Ray sends
+        self._load: Callable[[], Backbone] | None = None
         self._backbone: Backbone | None = None
         self._make: Make | None = None
         self._failure: str | None = "A worker cannot read its work; each machine needs this version of prism."
 
-    def where(self) -> str:
-        """The process and machine, for messages."""
+    def prepare(self, load: Callable[[], Backbone]) -> str:
+        """Take what makes the backbone; Ray reads it now that paths are set. The process and machine, for messages."""
+        self._load = load
         return f"{os.getpid()} on {socket.gethostname()}"
 
     def ask(self, question: Callable[[Backbone], Any]) -> tuple[Any, str | None, list[str]]:
@@ -77,6 +78,7 @@ class Actor:
 
     def _loaded(self) -> Backbone:
         if self._backbone is None:
+            assert self._load is not None  # calls of an actor are run in order, and `prepare` is the first
             self._backbone = self._load()
         return self._backbone
 
@@ -139,7 +141,7 @@ class Actors:
         self._fingerprint: Mapping[str, Any] | None = None
         try:
             with _sendable("What loads the backbone"):
-                self._load = self._ray.cloudpickle.dumps(load)
+                self._load = self._ray.put(load)
         except PrismError:
             self.close()
             raise
@@ -261,8 +263,8 @@ class Actors:
         self._kind = self._ray.remote(num_gpus=self._needs["GPU"], num_cpus=threads)(Actor)
 
     def _start(self) -> None:
-        worker = _Worker(self._kind.remote(self._load, os.getcwd(), [os.path.abspath(path) for path in sys.path]))
-        self._placing[worker.handle.where.remote()] = worker
+        worker = _Worker(self._kind.remote(os.getcwd(), [os.path.abspath(path) for path in sys.path]))
+        self._placing[worker.handle.prepare.remote(self._load)] = worker
 
     def _placed(self, answer: Any) -> None:
         """Take an actor that has started to the idle ones, or start another one in its place."""
@@ -305,7 +307,7 @@ def _sendable(name: str) -> Iterator[None]:
     """Raise PrismError where the block cannot pickle something."""
     try:
         yield
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
+    except (TypeError, AttributeError, PicklingError) as error:
         raise PrismError(
             f"{name} cannot be sent to other processes ({reason(error, 160)}); use functions of a module, or a "
             "functools.partial of one."
@@ -337,7 +339,6 @@ def _connected(address: str, workers: int) -> tuple[Any, bool]:
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # it is told in a sentence here
     try:
         import ray
-        import ray.cloudpickle
         import ray.exceptions
     except ImportError as error:
         raise PrismError('Ray is not installed; install it with pip install "prism-video[ray]".') from error
