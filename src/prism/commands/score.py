@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ class Score:
     """Score finished clips: with standard errors, and their place among the clips of the head's reference.
 
     FILES are clips, folders of clips, and tables with the columns prompt and video. Ends with exit code 1 where some of
-    the clips could not be read.
+    the clips could not be read. A launcher's processes share the clips.
     """
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional, option("FILES")]
@@ -68,28 +69,30 @@ class Score:
     def main(self) -> int:
         """Score, print the table, and return the exit code."""
         document = run(self)
+        if os.environ.get("RANK", "0") != "0":  # the first of several processes prints, and tells of unread clips
+            return 0
         show(document, self.out)
         return 1 if document["unread"] else 0
 
 
 def run(config: Score) -> dict[str, Any]:
-    """Score the clips, and write `out`; returns what a .json file of it holds."""
+    """Score the clips, and write `out`; returns what a .json file of it holds. A launcher's processes share the clips,
+    and the first one writes.
+    """
     from tqdm import tqdm
 
-    from prism.backbone.arguments import normalised
     from prism.backbone.videos import call_frames
-    from prism.clips import read_clip
     from prism.judge.checks import noise_levels
     from prism.judge.scoring import default_levels, head_digest
-    from prism.loading import check_alone, describe, load_backbone, load_judge
+    from prism.loading import describe, load_backbone, load_judge
+    from prism.team import Team, merged
 
-    check_alone("score")
     whole("--draws", config.draws, 1, DRAWS)
     whole("--batch-size", config.batch_size)
     whole("--seed", config.seed, 0, SEEDS)
     asked = None if config.levels is None else levels_of("--t", config.levels)
-    out = None if config.out is None else _checked_out(config)
-    clips = list(clips_of(config))
+    team = Team.gathered(config.models.device)
+    out, clips = team.on_first(lambda: (_checked_out(config), list(clips_of(config))))
     if not clips:
         raise PrismError(f"There is no clip in {quoted(' '.join(config.files), 200)}.")
     backbone, call, name = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
@@ -103,37 +106,65 @@ def run(config: Score) -> dict[str, Any]:
         "dtype": str(backbone.dtype).removeprefix("torch."),
         **{"call": json.loads(json.dumps(call, default=str)), "reference": _described(judge.reference)},
     }
-    journal = Journal(out, facts, config.resume)
-    rows, unread = [], []
-    for clip in tqdm(clips, desc="score", unit="clip", disable=None):
-        row = journal.rows.get(journal.key(clip))
-        if row is None:
+    journal = Journal(out, facts, team.rank)
+    before = team.on_first(lambda: journal.begin(config.resume))
+    left = [place for place, clip in enumerate(clips) if journal.key(clip) not in before]
+
+    def share() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        rows, unread = {}, {}
+        mine = left[team.rank :: team.size]
+        for place in tqdm(mine, desc="score", unit="clip", disable=None if team.first else True):
             try:
-                given = call if clip["image"] is None else {**call, **normalised({"image": clip["image"]})}
-                pixels = read_clip(clip["source"], policy, clip["fps"]).frames
-            except PrismError as error:
-                unread.append({"video": clip["video"], "reason": str(error)})
-                continue
-            scored = judge.score_video(
-                [pixels], clip["prompt"] or "", levels, config.draws, config.seed, None, config.batch_size, **given
-            )
-            row = {"video": clip["video"], "prompt": clip["prompt"], "image": clip["image"]}
-            if scored.compared:
-                of = "prompt" if scored.same_prompt[0] else "all"
-                row |= {"reference_clips": scored.compared[0], "reference_of": of}
-            row["scores"] = cells(scored)
-            journal.add(clip, row)
-        rows.append(row)
-    for each in unread:
-        print(f"prism: left out: {each['reason']}", file=sys.stderr)
-    if not rows:
+                rows[place] = _scored(judge, clips[place], policy, call, levels, config)
+            except Unread as error:
+                unread[place] = str(error)
+            else:
+                journal.add(rows[place])
+        return rows, unread
+
+    shares = team.agree(share)
+    rows, reasons = merged(rows for rows, _ in shares), merged(reasons for _, reasons in shares)
+    scored = [rows.get(place) or before.get(journal.key(clip)) for place, clip in enumerate(clips)]
+    unread = [{"video": clips[place]["video"], "reason": reason} for place, reason in reasons.items()]
+    document = {"schema": 1, "command": "score", **facts, "clips": [row for row in scored if row], "unread": unread}
+
+    def finish() -> None:
+        for each in unread:
+            print(f"prism: left out: {each['reason']}", file=sys.stderr)
+        if document["clips"] and out is not None:
+            write(out, document)
         journal.end()
+
+    team.on_first(finish)
+    if not document["clips"]:
         raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0]['reason'], 300)}")
-    document = {"schema": 1, "command": "score", **facts, "clips": rows, "unread": unread}
-    if out is not None:
-        write(out, document)
-        journal.end()
     return document
+
+
+class Unread(Exception):
+    """A clip, or its image, that cannot be read."""
+
+
+def _scored(
+    judge: Any, clip: Mapping[str, Any], policy: Any, call: Mapping[str, Any], levels: Sequence[float], config: Score
+) -> dict[str, Any]:
+    """What the file holds of one clip."""
+    from prism.backbone.arguments import normalised
+    from prism.clips import read_clip
+
+    try:
+        given = call if clip["image"] is None else {**call, **normalised({"image": clip["image"]})}
+        pixels = read_clip(clip["source"], policy, clip["fps"]).frames
+    except PrismError as error:
+        raise Unread(str(error)) from error
+    scored = judge.score_video(
+        [pixels], clip["prompt"] or "", levels, config.draws, config.seed, None, config.batch_size, **given
+    )
+    row = {"video": clip["video"], "prompt": clip["prompt"], "image": clip["image"]}
+    if scored.compared:
+        of = "prompt" if scored.same_prompt[0] else "all"
+        row |= {"reference_clips": scored.compared[0], "reference_of": of}
+    return {**row, "scores": cells(scored)}
 
 
 # -- which clips
@@ -219,16 +250,20 @@ def check_inputs(backbone: Any, call: Mapping[str, Any], clips: Sequence[Mapping
 
 
 def _described(reference: Any) -> dict[str, Any] | None:
-    return None if reference is None else {"levels": list(reference.levels), **reference.facts}
+    if reference is None:
+        return None
+    return {**reference.facts, "levels": list(reference.levels), "intervals": reference.intervals()}
 
 
-def _checked_out(config: Score) -> Path:
-    out = Path(config.out)  # type: ignore[arg-type]
+def _checked_out(config: Score) -> Path | None:
+    if config.out is None:
+        return None
+    out = Path(config.out)
     if out.suffix.lower() not in ENDINGS:
         raise PrismError(f"The --out {quoted(str(out), 200)} must end in {' or '.join(ENDINGS)}.")
     if out.is_dir():
         raise PrismError(f"The --out {quoted(str(out), 200)} is a folder; name a file.")
-    if out.exists() and not config.overwrite and not (config.resume and Journal.path(out).exists()):
+    if out.exists() and not config.overwrite and not (config.resume and Journal.every(out)):
         raise PrismError(f"The --out {quoted(str(out), 200)} exists already; choose another, or give --overwrite.")
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

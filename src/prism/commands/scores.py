@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import math
 import os
@@ -53,65 +54,95 @@ def write(out: Path, document: dict[str, Any]) -> None:
 
 
 class Journal:
-    """The clips that are scored, line by line beside `out`, so that a run that was stopped can go on."""
+    """The clips that are scored, line by line beside `out`, so that a run that was stopped can go on.
 
-    def __init__(self, out: Path | None, facts: Mapping[str, Any], resume: bool) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.file = None if out is None else self.path(out)
-        if self.file is None:
-            return
-        head = json.dumps({"journal": json.loads(json.dumps(facts))})
-        if self.file.exists():
-            if not resume:
-                raise PrismError(
-                    f"The file {files.shown(self.file)} is of a run that stopped; go on with --resume, or delete it."
-                )
-            self._read(json.loads(head)["journal"])
-            return
-        with files.new_file(self.file) as work:
-            work.write_text(f"{head}\n", encoding="utf-8")
+    Each of several processes has a file of its own; the first joins them where a run goes on, in however many.
+
+    Args:
+        out: the file that the run writes; None: nothing is noted.
+        facts: what the rows depend on.
+        rank: of this process.
+    """
+
+    def __init__(self, out: Path | None, facts: Mapping[str, Any], rank: int = 0) -> None:
+        self.out, self.facts = out, json.loads(json.dumps(facts))
+        self.file = None if out is None else self.path(out, rank)
 
     @staticmethod
-    def path(out: Path) -> Path:
-        return out.with_name(f"{out.name}.partial")
+    def path(out: Path, rank: int = 0) -> Path:
+        return out.with_name(f"{out.name}.partial{f'-{rank}' if rank else ''}")
 
     @staticmethod
     def key(clip: Mapping[str, Any]) -> str:
         return json.dumps([clip["video"], clip["prompt"], clip["image"]])
 
-    def _read(self, facts: Mapping[str, Any]) -> None:
-        """Take over the whole lines of an earlier run with the same facts, and cut off a line that broke."""
-        assert self.file is not None
-        files.check_regular(self.file)
-        data = self.file.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+    @classmethod
+    def every(cls, out: Path) -> list[Path]:
+        """The files of all processes of an earlier run, that of the first one first."""
+        first = cls.path(out)
+        others = first.parent.glob(f"{glob.escape(first.name)}-*")
+        ranks = sorted(int(rank) for path in others if (rank := path.name[len(first.name) + 1 :]).isdecimal())
+        return [path for path in (first, *(cls.path(out, rank) for rank in ranks)) if os.path.lexists(path)]
+
+    def begin(self, resume: bool) -> dict[str, dict[str, Any]]:
+        """The rows of the run that is gone on with, by key, from the files of all its processes, which become one.
+
+        Only the first process may call this, before any other notes a row.
+        """
+        if self.out is None or self.file is None:
+            return {}
+        earlier = self.every(self.out)
+        if earlier and not resume:
+            raise PrismError(
+                f"The file {files.shown(earlier[0])} is of a run that stopped; go on with --resume, or delete it."
+            )
+        rows: dict[str, dict[str, Any]] = {}
+        for path in earlier:
+            rows |= self._read(path)
+        with files.new_file(self.file) as work, work.open("w", encoding="utf-8") as stream:
+            stream.writelines(f"{json.dumps(line)}\n" for line in ({"journal": self.facts}, *rows.values()))
+        for path in earlier:
+            if path != self.file:
+                path.unlink()
+        return rows
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        """The rows in whole lines of an earlier run with the same facts."""
+        files.check_regular(path)
+        data = path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
+        if not lines and path != self.file:  # killed before its first line was whole
+            return {}
         try:
             before, *rows = (json.loads(line) for line in lines)
             before = before["journal"]
-            self.rows = {self.key(row): row for row in rows}
-            if before == facts and not all(_is_row(row, facts) for row in rows):
+            by_key = {self.key(row): row for row in rows}
+            if before == self.facts and not all(_is_row(row, self.facts) for row in rows):
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise PrismError(
-                f"The file {files.shown(self.file)} is no list of scored clips, or was altered; delete it."
+                f"The file {files.shown(path)} is no list of scored clips, or was altered; delete it."
             ) from None
-        if before != facts:
+        if before != self.facts:
             raise PrismError(
-                f"The run in {files.shown(self.file)} was another: {first_difference(before, facts)}; delete it, or "
+                f"The run in {files.shown(path)} was another: {first_difference(before, self.facts)}; delete it, or "
                 "choose another --out."
             )
-        os.truncate(self.file, sum(map(len, lines)))
+        return by_key
 
-    def add(self, clip: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """Note a clip's row."""
-        if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
+        if self.file is None:
+            return
+        with self.file.open("a", encoding="utf-8") as stream:
+            if not stream.tell():  # in all processes but the first
+                stream.write(f"{json.dumps({'journal': self.facts})}\n")
+            stream.write(f"{json.dumps(row)}\n")
 
     def end(self) -> None:
-        """Remove the list, once `out` is there."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        """Remove the files of all processes, once `out` is there."""
+        for path in [] if self.out is None else self.every(self.out)[::-1]:
+            path.unlink(missing_ok=True)
 
 
 def _end(name: str) -> str:
@@ -170,6 +201,9 @@ def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
         f"Percentile, and probability of being preferred (half of a tie counts), among clips of {name} ({split}) at "
         f"t = {', '.join(f'{t:g}' for t in reference['levels'])}."
     )
+    for t, by_name in reference["intervals"].items():
+        spans = (f"{low:+.2f} to {high:+.2f} in {quoted(each, 60)}" for each, (low, _, high) in by_name.items())
+        yield f"At t = {t}, 95 % of them score {', '.join(spans)}."
     yield from _unlike(reference, document)
     apart = sum(clip["reference_of"] == "all" for clip in document["clips"])
     if apart:
