@@ -112,16 +112,24 @@ def brightness_and_motion(frames: np.ndarray) -> tuple[float, float]:
     return float(np.mean(brightness)), float(np.mean(changes)) if changes else 0.0
 
 
+CLIP_FACTS = ("clip_seconds", "clip_fps", "clip_pixels", "clip_brightness", "clip_motion")
+"""Columns of a store's videos that say what a clip looks like."""
+
+
 def clip_facts(clip: Clip) -> dict[str, float | None]:
-    """Columns of a store's videos that say what a clip looks like: of the file, and of the frames that were taken."""
-    brightness, motion = brightness_and_motion(clip.frames)
-    return {
-        "clip_seconds": clip.info.duration,
-        "clip_fps": clip.info.fps,
-        "clip_pixels": float(clip.info.height * clip.info.width),
-        "clip_brightness": brightness,
-        "clip_motion": motion,
-    }
+    """The columns `CLIP_FACTS` of a file: of itself, and of the frames that were taken."""
+    info = clip.info
+    return _facts(info.duration, info.fps, info.height * info.width, clip.frames)
+
+
+def frame_facts(frames: np.ndarray, fps: float | None = None) -> dict[str, float | None]:
+    """The columns `CLIP_FACTS` of frames (T, H, W, 3) uint8 that were never a file; without fps they have no length."""
+    seconds = None if fps is None else len(frames) / fps
+    return _facts(seconds, fps, frames.shape[1] * frames.shape[2], frames)
+
+
+def _facts(seconds: float | None, fps: float | None, pixels: int, frames: np.ndarray) -> dict[str, float | None]:
+    return dict(zip(CLIP_FACTS, (seconds, fps, float(pixels), *brightness_and_motion(frames))))
 
 
 def read_clip(source: Any, policy: FramePolicy | None = None, fps: float | None = None) -> Clip:

@@ -20,6 +20,7 @@ from tests import kills, tiny
 from prism import files
 from prism.backbone import Backbone
 from prism.cli import main
+from prism.clips import CLIP_FACTS
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore
@@ -108,6 +109,11 @@ def test_scores_are_what_the_reward_says_of_the_decoded_videos(store, backbone):
         frames = (frames * 255).round().byte().numpy()
         expected = brightness(frames, columns["prompt"][row])
         assert {name: columns[name][row] for name in ("VQ", "MQ")} == pytest.approx(expected)
+        luma = frames @ np.array([0.2126, 0.7152, 0.0722]) / 255
+        facts = {name: store.videos[name][row].as_py() for name in CLIP_FACTS}
+        assert facts.pop("clip_brightness") == pytest.approx(luma.mean(), abs=1e-6)
+        assert facts.pop("clip_motion") == pytest.approx(np.abs(np.diff(luma, axis=0)).mean(), abs=1e-6)
+        assert facts == {"clip_seconds": None, "clip_fps": None, "clip_pixels": 32 * 32}  # without --fps
     ratings = pq.read_table(store.folder / "ratings.parquet")
     assert len(ratings) == 24
     assert set(ratings["annotator"].to_pylist()) == {"plain"}
@@ -153,6 +159,8 @@ def test_other_rewards_label_the_same_videos_again(store, backbone, tmp_path):
     assert sums(folder / "shards") == before
     assert rows == dict.fromkeys(TEXTS, 3)  # a batch is a prompt's candidates
     assert again.dimensions == ("overall",)
+    assert set(again.videos["clip_seconds"].to_pylist()) == {9 / 8}
+    assert again.videos["clip_motion"].to_pylist() == store.videos["clip_motion"].to_pylist()
     scores = dict(zip(again.videos["video"].to_pylist(), again.videos["overall"].to_pylist()))
     first = again.pairs.to_pylist()[0]
     difference = scores[first["video_a"]] - scores[first["video_b"]]
@@ -286,6 +294,8 @@ REWARD = '''
 """Light and colour of a clip."""
 def light(video, prompt):
     return {"light": video.mean() / 255, "red": video[..., 0].mean() / 255}
+def late(videos, prompts):
+    return [video[-1].mean() / 255 for video in videos]
 '''
 
 
@@ -302,6 +312,22 @@ def test_two_processes_write_the_store_of_one(tmp_path):
         run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("8 videos of 4 prompts and 4 pairs in light, red, overall") == 1
+    assert sums(tmp_path / "one") == sums(tmp_path / "two")
+    words = [
+        "prism",
+        "collect",
+        "--label",
+        *words[-2:],
+        "--device",
+        "cpu",
+        "--reward",
+        f"{tmp_path / 'reward.py'}:late",
+    ]
+    for out, launcher in (("one", ["-m"]), ("two", several)):
+        command = [sys.executable, *launcher, *words, "--out", str(tmp_path / out)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("8 videos of 4 prompts and 4 pairs in overall") == 1
     assert sums(tmp_path / "one") == sums(tmp_path / "two")
 
 
@@ -465,6 +491,19 @@ def test_pictures_and_numbers_that_json_does_not_hold_are_refused(backbone, tmp_
     half = made(backbone, tmp_path / "half", [], half=True, candidates=1)
     assert half.latents([half.videos["video"][0].as_py()]).half().float().isfinite().all()
     assert len(half.pairs) == 0
+
+
+def test_the_bias_probes_see_a_collected_store_without_decoding_it(store, backbone):
+    from prism.evaluation.facts import facts_of
+
+    videos = store.videos["video"].to_pylist()
+    facts, units = facts_of(store, videos)
+    assert {name: len(values) for name, values in facts.items()} == {
+        **{"length": 12, "resolution": 12, "brightness": 12, "motion": 12}
+    }
+    assert units["length"] == "frames"
+    with pytest.raises(PrismError, match="names a dimension 'clip_motion'; it must be a text"):
+        Reward(lambda video: {"clip_motion": 1.0}, "taken").score([np.zeros((1, 2, 2, 3), np.uint8)], ["a"])
 
 
 def test_what_can_be_refused_before_sampling_leaves_no_folder(backbone, tmp_path):

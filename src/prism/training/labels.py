@@ -2,6 +2,7 @@
 
 labels/REWARD/UNIT.parquet    video, and a column per dimension: the scores of a shard's videos, written when the
                               whole unit is scored; its metadata say of which function and of which shard
+facts/UNIT.parquet            video, and what its decoded frames look like (`CLIP_FACTS`), for the bias probes
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from prism.backbone import Backbone, layout
 from prism.backbone.noise import length
+from prism.clips import CLIP_FACTS, frame_facts
 from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter, images
 from prism.preference.pairs import PAIR_COLUMNS, joined, named, read_table
@@ -28,7 +31,7 @@ from prism.preference.sets import RATINGS, VOTES, kept_rows
 from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
 
-FOLDER = "labels"
+FOLDER, FACTS = "labels", "facts"
 BATCH = 8  # videos that a reward for batches is given at once
 
 
@@ -110,22 +113,27 @@ class Labels:
         check_seal(path, noted(path.with_suffix(".parquet"))["sha256"], f"{unit}.parquet")
         latents = view(open_shard(path), path, "latents")
         scores: dict[str, list[dict[str, float]]] = {reward.name: [] for reward in rewards}
+        facts: list[dict[str, float | None]] = []
         for start in range(0, len(rows), BATCH):
             chunk = rows[start : start + BATCH]
             videos = [
                 decode(latents[start + k : start + k + 1], row["prompt"], self._call(row), row["seed"] or 0)
                 for k, row in enumerate(chunk)
             ]
+            facts += [frame_facts(video, self.fps) for video in videos]
             prompts, names = [row["prompt"] for row in chunk], [row["video"] for row in chunk]
             for reward in rewards:
                 scores[reward.name] += reward.score(videos, prompts, self.fps, names)
+        ids = pa.array([row["video"] for row in rows], pa.string())
+        seen = {name: pa.array([fact[name] for fact in facts], pa.float64()) for name in CLIP_FACTS}
+        self.writer.write_beside(f"{FACTS}/{unit}.parquet", pa.table({"video": ids, **seen}), {"key": self.writer.key})
         for reward in rewards:
             by_video = scores[reward.name]
             columns = {
                 name: pa.array([row[name] for row in by_video], pa.float64(), from_pandas=True)  # NaN as null
                 for name in by_video[0]
             }
-            table = pa.table({"video": pa.array([row["video"] for row in rows]), **columns})
+            table = pa.table({"video": ids, **columns})
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
 
@@ -159,7 +167,7 @@ class Labels:
             if unclear := sum(score is None for score in by.values()):
                 print(f"prism: {unclear} of {len(by)} videos have no score in {name}: the answer was not clear.",
                       file=sys.stderr)  # fmt: skip
-        count = self.writer.finish(pa.table({"video": pa.array(ids, pa.string()), **scores}))
+        count = self.writer.finish(pa.table({"video": pa.array(ids, pa.string()), **scores, **self._facts(ids)}))
         videos = read_rows(self.writer.folder / INDEX, ())
         prompts = dict(zip(videos["video"].to_pylist(), videos["prompt"].to_pylist()))
         rows = [
@@ -179,6 +187,16 @@ class Labels:
             )
         self.writer.label(labelled, ratings=pa.concat_tables([self._others(), ratings]))
         return count
+
+    def _facts(self, ids: Sequence[str]) -> dict[str, pa.Array]:
+        """Columns of what the decoded videos look like, as far as it was noted."""
+        paths = sorted((self.writer.folder / FACTS).glob("*.parquet"))
+        tables = [read_table(path, ("video",), others=CLIP_FACTS).replace_schema_metadata() for path in paths]
+        if not tables:
+            return {}
+        table = pa.concat_tables(tables)
+        places = pc.index_in(pa.array(ids, pa.string()), value_set=table["video"].combine_chunks())
+        return {name: table[name].cast(pa.float64()).take(places).combine_chunks() for name in CLIP_FACTS}
 
     def _beside_people(self, labelled: pa.Table, rated: Sequence[str], answered: Set[str]) -> pa.Table:
         """The pairs with people's labels, in the dimensions they answered, beside the rewards' labels."""

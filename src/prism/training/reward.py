@@ -31,12 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from prism.clips import CLIP_FACTS
 from prism.errors import PrismError, instance, number, quoted, reason
 from prism.preference.pairs import PAIR_COLUMNS
 from prism.preference.shards import ROW_COLUMNS
 
 TIMEOUT = 600.0  # seconds that one call may take
-_RESERVED = {*PAIR_COLUMNS, *ROW_COLUMNS, "shard"}  # columns of a store
+_RESERVED = {*PAIR_COLUMNS, *ROW_COLUMNS, *CLIP_FACTS, "shard"}  # columns of a store
 _NAME = re.compile(r"[\w-]+")
 
 
