@@ -106,8 +106,14 @@ class TestScore:
         words = ["--head", tmp_path / "head", "--backbone", place / "backbone", "--data", place / "store"]
         words = ["reference", *map(str, words), "--draws", "2", "--t", "600,300"]
         assert cli.main(words) == 0
-        assert "16 clips of 4 prompts, 2 draws" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "16 clips of 4 prompts, 2 draws" in said
         document = files.read_json(tmp_path / "head" / "reference.json")
+        low, middle, high = np.percentile(np.array(document["scores"])[1, :, 0], (2.5, 50, 97.5))
+        assert f"95 % of the clips from {low:+.2f} to {high:+.2f}" in said
+        card = (tmp_path / "head" / "README.md").read_text()
+        assert 'Scores of 16 clips of 4 prompts (split test of the store "store"), means over 2 noise draws' in card
+        assert f"| 300 | {low:+.2f} to {high:+.2f}, median {middle:+.2f} |" in card
         assert document["weights_sha256"] == files.sha256(tmp_path / "head" / "model.safetensors")
         assert document["facts"]["command"].startswith("prism reference --split test --draws 2")
         assert cli.main(words) == 2
@@ -122,6 +128,7 @@ class TestScore:
             assert score(place, *words, "--draws", "2", head=tmp_path / "head") == 0
             shown = capsys.readouterr().out
             assert "among clips of store (test) at t = 600, 300" in " ".join(shown.split())
+            assert f"At t = 300, 95 % of them score {low:+.2f} to {high:+.2f} in VQ" in " ".join(shown.split())
             assert ("The reference lacks the prompts of 1 of 1 clips" in " ".join(shown.split())) == (of == "all")
             for row in table(tmp_path / f"{of}.csv"):
                 level, d = [600, 300].index(int(row["t"])), ["VQ", "MQ"].index(row["dimension"])
@@ -178,6 +185,35 @@ class TestScore:
         assert score(place, *words, "--out", out) == 2
         assert "exists already" in capsys.readouterr().err
         assert score(place, *words, "--out", out, "--overwrite") == 0
+
+    def test_processes_share_the_clips_and_any_number_goes_on(self, place, clips, tmp_path):
+        """The file is that of one process; rows that killed processes noted are taken over, each once."""
+        (clips / "bad.mp4").write_bytes(b"no video")
+        with (clips / "list.csv").open("a", newline="") as stream:
+            csv.writer(stream).writerows([[f"prompt {n}", "more/b.mp4", ""] for n in range(3)] + [["x", "bad.mp4", ""]])
+        words = [clips / "list.csv", "--draws", "1", "--t", "500"]
+        assert score(place, *words, "--out", tmp_path / "one.json") == 1
+        whole, out = files.read_json(tmp_path / "one.json"), tmp_path / "two.json"
+        facts = {name: whole[name] for name in whole if name not in ("schema", "command", "clips", "unread")}
+        for rank, places in enumerate(((), (0,), (4, 1))):  # of three processes that were killed
+            journal = Journal(out, facts, rank)
+            if rank == 0:
+                assert journal.begin(False) == {}
+            for row in places:
+                journal.add(whole["clips"][row])
+        with Journal.path(out, 2).open("a") as stream:
+            stream.write('{"video": "more/b.mp4", "pro')
+        Journal.path(out, 3).write_text('{"jour')
+        models = ["--backbone", str(place / "backbone"), "--head", str(place / "head"), "--out", str(out), "--resume"]
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "prism", "score"]
+        run = subprocess.run(
+            [sys.executable, *several, *map(str, words), *models], capture_output=True, text=True, timeout=200
+        )
+        assert run.returncode == 1, run.stderr[-3000:]
+        assert run.stderr.count("prism: left out: ") == 1
+        assert run.stdout.count("Scores: ") == 1
+        assert files.read_json(out) == whole
+        assert sorted(each.name for each in tmp_path.iterdir() if each.is_file()) == ["one.json", "two.json"]
 
     @pytest.mark.parametrize("line", ["[]", '{"video": 1}', "nonsense", '{"journal": 3}', '{"video":"a","prompt":"b"}'])
     def test_a_list_of_done_clips_that_lies_is_refused(self, place, tmp_path, capsys, monkeypatch, line):

@@ -26,7 +26,7 @@ import prism
 from prism import files
 from prism.errors import PrismError
 from prism.judge import Judge, QueryHead
-from prism.judge.hub import model_card
+from prism.judge.hub import model_card, with_reference
 from prism.judge.reference import Reference
 
 DIMENSIONS = ("VQ", "MQ", "overall")
@@ -296,5 +296,13 @@ def test_the_card_of_the_embedded_head_is_made_by_this_code():
     folder = Path(prism.__file__).parent / "shapeworld" / "assets" / "head"
     rows = files.read_json(ROOT / "docs/evidence/metrics.json")["accuracy"]
     rows = [row for row in rows if (row["judge"], row["head_seed"]) == ("prism", 0)]
-    card = model_card(files.read_json(folder / "config.json"), rows, "apache-2.0", None)
+    config = files.read_json(folder / "config.json")
+    reference = Reference.read(folder / "reference.json", config["dimensions"], config["weights_sha256"])
+    card = model_card(config, rows, "apache-2.0", None, reference)
+    low, middle, high = np.sort(reference.scores[1, :, 2])[[9, 199, 389]]  # of 400; the percentiles lie just above
+    assert "\n| 499 | " in card
+    assert all(abs(a - b) < 0.05 for a, b in zip((low, middle, high), reference.intervals()["499"]["TA"]))
+    assert with_reference(model_card(config, rows, "apache-2.0", None), reference) == card
+    assert with_reference(card, reference) == card
+    assert with_reference("A card of my own.", reference).startswith("A card of my own.\n\n## Reference\n")
     assert (folder / "README.md").read_text(encoding="utf-8").startswith(card)

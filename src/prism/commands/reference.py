@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from prism import files
 from prism.commands.options import BatchSize, Labelled, Seed, levels_of, option
 from prism.errors import DRAWS, SEEDS, PrismError, quoted, whole
 
@@ -15,7 +14,7 @@ from prism.errors import DRAWS, SEEDS, PrismError, quoted, whole
 class Reference:
     """Score a store's clips as a head's reference: prism score then gives percentiles and win probabilities.
 
-    Writes reference.json into the head's folder; the head is pushed and loaded with it.
+    Writes reference.json into the head's folder, and says so in its README.md; the head is pushed and loaded with it.
     """
 
     head: Annotated[Path, option("FOLDER")]
@@ -39,19 +38,24 @@ class Reference:
     def main(self) -> None:
         """Score the clips, write the reference, and say what is in it."""
         path, reference = run(self)
-        facts = reference.facts
+        facts, intervals = reference.facts, reference.intervals()
         print(f"{facts['clips']:,} clips of {facts['prompts']:,} prompts, {facts['num_draws']} draws: {path}")
         for place, t in enumerate(reference.levels):
             for column, name in enumerate(reference.dimensions):
                 values = reference.scores[place, :, column]
+                low, _, high = intervals[f"{t:g}"][name]
                 share = facts["between_prompts"][f"{t:g}"][name]
                 words = "" if share is None else f", {share:.0%} of the variance between prompts"
-                print(f"t = {t:g}, {name}: mean {values.mean():+.2f}, standard deviation {values.std():.2f}{words}")
+                print(
+                    f"t = {t:g}, {name}: mean {values.mean():+.2f}, standard deviation {values.std():.2f}, 95 % of the "
+                    f"clips from {low:+.2f} to {high:+.2f}{words}"
+                )
 
 
 def run(config: Reference) -> tuple[Path, Any]:
     """Measure and write the reference; returns its path and itself."""
     from prism.judge.reference import FILE, measure
+    from prism.judge.saved import note_reference
     from prism.loading import check_alone, check_store, load_backbone, load_judge, open_store
 
     models = config.models
@@ -79,4 +83,4 @@ def run(config: Reference) -> tuple[Path, Any]:
     reference = measure(
         *(judge, store, config.split, levels, config.draws, config.seed, config.most, config.batch_size, command)
     )
-    return reference.save(folder, files.read_json(folder / "config.json")["weights_sha256"]), reference
+    return note_reference(folder, reference), reference

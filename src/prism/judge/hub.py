@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors, snapshot_download
@@ -15,6 +15,9 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, errors,
 from prism.backbone.pipeline import config_of
 from prism.errors import PrismError, listed, number, quoted, whole
 from prism.judge.checks import trained_range
+
+if TYPE_CHECKING:
+    from prism.judge.reference import Reference
 
 OPTIONAL = ["evaluation.json", "reference.json"]  # files that only some heads have
 FETCHED = ["config.json", "model.safetensors", *OPTIONAL]
@@ -122,9 +125,13 @@ def _name(part: Any) -> str:
 
 
 def model_card(
-    config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], licence: str | None, base_model: str | None
+    config: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    licence: str | None,
+    base_model: str | None,
+    reference: Reference | None = None,
 ) -> str:
-    """README.md of a head, from its config.json and the rows of its evaluation.
+    """README.md of a head, from its config.json, the rows of its evaluation and its reference.
 
     base_model: "user/name" or "user/name@revision"; None where unknown.
     """
@@ -158,12 +165,45 @@ def model_card(
         data=_data(trained_on),
         levels=f"t from {low:g} to {high:g}, of 0 (clean) to 1000 (noise)",
         accuracy=_accuracy(rows, config["dimensions"]),
+        reference="" if reference is None else f"{_reference(reference)}\n",
         # The prompts' hashes are for the leak check, not for reading.
         trained_on=json.dumps(
             {name: value for name, value in trained_on.items() if name != "prompt_keys"}, indent=2, ensure_ascii=False
         ),
     )
     return f"{card}\n"
+
+
+def with_reference(card: str, reference: Reference) -> str:
+    """A head's README.md with its section on a reference in place of an earlier one; all else stays as it is."""
+    section = f"{_reference(reference)}\n"
+    if (earlier := re.search(r"^## Reference\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)) is not None:
+        return card[: earlier.start()] + section + card[earlier.end() :]
+    limits = re.search(r"^## Known limits$", card, re.MULTILINE)
+    return card[: limits.start()] + section + card[limits.start() :] if limits else f"{card.rstrip()}\n\n{section}"
+
+
+def _reference(reference: Reference) -> str:
+    """The section on a reference: its set, and by level and dimension the interval and the median of its scores."""
+    facts, intervals = reference.facts, reference.intervals()
+    store = facts.get("store")
+    name = store.get("name") if isinstance(store, Mapping) else None
+    origin = f'split {quoted(str(facts.get("split")), 60)} of the store "{quoted(str(name), 60)}"'
+    prompts, draws = (_count(facts.get(each)) for each in ("prompts", "num_draws"))
+    lines = [f"| t | {' | '.join(reference.dimensions)} |", "|---" * (len(reference.dimensions) + 1) + "|"]
+    for t, by_name in intervals.items():
+        cells = (f"{low:+.2f} to {high:+.2f}, median {middle:+.2f}" for low, middle, high in by_name.values())
+        lines.append(f"| {t} | {' | '.join(cells)} |")
+    words = (
+        f"Scores of {len(reference.prompts):,} clips of {prompts} prompts ({origin}), means over {draws} noise draws.\n"
+        "`prism score` reads other clips beside those in `reference.json`. The interval that holds 95 % of them:"
+    )
+    return "\n".join(("## Reference", "", words, "", *lines, ""))
+
+
+def _count(value: Any) -> str:
+    """A whole number from a file, or that it is not known."""
+    return f"{value:,}" if type(value) is int else "an unknown number of"
 
 
 def _data(trained_on: Mapping[str, Any]) -> str:
@@ -244,7 +284,7 @@ Chance is 50 %.
 
 {{ accuracy }}
 
-## Known limits
+{{ reference }}## Known limits
 
 - Scores of different prompts, noise levels or judges cannot be compared.
 - It fits this denoiser's and VAE's classes and shapes alone. Other weights, such as a finetune, give a warning:

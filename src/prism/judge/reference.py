@@ -39,6 +39,8 @@ FORMAT, SCHEMA = "prism-reference", 1
 MOST = 100_000  # clips of a reference
 ENOUGH = 4
 """Clips of one prompt that a clip of this prompt is read beside, in place of those of all prompts."""
+PERCENTILES = (2.5, 50.0, 97.5)
+"""Of the scores in a card and on the terminal: the interval that holds 95 % of the clips, and its middle."""
 _POINTS, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
 
 
@@ -133,6 +135,14 @@ class Reference:
                 percentiles[:, place] = torch.from_numpy(self.percentile(here, t))
                 wins[:, place] = torch.from_numpy(self.win_probability(judge, here, noise, t))
         return percentiles, wins
+
+    def intervals(self) -> dict[str, dict[str, list[float]]]:
+        """By level and dimension the percentiles `PERCENTILES` of the scores, linear between clips."""
+        points = np.percentile(self.scores, PERCENTILES, axis=1)  # (percentiles, levels, num_dimensions)
+        return {
+            f"{t:g}": {name: points[:, place, d].tolist() for d, name in enumerate(self.dimensions)}
+            for place, t in enumerate(self.levels)
+        }
 
     def save(self, folder: str | os.PathLike[str], weights_sha256: str) -> Path:
         """Write reference.json into a head's folder, in one piece; it belongs to weights of this SHA-256."""

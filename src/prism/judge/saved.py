@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -79,18 +80,34 @@ def write(
         files.write_json(temporary / "config.json", {**config, "weights_sha256": digest})
         if judge.reference is not None:
             judge.reference.save(temporary, digest)
-        note_evaluation(temporary, evaluation, licence, base_model or hub.origin(judge.backbone.pipe))
+        origin = base_model or hub.origin(judge.backbone.pipe)
+        note_evaluation(temporary, evaluation, licence, origin, judge.reference)
 
 
 def note_evaluation(
-    folder: Path, rows: Sequence[Mapping[str, Any]], licence: str | None = None, base_model: str | None = None
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    licence: str | None = None,
+    base_model: str | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Write accuracies beside a head, where there are any, and the model card that shows them."""
     if rows:
         files.write_json(folder / "evaluation.json", {"accuracy": list(rows)})
     with files.new_file(folder / "README.md") as card:
-        text = hub.model_card(files.read_json(folder / "config.json"), rows, licence, base_model)
+        text = hub.model_card(files.read_json(folder / "config.json"), rows, licence, base_model, reference)
         card.write_text(text, encoding="utf-8")
+
+
+def note_reference(folder: Path, reference: Reference) -> Path:
+    """Write a reference into a head's folder, and into its model card; returns the path of reference.json."""
+    path = reference.save(folder, files.read_json(folder / "config.json")["weights_sha256"])
+    card = folder / "README.md"
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # a user may have removed it, or written another
+        text = hub.with_reference(card.read_text(encoding="utf-8"), reference)
+        with files.new_file(card) as work:
+            work.write_text(text, encoding="utf-8")
+    return path
 
 
 def read(source: str | os.PathLike[str], revision: str | None, token: str | bool | None = None) -> SavedJudge:
