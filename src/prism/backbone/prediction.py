@@ -27,6 +27,29 @@ _RETURNING = (  # `step` returns the predicted clean latents, second in its tupl
 )
 
 
+def check(pipe: Any, steps_copies: bool) -> None:
+    """Raise PrismError where a pipeline's steps do not tell what its denoiser predicts, as far as it can be known.
+
+    steps_copies: the pipeline steps copies of its scheduler, which are not seen.
+    """
+    name = type(pipe).__name__
+    if steps_copies:
+        raise PrismError(
+            f"{name} steps copies of its scheduler, so that the predicted clean latents are not seen; "
+            'take look="now" (--look now).'
+        )
+    if not _tells(pipe.scheduler) and not name.startswith("Cosmos"):  # it hands its predictions to the step
+        raise PrismError(
+            f"The steps of {type(pipe.scheduler).__name__} do not tell the clean latents that the denoiser predicts; "
+            'take look="now" (--look now), or set another scheduler.'
+        )
+
+
+def _tells(scheduler: Any) -> bool:
+    kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+    return bool(kinds & {*_FLOWS, *_GIVERS}) or (bool(kinds & {*_SOLVERS}) and _predicts_clean(scheduler))
+
+
 class Prediction:
     """The clean latents predicted at one step. Make it before the scheduler's `step`, and `read` it afterwards.
 

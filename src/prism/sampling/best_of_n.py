@@ -22,7 +22,7 @@ from prism.sampling.plan import Candidate, Edit
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
-from prism.sampling.strategies import kind_of, plan_of
+from prism.sampling.strategies import Look, kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
 
 DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
@@ -116,6 +116,7 @@ def best_of_n(
     n: int | None = None,
     schedule: Sequence[Sequence[int]] | str | None = None,
     strategy: str = "early",
+    look: Look = "now",
     draft_steps: int | None = None,
     judge_at: float | None = None,
     seed: int | None = 0,
@@ -149,14 +150,18 @@ def best_of_n(
         strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
+        look: what early judges at a cut. "now": the noisy latents as they are. "ahead": the clean latents that the
+            denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
+            the conditional pass alone, which saves the losers' unconditional one.
         draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
-        judge_at: noise level in (0, 1000] at which full and draft re-noise the latents they judge; None: 700.
+        judge_at: noise level in (0, 1000] to which clean latents are re-noised to be judged, by full, draft and looks
+            ahead; None: 700.
         batch_size: candidates per denoiser call; None: all of them up to half a billion parameters, else 1. Halved,
             with a warning, where memory runs out.
         top_k: the number of best candidates that are finished and returned, from 1 to n.
         select_by: the judge's dimension to rank by, or weights over its dimensions. Where a judge has no "overall",
             that is the mean of its dimensions, which is warned of.
-        num_draws: noise draws that full and draft average over.
+        num_draws: noise draws that full, draft and looks ahead average over.
         oracle: `oracle(video, prompt)` gives a number, or numbers by dimension, which `select_by` then weighs;
             video (T, H, W, 3) float32 in [0, 1]. With `oracle.batched = True` it is given `batch_size` videos
             (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
@@ -216,6 +221,7 @@ def best_of_n(
     plan = plan_of(
         strategy,
         schedule=cuts,
+        look=look,
         draft_steps=draft_steps,
         judge_at=arguments.judge_at_of(judge_at, DEFAULT_JUDGE_AT, backbone.t_range),
         num_draws=num_draws,
@@ -223,7 +229,7 @@ def best_of_n(
         select_by=select_by,
     ).checked(len(candidate_seeds), top_k, num_steps, call)
     shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
-    shared |= {name: getattr(plan, name, None) for name in ("draft_steps", "judge_at", "num_draws")}
+    shared |= {name: getattr(plan, name, None) for name in ("look", "draft_steps", "judge_at", "num_draws")}
     team.same(shared | {"top_k": top_k, "weights": options["weights"]} | call)
 
     def run(number: int, among: Team) -> BestOfNResult:

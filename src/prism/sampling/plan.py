@@ -256,6 +256,10 @@ class Plan(ABC):
         """The plan with its cuts resolved against the steps that the run makes."""
         return self
 
+    def predicts(self) -> bool:
+        """True if it judges clean latents that the denoiser predicts on the way."""
+        return False
+
     def drafts(self) -> int:
         """The number of steps of the coarse runs that it judges; 0 if it makes none."""
         return 0

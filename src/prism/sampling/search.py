@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from prism.backbone import Backbone, Tokens
+from prism.backbone import Backbone, Tokens, prediction
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
+from prism.sampling.lookahead import Predictor
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, warn_blind
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, OnCut
@@ -71,6 +74,8 @@ class Search:
         backbone, steps, drafted = self.backbone, None, None
         if plan.looks_at == "steps":
             backbone.family.check_scheduler(backbone.pipe.scheduler)
+        if plan.predicts():
+            prediction.check(backbone.pipe, backbone.family.counts_steps_by_calls)
         if plan.looks_at is not None:
             first = self.candidates[: self.batch_size]
 
@@ -85,8 +90,9 @@ class Search:
         plan = plan.settled(self.load, steps)
         if plan.looks_at == "steps" and steps is not None:
             cuts = plan.cuts(self.load)
-            steps.check_cuts([step for step, _ in cuts], backbone.reads)
-            if self.call.get("strength") is None:
+            if not plan.predicts():
+                steps.check_cuts([step for step, _ in cuts], backbone.reads)
+            if self.call.get("strength") is None and not plan.predicts():
                 warn_blind(cuts, len(self.candidates), len(steps))
         return plan
 
@@ -221,6 +227,69 @@ class Search:
         fine = self.finite(candidates, latents.flatten(1).isfinite().all(1))
         self.latents.update({c: row for c, row in zip(candidates, latents) if c in fine})
         return fine
+
+    def predict(self, candidates: Sequence[Candidate], step: int, conditional: bool) -> dict[Candidate, Tensor]:
+        """The clean latents (...) that the denoiser predicts at a step, by candidate of this process.
+
+        Each batch is a call of its own that ends after the step. conditional: predict by the conditional pass alone.
+        Candidates whose prediction is not finite are dropped.
+        """
+        predicted: dict[Candidate, Tensor] = {}
+        for chunk in self.chunks(candidates):
+            predictor = Predictor(self.backbone, chunk, self.recordings, [step], conditional=conditional)
+            predictor.run(self.batch_call(chunk, output_type="latent"))
+            clean = predictor.predicted.get(step)
+            if clean is None:
+                raise PrismError(
+                    f"{type(self.backbone.pipe).__name__} made {predictor.last} steps, none of which told what its "
+                    f'denoiser predicts at step {step}; take look="now".'
+                )
+            fine = self.finite(chunk, clean.flatten(1).isfinite().all(1))
+            predicted |= {candidate: row for candidate, row in zip(chunk, clean) if candidate in fine}
+        return predicted
+
+    def judge_clean(
+        self, sample: Callable[[], Mapping[Candidate, Tensor]], t: float, num_draws: int
+    ) -> dict[Candidate, list[float]]:
+        """Scores by candidate of the clean latents (...) that `sample` makes on each process.
+
+        They are re-noised to level t, all with the same draws. Candidates whose scores are not finite, or whose latents
+        the judge refuses, are dropped; where it refuses all, that is raised.
+        """
+        refused: dict[Candidate, str] = {}
+
+        def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
+            stacked = torch.stack([latents[candidate] for candidate in chunk])
+            # Not the run's own seed: its first candidate's noise must not be the noise that all are judged with.
+            generator = generator_of(random.Random(f"judge {self.seed}").randrange(2**62))
+            conditions: dict[str, Any] = {}
+            if hasattr(self.judge, "score_tokens") and self.backbone.draws_conditions(self.call):
+                conditions["seeds"] = [candidate.seed for candidate in chunk]
+            prompts = [self.prompt] * len(chunk)
+            try:
+                mean, _ = self.judge.score_clean(
+                    stacked, prompts, t, num_draws=num_draws, generator=generator, **self.call, **conditions
+                )
+            except PrismError as error:
+                if len(chunk) == 1:
+                    refused[chunk[0]] = str(error)
+                    return {}
+                return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
+            return self.finite_scores(chunk, mean)
+
+        def judge() -> tuple[dict[Candidate, list[float]], dict[Candidate, str]]:
+            latents = sample()
+            chunks = self.chunks(latents)
+            return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
+
+        parts = self.team.agree(judge)
+        scores = merged(part for part, _ in parts)
+        for candidate, reason in merged(part for _, part in parts).items():
+            if not scores:  # all were refused: the cause is not a candidate
+                raise PrismError(reason)
+            if self.owners[candidate] == self.team.rank:
+                self.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
+        return scores
 
     def rank(
         self,

@@ -9,9 +9,9 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from prism.backbone.steps import Steps
@@ -19,10 +19,12 @@ from prism.errors import PrismError, quoted, whole
 from prism.report import wording
 from prism.report.wording import Row
 from prism.sampling.arguments import ask_oracle, oracle_columns
-from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, cut_rows, default, generator_of, resolve
+from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, cut_rows, default, resolve
 from prism.sampling.search import Search
 from prism.team import merged
 from prism.video import frames
+
+Look = Literal["now", "ahead", "ahead-conditional"]
 
 
 class Blind(Plan):
@@ -71,17 +73,48 @@ class Random(Blind):
 
 
 @dataclass(frozen=True)
-class Early(Plan):
+class _JudgedClean(Plan):
+    """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`."""
+
+    judge_at: float = 700.0
+    num_draws: int = 2
+
+    def judging(self, n: int, load: Workload) -> float:
+        """The denoiser rows of judging n candidates."""
+        return n * self.num_draws * load.tap_share
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "judge_at": scores[0]["t"]}
+
+    def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
+        """The best candidates by the latents that `sample` makes."""
+        scores = search.judge_clean(sample, self.judge_at, self.num_draws)
+        ((step, keep),) = self.cuts(search.load)
+        return search.rank(step, self.judge_at, scores, keep, search.candidates)
+
+
+@dataclass(frozen=True)
+class Early(_JudgedClean):
     """Candidates judged while they are sampled, and dropped by a schedule.
 
     schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
+    look: what is judged at a cut. "now": the latents as they are. "ahead": the clean latents that the denoiser
+    predicts at that step, re-noised to `judge_at`. "ahead-conditional": the same as its conditional pass alone predicts
+    them, so that losers do not take the unconditional pass.
     """
 
     strategy, looks_at, role = "early", "steps", "ours"
 
     schedule: Sequence[Sequence[int]] | None = None
+    look: Look = "now"
+
+    def predicts(self) -> bool:
+        return self.look != "now"
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Early:
+        if self.look not in get_args(Look):
+            raise PrismError(f"look is one of {', '.join(get_args(Look))}; found {quoted(self.look, 60)}.")
         if self.schedule is not None:
             resolve(self.schedule, n, sys.maxsize, top_k)  # finds errors that do not depend on the number of steps
         return self
@@ -91,8 +124,8 @@ class Early(Plan):
         cuts = self.schedule
         if cuts is None:
             ((step, keep),) = default(len(load.calls), load.top_k)
-            cuts = ((step if steps is None else steps.nearest_readable(step), keep),)
-        last = None if steps is None else steps.last_readable
+            cuts = ((step if steps is None or self.predicts() else steps.nearest_readable(step), keep),)
+        last = None if steps is None or self.predicts() else steps.last_readable
         return replace(self, schedule=resolve(cuts, load.n, len(load.calls), load.top_k, last))
 
     def cuts(self, load: Workload) -> Schedule:
@@ -110,18 +143,31 @@ class Early(Plan):
         """The rows that the step of each cut costs, and True if its scores are read by a probe; see `cut_rows`."""
         alive, costs = load.n, []
         for step, keep in self.cuts(load):
-            costs.append(cut_rows(alive, keep, load.cfg, load.calls[step - 1], load.tap_share, load.listens))
+            calls = load.calls[step - 1]
+            if not self.predicts():
+                costs.append(cut_rows(alive, keep, load.cfg, calls, load.tap_share, load.listens))
+            elif self.look == "ahead" or calls == 1:
+                costs.append((alive * calls + self.judging(alive, load), False))
+            else:  # in one batch with the unconditional rows, the survivors' conditional rows are computed again
+                again = calls - (load.cfg == "two_calls")
+                costs.append((alive + again * keep + self.judging(alive, load), False))
             alive = keep
         return costs
 
     def winners(self, search: Search) -> list[Candidate]:
         """The candidates that are left after the last cut, best first.
 
-        While the living candidates do not fit into one batch, each chunk runs to the next cut, and later rounds answer
+        Where they do not fit into one batch, or it looks ahead, each chunk runs to the next cut, and later rounds take
         the steps before it from recordings. Once they fit, one call goes through all cuts that are left, with dead rows
         gated out. Processes that share a run gather scores after each cut, so that they always go cut by cut.
         """
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
+        if self.predicts():
+            for step, keep in cuts:
+                look = partial(search.predict, alive, step, self.look == "ahead-conditional")
+                scores = search.judge_clean(look, self.judge_at, self.num_draws)
+                alive = search.rank(step, self.judge_at, scores, keep, alive)
+            return alive
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
         while cuts:
             if search.team.alone and len(alive) <= search.batch_size:
@@ -136,60 +182,6 @@ class Early(Plan):
     @staticmethod
     def how(row: Row) -> str:
         return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()) or wording.MISSING
-
-
-@dataclass(frozen=True)
-class _JudgedClean(Plan):
-    """Latents at the end of a run, re-noised to the level `judge_at` and judged as the mean over `num_draws` draws."""
-
-    judge_at: float = 700.0
-    num_draws: int = 2
-
-    def judging(self, load: Workload) -> float:
-        """The denoiser rows of judging."""
-        return load.n * self.num_draws * load.tap_share
-
-    @classmethod
-    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**super().settings(scores), "judge_at": scores[0]["t"]}
-
-    def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
-        """The best candidates by the latents that `sample` makes; all are re-noised with the same draws."""
-        refused: dict[Candidate, str] = {}
-
-        def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
-            stacked = torch.stack([latents[candidate] for candidate in chunk])
-            # Not the run's own seed: its first candidate's noise must not be the noise that all are judged with.
-            generator = generator_of(random.Random(f"judge {search.seed}").randrange(2**62))
-            prompts, draws = [search.prompt] * len(chunk), self.num_draws
-            conditions: dict[str, Any] = {}
-            if hasattr(search.judge, "score_tokens") and search.backbone.draws_conditions(search.call):
-                conditions["seeds"] = [candidate.seed for candidate in chunk]
-            try:
-                mean, _ = search.judge.score_clean(
-                    stacked, prompts, self.judge_at, num_draws=draws, generator=generator, **search.call, **conditions
-                )
-            except PrismError as error:
-                if len(chunk) == 1:
-                    refused[chunk[0]] = str(error)
-                    return {}
-                return {c: row for candidate in chunk for c, row in scored([candidate], latents).items()}
-            return search.finite_scores(chunk, mean)
-
-        def judge() -> tuple[dict[Candidate, list[float]], dict[Candidate, str]]:
-            latents = sample()
-            chunks = search.chunks(latents)
-            return {c: row for chunk in chunks for c, row in scored(chunk, latents).items()}, refused
-
-        parts = search.team.agree(judge)
-        scores = merged(part for part, _ in parts)
-        for candidate, reason in merged(part for _, part in parts).items():
-            if not scores:  # all were refused: the cause is not a candidate
-                raise PrismError(reason)
-            if search.owners[candidate] == search.team.rank:
-                search.warn_dropped(candidate, f"the judge refuses it ({reason.rstrip('.')})")
-        ((step, keep),) = self.cuts(search.load)
-        return search.rank(step, self.judge_at, scores, keep, search.candidates)
 
 
 @dataclass(frozen=True)
@@ -227,7 +219,7 @@ class Draft(_JudgedClean):
         return ((len(load.draft_calls), load.top_k),)
 
     def rows(self, load: Workload) -> float:
-        return load.n * sum(load.draft_calls) + self.judging(load) + sum(load.calls) * load.top_k
+        return load.n * sum(load.draft_calls) + self.judging(load.n, load) + sum(load.calls) * load.top_k
 
     def winners(self, search: Search) -> list[Candidate]:
         def sample() -> dict[Candidate, Tensor]:
@@ -258,7 +250,7 @@ class Full(_JudgedClean):
     strategy, looks_at, role = "full", "finished", "reference"
 
     def rows(self, load: Workload) -> float:
-        return load.n * sum(load.calls) + self.judging(load)
+        return load.n * sum(load.calls) + self.judging(load.n, load)
 
     def winners(self, search: Search) -> list[Candidate]:
         def sample() -> dict[Candidate, Tensor]:

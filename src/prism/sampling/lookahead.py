@@ -1,0 +1,117 @@
+"""Stock calls that keep the clean latents which the denoiser predicts at some steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from prism.backbone import Backbone, layout
+from prism.backbone.conditioning import Conditioning
+from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.pipeline import tensor_of
+from prism.backbone.prediction import Prediction
+from prism.backbone.wrapping import StopCall
+from prism.sampling.plan import Candidate
+from prism.sampling.recording import Recording
+from prism.sampling.replay import Interceptor, arguments_of_step
+
+
+class Predictor(Interceptor):
+    """A stock call of several candidates, and the clean latents that their denoiser predicts at some steps.
+
+    predicted: by step, (len(candidates), ...), as final latents are. states: by step, the same of the latents that the
+    denoiser took there. levels: by step, their noise level in [0, 1000].
+
+    Args:
+        steps: the scheduler's steps, from 1.
+        ends: end the call after the last of these steps.
+        conditional: at the last of these steps, predict by the conditional pass alone. The unconditional one is not
+            computed: what stands for it is the conditional pass's output, from which guidance of every form gives
+            that output again.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        candidates: Sequence[Candidate],
+        recordings: Mapping[Candidate, Recording],
+        steps: Collection[int],
+        *,
+        record: bool = True,
+        ends: bool = True,
+        conditional: bool = False,
+        predicts: bool = True,
+    ):
+        super().__init__(backbone, candidates, recordings, record=record)
+        self.steps, self.ends, self.predicts = frozenset(steps), ends, predicts
+        self.alone = max(steps) if conditional else 0  # the step whose unconditional pass is left out
+        self.last = 0  # the last step that the call made
+        self.states: dict[int, Tensor] = {}
+        self.levels: dict[int, float] = {}
+        self.predicted: dict[int, Tensor] = {}
+        self._condition: Conditioning | None = None
+        self._conditional: Any = None  # the denoiser's output at the step `alone`
+
+    def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.step == self.alone and self.index > 0:
+            self.index += 1
+            return self._conditional
+        family, candidates = self.backbone.family, len(self.candidates)
+        call = DenoiserCall.of(denoiser, args, kwargs, family)
+        if self.step == self.alone and call.batch > candidates:
+            self.index += 1
+            output = self._of_conditional_rows(call, forward)
+        else:
+            output = super()._denoise(number, denoiser, forward, *args, **kwargs)
+        self.last = self.step
+        if self.step == self.alone:
+            self._conditional = output
+        if self.index == 1 and self.step in self.steps:
+            rows = call.conditional(candidates)
+            noisy = call.noisy[rows]
+            axis = layout.channel_axis(family.layout)
+            self.states[self.step] = noisy.narrow(axis, 0, family.channels(call.config, noisy)).detach().clone()
+            self._condition = Conditioning.of(call, rows, type(self.backbone.pipe))
+            self.levels[self.step] = call.t(self.backbone.pipe.scheduler)
+        return output
+
+    def _of_conditional_rows(self, call: DenoiserCall, forward: Any) -> Any:
+        """The denoiser's output with the conditional rows in the place of each group's."""
+        rows = call.rows(call.conditional(len(self.candidates)))
+        sample = tensor_of(forward(**rows.arguments))
+        sample = sample.repeat(call.batch // len(self.candidates), *[1] * (sample.ndim - 1))
+        if self.backbone.family.returns_tensor:
+            return sample
+        return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
+
+    def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        step, scheduler = self.step, self.backbone.pipe.scheduler
+        if not self.predicts or step not in self.steps:
+            return super()._scheduler_step(inner, *args, **kwargs)
+        arguments = arguments_of_step(self.backbone.pipe, inspect.signature(inner), args, kwargs)
+        prediction = Prediction(scheduler, arguments)
+        output = super()._scheduler_step(inner, *args, **kwargs)
+        self.predicted[step] = self._with_condition(prediction.read(output), self.states[step]).detach()
+        if self.ends and step == max(self.steps):
+            raise StopCall
+        return output
+
+    def _with_condition(self, clean: Tensor, state: Tensor) -> Tensor:
+        """Predicted latents in the denoiser's layout, completed by a condition's frames, which it is given clean."""
+        form = self.backbone.family.layout
+        if layout.is_packed(form) and clean.ndim == 5:
+            clean = layout.pack(clean, form)
+        clean = self.backbone.main(clean)
+        axis = 1 if layout.is_packed(form) else form.find("T")
+        missing = state.shape[axis] - clean.shape[axis]
+        if missing > 0:  # the scheduler is given all frames but the first
+            clean = torch.cat([state.narrow(axis, 0, missing).to(clean), clean], axis)
+        shown = self._condition
+        if shown is not None and shown.given is not None and shown.kept is not None:
+            clean = torch.where(shown.given, shown.kept.to(clean.dtype), clean)
+        return clean
