@@ -72,7 +72,7 @@ class Random(Blind):
         return "any seed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _JudgedClean(Plan):
     """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`."""
 

@@ -1,0 +1,152 @@
+"""Looks ahead: predictions of several candidates, by both passes or one; scores, rows and winners of their cuts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+from tests import tiny
+from tests.zoo import VARIANTS
+
+import prism
+from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.sampling.lookahead import Predictor
+from prism.sampling.plan import Candidate, Workload
+from prism.sampling.recording import Recording
+from prism.sampling.strategies import Early
+from prism.sampling.trajectory import sample
+
+# Guidance by two calls, in one batch, by a guider, by an embedding; flow, v, EDM; conditions; packed latents.
+FORMS = (
+    *("wan21_t2v_unipc", "wan22_5b_i2v", "cogvideox_ddim", "cogvideox_dpm", "svd", "ltx_i2v"),
+    *("hunyuan_i2v", "mochi", "motif_video"),
+)
+SEEDS = (3, 8)
+PROMPT = "a cat runs"
+
+
+def predicted(pipe, call, step, **options):
+    """What a call of both seeds predicts at a step, and the denoiser rows that it computed."""
+    backbone = Backbone(pipe)
+    candidates = [Candidate(index, seed) for index, seed in enumerate(SEEDS)]
+    predictor = Predictor(backbone, candidates, {each: Recording() for each in candidates}, [step], **options)
+    arguments = {**call, **backbone.batch([PROMPT] * len(SEEDS), list(SEEDS), call), "output_type": "latent"}
+    rows = []
+    watch = [
+        denoiser.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+        for denoiser in backbone.denoisers
+    ]
+    with backbone.held():
+        assert predictor.run(arguments) is None
+    for each in watch:
+        each.remove()
+    return predictor.predicted[step], sum(rows)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_several_candidates_predict_what_each_one_predicts_alone(name):
+    pipe, call = VARIANTS[name]()
+    call = normalised(call)
+    together, _ = predicted(pipe, call, 2)
+    alone = [sample(Backbone(pipe), PROMPT, seed, call, (2,)).predicted[0] for seed in SEEDS]
+    assert torch.allclose(together, torch.stack(alone), atol=2e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v_unipc", "cogvideox_ddim", "latte"])
+def test_the_conditional_pass_alone_predicts_as_a_call_without_guidance(name):
+    """At the first step, where calls with and without guidance stand at the same noise; for half the rows."""
+    pipe, call = VARIANTS[name]()
+    call = normalised({**call, "guidance_scale": 4.0})
+    alone, few = predicted(pipe, call, 1, conditional=True)
+    guided, many = predicted(pipe, call, 1)
+    plain, rows = predicted(pipe, {**call, "guidance_scale": 1.0}, 1)
+    assert torch.allclose(alone, plain, atol=2e-5)
+    assert not torch.allclose(guided, plain, atol=1e-3)
+    assert (few, many) == (rows, 2 * rows)
+
+
+CUTS = {"one": [(3, 1)], "two": [(2, 2), (4, 1)], "last": [(6, 1)]}
+
+
+@pytest.mark.parametrize("schedule", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("look", ["ahead", "ahead-conditional"])
+def test_scores_rows_and_winner(setting, look, schedule):
+    """Scores are the judge's own of each candidate's prediction; rows those of the plan and of a count by hand."""
+    judge, call = setting.judge(tap=2), setting.call
+    result = prism.best_of_n(
+        setting.pipe, judge, tiny.PROMPT, 3, schedule, look=look, judge_at=600, seed=4, batch_size=1, **call
+    )
+    video, latents, _ = setting.stock(result.seed)
+    assert torch.equal(result.latents, latents)
+    assert (result.video == video).all()
+
+    steps, two_calls = call["num_inference_steps"], judge.backbone.family.cfg == "two_calls"
+    load = Workload(3, (2,) * steps, judge.backbone.family.cfg, 2 / 3)
+    assert result.ledger.denoiser_rows == pytest.approx(Early(schedule, look=look).settled(load).rows(load))
+    rows, alive, done = 0.0, 3, 0
+    for step, keep in schedule:
+        rows += 2 * alive * (step - 1 - done) + alive * 2 * 2 / 3
+        if look == "ahead":
+            rows += 2 * alive
+        else:
+            rows += alive + (keep if two_calls else 2 * keep)
+        alive, done = keep, step
+    assert result.ledger.denoiser_rows == pytest.approx(rows + 2 * alive * (steps - done))
+    assert result.ledger.vae_decodes == 1
+
+    if look == "ahead":
+        arguments = normalised({**call, "output_type": "latent"})
+        step = schedule[0][0]
+        clean = [sample(judge.backbone, tiny.PROMPT, seed, arguments, (step,)).predicted[0] for seed in (4, 5, 6)]
+        cut = result.scores[0]
+        assert (cut["step"], cut["t"], cut["candidates"]) == (step, 600, [0, 1, 2])
+        draws = torch.Generator().manual_seed(random.Random("judge 4").randrange(2**62))
+        expected, _ = judge.score_clean(torch.stack(clean), tiny.PROMPT, 600, num_draws=2, generator=draws, **arguments)
+        assert torch.allclose(torch.tensor(list(cut["scores"].values())).T, expected, atol=1e-4)
+        assert (expected - expected[:1]).abs().max() > 1e-3
+
+
+def test_candidates_are_compared_under_the_same_draws(wan):
+    """A judge that is asked twice for one seed gives one score, in whatever batch it comes."""
+    judge = wan.judge(tap=2)
+    with pytest.warns(UserWarning, match="given more than once"):
+        result = prism.best_of_n(
+            wan.pipe, judge, tiny.PROMPT, schedule="3:1", look="ahead", seeds=[4, 5, 4], batch_size=2, **wan.call
+        )
+    for column in result.scores[0]["scores"].values():
+        assert column[0] == pytest.approx(column[2], abs=1e-5)
+        assert column[0] != pytest.approx(column[1], abs=1e-4)
+
+
+def test_a_cut_on_the_other_denoiser_is_judged_at_a_level_of_the_heads():
+    pipe, call = VARIANTS["wan22_a14b_t2v"]()
+    backbone = Backbone(pipe)
+    judge = Judge.untrained(backbone, tap=2, dim=16)
+    steps = backbone.steps({**call, **backbone.batch([PROMPT], [3], call)})
+    other = steps.readable.index(False) + 1
+    low, high = backbone.t_range
+    with pytest.raises(PrismError, match="does not run on the denoiser that the head reads"):
+        prism.best_of_n(pipe, judge, PROMPT, 2, [(other, 1)], **call)
+    result = prism.best_of_n(pipe, judge, PROMPT, 2, [(other, 1)], look="ahead", **call)
+    assert low <= result.scores[0]["t"] <= high
+
+
+def test_what_cannot_look_ahead_is_refused_before_any_row(wan):
+    rows = []
+    with pytest.raises(PrismError, match="look is one of now, ahead, ahead-conditional; found up"):
+        prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, look="up", **wan.call)
+    pipe = tiny.wan()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    pipe.transformer.register_forward_hook(lambda *_: rows.append(1))
+    with pytest.raises(PrismError, match=r"FlowMatchHeunDiscreteScheduler do not tell the clean .*look=\"now\""):
+        prism.best_of_n(pipe, Judge.untrained(pipe, tap=1, dim=16), tiny.PROMPT, 2, look="ahead", **tiny.CALL_WAN)
+    pipe, call = VARIANTS["skyreels_v2_df"]()
+    with pytest.raises(PrismError, match="steps copies of its scheduler"):
+        prism.best_of_n(pipe, Judge.untrained(pipe, tap=1, dim=16), PROMPT, 2, look="ahead", **call)
+    assert not rows
