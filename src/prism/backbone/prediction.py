@@ -47,7 +47,9 @@ def check(pipe: Any, steps_copies: bool) -> None:
 
 def _tells(scheduler: Any) -> bool:
     kinds = {kind.__name__ for kind in type(scheduler).__mro__}
-    return bool(kinds & {*_FLOWS, *_GIVERS}) or (bool(kinds & {*_SOLVERS}) and _predicts_clean(scheduler))
+    return bool(
+        kinds.intersection(_FLOWS + _RETURNING) or (kinds.intersection(_SOLVERS) and _predicts_clean(scheduler))
+    )
 
 
 class Prediction:

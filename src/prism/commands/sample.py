@@ -79,12 +79,15 @@ class Sample:
     """early: drop losers while sampling. draft: judge coarse runs. full: judge finished ones. random, none: none."""
     schedule: Annotated[str | None, option("CUTS", "1 after a fifth of the steps")] = None
     """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
+    look: Annotated[str, option("NAME")] = "now"
+    """What early judges at a cut. now: the noisy latents. ahead: the clean ones that the denoiser predicts there.
+    ahead-conditional: as its conditional pass alone predicts them, so that losers take no other."""
     draft_steps: Annotated[int | None, option(default="15 % of the steps")] = None
     """Steps of a draft."""
     judge_at: Annotated[float | None, option("T", "700")] = None
-    """Noise level at which draft and full judge, above 0 (clean) to 1000 (noise)."""
+    """Noise level at which draft, full and looks ahead judge, above 0 (clean) to 1000 (noise)."""
     num_draws: int = 2
-    """Noise draws that draft and full average over."""
+    """Noise draws that draft, full and looks ahead average over."""
     select_by: Annotated[str, option("NAME")] = "overall"
     """Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2."""
     seed: Annotated[str, option("INT")] = "0"
@@ -250,6 +253,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         n=config.n,
         schedule=cuts,
         strategy=config.strategy,
+        look=config.look,
         draft_steps=config.draft_steps,
         judge_at=config.judge_at,
         seed=_seed(config.seed),
@@ -361,12 +365,13 @@ def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], res
     from prism.sampling.strategies import Full, kind_of
 
     ledger, kind = result.ledger, kind_of(config.strategy)
-    draws = config.num_draws if kind.looks_at in ("drafts", "finished") else FULL_DRAWS
+    clean = kind.looks_at in ("drafts", "finished") or config.look != "now"
+    draws = config.num_draws if clean else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
     everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
     settings = kind.settings(result.scores)
-    return {
+    row: BestOfNRow = {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
         "strategy": config.strategy,
@@ -388,3 +393,6 @@ def _row(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], res
         "head_calls": ledger.head_calls,
         "seconds": ledger.seconds,
     }
+    if "look" in settings:
+        row["look"] = settings["look"]
+    return row

@@ -273,7 +273,7 @@ def agreement(records: Sequence[Record]) -> Agreement:
 
 
 def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> PlanFields:
-    return {
+    fields: PlanFields = {
         "strategy": plan["strategy"],
         "num_inference_steps": call["num_inference_steps"],
         "guidance_scale": call["guidance_scale"],
@@ -281,6 +281,9 @@ def _settings(plan: Mapping[str, Any], call: Mapping[str, Any]) -> PlanFields:
         "draft_steps": plan.get("draft_steps"),
         "judge_at": plan.get("judge_at"),
     }
+    if "look" in plan:
+        fields["look"] = plan["look"]
+    return fields
 
 
 def _values(records: Sequence[Record]) -> np.ndarray:

@@ -39,7 +39,13 @@ class AccuracyRow(_NewerAccuracy):
     prompts: int
 
 
-class PlanFields(TypedDict):
+class _Look(TypedDict, total=False):
+    """What cuts judged, in rows of looks ahead alone."""
+
+    look: str
+
+
+class PlanFields(_Look):
     """The fields of a Best-of-N row that say how the pipeline was called and how the strategy was run."""
 
     strategy: str

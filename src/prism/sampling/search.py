@@ -300,6 +300,7 @@ class Search:
         alive: Iterable[Candidate],
         names: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
+        look: str | None = None,
     ) -> list[Candidate]:
         """The best `keep` candidates by weighted score, best first. The cut is added to `self.scores`.
 
@@ -335,7 +336,7 @@ class Search:
             self.recordings.pop(loser, None)
         columns = {name: [scores[c][column] for c in candidates] for column, name in enumerate(names)}
         entry = {"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(best)}
-        self.scores.append({**entry, "dropped": dropped})
+        self.scores.append({**entry, "dropped": dropped, **({} if look is None else {"look": look})})
         self.share(best)
         return best
 

@@ -166,7 +166,7 @@ class Early(_JudgedClean):
             for step, keep in cuts:
                 look = partial(search.predict, alive, step, self.look == "ahead-conditional")
                 scores = search.judge_clean(look, self.judge_at, self.num_draws)
-                alive = search.rank(step, self.judge_at, scores, keep, alive)
+                alive = search.rank(step, self.judge_at, scores, keep, alive, look=self.look)
             return alive
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
         while cuts:
@@ -177,11 +177,16 @@ class Early(_JudgedClean):
 
     @classmethod
     def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**super().settings(scores), "schedule": [[cut["step"], len(cut["kept"])] for cut in scores]}
+        seen = {"look": scores[0]["look"]} if "look" in scores[0] else {"judge_at": None}  # as they are, at any level
+        return {**super().settings(scores), "schedule": [[cut["step"], len(cut["kept"])] for cut in scores], **seen}
 
     @staticmethod
     def how(row: Row) -> str:
-        return ", ".join(f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()) or wording.MISSING
+        cuts = [f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()]
+        look = {"ahead": "looks ahead", "ahead-conditional": "looks ahead by the conditional pass"}.get(
+            row.get("look", ""), ""
+        )
+        return ", ".join(part for part in (*cuts, look, look and wording.judged_at(row)) if part) or wording.MISSING
 
 
 @dataclass(frozen=True)
