@@ -1,8 +1,8 @@
 """Cuts as they stand beside cuts that look ahead, on ShapeWorld: the oracle's gain that each pick keeps, and its cost.
 
-`python benchmarks/look_ahead.py --out runs/look_ahead.jsonl` runs Best-of-8 of each plan on the test prompts, a line per
-prompt; a stopped run goes on. At the end: each plan's share of the oracle's gain with an interval over prompts, its rows
-as a share of `full`'s, and the paired differences to the single cut at the same cost.
+`python benchmarks/look_ahead.py --out runs/look_ahead.jsonl` runs Best-of-8 of each plan on the test prompts, a line
+per prompt; a stopped run goes on. At the end: each plan's share of the oracle's gain with an interval over prompts, its
+rows as a share of `full`'s, and the paired differences to two cuts as they stand.
 """
 
 from __future__ import annotations
