@@ -277,7 +277,7 @@ def test_the_referee_measures_where_things_truly_are(kind):
     seen = referee.measure(world.paint(drawn, truth), drawn)
     centre = torch.stack([torch.stack([path.centre for path in paths]) for paths in truth])
     area = torch.stack([torch.stack([math.pi * path.radius**2 for path in paths]) for paths in truth])
-    whole = seen["there"] & ~seen["hidden"]
+    whole = seen["visible"] & ~seen["hidden"]
     assert whole.float().mean() > 0.8
     assert (seen["centre"] - centre).norm(dim=-1)[whole].max() < 0.5  # up to a 25th of it may be covered
     if kind == "pair":
@@ -285,4 +285,4 @@ def test_the_referee_measures_where_things_truly_are(kind):
     assert (seen["centre"] - centre).norm(dim=-1)[whole].max() < 0.3
     assert (seen["area"] / area - 1)[whole].abs().max() < 0.1
     assert (seen["area"] / area - 1)[whole].abs().mean() < 0.02
-    assert seen["there"].float().mean() > 0.98  # only what is wholly behind another is not there
+    assert seen["visible"].float().mean() > 0.98  # only what is wholly behind another is not there

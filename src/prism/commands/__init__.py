@@ -1,4 +1,4 @@
-"""The commands of `prism`: each a dataclass of its options with a `main`; `show` is how most of them end."""
+"""The commands of `prism`: each a dataclass of its options with a `main`. Most of them end with `show`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def show(metrics: Mapping[str, Any], out: Path) -> None:
-    """Print the tables that `metrics` has rows for, and where the files are."""
+    """Print the tables for which `metrics` has rows, and the path of the report."""
     from rich.console import Console
 
     from prism.report import wording

@@ -30,7 +30,7 @@ from prism.sampling import best_of_n
 def grid(subject: Subject) -> dict[str, Any]:
     """Changing a latent cell changes the token at its position on the grid more than any other token.
 
-    Where the call begins with a given frame, the latent's values there are not read.
+    Where the call holds a condition as its first frame, the latent's values there are not read.
     """
     backbone, family = subject.backbone, subject.backbone.family
     conditioning = backbone.condition(subject.prompts(1), **subject.call)
@@ -45,12 +45,12 @@ def grid(subject: Subject) -> dict[str, Any]:
     )
     cells = layout.unpack(latents, family.layout, plain.grid)
     sizes = [extent // tokens for extent, tokens in zip(cells.shape[2:], plain.grid)]
-    given_frames = 0 if conditioning.given is None else 1  # type: ignore[union-attr]
+    condition_frames = 0 if conditioning.given is None else 1  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
-    positions = [(min(given_frames, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
+    positions = [(min(condition_frames, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
     for _ in range(4):
         positions.append(
-            tuple(int(rng.integers(min(given_frames, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid))
+            tuple(int(rng.integers(min(condition_frames, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid))
         )
     for position in positions:
         changed = cells.clone()
@@ -63,7 +63,7 @@ def grid(subject: Subject) -> dict[str, Any]:
             f"on the grid {plain.grid} a change at {position} moves most the token at {moved_most}: look at layout, "
             "patch, token_form, video_output, tokens_before",
         )
-    if given_frames:
+    if condition_frames:
         changed = cells.clone()
         changed[:, :, 0] += 5
         moved_tokens = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1)
@@ -97,8 +97,8 @@ def early_exit(subject: Subject) -> dict[str, Any]:
 
 
 def clock(subject: Subject) -> dict[str, Any]:
-    """The noise level of every timestep of a stock run: it gives the timestep back, and noising to it gives what the
-    scheduler gives."""
+    """The noise level of every timestep of a stock run maps back to the timestep, and noising to it equals the
+    scheduler's noising."""
     backbone, family = subject.backbone, subject.backbone.family
     scheduler = backbone.pipe.scheduler
     try:
@@ -177,21 +177,20 @@ def _at(scheduler: Any, step: float) -> tuple[Any, int | None]:
 
 
 def vae(subject: Subject) -> dict[str, Any]:
-    """Decoding here equals decoding in the stock call: the VAE's input, the frames, and the latents of `best_of_n`.
-
-    Normalising inverts denormalising.
+    """`Backbone.decode` equals decoding in the stock call, by the VAE's input and the frames, also for the latents of
+    `best_of_n`; normalising inverts denormalising.
     """
     backbone, family = subject.backbone, subject.backbone.family
     latents = subject.latents()
     with subject.decoding() as vae_inputs:
         video = subject.plain(output_type="np")
-    places = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
-    cells = layout.unpack(latents, family.layout, places.grid)
+    tokens = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
+    cells = layout.unpack(latents, family.layout, tokens.grid)
     require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
     ours, theirs = denormalise(family, backbone.pipe, cells), torch.cat(vae_inputs).to(cells)
     ours = ours.transpose(1, 2).flatten(0, 1) if family.vae_frame_by_frame else ours
     frames = theirs.shape[2] if theirs.ndim == 5 else None
-    if frames and ours.ndim == 5:  # the loop may carry frames that are not of the video
+    if frames and ours.ndim == 5:  # the loop may carry further frames
         ours = ours[:, :, -frames:] if family.extra_frames == "before" else ours[:, :, :frames]
     error = difference(ours, theirs)
     require(
@@ -208,7 +207,7 @@ def vae(subject: Subject) -> dict[str, Any]:
         subject.pipe, None, subject.prompts(1)[0], n=1, strategy="none", **{**subject.call, "output_type": "np"}
     )
     for candidate in (latents, result.latents):
-        decoded = backbone.decode(candidate, places.grid, **frame_count)
+        decoded = backbone.decode(candidate, tokens.grid, **frame_count)
         expected = np.asarray(video)
         expected = expected[:, None] if expected.ndim == 4 else expected
         require(
@@ -218,14 +217,14 @@ def vae(subject: Subject) -> dict[str, Any]:
             "restores_condition, after_loop",
         )
     require(
-        backbone.encode(backbone.decode(latents, places.grid, **frame_count)).shape == latents.shape,
+        backbone.encode(backbone.decode(latents, tokens.grid, **frame_count)).shape == latents.shape,
         "encode gives latents of another shape than the loop's: look at dropped_frames_by_condition, layout, patch",
     )
     return {"latents": "x".join(map(str, latents.shape[1:]))}
 
 
 def conditional_rows(subject: Subject) -> dict[str, Any]:
-    """Another positive prompt, or image where no prompt is taken, changes the conditional rows and no others."""
+    """Another prompt, or another image where the pipeline takes no prompt, changes the conditional rows alone."""
     backbone, family = subject.backbone, subject.backbone.family
     guided = backbone.guided(subject.call)
     runs = []
@@ -264,7 +263,7 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
 def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     """Tokens read outside the call equal the tokens that a plain hook sees inside the stock call.
 
-    Both use the same seed, as some pipelines sample an image's latents by it.
+    Both use the same seed, as some pipelines sample an image's latents with it.
     """
     backbone, family = subject.backbone, subject.backbone.family
     with subject.calls() as seen:
@@ -293,9 +292,9 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
 
 
 def winner(subject: Subject) -> dict[str, Any]:
-    """The winner equals the plain call's video for its seed: to the bit one by one, to rounding in a batch.
+    """The winner equals the plain call's video for its seed, to the bit if sampled one by one, to rounding in a batch.
 
-    As many videos are decoded as in a plain call.
+    A run decodes as many videos as a plain call.
     """
     backbone = subject.backbone
     judge = Judge.untrained(backbone, dim=16)
@@ -365,7 +364,7 @@ CHECKS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 
 
 def run_all(subject: Subject) -> list[tuple[str, bool, str]]:
-    """Run every check; for each its name, True where it holds, and its numbers or what to look at."""
+    """Run every check; for each its name, True where it holds, and its numbers, or else the facts to look at."""
     lines = []
     for name, check in CHECKS.items():
         try:

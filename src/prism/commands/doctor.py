@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 PROMPT = "a red circle moves right"
 PROMPTS = 800  # training prompts of the study's judges, with four videos each (docs/study.md)
-MANY = 256  # the most candidates per batch that are told apart
+MANY = 256  # the largest number of candidates per batch that is reported
 Line = tuple[str, str]
 OF_THE_CALL = "call.json beside the pipeline, else its own"
 
@@ -52,11 +52,11 @@ class Sizes:
 class Doctor:
     """Say what a machine and a backbone are good for, before anything long is started.
 
-    Versions, devices, what the pipeline is and which taps it has, how many rows fit, what Best-of-N would cost, and
-    whether there is anything to cut.
+    Versions, devices, the kind of pipeline and its taps, how many rows fit, what Best-of-N would cost, and whether an
+    early cut would save anything.
 
-    With --family: whether a row of facts of your own fits a pipeline, a line a check; exit code 1 where one does not
-    hold. Choose small sizes.
+    With --family: check that a row of facts of your own fits a pipeline, one line per check; exit code 1 where a check
+    does not hold. Choose small sizes.
     """
 
     models: Examined = Examined()
@@ -79,7 +79,7 @@ class Doctor:
         return {name: value for name, value in arguments.items() if value is not None}
 
     def main(self) -> int:
-        """Print the lines; 1 where a check of a family does not hold."""
+        """Print the lines; return 1 where a check of a family does not hold."""
         from rich.console import Console
 
         from prism.backbone.arguments import FRAMES, PIXELS, STEPS
@@ -165,7 +165,7 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
             f"{type(backbone.denoiser).__name__}, {backbone.num_parameters:,} weights, {backbone.dtype}{reads}",
         ),
         ("taps", f"1 to {backbone.num_blocks}, {' or '.join(map(str, widths))} wide; default {backbone.default_tap}"),
-        ("a judge by itself", _alone(backbone)),
+        ("a judge by itself", _standalone(backbone)),
         ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
         ("guidance", f"{guidance}, where {family.guidance} turns it on"),
     ]
@@ -184,13 +184,13 @@ def _judge(backbone: Any, folder: str | None) -> tuple[int, str]:
     return tap, f"the one that ships, after block {tap}"
 
 
-def _alone(backbone: Any) -> str:
-    """The share of the denoiser that a judge without the rest of the pipeline loads."""
+def _standalone(backbone: Any) -> str:
+    """The part of the denoiser that a judge loads if it does not sample, in words."""
     try:
         lists = backbone.family.first_blocks(backbone.denoiser, backbone.default_tap)
     except PrismError as error:
         return str(error)
-    blocks = [block for part, kept in lists for block in part[kept:]]
+    blocks = [block for part, count in lists for block in part[count:]]
     later = {id(value) for block in blocks for value in (*block.parameters(), *block.buffers())}
     sizes = {id(value): value.nbytes for value in (*backbone.denoiser.parameters(), *backbone.denoiser.buffers())}
     needed = sum(size for key, size in sizes.items() if key not in later)
@@ -198,7 +198,7 @@ def _alone(backbone: Any) -> str:
 
 
 def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
-    """Seconds of a denoiser row, and the bytes that a further row takes (0 where the device does not say)."""
+    """Seconds that a denoiser row takes, and the bytes that one more row takes (0 where the device does not say)."""
     import torch
     from PIL import Image
 
@@ -247,7 +247,7 @@ def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, sec
 
     guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
     steps_of_run, steps_of_draft = None, None
-    if seconds is not None:  # the pipeline could be called: its scheduler can be asked for the real steps
+    if seconds is not None:  # the pipeline can be called, so that its scheduler gives the real steps
         whole = {**call, **backbone.batch([PROMPT if backbone.family.takes_prompts else ""], [0], call)}
         steps_of_run, steps_of_draft = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
     load = Workload.of(backbone, call, n, tap, steps_of_run, steps_of_draft)
@@ -295,11 +295,11 @@ def _peak(device: torch.device, work: Callable[[], None]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler prints its start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    held = most = 0
+    allocated = most = 0
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            allocated += event.nbytes()
+            most = max(most, allocated)
     return most
 
 

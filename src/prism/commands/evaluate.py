@@ -1,4 +1,4 @@
-"""`prism eval`: a saved head on a labelled store, or the scores that such a run kept."""
+"""`prism eval`: measure a saved head on a labelled store, or compute figures anew from the scores of such a run."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def run(config: Evaluate) -> dict[str, Any]:
 
 
 def figures(measured: Measurement, other: Measurement | None, ties: str) -> dict[str, Any]:
-    """The rows of metrics.json that follow from a measurement, and from a second judge's."""
+    """The rows of metrics.json from a measurement, and from that of a second judge where there is one."""
     from prism.evaluation import accuracy_rows, bias_rows, compare_judges, generator_rows, reliability_rows
 
     rows: dict[str, Any] = {
@@ -136,7 +136,7 @@ def figures(measured: Measurement, other: Measurement | None, ties: str) -> dict
 
 
 def _measured(config: Evaluate, levels: tuple[float, ...] | None, team: Team) -> tuple[Measurement, Measurement | None]:
-    """The measurement of the head, and of the one it is compared with."""
+    """The measurement of the head, and of the judge that it is compared with, if any."""
     from prism.loading import check_store, describe, load_backbone, load_judge, open_store
 
     models = config.models
@@ -180,7 +180,7 @@ def _from_scores(config: Evaluate) -> tuple[Measurement, Measurement | None]:
 
 
 def _check_scores_alone(config: Evaluate) -> None:
-    """Refuse options that a file of scores has decided."""
+    """Refuse options that have no effect on a file of scores."""
     models, default = config.models, Evaluate(config.output)
     decided = {
         "--split": config.split != default.split,

@@ -1,4 +1,4 @@
-"""`prism demo`, `prism study` and `prism shapeworld`: the laboratory's runs, and the small model they stand on."""
+"""`prism demo`, `prism study` and `prism shapeworld`: the laboratory's runs, and the embedded model that they use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Demo:
 
     output: Anywhere = Anywhere()
     full: bool = False
-    """200 prompts, three judges, prompts out of the domain, evidence/: an hour or more; goes on after a kill."""
+    """200 prompts, three judges, prompts out of the domain, evidence/: an hour or more; a killed run continues."""
     fresh: bool = False
     """Sample and label the training candidates anew, not the shipped ones."""
     batch_size: BatchSize = 64
@@ -87,7 +87,7 @@ class Study:
     """Compare recipes for a judge on validation prompts, and confirm the best on test.
 
     Number of videos and noise draws, states, averaged heads, taps, head sizes, optimiser, objective, calibration.
-    Writes study.md and the report; what is done is kept when it is stopped, and --resume goes on.
+    Writes study.md and the report; a study that was stopped continues with --resume.
     """
 
     output: Resuming
@@ -189,7 +189,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Quality:
-    """Referee what a generator samples: scores, how often each part of a prompt is right, how candidates differ."""
+    """Measure a generator's videos by the referee: scores, how often each part of a prompt is right, and spread."""
 
     output: Replacing
     backbone: Annotated[str, option("NAME")] = "default"

@@ -14,7 +14,14 @@ from prism.errors import PrismError, quoted, whole
 
 
 def option(metavar: str | None = None, default: str | None = None, name: str | None = None, about: str = "") -> Any:
-    """Describe an option: its value's name and its default in words ("": none) in --help, its name, its docstring."""
+    """Describe an option, where its type and docstring do not.
+
+    Args:
+        metavar: name of its value in --help.
+        default: its default in words in --help; "": none is shown.
+        name: of the option, if it is not the attribute's.
+        about: its help, in place of the attribute's docstring.
+    """
     hint = default and f"(default: {default})"
     return tyro.conf.arg(name=name, metavar=metavar, help=about or None, help_behavior_hint=hint)
 
@@ -32,7 +39,7 @@ class Output:
     out: Annotated[Path, option("FOLDER")]
     """Folder to write; it appears whole."""
     config: Annotated[Path | None, option("FILE", "")] = None
-    """YAML or JSON file of options, such as the config.json of a run; flags go before it."""
+    """YAML or JSON file of options, such as the config.json of a run; flags override it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Labelled(Models):
 
 
 def levels_of(flag: str, text: str) -> tuple[float, ...]:
-    """The noise levels of a text, apart by commas."""
+    """The noise levels in a text such as 899,699,0. `flag`: the option that it comes from, for errors."""
     try:
         levels = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -133,12 +140,12 @@ def levels_of(flag: str, text: str) -> tuple[float, ...]:
 
 
 def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The options in groups of options, without the groups."""
+    """The options of nested groups, as one flat list of names and values."""
     for name, value in values.items():
         yield from leaves(value) if isinstance(value, dict) else [(name, value)]
 
 
 def recorded(config: Any) -> dict[str, Any]:
-    """A command's options by name, as config.json holds them; none of where results go."""
+    """A command's options by name, as config.json holds them, without those of its output folder."""
     options = {**asdict(config), "output": {}}
     return {name: str(value) if isinstance(value, Path) else value for name, value in leaves(options)}

@@ -1,4 +1,4 @@
-"""`prism reference`: scores of a store's clips, saved with a head, that say what another score means."""
+"""`prism reference`: scores of a store's clips, saved with a head so that other scores can be compared with them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class Reference:
     batch_size: BatchSize = 64
     seed: Seed = 0
     config: Annotated[Path | None, option("FILE", "")] = None
-    """YAML or JSON file of options; flags go before it."""
+    """YAML or JSON file of options; flags override it."""
     models: Labelled = field(default_factory=Labelled)
 
     def main(self) -> None:
-        """Score the clips, write the reference, and say what is in it."""
+        """Score the clips, write the reference, and print a summary of it."""
         path, reference = run(self)
         facts, intervals = reference.facts, reference.intervals()
         print(f"{facts['clips']:,} clips of {facts['prompts']:,} prompts, {facts['num_draws']} draws: {path}")
-        for place, t in enumerate(reference.levels):
+        for index, t in enumerate(reference.levels):
             for column, name in enumerate(reference.dimensions):
-                values = reference.scores[place, :, column]
+                values = reference.scores[index, :, column]
                 low, _, high = intervals[f"{t:g}"][name]
                 share = facts["between_prompts"][f"{t:g}"][name]
                 words = "" if share is None else f", {share:.0%} of the variance between prompts"
@@ -77,7 +77,7 @@ def run(config: Reference) -> tuple[Path, Any]:
     check_store(models.data, store, backbone)
     judge = load_judge(str(folder), backbone, embedded=False)
     if levels is None:
-        judge.reference = None  # its levels are not to be taken over
+        judge.reference = None  # `default_levels` would take the levels of the old reference
     command = f"prism reference --split {config.split} --draws {config.draws} --most {config.most} --seed {config.seed}"
     command += "" if config.levels is None else f" --t {config.levels}"
     reference = measure(

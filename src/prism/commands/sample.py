@@ -221,8 +221,8 @@ def _loser(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping
 
 
 def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
-    """The backbone, its name, the judge (None for strategies without one), the pipeline's call, the weights of
-    dimensions by which candidates are ranked, and the result.
+    """Sample; return the backbone, its name, the judge (None for strategies without one), the pipeline's call, the
+    weights of dimensions by which candidates are ranked, and the result.
     """
     from prism.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking

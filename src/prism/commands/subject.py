@@ -30,12 +30,12 @@ class Mismatch(PrismError):
 
 @dataclass
 class Subject:
-    """A pipeline and the arguments of its call; latents of plain calls are kept by seed."""
+    """A pipeline and the arguments of its call; latents of plain calls are cached by seed."""
 
     backbone: Backbone
     call: dict[str, Any]
     texts: tuple[str, str] = PROMPTS
-    kept: dict[Any, Any] = field(default_factory=dict)
+    cached: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def pipe(self) -> Any:
@@ -50,10 +50,10 @@ class Subject:
             return self.pipe(**call)[0]
 
     def latents(self, seed: int = 0) -> Tensor:
-        """The latents at the end of the sampling loop: the call's output, or where a pipeline repacks its output or
-        drops a frame of it, the latents that the last step's callback is given."""
+        """The latents (1, ...) at the end of the sampling loop: the call's output or, for a pipeline that repacks its
+        output or drops a frame of it, the latents that the last step's callback is given."""
         key = ("latents", seed)
-        if key not in self.kept:
+        if key not in self.cached:
             last: dict[str, Tensor] = {}
             watch: dict[str, Any] = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
             if not self.backbone.takes("callback_on_step_end"):
@@ -67,10 +67,10 @@ class Subject:
             require(
                 tuple(latents.shape[1:]) == tuple(shape),
                 f"a call ends with latents of shape {tuple(latents.shape[1:])} a row, and the denoiser is given "
-                f"{tuple(shape)}: say layout, and carried where the loop carries another",
+                f"{tuple(shape)}: say layout, and loop_layout where the loop carries another",
             )
-            self.kept[key] = latents
-        return self.kept[key]
+            self.cached[key] = latents
+        return self.cached[key]
 
     def prompts(self, count: int) -> list[str]:
         """The first prompts, empty where the pipeline takes none."""
@@ -127,7 +127,7 @@ class Subject:
 
 
 def difference(actual: Any, expected: Any) -> float:
-    """The largest difference relative to the largest value; infinite where the shapes differ."""
+    """The largest absolute difference, relative to the largest expected value; infinite where the shapes differ."""
     one = actual if isinstance(actual, Tensor) else torch.as_tensor(np.asarray(actual))
     other = expected if isinstance(expected, Tensor) else torch.as_tensor(np.asarray(expected))
     if one.shape != other.shape:
@@ -188,7 +188,7 @@ def _run_file(path: Path) -> dict[str, Any]:
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise PrismError(f"--family takes a Python file that defines `family`; {path} {problem}.")
     folder = str(path.resolve().parent)
-    if folder not in sys.path:  # as `python FILE` does: the file may import modules beside it
+    if folder not in sys.path:  # as `python FILE` does, so that the file can import modules beside it
         sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))

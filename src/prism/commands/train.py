@@ -29,7 +29,7 @@ class Folder(Replacing, Resuming):
     """The folder of results, and a file of options."""
 
     recipe: Annotated[str | None, option("FILE[:NAME]", "")] = None
-    """Python file that is run; its function returns a prism.training.Recipe. Flags and --config go before it."""
+    """Python file that is run; its function returns a prism.training.Recipe. Flags and --config override it."""
 
 
 Width = Annotated[int | None, option(default="144 on the embedded model, else 1536, or twice the backbone's if less")]
@@ -68,15 +68,15 @@ class Training(TrainConfig):
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        """Check nothing yet: `recipe` checks once all settings are known."""
+        """Check nothing: settings may still be None, and `recipe` fills them in and checks them."""
 
 
 @dataclass(frozen=True)
 class Train:
     """Train a judge on labelled pairs; the backbone stays frozen.
 
-    Writes head/ (what --head takes), history.json and the report, and prints the accuracy on validation pairs. As
-    printed here it trains the recipe that the study chose, on the embedded model some ten minutes on two cores.
+    Writes head/ (what --head takes), history.json and the report, and prints the accuracy on validation pairs. Its
+    defaults are the recipe that the study chose; on the embedded model this takes some ten minutes on two cores.
 
     A run that was stopped or killed goes on with --resume, on CPU to the same weights bit for bit.
     """
@@ -96,9 +96,9 @@ class Train:
 def run(config: Train) -> dict[str, Any]:
     """Train into `out`: head/, history.json, config.json, metrics.json and report.html; returns the metrics.
 
-    With `overwrite` the run is made in `<out>.parts` and renamed to `out` at the end; until then the old `out` stays,
-    and a killed run of the same configuration goes on. Of several processes (`torchrun`) only the first reads and
-    writes folders.
+    With `overwrite` the run works in `<out>.parts`, which replaces the old `out` at the end; a run that was killed
+    continues there if its configuration is the same. Of several processes (`torchrun`) only the first reads and writes
+    folders.
     """
     from prism.judge import Judge
     from prism.judge.hub import origin
@@ -174,13 +174,15 @@ def recipe(embedded: bool, **changes: Any) -> TrainConfig:
 def recipe_options(text: str) -> dict[str, Any]:
     """The options of `prism train` that a recipe sets. text: FILE, or FILE:NAME where it holds several functions.
 
-    The file is run, which is why the command line alone may name one.
+    The file is run as Python code. Therefore only the command line may name one, not a file of options.
     """
     path, _, name = (text, "", "") if text.endswith(".py") else text.rpartition(":")
     option_text = f"The --recipe {quoted(text, 200)}"
     try:
-        held = runpy.run_path(path or text, run_name="prism_recipe").items()
-        makers = {key: value for key, value in held if inspect.isfunction(value) and value.__module__ == "prism_recipe"}
+        defined = runpy.run_path(path or text, run_name="prism_recipe").items()
+        makers = {
+            key: value for key, value in defined if inspect.isfunction(value) and value.__module__ == "prism_recipe"
+        }
         public = [key for key in makers if not key.startswith("_")]
         if not name and len(public) == 1:
             name = public[0]
@@ -200,7 +202,7 @@ def recipe_options(text: str) -> dict[str, Any]:
 
 
 def _measured(judge: Any, store: Any, config: TrainConfig) -> list[AccuracyRow]:
-    """Rows "accuracy" of metrics.json, on validation pairs (else on test pairs), at the main noise levels."""
+    """Rows "accuracy" of metrics.json at the main noise levels, on validation pairs or, without any, on test pairs."""
     from prism.evaluation import evaluate
     from prism.training.validation import levels
 
@@ -213,6 +215,7 @@ def _measured(judge: Any, store: Any, config: TrainConfig) -> list[AccuracyRow]:
 
 
 def _blocks(text: str | None) -> tuple[int, ...] | None:
+    """The blocks of --tap, or None for the default."""
     try:
         return None if text is None else tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -35,12 +35,13 @@ BASE_HEADS = 5  # heads trained by the recipe itself, so that up to so many can 
 class Variant:
     """A recipe for a judge.
 
-    train, head: what it changes in `TrainConfig` and in `Judge.untrained`.
-    members: other variants whose heads it averages in place of training its own.
-    heads: how many heads of different first weights it averages. across: whether they come from different seeds, each
-    with batches and noise of its own.
+    question, what: the question that it helps to answer, and the variant in words.
+    train, head: its changes of `TrainConfig` and of the arguments of `Judge.untrained`.
+    members: other variants whose heads it averages; it trains none.
+    heads: number of heads that it averages, of different first weights; `across`: of different seeds, each with batches
+        and noise of its own.
     draws: noise draws that a score is averaged over.
-    standardised: whether members are divided by the spread of their scores before they are averaged.
+    standardised: True to divide members by the spread of their scores before they are averaged.
     """
 
     name: str
@@ -66,7 +67,7 @@ def table(
     """Every variant, the recipe first.
 
     blocks, tap: of the backbone and the recipe. prompts, per_prompt: training prompts and videos of each in the store.
-    train: the recipe's settings. trajectories: whether the store holds recorded states.
+    train: the recipe's settings. trajectories: True where the store holds recorded states.
     """
     steps, learning_rate = train.steps, train.learning_rate
     rows = [Variant(BASE, "recipe", "the recipe that all others differ from in one thing")]
@@ -139,7 +140,7 @@ def table(
 
 
 def chosen(rows: Sequence[Variant], only: Sequence[str]) -> list[Variant]:
-    """The variants of some names or questions, the recipe among them, and the members they are made of.
+    """The variants of some names or questions, with the recipe and all members of averages.
 
     Raises PrismError for a name that no variant and no question has.
     """
@@ -165,7 +166,7 @@ SEED = 0  # of the noise that validation videos are scored under
 
 @torch.no_grad()
 def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> list[Tensor]:
-    """Each judge's scores of the validation videos, (levels, draws, videos, num_dimensions): one read for all."""
+    """Each judge's scores of the validation videos, (levels, draws, videos, num_dimensions); tokens are read once."""
     backbone, store = judges[0].backbone, LatentStore.of(store)
     taps = sorted({tap for judge in judges for tap in judge.taps})
     passes = [(t, draw) for t in levels(backbone) for draw in range(config.draws)]
@@ -188,7 +189,7 @@ def score_heads(judges: Sequence[Judge], store: LatentStore, config: Any) -> lis
 
 
 def heads_of(name: str, seed: int) -> str:
-    """The folder of a variant's heads of one seed, in the study's."""
+    """The folder of a variant's heads of one seed, within the study's."""
     return f"heads/{name}/seed-{seed}"
 
 
@@ -199,7 +200,7 @@ def complete(parts: Parts, variant: Variant, config: Any) -> bool:
 
 
 def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]]:
-    """The judges that were made by a variant, each as a list of its heads: (variant, seed, init)."""
+    """The judges of a variant, each as a list of its heads: (variant, seed, init)."""
     seeds, inits = range(config.seeds), range(config.inits)
     if variant.across:
         return [[(BASE, seed, init) for seed in list(seeds)[: variant.heads]] for init in inits]
@@ -210,7 +211,7 @@ def replicates(variant: Variant, config: Any) -> list[list[tuple[str, int, int]]
 
 
 class Results:
-    """Rows of the study's table, from the scores that lie in its folder."""
+    """Rows of the study's table, from the scores in its folder."""
 
     def __init__(self, out: Path, store: LatentStore, config: Any, levels: Sequence[float] = LEVELS) -> None:
         self.out, self.config, self.dimensions, self.levels = out, config, store.dimensions, levels
@@ -277,10 +278,11 @@ class Results:
         }
 
     def calibration(self, variants: Sequence[Variant]) -> list[CalibrationRow]:
-        """Temperature and eta fitted on half of the prompts, and what they do on the other half, each way round."""
+        """Rows of calibration: temperature and eta fitted on half of the prompts, their effect on the other half, and
+        the mean of both ways round."""
         rows: list[CalibrationRow] = []
         for variant in variants:
-            margins = self.margins(variant, replicates(variant, self.config)[0])[:, 0]  # one draw a level
+            margins = self.margins(variant, replicates(variant, self.config)[0])[:, 0]  # one draw per level
             for column, dimension in enumerate(self.dimensions):
                 labelled, decided = ~np.isnan(self.labels[:, column]), np.abs(self.labels[:, column]) == 1
                 if any(not decided[self.prompts % 2 == half].any() for half in (0, 1)):
@@ -312,9 +314,9 @@ class Results:
 def confirm(
     parts: Parts, variant: Variant, everything: Sequence[Variant], config: Any, store: LatentStore, backbone: Any
 ) -> dict[str, Any]:
-    """Measure a variant on the test split, beside the recipe, and save its judge; each variant but once.
+    """Measure a variant and the recipe on the test split, and save the variant's judge; at most once per variant.
 
-    Raises PrismError for a variant that was confirmed before, or that no judge can be made of.
+    Raises PrismError for a variant that was confirmed before, or of which no judge can be made.
     """
     name = f"confirmed/{variant.name}"
     if parts.has(f"{name}.json"):
@@ -330,7 +332,7 @@ def confirm(
 def _confirmation(
     out: Path, variant: Variant, recipe: Variant, config: Any, store: LatentStore, backbone: Any
 ) -> dict[str, Any]:
-    """The entry of a confirmed variant; its judges and their margins are saved beside where it will lie."""
+    """The entry of a confirmed variant; its judges and their measurements are saved in the same folder."""
     measured: dict[str, list[Any]] = {}
     calibration = []
     for each in {variant.name: variant, BASE: recipe}.values():

@@ -38,9 +38,10 @@ CHANGEABLE = (
 class StudyConfig:
     """Options of `prism study`.
 
-    data: a latent store; None for the labelled candidates that ship with the package. train: the recipe that variants
-    differ from. tap, dim: its head's; None for the defaults. seeds: trainings of each variant, each with batches and
-    noise of its own. inits: heads of different first weights in each. draws: noise draws scored per level.
+    data: a latent store; None for the labelled candidates that ship with the package.
+    train: the recipe, from which each variant differs. tap, dim: of its head; None for the defaults.
+    seeds: trainings of each variant, each with batches and noise of its own.
+    inits: heads of different first weights in each training. draws: noise draws scored per level.
     """
 
     data: Path | None = None
@@ -63,10 +64,10 @@ def run(
     resume: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run the study, or the variants and questions named in `only`, in `out`; returns the metrics.
+    """Run the study, or the variants and questions named in `only`, in `out`; return the metrics.
 
-    With `resume` what is done is kept. Variants named in `confirm` are measured on the test split, each once for all.
-    config.json also holds the `options` of the command line.
+    With `resume` finished parts are not repeated. Variants named in `confirm` are measured on the test split, each at
+    most once. config.json also holds the `options` of the command line.
     """
     from prism.lab import ablation_results as results
     from prism.loading import check_alone, check_store, describe, load_backbone, open_store
@@ -95,8 +96,8 @@ def run(
     to_train = chosen(everything, [*only, *confirm] if only else ())
     for variant in confirm:
         _named(variant, everything, "")
-    whose = {"command": "study", **_json(config), "store": store_identity(store), "model": backbone.fingerprint()}
-    parts = runs.claim(out, whose, resume, changeable=CHANGEABLE)
+    identity = {"command": "study", **_json(config), "store": store_identity(store), "model": backbone.fingerprint()}
+    parts = runs.claim(out, identity, resume, changeable=CHANGEABLE)
     started = time.perf_counter()
     _score_unscored(config, parts, store, backbone, to_train)
     _train(config, parts, store, backbone, tap, to_train)
@@ -131,7 +132,7 @@ def run(
 def _train(
     config: StudyConfig, parts: runs.Parts, store: Any, backbone: Any, tap: int, to_train: Sequence[Variant]
 ) -> None:
-    """Train and score the variants that are not done yet, those that read the same batches together."""
+    """Train and score the variants that are not done yet; those that read the same batches are trained together."""
     from prism.training.trainer import SHARED
 
     arms: dict[tuple[Any, ...], list[tuple[Variant, TrainConfig]]] = {}
@@ -166,26 +167,26 @@ def _train_arm(
     from prism.judge import Judge
     from prism.training import train_together
 
-    places, judges, settings = [], [], []
+    labels, judges, settings = [], [], []
     for variant, train in arm:
         for init in range(max(config.inits, BASE_HEADS if variant.name == BASE else 1)):
             head = {"tap": tap, "dim": config.dim, **variant.head}
-            # Every seed and init has first weights of its own, the same ones in every variant of one size.
+            # The first weights follow from seed and init alone: variants of one size begin with the same.
             judge = Judge.untrained(backbone, dimensions=store.dimensions, seed=1000 * seed + init, **head)
-            places.append((variant.name, init))
+            labels.append((variant.name, init))
             judges.append(judge)
             settings.append(train)
     histories = train_together(store, judges, settings, desc=f"{arm[0][0].name} ({len(judges)} heads)")
     trained: dict[str, dict[str, Judge]] = {variant.name: {} for variant, _ in arm}
-    for (name, init), judge in zip(places, judges):
+    for (name, init), judge in zip(labels, judges):
         trained[name][f"head-{init}"] = judge
     for name, heads in trained.items():  # before scoring, which may fail: training takes long
-        kept = {f"head-{init}": histories[p] for p, (each, init) in enumerate(places) if each == name}
+        history = {f"head-{init}": histories[p] for p, (each, init) in enumerate(labels) if each == name}
 
-        def save(folder: Path, heads: dict[str, Judge] = heads, kept: dict[str, Any] = kept) -> None:
+        def save(folder: Path, heads: dict[str, Judge] = heads, history: dict[str, Any] = history) -> None:
             for head_name, judge in heads.items():
                 judge.save_pretrained(folder / head_name)
-            files.write_json(folder / "history.json", kept)
+            files.write_json(folder / "history.json", history)
 
         parts.piece(f"{heads_of(name, seed)}/", save)
     scored = [(name, seed, head, judge) for name, heads in trained.items() for head, judge in heads.items()]
@@ -193,7 +194,7 @@ def _train_arm(
 
 
 def _score(config: StudyConfig, parts: runs.Parts, store: Any, heads: Sequence[tuple[str, int, str, Any]]) -> None:
-    """Score heads (variant, seed, name, judge) on the validation videos in one read, and keep it beside them."""
+    """Score heads (variant, seed, name, judge) on the validation videos in one read; save the scores beside them."""
     from safetensors.torch import save_file
 
     from prism.lab.ablation_results import SCORES, score_heads
@@ -208,7 +209,7 @@ def _score(config: StudyConfig, parts: runs.Parts, store: Any, heads: Sequence[t
 def _score_unscored(
     config: StudyConfig, parts: runs.Parts, store: Any, backbone: Any, to_train: Sequence[Variant]
 ) -> None:
-    """Score heads of a run that was ended between their training and their scores."""
+    """Score the heads of a run that ended after it trained them and before it scored them."""
     from prism.judge import Judge
     from prism.lab.ablation_results import SCORES
 

@@ -1,4 +1,4 @@
-"""Attention of a head's query on the token grid: its share on objects, its rows in metrics.json, its film strips."""
+"""Attention of a head's query on the token grid: its share on objects, rows of metrics.json, and film strips."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def spans(frames: int, cells: int) -> list[slice]:
 
 
 def shares(attention: Tensor, cells: Tensor) -> list[dict[str, float]]:
-    """Shares of each video: "attention", of the video's attention that falls on the cells of objects; "area", of its
-    cells that are objects'; "video", of all attention (video and prompt) that falls on the video.
+    """Shares per video: "attention", the share of the video's attention that falls on cells of objects; "area", the
+    share of its cells that are of objects; "video", the share of all attention (video and prompt) on the video.
     """
     total = attention.flatten(1).sum(1)
     on = (attention * cells).flatten(1).sum(1) / total
@@ -66,9 +66,9 @@ def shares(attention: Tensor, cells: Tensor) -> list[dict[str, float]]:
 
 
 def overlaid(video: np.ndarray, attention: np.ndarray, top: float | None = None) -> np.ndarray:
-    """`video` (FRAMES, H, W, 3) in [0, 1] with the attention (T, h, w) of that video as a warm light over it.
+    """A video (FRAMES, H, W, 3) in [0, 1] with its attention (T, h, w) laid over it as a warm tint.
 
-    A cell's light grows with its weight up to `top`; None: the map's largest.
+    The tint of a cell grows with its weight up to `top`; None: the largest weight.
     """
     top = float(attention.max()) if top is None else top
     frames, height, width = video.shape[:3]
@@ -86,8 +86,8 @@ def rows(records: Sequence[Mapping[str, Any]], seed: int) -> list[AttentionRow]:
     """The "attention" rows of metrics.json, one per noise level, for the best and for the worst candidates of prompts.
 
     records: one per prompt: "prompt", "values" (n,) by the referee, "looks" t -> shares of its n candidates.
-    "lift" is the mean share of attention on objects over their mean share of the cells: 1 for attention that does not
-    depend on where objects are. Intervals are 95 % bootstrap intervals over prompts.
+    "lift" is the mean share of attention on objects divided by their mean share of the cells; it is 1 for attention
+    that ignores objects. Intervals are 95 % bootstrap intervals over prompts.
     """
     table: list[AttentionRow] = []
     for t in records[0]["looks"] if records else ():
@@ -124,9 +124,9 @@ def choose_value(values: Sequence[float], choose: Any) -> float:
 def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
     """All candidates of a prompt for the page, in three strips.
 
-    First the pick of the early plan `name` and the worst candidate by the referee, as videos. Then two film strips of
-    all candidates, the pick first and those dropped last before those dropped first: the clean latents that the
-    denoiser expects at the first cut, and the finished videos.
+    The first shows the pick of the early plan `name` and the worst candidate by the referee, as videos. The other two
+    show all candidates as film strips: the clean latents that the denoiser expects at the first cut, decoded, and the
+    finished videos. The pick comes first, the candidates that were dropped first come last.
 
     which: how the prompt was chosen, for the title.
     """
@@ -170,7 +170,8 @@ def candidates(contest: Contest, name: str, which: str) -> list[FilmStrip]:
 
 
 def chosen_prompts(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The prompts of the largest, the median and the smallest gain by a plan's first judge, as (caption, record)."""
+    """The prompts at which a plan's pick by the first judge has the largest, the median and the smallest gain, as
+    (caption, record)."""
     gains = [record["values"]["overall"][record["picks"][name][0]] - np.mean(record["values"]["overall"])
              for record in records]  # fmt: skip
     order = sorted(range(len(records)), key=lambda index: -gains[index])

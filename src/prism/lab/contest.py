@@ -20,7 +20,7 @@ from prism.sampling.plan import Plan, Schedule, Workload
 from prism.sampling.strategies import Blind, Early, Full, kind_of, plan_of
 
 Referee = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # (videos (B, T, H, W, 3), prompts) -> name -> (B,)
-TOLERANCE = 0.02  # most that the rounding of a batch and of its parts may differ by in a score
+TOLERANCE = 0.02  # largest difference by rounding between the scores of a candidate in batches of different sizes
 
 
 class JointJudge(Judge):
@@ -44,14 +44,14 @@ class JointJudge(Judge):
 
 
 class Contest:
-    """The candidates of one prompt, and each judge's scores of them at every point where a strategy asks for scores.
+    """The candidates of one prompt, and each judge's scores of them at every step at which a plan needs scores.
 
     Args:
         joint: the judges.
         referee: measures candidates (`prism.shapeworld.referee.batch`); its "overall" is the score of a pick.
         prompt: one text.
         seeds: of the candidates.
-        plans: name -> arguments of `best_of_n`; those that judge finished latents or drafts need the same `judge_at`.
+        plans: name -> arguments of `best_of_n`; all plans that judge finished latents or drafts have one `judge_at`.
         call: arguments of the pipeline.
         seed: of the judges' noise and of random picks.
 
@@ -76,10 +76,10 @@ class Contest:
         self.cuts: dict[int, np.ndarray] = {}
         self.drafts: dict[int, np.ndarray] = {}
         self.levels: dict[int, float] = {}
-        self._made = {name: plan_of(**arguments) for name, arguments in self.plans.items()}
-        last = [plans[name] for name, plan in self._made.items() if plan.looks_at == "finished"]
-        clean: Mapping[str, Any] = last[0] if last else {"strategy": Full.strategy}
-        full = self._run(clean, keep_latents=True)
+        self._plans = {name: plan_of(**arguments) for name, arguments in self.plans.items()}
+        judging_finished = [plans[name] for name, plan in self._plans.items() if plan.looks_at == "finished"]
+        arguments: Mapping[str, Any] = judging_finished[0] if judging_finished else {"strategy": Full.strategy}
+        full = self._run(arguments, keep_latents=True)
         assert full.candidate_latents is not None
         self.latents = torch.stack([full.candidate_latents[candidate] for candidate in range(self.n)])
         self.final = self._by_judge(full.scores[-1])
@@ -87,16 +87,16 @@ class Contest:
         self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
         steps = sorted({step for name in plans for step, _ in self._cuts_while_sampling(name)})
         if steps:
-            watch = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
-            for cut in self._run({"strategy": Early.strategy, "schedule": watch}).scores:
+            keep_all = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
+            for cut in self._run({"strategy": Early.strategy, "schedule": keep_all}).scores:
                 self.cuts[cut["step"]], self.levels[cut["step"]] = self._by_judge(cut), cut["t"]
-        for name, plan in self._made.items():
+        for name, plan in self._plans.items():
             if plan.drafts() and plan.drafts() not in self.drafts:
                 self.drafts[plan.drafts()] = self._by_judge(self._run(plans[name]).scores[-1])
 
     def picks(self, name: str) -> list[int]:
         """The candidate that each judge picks by a plan."""
-        plan, judges = self._made[name], range(len(self.joint.judges))
+        plan, judges = self._plans[name], range(len(self.joint.judges))
         if isinstance(plan, Blind):
             return [plan.draw(self.n, 1, self.seed, self.prompt)[0] for _ in judges]
         cuts = self._cuts(name)
@@ -105,7 +105,7 @@ class Contest:
     def play(self, name: str, k: int) -> BestOfNResult:
         """A plan run by itself, by judge k."""
         plan, judge = dict(self.plans[name]), self.joint.judges[k]
-        if self._made[name].needs_oracle():
+        if self._plans[name].needs_oracle():
             plan["oracle"] = self._value
         return best_of_n(
             judge.backbone.pipe, judge, self.prompt, seeds=self.seeds, **{"seed": self.seed, **plan}, **self.call
@@ -120,7 +120,7 @@ class Contest:
         Raises:
             PrismError: where scores differ by more than rounding.
         """
-        plan, result, max_abs_difference = self._made[name], self.play(name, k), 0.0
+        plan, result, max_abs_difference = self._plans[name], self.play(name, k), 0.0
         for cut in result.scores:
             shared = self._shared_scores(plan, cut["step"], k)[cut["candidates"]]
             separate = np.array(cut["scores"]["oracle" if plan.needs_oracle() else "overall"])
@@ -144,12 +144,12 @@ class Contest:
         return cuts
 
     def _cuts(self, name: str) -> Schedule:
-        plan, load = self._made[name], Workload(self.n, (1,) * self._steps)
+        plan, load = self._plans[name], Workload(self.n, (1,) * self._steps)
         return plan.settled(load).cuts(load)
 
     def _cuts_while_sampling(self, name: str) -> Schedule:
-        """The cuts that come before the end of sampling; those of drafts and of finished latents do not."""
-        return self._cuts(name) if self._made[name].looks_at == "steps" else ()
+        """The cuts of a plan that judges during sampling; none for other plans."""
+        return self._cuts(name) if self._plans[name].looks_at == "steps" else ()
 
     @property
     def _steps(self) -> int:
@@ -175,12 +175,12 @@ class Contest:
 
 
 def survivors(alive: Sequence[int], scores: np.ndarray, keep: int) -> list[int]:
-    """The best `keep` of the candidates `alive` by score (n,), in their order; the first of equals."""
+    """The best `keep` of the candidates `alive` by score (n,), in rising order; of equal scores the first."""
     return sorted(sorted(alive, key=lambda candidate: (-scores[candidate], candidate))[:keep])
 
 
 def pick(cuts: Sequence[tuple[int, int]], scores: Mapping[int, np.ndarray]) -> int:
-    """The one candidate that the cuts leave, from the scores (n,) of all candidates at each step."""
+    """The candidate that is left after the cuts. scores: step -> (n,), of all candidates."""
     alive = list(range(len(next(iter(scores.values())))))
     for step, keep in cuts:
         alive = survivors(alive, scores[step], keep)
@@ -202,15 +202,17 @@ def rows(
 ) -> list[BestOfNRow]:
     """The "best_of_n" rows of metrics.json: one per plan and judge.
 
-    Where there are several judges, the first row of each plan is their mean, with "head_seed" None.
+    Where there are several judges, the first row of each plan is their mean, with "head_seed" None. A gain is the
+    pick's score minus the mean of its prompt's candidates (the expectation of a random pick), in units of the pooled
+    within-prompt standard deviation of the referee's scores. Costs are means over the separate runs, and seconds their
+    median, times the number of prompts. Intervals are 95 % bootstrap intervals over prompts.
 
-    records: one per prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick per judge}, and, where plans
-    were run separately, "alone" {plan: [{"ledger"}, one per judge]}. Costs are the means of those runs, and seconds
-    their median, times the number of prompts. A gain is the pick's score minus the mean of its prompt's
-    candidates, which is what a random pick gets on average, in units of the pooled within-prompt standard deviation of
-    the referee's scores; intervals are 95 % bootstrap intervals over prompts. `full` must be among the plans: costs are
-    given as shares of it.
-    measured: records to take costs from, where it is not these.
+    Args:
+        records: one per prompt: "prompt", "values" {"overall": (n,)}, "picks" {plan: a pick per judge}, and, where
+            plans were run separately, "alone" {plan: [{"ledger"}, one per judge]}.
+        plans: arguments of `best_of_n` by name; "full" must be among them, as costs are also given as shares of it.
+        head_seeds: of the judges. call: the pipeline's arguments. which: the set of prompts. seed: of the intervals.
+        measured: the records whose separate runs give the costs; None: `records`.
     """
     values, prompts = _values(records), [record["prompt"] for record in records]
     best = values.max(1) - values.mean(1)
@@ -255,8 +257,8 @@ def rows(
 
 
 def agreement(records: Sequence[Record]) -> Agreement:
-    """Agreement of the separate runs of plans with the run that all share: the number of runs, the number that picked
-    the same candidate, and the largest difference of a score.
+    """Agreement of separate runs of plans with the shared run of all: the number of separate runs, the number of those
+    that picked the same candidate, and the largest difference of a score.
     """
     pairs = [
         (run, record["picks"][name][k])
@@ -310,7 +312,8 @@ def _mean(ledgers: Sequence[Mapping[str, Any]], column: str) -> float:
 
 
 def columns(gain: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(prompts, 4), of gains (prompts,) and values (prompts, n): the columns that `in_spreads` and `of_oracle` sum."""
+    """The columns (prompts, 4) whose sums `in_spreads` and `of_oracle` take, from gains (prompts,) and values
+    (prompts, n)."""
     return np.stack([gain, values.var(1, ddof=1), values.max(1) - values.mean(1), np.ones(len(gain))], 1)
 
 

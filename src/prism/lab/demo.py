@@ -37,29 +37,26 @@ Schedule = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """All settings of a demo, fixed before it runs. taps: the block each of a judge's heads reads, scores averaged."""
+    """All settings of a demo, fixed before it runs. taps: the block that each of a judge's heads reads; the judge
+    averages their scores."""
 
     seed: int = 0
     full: bool = False
     fresh: bool = False
     n: int = 8
     prompts: int = 20  # of the test split, for Best-of-N
-    labelled: int = 0  # candidates sampled of each of them for the accuracy; 0 for all test candidates of the store
-    unseen: int = 0  # prompts out of the domain
-    train_prompts: int = 0  # sampled to train on, 0 for the store that ships
+    labelled: int = 0  # candidates sampled per test prompt to measure accuracy on; 0: the store's test candidates
+    unseen: int = 0  # prompts outside the training domain, for accuracy and Best-of-N
+    train_prompts: int = 0  # prompts whose candidates are sampled to train on; 0: the store that ships
     judges: int = 1  # with seeds seed, seed + 1, ...
     alone: int = 3  # test prompts on which each strategy is also run separately
     taps: tuple[int, ...] = (4, 5)
     dim: int = 144
     train: TrainConfig = TRAIN
     pixel: bool = True
-    pixel_steps: int | None = None  # where pixel judges are trained; None for their settings' own
-    pixel_levels: tuple[float, ...] = (
-        899,
-        699,
-        499,
-        0,
-    )  # noise levels they are measured at, each a decode per video; () for all
+    pixel_steps: int | None = None  # training steps of pixel judges, if they are trained; None: the default
+    # Noise levels that pixel judges are measured at, each of which costs a decode per video; (): all levels.
+    pixel_levels: tuple[float, ...] = (899, 699, 499, 0)
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
     draft_steps: int = 3
@@ -67,7 +64,7 @@ class DemoConfig:
     judge_at: float = 700.0
     num_draws: int = 3
     look_at: tuple[float, ...] = (899, 699, 499)
-    strips: int = 4  # prompts shown with the attention of the query
+    strips: int = 4  # prompts shown in the report with the attention of the query
 
 
 FULL = DemoConfig(
@@ -115,10 +112,10 @@ def run(
     config: DemoConfig | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, and of a
-    full run evidence/ too; returns the metrics. `options` of the command line are kept in config.json.
+    """Run the demo and write metrics.json, report.html, winner.mp4, config.json and the trained head to `out`, for a
+    full run also evidence/; return the metrics. config.json also holds the `options` of the command line.
 
-    A full run keeps its parts in `<out>.parts` until it is done, and goes on there if it was killed.
+    The parts of a full run lie in `<out>.parts` until it is done; a run that was killed continues from there.
     """
     check_alone("demo")
     whole("--seed", seed, 0, SEEDS)
@@ -143,11 +140,11 @@ def _run(
     started, seed = time.perf_counter(), config.seed
     timings: dict[str, float] = {}
     backbone, call, name = load_backbone(device=device)
-    samples_data = config.fresh or config.train_prompts  # beginning with the shipped prompts and seeds, unless fresh
+    samples_data = config.fresh or config.train_prompts  # unless fresh, the shipped prompts and seeds come first
     shipped = None if samples_data else LatentStore.open(shapeworld.asset_folder("candidates"))
     changeable = (*(f"config.train.{name}" for name in RESULTLESS), *(f"backbone.{name}" for name in VERSIONED))
-    whose = identity(config, backbone, call, shipped)
-    parts = claim(parts_folder, whose, True, overwrite, name=IDENTITY, changeable=changeable)
+    run_identity = identity(config, backbone, call, shipped)
+    parts = claim(parts_folder, run_identity, True, overwrite, name=IDENTITY, changeable=changeable)
 
     def seconds(name: str, *prefixes: str) -> None:
         paths = [path for prefix in prefixes for path in sorted(parts_folder.glob(f"{prefix}*.json"))]
@@ -155,7 +152,7 @@ def _run(
 
     def sampled(name: str, folder: str, shares: dict[str, tuple[int, int]], seed: int) -> LatentStore:
         def make() -> None:
-            if not (parts_folder / folder).is_dir():  # it is there if a run was killed before the part was noted down
+            if not (parts_folder / folder).is_dir():  # a run may have been killed just after it wrote the folder
                 candidates.run(parts_folder / folder, shares, seed=seed, backbone=backbone)
 
         parts.once(name, make)
@@ -187,8 +184,8 @@ def _run(
     head_seeds = [judge.trained_on["seed"] for judge in ours]
     picks = strategies.rows(records, played, head_seeds, call, "test", seed)
     if config.unseen:
-        strange = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
-        on_unseen = judges.measured(parts, strange, ours, others, "unseen", seed, *levels_and_rows)
+        unseen_store = sampled("unseen-data", "unseen-store", {"unseen": (config.unseen, 8)}, seed + 2)
+        on_unseen = judges.measured(parts, unseen_store, ours, others, "unseen", seed, *levels_and_rows)
         unseen_records = contests(parts, joint, config, "unseen", config.unseen, 10_000_000 * (seed + 1), call)
         accuracy, comparison = accuracy + on_unseen[0], comparison + on_unseen[1]
         measured = measured + on_unseen[2]
@@ -248,7 +245,7 @@ def _run(
 
 
 def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: Any) -> dict[str, Any]:
-    """All that the parts of a demo depend on. shipped: the store that it trains on; None where it samples its own."""
+    """All that the parts of a demo depend on. shipped: the store that it trains on; None where it samples one."""
     from prism.preference.store import store_identity
 
     return {
@@ -278,9 +275,10 @@ def make_contest(
 def contests(
     parts: Parts, joint: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Every plan on the first `count` prompts of a split, a part each; prompt j has the seeds first_seed + 1000 j + i.
+    """The records of every plan on the first `count` prompts of a split; each prompt is a part of the run.
 
-    On the first `config.alone` test prompts each plan is also run separately.
+    Candidate i of prompt j has the seed first_seed + 1000 j + i. On the first `config.alone` test prompts each plan is
+    also run separately.
     """
     prompts, records = shapeworld.prompts(split, count), []
     clock = Clock(f"best of {config.n} on {split} prompts", len(prompts))
@@ -329,7 +327,7 @@ def record(contest: Any, config: DemoConfig, separately: bool) -> dict[str, Any]
 
 
 def _widest(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The prompts whose best and worst candidates lie farthest apart, of one thing and of two things in turn."""
+    """The prompts whose best and worst candidates differ most, alternately with one thing and with two."""
     from prism.shapeworld import grammar
 
     ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
@@ -344,7 +342,7 @@ def _widest(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any
 
 
 def _claims(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
-    """The rows "bars" of a full run: its claims; none of a short run, which makes none."""
+    """The rows "bars": the claims of a full run; a short run makes none."""
     share = claims.overhead(records, ("early", "draft", "full"))
     return claims.check(comparison, picks, "early", "draft", share) if config.full else []
 
@@ -352,7 +350,7 @@ def _claims(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> li
 def _publish(
     folder: Path, parts_folder: Path, config: DemoConfig, metrics: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Write metrics and configuration, and copy the first seed's head and the data and pixel judges that were made."""
+    """Write metrics and configuration; copy the first seed's head, and data and pixel judges that the run made."""
     write_config(folder / "config.json", settings)
     files.write_json(folder / "metrics.json", metrics)
     shutil.copytree(parts_folder / f"head-{config.seed}", folder / "head")

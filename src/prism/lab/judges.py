@@ -18,7 +18,7 @@ from prism.runs import Parts
 from prism.training import TrainConfig, train_together
 from prism.training.trainer import untrained_heads
 
-PIXEL = {"pixel": False, "pixel-noisy": True}  # name of the judge and its asset -> does it train on noisy videos too
+PIXEL = {"pixel": False, "pixel-noisy": True}  # name of the judge and its asset -> True if trained on noisy videos too
 
 
 def trained(
@@ -57,7 +57,7 @@ def pixel_judges(
         folder = parts.folder / name
 
         def make(folder: Path = folder, noisy: bool = noisy) -> dict[str, Any]:
-            if folder.is_dir():  # a run was killed after it saved the judge and before it noted that down
+            if folder.is_dir():  # a run was killed just after it saved the judge
                 return {}
             config = PixelConfig(seed=seed) if steps is None else PixelConfig(seed=seed, steps=steps)
             return _summary(train_pixel(store, backbone, config, folder, noisy=noisy, frames=frames))
@@ -82,12 +82,12 @@ def measured(
     levels: Sequence[float] = (),
     batch_size: int = 64,
 ) -> tuple[list[AccuracyRow], list[ComparisonRow], list[Measurement]]:
-    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements behind them.
+    """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements that they come from.
 
-    Measured are our judges (of several seeds: their mean first), the others, and ours against each of the others, all
+    Our judges (with several seeds first their mean), the other judges, and ours against each of the others are measured
     on the same pairs under the same noise.
 
-    levels: noise levels to measure the others at, for whom each costs a decode of every video; () for all.
+    levels: noise levels to measure the other judges at, each of which costs them a decode per video; (): all.
     batch_size: videos per denoiser call.
     """
     named: list[tuple[str, Any, Sequence[float]]] = [
@@ -98,7 +98,9 @@ def measured(
         _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
         for name, judge, t in named
     ]
-    for path in (parts.folder / "frames").glob(f"{'[0-9a-f]' * 32}.npy"):  # no later one decodes the same
+    for path in (parts.folder / "frames").glob(
+        f"{'[0-9a-f]' * 32}.npy"
+    ):  # no later measurement decodes the same latents
         path.unlink()
     of_ours, of_others = measurements[: len(ours)], measurements[len(ours) :]
     rows = mean_over_seeds(of_ours, seed) + [row for each in of_others for row in each.rows]

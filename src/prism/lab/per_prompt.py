@@ -1,9 +1,9 @@
-"""The values per prompt of a run, that its intervals are recomputed from.
+"""The values per prompt of a run, from which its intervals can be recomputed.
 
 They are Parquet files in the run's folder `per_prompt`:
 
-accuracy, a row per set, judge, head_seed, t, dimension and prompt: the numbers of pairs, of decided ones (no tie) and
-    of right ones among these. Prompts are in the order of the store, which `recomputed` relies on.
+accuracy, a row per set, judge, head_seed, t, dimension and prompt: the numbers of pairs, of decided pairs (no ties),
+    and of pairs judged right among these. Prompts are in the order of the store, which `recomputed` relies on.
 candidates, a row per set, prompt and candidate: its seed, the referee's scores, and "final SEED", the overall score of
     its finished latents by the judge of that head seed.
 picks, a row per set, prompt, strategy and head_seed (null where nothing judged): the picked candidate and its seed,
@@ -51,7 +51,7 @@ def write_values(
 
 
 def recomputed(folder: Path, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yield each interval of a demo's metrics as (its field, its value there, its value from the files in `folder`).
+    """Yield each interval of a demo's metrics as (field, value in the metrics, value from the files in `folder`).
 
     Raises:
         PrismError: for a file that is missing or cannot be read.
@@ -156,8 +156,8 @@ def _accuracy_interval(row: Mapping[str, Any], counts: Mapping[tuple[Any, ...], 
 
 
 def _of_decided(columns: np.ndarray, prompts: Sequence[Any], seed: int) -> list[float] | None:
-    kept = columns[:, 1] > 0
-    return prompt_interval(columns[kept], np.array(prompts)[kept], ratio, seed)
+    with_decided = columns[:, 1] > 0
+    return prompt_interval(columns[with_decided], np.array(prompts)[with_decided], ratio, seed)
 
 
 def _right(several: Sequence[Values]) -> np.ndarray:

@@ -24,7 +24,7 @@ _PROMPT_WIDTH = 64  # width of the prompt's summary, which scales and shifts cha
 
 
 class _Block(nn.Module):
-    """Residual block of two planar convolutions; the first sees neighbouring frames, the prompt acts between them."""
+    """Residual block of two 2D convolutions; the first sees neighbouring frames, and the prompt acts on its output."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class _Block(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, frames: int, prompt: Tensor) -> Tensor:
-        """(B * frames, C, H, W) to the same; prompt: (B, 64), its summary."""
+        """(B * frames, C, H, W) to the same shape; prompt: (B, 64), a summary of the text."""
         # One number per video: normalising each frame or channel would hide what judges look for, such as flicker.
         power = x.float().unflatten(0, (-1, frames)).square().mean((1, 2, 3, 4)).repeat_interleave(frames)
         y = x * (power + 1e-6).rsqrt().to(x.dtype)[:, None, None, None] * self.scale.to(x.dtype)
@@ -46,7 +46,7 @@ class _Block(nn.Module):
 
 
 def _shift(x: Tensor, frames: int) -> Tensor:
-    """A quarter of the channels from the frame before, a quarter from the frame after; zeros beyond the ends."""
+    """Take a quarter of the channels from the frame before and a quarter from the frame after; zeros at the ends."""
     part, videos = x.shape[1] // 4, x.unflatten(0, (-1, frames))
     before = F.pad(videos[:, :-1, :part], (0, 0, 0, 0, 0, 0, 1, 0))
     after = F.pad(videos[:, 1:, part : 2 * part], (0, 0, 0, 0, 0, 0, 0, 1))
@@ -55,13 +55,13 @@ def _shift(x: Tensor, frames: int) -> Tensor:
 
 
 class PixelNetwork(nn.Module):
-    """Scores of videos of any length and of frames of at least 16 pixels a side.
+    """Scores of videos of any length, with frames of at least 16 pixels per side.
 
     Args:
         text_width: width of the prompt's embeddings.
         num_dimensions: number of scores.
-        width: channels at a quarter of the frames' size, a multiple of 8; twice as many at an eighth, and the
-            transformer is three times as wide.
+        width: channels at a quarter of the frames' size, a multiple of 8. There are twice as many at an eighth, and
+            three times as many in the transformer.
         layers: of the transformer.
         dropout: in the transformer's outputs and around the last layers.
     """
@@ -74,7 +74,7 @@ class PixelNetwork(nn.Module):
         self.options |= {"layers": layers, "dropout": dropout}
         wide = 3 * width
         self.said = nn.Sequential(nn.Linear(text_width, _PROMPT_WIDTH), nn.ReLU())
-        self.stem = nn.Conv2d(8, width, 4, stride=4)  # colours of two frames, and where: x, y
+        self.stem = nn.Conv2d(8, width, 4, stride=4)  # colours of two frames, and the coordinates x and y
         self.fine = nn.ModuleList([_Block(width)])
         self.down = nn.Conv2d(width, 2 * width, 2, stride=2)
         self.coarse = nn.ModuleList([_Block(2 * width), _Block(2 * width)])
@@ -99,10 +99,10 @@ class PixelNetwork(nn.Module):
         real = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
         prompt = self.said((text * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1))
 
-        rows, where = len(videos), _grid(videos.shape[2:4], videos).permute(2, 0, 1)
+        rows, coordinates = len(videos), _grid(videos.shape[2:4], videos).permute(2, 0, 1)
         x = _even(videos * 2 - 1, 1).unflatten(1, (-1, 2)).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)  # (B, T/2, 6, H, W)
         frames, x = x.shape[1], x.flatten(0, 1)
-        x = torch.cat([x, where.expand(len(x), -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([x, coordinates.expand(len(x), -1, -1, -1)], 1).contiguous(memory_format=torch.channels_last)
         x = self.stem(x)
         for block in self.fine:
             x = block(x, frames, prompt)
@@ -110,7 +110,7 @@ class PixelNetwork(nn.Module):
         for block in self.coarse:
             x = block(x, frames, prompt)
         x = x.unflatten(0, (rows, frames)).transpose(1, 2)
-        looks = [x.mean((2, 3, 4)), x.amax((2, 3, 4))]  # straight to the head: what it learns from first
+        skipped = [x.mean((2, 3, 4)), x.amax((2, 3, 4))]  # past the transformer to the head, which learns from it first
         for axis in (2, 3, 4):
             x = _even(x, axis)
         x = self.pool(x)
@@ -119,17 +119,17 @@ class PixelNetwork(nn.Module):
         seen = tokens.shape[1]
         unreal = torch.cat([real.new_zeros(rows, seen), ~real], 1)
         read = self.transformer(torch.cat([tokens, self.text(text)], 1), src_key_padding_mask=unreal)[:, :seen]
-        return self.head(torch.cat([self.norm(torch.cat([read.mean(1), read.amax(1)], 1)), *looks], 1)).float()
+        return self.head(torch.cat([self.norm(torch.cat([read.mean(1), read.amax(1)], 1)), *skipped], 1)).float()
 
 
 def _grid(sizes: torch.Size, like: Tensor) -> Tensor:
-    """Coordinates in [-1, 1] of every place of a grid, (*sizes, len(sizes))."""
+    """Coordinates in [-1, 1] of every cell of a grid, (*sizes, len(sizes))."""
     axes = [torch.linspace(-1, 1, size, device=like.device) for size in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 
 def _even(x: Tensor, axis: int) -> Tensor:
-    """An odd axis made even by repeating its first place: a causal VAE's first frame stands alone."""
+    """Make an odd axis even by repeating its first entry; in time, a causal VAE encodes the first frame by itself."""
     return torch.cat([x.narrow(axis, 0, 1), x], axis) if x.shape[axis] % 2 else x
 
 
@@ -143,7 +143,7 @@ def checked_prompts(noisy_latents: Tensor, prompts: str | Sequence[str]) -> list
     names = [prompts] * len(noisy_latents) if isinstance(prompts, str) else list(prompts)
     if len(names) != len(noisy_latents):
         raise PrismError(f"There must be a prompt for each latent; found {len(names)} for {len(noisy_latents)}.")
-    bad = ~noisy_latents.flatten(1).isfinite().all(1)  # bytes could not tell
+    bad = ~noisy_latents.flatten(1).isfinite().all(1)  # frames of 8 bits would hide it
     if bool(bad.any()):
         raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite score; its latents hold NaN or infinity.")
     return names
@@ -152,21 +152,21 @@ def checked_prompts(noisy_latents: Tensor, prompts: str | Sequence[str]) -> list
 def decode(backbone: Backbone, latents: Tensor) -> Tensor:
     """Latents (B, ...), noisy or not, decoded as they are: (B, T, H, W, 3) uint8.
 
-    One at a time: a video's bytes must not depend on which others are decoded beside it.
+    They are decoded one by one, so that a video's bytes do not depend on the other videos of the batch.
     """
     return torch.cat([(backbone.decode(row) * 255).round().to(torch.uint8).cpu() for row in latents.split(1)])
 
 
 class PixelJudge:
-    """Scores noisy latents by what they decode to; the counterpart of `prism.Judge`.
+    """Scores noisy latents by their decoded frames; the counterpart of `prism.Judge`.
 
     Attributes:
-        backbone: whose VAE decodes, and whose text embeddings tell the prompt.
+        backbone: its VAE decodes, and its text embeddings represent the prompt.
         head: the network, float32.
         dimensions, eta, trained_on: as of `Judge`.
-        name: "pixel", or "pixel-noisy" where noisy videos were among those it learned from.
-        frames: does what `decode` does and keeps the frames (`prism.lab.pixel_training.DecodedCache`), or None: decode
-            every time. Scores are the same.
+        name: "pixel", or "pixel-noisy" if it was also trained on noisy videos.
+        frames: decodes latents as `decode` does, from a cache (`prism.lab.pixel_training.DecodedCache`); None: no
+            cache. Scores are the same.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class PixelJudge:
     ) -> PixelJudge:
         """A judge with a fresh network; `options` as of `PixelNetwork`. The global random state is left alone.
 
-        call: the pipeline's arguments that videos are made with, without which some refuse to run (an image).
+        call: arguments of the pipeline's call, without which some pipelines refuse to run (an image).
         """
         backbone = pipe if isinstance(pipe, Backbone) else Backbone(pipe)
         prompt = "a" if backbone.family.takes_prompts else ""
@@ -208,11 +208,11 @@ class PixelJudge:
     # -- using it
 
     def text(self, prompts: Sequence[str], **call: Any) -> tuple[Tensor, Tensor | None]:
-        """The backbone's embeddings of prompts (B, Lt, text_width) and which are real (B, Lt), or None for all."""
+        """The backbone's embeddings (B, Lt, text_width) of prompts, and the mask (B, Lt) of real tokens; None: all."""
         return self.text_of(self.backbone.condition(prompts, **call))
 
     def text_of(self, conditioning: Conditioning | Ragged) -> tuple[Tensor, Tensor | None]:
-        """The same of conditionings (B rows)."""
+        """The same as `text`, from a conditioning of B rows."""
         if not isinstance(conditioning, Conditioning):
             raise PrismError("A pixel judge needs texts of one length, and this pipeline trims them; use another one.")
         call = self.backbone.denoiser_call(conditioning.arguments)
@@ -260,7 +260,7 @@ class PixelJudge:
         Args:
             folder: written by `save_pretrained`.
             pipe: a diffusers pipeline or a `Backbone`.
-            frames: where decoded frames are kept; judges that are measured on the same videos should share it.
+            frames: cache of decoded frames; judges that are measured on the same videos should share it.
         """
         folder, backbone = Path(folder), pipe if isinstance(pipe, Backbone) else Backbone(pipe)
         path, weights = folder / "config.json", folder / "model.safetensors"
@@ -318,10 +318,10 @@ def _network(options: Mapping[str, Any], num_dimensions: int, path: Path) -> Pix
 def _check_vae(folder: Path, config: Mapping[str, Any], backbone: Backbone) -> None:
     """Refuse another VAE; warn of one with other settings or weights."""
     refusals, differences = fits(config.get("backbone") or {}, backbone, ("vae",))
-    for was, found in refusals:
+    for trained, present in refusals:
         raise PrismError(
-            f"The pixel judge in {folder} was trained on frames of the {was}, this pipeline has {found}; load the "
-            "backbone it was trained on."
+            f"The pixel judge in {folder} was trained on frames of the {trained}, this pipeline has {present}; load "
+            "the backbone it was trained on."
         )
     if str(config.get("vae_weights")) not in vae_hashes(backbone):
         differences.append("a VAE with other weights")

@@ -1,8 +1,8 @@
 """Train a pixel judge on the same pairs, groups and objective as the judge on hidden states, by the same machinery.
 
-Only what a batch shows differs: decoded frames. Decoding takes most of the time, so frames are kept in a folder
-(`DecodedCache`), which several judges share, and a noisy video is one of a few re-noised copies, which come up again
-epoch by epoch.
+The only difference is the input: decoded frames. Decoding takes most of the time. Therefore frames are cached in a
+folder (`DecodedCache`) that several judges share, and a noisy video is one of a few re-noised copies, which repeat from
+epoch to epoch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class PixelConfig:
     width: int = 64
     layers: int = 2
     noise_draws: int = 4
-    """Re-noised copies of each training video that a judge trained on noisy videos sees; a prompt's videos share t."""
+    """Re-noised copies of each training video, for a judge that is trained on noisy videos; a prompt's videos share
+    t."""
     noisy_share: float = 0.5
     """Share of the steps at which such a judge sees a prompt's videos noisy."""
     validate_every: int = 200
@@ -103,18 +104,19 @@ def train_pixel(
 ) -> dict[str, Any]:
     """Train a pixel judge on the store's training pairs and save it as the folder `out`.
 
-    The saved weights are those of the best validation accuracy, mean over dimensions: on clean videos, and with `noisy`
-    on these and on videos at t = 899, 699 and 499.
+    The saved weights are those of the best validation accuracy, the mean over dimensions: on clean videos, with `noisy`
+    also on videos at t = 899, 699 and 499.
 
     Args:
         store: opened store, or its folder, with training and validation pairs; all of its dimensions are learned.
         backbone: whose VAE made the latents.
         config: settings.
         out: the judge's folder, which must not exist. Checkpoints, and frames unless `frames` is given, lie in
-            `<out>.parts` until the run is done; one that was killed goes on from there, on a CPU to the same weights.
-        noisy: show videos as often decoded from a re-noised latent (t ~ U(0, 1000)) as clean.
+            `<out>.parts` until the run is done. A run that was killed continues from there, on a CPU to the same
+            weights.
+        noisy: train also on videos decoded from re-noised latents (t ~ U(0, 1000)), at `noisy_share` of the steps.
         progress: show a progress bar (on a terminal).
-        frames: where decoded frames are kept, to be shared by several runs.
+        frames: cache of decoded frames, which several runs may share.
 
     Returns:
         {"history", "steps", "seconds", "decoded", "prompts", "pairs", "parameters"}; the history is as of
@@ -142,19 +144,21 @@ def train_pixel(
     identity = {"config": asdict(config), "noisy": noisy, "store": store_identity(store)}
     identity["backbone"] = backbone.fingerprint()
     changeable = ("store.name", *(f"backbone.{name}" for name in VERSIONED))
-    place = runs.parts_of(out)
+    parts_folder = runs.parts_of(out)
     parts: list[runs.Parts] = []  # the first process holds them
-    team.on_first(lambda: parts.append(runs.claim(place, identity, True, name=runs.IDENTITY, changeable=changeable)))
-    frames = DecodedCache(place / "frames", backbone) if frames is None else frames
+    team.on_first(
+        lambda: parts.append(runs.claim(parts_folder, identity, True, name=runs.IDENTITY, changeable=changeable))
+    )
+    frames = DecodedCache(parts_folder / "frames", backbone) if frames is None else frames
     decoded = frames.decoded
 
     name = "pixel-noisy" if noisy else "pixel"
     options = {"width": config.width, "layers": config.layers, "dropout": config.dropout}
     judge = PixelJudge.untrained(backbone, store.dimensions, config.seed, name, store.call, **options)
-    learner = Learner(judge, settings, team)  # type: ignore[arg-type]  # of a judge it asks head, dimensions, eta
+    learner = Learner(judge, settings, team)  # type: ignore[arg-type]  # it uses the judge's head, dimensions and eta
     conditionings = Conditionings(backbone, store, groups)
     conditionings.capture()
-    shown = _Shown(store, groups, frames, config, noisy)
+    show = _Shown(store, groups, frames, config, noisy)
     validation = _Validation(store, held_out, frames, (0, *LEVELS) if noisy else (0,))
     batches = Batches(store, groups, backbone, settings)
     low = torch.autocast(backbone.device.type, torch.bfloat16, enabled=_bfloat16(config, backbone))
@@ -163,24 +167,24 @@ def train_pixel(
         videos = videos[part.start : part.start + len(part.t)].to(backbone.device).float() / 255
         text, mask = judge.text_of(conditionings.of(part.prompts))
         with torch.random.fork_rng(devices=[]), low:
-            # Of dropout: a resumed run draws the same.
+            # For dropout: a resumed run draws the same.
             torch.manual_seed((config.seed * 1_000_003 + step) * team.size + team.rank)
             return [judge.head(videos, text, mask)]
 
-    first, steps = load_checkpoint(place / "checkpoints", learner), Steps(settings.max_rows)
-    places = range(team.rank, config.prompts_per_step, team.size)
+    first, steps = load_checkpoint(parts_folder / "checkpoints", learner), Steps(settings.max_rows)
+    slots = range(team.rank, config.prompts_per_step, team.size)  # this process's prompts of each step
     hidden = None if progress and team.first else True
     for step in tqdm(
         range(first, config.steps), initial=first, total=config.steps, desc=f"train {name}", disable=hidden
     ):
-        batch = batches.draw(step, places)
-        videos = shown(step, batch, places)
+        batch = batches.draw(step, slots)
+        videos = show(step, batch, slots)
         steps.take(step, [learner], batch, partial(iter, [batch]), partial(forward, step, videos))
         if (step + 1) % config.validate_every == 0 or step + 1 == config.steps:
             learner.validate(step, validation)  # type: ignore[arg-type]
             judge.head.train()
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < config.steps and team.first:
-            save_checkpoint(place / "checkpoints", step + 1, learner)
+            save_checkpoint(parts_folder / "checkpoints", step + 1, learner)
 
     learner.finish(store, groups)
     judge.trained_on |= {"source": "decoded", "noisy": noisy, "config": asdict(config), "history": learner.history}
@@ -211,12 +215,12 @@ class _Shown:
     config: PixelConfig
     noisy: bool
 
-    def __call__(self, step: int, batch: Batch, places: Sequence[int]) -> Tensor:
-        """(rows, T, H, W, 3) uint8 of a batch that was drawn for some places of a step; a function of (seed, step)."""
+    def __call__(self, step: int, batch: Batch, slots: Sequence[int]) -> Tensor:
+        """(rows, T, H, W, 3) uint8 of a batch that was drawn for some slots of a step; a function of (seed, step)."""
         chances = np.random.default_rng([self.config.seed, step, 1]).uniform(size=self.config.prompts_per_step)
         latents, start = [], 0
-        for place, (rows, _) in zip(places, batch.groups, strict=True):
-            videos, is_noisy = self.groups[batch.prompts[start]].videos, chances[place] < self.config.noisy_share
+        for slot, (rows, _) in zip(slots, batch.groups, strict=True):
+            videos, is_noisy = self.groups[batch.prompts[start]].videos, chances[slot] < self.config.noisy_share
             noisy = batch.noisy_latents[start : start + rows].cpu()
             latents.append(noisy if self.noisy and is_noisy else self.store.latents(videos))
             start += rows
@@ -225,7 +229,7 @@ class _Shown:
 
 @dataclass(frozen=True)
 class _Validation:
-    """Accuracy on validation pairs, mean over levels, under the noise that `prism.training` validates with."""
+    """Accuracy on validation pairs, the mean over levels, under the noise that `prism.training` validates with."""
 
     store: LatentStore
     groups: Sequence[PromptGroup]
@@ -233,7 +237,7 @@ class _Validation:
     levels: Sequence[float]
 
     def accuracy(self, judge: PixelJudge) -> list[float]:
-        """Accuracy by dimension; one without decided pairs counts 0."""
+        """Accuracy per dimension; 0 for a dimension without decided pairs."""
         scores: dict[float, dict[str, np.ndarray]] = {t: {} for t in self.levels}
 
         def work(batch: Sequence[Video]) -> None:
@@ -262,13 +266,13 @@ DECODED, DECODED_SCHEMA = "prism-decoded", 1
 
 
 class DecodedCache:
-    """A folder of decoded frames. Called, it returns what `decode` returns, but decodes each latent only once.
+    """A folder of decoded frames. A call returns what `decode` returns, but decodes each latent only once.
 
-    Frames are bytes, as in a video file. They are kept under a hash of the latent that they were decoded from, so that
-    whatever gives the same latent (the same store, level, seed and draw) finds them, and no stale frames are ever read.
+    Frames are bytes, as in a video file. The name of a file is a hash of the latent that it was decoded from: equal
+    latents (of the same store, level, seed and draw) share a file, and no stale frames are ever read.
 
-    A file holds a video of T * H * W * 3 bytes, 209 kB of 17 frames of 64 x 64. Files appear whole, so that a run that
-    was killed goes on where it was, and several processes may share a folder.
+    A file holds a video of T * H * W * 3 bytes, for example 209 kB for 17 frames of 64 x 64. Files appear whole, so
+    that a run that was killed continues where it was, and several processes may share a folder.
 
     Args:
         folder: made where it does not exist.
@@ -281,42 +285,42 @@ class DecodedCache:
     def __init__(self, folder: str | os.PathLike[str], backbone: Backbone) -> None:
         self.folder, self.backbone = Path(folder), backbone
         self.decoded = 0  # videos that this process had to decode
-        wanted = {"format": DECODED, "schema": DECODED_SCHEMA, "vae": vae_hash(backbone)}
+        expected = {"format": DECODED, "schema": DECODED_SCHEMA, "vae": vae_hash(backbone)}
         label = self.folder / "cache.json"
         if not label.is_file():
-            self._begin(label, wanted)
-        known = files.read_json(label)
-        if not isinstance(known, dict) or known.get("format") != DECODED or known.get("schema") != DECODED_SCHEMA:
+            self._begin(label, expected)
+        stored = files.read_json(label)
+        if not isinstance(stored, dict) or stored.get("format") != DECODED or stored.get("schema") != DECODED_SCHEMA:
             raise PrismError(
                 f"The file {label} does not describe decoded frames of schema {DECODED_SCHEMA}; delete it."
             )
-        if {**known, "vae": None} != {**wanted, "vae": None} or str(known.get("vae")) not in vae_hashes(backbone):
+        if {**stored, "vae": None} != {**expected, "vae": None} or str(stored.get("vae")) not in vae_hashes(backbone):
             raise PrismError(f"The frames in {self.folder} were decoded by another VAE; choose another folder.")
 
-    def _begin(self, label: Path, wanted: dict[str, Any]) -> None:
-        """Make the folder and its label, unless something else is there. Other processes may be at the same."""
+    def _begin(self, label: Path, content: dict[str, Any]) -> None:
+        """Make the folder and its label, unless the folder holds something else; other processes may do so too."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             taken = any(
                 path.suffix == ".npy" or (path.is_dir() and not temporary.NAME.fullmatch(path.name))
                 for path in self.folder.iterdir()
             )
-            if label.is_file():  # another process was first; whoever sees frames of its sees its label after them
+            if label.is_file():  # looked for after the frames: another process writes its label before any frames
                 return
             if taken:
                 raise PrismError(f"The folder {self.folder} holds something else than frames; choose another one.")
-            files.write_json(label, wanted)
+            files.write_json(label, content)
         except OSError as error:
             raise PrismError(
                 f"Decoded frames cannot be kept in {self.folder}: {error.strerror or error}; choose another folder."
             ) from error
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """(B, T, H, W, 3) uint8 of latents (B, ...), as of `decode`."""
+        """Frames (B, T, H, W, 3) uint8 of latents (B, ...), as from `decode`."""
         return torch.stack([self._one(row) for row in latents])
 
     def __len__(self) -> int:
-        """The number of videos kept."""
+        """The number of videos in the folder."""
         return sum(1 for _ in self.folder.glob("*.npy"))
 
     def _one(self, latent: Tensor) -> Tensor:

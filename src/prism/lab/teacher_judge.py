@@ -1,4 +1,4 @@
-"""A published teacher as a judge of noisy latents, by what they decode to: the pixel judges of the paper's Table 1."""
+"""A published teacher as a judge of noisy latents, which it scores decoded: the pixel judges of the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from prism.teachers import Teacher
 class TeacherJudge:
     """Scores noisy latents by a teacher's verdict on the frames that the VAE makes of them, as if they were clean.
 
-    `prism.evaluation.measure(TeacherJudge(...), store)` is a row of Table 1: accuracy at each of its noise levels, on
-    the same noise as any other judge. A pair of equal scores counts as wrong, as in VideoAlign's evaluator, which is
-    how a teacher with few grades falls below half.
+    `prism.evaluation.measure(TeacherJudge(...), store)` gives a row of Table 1: accuracy at each of its noise levels,
+    on the same noise as any other judge. A pair of equal scores counts as wrong, as in VideoAlign's evaluator; a
+    teacher with few grades can therefore fall below one half.
 
     Args:
         backbone: whose VAE decodes: a diffusers pipeline or a `Backbone`.
         teacher: of `prism.teachers.load`, or any object with its `name`, `dimensions` and `score`.
         dimensions: dimension of the store -> the teacher's dimension, or several, which are added up; by default the
-            teacher's own names. VideoReward has a store's VQ, MQ and TA; its "Overall" is {"overall": ("VQ", "MQ",
-            "TA")}.
+            teacher's names. For VideoReward, whose dimensions are VQ, MQ and TA, its "Overall" is {"overall": ("VQ",
+            "MQ", "TA")}.
         fps: frames per second of the store's videos, for teachers that sample by time.
-        frames: does what `prism.lab.pixel.decode` does and keeps the frames (`DecodedCache`), or None: decode anew.
+        frames: decodes latents as `prism.lab.pixel.decode` does, from a cache (`DecodedCache`); None: no cache.
 
     Attributes:
-        unread: videos so far for which the teacher gave no clear answer. Each is scored `teacher.lowest`, the least
-            that the teacher can give, so that the pair is lost to a clear answer.
+        unread: videos so far for which the teacher gave no clear answer. They get the lowest score that the teacher
+            can give, `teacher.lowest`, so that the other video of the pair wins.
         eta, trained_on: as of `Judge`.
     """
 

@@ -32,8 +32,8 @@ class Annotator:
     Attributes:
         noise: standard deviation of the error of a score, in the score's unit [0, 1]; at least 0.
         margin: largest difference of the two scores, errors included, that is called a tie; at least 0.
-        bias: added to score A less score B; a positive bias prefers the video that is shown first.
-        lapse: share of votes at random, where A, B and tie are equally likely; in [0, 1].
+        bias: added to score A minus score B; a positive bias prefers the video that is shown first.
+        lapse: share of random votes, in which A, B and tie are equally likely; in [0, 1].
     """
 
     noise: Mapping[str, float] = field(default_factory=lambda: _each(0.05))
@@ -54,7 +54,7 @@ class Annotator:
             raise PrismError(f"An annotator's lapse is a share from 0 to 1, found {self.lapse}.")
 
     def probabilities(self, difference: np.ndarray, dimension: str) -> np.ndarray:
-        """Probabilities of the votes -1, 0 and 1, (..., 3), for true scores of A less those of B, (...)."""
+        """Probabilities (..., 3) of the votes -1, 0 and 1, for differences (...) of true scores, A minus B."""
         spread = math.sqrt(2) * self.noise[dimension]
         edges = np.array([-self.margin[dimension], self.margin[dimension]])
         above = edges - np.asarray(difference)[..., None] - self.bias[dimension]
@@ -77,7 +77,7 @@ def vote(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], see
     Args:
         videos: columns video, VQ, MQ and TA: the true scores.
         pairs: columns video_a and video_b.
-        annotators: each draws from a random stream of its own, so adding one changes no other's votes.
+        annotators: each draws from a random stream of its own, so that adding one does not change the others' votes.
         seed: fixes all errors and random votes.
 
     Raises:
@@ -99,7 +99,7 @@ def vote(videos: pa.Table, pairs: pa.Table, annotators: Sequence[Annotator], see
 
 
 def majority(votes: np.ndarray) -> np.ndarray:
-    """(annotators, ...) votes to (...): the vote of more than half of the annotators; a tie where there is none."""
+    """The majority (...) of votes (annotators, ...): the vote of more than half of the annotators, or else a tie."""
     half = len(votes) / 2
     return ((votes == 1).sum(0) > half).astype(np.int8) - ((votes == -1).sum(0) > half).astype(np.int8)
 
@@ -128,7 +128,7 @@ def agreement(votes: np.ndarray, pairs: pa.Table) -> dict[str, dict[str, float]]
 
     `between`: share of pairs on which two annotators vote alike, the mean over all couples of annotators (NaN for a
     single annotator); `referee`: share of votes equal to the referee's label; `flipped`: share of votes for the worse
-    video, where the referee prefers one; `ties`: share of votes that are ties."""
+    video, among pairs in which the referee prefers one; `ties`: share of votes that are ties."""
     truth, count = label_matrix(pairs, NAMES), len(votes)
     rows = {}
     for number, name in enumerate(NAMES):

@@ -1,4 +1,4 @@
-"""Candidates sampled from the embedded generator and scored by the referee: stores of them, and measured quality."""
+"""Candidates sampled from the embedded generator and scored by the referee: their stores, and measured quality."""
 
 from __future__ import annotations
 
@@ -52,10 +52,16 @@ def run(
 ) -> None:
     """Sample candidates of the first prompts of `splits` with `CALL`, and write a latent store to `out`.
 
-    splits: name -> (number of prompts, candidates per prompt). With `trajectories`, the states after each step but the
-    last are kept too, with their noise levels. Parts are written to `<out>.parts`, so that a killed run goes on from
-    there. share: (i, n) with n > 1 makes only the parts i, i + n, ..., so that n processes can work side by side; a run
-    without it then joins the parts. Raises PrismError where another run's parts lie there, unless `overwrite`.
+    Parts are written to `<out>.parts`, from which a run that was killed continues.
+
+    Args:
+        splits: name -> (number of prompts, candidates per prompt).
+        trajectories: store the states after each step but the last too, with their noise levels.
+        share: (i, n) with n > 1 makes only the parts i, i + n, ..., so that n processes can work side by side; a run
+            without it then joins the parts.
+
+    Raises:
+        PrismError: where another run's parts lie in `<out>.parts`, unless `overwrite`.
     """
     whole("--seed", seed, 0, SEEDS)
     for split, (prompts, per_prompt) in splits.items():
@@ -116,7 +122,7 @@ def run(
 
 
 def _part(path: Path, count: int) -> dict[str, torch.Tensor]:
-    """Load a part of `count` videos; raises `PrismError` for one that is damaged or has another size."""
+    """Load a part of `count` videos. Raises PrismError for a part that is damaged or has another size."""
     part = files.load_safetensors(path)
     sizes = {len(value) for value in part.values()}
     if sizes != {count}:
@@ -246,8 +252,8 @@ def quality(
     whole("--prompts", prompts, 1, 100_000)
     whole("--per-prompt", per_prompt, 1, 10_000)
     whole("--seed", seed, 0, SEEDS)
-    for kept in steps:
-        whole("--step", kept, 0, 10**9)
+    for number_of_step in steps:
+        whole("--step", number_of_step, 0, 10**9)
     if guidance_scale is not None:
         number("--guidance-scale", guidance_scale, -100, 1000)
     call = CALL if guidance_scale is None else {**CALL, "guidance_scale": guidance_scale}

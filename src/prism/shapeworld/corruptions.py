@@ -1,8 +1,8 @@
-"""Graded corruptions of ShapeWorld's clean renders: one fault at a time that a generator may have.
+"""Graded corruptions of ShapeWorld's clean renders: the faults that a generator may have, one at a time.
 
-For a fault of place, colour or shape the scene is drawn again along the same paths, so that nothing else changes; blur
-and noise are applied to the pixels. Strength 0 is the clean render, 1 the worst. The seed fixes what is random about a
-fault, so that only its size grows with strength."""
+For a fault of position, colour or shape the scene is drawn again along the same paths, so that nothing else changes;
+blur and noise are applied to the pixels. Strength 0 is the clean render, 1 the worst. The seed fixes the random choices
+of a fault, so that only its size grows with strength."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CORRUPTIONS = {
 
 @dataclass
 class _Look:
-    """The look of one thing in each frame, which a fault changes."""
+    """The position and appearance of one thing in each frame, which a fault changes."""
 
     shape: str
     centre: Tensor  # (FRAMES, 2) as (x, y), pixels
@@ -61,10 +61,10 @@ def corrupt(scenes: Sequence[grammar.Scene], kind: str, strength: float, seed: i
     """Render scenes as `world.render(scenes, seed)` does, but with one fault: (B, FRAMES, SIZE, SIZE, 3) in [0, 1].
 
     Args:
-        scenes: what the videos should show.
+        scenes: the content of each video.
         kind: one of `CORRUPTIONS`.
         strength: from 0 (clean) to 1.
-        seed: fixes the render and what is random about the fault.
+        seed: fixes the render and the random choices of the fault.
 
     Raises:
         ValueError: for an unknown kind, a strength outside [0, 1], or a scene to which the kind does not apply."""
@@ -140,7 +140,7 @@ def _melt(scene: grammar.Scene, looks: list[_Look], strength: float, chance: ran
 
 
 def _wrong_colour(scene: grammar.Scene, looks: list[_Look], strength: float, chance: random.Random) -> None:
-    """Blend each colour into another: the one whose blends stay farthest from the ground and from the other thing."""
+    """Blend each colour into another one, chosen so that the blends stay far from the ground and the other thing."""
     way = torch.linspace(0, 1, 5)[:, None]
     taken = {thing.colour for thing in scene.things}
     shunned = torch.cat([torch.tensor(grammar.GROUNDS[scene.ground]), *(look.colour[:1] for look in looks[1:])])

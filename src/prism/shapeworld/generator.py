@@ -152,7 +152,7 @@ def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> flo
 
     _write_linear_head(vae, hidden)
     latents = torch.cat([encode(vae, chunk) for chunk in video.split(64)])
-    # the loss: what the best linear reconstruction of each block of pixels from its latent cell leaves
+    # The loss: the residual of the best linear reconstruction of each block of pixels from its latent cell.
     lost = total = 0.0
     for frames, cells in ((video[:, :, :1], latents[:, :, :1]), (video[:, :, 1:], latents[:, :, 1:])):
         step = frames.shape[2] // cells.shape[2]
@@ -170,9 +170,9 @@ def fit_encoder(vae: AutoencoderKLWan, seed: int = 0, videos: int = 1024) -> flo
 def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
     """Write the last linear step of the code, which goes through the encoder's RMS norm and SiLU.
 
-    A large constant channel makes the norm a division by a constant, and an offset moves every value to where SiLU is
-    the identity. Each channel is divided by the fourth root of its variance: strong components stay stronger than weak
-    ones, so more noise is needed to hide them."""
+    A large constant channel turns the norm into a division by a constant, and an offset moves every value to where SiLU
+    is the identity. Each channel is divided by the fourth root of its variance, so that strong components stay stronger
+    than weak ones and more noise is needed to hide them."""
     encoder = vae.encoder
     width, channels = hidden.shape[1], vae.config.z_dim
     encoder.mid_block.attentions[0].proj.bias[:width] = OFFSET
@@ -196,7 +196,7 @@ def _write_linear_head(vae: AutoencoderKLWan, hidden: Tensor) -> None:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Video (B, 3, T, H, W) in [-1, 1] to latents (B, z_dim, t, h, w); mean 0, deviation 1: not normalised further."""
+    """Video (B, 3, T, H, W) in [-1, 1] to latents (B, z_dim, t, h, w), which have mean 0 and deviation 1 already."""
     return vae.encode(video).latent_dist.mode()
 
 
@@ -213,7 +213,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 class LinearCode:
-    """The fitted encoder as one matrix per block of pixels: the same latents, much faster."""
+    """The fitted encoder as one matrix for a block of pixels, which gives the same latents much faster."""
 
     def __init__(self, first: Tensor, rest: Tensor, first_bias: Tensor, rest_bias: Tensor) -> None:
         self.maps = ((1, first, first_bias), (4, rest, rest_bias))

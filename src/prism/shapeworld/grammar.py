@@ -56,7 +56,7 @@ DEPTHS = ("in front of", "behind")
 TIMES = ("while", "then")
 RELATIONS = (*PLACES, *DEPTHS, *TIMES, "then passes behind", "then passes in front of")
 
-# colour and shape that no generator and no head is trained on: prompts with them are out of the domain
+# Pairs of colour and shape that no generator and no head is trained on: prompts with them are outside the domain.
 UNSEEN = (("purple", "cross"), ("orange", "triangle"), ("cyan", "square"))
 SPLITS = {"train": 750, "validation": 40, "test": 200, "unseen": 40}
 _BUCKETS = {"train": range(7), "validation": range(7, 8), "test": range(8, 10)}
@@ -143,8 +143,8 @@ def parse(prompt: str) -> Scene | None:
 
 
 def _sensible(scene: Scene) -> bool:
-    """Tell if the grammar allows a scene. A large shape has no room to move quickly; two shapes differ in colour and
-    have no size word; a shape that passes beside another moves along that side of it.
+    """Tell if the grammar allows a scene. A large shape has no room to move quickly. Two shapes differ in colour and
+    have no size word, and a shape that moves beside another moves along that side of it.
     """
     if scene.kind == "single":
         return not (scene.things[0].size == "large" and "quickly" in scene.things[0].motion)
@@ -209,7 +209,7 @@ def prompts(split: str, count: int | None = None, kind: str | None = None) -> li
 
 
 def _check_supply(split: str, number: int, kind: str | None) -> None:
-    """Refuse more prompts than a split has of a kind, or, where the kinds alternate, of the scarcer one."""
+    """Refuse more prompts than a split has, of one kind or, where the kinds alternate, of the scarcer kind."""
     shares = {kind: number} if kind else {KINDS[0]: (number + 1) // 2, KINDS[1]: number // 2}
     for name, share in shares.items():
         if share > _AT_LEAST[name]:  # only then count them, which takes a moment
@@ -222,7 +222,7 @@ def _check_supply(split: str, number: int, kind: str | None) -> None:
                 )
 
 
-_AT_LEAST = {"single": 600, "pair": 10_000}  # every split has at least so many prompts of the kind
+_AT_LEAST = {"single": 600, "pair": 10_000}  # every split has at least as many prompts of the kind
 
 
 @cache

@@ -24,10 +24,10 @@ from prism.shapeworld.sight import MIN_AREA, likelihood, mean, ramp
 from prism.shapeworld.sight import measure as measure
 
 DIMENSIONS = ("VQ", "MQ", "TA", "overall")
-# the largest difference of two scores that is a tie
+# The largest difference of two scores that counts as a tie.
 TIE_MARGINS = {"VQ": 0.03, "MQ": 0.03, "TA": 0.03}
 
-# Weights in TA of the parts of a prompt. A relation counts twice: its time and its depth, or the same value twice.
+# Weights of a prompt's parts in TA. A relation has two values, time and depth (or one value twice), which both count.
 WEIGHTS = {"colour": 1.0, "shape": 1.0, "motion": 1.0, "size": 0.5, "speed": 0.5, "ground": 0.5, "relation": 0.75}
 _CHUNK = 32  # videos that are measured together
 
@@ -37,12 +37,12 @@ _CHUNK = 32  # videos that are measured together
 
 def _enough(seen: dict[str, Tensor]) -> Tensor:
     """1 where things are visible half of the time or more, falling to 0: an empty video has no quality."""
-    return ramp((seen["there"] | seen["hidden"]).float().mean((1, 2)), 0.0, 0.5)
+    return ramp((seen["visible"] | seen["hidden"]).float().mean((1, 2)), 0.0, 0.5)
 
 
 def _visual_quality(seen: dict[str, Tensor]) -> Tensor:
     shapely = ramp(seen["likeness"].amax(-1), 0.55, 0.88)  # (B, N, T)
-    shown = (seen["there"] & ~seen["hidden"]).float()
+    shown = (seen["visible"] & ~seen["hidden"]).float()
     clean = ramp(seen["residue"], 0.10, 0.02).mean(1)
     return mean(shapely.flatten(1), shown.flatten(1)) * clean * _enough(seen)
 
@@ -51,7 +51,7 @@ def _motion_quality(seen: dict[str, Tensor]) -> Tensor:
     """The product of smoothness and constancy of size, colour, shape and presence of each thing, over the stretches in
     which it is in full view; the mean over the things, each weighted by the share of frames that show it.
     """
-    present, whole = seen["there"] | seen["hidden"], seen["there"] & ~seen["hidden"]  # (B, N, T)
+    present, whole = seen["visible"] | seen["hidden"], seen["visible"] & ~seen["hidden"]  # (B, N, T)
     jerk = seen["centre"].diff(n=3, dim=2).norm(dim=-1)  # pixels per frame^3
     pulse = seen["area"].clamp(min=MIN_AREA).log().diff(n=2, dim=2).abs()
     flicker = seen["colour"].diff(dim=2).norm(dim=-1)
@@ -65,7 +65,7 @@ def _motion_quality(seen: dict[str, Tensor]) -> Tensor:
     ):
         length = seen["area"].shape[2] - value.shape[2] + 1  # frames that one value is computed from
         runs = whole.unfold(2, length, 1).all(-1).float()
-        # a thing that is never so long in full view loses nothing
+        # A thing that is never in full view for so long is not marked down.
         quality = quality * torch.where(runs.sum(-1) > 0, mean(ramp(value, bad, good), runs), 1.0)
     return mean(quality, present.float().mean(2)) * _enough(seen)
 
@@ -139,11 +139,11 @@ def _trajectory(seen: dict[str, Tensor]) -> dict[str, Tensor]:
 def _text_parts(
     seen: dict[str, Tensor], scenes: Sequence[grammar.Scene]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Probabilities that each part of the prompt is right, (B, N) or (B,) by name, NaN where the prompt has no such
-    part; and the share of frames that show every thing, as "shown".
+    """Probabilities that each part of the prompt is right, by name, (B, N) or (B,), NaN where the prompt has no such
+    part; and, as "shown", the share of frames (B,) that show every thing.
     """
     rows, path = torch.arange(len(scenes)), _trajectory(seen)
-    whole = (seen["there"] & ~seen["hidden"]).float()
+    whole = (seen["visible"] & ~seen["hidden"]).float()
     likeness = mean(seen["likeness"].movedim(-1, 2), whole[:, :, None])  # (B, N, shapes)
     of_shape = torch.softmax(likeness / 0.03, -1)
     shapes = torch.tensor([[grammar.SHAPES.index(thing.shape) for thing in scene.things] for scene in scenes])
@@ -157,13 +157,13 @@ def _text_parts(
         parts |= _single_parts(path, scenes)
     else:
         parts |= _pair_parts(seen, path, scenes)
-    return parts, {"shown": (seen["there"] | seen["hidden"]).all(1).float().mean(1)}
+    return parts, {"shown": (seen["visible"] | seen["hidden"]).all(1).float().mean(1)}
 
 
 def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
     rows = torch.arange(len(scenes))
     features = torch.cat([path["net"], path["growth"][..., None], path["turn"]], -1)[:, 0]
-    # a bounce need not end where it began, so up to 7 pixels of what it moved do not count against it
+    # A bounce need not end where it began: up to 7 pixels of net movement do not count against it.
     of_motion = likelihood(features, _MOTION_FEATURES, _MOTION_SPREAD)
     bounced = torch.tensor([name.startswith("bounces") for name in _MOTIONS])
     forgiven = features.clone()
@@ -187,7 +187,7 @@ def _single_parts(path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> d
 
 
 def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequence[grammar.Scene]) -> dict[str, Tensor]:
-    # direction of each thing: what it moved, of which 20 pixels count as a full move, against unit vectors
+    # Direction of each thing: its net movement, in units of 20 pixels and at most 1 long, compared with unit vectors.
     reach = path["net"] / 20.0
     reach = reach / reach.norm(dim=-1, keepdim=True).clamp(min=1.0)
     of_way = likelihood(reach, _WAYS, 0.3)  # (B, 2, 5)
@@ -195,7 +195,7 @@ def _pair_parts(seen: dict[str, Tensor], path: dict[str, Tensor], scenes: Sequen
     motion, relation = torch.zeros(2, len(scenes), 2)
     touching = (seen["centre"][:, 0] - seen["centre"][:, 1]).norm(dim=-1)  # (B, T) pixels apart
     lost = mean(seen["loss"], seen["hidden"].any(1, keepdim=True).float())  # (B, 2)
-    both = (seen["there"] | seen["hidden"]).all(1)[:, None].float()
+    both = (seen["visible"] | seen["hidden"]).all(1)[:, None].float()
     apart = mean((seen["centre"][:, 0] - seen["centre"][:, 1]).movedim(-1, 1), both)  # (B, 2)
     turns = path["progress"][:, 0] - path["progress"][:, 1]
     moved = ramp(path["far"].amin(1), 4.0, 10.0)
@@ -250,7 +250,7 @@ def _parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
 
 @torch.no_grad()
 def _judge(videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores (3, B), and by name of each part of the prompt 1 where it is right, 0 or NaN (B,); see `correct`."""
+    """The scores VQ, MQ and TA, (3, B), and what `correct` returns."""
     scenes, videos = _parsed(prompts), torch.as_tensor(videos)
     scores = torch.zeros(3, len(scenes))
     right = {name: torch.full((len(scenes),), torch.nan) for name in WEIGHTS}
@@ -279,7 +279,7 @@ def batch(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def reward(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """VQ, MQ and TA of videos (T, H, W, 3) uint8, as `prism collect` asks a reward.
+    """VQ, MQ and TA (B,) of videos (T, H, W, 3) uint8: a reward function for `prism collect`.
 
     Raises ValueError for a prompt outside the grammar, or videos of another size than ShapeWorld's.
     """
@@ -293,9 +293,9 @@ def reward(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> dict[str, Te
 
 
 def correct(videos: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Tell which parts of the prompts are right: (B,) each for colour, shape, motion, size, speed, ground and relation,
-    1.0 where the probability is above one half, else 0.0, and NaN where the prompt has no such part. Of two things both
-    must be right."""
+    """Tell which parts of the prompts are right: by name (colour, shape, motion, size, speed, ground, relation) a
+    tensor (B,), 1.0 where the probability is above one half, else 0.0, and NaN where the prompt has no such part. Where
+    there are two things, both must be right."""
     return _judge(videos, prompts)[1]
 
 

@@ -1,7 +1,7 @@
-"""The referee's measurements: the ground, the things on it, and the place, size and shape of each in every frame.
+"""The referee's measurements: the ground, the things on it, and the centre, size and shape of each in every frame.
 
-Nearly all pixels of a video are ground. Only the others are measured, as one flat list, so that thousands of videos can
-be measured. docs/referee.md gives every formula."""
+Nearly all pixels of a video are ground. Only the others are measured, as one flat list, which makes the referee fast
+enough for thousands of videos. docs/referee.md gives every formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prism.shapeworld import grammar, world
 
-MIN_AREA = 12.0  # pixels; anything smaller is not taken for a thing
+MIN_AREA = 12.0  # pixels; anything smaller does not count as a thing
 HAZE = 0.15  # coverage below which a pixel counts as not covered
 FAINT = 0.03  # offset from the ground below which no coverage can reach HAZE
 LOST = 0.04  # share of its usual area that a thing may lose and still be in full view
@@ -69,9 +69,9 @@ def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor
     Returns `ground` (B, grounds) probabilities; `area` (B, N, T) pixels; `centre` (B, N, T, 2) as (x, y), interpolated
     where nothing is seen; `colour` (B, N, T, 3); `likeness` (B, N, T, shapes) soft intersection over union with each
     ideal shape; `right_colour` (B, N) probability; `residue` (B, T): root mean square of what evenly coloured things on
-    the ground leave unexplained; `there` (B, N, T): the thing is visible at all; `hidden` (B, N, T): it is partly or
-    wholly behind the other thing; `loss` (B, N, T): share of its usual area that is not visible; `legible` (B, N, T):
-    enough of it is visible to tell its place."""
+    the ground leave unexplained; `visible` (B, N, T): the thing can be seen; `hidden` (B, N, T): it is partly or wholly
+    behind the other thing; `loss` (B, N, T): share of its usual area that is not visible; `legible` (B, N, T): enough
+    of it is visible to measure its centre."""
     videos = videos.float()
     edge = torch.ones(world.SIZE, world.SIZE, dtype=torch.bool)
     edge[_EDGE:-_EDGE, _EDGE:-_EDGE] = False
@@ -101,7 +101,7 @@ def measure(videos: Tensor, scenes: Sequence[grammar.Scene]) -> dict[str, Tensor
 def _likeness(pixels: _Pixels, alpha: Tensor, area: Tensor, centre: Tensor) -> Tensor:
     """(B, T, shapes) soft intersection over union with each ideal shape of the same area at the same middle.
 
-    Both have the same area A, so the union is 2 A less the intersection, which lies where there is coverage."""
+    Both have the same area A, so that the union is 2 A minus the intersection, which needs the covered pixels alone."""
     covered = alpha > 0
     alpha, frame = alpha[covered], pixels.frame[covered]
     middle = centre.flatten(0, 1)[frame]
@@ -155,8 +155,9 @@ def _one(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
 
 
 def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Measure two things by their hues against the ground: those of the prompt, or, where one is missing, the strongest
-    other. In each pixel, offset = a_1 (c_1 - ground) + a_2 (c_2 - ground) is solved for the coverages by least squares.
+    """Measure two things by their hues against the ground: the two hues of the prompt, or, where one is missing, the
+    strongest other hue in its place. In each pixel, offset = a_1 (c_1 - ground) + a_2 (c_2 - ground) is solved for the
+    coverages a by least squares.
 
     Returns coverages [(P,), (P,)], colours (B, 2, T, 3) and the probabilities of the prompt's colours (B, 2)."""
     rows, count = torch.arange(len(scenes)), len(_PALETTE)
@@ -188,7 +189,7 @@ def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
     determinant = (aa * bb - ab * ab).clamp(min=1e-4)
     first, second = (bb * va - ab * vb) / determinant, (aa * vb - ab * va) / determinant
     no_first, no_second = first < HAZE, second < HAZE
-    # a pixel without the one belongs to the other alone; without both, to the one that leaves less unexplained
+    # Without coverage by one thing, a pixel belongs to the other alone; without any, to the one that explains more.
     only_first = no_second & (~no_first | (va.clamp(min=0).square() / aa > vb.clamp(min=0).square() / bb))
     only_second = no_first & ~only_first
     first = torch.where(only_first, va / aa, torch.where(only_second, 0.0, first))
@@ -197,40 +198,40 @@ def _two(pixels: _Pixels, scenes: Sequence[grammar.Scene]) -> tuple[list[Tensor]
 
 
 def _occlusion(seen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Presence and occlusion per frame. While the boxes of two things meet, the one that loses more area is the rear
-    one; it is hidden in the frames in which it loses any, and in the frames next to them.
+    """Presence and occlusion per frame. Of two things whose boxes meet, the one that loses more area is the rear one;
+    it is hidden in the frames in which it loses area, and in the frames next to them.
     """
     area, rows = seen["area"], torch.arange(len(seen["area"]))
-    there = area >= MIN_AREA
-    usual = torch.where(there, area, torch.nan).nanquantile(0.9, dim=2, keepdim=True).nan_to_num(0.0).clamp(min=1e-3)
+    visible = area >= MIN_AREA
+    usual = torch.where(visible, area, torch.nan).nanquantile(0.9, dim=2, keepdim=True).nan_to_num(0.0).clamp(min=1e-3)
     loss = (1 - area / usual).clamp(0, 1)
-    hidden, centre = torch.zeros_like(there), _interpolated(seen["centre"], there)
+    hidden, centre = torch.zeros_like(visible), _interpolated(seen["centre"], visible)
     if area.shape[1] == 2:
         radius = (usual / torch.pi).sqrt()  # (B, 2, 1)
-        shape = mean(seen["likeness"].movedim(-1, 2), there[:, :, None].float()).argmax(-1)
+        shape = mean(seen["likeness"].movedim(-1, 2), visible[:, :, None].float()).argmax(-1)
         reach = _EXTENTS[shape] * radius + 0.5  # (B, 2, 4), half a pixel of soft edge
         apart = centre[:, 1] - centre[:, 0]  # (B, T, 2), from the first to the second
         towards = torch.stack([reach[:, 0, [1, 3]] + reach[:, 1, [0, 2]], reach[:, 0, [0, 2]] + reach[:, 1, [1, 3]]], 1)
         meet = ((apart < towards[:, :1]) & (-apart < towards[:, 1:])).all(-1)
-        # so near that the rear one may be wholly invisible, if it is visible before and after
-        spell = (there.cumsum(2) > 0) & (there.flip(2).cumsum(2).flip(2) > 0)
+        # So near that the rear thing may be invisible, where it is visible before and after.
+        spell = (visible.cumsum(2) > 0) & (visible.flip(2).cumsum(2).flip(2) > 0)
         deep = (apart.norm(dim=-1) < 0.75 * radius.sum(1))[:, None] & spell
-        covered = (there | deep) & meet[:, None] & (usual > MIN_AREA).all(1, keepdim=True)
+        covered = (visible | deep) & meet[:, None] & (usual > MIN_AREA).all(1, keepdim=True)
         rear = (loss * covered).sum(2).argmax(1)  # (B,)
         lost = covered[rows, rear] & (loss[rows, rear] > LOST)
         near = torch.nn.functional.max_pool1d(lost.float()[:, None], 3, 1, 1)[:, 0] > 0
         hidden[rows, rear] = near & covered[rows, rear]
-    legible = there & (~hidden | (loss < 0.35))
-    return {"there": there, "hidden": hidden, "loss": loss, "legible": legible, "centre": centre}
+    legible = visible & (~hidden | (loss < 0.35))
+    return {"visible": visible, "hidden": hidden, "loss": loss, "legible": legible, "centre": centre}
 
 
-def _interpolated(centre: Tensor, there: Tensor) -> Tensor:
-    """Centres (B, N, T, 2); while a thing is invisible, on the straight line between its last and its next place."""
-    frame = torch.arange(there.shape[2])
-    before = torch.where(there, frame, -1).cummax(2)[0]
-    after = torch.where(there, frame, there.shape[2]).flip(2).cummin(2)[0].flip(2)
-    before, after = torch.where(before < 0, after, before), torch.where(after == there.shape[2], before, after)
-    before, after = before.clamp(0, there.shape[2] - 1), after.clamp(0, there.shape[2] - 1)
+def _interpolated(centre: Tensor, visible: Tensor) -> Tensor:
+    """Centres (B, N, T, 2); while a thing is invisible, on the straight line between its last and its next centre."""
+    frame = torch.arange(visible.shape[2])
+    before = torch.where(visible, frame, -1).cummax(2)[0]
+    after = torch.where(visible, frame, visible.shape[2]).flip(2).cummin(2)[0].flip(2)
+    before, after = torch.where(before < 0, after, before), torch.where(after == visible.shape[2], before, after)
+    before, after = before.clamp(0, visible.shape[2] - 1), after.clamp(0, visible.shape[2] - 1)
     share = (frame - before) / (after - before).clamp(min=1)
     one, two = (centre.gather(2, at[..., None].expand_as(centre)) for at in (before, after))
     return torch.lerp(one, two, share[..., None])

@@ -1,7 +1,7 @@
 """Train ShapeWorld's generator from scratch: first the VAE, then transformer and text encoder together on its latents.
 
-Every batch follows from (seed, step), so a run that was killed goes on from its last checkpoint as if nothing had
-happened."""
+Every batch follows from (seed, step), so that a run that was killed continues from its last checkpoint with the same
+results."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def fit(
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for optimiser, _ in rated:
             optimiser.step()
-        # Not diffusers' EMAModel: with warm-up (inv_gamma 9, power 1, update_after_step -1) it has the same decay, but
-        # its sums differ in the last bit. Not LambdaLR: to resume it takes more lines than setting "lr" above.
+        # Not diffusers' EMAModel: with inv_gamma 9, power 1 and update_after_step -1 it has the same decay, but its
+        # sums differ in the last bit. Not LambdaLR: resuming it takes more lines than setting "lr" above.
         decay = min(ema_decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averages.values()), [p.detach() for p in weights.values()], 1 - decay)
         losses.append(loss.item())
@@ -130,17 +130,17 @@ def fit(
 def _cut_log(path: Path, step: int) -> None:
     """Drop the rows after `step` from the log: a killed run repeats the steps since its checkpoint."""
     rows = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    earlier = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
     with files.new_file(path) as whole:
-        whole.write_text("".join(kept))
+        whole.write_text("".join(earlier))
 
 
 def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None:
     """Fit the encoder in closed form, train the decoder by regression on latents with a little noise; write
     `folder/vae`.
 
-    Where `config.start` names the folder of an earlier VAE, its encoder is kept and the training of its decoder goes
-    on.
+    Where `config.start` names the folder of an earlier VAE, its encoder stays as it is and its decoder is trained
+    further.
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
@@ -174,7 +174,7 @@ def train_vae(folder: Path, config: PartConfig, device: str, team: Team) -> None
 
 
 def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKLWan:
-    """The VAE with its encoder fitted. The part of a run that needs it first makes `folder/fitted`; the other reads it.
+    """The VAE with a fitted encoder, from `folder/fitted`, which is made where it is missing.
 
     Fitting takes about a minute on one core; other processes wait meanwhile."""
 
@@ -194,8 +194,8 @@ def _with_encoder(folder: Path, config: PartConfig, team: Team) -> AutoencoderKL
 def _latent_pool(
     folder: Path, code: generator.LinearCode, videos: int, seed: int, team: Team
 ) -> tuple[Tensor, list[str]]:
-    """Latents of `videos` random clean videos, in half precision, and their prompts; made once, kept beside the
-    checkpoint.
+    """Latents of `videos` random clean videos, in half precision, and their prompts, from `folder/latents.safetensors`,
+    which is made where it is missing.
     """
 
     def make(path: Path) -> None:
@@ -249,9 +249,8 @@ def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device
         noise = torch.randn(clean.shape, generator=chance).to(device)
         sigma = level.view(-1, 1, 1, 1, 1)
         noisy = (1 - sigma) * clean + sigma * noise
-        with torch.autocast(
-            "cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"
-        ):  # on a CPU float32 is faster
+        # On a CPU float32 is faster.
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
             output = transformer(noisy, level * 1000, text, return_dict=False)[0]
         return (output.float() - (noise - clean)).square().mean()
 
@@ -303,9 +302,9 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are trained, write `out/pipeline`.
 
     `settings` are fields of `PartConfig`; None takes the part's default. Each part keeps its settings, log and last
-    checkpoint in `out/<part>`. With `resume`, a run that was stopped goes on from its checkpoint; it may have another
-    number of steps then, as long as its learning rate has not begun to fall. Raises PrismError for an unknown part,
-    settings out of range, or a folder of another run."""
+    checkpoint in `out/<part>`. With `resume`, a run that was stopped continues from its checkpoint, if the learning
+    rate has not begun to fall also with another number of steps. Raises PrismError for an unknown part, settings out of
+    range, or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
     team = Team.gathered(device)

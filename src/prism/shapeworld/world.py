@@ -40,8 +40,8 @@ BESIDE = (18.0, 24.0)  # pixels that a shape travels beside a still one, and eac
 PASSING = (28.0, 34.0)  # pixels that a shape travels across the other
 HALF = (15.0, 20.0)  # pixels that each shape travels where one moves after the other
 BOUNCE = (14.0, 19.0)  # distance in pixels from the wall, eight frames before and after the bounce
-TURN = 0.3  # how round a bounce is, as a share of eight frames
-MOVE_FRAMES = 9  # of two moves in turn, the first takes frames 0 to 9, the second 7 to 16
+TURN = 0.3  # roundness of a bounce, as a share of eight frames
+MOVE_FRAMES = 9  # where one shape moves after the other: the first in frames 0 to 9, the second in 7 to 16
 
 
 def extent(shape: str) -> tuple[float, float, float, float]:
@@ -124,7 +124,8 @@ def _room(shape: str, radius: torch.Tensor, move: torch.Tensor) -> tuple[torch.T
     return low, torch.maximum(low, high)
 
 
-def _place(chance: random.Random, room: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _position(chance: random.Random, room: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """A random position (2,) in a box."""
     low, high = room
     return low + torch.tensor([chance.random(), chance.random()]) * (high - low)
 
@@ -145,10 +146,10 @@ def _single(thing: Thing, chance: random.Random) -> Path:
         away = ((since**2 + TURN**2).sqrt() - TURN) / (math.sqrt(1 + TURN**2) - TURN)
         move = -way * away * _uniform(chance, BOUNCE)
         low, high = _room(thing.shape, radius, move)
-        origin = _place(chance, (low, high))
+        origin = _position(chance, (low, high))
         wall = torch.where(way > 0, high, low)  # its nearest point touches the wall
         return Path(torch.where(way != 0, wall, origin) + move, radius)
-    return Path(_place(chance, _room(thing.shape, radius, move)) + move, radius)
+    return Path(_position(chance, _room(thing.shape, radius, move)) + move, radius)
 
 
 def _pair(scene: Scene, chance: random.Random) -> list[Path]:
@@ -169,7 +170,7 @@ def _pair(scene: Scene, chance: random.Random) -> list[Path]:
     rooms = [_room(t.shape, r, m) for t, r, m in zip(scene.things, radii, moves, strict=True)]
     best, clearest = [], -math.inf
     for _ in range(40):
-        origins = [_place(chance, room) for room in rooms]
+        origins = [_position(chance, room) for room in rooms]
         if scene.relation in (*PLACES, *DEPTHS):  # the middle of the path lies beside, or on, the still shape
             origins[0] = origins[1] - moves[0][-1] / 2
             if scene.relation in PLACES:
@@ -234,12 +235,14 @@ def paint(scenes: Sequence[Scene], ways: Sequence[Sequence[Path]]) -> torch.Tens
 
 
 def render(scenes: Sequence[Scene], seed: int) -> torch.Tensor:
-    """One video per scene, (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]; a seed and an index fix a scene's path."""
+    """One video per scene, (B, FRAMES, SIZE, SIZE, 3) float32 in [0, 1]. The paths of a scene follow from the seed and
+    its index."""
     return paint(scenes, [paths(scene, random.Random(f"{seed} {i}")) for i, scene in enumerate(scenes)])
 
 
 def sample(count: int, seed: int, pairs: float = 0.5) -> tuple[torch.Tensor, list[str]]:
-    """`count` random videos and their prompts, none of split `unseen`; a share of `pairs` of them shows two things."""
+    """`count` random videos (count, FRAMES, SIZE, SIZE, 3) and their prompts, none of split `unseen`; each shows two
+    things with the probability `pairs`."""
     scenes: list[Scene] = []
     chance = random.Random(seed)
     while len(scenes) < count:
