@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
-from tests import stores, tiny
+from tests import forks, stores, tiny
 from tests.zoo.latte_to_qwen import ltx_i2v
 
 from prism import Judge, cli, files
@@ -205,13 +204,10 @@ class TestScore:
             stream.write('{"video": "more/b.mp4", "pro')
         Journal.path(out, 3).write_text('{"jour')
         models = ["--backbone", str(place / "backbone"), "--head", str(place / "head"), "--out", str(out), "--resume"]
-        several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "prism", "score"]
-        run = subprocess.run(
-            [sys.executable, *several, *map(str, words), *models], capture_output=True, text=True, timeout=200
-        )
-        assert run.returncode == 1, run.stderr[-3000:]
-        assert run.stderr.count("prism: left out: ") == 1
-        assert run.stdout.count("Scores: ") == 1
+        both = forks.run(cli.main, ["score", *map(str, words), *models])
+        assert [process.code for process in both] == [1, 0], both
+        assert [process.err.count("prism: left out: ") for process in both] == [1, 0]
+        assert [process.out.count("Scores: ") for process in both] == [1, 0]
         assert files.read_json(out) == whole
         assert sorted(each.name for each in tmp_path.iterdir() if each.is_file()) == ["one.json", "two.json"]
 
@@ -340,7 +336,7 @@ def test_places_follow_the_referee_within_prompts_and_not_across_them():
     assert (round(min(shares), 2), round(max(shares), 2)) == (0.72, 0.93)
 
 
-def test_the_page_runs_as_printed(tmp_path):
+def test_the_page_runs_as_printed(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
     first = page.partition("```\n")[2].partition("```")[0].splitlines()[0]
     words = first.split(" ", 2)
@@ -351,8 +347,8 @@ def test_the_page_runs_as_printed(tmp_path):
     pipe = pipeline()
     video = pipe("a red circle moves left", **{**prism.shapeworld.CALL, "num_inference_steps": 2}, output_type="np")
     write_video(tmp_path / "clip.mp4", frames(video.frames[0]), 8)
-    command = f"{sys.executable} -m prism score {words[2]}"
-    ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "overall" in ran.stdout
-    assert " %, 0." in ran.stdout
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["score", *shlex.split(words[2])]) == 0
+    said = capsys.readouterr().out
+    assert "overall" in said
+    assert " %, 0." in said

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tests import forks, kills
 
 from prism import files
 from prism.errors import PrismError
@@ -170,31 +167,25 @@ def test_a_full_disk_leaves_what_was_written_and_the_run_goes_on(tmp_path, monke
 def test_kills_at_random_points_lose_and_double_nothing(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finished(undisturbed)
-    command = [sys.executable, "-m", "tests.preference.test_writer", str(killed)]
-    random, kills = np.random.default_rng(0), 0
-    for _ in range(40):
-        with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE) as run:
-            assert run.stdout is not None
-            run.stdout.readline()  # it has imported what it needs, and begins
-            time.sleep(random.uniform(0, 0.05))
-            run.send_signal(signal.SIGKILL)
-        if run.returncode == 0:
-            break
-        kills += 1
-        if killed.is_dir() and (killed / "store.json").is_file() and kills % 3 == 0:
+    for number, point in enumerate(np.random.default_rng(0).integers(2, 20, 6).tolist()):
+        assert kills.dies(lambda: fill(killed, resume=begun(killed)), killed, point)
+        if begun(killed) and number % 3 == 2:
             LatentStore.open(killed)
-        if kills == 6:
-            break
-    assert kills
-    check_whole(finished(killed, resume=(killed / "store.json").is_file()))
+    check_whole(finished(killed, resume=begun(killed)))
     assert sums(killed) == sums(undisturbed)
+
+
+def begun(folder: Path) -> bool:
+    return (folder / "store.json").is_file()
+
+
+def share(folder: Path) -> None:
+    fill(folder, range(int(os.environ["RANK"]), UNITS, 2), resume=True, main=False)
 
 
 def test_processes_write_into_one_store(tmp_path):
     StoreWriter(tmp_path / "store", KEY, META)
-    command = [sys.executable, "-m", "tests.preference.test_writer", str(tmp_path / "store")]
-    runs = [subprocess.Popen([*command, str(rank), "2"], cwd=Path(__file__).parents[2]) for rank in range(2)]
-    assert [run.wait(120) for run in runs] == [0, 0]
+    assert [run.code for run in forks.run(share, tmp_path / "store")] == [0, 0]
     store = finished(tmp_path / "store", resume=True)
     check_whole(store)
 
@@ -254,11 +245,3 @@ def test_int8_latents_come_back_scaled(tmp_path):
     writer.finish()
     found = LatentStore.open(tmp_path / "store").latents(["v0-3", "v0-1"])
     assert torch.equal(found, numbers[[3, 1]].float() * scale)
-
-
-if __name__ == "__main__":
-    place, rank, size = Path(sys.argv[1]), *(int(value) for value in (sys.argv[2:] or (0, 1)))
-    print("begins", flush=True)
-    begun = (place / "store.json").is_file()
-    fill(place, range(rank, UNITS, size), resume=begun, main=size == 1)
-    os._exit(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny
+from tests import forks, tiny
 from tests.sampling.conftest import Setting
 from tests.sampling.test_candidates import Branches
 from tests.sampling.test_not_finite import poisoned
 from tests.works import works
 
 import prism
+from prism import team as alive
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.sampling import STRATEGIES
@@ -158,23 +160,18 @@ def test_where_one_fails_both_do(two: list[dict[str, Any]]) -> None:
         assert "must be given the same call; process 0 has prompt = [" in each["errors"]["other prompts"]
 
 
-KILLED = """
-import os, signal, sys
-from prism.errors import PrismError
-from prism import team as alive
-from prism.team import Team
-
-alive.INTERVAL, alive.SILENCE = 0.2, 2.0
-team = Team.gathered()
-assert team.agree(lambda: team.rank) == [0, 1]
-if team.rank == int(sys.argv[1]):
-    os.kill(os.getpid(), signal.SIGKILL)
-try:
-    team.agree(lambda: None)
-except PrismError as error:
-    print(error, flush=True)
-    os._exit(5)
-"""
+def killed_with(victim: int) -> None:
+    """What each of two processes does, of which one is killed."""
+    alive.INTERVAL, alive.SILENCE = 0.2, 2.0
+    team = Team.gathered()
+    assert team.agree(lambda: team.rank) == [0, 1]
+    if team.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        team.agree(lambda: None)
+    except PrismError as error:
+        print(error, flush=True)
+        os._exit(5)
 
 
 @works(
@@ -183,24 +180,11 @@ except PrismError as error:
     "refused",
     "The others say so after three minutes without a sign of life, and do not wait for it.",
 )
-@pytest.mark.parametrize(("killed", "said"), [(1, "Process 1 has shown no sign of life"), (0, "ended; start the run")])
-def test_nobody_waits_for_a_process_that_was_killed(killed: int, said: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(killed)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert said in outputs[1 - killed]
-    assert [run.returncode for run in runs] == [-9 if rank == killed else 5 for rank in (0, 1)]
+@pytest.mark.parametrize(("victim", "said"), [(1, "Process 1 has shown no sign of life"), (0, "ended; start the run")])
+def test_nobody_waits_for_a_process_that_was_killed(victim: int, said: str) -> None:
+    both = forks.run(killed_with, victim, timeout=120)
+    assert said in both[1 - victim].out
+    assert [run.code for run in both] == [-9 if rank == victim else 5 for rank in (0, 1)]
 
 
 ENDING = """

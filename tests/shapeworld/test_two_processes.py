@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tests import forks
 from torch import Tensor, nn
 
 from prism.shapeworld import train
@@ -28,10 +27,8 @@ def work(out: Path) -> None:
 
 
 def test_two_processes_train_as_one_on_both_batches(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.shapeworld.test_two_processes", str(tmp_path / "two")]
-    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
+    for process in forks.run(work, tmp_path / "two"):
+        assert process.code == 0, process.err[-4000:]
     torch.manual_seed(0)
     layer = nn.Linear(3, 1)
     train.fit(
@@ -43,7 +40,3 @@ def test_two_processes_train_as_one_on_both_batches(tmp_path: Path) -> None:
     )
     two, one = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("two", "one"))
     torch.testing.assert_close(two, one)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

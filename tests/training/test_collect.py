@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests import kills, tiny
+from tests import forks, kills, tiny
 
 from prism import files
 from prism.backbone import Backbone
@@ -299,47 +298,38 @@ def late(videos, prompts):
 '''
 
 
-def test_two_processes_write_the_store_of_one(tmp_path):
+def test_two_processes_write_the_store_of_one(tmp_path, capsys):
     tiny.wan().save_pretrained(tmp_path / "pipe")
     (tmp_path / "pipe" / "call.json").write_text(json.dumps(CALL))
     (tmp_path / "reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
-    words = ["prism", "collect", "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu", "--candidates", "2"]
+    words = ["collect", "--prompts", str(tmp_path / "prompts.txt"), "--device", "cpu", "--candidates", "2"]
     words += ["--reward", f"{tmp_path / 'reward.py'}:light", "--states", "2", "--backbone", str(tmp_path / "pipe")]
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
-    for out, launcher in (("one", ["-m"]), ("two", several)):
-        command = [sys.executable, *launcher, *words, "--out", str(tmp_path / out)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("8 videos of 4 prompts and 4 pairs in light, red, overall") == 1
+    said = "8 videos of 4 prompts and 4 pairs in light, red, overall"
+    assert command(*words, "--out", tmp_path / "one") == 0
+    assert said in capsys.readouterr().out
+    two = forks.run(main, [*words, "--out", str(tmp_path / "two")])
+    assert [process.code for process in two] == [0, 0], two
+    assert [said in process.out for process in two] == [True, False]
     assert sums(tmp_path / "one") == sums(tmp_path / "two")
-    words = [
-        "prism",
-        "collect",
-        "--label",
-        *words[-2:],
-        "--device",
-        "cpu",
-        "--reward",
-        f"{tmp_path / 'reward.py'}:late",
-    ]
-    for out, launcher in (("one", ["-m"]), ("two", several)):
-        command = [sys.executable, *launcher, *words, "--out", str(tmp_path / out)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("8 videos of 4 prompts and 4 pairs in overall") == 1
+    words = ["collect", "--label", *words[-2:], "--device", "cpu", "--reward", f"{tmp_path / 'reward.py'}:late"]
+    said = "8 videos of 4 prompts and 4 pairs in overall"
+    assert command(*words, "--out", tmp_path / "one") == 0
+    assert said in capsys.readouterr().out
+    two = forks.run(main, [*words, "--out", str(tmp_path / "two")])
+    assert [process.code for process in two] == [0, 0], two
+    assert [said in process.out for process in two] == [True, False]
     assert sums(tmp_path / "one") == sums(tmp_path / "two")
 
 
 def test_a_reward_that_hangs_ends_the_command_with_one_sentence(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef slow(video):\n    time.sleep(600)\n")
     (tmp_path / "prompts.txt").write_text("a red circle moves right\n")
-    command = [sys.executable, "-m", "prism", "collect", "--prompts", str(tmp_path / "prompts.txt"), "--reward",
-               f"{tmp_path / 'slow.py'}:slow", "--reward-timeout", "0.2", "--candidates", "2", "--steps", "2",
-               "--out", str(tmp_path / "store")]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert run.returncode == 2
-    (line,) = [each for each in run.stderr.splitlines() if "prism:" in each]
+    words = ["collect", "--prompts", str(tmp_path / "prompts.txt"), "--reward", f"{tmp_path / 'slow.py'}:slow"]
+    words += ["--reward-timeout", "0.2", "--candidates", "2", "--steps", "2", "--out", str(tmp_path / "store")]
+    (run,) = forks.run(main, words, count=1, timeout=60)
+    assert run.code == 2
+    (line,) = [each for each in run.err.splitlines() if "prism:" in each]
     assert "The reward slow did not answer within 0.2 seconds, for the video seed-" in line
     assert len(list((tmp_path / "store" / "shards").glob("*.safetensors"))) == 1
 

@@ -6,9 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import stores, tiny
+from tests import forks, stores, tiny
 from tests.works import works
 
 from prism import files
@@ -116,15 +113,15 @@ def work(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pipeline, stores, and what two processes left there."""
-    folder, root = tmp_path_factory.mktemp("processes"), Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("processes")
     tiny.wan().save_pretrained(folder / "pipe")
     unequal(folder / "unequal")
     stores.make(folder / "store")
     stores.make_kinds(folder / "kinds")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.training.test_train_processes", str(folder)]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
+    both = forks.run(work, folder)
+    for process in both:
+        assert process.code == 0, process.err[-4000:]
+    assert [process.out.count("Head: ") for process in both] == [2, 0]
     return folder
 
 
@@ -197,22 +194,9 @@ def killed(folder: Path) -> None:
 
 
 def test_where_a_process_is_killed_the_other_says_so_and_the_run_goes_on(made: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "tests.training.test_train_processes", "killed", str(made)]
-    places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]  # and nobody who ends both
-    root = Path(__file__).parents[2]
-    both = [subprocess.Popen(command, cwd=root, env=each, stderr=subprocess.PIPE, text=True) for each in places]
-    try:
-        said = [process.communicate(timeout=120)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert both[1].returncode == -signal.SIGKILL
-    assert both[0].returncode == 1, said[0][-3000:]
-    assert "PrismError: Another process of this run ended while this one waited for it" in said[0]
+    both = forks.run(killed, made, timeout=120)  # and nobody who ends both
+    assert [process.code for process in both] == [1, -signal.SIGKILL], both[0].err[-3000:]
+    assert "PrismError: Another process of this run ended while this one waited for it" in both[0].err
     assert [path.name for path in (made / "killed" / "checkpoints").iterdir()] == ["step-00000002"]
     config = dataclasses.replace(CONFIG, steps=6, checkpoint_every=2)
     train(made / "unequal", judge_for(tiny.wan()), config, made / "killed", resume=True, progress=False)
@@ -247,7 +231,3 @@ def test_fewer_prompts_than_processes_are_refused(made: Path, monkeypatch: pytes
     monkeypatch.setattr(Team, "gathered", lambda device: Team(size=3))
     with pytest.raises(PrismError, match="prompts_per_step must be at least the number of processes, 3; found 2"):
         train(made / "unequal", judge_for(tiny.wan()), CONFIG, tmp_path / "run", progress=False)
-
-
-if __name__ == "__main__":
-    killed(Path(sys.argv[2])) if sys.argv[1] == "killed" else work(Path(sys.argv[1]))

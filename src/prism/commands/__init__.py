@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def speaks() -> bool:
+    """Whether this process is the first of those that a launcher started, which alone says what was done."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def show(metrics: Mapping[str, Any], out: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from prism.commands import speaks
 from prism.commands.encode import shares_of
 from prism.commands.options import Adapted, Repeated, Resuming, Seed, Several, option
 from prism.commands.sample import Call
@@ -70,7 +71,7 @@ class Collect:
     def main(self) -> None:
         """Collect, and say what the store holds."""
         store = run(self)
-        if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        if speaks():
             prompts = len(set(store.videos["prompt"].to_pylist()))
             named = f" in {', '.join(store.dimensions)}" if store.dimensions else ""
             print(

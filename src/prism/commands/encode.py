@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from prism.commands import speaks
 from prism.commands.options import Models, Resuming, Several, option
 from prism.errors import PrismError, number, quoted, whole
 
@@ -74,11 +75,10 @@ class Encode:
     def main(self) -> None:
         """Encode, and say what the store holds."""
         store = run(self)
-        counts = ", ".join(
-            f"{sum(split == each for split in store.pairs['split'].to_pylist()):,} {each}"
-            for each in ("train", "validation", "test")
-        )
-        print(f"{len(store.videos):,} clips and {len(store.pairs):,} pairs ({counts}) in {store.folder}")
+        if speaks():
+            splits = store.pairs["split"].to_pylist()
+            counts = ", ".join(f"{splits.count(each):,} {each}" for each in ("train", "validation", "test"))
+            print(f"{len(store.videos):,} clips and {len(store.pairs):,} pairs ({counts}) in {store.folder}")
 
 
 def run(config: Encode) -> Any:

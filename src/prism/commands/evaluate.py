@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prism import files, runs
-from prism.commands import show
+from prism.commands import show, speaks
 from prism.commands.options import BatchSize, Head, Labelled, Replacing, Seed, levels_of, option, recorded
 from prism.errors import SEEDS, PrismError, choice, quoted, whole
 
@@ -70,7 +69,7 @@ class Evaluate:
     def main(self) -> None:
         """Evaluate, and print the table."""
         metrics = run(self)
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             show(metrics, self.output.out)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prism import files, runs
-from prism.commands import show
+from prism.commands import show, speaks
 from prism.commands.options import Labelled, Replacing, Resuming, option, recorded
 from prism.errors import PrismError, quoted
 from prism.report.rows import AccuracyRow
@@ -89,8 +89,9 @@ class Train:
     def main(self) -> None:
         """Train, and print the head's folder and accuracies."""
         metrics = run(self)
-        print(f"Head: {self.output.out / 'head'}")
-        show(metrics, self.output.out)
+        if speaks():
+            print(f"Head: {self.output.out / 'head'}")
+            show(metrics, self.output.out)
 
 
 def run(config: Train) -> dict[str, Any]:
