@@ -34,7 +34,7 @@ from prism.training.fan_out import Crew, Make, crew_of, writer_of
 
 UNIT = 64
 """Clips per shard: as many are lost at most when a process is killed, and their latents held in memory at once."""
-AHEAD = 2
+AHEAD = 4
 """Clips that are decoded by as many threads while the VAE encodes another one."""
 Facts = dict[str, float | None]
 Results = Generator[Callable[[], tuple[dict[str, torch.Tensor], Facts]], None, None]
