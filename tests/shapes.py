@@ -71,7 +71,7 @@ def _shapes(text: str) -> list[str]:
 
 def check(function: Callable[..., Any], stated: Mapping[str, list[str]]) -> Callable[..., Any]:
     """The function, which checks its arguments and results by what its docstring states."""
-    signature = inspect.signature(function)
+    signature, axes = inspect.signature(function), {name: _axes(shapes) for name, shapes in stated.items()}
     unknown = {re.sub(r"\[.*", "", name) for name in stated if "return" not in name} - set(signature.parameters)
     if unknown:
         raise ShapeError(
@@ -85,7 +85,7 @@ def check(function: Callable[..., Any], stated: Mapping[str, list[str]]) -> Call
         values = {**call, **_results(result, stated)}
         values |= {f"{k}[{key}]": v for k, of in call.items() if isinstance(of, Mapping) for key, v in of.items()}
         with jaxtyping.jaxtyped("context"):
-            _compare(function.__qualname__, stated, values, call)
+            _compare(function.__qualname__, stated, axes, values, call)
         return result
 
     return checked
@@ -96,12 +96,22 @@ def _results(result: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     return {f"return {i}": part for i, part in enumerate(parts)}
 
 
-def _compare(where: str, stated: Mapping[str, list[str]], values: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+def _axes(shapes: list[str]) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", " ".join(shapes)))
+
+
+def _compare(
+    where: str,
+    stated: Mapping[str, list[str]],
+    axes: Mapping[str, set[str]],
+    values: Mapping[str, Any],
+    call: Mapping[str, Any],
+) -> None:
     present = [name for name in stated if values.get(name) is not None]
-    axes = {name: set(re.findall(r"[A-Za-z_]\w*", " ".join(shapes))) for name, shapes in stated.items()}
     arguments = [name for name in stated if "return" not in name]
     absent = set().union(*(axes[name] for name in arguments if name not in present))
-    absent -= set().union(*(axes[name] for name in arguments if name in present))
+    if absent:
+        absent -= set().union(*(axes[name] for name in arguments if name in present))
     for name in present:
         value = values[name] if hasattr(values[name], "shape") else np.asarray(values[name])
         if not any(isinstance(value, _annotation(shape, call, absent)) for shape in stated[name]):
@@ -119,10 +129,21 @@ def _met(value: Any) -> str:
 
 def _annotation(shape: str, call: Mapping[str, Any], absent: set[str]) -> Any:
     """The declared shape as a type of jaxtyping, with numbers for the axes whose size is known from elsewhere."""
+    kind, parts = _parsed(shape)
+    return _type(kind, "".join(_size(part, call, absent) if part.isidentifier() else part for part in parts))
+
+
+@functools.cache
+def _parsed(shape: str) -> tuple[str, list[str]]:
+    """The kind of numbers of a declared shape, and its axes as jaxtyping writes them, in words and what is between."""
     inner, _, dtype = shape.strip("(").partition(")") if shape[0] == "(" else ("", "", shape.removeprefix("scalar"))
-    sizes = [re.sub(r"[A-Za-z_]\w*", lambda m: _size(m[0], call, absent), axis) for axis in re.split(",", inner)]
-    kind = getattr(jaxtyping, dtype.strip().capitalize() or "Shaped")
-    return kind[Any, " ".join(size.replace(" ", "") for size in sizes)]
+    axes = " ".join(axis.replace(" ", "") for axis in inner.split(","))
+    return dtype.strip().capitalize() or "Shaped", re.split(r"(\b[A-Za-z_]\w*)", axes)
+
+
+@functools.cache
+def _type(kind: str, axes: str) -> Any:
+    return getattr(jaxtyping, kind)[Any, axes]
 
 
 def _size(axis: str, call: Mapping[str, Any], absent: set[str]) -> str:

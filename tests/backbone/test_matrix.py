@@ -48,22 +48,21 @@ class Subject(subjects.Subject):
     name: str = ""
 
 
-_SUBJECTS: dict[str, Subject] = {}
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Subject:
+    """Of the module, so that variants come one after another: each is built once, and one is in memory at a time."""
+    pipe, call = VARIANTS[request.param]()
+    backbone = Backbone(pipe, READS.get(request.param))
+    return Subject(backbone, call, (tiny.PROMPT, tiny.OTHER_PROMPT), name=request.param)
 
 
-@pytest.fixture(params=VARIANTS)
-def subject(request: pytest.FixtureRequest) -> Subject:
-    name = request.param
+@pytest.fixture
+def subject(request: pytest.FixtureRequest, variant: Subject) -> Subject:
     check = request.node.originalname.removeprefix("test_matrix_")
-    if (check, name) in EXEMPT:
-        MEASURED.setdefault(name, {})[f"let off {check}"] = EXEMPT[check, name]
-        pytest.skip(EXEMPT[check, name])
-    if name not in _SUBJECTS:
-        _SUBJECTS.clear()  # variants come one after another: one in memory at a time
-        pipe, call = VARIANTS[name]()
-        backbone = Backbone(pipe, READS.get(name))
-        _SUBJECTS[name] = Subject(backbone, call, (tiny.PROMPT, tiny.OTHER_PROMPT), name=name)
-    return _SUBJECTS[name]
+    if (check, variant.name) in EXEMPT:
+        MEASURED.setdefault(variant.name, {})[f"let off {check}"] = EXEMPT[check, variant.name]
+        pytest.skip(EXEMPT[check, variant.name])
+    return variant
 
 
 def note(subject: Subject, **measured: Any) -> None:
