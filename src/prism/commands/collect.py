@@ -1,4 +1,4 @@
-"""`prism collect`: candidates of a user's own backbone, labelled by rewards, become a latent store."""
+"""`prism collect`: sample candidates of a user's backbone, label them by rewards, and write a latent store."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from prism.errors import SEEDS, PrismError, number, quoted, whole
 
 @dataclass(frozen=True)
 class Rewards:
-    """What labels the videos."""
+    """Rewards that label the videos."""
 
     rewards: Annotated[tuple[str, ...], Repeated, option("SPEC", name="reward")] = ()
-    """What scores decoded videos: FILE.py:function, module:function, a teacher as videoreward=FOLDER, or referee."""
+    """Reward that scores decoded videos: FILE.py:function, module:function, a teacher as videoreward=FOLDER, or
+    referee."""
     reward_timeout: float = 600.0
-    """Seconds that a call of it may take."""
+    """Seconds that one call of a reward may take."""
     margin: Annotated[str, option("X or NAME:X,...")] = "0"
     """Largest difference of scores that is a tie, for all dimensions or by dimension."""
     fps: Annotated[float | None, option(default="not told")] = None
@@ -32,10 +33,10 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is sampled, and what of it is kept."""
+    """Candidates, and the latents of them that the store holds."""
 
     candidates: int = 4
-    """Candidates of each prompt."""
+    """Candidates per prompt."""
     seed: Seed = 0
     states: Annotated[str, option("STEP,...", "none")] = ""
     """Steps from 1 whose states are kept beside the final latents."""
@@ -82,15 +83,15 @@ class Collect:
 
 def run(config: Collect) -> Any:
     """Collect or label; returns the opened store."""
-    kept, rewards = config.kept, config.rewards
+    sampling, rewards = config.kept, config.rewards
     config.several.check()
-    whole("--candidates", kept.candidates, 1, 10_000)
-    whole("--seed", kept.seed, 0, SEEDS)
-    whole("--unit", kept.unit, 1, 100_000)
+    whole("--candidates", sampling.candidates, 1, 10_000)
+    whole("--seed", sampling.seed, 0, SEEDS)
+    whole("--unit", sampling.unit, 1, 100_000)
     number("--reward-timeout", rewards.reward_timeout, 0, above=True)
     if rewards.fps is not None:
         number("--fps", rewards.fps, 0, above=True)
-    margins, states, held_out = _margins(rewards.margin), _states(kept.states), shares_of(kept.held_out)
+    margins, states, held_out = _margins(rewards.margin), _states(sampling.states), shares_of(sampling.held_out)
     if rewards.label == (config.prompts is not None):
         raise PrismError(
             "The --label samples nothing; leave --prompts out."
@@ -124,13 +125,13 @@ def run(config: Collect) -> Any:
             call,
             config.output.out,
             teachers,
-            candidates=kept.candidates,
-            seed=kept.seed,
+            candidates=sampling.candidates,
+            seed=sampling.seed,
             states=states,
-            predicted=kept.predicted,
-            half=kept.half,
+            predicted=sampling.predicted,
+            half=sampling.half,
             held_out=held_out,
-            unit=kept.unit,
+            unit=sampling.unit,
             loras=models.loras,
             **common,
         )

@@ -1,4 +1,4 @@
-"""`prism data`: what is in a preference set, and a store's videos compared by people."""
+"""`prism data`: summarise a preference set, export a store's videos for people to compare, and import answers."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Check:
     """Print everything as JSON."""
 
     def main(self) -> None:
-        """Read the set and print what is in it."""
+        """Read the set and print its summary."""
         from prism.preference.check import summary
         from prism.preference.readers import read
 
-        found = read(self.file, self.form, root=self.root, encoding=self.encoding, media=False)
-        facts = summary(found, self.rule, self.margin, self.probe)
+        preference_set = read(self.file, self.form, root=self.root, encoding=self.encoding, media=False)
+        facts = summary(preference_set, self.rule, self.margin, self.probe)
         print(json.dumps(facts, indent=2, ensure_ascii=False) if self.json else "\n".join(lines(facts)))
 
 
@@ -129,7 +129,7 @@ class Import:
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """The facts of `prism.preference.check.summary` in words, a line each."""
+    """The facts of `prism.preference.check.summary` in words, one per line."""
     videos, generators = f"{facts['videos']:,} clips", ", ".join(f"{quoted(k, 40)} {v:,}" for k, v in _most(facts))
     shown = [
         f"Format: {facts['form']}",
@@ -163,13 +163,13 @@ def _most(facts: dict[str, Any]) -> list[tuple[str, int]]:
 def _agreement(name: str, by_dimension: dict[str, Any]) -> str:
     if name not in by_dimension:
         return "follows from the others"
-    found = by_dimension[name]
-    if found is None:
+    agreement = by_dimension[name]
+    if agreement is None:
         return "one vote each"
-    if found["alpha"] is None:
+    if agreement["alpha"] is None:
         return "all votes alike"
-    span = "" if found["low"] is None else f" [{found['low']:.2f}, {found['high']:.2f}]"
-    return f"{found['alpha']:.2f}{span}"
+    span = "" if agreement["low"] is None else f" [{agreement['low']:.2f}, {agreement['high']:.2f}]"
+    return f"{agreement['alpha']:.2f}{span}"
 
 
 def _list(title: str, items: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`prism encode`: a preference set of video files becomes a latent store, once."""
+"""`prism encode`: encode a preference set of video files into a latent store."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Frames:
     fps: Annotated[float | None, option(default="every frame as it comes")] = None
     """Frames per second that are taken."""
     start: str = "middle"
-    """Place of the frames in the clip: first, middle, or uniform (spread over all of it; without --fps)."""
+    """Position of the frames in the clip: first, middle, or uniform (spread over all of it; without --fps)."""
     fit: str = "crop"
-    """How another shape comes to this size: crop, pad or stretch."""
+    """Way to bring frames of another shape to this size: crop, pad or stretch."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How votes become labels."""
+    """Rules that turn votes into labels."""
 
     rule: str = "majority"
     """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
@@ -98,7 +98,7 @@ def run(config: Encode) -> Any:
     if config.latents and chosen:
         raise PrismError(f"With --latents no clip is decoded, and {chosen[0]} has no meaning; leave one of them out.")
     cache = LatentCache.open(config.latents) if config.latents else None
-    found = read(config.file, config.form, root=config.root, encoding=config.encoding)
+    preference_set = read(config.file, config.form, root=config.root, encoding=config.encoding)
     from prism.training.encode import encode
 
     models, several = config.models, config.several
@@ -107,7 +107,7 @@ def run(config: Encode) -> Any:
     ) as (crew, call):
         policy, call = crew.ask(partial(call_frames, call=call, **asdict(config.frames)))
         return encode(
-            found,
+            preference_set,
             crew,
             call,
             policy,

@@ -1,4 +1,4 @@
-"""`prism score`: finished clips, each with its score, how sure that is, and its place among clips of a reference."""
+"""`prism score`: scores of finished clips, with standard errors, and percentiles among the clips of a reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDINGS = (".csv", ".json")
 
 @dataclass(frozen=True)
 class Tables:
-    """How tables of clips are read."""
+    """Options for reading tables of clips."""
 
     form: Annotated[str | None, option("NAME", "by the columns")] = None
     """Format to read, where several fit."""
@@ -36,7 +36,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Score:
-    """Score finished clips: with standard errors, and their place among the clips of the head's reference.
+    """Score finished clips, with standard errors, and percentiles among the clips of the head's reference.
 
     FILES are clips, folders of clips, and tables with the columns prompt and video. Ends with exit code 1 where some of
     the clips could not be read. A launcher's processes share the clips.
@@ -59,9 +59,9 @@ class Score:
     overwrite: bool = False
     """Replace the file."""
     resume: bool = False
-    """Go on with a run for the same file that was stopped or killed."""
+    """Continue a run for the same file that was stopped or killed."""
     config: Annotated[Path | None, option("FILE", "")] = None
-    """YAML or JSON file of options; flags go before it."""
+    """YAML or JSON file of options; flags override it."""
     tables: Tables = Tables()
     frames: Frames = field(default_factory=Frames)
     models: Judged = field(default_factory=Judged)
@@ -76,8 +76,8 @@ class Score:
 
 
 def run(config: Score) -> dict[str, Any]:
-    """Score the clips, and write `out`; returns what a .json file of it holds. A launcher's processes share the clips,
-    and the first one writes.
+    """Score the clips, and write `out`; return the document that a .json file holds. A launcher's processes share the
+    clips, and the first one writes.
     """
     from tqdm import tqdm
 
@@ -90,7 +90,7 @@ def run(config: Score) -> dict[str, Any]:
     whole("--draws", config.draws, 1, DRAWS)
     whole("--batch-size", config.batch_size)
     whole("--seed", config.seed, 0, SEEDS)
-    asked = None if config.levels is None else levels_of("--t", config.levels)
+    requested = None if config.levels is None else levels_of("--t", config.levels)
     team = Team.gathered(config.models.device)
     out, clips = team.on_first(lambda: (_checked_out(config), list(clips_of(config))))
     if not clips:
@@ -98,7 +98,7 @@ def run(config: Score) -> dict[str, Any]:
     backbone, call, name = load_backbone(config.models.backbone, config.models.device, config.models.dtype)
     judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None)
     policy, call = call_frames(backbone, call, **asdict(config.frames))
-    levels = default_levels(judge) if asked is None else noise_levels(backbone, asked)
+    levels = default_levels(judge) if requested is None else noise_levels(backbone, requested)
     check_inputs(backbone, call, clips)
     facts = {
         **{"seed": config.seed, "draws": config.draws, "levels": list(levels), "dimensions": list(judge.dimensions)},
@@ -108,24 +108,24 @@ def run(config: Score) -> dict[str, Any]:
     }
     journal = Journal(out, facts, team.rank)
     before = team.on_first(lambda: journal.begin(config.resume))
-    left = [place for place, clip in enumerate(clips) if journal.key(clip) not in before]
+    remaining = [index for index, clip in enumerate(clips) if journal.key(clip) not in before]
 
     def share() -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
         rows, unread = {}, {}
-        mine = left[team.rank :: team.size]
-        for place in tqdm(mine, desc="score", unit="clip", disable=None if team.first else True):
+        mine = remaining[team.rank :: team.size]
+        for index in tqdm(mine, desc="score", unit="clip", disable=None if team.first else True):
             try:
-                rows[place] = _scored(judge, clips[place], policy, call, levels, config)
+                rows[index] = _scored(judge, clips[index], policy, call, levels, config)
             except Unread as error:
-                unread[place] = str(error)
+                unread[index] = str(error)
             else:
-                journal.add(rows[place])
+                journal.add(rows[index])
         return rows, unread
 
     shares = team.agree(share)
     rows, reasons = merged(rows for rows, _ in shares), merged(reasons for _, reasons in shares)
-    scored = [rows.get(place) or before.get(journal.key(clip)) for place, clip in enumerate(clips)]
-    unread = [{"video": clips[place]["video"], "reason": reason} for place, reason in reasons.items()]
+    scored = [rows.get(index) or before.get(journal.key(clip)) for index, clip in enumerate(clips)]
+    unread = [{"video": clips[index]["video"], "reason": reason} for index, reason in reasons.items()]
     document = {"schema": 1, "command": "score", **facts, "clips": [row for row in scored if row], "unread": unread}
 
     def finish() -> None:
@@ -148,17 +148,17 @@ class Unread(Exception):
 def _scored(
     judge: Any, clip: Mapping[str, Any], policy: Any, call: Mapping[str, Any], levels: Sequence[float], config: Score
 ) -> dict[str, Any]:
-    """What the file holds of one clip."""
+    """The row of one clip. Raises Unread."""
     from prism.backbone.arguments import normalised
     from prism.clips import read_clip
 
     try:
-        given = call if clip["image"] is None else {**call, **normalised({"image": clip["image"]})}
+        arguments = call if clip["image"] is None else {**call, **normalised({"image": clip["image"]})}
         pixels = read_clip(clip["source"], policy, clip["fps"]).frames
     except PrismError as error:
         raise Unread(str(error)) from error
     scored = judge.score_video(
-        [pixels], clip["prompt"] or "", levels, config.draws, config.seed, None, config.batch_size, **given
+        [pixels], clip["prompt"] or "", levels, config.draws, config.seed, None, config.batch_size, **arguments
     )
     row = {"video": clip["video"], "prompt": clip["prompt"], "image": clip["image"]}
     if scored.compared:
@@ -171,7 +171,7 @@ def _scored(
 
 
 def clips_of(config: Score) -> Iterator[dict[str, Any]]:
-    """The clips that the words name: video (its name), source, prompt, image, fps; each once."""
+    """The clips that FILES name, each once, as dicts of video (its name), source, prompt, image and fps."""
     from prism.clip_sources import MOVIES, picture_files
     from prism.preference.sources import TABLES
 
@@ -183,12 +183,12 @@ def clips_of(config: Score) -> Iterator[dict[str, Any]]:
         movies = sorted(each for each in path.rglob("*") if each.suffix.lower() in MOVIES) if path.is_dir() else []
         on_the_hub = not path.exists() and re.fullmatch(r"[\w-]+/[\w-]+", word)
         if movies:
-            found = [_single(str(each), config) for each in movies if each.is_file()]
+            entries = [_single(str(each), config) for each in movies if each.is_file()]
         elif path.suffix.lower() in TABLES or on_the_hub or (path.is_dir() and not picture_files(path)):
-            found = _tabled(word, config)
+            entries = _tabled(word, config)
         else:
-            found = [_single(word, config)]
-        for clip in found:
+            entries = [_single(word, config)]
+        for clip in entries:
             identity = (clip["video"], clip["prompt"], clip["image"])
             if identity not in seen:
                 seen.add(identity)
@@ -196,13 +196,14 @@ def clips_of(config: Score) -> Iterator[dict[str, Any]]:
 
 
 def _single(path: str, config: Score) -> dict[str, Any]:
+    """A clip of its own, with its prompt from --prompt or from a text file of the same name."""
     prompt = config.prompt
-    beside = Path(path).with_suffix(".txt")
-    if prompt is None and beside.is_file():
+    text_file = Path(path).with_suffix(".txt")
+    if prompt is None and text_file.is_file():
         try:
-            prompt = " ".join(beside.read_text(encoding="utf-8-sig").split())
+            prompt = " ".join(text_file.read_text(encoding="utf-8-sig").split())
         except UnicodeDecodeError:
-            raise PrismError(f"The prompt in {quoted(str(beside), 200)} is not UTF-8; save it as such.") from None
+            raise PrismError(f"The prompt in {quoted(str(text_file), 200)} is not UTF-8; save it as such.") from None
     return {"video": path, "source": path, "prompt": prompt, "image": config.image, "fps": None}
 
 
@@ -215,21 +216,21 @@ def _tabled(word: str, config: Score) -> list[dict[str, Any]]:
     if config.prompt is not None:
         raise PrismError(f"The table {quoted(word, 120)} has a prompt for each clip; leave --prompt out.")
     tables = config.tables
-    found = read_clips(word, tables.form, root=tables.root, encoding=tables.encoding)
-    for why, places in found.dropped.items():
+    table = read_clips(word, tables.form, root=tables.root, encoding=tables.encoding)
+    for why, places in table.dropped.items():
         print(f"prism: {len(places)} rows of {quoted(word, 120)} are left out: {why}.", file=sys.stderr)
     return [
         {
-            **{"video": row["video"], "source": found.source(row["path"], row["frames"]), "prompt": row["prompt"]},
-            "image": config.image or (row["image"] and str(found.root / row["image"])),
+            **{"video": row["video"], "source": table.source(row["path"], row["frames"]), "prompt": row["prompt"]},
+            "image": config.image or (row["image"] and str(table.root / row["image"])),
             "fps": row["fps"] if row["frames"] else None,
         }
-        for row in found.videos.to_pylist()
+        for row in table.videos.to_pylist()
     ]
 
 
 def check_inputs(backbone: Any, call: Mapping[str, Any], clips: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse clips that lack what the pipeline cannot do without, a prompt or an image, before any is read."""
+    """Refuse clips without a prompt or image that the pipeline needs, before any clip is read."""
     for clip in clips:
         if backbone.family.takes_prompts and not (clip["prompt"] or "").strip():
             raise PrismError(

@@ -1,4 +1,4 @@
-"""What `prism score` leaves: a table on the terminal, a CSV or JSON file, and on the way a list of what is done."""
+"""The output of `prism score`: a table on the terminal, a CSV or JSON file, and a journal of clips while it runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from prism import files
 from prism.errors import PrismError, first_difference, quoted
 
-SHOWN = 20  # clips that are printed where a file has them all
+SHOWN = 20  # clips that are printed if a file holds all of them
 COLUMNS = ("video", "prompt", "t", "dimension", "score", "standard_error", "draws")
-BESIDE = ("percentile", "win_probability", "reference_clips", "reference_of")
+REFERENCE_COLUMNS = ("percentile", "win_probability", "reference_clips", "reference_of")
 
 
 def cells(scored: Any) -> list[dict[str, Any]]:
     """One entry per level and dimension of a `VideoScores` of one video."""
     cells = []
-    beside = {"percentile": scored.percentiles, "win_probability": scored.win_probabilities}
-    for place, t in enumerate(scored.levels):
+    compared = {"percentile": scored.percentiles, "win_probability": scored.win_probabilities}
+    for index, t in enumerate(scored.levels):
         for column, dimension in enumerate(scored.dimensions):
             values = {"score": scored.scores, "standard_error": scored.errors}
-            values |= {name: value for name, value in beside.items() if value is not None}
-            numbers = {name: _number(value[0, place, column].item()) for name, value in values.items()}
+            values |= {name: value for name, value in compared.items() if value is not None}
+            numbers = {name: _number(value[0, index, column].item()) for name, value in values.items()}
             cells.append({"t": t, "dimension": dimension, **numbers})
     return cells
 
@@ -38,28 +38,29 @@ def _number(value: float) -> float | None:
 
 
 def write(out: Path, document: dict[str, Any]) -> None:
-    """Write the .csv, a row per clip, level and dimension, or the .json."""
+    """Write the .csv, with a row per clip, level and dimension, or the .json."""
     if out.suffix.lower() == ".json":
         files.write_json(out, document)
         return
-    beside = BESIDE if document["reference"] else ()
+    compared = REFERENCE_COLUMNS if document["reference"] else ()
     images = ("image",) if any(clip["image"] for clip in document["clips"]) else ()
     with files.new_file(out) as work, work.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, [*COLUMNS, *beside, *images], lineterminator="\n")
+        writer = csv.DictWriter(stream, [*COLUMNS, *compared, *images], lineterminator="\n")
         writer.writeheader()
         for clip in document["clips"]:
-            same = {name: clip[name] for name in ("video", "prompt", *images, *beside[2:])}
+            same = {name: clip[name] for name in ("video", "prompt", *images, *compared[2:])}
             for cell in clip["scores"]:
                 writer.writerow({**same, "draws": document["draws"] if cell["t"] else 1, **cell})
 
 
 class Journal:
-    """The clips that are scored, line by line beside `out`, so that a run that was stopped can go on.
+    """The scored clips, line by line in a file beside `out`, from which a run that was stopped can continue.
 
-    Each of several processes has a file of its own; the first joins them where a run goes on, in however many.
+    Each of several processes has a file of its own. The first process joins them when a run continues, with any number
+    of processes.
 
     Args:
-        out: the file that the run writes; None: nothing is noted.
+        out: the file that the run writes; None: there is no journal.
         facts: what the rows depend on.
         rank: of this process.
     """
@@ -78,16 +79,16 @@ class Journal:
 
     @classmethod
     def every(cls, out: Path) -> list[Path]:
-        """The files of all processes of an earlier run, that of the first one first."""
+        """The files of all processes of an earlier run, ordered by rank."""
         first = cls.path(out)
         others = first.parent.glob(f"{glob.escape(first.name)}-*")
         ranks = sorted(int(rank) for path in others if (rank := path.name[len(first.name) + 1 :]).isdecimal())
         return [path for path in (first, *(cls.path(out, rank) for rank in ranks)) if os.path.lexists(path)]
 
     def begin(self, resume: bool) -> dict[str, dict[str, Any]]:
-        """The rows of the run that is gone on with, by key, from the files of all its processes, which become one.
+        """Begin the journal; return the rows, by key, of the run that is resumed, whose files are joined into one.
 
-        Only the first process may call this, before any other notes a row.
+        Only the first process may call this, before any other process adds a row.
         """
         if self.out is None or self.file is None:
             return {}
@@ -131,38 +132,42 @@ class Journal:
         return by_key
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Note a clip's row."""
+        """Add a clip's row."""
         if self.file is None:
             return
         with self.file.open("a", encoding="utf-8") as stream:
-            if not stream.tell():  # in all processes but the first
+            if not stream.tell():  # the file of another process than the first, which `begin` does not make
                 stream.write(f"{json.dumps({'journal': self.facts})}\n")
             stream.write(f"{json.dumps(row)}\n")
 
     def end(self) -> None:
-        """Remove the files of all processes, once `out` is there."""
+        """Remove the files of all processes, once `out` is written."""
         for path in [] if self.out is None else self.every(self.out)[::-1]:
             path.unlink(missing_ok=True)
 
 
 def _end(name: str) -> str:
-    """A clip's name, or its end: beginnings are mostly alike."""
+    """A clip's name, or the end of a long one, as names of clips mostly begin alike."""
     line = quoted(name, 2000)
     return line if len(line) <= 40 else f"...{line[-37:]}"
 
 
 def _is_row(row: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
-    """True for a row that has all that is written of it."""
-    beside = bool(facts["reference"])
+    """True for a row with every level, dimension and value that `write` needs."""
+    has_reference = bool(facts["reference"])
     named = [(cell["t"], cell["dimension"]) for cell in row["scores"]]
-    numbers = [cell[name] for cell in row["scores"] for name in ("score", "standard_error", *BESIDE[: 2 * beside])]
-    wanted = [(t, name) for t in facts["levels"] for name in facts["dimensions"]]
+    numbers = [
+        cell[name]
+        for cell in row["scores"]
+        for name in ("score", "standard_error", *REFERENCE_COLUMNS[: 2 * has_reference])
+    ]
+    expected = [(t, name) for t in facts["levels"] for name in facts["dimensions"]]
     plain = all(isinstance(each, int | float | None) for each in numbers)
-    return named == wanted and plain and all(name in row for name in BESIDE[2:] if beside)
+    return named == expected and plain and all(name in row for name in REFERENCE_COLUMNS[2:] if has_reference)
 
 
 def show(document: Mapping[str, Any], out: Path | None) -> None:
-    """Print the table, what it is beside, and where the file is."""
+    """Print the table, the meaning of its percentiles, and the path of the file."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -190,7 +195,7 @@ def show(document: Mapping[str, Any], out: Path | None) -> None:
 
 
 def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on what the percentiles and probabilities are among."""
+    """Sentences on the reference that percentiles and win probabilities are taken from."""
     reference = document["reference"]
     if not reference:
         yield "This head has no reference to read scores beside: prism reference --head HEAD --data STORE adds one."
@@ -217,7 +222,7 @@ def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unlike(reference: Mapping[str, Any], document: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for clips that are not of the frames that the reference's were."""
+    """A sentence for clips that differ from the reference's in number, size or choice of frames."""
     pairs = [(reference.get("call"), document["call"]), (reference.get("frames"), document["frames"])]
     for theirs, ours in pairs:
         for name in ("num_frames", "height", "width", "fps", "start", "fit"):

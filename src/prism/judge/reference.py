@@ -1,11 +1,11 @@
-"""A reference: scores of a set of clips that is saved with a head, so that a score can be read beside them.
+"""A reference: scores of a set of clips, saved with a head, with which other scores are compared.
 
-A score of its own has no unit that people know. Beside a reference it has two: the percentile, the share of the
+A score by itself has no unit that people know. Compared with a reference it has two: the percentile, the share of the
 reference's clips that score lower, and the win probability, how often the clip would be preferred to one of them.
 
-Heads are trained on pairs within a prompt, so that what they add to all scores of a prompt is left to chance. A clip is
-therefore read beside the reference's clips of its own prompt where there are `ENOUGH`, else beside all: then its place
-says more of the prompt than of the clip (`between_prompts`).
+Heads are trained on pairs within a prompt, so that the mean score of a prompt is arbitrary. A clip is therefore
+compared with the reference's clips of its own prompt if there are `ENOUGH`, and otherwise with all; its percentile may
+then depend on the prompt more than on the clip (`between_prompts`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FILE = "reference.json"
 FORMAT, SCHEMA = "prism-reference", 1
 MOST = 100_000  # clips of a reference
 ENOUGH = 4
-"""Clips of one prompt that a clip of this prompt is read beside, in place of those of all prompts."""
+"""Number of clips of a prompt from which on a clip of this prompt is compared with these alone."""
 PERCENTILES = (2.5, 50.0, 97.5)
 """Of the scores in a card and on the terminal: the interval that holds 95 % of the clips, and its middle."""
 _POINTS, _WEIGHTS = np.polynomial.hermite_e.hermegauss(15)
@@ -63,7 +63,7 @@ class Reference:
     by level and dimension the share of the scores' variance that is between prompts (None: one clip per prompt)."""
 
     def of_prompt(self, prompt: str) -> Reference:
-        """The part of this reference that has a prompt, where that is `ENOUGH` clips; else all of it."""
+        """The part of this reference with a prompt if that has `ENOUGH` clips, otherwise all of it."""
         key = prompt_key(prompt)
         rows = [row for row, each in enumerate(self.prompts) if each == key]
         if len(rows) < ENOUGH:
@@ -80,20 +80,20 @@ class Reference:
         Returns:
             (B, num_dimensions) float64 from 0 to 100.
         """
-        own = np.sort(self.scores[self.levels.index(t)], axis=0)
+        ordered = np.sort(self.scores[self.levels.index(t)], axis=0)
         columns = [
-            np.searchsorted(own[:, d], scores[:, d], "left") + np.searchsorted(own[:, d], scores[:, d], "right")
+            np.searchsorted(ordered[:, d], scores[:, d], "left") + np.searchsorted(ordered[:, d], scores[:, d], "right")
             for d in range(len(self.dimensions))
         ]
-        share: np.ndarray = 50.0 * np.stack(columns, -1) / len(own)
+        share: np.ndarray = 50.0 * np.stack(columns, -1) / len(ordered)
         return share
 
     def win_probability(self, judge: Judge, scores: np.ndarray, errors: np.ndarray, t: float) -> np.ndarray:
         """Probabilities that a clip is preferred to a random one of the reference.
 
-        Each is the mean, over the reference's clips, of P(preferred) + P(tie) / 2 under the judge's own Eq. 3-4
-        (`Judge.probabilities`, so by its calibration where it has one), and over the noise of both scores: the margin
-        is normal around its estimate, with the variance of both means over draws. A NaN error counts as 0.
+        Each is the mean, over the reference's clips, of P(preferred) + P(tie) / 2 under Eq. 3-4 with the judge's
+        calibration if it has one (`Judge.probabilities`). It is also the mean over the noise of both scores: the margin
+        is taken as normal around its estimate, with the variance of both means over draws. A NaN error counts as 0.
 
         Args:
             judge: whose scores these are.
@@ -104,12 +104,12 @@ class Reference:
         Returns:
             (B, num_dimensions) float64 from 0 to 1.
         """
-        place = self.levels.index(t)
-        own, noise = self.scores[place], np.nan_to_num(self.errors[place])
+        level = self.levels.index(t)
+        reference, noise = self.scores[level], np.nan_to_num(self.errors[level])
         wins = []
         for score, error in zip(scores, np.nan_to_num(errors)):
             spread = np.sqrt(error**2 + noise**2)  # (clips, num_dimensions)
-            margins = (score - own) + spread * _POINTS[:, None, None]  # Gauss-Hermite quadrature over the noise
+            margins = (score - reference) + spread * _POINTS[:, None, None]  # Gauss-Hermite quadrature over the noise
             first, tie, _ = judge.probabilities(torch.from_numpy(margins)).unbind(-1)
             by_point = (first + tie / 2).mean(1).numpy()
             wins.append((_WEIGHTS / _WEIGHTS.sum()) @ by_point)
@@ -129,19 +129,19 @@ class Reference:
             win_probabilities: (B, levels, num_dimensions) float64, NaN likewise.
         """
         percentiles, wins = torch.full_like(scores, torch.nan), torch.full_like(scores, torch.nan)
-        for place, t in enumerate(levels):
+        for index, t in enumerate(levels):
             if t in self.levels:
-                here, noise = scores[:, place].numpy(), errors[:, place].numpy()
-                percentiles[:, place] = torch.from_numpy(self.percentile(here, t))
-                wins[:, place] = torch.from_numpy(self.win_probability(judge, here, noise, t))
+                at_level, noise = scores[:, index].numpy(), errors[:, index].numpy()
+                percentiles[:, index] = torch.from_numpy(self.percentile(at_level, t))
+                wins[:, index] = torch.from_numpy(self.win_probability(judge, at_level, noise, t))
         return percentiles, wins
 
     def intervals(self) -> dict[str, dict[str, list[float]]]:
-        """By level and dimension the percentiles `PERCENTILES` of the scores, linear between clips."""
+        """The percentiles `PERCENTILES` of the scores, linear between clips, by level and dimension."""
         points = np.percentile(self.scores, PERCENTILES, axis=1)  # (percentiles, levels, num_dimensions)
         return {
-            f"{t:g}": {name: points[:, place, d].tolist() for d, name in enumerate(self.dimensions)}
-            for place, t in enumerate(self.levels)
+            f"{t:g}": {name: points[:, index, d].tolist() for d, name in enumerate(self.dimensions)}
+            for index, t in enumerate(self.levels)
         }
 
     def save(self, folder: str | os.PathLike[str], weights_sha256: str) -> Path:
@@ -221,7 +221,7 @@ def measure(
         levels: noise levels in [0, 1000]; None: `prism.judge.scoring.default_levels`.
         num_draws: noise draws per clip and level.
         seed: of the noise, and of the prompts that are taken.
-        most: clips at most; of more, whole prompts are taken at random.
+        most: largest number of clips; if there are more, whole prompts are drawn at random.
         batch_size: rows per denoiser call.
         command: how it was made, for its provenance.
         progress: show a progress bar (on a terminal).
@@ -256,8 +256,8 @@ def measure(
     scores, errors = (_rounded(np.stack([scored[video][part].numpy() for video in clips], 1)) for part in (0, 1))
     prompts = list(clips.values())
     between = {
-        f"{t:g}": {name: between_groups(scores[place, :, d], prompts) for d, name in enumerate(judge.dimensions)}
-        for place, t in enumerate(chosen)
+        f"{t:g}": {name: between_groups(scores[index, :, d], prompts) for d, name in enumerate(judge.dimensions)}
+        for index, t in enumerate(chosen)
     }
     key = store.meta.get("key") or {}
     facts = {
@@ -270,28 +270,29 @@ def measure(
 
 
 def _chosen(store: LatentStore, split: str, most: int, seed: int) -> dict[str, str]:
-    """Clips of a split with their prompts: all, or whole prompts at random up to `most`, in the store's order."""
+    """Clips of a split with their prompts, in the store's order: all, or of whole prompts drawn at random, up to
+    `most`."""
     columns = (store.videos[name].to_pylist() for name in ("video", "prompt", "split"))
-    there = {video: prompt for video, prompt, each in zip(*columns) if split in (each, "all")}
+    in_split = {video: prompt for video, prompt, each in zip(*columns) if split in (each, "all")}
     counts: dict[str, int] = {}
-    for prompt in there.values():
+    for prompt in in_split.values():
         counts[prompt] = counts.get(prompt, 0) + 1
     left, taken = most, set()
     for prompt in sorted(counts, key=lambda text: hashlib.sha256(f"{seed}/{prompt_key(text)}".encode()).digest()):
         if counts[prompt] <= left:
             taken.add(prompt)
             left -= counts[prompt]
-    clips = {video: prompt for video, prompt in there.items() if prompt in taken}
+    clips = {video: prompt for video, prompt in in_split.items() if prompt in taken}
     if len(clips) < 2:
         raise PrismError(
-            f"The store {store.folder} has {len(there)} clips in the split {quoted(split, 40)}, and at most {most}, of "
-            "whole prompts, are taken; a reference needs two or more."
+            f"The store {store.folder} has {len(in_split)} clips in the split {quoted(split, 40)}, and at most {most}, "
+            "of whole prompts, are taken; a reference needs two or more."
         )
     return clips
 
 
 def between_groups(values: np.ndarray, groups: Sequence[str]) -> float | None:
-    """The share of variance that is between groups: the intraclass correlation of one-way analysis of variance, at
+    """The share of variance between groups: the intraclass correlation of one-way analysis of variance, at
     least 0; None where no group has two members, there is one group, or all values are equal.
 
     Args:
@@ -310,7 +311,7 @@ def between_groups(values: np.ndarray, groups: Sequence[str]) -> float | None:
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """The values with six digits, as they are written."""
+    """The values rounded to six digits, as they are saved."""
     return np.asarray([float(f"{value:.6g}") for value in values.flat]).reshape(values.shape)
 
 

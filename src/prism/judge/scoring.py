@@ -1,7 +1,7 @@
-"""Scores of finished videos: encoded by the judge's own VAE, re-noised to some levels, averaged over noise draws.
+"""Scores of finished videos: encoded by the backbone's VAE, re-noised to some levels, averaged over noise draws.
 
-A video's noise is a function of what is in it, the seed, the level and the draw, so that its scores do not depend on
-which others are scored beside it, in which order or in what batch.
+A video's noise is a function of its content, the seed, the level and the draw, so that its scores do not depend on the
+other videos that are scored, their order or the batch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from prism.judge.judge import Judge
 
 LEVELS = (699, 499)
-"""Noise levels of heads of which nothing better is known: judging is best in the middle (paper, Table 1)."""
+"""Default noise levels of heads without measured accuracies: judging is best in the middle (paper, Table 1)."""
 
 
 @dataclass(frozen=True)
 class VideoScores:
-    """Scores of videos at some noise levels, and where the judge has a reference, what they are beside its clips."""
+    """Scores of videos at some noise levels, compared with the clips of the judge's reference if it has one."""
 
     levels: tuple[float, ...]
     """The noise levels, t from 0 (clean) to 1000 (noise)."""
@@ -42,16 +42,16 @@ class VideoScores:
     scores: Tensor
     """(B, levels, num_dimensions) float64, the mean over noise draws; higher is better."""
     errors: Tensor
-    """(B, levels, num_dimensions) standard error of that mean: 0 at t = 0, where no noise is drawn, else NaN for one
-    draw."""
+    """(B, levels, num_dimensions) standard error of that mean: 0 at t = 0, where no noise is drawn; NaN for a single
+    draw elsewhere."""
     percentiles: Tensor | None = None
     """(B, levels, num_dimensions) from 0 to 100, NaN at levels that the reference does not have. See `Reference`."""
     win_probabilities: Tensor | None = None
     """(B, levels, num_dimensions) from 0 to 1, NaN as for percentiles. See `Reference`."""
     compared: tuple[int, ...] = ()
-    """Per video the number of clips that it is read beside."""
+    """Per video the number of reference clips that it is compared with."""
     same_prompt: tuple[bool, ...] = ()
-    """Per video True where these clips are of its own prompt, False where they are of all the reference's prompts."""
+    """Per video True if these clips are of its own prompt, False if they are of all prompts of the reference."""
 
 
 def score_video(
@@ -65,7 +65,7 @@ def score_video(
     batch_size: int = 16,
     **call: Any,
 ) -> VideoScores:
-    """Scores of finished videos, with standard errors over noise draws and their place in the judge's reference.
+    """Scores of finished videos, with standard errors over noise draws and percentiles in the judge's reference.
 
     Args:
         videos: one or a list of what `prism.video.read_clip` takes (a file, a folder or list of pictures, bytes), or of
@@ -74,8 +74,8 @@ def score_video(
         t: noise levels in [0, 1000]; None: those of the reference, else `default_levels`.
         num_draws: noise draws per level.
         seed: of the noise.
-        policy: frames that are taken of a file; None: as many as ``call`` makes, every frame as it comes, from the
-            middle, cropped to its size.
+        policy: choice of a file's frames; None: as many consecutive frames as ``call`` makes, from the middle, cropped
+            to its size.
         batch_size: rows per denoiser call; halved, with a warning, where memory runs out.
         **call: further arguments of the pipeline's call (height, num_frames, image, ...), for all videos.
 
@@ -99,8 +99,8 @@ def score_video(
     if reference is None:
         return VideoScores(levels, judge.dimensions, scores, errors)
     parts = [reference.of_prompt(text) for text in texts]
-    beside = [part.beside(judge, scores[[i]], errors[[i]], levels) for i, part in enumerate(parts)]
-    percentiles, wins = (torch.cat(each) for each in zip(*beside))
+    compared = [part.beside(judge, scores[[i]], errors[[i]], levels) for i, part in enumerate(parts)]
+    percentiles, wins = (torch.cat(each) for each in zip(*compared))
     counts, same = tuple(len(part.prompts) for part in parts), tuple(part is not reference for part in parts)
     return VideoScores(levels, judge.dimensions, scores, errors, percentiles, wins, counts, same)
 
@@ -124,14 +124,14 @@ def score_latents(
         keys: per row, a text that its noise follows from: a digest of its content (`content_key`), or its name.
         prompts: one per row.
         levels: noise levels in [0, 1000].
-        num_draws: noise draws per level; at t = 0 one is all there is.
+        num_draws: noise draws per level; at t = 0, without noise, it is one.
         seed: of the noise.
         batch_size: rows per denoiser call.
         **call: further arguments of the pipeline's call.
 
     Returns:
         mean: (B, levels, num_dimensions) float64 on the CPU, over draws.
-        error: (B, levels, num_dimensions) float64, its standard error: 0 at t = 0, else NaN for one draw.
+        error: (B, levels, num_dimensions) float64, its standard error: 0 at t = 0; NaN for a single draw elsewhere.
     """
     num_draws, batch_size = whole("num_draws", num_draws, 1, DRAWS), whole("batch_size", batch_size)
     seed = whole("seed", seed, 0, SEEDS)
@@ -205,8 +205,8 @@ def head_digest(judge: Judge) -> str:
 
 
 def default_levels(judge: Judge) -> tuple[float, ...]:
-    """The levels of the judge's reference; else the two at which the accuracies saved with it are best; else `LEVELS`,
-    as far as the head was trained at them and its denoiser is used there."""
+    """The noise levels to judge at: those of the judge's reference; without one, the two with the best saved
+    accuracies; without these, those of `LEVELS` at which the head was trained and its denoiser is used."""
     low, high = judge.backbone.t_range
     if judge.reference is not None:
         return judge.reference.levels

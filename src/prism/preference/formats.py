@@ -157,11 +157,11 @@ def clip_list(source: Source, collector: Collector) -> None:
             collector.drop(row, NO_PROMPT if prompt is None else NO_CLIP)
             continue
         name = str(clip.get("path") or clip.get("video") or clip["embedded"][0])
-        known = prompts.setdefault(name, [])
-        if prompt not in known:
-            known.append(prompt)
-            if len(known) > 1:
-                clip["video"] = f"{name}#{len(known)}"
+        prompts_of_clip = prompts.setdefault(name, [])
+        if prompt not in prompts_of_clip:
+            prompts_of_clip.append(prompt)
+            if len(prompts_of_clip) > 1:
+                clip["video"] = f"{name}#{len(prompts_of_clip)}"
             facts: dict[str, Any] = {each: row.text(each) for each in ("model", "image", "split")}
             collector.video(row, column, prompt, **clip, fps=row.number("fps"), **facts)
 

@@ -376,9 +376,9 @@ def joined(before: pa.Table, labelled: pa.Table, dimensions: Sequence[str]) -> p
         if sides[::-1] in new:  # the other way round
             row["video_a"], row["video_b"] = sides[::-1]
             row |= {name: None if row[name] is None else _mirrored(row, name) for name in kept}
-        given = new.pop((row["video_a"], row["video_b"]), {})
+        answer = new.pop((row["video_a"], row["video_b"]), {})
         rows.append(
-            {name: row[name] for name in (*PAIR_COLUMNS, *kept)} | {name: given.get(name) for name in dimensions}
+            {name: row[name] for name in (*PAIR_COLUMNS, *kept)} | {name: answer.get(name) for name in dimensions}
         )
     rows += [{**dict.fromkeys(kept), **row} for row in new.values()]
     rows = [row for row in rows if any(row[name] is not None for name in (*kept, *dimensions))]

@@ -92,9 +92,9 @@ def _lines(file: Path, encoding: str | None) -> list[Prompt]:
     text = read_text(file, encoding)
     if "\0" in text:
         raise PrismError(f"The file {named(file)} holds null characters and is no text; write a prompt a line.")
-    found = []
+    prompts = []
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n")):
         row = Row({"prompt": line}, Place(file.name, number))
         if row.text("prompt"):
-            found.append(Prompt(line.strip(), row.place))
-    return found
+            prompts.append(Prompt(line.strip(), row.place))
+    return prompts

@@ -155,13 +155,13 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         interval = row["without_ties_ci95"]
         between = f", 95 % interval {wording.percent_interval(interval)}" if interval else ""
         others = [other for other in overall if (other["judge"], other["set"]) == (row["judge"], row["set"])]
-        beside = [
+        other_levels = [
             f"{other['t']:g}: {wording.percent(other['without_ties'])}"
             for other in others
             if other["t"] in CLAIMED_LEVELS - {row["t"]}
         ]
         text = f"of decided pairs ordered rightly at t\u00a0=\u00a0{row['t']:g}{between}"
-        text += f"; at t\u00a0=\u00a0{', '.join(beside)}" if beside else ""
+        text += f"; at t\u00a0=\u00a0{', '.join(other_levels)}" if other_levels else ""
         pixel = [other for other in overall if (other["judge"], other["t"]) == ("pixel", row["t"])]
         if pixel and row["judge"] != "pixel":
             text += f"; a pixel judge at {row['t']:g}: {wording.percent(pixel[0]['without_ties'])}"

@@ -21,21 +21,21 @@ from typing import Any, TypeVar
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import VERSIONED
 from prism.errors import PrismError, first_difference, quoted, reason, whole, without
-from prism.training.fan_out import Begin, Make, Shown, Unit
+from prism.training.fan_out import Begin, Make, Progress, Unit
 
 T = TypeVar("T")
 LOCAL = "local"
 LOSSES = 3
-"""Actors that one unit may cost before the run ends: a unit for which memory runs out would go on for ever."""
+"""Actors that may be lost by one unit before the run ends: a unit too large for memory would end them for ever."""
 SECONDS = 300.0
 """Time within which a cluster must have room for one actor at least."""
 MEMORY = 256 * 2**20
-"""Bytes of the object store of a local cluster: nothing but names, rows and sentences goes through it."""
-_SENTENCE = "prism: the worker {} was lost; another one makes again what it had not finished."
+"""Bytes of the object store of a local cluster, through which only names, rows and sentences pass."""
+_LOST = "prism: the worker {} was lost; another one makes again what it had not finished."
 
 
 class Actor:
-    """A backbone on one device, in a process of its own. Each answer comes with what went wrong and warnings."""
+    """A backbone on one device, in a process of its own. Answers are (result, sentence of a failure, warnings)."""
 
     def __init__(self, folder: str, paths: Sequence[str]) -> None:
         with contextlib.suppress(OSError):  # relative paths mean the same where the machine has the folder
@@ -47,7 +47,8 @@ class Actor:
         self._failure: str | None = "A worker cannot read its work; each machine needs this version of prism."
 
     def prepare(self, load: Callable[[], Backbone]) -> str:
-        """Take what makes the backbone; Ray reads it now that paths are set. The process and machine, for messages."""
+        """Take the function that makes the backbone, which Ray unpickles after the paths are set; return the process
+        and machine, for messages."""
         self._load = load
         return f"{os.getpid()} on {socket.gethostname()}"
 
@@ -56,14 +57,14 @@ class Actor:
         return _outcome(lambda: question(self._loaded()))
 
     def begin(self, begin: Begin, fingerprint: Mapping[str, Any]) -> None:
-        """Prepare for making units; a failure is the answer of the units that follow."""
+        """Prepare for making units; after a failure, `make` answers with it."""
 
         def prepare() -> None:
-            found = without(self._loaded().fingerprint(), VERSIONED)
-            if found != fingerprint:
+            present = without(self._loaded().fingerprint(), VERSIONED)
+            if present != fingerprint:
                 raise PrismError(
                     f"The backbone on {socket.gethostname()} is not that of the other workers: "
-                    f"{first_difference(fingerprint, found)}; let all machines read the same files."
+                    f"{first_difference(fingerprint, present)}; let all machines read the same files."
                 )
             self._make = begin(self._loaded())
 
@@ -107,15 +108,15 @@ class _Worker:
 
 
 class Actors:
-    """The actors of a Ray cluster that hold a backbone; to be used in a ``with`` block, at whose end they end.
+    """The actors of a Ray cluster that hold a backbone, for use in a ``with`` block; they end with the block.
 
     Args:
         load: makes the backbone, in each actor; picklable, such as ``functools.partial(Backbone.from_pretrained,
             "path/to/pipeline")``. Where actors have GPUs, each sees its own alone, as ``cuda``.
-        address: of a cluster that runs, "auto" for the one that this machine is part of, or "local" to start one here
-            for the time of the block; a Ray that this process has initialised is used as it is.
-        workers: actors; by default one per GPU, or where there are none, one per machine.
-        gpus: whether actors compute on GPUs; by default if the cluster has any.
+        address: of a running cluster, "auto" for the one that this machine is part of, or "local" to start one here for
+            the time of the block; if this process has initialised Ray, its cluster is used.
+        workers: number of actors; by default one per GPU, or without GPUs one per machine.
+        gpus: True to compute on GPUs; by default if the cluster has any.
 
     Attributes:
         workers: the processes of the actors that have started, each as "PID on MACHINE".
@@ -136,7 +137,7 @@ class Actors:
         self._placing: dict[Any, _Worker] = {}  # by the answer that they wait for
         self._idle: list[_Worker] = []
         self._kind: Any = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._failed_starts = 0
         self._fingerprint: Mapping[str, Any] | None = None
         try:
@@ -176,23 +177,23 @@ class Actors:
     def share(
         self, name: str, kind: str, units: Sequence[Unit], done: Sequence[bool], begin: Begin, progress: bool
     ) -> list[str]:
-        """See `Crew.share`: an actor gets a unit when it has made the one before."""
-        shown = Shown(name, kind, list(zip(units, done)), True, progress)
+        """See `Crew.share`: an actor gets its next unit when it has made one."""
+        counter = Progress(name, kind, list(zip(units, done)), True, progress)
         left = [unit for unit, ready in zip(units, done) if not ready]
         if left and self._fingerprint is None:
             self._fingerprint = without(self.ask(_fingerprint), VERSIONED)
         with _sendable("The work, with its rewards,"):
             sent = self._ray.put(begin) if left else None  # once, as it may hold a whole data set
         sentences: list[str] = []
-        with shown.bar():
+        with counter.bar():
             for number, answer in self._answers([("make", unit) for unit in left], sent):
                 sentences += answer
-                shown.rows(len(left[number][1]))
-                shown.unit()
+                counter.rows(len(left[number][1]))
+                counter.unit()
         return sentences
 
     def _answers(self, tasks: Sequence[tuple[str, tuple[Any, ...]]], begin: Any = None) -> Iterator[tuple[int, Any]]:
-        """Numbers of tasks and their answers as they come; a task whose actor is lost is given to another one."""
+        """Yield (number of a task, its answer) in the order of answers; a lost actor's task is given to another one."""
         ray = self._ray
         waiting, losses = deque(range(len(tasks))), Counter[int]()
         running: dict[Any, tuple[_Worker, int]] = {}
@@ -230,8 +231,8 @@ class Actors:
                     del running[answer]
                     self._idle.append(worker)
                     for text in warned:
-                        if text not in self._told:
-                            self._told.add(text)
+                        if text not in self._warned:
+                            self._warned.add(text)
                             warnings.warn(text, stacklevel=4)
                     if failure is not None:
                         raise PrismError(failure)
@@ -248,7 +249,7 @@ class Actors:
             self._start()
 
     def _describe(self) -> None:
-        """Choose how many actors there are, and what each takes of the cluster."""
+        """Choose the number of actors, and the GPUs and CPUs of each."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         gpus = sum(int(node.get("GPU", 0)) for node in nodes) if self._gpus is not False else 0
         if self._gpus and not gpus:
@@ -281,7 +282,7 @@ class Actors:
             self._start()
             return
         self._failed_starts = 0
-        worker.handle.ask.remote(_nothing)  # loads the backbone, beside the others
+        worker.handle.ask.remote(_nothing)  # loads the backbone, at the same time as other actors
         self._idle.append(worker)
         self.workers.append(worker.where)
 
@@ -292,7 +293,7 @@ class Actors:
                 f"{what} ended {losses} workers, one after another, the last of them {worker.where} ({_last(error)}): "
                 "memory may have run out; what was made before stays, and --resume goes on."
             ) from error
-        print(_SENTENCE.format(worker.where), file=sys.stderr)
+        print(_LOST.format(worker.where), file=sys.stderr)
         self._end(worker)
         self._start()
 
@@ -333,10 +334,10 @@ def _last(error: Exception) -> str:
 
 
 def _connected(address: str, workers: int) -> tuple[Any, bool]:
-    """Ray, and whether this process is to shut it down."""
+    """Ray, and True if this process started it and must shut it down."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns of otherwise
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # it is told in a sentence here
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `_LOST` says it
     try:
         import ray
         import ray.exceptions

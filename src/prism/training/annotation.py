@@ -36,7 +36,7 @@ LOCAL_FILES = "/data/local-files/?d="
 
 
 def clip_name(video: str) -> str:
-    """File name of a video in an export: a digest of its id, which shows people neither seed nor model."""
+    """File name of a video in an export: a digest of its id, so that people see neither seed nor model."""
     return f"{hashlib.sha256(video.encode(errors='surrogatepass')).hexdigest()[:16]}.mp4"
 
 
@@ -56,8 +56,8 @@ def export(
     """Decode the videos of a store and write pairs of them for people to label.
 
     Writes to `out`: clips/ (mp4); pairs.csv in VideoAlign's columns, whose columns of dimensions are to be filled with
-    A, B or same; tasks.json and labels.xml, which Label Studio imports as tasks and as labelling interface. Order of
-    pairs and sides are random, by `seed`, so that neither tells anything.
+    A, B or same; tasks.json and labels.xml, which Label Studio imports as tasks and as labelling interface. The order
+    of pairs and their sides are random, by `seed`, so that they hint at no answer.
 
     Args:
         store: a store, such as `prism collect` makes; videos of one prompt, image and shape are compared.
@@ -138,7 +138,7 @@ def read_back(
         store: the store's folder (schema 2), or the opened store.
         answers: the filled table, or what Label Studio exports (JSON, JSON-MIN or CSV).
         form, rule, soft: as of `prism.preference.readers.read` and `.pairs`.
-        overwrite: replace labels that the store has in the dimensions that were answered; else these are refused.
+        overwrite: replace labels that the store has in the answered dimensions; otherwise such answers are refused.
 
     Raises:
         PrismError: for clips that are not of this store, dimensions that it has labels in, or a damaged file.
@@ -146,9 +146,9 @@ def read_back(
     store = LatentStore.of(store)
     if not isinstance(store.meta.get("key"), dict):
         raise PrismError(f"The store {store.folder} has the first schema, which takes no further labels.")
-    said = _of_store(read(answers, form), store)
-    labelled = pairs(said, rule, soft=soft)
-    answered = set(said.votes["dimension"].to_pylist())  # without an overall that follows from others
+    preference_set = _of_store(read(answers, form), store)
+    labelled = pairs(preference_set, rule, soft=soft)
+    answered = set(preference_set.votes["dimension"].to_pylist())  # without an overall that follows from others
     dimensions = [name for name in labelled.column_names if name.split(":")[0] in answered]
     labelled = labelled.select([*PAIR_COLUMNS, *dimensions])
     taken = [name for name in dimensions if name in store.pairs.column_names and ":" not in name]
@@ -160,7 +160,7 @@ def read_back(
     key, identity = store.meta["key"], {name: store.meta[name] for name in store.meta if name not in ("schema", "key")}
     writer = StoreWriter(store.folder, key, identity, resume=True)
     earlier = kept_rows(store.folder / "votes.parquet", VOTES, "dimension", answered)
-    writer.label(joined(store.pairs, labelled, dimensions), votes=pa.concat_tables([earlier, said.votes]))
+    writer.label(joined(store.pairs, labelled, dimensions), votes=pa.concat_tables([earlier, preference_set.votes]))
     return LatentStore.open(store.folder)
 
 
@@ -179,8 +179,8 @@ def _chosen(
     chance, chosen = random.Random(seed), []
     for (prompt, *_), videos in groups.items():
         every = list(itertools.combinations(sorted(videos), 2))
-        kept = every if pairs_per_prompt is None else chance.sample(every, min(pairs_per_prompt, len(every)))
-        chosen += [(prompt, *(pair if chance.random() < 0.5 else pair[::-1])) for pair in kept]
+        sampled = every if pairs_per_prompt is None else chance.sample(every, min(pairs_per_prompt, len(every)))
+        chosen += [(prompt, *(pair if chance.random() < 0.5 else pair[::-1])) for pair in sampled]
     if not chosen:
         raise PrismError(f"The store {store.folder} has no two videos of one prompt{' in this split' * bool(split)}.")
     chance.shuffle(chosen)
@@ -203,7 +203,7 @@ def _interface(columns: Sequence[str]) -> str:
 
 
 def _of_store(answers: PreferenceSet, store: LatentStore) -> PreferenceSet:
-    """The answers with the store's ids, prompts and splits in place of the clips' files."""
+    """The answers with the store's ids, prompts and splits instead of file names of clips."""
     videos = {name: store.videos[name].to_pylist() for name in ("video", "prompt", "split")}
     facts = {video: (prompt, split) for video, prompt, split in zip(*videos.values())}
     by_file = {clip_name(video): video for video in facts}

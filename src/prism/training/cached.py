@@ -1,4 +1,4 @@
-"""Latents of a set's clips out of another trainer's cache, in place of the VAE's, on the scale of the sampling loop."""
+"""Latents of a set's clips from another trainer's cache instead of the VAE, on the scale of the sampling loop."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class CachedLatents:
         self.cache, self.backbone, self.shape = cache, backbone, shape
         family = backbone.family
         self._in_loop = cache.in_loop(type(backbone.pipe.vae).__name__, family.vae_mean_std, family.vae_factor)
-        self._places: dict[str, Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._steps: int | None = None
 
     @property
     def key(self) -> dict[str, Any]:
-        """What of the cache the latents depend on, for a store's cache key."""
+        """The properties of the cache that the latents depend on, for a store's cache key."""
         scale = "loop" if self._in_loop else "vae"
         return {
             **{"cache": self.cache.kind, "digest": self.cache.digest},
@@ -46,9 +46,10 @@ class CachedLatents:
         }
 
     def find(self, clips: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[str]]:
-        """The clips that the cache holds, in the cache's order, and a sentence for each other one.
+        """The clips that the cache holds, in the cache's order, and a sentence for each clip that it lacks.
 
-        Of several latents of one name (parts of a clip) the one of the pipeline's shape is taken, if there is one such.
+        Of several latents with one name (parts of a clip) the one with the pipeline's shape is taken, if just one has
+        it.
 
         Raises:
             PrismError: if two clips have one latent (the cache's names leave out folders), or no clip has one.
@@ -68,17 +69,17 @@ class CachedLatents:
                     f"one latent, {entry}; give the clips' files names of their own and write the cache again."
                 )
             owners[entry] = name
-            self._places[clip["video"]] = entry
+            self._entries[clip["video"]] = entry
         if not owners:
             some = next(iter(self.cache.entries), "nothing")
             raise PrismError(
                 f"The cache {quoted(str(self.cache.folder), 120)} has none of the {len(clips)} clips; it names "
                 f"{quoted(some, 80)}, the set {quoted(_name(clips[0]), 80)}. {absent[0]}"
             )
-        held = [clip for clip in clips if clip["video"] in self._places]
-        held.sort(key=lambda clip: self._places[clip["video"]])
-        self._steps = self._states_of_first(held)
-        return held, absent
+        cached_clips = [clip for clip in clips if clip["video"] in self._entries]
+        cached_clips.sort(key=lambda clip: self._entries[clip["video"]])
+        self._steps = self._states_of_first(cached_clips)
+        return cached_clips, absent
 
     def _entry(self, name: str) -> Entry:
         entries = self.cache.find(name)
@@ -100,11 +101,11 @@ class CachedLatents:
         except (RuntimeError, IndexError, TypeError):  # no latent of a video
             return ()
 
-    def _states_of_first(self, held: Sequence[Mapping[str, Any]]) -> int | None:
-        """The number of recorded states that every clip must have: that of the first one that can be read."""
-        for clip in held:
+    def _states_of_first(self, cached_clips: Sequence[Mapping[str, Any]]) -> int | None:
+        """The number of recorded states in the first clip that can be read, which all others must have."""
+        for clip in cached_clips:
             try:
-                states = self.cache.read(self._places[clip["video"]], self._in_loop).states
+                states = self.cache.read(self._entries[clip["video"]], self._in_loop).states
             except PrismError:
                 continue
             return 0 if states is None else len(states)
@@ -122,7 +123,7 @@ class CachedLatents:
             PrismError: for a damaged latent, one of another shape than the pipeline makes, or of other states than the
                 first clip's.
         """
-        entry = self._places[clip["video"]]
+        entry = self._entries[clip["video"]]
         cached = self.cache.read(entry, self._in_loop)
         shape = self._packed_shape(tuple(cached.latent.shape))
         if shape != self.shape:
@@ -153,6 +154,6 @@ class CachedLatents:
 
 
 def _name(clip: Mapping[str, Any]) -> str:
-    """The name of a clip's file, or its identity where it is a cell of a table or a list of pictures."""
+    """The name of a clip's file, or the clip's identity where it is a cell of a table or a list of pictures."""
     path = clip["path"]
     return str(clip["video"] if path is None or ".parquet#" in path else path)

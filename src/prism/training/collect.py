@@ -1,5 +1,5 @@
-"""Collect candidates of a user's own backbone into a latent store, labelled by rewards: by several processes, resumed
-after a kill.
+"""Collect candidates of a user's backbone, labelled by rewards, into a latent store, in several processes and with
+resumption after a kill.
 """
 
 from __future__ import annotations
@@ -68,32 +68,32 @@ def collect(
 ) -> LatentStore:
     """Sample candidates of each prompt, have rewards label them, and write both as a store of schema 2.
 
-    A candidate is a stock call of its own, so that its latents depend on its seed alone: not on the process that makes
-    it, nor on what is made beside it. Candidates whose latents are not finite are told and left out. The processes of a
-    launcher share the prompts, or the actors of a Ray cluster.
+    A candidate is a stock call of its own, so that its latents depend on its seed alone, and not on the process that
+    makes it or on other candidates. Candidates whose latents are not finite are left out, with a message. The processes
+    of a launcher, or the actors of a Ray cluster, share the prompts.
 
     Args:
-        prompts: texts, or as of `prism.preference.prompts.read_prompts`; those that name no split get one by their
-            words, and those that name an image start from it.
+        prompts: texts, or prompts from `prism.preference.prompts.read_prompts`. A prompt without a split gets one by a
+            hash of its words; a prompt with an image starts from it.
         backbone: its pipeline samples; or a crew that holds one, such as `prism.training.actors.Actors`.
         call: the pipeline's arguments, as JSON; kept in the store.
         out: the store's folder; new, or with `resume` the same run's.
-        rewards: what labels the videos; none leaves them without labels (see `label`).
+        rewards: they label the videos; without any, videos have no labels (see `label`).
         candidates: per prompt.
-        seed: of the run; a candidate's own follows from it, its prompt and its number.
-        states: steps whose states are kept, from 1, as cuts are counted.
-        predicted: keep the clean latents that the denoiser predicts at these steps.
+        seed: of the run; a candidate's seed follows from it, the prompt and the candidate's number.
+        states: steps whose states are stored, counted from 1 as cuts are.
+        predicted: store the clean latents that the denoiser predicts at these steps.
         half: keep all latents in float16, instead of the dtype that the pipeline computes in.
-        margins: largest differences of scores that are ties: one, or by dimension.
-        held_out: shares of the prompts that are validation and test prompts.
-        fps: frames per second, for rewards that ask.
+        margins: largest difference of scores that is a tie: one for all dimensions, or by dimension.
+        held_out: shares of the prompts that become validation and test prompts.
+        fps: frames per second, for rewards that take them.
         unit: prompts per shard.
-        loras: names of the LoRAs that are loaded and their scales; kept in the store, and not changed by `resume`.
-        resume: go on with a run that was stopped or killed; what is sampled or labelled stays.
+        loras: names of the loaded LoRAs with their scales; recorded in the store, and the same when it is resumed.
+        resume: continue a run that was stopped or killed; sampled and labelled candidates stay.
 
     Raises:
-        PrismError: for a call that the pipeline does not take, steps it does not make, `out` that holds something else,
-            or a reward that fails; what was made before stays.
+        PrismError: for a call that the pipeline does not take, steps that it does not make, an `out` that holds
+            something else, or a reward that fails; units that were made before stay.
     """
     check_names(rewards)
     check_fps(rewards, fps)
@@ -102,10 +102,10 @@ def collect(
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
     call = {name: value for name, value in call.items() if name != "output_type"}
     arguments = normalised(call)
-    asked = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
+    requested = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
     crew = crew_of(backbone)
-    fingerprint, digests = crew.ask(partial(_checked, prompts=asked, call=arguments, steps=steps))
-    key, meta = _identity(asked, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
+    fingerprint, digests = crew.ask(partial(_checked, prompts=requested, call=arguments, steps=steps))
+    key, meta = _identity(requested, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
     key |= {"loras": [str(each) for each in loras]} if loras else {}
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
@@ -114,7 +114,8 @@ def collect(
     units = [
         (unit_name(number, [each.video for each in rows]), rows)
         for number, rows in enumerate(
-            _candidates(asked[start : start + unit], candidates, seed, digests) for start in range(0, len(asked), unit)
+            _candidates(requested[start : start + unit], candidates, seed, digests)
+            for start in range(0, len(requested), unit)
         )
     ]
     done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
@@ -155,9 +156,9 @@ def label(
     resume: bool = False,
     progress: bool = True,
 ) -> LatentStore:
-    """Label the videos of a collected store anew, without sampling: pairs are then of these rewards.
+    """Label the videos of a collected store anew, without sampling, so that pairs have labels by these rewards.
 
-    Ratings by other rewards stay in the store. `resume`: go on with a labelling that was stopped or killed.
+    Ratings by other rewards stay in the store. resume: continue a labelling that was stopped or killed.
 
     Raises:
         PrismError: for a store that `collect` did not make, a backbone with another VAE, or a reward that fails.
@@ -201,9 +202,9 @@ def _identity(
     prompts: Sequence[Prompt], digests: Mapping[str, str], fingerprint: Mapping[str, Any], call: Mapping[str, Any],
     candidates: int, seed: int, steps: Sequence[int], predicted: bool, half: bool, held_out: tuple[float, float],
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-    """What the latents depend on, and further fields of store.json."""
+    """The store's key, which holds all that the latents depend on, and further fields of store.json."""
     try:
-        kept_call = json.loads(json.dumps(dict(call), allow_nan=False))
+        plain_call = json.loads(json.dumps(dict(call), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise PrismError(
             f"The call holds what a store cannot keep as JSON ({quoted(error, 120)}); give paths of files in place of "
@@ -212,7 +213,7 @@ def _identity(
     text = json.dumps([[each.text, each.split, *([digests[each.image]] if each.image else [])] for each in prompts])
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
-        "call": kept_call,
+        "call": plain_call,
         "prompts": {"count": len(prompts), "sha256": hashlib.sha256(text.encode()).hexdigest()},
         "candidates": candidates,
         "seed": seed,
@@ -221,7 +222,7 @@ def _identity(
         "held_out": list(held_out),
         "dtype": "float16" if half else "the pipeline's",
     }
-    return key, {"call": kept_call, "backbone": dict(fingerprint), "seed": seed}
+    return key, {"call": plain_call, "backbone": dict(fingerprint), "seed": seed}
 
 
 def _checked(
@@ -232,7 +233,9 @@ def _checked(
         raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, and candidates are collected by prompt.")
     backbone.check_call([prompt.text for prompt in prompts], call)
     count = call.get("num_inference_steps", backbone.default("num_inference_steps"))
-    others = any(call.get(name) is not None for name in ("timesteps", "sigmas", "strength"))  # which say it themselves
+    others = any(
+        call.get(name) is not None for name in ("timesteps", "sigmas", "strength")
+    )  # which change the number of steps
     if steps and isinstance(count, int) and not others and steps[-1] > count:
         raise PrismError(f"The call makes no step {steps[-1]}; --states takes steps from 1 to {count}.")
     return backbone.fingerprint(), _image_digests(prompts, backbone, call)
@@ -243,7 +246,7 @@ def _fits(backbone: Backbone, fingerprint: Mapping[str, Any]) -> tuple[list[tupl
 
 
 def _image_digests(prompts: Sequence[Prompt], backbone: Backbone, call: Mapping[str, Any]) -> dict[str, str]:
-    """The SHA-256 of the prompts' images by path, each of which was opened; refuses what cannot be sampled with."""
+    """The SHA-256 of the prompts' images by path. Raises PrismError for an image that cannot be opened or used."""
     digests: dict[str, str] = {}
     for prompt in prompts:
         if prompt.image is None or prompt.image in digests:
@@ -274,17 +277,17 @@ def _candidates(prompts: Sequence[Prompt], count: int, seed: int, digests: Mappi
 
 def _sampler(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
-    fps: float | None, **kept: Any,
+    fps: float | None, **settings: Any,
 ) -> Make:  # fmt: skip
-    """A process's function that samples and labels a unit; `kept`: further arguments of `_write`."""
+    """A function that samples and labels a unit in this process; `settings`: further arguments of `_write`."""
     writer = opened(main=False)
     labels = Labels(writer, rewards, backbone, call, fps)
 
-    def make(name: str, wanted: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
-        dropped = [] if writer.has(name) else _write(writer, name, wanted, backbone, call, **kept)
-        if writer.has(name):  # not where all its candidates were dropped
+    def make(name: str, candidates: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
+        dropped = [] if writer.has(name) else _write(writer, name, candidates, backbone, call, **settings)
+        if writer.has(name):  # not if all its candidates were dropped
             labels.label(name)
-        count(len(wanted))
+        count(len(candidates))
         return dropped
 
     return make
@@ -294,7 +297,7 @@ def _labeller(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
     fps: float | None,
 ) -> Make:  # fmt: skip
-    """A process's function that labels a unit."""
+    """A function that labels a unit in this process."""
     labels = Labels(opened(main=False), rewards, backbone, call, fps)
 
     def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
@@ -306,14 +309,14 @@ def _labeller(
 
 
 def _write(
-    writer: StoreWriter, name: str, wanted: Sequence[Candidate], backbone: Backbone, call: Mapping[str, Any],
+    writer: StoreWriter, name: str, candidates: Sequence[Candidate], backbone: Backbone, call: Mapping[str, Any],
     steps: Sequence[int], predicted: bool, half: bool, shares: tuple[float, float],
 ) -> list[str]:  # fmt: skip
-    """Sample and write one unit; the sentences of those candidates whose latents are not finite."""
-    kept: list[Candidate] = []
+    """Sample and write one unit; return a sentence for each candidate whose latents are not finite."""
+    finite: list[Candidate] = []
     sampled: list[Trajectory] = []
     dropped = []
-    for candidate in wanted:
+    for candidate in candidates:
         path = candidate.prompt.image
         arguments = call if path is None else {**call, **normalised({"image": path})}
         trajectory = sample(backbone, candidate.prompt.text, candidate.seed, arguments, steps, predicted=predicted)
@@ -323,23 +326,24 @@ def _write(
             }
             trajectory = trajectory._replace(**halves)
         if all(each.isfinite().all() for each in trajectory if each is not None):
-            kept.append(candidate)
+            finite.append(candidate)
             sampled.append(trajectory)
         else:
             dropped.append(f"the latents of seed {candidate.seed} hold NaN or infinity; a wider dtype may help")
-    if not kept:
+    if not finite:
         return dropped
     columns = {
-        "video": [each.video for each in kept],
-        "prompt": [each.prompt.text for each in kept],
-        "split": [each.prompt.split or split_of(each.prompt.text, shares) for each in kept],
-        "seed": [each.seed for each in kept],
-        "model": [type(backbone.pipe).__name__] * len(kept),
+        "video": [each.video for each in finite],
+        "prompt": [each.prompt.text for each in finite],
+        "split": [each.prompt.split or split_of(each.prompt.text, shares) for each in finite],
+        "seed": [each.seed for each in finite],
+        "model": [type(backbone.pipe).__name__] * len(finite),
         "image": pa.array(
-            [None if each.prompt.image is None else writer.keep_image(each.prompt.image) for each in kept], pa.string()
+            [None if each.prompt.image is None else writer.keep_image(each.prompt.image) for each in finite],
+            pa.string(),
         ),
-        "source": [each.prompt.place.source for each in kept],
-        "source_row": [each.prompt.place.row for each in kept],
+        "source": [each.prompt.place.source for each in finite],
+        "source_row": [each.prompt.place.row for each in finite],
     }
     tensors: dict[str, Tensor] = {}
     for field in Trajectory._fields:

@@ -128,8 +128,8 @@ class TrainConfig:
         self._require("levels", self.levels in LEVELS, f"one of {', '.join(LEVELS)}")
         self._require("token_cache", not self.token_cache or self.noise_draws > 0, "empty without noise_draws")
         if self.source not in OLDER_SOURCES:
-            wanted = f"one of {', '.join(SOURCES)}, or a mixture such as renoised=0.5,predicted=0.5"
-            self._require("source", _shares(self.source) is not None, wanted)
+            requirement = f"one of {', '.join(SOURCES)}, or a mixture such as renoised=0.5,predicted=0.5"
+            self._require("source", _shares(self.source) is not None, requirement)
         self._require("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._require("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
 

@@ -18,17 +18,18 @@ T = TypeVar("T")
 Unit = tuple[str, Sequence[Any]]
 """The name of a unit of work, and the rows of the videos that it makes."""
 Make = Callable[[str, Sequence[Any], Callable[[int], Any]], list[str]]
-"""Makes a unit, and calls its third argument with each number of rows that are done. Returns a sentence per row that
-is left out. A unit may be made again, also while a lost process still makes it: its files appear whole."""
+"""A function that makes a unit. It calls its third argument with the number of rows whenever some are done, and returns
+a sentence for each row that is left out. A unit may be made twice, even at the same time by a process that is thought
+lost: its files appear whole."""
 Begin = Callable[[Backbone], Make]
-"""Prepares a process for making units. It is sent to other machines, so that it must be picklable."""
+"""A function that prepares a process for making units. It must be picklable, as it is sent to other machines."""
 
 
 class Crew(Protocol):
     """The processes that hold a backbone.
 
     Attributes:
-        first: True in the process that writes what no unit makes, and messages.
+        first: True in the process that writes messages, and files that belong to no unit.
     """
 
     first: bool
@@ -53,10 +54,10 @@ class Crew(Protocol):
             progress: show the bar where stderr is a terminal, and lines of text elsewhere.
 
         Returns:
-            All sentences that came of it.
+            The sentences of all units.
 
         Raises:
-            PrismError: if a unit fails; units that were made stay.
+            PrismError: if a unit fails; units that were made before stay.
         """
 
 
@@ -84,24 +85,24 @@ class Processes:
         def run() -> list[str]:
             sentences: list[str] = []
             make = begin(self.backbone)
-            shown = Shown(name, kind, mine, self.first, progress)
-            with shown.bar():
+            counter = Progress(name, kind, mine, self.first, progress)
+            with counter.bar():
                 for (unit, rows), ready in mine:
                     if not ready:
-                        sentences += make(unit, rows, shown.rows)
-                        shown.unit()
+                        sentences += make(unit, rows, counter.rows)
+                        counter.unit()
             return sentences
 
         return [sentence for part in self.team.agree(run) for sentence in part]
 
 
-class Shown:
+class Progress:
     """The progress of units: a bar on a terminal, lines in a log.
 
     Args:
         name, kind, progress: as of `Crew.share`.
         units: each with True if it was made before.
-        first: in other processes nothing is shown.
+        first: False in processes that show nothing.
     """
 
     def __init__(self, name: str, kind: str, units: Sequence[tuple[Unit, bool]], first: bool, progress: bool) -> None:

@@ -1,7 +1,7 @@
-"""Labels of a store's videos by rewards: kept unit by unit as they come, joined to ratings, score columns and pairs.
+"""Labels of a store's videos by rewards: written unit by unit, then joined to ratings, score columns and pairs.
 
 labels/REWARD/UNIT.parquet    video, and a column per dimension: the scores of a shard's videos, written when the
-                              whole unit is scored; its metadata say of which function and of which shard
+                              whole unit is scored; its metadata name the function and the shard
 facts/UNIT.parquet            video, and what its decoded frames look like (`CLIP_FACTS`), for the bias probes
 """
 
@@ -32,11 +32,11 @@ from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard,
 from prism.training.reward import Reward
 
 FOLDER, FACTS = "labels", "facts"
-BATCH = 8  # videos that a reward for batches is given at once
+BATCH = 8  # videos per call of a reward that takes batches
 
 
 def check_names(rewards: Sequence[Reward]) -> None:
-    """Refuse several rewards of one name, which labels could not tell apart."""
+    """Refuse rewards with the same name, as labels are stored by name."""
     names = [reward.name for reward in rewards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -44,7 +44,7 @@ def check_names(rewards: Sequence[Reward]) -> None:
 
 
 def check_fps(rewards: Sequence[Reward], fps: float | None) -> None:
-    """Refuse rewards whose function needs the frames per second, where nobody gives them."""
+    """Refuse rewards that need the frames per second if these are not given."""
     lacking = [reward.name for reward in rewards if reward.needs_fps and fps is None]
     if lacking:
         raise PrismError(f"The reward {lacking[0]} takes fps, the frames per second of the videos; give --fps.")
@@ -76,10 +76,10 @@ class Labels:
 
     Args:
         writer: of the store.
-        rewards: with names of their own.
-        backbone: its VAE decodes; None where nothing is scored, but only asked for, joined or dropped.
+        rewards: with different names.
+        backbone: its VAE decodes; None where no video is scored.
         call: the pipeline arguments that the videos were sampled with.
-        fps: frames per second, for rewards that ask.
+        fps: frames per second, for rewards that take them.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Labels:
         self._changed: set[str] = set()
 
     def drop(self) -> None:
-        """Forget what these rewards said, to ask them anew."""
+        """Delete the scores by these rewards, so that all videos are scored again."""
         for reward in self.rewards:
             shutil.rmtree(self._folder(reward), ignore_errors=True)
 
@@ -101,7 +101,7 @@ class Labels:
         return [reward for reward in self.rewards if not self._has(reward, unit)]
 
     def label(self, unit: str) -> None:
-        """Have a unit's videos scored by the rewards that have not."""
+        """Score a unit's videos by the rewards that have not scored it yet."""
         rewards = self.missing(unit)
         if not rewards:
             return
@@ -143,13 +143,13 @@ class Labels:
         return {**self.call, **({"image": str(images.path_of(self.writer.folder, name))} if name else {})}
 
     def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
-        """Write ratings, score columns and pairs of all that was labelled; returns the number of videos.
+        """Write ratings, score columns and pairs from all scores; return the number of videos.
 
-        Ratings by others and people's labels stay; all other labels of pairs are of these rewards. With several rewards
-        a dimension is REWARD.DIMENSION.
+        Ratings by others and people's labels stay; all other labels of pairs are replaced. With several rewards a
+        dimension is named REWARD.DIMENSION.
 
         Args:
-            margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
+            margins: largest difference that is a tie: one for all dimensions, or by dimension (0 where it is missing).
         """
         if not any(self._folder(reward).is_dir() for reward in self.rewards):
             return self.writer.finish()
@@ -177,11 +177,11 @@ class Labels:
             if video in prompts and score is not None
         ]
         kinds = {each.name: each.type for each in RATINGS}
-        said = zip(*rows) if rows else [()] * len(kinds)
-        ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, said)})
+        by_column = zip(*rows) if rows else [()] * len(kinds)
+        ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, by_column)})
         labelled = _pairs(videos, ratings, _margins(margins, columns))
         path = self.writer.folder / "votes.parquet"
-        if path.is_file():  # what people said, as `prism data import` writes it
+        if path.is_file():  # people's answers, which `prism data import` writes
             labelled = self._beside_people(
                 labelled, list(columns), set(read_table(path, ("dimension",))["dimension"].to_pylist())
             )
@@ -199,7 +199,7 @@ class Labels:
         return {name: table[name].cast(pa.float64()).take(places).combine_chunks() for name in CLIP_FACTS}
 
     def _beside_people(self, labelled: pa.Table, rated: Sequence[str], answered: Set[str]) -> pa.Table:
-        """The pairs with people's labels, in the dimensions they answered, beside the rewards' labels."""
+        """The pairs with the rewards' labels, and with people's labels in the dimensions that people answered."""
         both = [name for name in rated if name in answered]
         if both:
             raise PrismError(
@@ -270,8 +270,8 @@ def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]
 
 
 def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) -> pa.Table:
-    """All pairs of each prompt's videos of one image, a column per dimension; where there are several and none is
-    "overall", this follows from them by the paper's rule.
+    """All pairs of each prompt's videos (with the same image), with a column per dimension. Where there are several
+    dimensions and none is "overall", this follows from them by the paper's rule.
     """
     clips = pa.table({name: videos[name] for name in ("video", "prompt", "split")})
     names = ratings["dimension"].to_pylist()

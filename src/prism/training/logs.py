@@ -1,4 +1,4 @@
-"""What a training step is logged as: the names of TRL's reward trainer, by dimension and by band of noise levels.
+"""Logged values of a training step, by the names of TRL's reward trainer, per dimension and band of noise levels.
 
 accuracy: share of decided pairs judged right; margin: score of the preferred video minus the other's; mean_reward,
 min_reward, max_reward: scores, the extremes averaged over steps; loss, grad_norm, learning_rate, epoch.

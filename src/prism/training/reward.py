@@ -5,9 +5,9 @@ A reward is any callable. It is called in one of two ways, by the names of its a
     one video:  reward(video, prompt=...)               -> a number, or a dict of numbers by dimension
     a batch:    reward(videos=[...], prompts=[...])     -> a list of those, or a dict of lists by dimension
 
-A video is its decoded frames, a NumPy array (T, H, W, 3) of uint8. `fps=` (frames per second, or None) is given where
-an argument has this name, and the prompt where one takes it. Attributes of the callable that are used where it has
-them: `name`, `dimensions`. A class is called once without arguments, and what it makes is the reward.
+A video is its decoded frames, a NumPy array (T, H, W, 3) of uint8. `prompt=` and `fps=` (frames per second, or None)
+are passed if the callable has arguments of these names. Its attributes `name` and `dimensions` are used if it has them.
+A class is called once without arguments, and the instance is the reward.
 """
 
 from __future__ import annotations
@@ -46,15 +46,16 @@ class Reward:
 
     Args:
         function: called as above.
-        name: of it in a store: letters, digits, _ and -.
+        name: of the reward in a store: letters, digits, _ and -.
         timeout: seconds that a call may take; None: any time.
-        source: which function it is, as FILE.py:function; labels of another one are not gone on with.
+        source: the function, as FILE.py:function; a resumed labelling must have the same.
         version: a hash of the function's file.
-        dimensions: of its scores, where they are known before it is called.
-        unclear: whether NaN in all dimensions is an answer, that a video has no score: of teachers that write text.
+        dimensions: of its scores, if they are known before it is called.
+        unclear: True if NaN in all dimensions is a valid answer and means that a video has no score, as of teachers
+            that write text.
 
     Raises:
-        PrismError: for what cannot be called in one of the two ways.
+        PrismError: for an object that cannot be called in one of the two ways.
     """
 
     def __init__(
@@ -74,16 +75,17 @@ class Reward:
         self.function = function
         self.dimensions: tuple[str, ...] | None = None
         self._batched, self._takes = _form(function, name)
-        asked = inspect.signature(function).parameters.get("fps") if "fps" in self._takes else None
-        self.needs_fps = asked is not None and asked.default is inspect.Parameter.empty
-        self._has_fps = asked is not None and not self.needs_fps
+        fps = inspect.signature(function).parameters.get("fps") if "fps" in self._takes else None
+        self.needs_fps = fps is not None and fps.default is inspect.Parameter.empty
+        self._has_fps = fps is not None and not self.needs_fps
         self.unclear = unclear
         dimensions = dimensions or getattr(function, "dimensions", None)
         if isinstance(dimensions, list | tuple) and dimensions:
             self.dimensions = tuple(self._checked(each) for each in dimensions)
         self._worker: _Worker | None = None
         self.load: Callable[[], Reward] | None = None
-        """Loads it in another process, which is then sent this in its place: a file's function cannot be sent."""
+        """A function that loads this reward in another process. It is pickled in place of the reward, as a function
+        from a file cannot be pickled; None: the reward itself is pickled."""
 
     def __reduce__(self) -> Any:
         return (_unpacked, ({**vars(self), "_worker": None},)) if self.load is None else (self.load, ())
@@ -95,17 +97,17 @@ class Reward:
         self, videos: Sequence[np.ndarray], prompts: Sequence[str], fps: float | None = None,
         names: Sequence[str] = (),
     ) -> list[dict[str, float]]:  # fmt: skip
-        """Scores of videos, by dimension; a single number is the dimension "overall". NaN only of `unclear` rewards.
+        """Scores of each video, by dimension; a single number is the dimension "overall". NaN only if `unclear`.
 
         Args:
             videos: (T, H, W, 3) uint8 each.
             prompts: one per video.
-            fps: frames per second, where they are known.
-            names: what an error calls the videos; by default their positions.
+            fps: frames per second, if known.
+            names: of the videos in errors; by default their positions.
 
         Raises:
             PrismError: naming function, prompt and video, where the function raises, takes too long, or answers with
-                something else than finite numbers of the same dimensions each time.
+                anything but finite numbers, always in the same dimensions.
         """
         names = names or [str(position) for position in range(len(videos))]
         extra = {"fps": fps} if "fps" in self._takes and not (fps is None and self._has_fps) else {}
@@ -144,8 +146,8 @@ class Reward:
                 return [{each: values[row] for each, values in columns.items()} for row in range(len(names))]
         elif isinstance(answers, list | tuple) and len(answers) == len(names):
             return list(answers)
-        found = f"{len(answers)} of them" if isinstance(answers, list | tuple) else quoted(answers, 80)
-        raise self._wrong(f"must answer with a row for each of {len(names)} videos, and gave {found}", names, prompts)
+        actual = f"{len(answers)} of them" if isinstance(answers, list | tuple) else quoted(answers, 80)
+        raise self._wrong(f"must answer with a row for each of {len(names)} videos, and gave {actual}", names, prompts)
 
     def _answer(self, answer: Any, name: str, prompt: str) -> dict[str, float]:
         answer = _plain(answer)
@@ -203,9 +205,9 @@ def is_function(spec: str) -> bool:
 
 
 def load_reward(spec: str, timeout: float | None = TIMEOUT) -> Reward:
-    """The reward that `module:function` or `FILE.py:function` names, or `NAME=...` to call it so.
+    """The reward that a text names: `module:function` or `FILE.py:function`, either after `NAME=` to name the reward.
 
-    The file runs as Python code: name only those that you trust.
+    The file runs as Python code: name only files that you trust.
 
     Raises:
         PrismError: where there is no such file, module or function, or importing it fails.
@@ -222,8 +224,8 @@ def load_reward(spec: str, timeout: float | None = TIMEOUT) -> Reward:
         )
     module = _from_file(where) if where.endswith(".py") else _imported(where)
     if not hasattr(module, attribute):
-        known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        near = difflib.get_close_matches(attribute, known, 3) or known[:5]
+        public = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        near = difflib.get_close_matches(attribute, public, 3) or public[:5]
         has = f"it has {quoted(', '.join(near), 120)}" if near else "it has none"
         raise PrismError(f"There is no function {quoted(attribute, 60)} in {quoted(where, 120)}; {has}.")
     function = getattr(module, attribute)
@@ -241,7 +243,7 @@ def _from_file(path: str) -> ModuleType:
     if not file.is_file():
         raise PrismError(f"The file {quoted(path, 160)} of the --reward does not exist; give a path to a Python file.")
     folder = str(file.absolute().parent)
-    if folder not in sys.path:  # for what it imports from beside it
+    if folder not in sys.path:  # so that the file can import modules beside it
         sys.path.append(folder)
     name = f"prism_reward_{hashlib.sha256(str(file.absolute()).encode(errors='surrogatepass')).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
@@ -275,7 +277,7 @@ def _digest(module: ModuleType) -> str:
 
 
 def _form(function: Callable[..., Any], name: str) -> tuple[bool, set[str]]:
-    """Whether a function takes batches, and which of prompt and fps it takes by name."""
+    """The form of a function: True if it takes batches, and the arguments "prompt" and "fps" that it takes by name."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin without a signature
@@ -307,8 +309,8 @@ def _plain(value: Any) -> Any:
 
 
 class _Worker:
-    """A thread that makes calls, so that one which hangs can be given up; the same thread makes all, as models that a
-    reward keeps may belong to it.
+    """A thread that makes all calls of a reward, so that a call that hangs can be abandoned. It is one thread, as a
+    reward's models may be bound to the thread that made them.
     """
 
     def __init__(self, name: str) -> None:
@@ -318,7 +320,7 @@ class _Worker:
         threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
 
     def call(self, function: Callable[[], Any], timeout: float | None) -> Any:
-        """What the function returns, or the exception it raises. Raises TimeoutError where it takes too long."""
+        """Return or raise the function's result in the thread. Raises TimeoutError where it takes too long."""
         self._calls.put(function)
         try:
             fine, answer = self._answers.get(timeout=timeout)
@@ -329,7 +331,7 @@ class _Worker:
         return answer
 
     def _work(self) -> None:
-        if self._device is not None:  # a thread's own in torch
+        if self._device is not None:  # the current device is per thread
             torch.cuda.set_device(self._device)
         while True:
             function = self._calls.get()

@@ -123,8 +123,8 @@ class TokenCache:
 
     def _check_space(self, size: int) -> None:
         """Say how large the cache will be, judged by its first file, and refuse what the disk does not hold."""
-        there = sum(1 for _ in self.folder.glob("*.safetensors"))
-        needed, free = size * max(1, self.units - there), shutil.disk_usage(self.folder).free
+        existing = sum(1 for _ in self.folder.glob("*.safetensors"))
+        needed, free = size * max(1, self.units - existing), shutil.disk_usage(self.folder).free
         if needed > free:
             raise PrismError(
                 f"The token cache {self.folder} would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
