@@ -5,6 +5,8 @@ OUT ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+# A file's tests run in one process, which makes their fixtures once; tests/conftest.py puts long files first.
+XDIST := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 QUICK := tests/test_golden.py tests/test_files.py tests/test_clips.py tests/test_clip_files.py tests/judge tests/preference tests/evaluation tests/sampling/test_exactness.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -25,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/prism demo --out $(OUT) --overwrite
 
 test: check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -55,7 +57,7 @@ dist:
 # constraints.txt does not hold here: diffusers brings what it asks for.
 upstream: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --upgrade 'diffusers @ git+https://github.com/huggingface/diffusers'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
 
 # torch comes first and alone, so that nothing else decides which of its builds is taken.
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -48,7 +48,24 @@ EXCEPTIONS = (
 )
 
 
+# Files of half a minute. They come first, so that at the end no process is busy with one while the others wait.
+LONG = {
+    "test_matrix.py",
+    "test_real_weights.py",
+    "test_ray.py",
+    "test_train_processes.py",
+    "test_demo.py",
+    "test_processes.py",
+    "test_collect.py",
+    "test_adapted.py",
+    "test_real_memory.py",
+    "test_imports.py",
+    "test_runs.py",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS), append=False)  # a test's own marks win
 

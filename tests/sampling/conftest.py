@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,10 +51,15 @@ class Setting:
         return self.plain[seed]
 
 
+@functools.cache
+def made(name: str) -> Setting:
+    make, call = BUILDERS[name]
+    return Setting(name, make(), {**call, "output_type": "np"})
+
+
 @pytest.fixture(scope="session", params=BUILDERS)
 def setting(request: pytest.FixtureRequest) -> Setting:
-    make, call = BUILDERS[request.param]
-    return Setting(request.param, make(), {**call, "output_type": "np"})
+    return made(request.param)  # once, also where files that use it come apart
 
 
 @pytest.fixture(scope="session")
