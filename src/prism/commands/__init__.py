@@ -9,7 +9,7 @@ from typing import Any
 
 
 def speaks() -> bool:
-    """Whether this process is the first of those that a launcher started, which alone says what was done."""
+    """True in the first of the processes that a launcher started, which alone prints the results."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -40,7 +40,7 @@ class AccuracyRow(_NewerAccuracy):
 
 
 class _Look(TypedDict, total=False):
-    """What cuts judged, in rows of looks ahead alone."""
+    """The latents that cuts judged, in rows of runs that look ahead only."""
 
     look: str
 
