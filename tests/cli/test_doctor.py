@@ -14,7 +14,7 @@ from tests.zoo.own import own
 from prism import cli
 from prism.backbone import Backbone
 from prism.commands import checks
-from prism.commands.doctor import _alone, _peak, _size
+from prism.commands.doctor import _standalone, _peak, _size
 from prism.sampling import expected_rows
 
 
@@ -82,11 +82,11 @@ def test_what_a_judge_by_itself_loads_is_what_it_then_holds(variant, tmp_path):
     whole = Backbone(pipe)
     alone = Backbone.from_pretrained(str(tmp_path / "pipe"), up_to=whole.default_tap)
     held = sum(value.nbytes for value in (*alone.denoiser.parameters(), *alone.denoiser.buffers()))
-    assert f"loads {_size(held)} of the denoiser's" in _alone(whole)
+    assert f"loads {_size(held)} of the denoiser's" in _standalone(whole)
 
 
 def test_of_a_u_net_no_first_blocks_are_promised():
-    assert "no first blocks can be loaded alone" in _alone(Backbone(VARIANTS["svd"]()[0]))
+    assert "no first blocks can be loaded alone" in _standalone(Backbone(VARIANTS["svd"]()[0]))
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path, capsys):
