@@ -14,7 +14,7 @@ from tests.zoo.own import own
 from prism import cli
 from prism.backbone import Backbone
 from prism.commands import checks
-from prism.commands.doctor import _standalone, _peak, _size
+from prism.commands.doctor import _peak, _size, _standalone
 from prism.sampling import expected_rows
 
 
