@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Kandinsky5I2VPipeline, WanPipeline
-from tests import tiny
+from tests import forks, tiny
 from tests.works import works
 from tests.zoo import VARIANTS
 from tests.zoo.own import OwnPipeline, OwnTransformer, own
 
 import prism
+from prism import cli
 from prism.backbone import FAMILIES, Backbone, register, registry
 from prism.errors import PrismError
 from prism.judge import Judge
@@ -160,21 +159,18 @@ def test_an_entry_point_is_found_and_a_broken_one_is_warned_of(tmp_path: Path, m
     sys.modules.pop("their_rows")
 
 
+def doctor(site: Path, pipe: Path) -> int:
+    sys.path.insert(0, str(site))
+    return cli.main(["doctor", str(pipe), "--no-run", "--device", "cpu"])
+
+
 def test_a_command_finds_what_an_entry_point_brings(tmp_path: Path) -> None:
     installed(tmp_path / "site", own="their_rows:rows")
     pipe, _ = own()
     pipe.save_pretrained(tmp_path / "pipe")
-    top = Path(__file__).parents[2]
-    path = os.pathsep.join([str(tmp_path / "site"), str(top / "src"), str(top)])
-    done = subprocess.run(
-        [sys.executable, "-m", "prism", "doctor", str(tmp_path / "pipe"), "--no-run", "--device", "cpu"],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "OwnPipeline (Wan 2.1, Wan 2.2)" in done.stdout
+    (done,) = forks.run(doctor, tmp_path / "site", tmp_path / "pipe", count=1)
+    assert done.code == 0, done.err
+    assert "OwnPipeline (Wan 2.1, Wan 2.2)" in done.out
 
 
 def test_one_row_is_registered_for_further_pipelines() -> None:

@@ -7,15 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import kills, stores, tiny
+from tests import forks, kills, stores, tiny
 from tests.works import works
 
 from prism import files, runs
@@ -174,41 +172,25 @@ def test_runs_are_seeded(wan, store, tmp_path):
     assert not same(runs["a"], runs["c"])
 
 
-KILLED = """
-import json, os, signal, sys
-import torch
-from prism.preference import LatentStore
-from prism.training import TrainConfig, train
-from tests.training.test_trainer import judge_for
-from tests import tiny
-import prism.training.learner as checkpoint
+def killed(store: Path, out: Path) -> None:
+    """What a process does that is killed when the third checkpoint is written, but not published."""
+    torch.set_num_threads(1)  # as the tests' own process
+    write = files.write_json
 
-torch.set_num_threads(int(sys.argv[4]))
-write = checkpoint.files.write_json
+    def write_or_die(path: Path, obj: dict) -> None:
+        write(path, obj)
+        if path.name == "state.json" and obj["step"] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def write_or_die(path, obj):
-    write(path, obj)
-    if path.name == "state.json" and obj["step"] == 6:  # the third checkpoint is written, but not published
-        os.kill(os.getpid(), signal.SIGKILL)
-
-checkpoint.files.write_json = write_or_die
-config = TrainConfig.from_dict(json.loads(sys.argv[3]))
-train(LatentStore.open(sys.argv[1]), judge_for(tiny.wan()), config, sys.argv[2], progress=False)
-"""
+    files.write_json = write_or_die
+    train(LatentStore.open(store), judge_for(tiny.wan()), EVERYTHING, out, progress=False)
 
 
 def test_resuming_after_kill_9_gives_the_same_bits(wan, store, tmp_path):
     whole = judge_for(wan)
     expected = train(store, whole, EVERYTHING, tmp_path / "whole", progress=False)
-    root = Path(__file__).parents[2]
-    arguments = [str(store.folder), str(tmp_path / "killed"), json.dumps(EVERYTHING.to_dict())]
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments, str(torch.get_num_threads())],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])},
-        capture_output=True,
-        text=True,
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    (died,) = forks.run(killed, store.folder, tmp_path / "killed", count=1)
+    assert died.code == -signal.SIGKILL, died.err
     left = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert [name for name in left if not name.startswith(".")] == ["step-00000002", "step-00000004"]
     assert len(left) == 3  # and the torn third
