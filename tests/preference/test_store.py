@@ -236,33 +236,6 @@ def test_a_table_that_was_changed_is_noticed_when_the_store_is_opened(tmp_path):
         LatentStore.open(folder)
 
 
-def test_many_videos_are_checked_once_each(tmp_path):
-    """A count of comparisons, for no clock can be trusted: names are looked up, not searched for."""
-
-    class Name(str):
-        compared = 0
-
-        def __eq__(self, other):
-            Name.compared += 1
-            return str.__eq__(self, other)
-
-        __hash__ = str.__hash__
-
-    folder, _, _ = make(tmp_path / "store", per_prompt=40, trajectories=False)
-    store = LatentStore.open(folder)
-    ids = [Name(f"v{i}") for i in range(119)]
-
-    class Column:
-        def to_pylist(self):
-            return [*ids, Name("v118")]
-
-    videos = {"video": Column(), "split": store.videos["split"]}
-    store.videos = videos
-    with pytest.raises(PrismError, match=r"'v118' is in .* twice"):
-        store._check_videos()
-    assert Name.compared <= 3 * len(ids)
-
-
 def test_a_folder_named_like_a_column_adds_none(tmp_path):
     (tmp_path / "split=dev").mkdir()
     folder, _, _ = make(tmp_path / "split=dev" / "prompt=a")

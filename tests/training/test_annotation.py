@@ -16,8 +16,8 @@ from prism.backbone import Backbone
 from prism.cli import main
 from prism.errors import PrismError
 from prism.preference import LatentStore
-from prism.preference.pairs import joined
 from prism.preference.readers import read
+from prism.preference.sets import joined
 from prism.training.annotation import clip_name, export, read_back
 from prism.training.collect import collect
 from prism.training.collect import label as label_store

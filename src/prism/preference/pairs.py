@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from prism import files
 from prism.errors import PrismError, instance, listed, number, quoted
+from prism.preference.compact import ENCODED, codes, joint_codes, read_compacted, texts_of
 from prism.preference.soft import is_extra, soft_labels
 
 SPLITS = ("train", "validation", "test", "unseen")  # unseen: prompts of another domain than in the other splits
@@ -216,7 +217,7 @@ class PromptGroups(Sequence[PromptGroup]):
             labelled |= ~np.isnan(soft[..., 0])
         name = split.encode(errors="surrogatepass")  # as bytes: Arrow takes no half of a surrogate pair
         chosen = np.flatnonzero(pc.equal(pairs["split"].cast(pa.binary()), name).to_numpy() & labelled.any(1))
-        prompts = pairs["prompt"].take(pa.array(chosen)).combine_chunks().dictionary_encode().indices.to_numpy()
+        prompts = codes(pairs["prompt"].take(pa.array(chosen)))
         self._rows = chosen[np.argsort(prompts, kind="stable")]
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(prompts))]).astype(np.int64)
         self._labels = labels[self._rows]
@@ -284,6 +285,16 @@ def check_disjoint(pairs: pa.Table) -> None:
                 )
 
 
+def are_disjoint(videos: pa.Table) -> bool:
+    """True if no two splits of a table with the columns prompt and split share a prompt, up to case and spacing."""
+    pairs = joint_codes([videos["prompt"], videos["split"]])
+    _, rows = np.unique(pairs, return_index=True)  # each prompt once per split
+    prompts = texts_of(videos["prompt"].take(pa.array(rows)))
+    keys = np.fromiter((int(prompt_key(prompt), 16) for prompt in prompts), np.uint64, len(rows))
+    different = joint_codes([pa.chunked_array([keys]), videos["split"].take(pa.array(rows))])
+    return len(np.unique(different)) == len(np.unique(keys))
+
+
 # -- Parquet files
 
 
@@ -300,7 +311,9 @@ def check_file(path: Path, needed_for: str = "") -> None:
     files.check_regular(path)
 
 
-def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), others: Sequence[str] = ()) -> pa.Table:
+def read_table(
+    path: Path, texts: Sequence[str], wholes: Sequence[str] = (), others: Sequence[str] = (), compact: bool = False
+) -> pa.Table:
     """A Parquet file that has at least these columns.
 
     Args:
@@ -308,13 +321,15 @@ def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), oth
         texts: columns of texts; returned as Arrow's `string`.
         wholes: columns of whole numbers from 0; returned as `int64`.
         others: columns of any type.
+        compact: as from `read_compacted`.
 
     Raises:
         PrismError: naming the file, the column and the problem.
     """
     check_file(path)
     try:
-        table = pq.ParquetFile(path).read()  # read_table would add columns from folders named a=b
+        # read_table would add columns from folders named a=b
+        table = read_compacted(path) if compact else pq.ParquetFile(path).read()
         table.validate(full=True)
     except Exception as error:
         raise PrismError(f"The file {named(path)} is not a whole Parquet file ({quoted(error, 150)}).") from error
@@ -325,10 +340,11 @@ def read_table(path: Path, texts: Sequence[str], wholes: Sequence[str] = (), oth
         if name not in table.column_names:
             raise PrismError(f"The file {named(path)} lacks the column {name}.")
     for name in texts:
-        table = _cast(table, path, name, _is_text, pa.string(), "texts")
+        kept = compact and table[name].type == ENCODED
+        table = _cast(table, path, name, _is_text, ENCODED if kept else pa.string(), "texts")
     for name in wholes:
         table = _cast(table, path, name, pa.types.is_integer, pa.int64(), "whole numbers from 0")
-        if len(table) and min(table[name].to_pylist()) < 0:
+        if len(table) and pc.min(table[name]).as_py() < 0:
             raise PrismError(
                 f"The column {name} of {named(path)} must hold whole numbers from 0, found a negative one."
             )
@@ -346,6 +362,8 @@ def _cast(
         raise PrismError(
             f"The column {name} of {named(path)} must hold {requirement}, found {quoted(str(column.type), 80)}."
         )
+    if column.type == kind:
+        return table
     try:
         return table.set_column(table.column_names.index(name), name, column.cast(kind))
     except pa.ArrowException as error:
@@ -358,39 +376,3 @@ def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-# -- labels of several origins in one table
-
-
-def joined(before: pa.Table, labelled: pa.Table, dimensions: Sequence[str]) -> pa.Table:
-    """The pairs of both tables, with the new labels in `dimensions` and the earlier ones in all others.
-
-    Pairs without a label are left out. A pair has the sides of the new table, and earlier labels are mirrored to them.
-    """
-    new = {(row["video_a"], row["video_b"]): row for row in labelled.to_pylist()}
-    kept = [name for name in before.column_names if name not in PAIR_COLUMNS and name.split(":")[0] not in dimensions]
-    rows: list[Mapping[str, Any]] = []
-    for row in before.to_pylist():
-        sides = (row["video_a"], row["video_b"])
-        if sides[::-1] in new:  # the other way round
-            row["video_a"], row["video_b"] = sides[::-1]
-            row |= {name: None if row[name] is None else _mirrored(row, name) for name in kept}
-        answer = new.pop((row["video_a"], row["video_b"]), {})
-        rows.append(
-            {name: row[name] for name in (*PAIR_COLUMNS, *kept)} | {name: answer.get(name) for name in dimensions}
-        )
-    rows += [{**dict.fromkeys(kept), **row} for row in new.values()]
-    rows = [row for row in rows if any(row[name] is not None for name in (*kept, *dimensions))]
-    fields = [before.schema.field(name) for name in (*PAIR_COLUMNS, *kept)]
-    schema = pa.schema([*fields, *(labelled.schema.field(name) for name in dimensions)])
-    return pa.Table.from_pylist(rows, schema)
-
-
-def _mirrored(row: Mapping[str, Any], name: str) -> Any:
-    """The label, probability or weight of a pair in a column once its sides are exchanged."""
-    dimension, _, kind = name.partition(":")
-    if not kind:
-        return -row[name]
-    other = {"p_a": "p_b", "p_b": "p_a"}.get(kind, kind)
-    return row[f"{dimension}:{other}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -294,3 +294,39 @@ class Collector:
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
     columns = zip(*rows) if rows else [()] * len(schema)
     return pa.table([pa.array(values, each.type) for values, each in zip(columns, schema)], schema=schema)
+
+
+# -- labels of several origins in one table
+
+
+def joined(before: pa.Table, labelled: pa.Table, dimensions: Sequence[str]) -> pa.Table:
+    """The pairs of both tables, with the new labels in `dimensions` and the earlier ones in all others.
+
+    Pairs without a label are left out. A pair has the sides of the new table, and earlier labels are mirrored to them.
+    """
+    new = {(row["video_a"], row["video_b"]): row for row in labelled.to_pylist()}
+    kept = [name for name in before.column_names if name not in PAIR_COLUMNS and name.split(":")[0] not in dimensions]
+    rows: list[Mapping[str, Any]] = []
+    for row in before.to_pylist():
+        sides = (row["video_a"], row["video_b"])
+        if sides[::-1] in new:  # the other way round
+            row["video_a"], row["video_b"] = sides[::-1]
+            row |= {name: None if row[name] is None else _mirrored(row, name) for name in kept}
+        answer = new.pop((row["video_a"], row["video_b"]), {})
+        rows.append(
+            {name: row[name] for name in (*PAIR_COLUMNS, *kept)} | {name: answer.get(name) for name in dimensions}
+        )
+    rows += [{**dict.fromkeys(kept), **row} for row in new.values()]
+    rows = [row for row in rows if any(row[name] is not None for name in (*kept, *dimensions))]
+    fields = [before.schema.field(name) for name in (*PAIR_COLUMNS, *kept)]
+    schema = pa.schema([*fields, *(labelled.schema.field(name) for name in dimensions)])
+    return pa.Table.from_pylist(rows, schema)
+
+
+def _mirrored(row: Mapping[str, Any], name: str) -> Any:
+    """The label, probability or weight of a pair in a column once its sides are exchanged."""
+    dimension, _, kind = name.partition(":")
+    if not kind:
+        return -row[name]
+    other = {"p_a": "p_b", "p_b": "p_a"}.get(kind, kind)
+    return row[f"{dimension}:{other}"]

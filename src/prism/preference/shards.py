@@ -35,7 +35,19 @@ from safetensors import safe_open
 
 from prism import files
 from prism.errors import PrismError, quoted
-from prism.preference.pairs import PAIR_COLUMNS, SPLITS, check_file, cut, named, read_table
+from prism.preference.compact import RowIndex, compacted, equal_at, joint_codes, plain
+from prism.preference.pairs import (
+    PAIR_COLUMNS,
+    SPLITS,
+    check_disjoint,
+    check_file,
+    cut,
+    dimensions_of,
+    label_matrix,
+    named,
+    read_table,
+)
+from prism.preference.soft import check_soft
 
 FIRST_SCHEMA, SCHEMA = 1, 2
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -92,9 +104,11 @@ def shard_tables(folder: Path, key: str, skip: Iterable[str] = ()) -> dict[str, 
     return shards
 
 
-def read_rows(path: Path, texts: Sequence[str]) -> pa.Table:
+def read_rows(path: Path, texts: Sequence[str], compact: bool = False) -> pa.Table:
     """The rows of a shard or of the index, checked; `texts`: further columns that it must have."""
-    return read_table(path, ("video", "prompt", "split", "call", "shape", *texts), ("row",), tuple(ROW_COLUMNS))
+    return read_table(
+        path, ("video", "prompt", "split", "call", "shape", *texts), ("row",), tuple(ROW_COLUMNS), compact
+    )
 
 
 def with_units(shards: Mapping[str, tuple[pa.Table, Any]]) -> pa.Table:
@@ -105,10 +119,10 @@ def with_units(shards: Mapping[str, tuple[pa.Table, Any]]) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
 
 
-def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
+def indexed(folder: Path, key: str, compact: bool = False) -> tuple[pa.Table, dict[Path, str]]:
     """All rows of a store, with the column shard, and the SHA-256 of each shard's tensors and of the labels.
 
-    Shards that were written after the index are read too.
+    Shards that were written after the index are read too. `compact`: as of `read_table`.
     """
     seals = _sealed(folder)
     for path, seal in seals.items():
@@ -117,7 +131,7 @@ def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
     if (folder / INDEX).is_file():
         metadata = noted(folder / INDEX)
         check_key(folder / INDEX, metadata, key)
-        rows = read_rows(folder / INDEX, ("shard",))
+        rows = read_rows(folder / INDEX, ("shard",), compact)
         sums = dict(metadata.get("sha256") or {})
         unsealed = set(pc.unique(rows["shard"]).to_pylist()) - set(sums)
         if unsealed:
@@ -127,7 +141,8 @@ def indexed(folder: Path, key: str) -> tuple[pa.Table, dict[Path, str]]:
     later = shard_tables(folder, key, sums)
     if later or rows is None:
         added = with_units(later)
-        rows = added if rows is None else pa.concat_tables([rows, added], promote_options="permissive")
+        rows = added if rows is None else pa.concat_tables([plain(rows), added], promote_options="permissive")
+        rows = compacted(rows) if compact else rows
         sums |= {unit: metadata.get("sha256") for unit, (_, metadata) in later.items()}
     for unit, seal in sums.items():
         seals[folder / "shards" / f"{unit}.safetensors"] = str(seal)
@@ -193,20 +208,50 @@ def view(shard: Any, path: Path, name: str, kinds: Sequence[str] = FLOATS) -> An
     return tensor
 
 
-def present_pairs(folder: Path, videos: pa.Table) -> pa.Table:
+def present_pairs(folder: Path, videos: RowIndex) -> pa.Table:
     """The pairs whose videos the store holds; a store that is still being written may lack videos of some pairs."""
     if not (folder / PAIRS).is_file():
         return pa.table({name: pa.array([], pa.string()) for name in PAIR_COLUMNS})
-    pairs = read_table(folder / PAIRS, PAIR_COLUMNS)
-    present = pc.and_(*(pc.is_in(pairs[name], value_set=videos["video"]) for name in ("video_a", "video_b")))
-    missing = len(pairs) - pc.sum(present).as_py() if len(pairs) else 0
+    pairs = read_table(folder / PAIRS, PAIR_COLUMNS, compact=True)
+    present = (videos.rows(pairs["video_a"]) >= 0) & (videos.rows(pairs["video_b"]) >= 0)
+    missing = len(pairs) - int(present.sum())
     if missing:
         warnings.warn(
             f"{missing} of {len(pairs)} pairs of the store {named(folder)} name videos that it does not hold (yet); "
             "they are left out.",
             stacklevel=3,
         )
-    return pairs.filter(present) if missing else pairs
+    return pairs.filter(pa.array(present)) if missing else pairs
+
+
+def check_pairs(pairs: pa.Table, videos: pa.Table, index: RowIndex, path: Path) -> None:
+    """Refuse pairs of other videos, prompts or splits than the store's, so that splits share none, as in its videos.
+
+    Args:
+        pairs, videos: as from `compacted`.
+        index: of the videos.
+        path: of the pairs.
+    """
+    check_splits(pc.unique(pairs["split"]).to_pylist(), path)
+    for side in ("video_a", "video_b"):
+        rows = index.rows(pairs[side])
+        same = rows >= 0
+        for name in ("prompt", "split"):
+            same &= equal_at(videos[name], rows.clip(0), pairs[name]) if len(rows) else True
+        if same.all():
+            continue
+        check_disjoint(plain(pairs))  # which says more
+        wrong = int(np.argmin(same))
+        prompt, video_a, video_b, split = (pairs[name][wrong].as_py() for name in PAIR_COLUMNS)
+        pair, row = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(path)}", int(rows[wrong])
+        if row < 0:
+            raise PrismError(f"{pair} names no video of the store.")
+        raise PrismError(
+            f"{pair} is of {cut(prompt)} ({split}), but its video {cut(pairs[side][wrong].as_py())} of "
+            f"{cut(videos['prompt'][row].as_py())} ({videos['split'][row].as_py()})."
+        )
+    label_matrix(pairs, dimensions_of(pairs))
+    check_soft(pairs, dimensions_of(pairs), named(path))
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -228,9 +273,7 @@ def kinds_of(videos: pa.Table) -> np.ndarray:
         (videos,) int64, equal for videos that may share a batch.
     """
     columns = [videos[name] for name in ("image", "shape", "call") if name in videos.column_names]
-    joined = pc.binary_join_element_wise(*(column.cast(pa.string()).fill_null("") for column in columns), "|")
-    kinds: np.ndarray = joined.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
-    return kinds
+    return joint_codes(columns).astype(np.int64)
 
 
 def check_splits(splits: Iterable[str], table: Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from torch import Tensor
 from prism import files
 from prism.errors import PrismError, instance, listed, quoted, whole
 from prism.preference import images
+from prism.preference.compact import RowIndex, codes, compacted, plain, returned_memory
 from prism.preference.pairs import (
     PAIR_COLUMNS,
     PromptGroup,
+    PromptGroups,
+    are_disjoint,
     check_disjoint,
     cut,
     dimensions_of,
-    group_by_prompt,
-    label_matrix,
     named,
     read_table,
 )
@@ -48,6 +49,7 @@ from prism.preference.shards import (
     NUMBERS,
     PAIRS,
     SCHEMA,
+    check_pairs,
     check_seal,
     check_splits,
     indexed,
@@ -58,9 +60,8 @@ from prism.preference.shards import (
     read_meta,
     view,
 )
-from prism.preference.soft import check_soft
 
-OPEN_SHARDS = 64
+OPEN_SHARDS = 16
 """Shards that are memory-mapped at once: what a store of any size holds of them, and within a system's open files."""
 _WRITTEN = "that prism encode or prism.preference.write_store wrote"
 
@@ -69,21 +70,37 @@ class LatentStore:
     """An opened store. Use ``LatentStore.open(folder)``, which checks everything that can be checked cheaply."""
 
     def __init__(
-        self, folder: Path, meta: dict[str, Any], videos: pa.Table, pairs: pa.Table, seals: Mapping[Path, str]
-    ) -> None:
-        self.folder, self.meta, self.videos, self.pairs, self._seals = folder, meta, videos, pairs, seals
-        self._index = {video: row for row, video in enumerate(videos["video"].to_pylist())}
-        shards, self._row_of = videos["shard"].combine_chunks().dictionary_encode(), videos["row"].to_numpy()
-        self._shard_names, self._shard_of = shards.dictionary.to_pylist(), shards.indices.to_numpy()
+        self, folder: Path, meta: dict[str, Any], videos: pa.Table, pairs: pa.Table, seals: Mapping[Path, str],
+        index: RowIndex | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.meta, self._seals = folder, meta, seals
+        self._videos, self._pairs = compacted(videos), compacted(pairs)
+        self._index = RowIndex(videos["video"]) if index is None else index
+        self._shard_of, self._row_of = codes(videos["shard"]), videos["row"].to_numpy()
+        self._shard_names = pc.unique(videos["shard"]).to_pylist()
         self._shards: OrderedDict[Path, Any] = OrderedDict()  # opened, the one used last at the end
-        self._unread = set(seals)
         self._kinds: np.ndarray | None = None
-        self._whole_images: set[Path] = set()
+        self._unread, self._whole_images = set(seals), set[Path]()
 
     def __repr__(self) -> str:
-        return f"LatentStore({self.folder}: {len(self.videos)} videos, {len(self.pairs)} pairs)"
+        return f"LatentStore({self.folder}: {len(self._videos)} videos, {len(self._pairs)} pairs)"
+
+    @property
+    def videos(self) -> pa.Table:
+        """A row per video; made anew each time, as the store itself keeps texts that recur once."""
+        return plain(self._videos)
+
+    @property
+    def pairs(self) -> pa.Table:
+        """The table of labelled pairs; see ``prism.preference.pairs``. Made anew each time."""
+        return plain(self._pairs)
+
+    @pairs.setter
+    def pairs(self, pairs: pa.Table) -> None:
+        self._pairs = compacted(pairs)
 
     @classmethod
+    @returned_memory()
     def open(cls, folder: str | os.PathLike[str]) -> LatentStore:
         """Open and check a store.
 
@@ -102,23 +119,24 @@ class LatentStore:
             )
         meta = read_meta(folder / "store.json")
         if meta.get("schema") == SCHEMA:
-            videos, seals = indexed(folder, key_digest(meta.get("key") or {}))
-            pairs = present_pairs(folder, videos)
+            videos, seals = indexed(folder, key_digest(meta.get("key") or {}), compact=True)
+            index = RowIndex(videos["video"])
+            pairs = present_pairs(folder, index)
             tables = []  # `indexed` has compared them with their SHA-256
         elif meta.get("schema") == FIRST_SCHEMA:
             tables = [folder / "videos.parquet", folder / PAIRS]
-            videos = read_table(tables[0], ("video", "prompt", "split"), ("shard", "row"), ("seed",))
-            pairs = read_table(tables[1], PAIR_COLUMNS)
+            videos = read_table(tables[0], ("video", "prompt", "split"), ("shard", "row"), ("seed",), compact=True)
+            pairs, index = read_table(tables[1], PAIR_COLUMNS, compact=True), RowIndex(videos["video"])
             seals = {folder / name: seal for name, seal in (meta.get("sha256") or {}).items()}
         else:
             raise PrismError(
                 f"The store {named(folder)} has schema {quoted(meta.get('schema'), 80)}; this version reads schema "
                 f"{FIRST_SCHEMA} and {SCHEMA}."
             )
-        store = cls(folder, meta, videos, pairs, seals)
-        check_disjoint(pairs)
+        store = cls(folder, meta, videos, pairs, seals, index)
         store._check_videos()
-        store._check_pairs()
+        pa.default_memory_pool().release_unused()
+        check_pairs(store._pairs, store._videos, index, folder / PAIRS)
         for path in tables:
             store._check_seal(path)
         return store
@@ -135,7 +153,7 @@ class LatentStore:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The dimensions that pairs are labelled in."""
-        return dimensions_of(self.pairs)
+        return dimensions_of(self._pairs)
 
     @property
     def call(self) -> dict[str, Any]:
@@ -169,7 +187,7 @@ class LatentStore:
 
     def image_of(self, video: str) -> Path | None:
         """The file of a video's conditioning image, compared with its SHA-256 the first time; None: it has none."""
-        name = self._of(video, "image") if self._sharded and "image" in self.videos.column_names else None
+        name = self._of(video, "image") if self._sharded and "image" in self._videos.column_names else None
         path = None if name is None else images.path_of(self.folder, name)
         if path is not None and path not in self._whole_images:
             images.check(path)
@@ -189,18 +207,18 @@ class LatentStore:
             (ids,) int64. A store of the first schema has one shape and call, number 0.
         """
         if self._kinds is None:
-            self._kinds = kinds_of(self.videos) if self._sharded else np.zeros(len(self.videos), np.int64)
+            self._kinds = kinds_of(self._videos) if self._sharded else np.zeros(len(self._videos), np.int64)
         kinds: np.ndarray = self._kinds[[self._row(video) for video in ids]]
         return kinds
 
     def _of(self, video: str, column: str) -> Any:
-        return self.videos[column][self._row(video)].as_py()
+        return self._videos[column][self._row(video)].as_py()
 
     def _row(self, video: str) -> int:
         """The row of a video in the table of videos."""
-        if video not in self._index:
+        if (row := self._index.get(video)) is None:
             raise PrismError(f"The store {self.folder} has no video {cut(video)}.")
-        return self._index[video]
+        return row
 
     def _placed(self, video: str) -> tuple[Any, int]:
         """The shard of a video's latents, and their row in it."""
@@ -209,8 +227,12 @@ class LatentStore:
 
     def groups(self, split: str, dimensions: Sequence[str] | None = None) -> list[PromptGroup]:
         """The labelled pairs of a split by prompt."""
+        return list(self.prompt_groups(split, dimensions))
+
+    def prompt_groups(self, split: str, dimensions: Sequence[str] | None = None) -> PromptGroups:
+        """The groups of `groups`, each made when it is asked for."""
         instance("The split", split, str, "a text")
-        return group_by_prompt(self.pairs, self.dimensions if dimensions is None else dimensions, split)
+        return PromptGroups(self._pairs, self.dimensions if dimensions is None else dimensions, split)
 
     def latents(self, ids: Iterable[str]) -> Tensor:
         """Latents of finished videos, normalised, in the layout of the sampling loop.
@@ -319,13 +341,13 @@ class LatentStore:
 
     def _check_videos(self) -> None:
         table = self.folder / (INDEX if self._sharded else "videos.parquet")
-        ids = self.videos["video"].to_pylist()
-        if len(set(ids)) != len(ids):
-            twice = next(video for video, count in Counter(ids).items() if count > 1)
+        twice = self._index.twice()
+        if twice is not None:
             raise PrismError(f"The video {cut(twice)} is in {table} twice.")
-        check_splits(pc.unique(self.videos["split"]).to_pylist(), table)
-        as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
-        check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))  # videos without pairs leak as well
+        check_splits(pc.unique(self._videos["split"]).to_pylist(), table)
+        if not are_disjoint(self._videos):  # videos without pairs leak as well
+            as_pairs = [self.videos[name] for name in ("prompt", "video", "video", "split")]
+            check_disjoint(pa.table(as_pairs, names=list(PAIR_COLUMNS)))
         if self._sharded:  # shapes were checked when shards were written; a file is compared with its SHA-256 when read
             return
         rows_of = ((shard, self._row_of[self._shard_of == number]) for number, shard in enumerate(self._shard_names))
@@ -366,31 +388,11 @@ class LatentStore:
                     f"({_listed(scale)})."
                 )
 
-    def _check_pairs(self) -> None:
-        table = self.folder / "pairs.parquet"
-        check_splits(pc.unique(self.pairs["split"]).to_pylist(), table)
-        for side in ("video_a", "video_b"):
-            rows = pc.index_in(self.pairs[side], value_set=self.videos["video"])
-            same = [pc.equal(self.videos[name].take(rows), self.pairs[name]) for name in ("prompt", "split")]
-            wrong = pc.index(pc.fill_null(pc.and_(*same), False), False).as_py()
-            if wrong < 0:
-                continue
-            prompt, video_a, video_b, split = (self.pairs[name][wrong].as_py() for name in PAIR_COLUMNS)
-            pair, row = f"The pair ({cut(video_a)}, {cut(video_b)}) in {named(table)}", rows[wrong].as_py()
-            if row is None:
-                raise PrismError(f"{pair} names no video of the store.")
-            raise PrismError(
-                f"{pair} is of {cut(prompt)} ({split}), but its video {cut(self.pairs[side][wrong].as_py())} of "
-                f"{cut(self.videos['prompt'][row].as_py())} ({self.videos['split'][row].as_py()})."
-            )
-        label_matrix(self.pairs, self.dimensions)
-        check_soft(self.pairs, self.dimensions, named(table))
-
 
 def store_identity(store: LatentStore) -> dict[str, Any]:
     """The identity of a store, the same in whatever folder it lies."""
     every = ("store.json", "videos.parquet", INDEX, PAIRS)  # of either schema
-    names = [name for name in every if (store.folder / name).is_file()]
+    names = (name for name in every if (store.folder / name).is_file())
     return {"name": store.folder.name, **{name: files.sha256(store.folder / name)[:16] for name in names}}
 
 

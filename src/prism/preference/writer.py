@@ -24,6 +24,7 @@ from torch import Tensor
 from prism import files, runs, temporary
 from prism.errors import PrismError, flag, instance, quoted, whole
 from prism.preference import images
+from prism.preference.compact import ROW_GROUP
 from prism.preference.pairs import named
 from prism.preference.shards import (
     FIRST_SCHEMA,
@@ -196,7 +197,8 @@ class StoreWriter:
     @staticmethod
     def _write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
         with files.new_file(path) as whole:
-            pq.write_table(table.replace_schema_metadata({"prism": json.dumps(metadata)}), whole, compression="zstd")
+            noted_table = table.replace_schema_metadata({"prism": json.dumps(metadata)})
+            pq.write_table(noted_table, whole, row_group_size=ROW_GROUP, compression="zstd")
             files.sync_tree(whole.parent)
 
 

@@ -24,9 +24,9 @@ from prism.backbone.fingerprint import fits
 from prism.errors import SEEDS, PrismError, number, quoted, whole
 from prism.preference import LatentStore, StoreWriter
 from prism.preference.formats import KNOWN
-from prism.preference.pairs import PAIR_COLUMNS, SPLITS, joined
+from prism.preference.pairs import PAIR_COLUMNS, SPLITS
 from prism.preference.readers import PreferenceSet, pairs, read
-from prism.preference.sets import VOTES, check_dimension, kept_rows
+from prism.preference.sets import VOTES, check_dimension, joined, kept_rows
 from prism.training.labels import Decoder
 from prism.video import write_video
 

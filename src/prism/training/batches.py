@@ -17,7 +17,6 @@ from torch import Tensor
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.preference import LatentStore, PromptGroup, prompt_key
-from prism.preference.pairs import PromptGroups
 from prism.training.config import TrainConfig
 
 
@@ -126,7 +125,7 @@ class TrainingGroups(Sequence[PromptGroup]):
     """The sequence that `training_groups` gives."""
 
     def __init__(self, store: LatentStore, dimensions: Sequence[str], config: TrainConfig) -> None:
-        self._groups, self._count = PromptGroups(store.pairs, dimensions, "train"), config.per_prompt
+        self._groups, self._count = store.prompt_groups("train", dimensions), config.per_prompt
         self._order = {video: row for row, video in enumerate(store.videos["video"].to_pylist())} if self._count else {}
         indices = list(range(len(self._groups)))
         if config.max_prompts:

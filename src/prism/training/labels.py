@@ -25,9 +25,9 @@ from prism.backbone.noise import length
 from prism.clips import CLIP_FACTS, frame_facts
 from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter, images
-from prism.preference.pairs import PAIR_COLUMNS, joined, named, read_table
+from prism.preference.pairs import PAIR_COLUMNS, named, read_table
 from prism.preference.readers import PreferenceSet, compared, pairs
-from prism.preference.sets import RATINGS, VOTES, kept_rows
+from prism.preference.sets import RATINGS, VOTES, joined, kept_rows
 from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
 
