@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import re
 import signal
 import sys
 import threading
@@ -57,6 +58,10 @@ Judge the samples of a video diffusion model from its own hidden states, and pic
 
 Start with: prism demo. A backbone or head that is not named is the small one that ships with the package.
 """
+_ARGUMENT = re.compile(
+    r"^[a-z]\w*(?= )|(?<=training setting )\w+|(?<![\w/\\.=\"'-])[a-z]+(?:_[a-z]+)+(?![\w/\\=\"'-]|\.\w)"
+)
+_OTHER_NAMES = {"timesteps": "t", "num_draws": "draws", "margins": "margin"}  # arguments that flags call otherwise
 DISK_IS_FULL = (
     "there is no space left on the disk; make room and run the same command again, with --resume where it has one: "
     "what was finished is kept."
@@ -69,7 +74,11 @@ def run(words: Sequence[str]) -> int:
     name = " ".join(words[: 2 if group else 1])
     if name in COMMANDS:
         options = resolve_name(COMMANDS[name])
-        return int(_parsed(name, options, [*_overlaid(name, options, words[len(name.split()) :])]).main() or 0)
+        command = _parsed(name, options, [*_overlaid(name, options, words[len(name.split()) :])])
+        try:
+            return int(command.main() or 0)
+        except PrismError as error:
+            raise PrismError(_with_flags(str(error), _flags(options))) from error
     if name == "--version":
         print(f"prism {__version__}")
     elif name == "--print-completion":
@@ -105,6 +114,20 @@ def _flags(options: Any) -> dict[str, tuple[str, Any]]:
             flag = next((mark.name for mark in marks if getattr(mark, "name", None)), name).replace("_", "-")
             flags[name] = flags[flag.replace("-", "_")] = (f"--{flag}", kind)
     return flags
+
+
+def _with_flags(sentence: str, flags: dict[str, tuple[str, Any]]) -> str:
+    """A sentence of the library with the command's flags in place of Python's arguments.
+
+    These are its first word where it begins with a small letter, the name of a training setting, and words with an
+    underscore, outside of quotes and paths.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = match.group()
+        return flags.get(name, flags.get(_OTHER_NAMES.get(name, ""), (name,)))[0]
+
+    return _ARGUMENT.sub(flag, sentence)
 
 
 def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:

@@ -232,20 +232,43 @@ def load_reward(spec: str, timeout: float | None = None, device: str | None = No
     timeout: seconds that a call may take; None: any time. device: of a teacher.
     """
     from prism import teachers
-    from prism.training.reward import Reward, is_function
+    from prism.training.reward import Reward
     from prism.training.reward import load_reward as load
 
     if spec == "referee":
         from prism.shapeworld import referee
 
         reward = Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
-    elif teachers.named(spec) and not is_function(spec):
+    elif _is_teacher(spec):
         teacher = teachers.load(spec, device or default_device())
-        reward = Reward(teacher.score, teacher.name, timeout, spec, dimensions=teacher.dimensions, unclear=True)
+        needs_fps, dimensions = getattr(teacher, "needs_fps", False), teacher.dimensions
+        reward = Reward(
+            teacher.score, teacher.name, timeout, spec, dimensions=dimensions, unclear=True, needs_fps=needs_fps
+        )
     else:
         reward = load(spec, timeout)
     reward.load = partial(_load_once, spec, timeout, device)
     return reward
+
+
+def _is_teacher(spec: str) -> bool:
+    """True for a text that names a teacher. Raises PrismError for a name that is nearly one."""
+    from prism import teachers
+    from prism.training.reward import is_function
+
+    function = is_function(spec)
+    if not function or spec.partition(":")[0] in teachers.TEACHERS:
+        teachers.check_name(spec)
+    return not function and teachers.named(spec) is not None
+
+
+def check_rewards(specs: Sequence[str]) -> None:
+    """Refuse what `load_rewards` would refuse, as far as this process sees it without loading a teacher."""
+    from prism import teachers
+
+    for spec in specs:
+        if _is_teacher(spec):
+            teachers.check(spec)
 
 
 @cache
@@ -255,12 +278,11 @@ def _load_once(spec: str, timeout: float | None, device: str | None) -> Any:
 
 def load_rewards(specs: Sequence[str], timeout: float | None, device: str | None, crew: Any = None) -> list[Any]:
     """The `Reward` of each text, as from `load_reward`; with a crew, its processes alone load teachers."""
-    from prism import teachers
-    from prism.training.reward import Reward, is_function
+    from prism.training.reward import Reward
 
     rewards = []
     for spec in specs:
-        if crew is not None and teachers.named(spec) and not is_function(spec):
+        if crew is not None and _is_teacher(spec):
             described = crew.ask(partial(_described, spec=spec, timeout=timeout, device=device))
             rewards.append(Reward(_elsewhere, timeout=timeout, unclear=True, **described))
             rewards[-1].load = partial(_load_once, spec, timeout, device)
@@ -271,7 +293,7 @@ def load_rewards(specs: Sequence[str], timeout: float | None, device: str | None
 
 def _described(_: Any, spec: str, timeout: float | None, device: str | None) -> dict[str, Any]:
     reward = _load_once(spec, timeout, device)
-    return {name: getattr(reward, name) for name in ("name", "source", "version", "dimensions")}
+    return {name: getattr(reward, name) for name in ("name", "source", "version", "dimensions", "needs_fps")}
 
 
 def _elsewhere(videos: Any, prompts: Any, fps: Any = None) -> Any:

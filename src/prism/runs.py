@@ -194,11 +194,13 @@ class Parts:
 
     A piece is done if its file or folder exists: it is written completely or not at all, so that a kill loses only the
     piece that was being made. resumed: True if the folder held a run before. Without a lock the folder is not held, as
-    in all but the first of several processes.
+    in all but the first of several processes. made: True if the folder was not there before.
     """
 
+    made = False
+
     def __init__(self, folder: str | os.PathLike[str], resumed: bool = False, lock: int | None = None) -> None:
-        self.folder, self.resumed, self._lock = Path(folder), resumed, lock
+        self.folder, self.resumed, self.lock = Path(folder), resumed, lock
 
     def has(self, name: str) -> bool:
         """True if a piece exists. name: its path in the folder, with suffix."""
@@ -236,7 +238,7 @@ class Parts:
 
     def release(self) -> None:
         """Release the folder to other processes."""
-        lock, self._lock = self._lock, None
+        lock, self.lock = self.lock, None
         if lock is not None:
             os.close(lock)
 
@@ -287,7 +289,9 @@ def claim(
     was_there = folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        return _enter(_hold(folder, shared), new, resume, restart and not shared, name, changeable, besides)
+        held = _enter(_hold(folder, shared), new, resume, restart and not shared, name, changeable, besides)
+        held.made = not was_there
+        return held
     except OSError as error:
         with contextlib.suppress(OSError):
             if not was_there:
@@ -348,7 +352,7 @@ def _hold(folder: Path, shared: bool = False) -> Parts:
     """Hold a folder; if this process holds it already, return that object."""
     status = folder.stat()
     held = _held.get((status.st_dev, status.st_ino))
-    if held is not None and held._lock is not None:
+    if held is not None and held.lock is not None:
         return held
     try:
         held = Parts(folder, False, temporary.hold(folder, shared))

@@ -96,6 +96,19 @@ def hold(folder: Path, shared: bool = False) -> int | None:
     return descriptor
 
 
+def is_alone(lock: int | None) -> bool:
+    """True if no other process shares a lock, which is exclusive from then on; also where there are no locks."""
+    if lock is None:
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def release(lock: int | None) -> None:
     if lock is not None:
         os.close(lock)

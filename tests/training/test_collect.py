@@ -179,7 +179,7 @@ FAILURES = {
     "leaves": (lambda video, prompt: sys.exit(3), "raised SystemExit: 3"),
     "nan": (lambda video, prompt: float("nan"), "gave nan where a finite number is needed"),
     "infinite": (lambda video, prompt: {"VQ": np.inf}, "gave inf for VQ where a finite number is needed"),
-    "text": (lambda video, prompt: "good", "gave good where a finite number is needed"),
+    "text": (lambda video, prompt: "good", 'gave the text "good" where a finite number is needed'),
     "nothing": (lambda video, prompt: None, "gave None where a finite number"),
     "empty": (lambda video, prompt: {}, "gave the dimensions none where one at least is needed"),
     "keys": (lambda video, prompt: {"prompt": 1.0}, "names a dimension 'prompt'"),
@@ -267,7 +267,7 @@ def test_a_teacher_labels_and_an_unclear_answer_is_no_label(store, backbone, tmp
     (tmp_path / "weights").mkdir()
     small_models.videoreward(tmp_path / "weights")
     spec = f"videoreward={tmp_path / 'weights'},device=cpu,dtype=float32"
-    with pytest.raises(PrismError, match=r"reward videoreward raised: The teacher .*--fps"):
+    with pytest.raises(PrismError, match=r"reward videoreward takes fps, .*--fps"):
         label(folder, backbone, [load_reward(spec)], progress=False)
     again = label(folder, backbone, [load_reward(spec)], fps=8, progress=False)
     assert again.dimensions == ("VQ", "MQ", "TA", "overall")
@@ -457,6 +457,7 @@ def test_candidates_that_are_not_finite_are_told_and_left_out(backbone, tmp_path
         next(pipe.transformer.parameters()).fill_(float("nan"))
     with pytest.raises(PrismError, match="No candidate has finite latents"):
         collect(PROMPTS[:1], Backbone(pipe), CALL, tmp_path / "other", [Reward(brightness, "plain")], progress=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_reward_whose_file_changed_goes_on_with_a_warning(store, backbone, tmp_path):

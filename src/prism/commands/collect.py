@@ -40,8 +40,8 @@ class Kept:
     seed: Seed = 0
     states: Annotated[str, option("STEP,...", "none")] = ""
     """Steps from 1 whose states are kept beside the final latents."""
-    predicted: bool = True
-    """The clean latents that the denoiser predicts at these steps, beside the states."""
+    predicted: Annotated[bool, option(default="with them")] = True
+    """Without the clean latents that the denoiser predicts at these steps."""
     half: bool = False
     """Keep latents in float16, not in the dtype of the pipeline."""
     held_out: Annotated[str, option("V,T")] = "0.1,0.1"
@@ -100,12 +100,17 @@ def run(config: Collect) -> Any:
         )
     if rewards.label and not rewards.rewards:
         raise PrismError("The --label needs what labels; give --reward.")
-    from prism.loading import crew_of_backbone, load_rewards
+    if rewards.label:
+        _check_label_alone(config)
+    if rewards.margin != Rewards.margin and not rewards.rewards:
+        raise PrismError("The --margin is of scores, and no reward gives any; give --reward.")
+    from prism.loading import check_rewards, crew_of_backbone, load_rewards
     from prism.preference.prompts import read_prompts
     from prism.training import collect, labels
 
     prompts = [] if config.prompts is None else read_prompts(config.prompts, config.encoding)
     models, several, remote = config.models, config.several, config.several.ray is not None
+    check_rewards(rewards.rewards)
     teachers = [] if remote else load_rewards(rewards.rewards, rewards.reward_timeout, models.device)
     labels.check_names(teachers)
     with crew_of_backbone(
@@ -135,6 +140,19 @@ def run(config: Collect) -> Any:
             loras=models.loras,
             **common,
         )
+
+
+def _check_label_alone(config: Collect) -> None:
+    """Refuse options of the sampling where nothing is sampled."""
+    flags = {"predicted": "--no-predicted", "num_inference_steps": "--steps", "loras": "--lora"}
+    for options, default in ((config.kept, Kept()), (config.call, Call())):
+        for name, value in asdict(options).items():
+            if value != getattr(default, name):
+                flag = flags.get(name, f"--{name.replace('_', '-')}")
+                raise PrismError(f"The --label samples nothing; leave {flag} out.")
+    for flag, is_set in {"--lora": config.models.loras, "--encoding": config.encoding}.items():
+        if is_set:
+            raise PrismError(f"The --label samples nothing; leave {flag} out.")
 
 
 def _states(text: str) -> tuple[int, ...]:

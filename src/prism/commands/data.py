@@ -32,7 +32,7 @@ class Check:
     """Folder that paths in the file are relative to."""
     encoding: Annotated[str | None, option("NAME", "UTF-8, or by the byte order mark")] = None
     """Encoding of text files, such as cp1252."""
-    rule: str = "majority"
+    rule: Annotated[str, option("NAME")] = "majority"
     """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
     margin: float = 0.0
     """Largest difference of ratings, or of probabilities, that is a tie."""
@@ -111,7 +111,7 @@ class Import:
     """The filled pairs.csv, or Label Studio's export as JSON, JSON-MIN or CSV."""
     form: Annotated[str | None, option("NAME", "by the columns")] = None
     """Format to read, where several fit."""
-    rule: str = "majority"
+    rule: Annotated[str, option("NAME")] = "majority"
     """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
     soft: bool = False
     """Keep the shares of several annotators' votes as probabilities beside the labels."""
@@ -151,8 +151,19 @@ def lines(facts: dict[str, Any]) -> list[str]:
         shown += _list("Unreadable files", [f"{each['path']} ({each['error']})" for each in facts["unreadable"]])
     shown += _list("Prompts that several splits share", facts["shared_prompts"])
     shown += _list("Clips that several splits share", facts["shared_videos"])
+    if facts["several_prompts"]:
+        shown += _list("Clips in pairs of several prompts, which prism encode refuses", facts["several_prompts"])
+    if facts["unknown_splits"]:
+        from prism.preference.pairs import SPLITS
+
+        split_names = ", ".join(SPLITS)
+        shown += _list(f"Splits that prism encode refuses, as a store has {split_names}", facts["unknown_splits"])
     for why, places in facts["dropped"].items():
         shown += _list(f"Dropped rows, {why}", places)
+    if not facts["pairs"]:
+        rated = "no prompt has two rated clips" if facts["ratings"] else "no row is left"
+        empty = not facts["dropped"] and not facts["ratings"]
+        shown.append(f"There is no pair to learn from: {'the table has no rows' if empty else rated}.")
     return shown
 
 

@@ -26,9 +26,9 @@ class Frames:
     """Width of a frame."""
     fps: Annotated[float | None, option(default="every frame as it comes")] = None
     """Frames per second that are taken."""
-    start: str = "middle"
+    start: Annotated[str, option("NAME")] = "middle"
     """Position of the frames in the clip: first, middle, or uniform (spread over all of it; without --fps)."""
-    fit: str = "crop"
+    fit: Annotated[str, option("NAME")] = "crop"
     """Way to bring frames of another shape to this size: crop, pad or stretch."""
 
 
@@ -36,7 +36,7 @@ class Frames:
 class Labels:
     """Rules that turn votes into labels."""
 
-    rule: str = "majority"
+    rule: Annotated[str, option("NAME")] = "majority"
     """How annotators are joined: majority (more than half, else a tie) or paper (votes that conflict give no label)."""
     margin: float = 0.0
     """Largest difference of ratings, or of probabilities, that is a tie."""

@@ -100,8 +100,8 @@ class Several:
     """Several machines, by Ray."""
 
     ray: Annotated[str | None, _Address, option(default="without Ray")] = None
-    """Share the work among workers of Ray: of the cluster at ADDRESS, or auto for the one that this machine is part of;
-    without ADDRESS (or with local) of one that is started on this machine."""
+    """Share the work among workers of Ray: of the cluster at ADDRESS, or auto for this machine's.
+    Without ADDRESS, or with local: of a cluster that is started on this machine."""
     ray_workers: Annotated[int | None, option(default="one per GPU, else per machine")] = None
     """Workers of Ray, each with the backbone."""
 

@@ -184,7 +184,7 @@ def run(config: Sample) -> dict[str, Any] | None:
             )
             for pick, file, video, (measured, _) in zip(result.top, names, videos, referees)
         ]
-        caption = "The losers were not finished; top_k (--top-k) finishes the next best beside the winner."
+        caption = "The losers were not finished; --top-k finishes the next best beside the winner."
         if config.models.backbone is None and judge and len(rows) == 1:
             loser = _loser(backbone, str(config.prompt), call, metrics)
             rows += loser

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from prism.commands.encode import Frames
-from prism.commands.evaluate import Judged
-from prism.commands.options import Seed, levels_of, option
+from prism.commands.options import Head, Models, Seed, levels_of, option
 from prism.commands.scores import Journal, cells, show, write
 from prism.errors import DRAWS, SEEDS, PrismError, quoted, whole
 
@@ -35,6 +34,13 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Judged(Models):
+    """Models and their precision."""
+
+    head: Head = None
+
+
+@dataclass(frozen=True)
 class Score:
     """Score finished clips, with standard errors, and percentiles among the clips of the head's reference.
 
@@ -42,7 +48,7 @@ class Score:
     the clips could not be read. A launcher's processes share the clips.
     """
 
-    files: Annotated[tuple[str, ...], tyro.conf.Positional, option("FILES")]
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, option("FILES", "")]
     """Clips, folders of clips, or tables: CSV, JSON, JSONL, Parquet, or the id of a data set on the Hub."""
     prompt: Annotated[str | None, option("TEXT", "of each clip: a .txt of the same name beside it")] = None
     """Prompt of all clips that are not in a table."""
@@ -90,6 +96,9 @@ def run(config: Score) -> dict[str, Any]:
     whole("--draws", config.draws, 1, DRAWS)
     whole("--batch-size", config.batch_size)
     whole("--seed", config.seed, 0, SEEDS)
+    if config.out is None and (config.resume or config.overwrite):
+        what = "goes on with" if config.resume else "replaces"
+        raise PrismError(f"The --{'resume' if config.resume else 'overwrite'} {what} the file of --out; name it too.")
     requested = None if config.levels is None else levels_of("--t", config.levels)
     team = Team.gathered(config.models.device)
     out, clips = team.on_first(lambda: (_checked_out(config), list(clips_of(config))))

@@ -200,11 +200,19 @@ def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
     if not reference:
         yield "This head has no reference to read scores beside: prism reference --head HEAD --data STORE adds one."
         return
+    outside = [t for t in document["levels"] if t not in reference["levels"]]
+    if outside:
+        yield (
+            f"The head's reference has no level t = {', '.join(f'{t:g}' for t in outside)}, so that scores there have "
+            f"no percentile: it has {', '.join(f'{t:g}' for t in reference['levels'])} (prism reference --t adds more)."
+        )
+    if len(outside) == len(document["levels"]):
+        return
     store = reference["store"] if isinstance(reference.get("store"), dict) else {}
     name, split = (quoted(str(each), 60) for each in (store.get("name"), reference.get("split")))
     yield (
         f"Percentile, and probability of being preferred (half of a tie counts), among clips of {name} ({split}) at "
-        f"t = {', '.join(f'{t:g}' for t in reference['levels'])}."
+        f"t = {', '.join(f'{t:g}' for t in document['levels'] if t not in outside)}."
     )
     for t, by_name in reference["intervals"].items():
         spans = (f"{low:+.2f} to {high:+.2f} in {quoted(each, 60)}" for each, (low, _, high) in by_name.items())

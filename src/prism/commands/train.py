@@ -61,8 +61,13 @@ class Training(TrainConfig):
 
     steps: int = 1500
     learning_rate: Rate = None  # type: ignore[assignment]
-    schedule: str = "cosine"
+    schedule: Annotated[str, option("NAME")] = "cosine"
     warmup_steps: WarmUp = None  # type: ignore[assignment]
+    objective: Annotated[str, option("NAME")] = "btt"
+    source: Annotated[str, option("NAME or NAME=X,...")] = "renoised"
+    levels: Annotated[str, option("NAME")] = "uniform"
+    token_cache: Annotated[str, option("FOLDER", "none")] = ""
+    report_to: Annotated[str, option("NAME,NAME", "none")] = ""
     max_gradient_norm: Annotated[float, option("NUM")] = 1.0
     max_rows: Annotated[int, option("INT", name="batch-size")] = 64
     checkpoint_every: int = 100

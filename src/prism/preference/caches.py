@@ -26,7 +26,6 @@ from prism.preference.sources import PICKLES
 FASTVIDEO, MUSUBI = "fastvideo", "musubi-tuner"
 RAW_VAES = ("AutoencoderKLWan", "AutoencoderKLHunyuanVideo")
 """VAEs of which FastVideo is known to keep the mean as it is, and to scale it when it trains."""
-_ENDS = 1 << 16  # bytes at either end of a file that its digest reads
 
 
 class Cached(NamedTuple):
@@ -176,13 +175,8 @@ class LatentCache:
 def _digest(top: Path, paths: list[Path]) -> str:
     whole = hashlib.sha256()
     for path in paths:
-        files.check_regular(path)
-        size = path.stat().st_size
-        whole.update(f"{path.relative_to(top).as_posix()}\0{size}\0".encode(errors="surrogateescape"))
-        with path.open("rb") as stream:
-            whole.update(stream.read(_ENDS))
-            stream.seek(max(0, size - _ENDS))
-            whole.update(stream.read(_ENDS))
+        size, content = files.ends(path)
+        whole.update(f"{path.relative_to(top).as_posix()}\0{size}\0".encode(errors="surrogateescape") + content)
     return whole.hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from prism.clips import probe
 from prism.errors import PrismError
-from prism.preference.pairs import prompt_key
+from prism.preference.pairs import SPLITS, prompt_key
 from prism.preference.readers import pairs
 from prism.preference.sets import PreferenceSet
 
@@ -43,6 +43,10 @@ def summary(
     for prompt, a, b, split in zip(*(table[name].to_pylist() for name in columns)):
         for kind, key in (("prompts", prompt_key(prompt)), ("videos", a), ("videos", b)):
             splits[kind][key].add(split or "none")
+    of_clip: dict[str, set[str]] = defaultdict(set)
+    for prompt, a, b in zip(*(table[name].to_pylist() for name in columns[:3])):
+        of_clip[a].add(prompt)
+        of_clip[b].add(prompt)
     prompts = {prompt_key(prompt): prompt for prompt in reversed(preference_set.videos["prompt"].to_pylist())}
     return {
         "form": preference_set.form,
@@ -59,6 +63,8 @@ def summary(
         "conflicts": _repeated(preference_set)[1],
         "shared_prompts": [prompts[key] for key, held in splits["prompts"].items() if len(held) > 1],
         "shared_videos": [key for key, held in splits["videos"].items() if len(held) > 1],
+        "several_prompts": [video for video, texts in of_clip.items() if len(texts) > 1],
+        "unknown_splits": sorted({split for split in table["split"].to_pylist() if split and split not in SPLITS}),
         "missing": list(preference_set.missing),
         "archives": _archives(preference_set.root) if preference_set.missing else [],
         "unreadable": _unreadable(preference_set) if open_clips else None,

@@ -20,7 +20,7 @@ from prism.preference.pairs import named
 FOLDER = "images"
 LARGEST = 1 << 28
 """Bytes of an image file."""
-_NAME = re.compile(r"([0-9a-f]{64})\.[a-z0-9]{1,8}")
+NAME = re.compile(r"([0-9a-f]{64})\.[a-z0-9]{1,8}")
 
 
 def keep(store: Path, source: str | os.PathLike[str]) -> str:
@@ -55,7 +55,7 @@ def keep(store: Path, source: str | os.PathLike[str]) -> str:
 
 def path_of(store: Path, name: str) -> Path:
     """The file of an image in a store's folder. Raises PrismError for a name that `keep` does not give."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise PrismError(
             f"The image {quoted(name, 100)} of the store {named(store)} is no SHA-256 with an ending; the store's "
             "tables were altered."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | os.PathLike[str], encoding: str | None = None) -> list[Prompt]:
-    """The prompts of a file, each once (with each of its images), in its order.
+    """The prompts of a file, each once (with each of its images), in its order; how many recur is a warning.
 
     Args:
         path: a table (.csv, .tsv, .json, .jsonl, .ndjson, .parquet) with a column prompt or prompt_en, and optionally
@@ -41,6 +42,7 @@ def read_prompts(path: str | os.PathLike[str], encoding: str | None = None) -> l
     rows = _rows(file, encoding) if file.suffix.lower() in TABLES else _lines(file, encoding)
     prompts: dict[tuple[str, str | None], Prompt] = {}
     splits: dict[str, str | None] = {}
+    repeated: list[Prompt] = []
     for prompt in rows:
         if prompt.split is not None and prompt.split not in SPLITS:
             raise PrismError(
@@ -51,7 +53,14 @@ def read_prompts(path: str | os.PathLike[str], encoding: str | None = None) -> l
             raise PrismError(
                 f'The prompt "{quoted(prompt.text, 120)}" in {prompt.place} is in two splits; a prompt belongs to one.'
             )
-        prompts.setdefault((prompt.text, prompt.image), prompt)
+        if prompts.setdefault((prompt.text, prompt.image), prompt) is not prompt:
+            repeated.append(prompt)
+    if repeated:
+        warnings.warn(
+            f"{len(repeated):,} of {len(rows):,} prompts in {named(file)} stand there before, and are taken once: "
+            f'"{quoted(repeated[0].text, 80)}" in {repeated[0].place}{" ..." if len(repeated) > 1 else ""}',
+            stacklevel=2,
+        )
     if not prompts:
         raise PrismError(f"The file {named(file)} holds no prompt; write one a line.")
     return list(prompts.values())

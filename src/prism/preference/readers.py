@@ -49,7 +49,7 @@ def read(
             another kind, or a path outside the root; it names the file, row and column.
     """
     path, collector, sources = _opened(path_or_hub_id, form, root, encoding, media)
-    chosen, fitting = _chosen(sources, form, path)
+    chosen, fitting = _chosen(sources, form, path, "prompt, chosen, rejected")
     for source in fitting:
         collector.split = _split(source)
         FORMATS[chosen].read(source, collector)
@@ -68,7 +68,7 @@ def read_clips(
     path, collector, sources = _opened(path_or_hub_id, form, root, encoding, True)
     plain = [source for source in sources if formats.lists_clips(source)]
     if form is not None or not plain or any(set(detect(source)) - {"ratings"} for source in sources):
-        chosen, fitting = _chosen(sources, form, path)
+        chosen, fitting = _chosen(sources, form, path, "prompt, video")
         reader = FORMATS[chosen].read
     else:
         chosen, fitting, reader = "clips", plain, formats.clip_list
@@ -89,6 +89,7 @@ def _opened(
     if form is not None:
         choice("--form", form, list(FORMATS))
     path = _local_path(path_or_hub_id, media)
+    _check_foreign(path)
     base = path if path.is_dir() else path.parent
     top = base if root is None else Path(root)
     if not top.is_dir():
@@ -131,6 +132,20 @@ def _local_path(path_or_hub_id: str | os.PathLike[str], media: bool) -> Path:
         ) from error
 
 
+_FOREIGN = {  # by a file in a folder: what the folder is, and what to do
+    "store.json": "is a latent store and no table of clips: prism train and prism eval take it with --data",
+    "export.json": "is what prism data export wrote; name its filled pairs.csv, or what Label Studio exported",
+    "model_index.json": "is a diffusers pipeline, which --backbone takes; name a table of clips",
+}
+
+
+def _check_foreign(path: Path) -> None:
+    """Refuse the folders of PRISM and diffusers that hold no set, though they hold tables and JSON."""
+    for name, what in _FOREIGN.items():
+        if (path / name).is_file():
+            raise PrismError(f"The folder {named(path)} {what}.")
+
+
 def _tables(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
@@ -142,8 +157,8 @@ def _tables(path: Path) -> list[Path]:
     return tables
 
 
-def _chosen(sources: Sequence[Source], form: str | None, path: Path) -> tuple[str, list[Source]]:
-    """The format, and the files that have it."""
+def _chosen(sources: Sequence[Source], form: str | None, path: Path, simplest: str) -> tuple[str, list[Source]]:
+    """The format, and the files that have it; `simplest`: the columns that would do."""
     fits = [(source, detect(source)) for source in sources]
     names = {name: None for _, each in fits for name in each}
     if form is None and len(names) > 1:
@@ -151,10 +166,18 @@ def _chosen(sources: Sequence[Source], form: str | None, path: Path) -> tuple[st
             f"{named(path)} fits several formats: {', '.join(names)}; say which one to read with --form, such as "
             f"--form {next(iter(names))}."
         )
+    if not any(fitting for _, fitting in fits) and all(next(iter(source), None) is None for source in sources):
+        columns = quoted(", ".join(sources[0].columns), 160)
+        raise PrismError(f"{named(path)} holds no rows{f', only the columns {columns}' if columns else ''}.")
+    if all(source.columns == ("data",) for source in sources):
+        raise PrismError(
+            f"{named(path)} holds tasks without answers, as Label Studio imports them; name its export when people "
+            "have answered."
+        )
     if form is None and not names:
         raise PrismError(
             f"{named(path)} has the columns of no known format: {quoted(', '.join(sources[0].columns), 160)}. The "
-            f"simplest format has the columns prompt, chosen, rejected. Known formats: {', '.join(FORMATS)}."
+            f"simplest format has the columns {simplest}. Known formats: {', '.join(FORMATS)}."
         )
     chosen = form or next(iter(names))
     fitting = [source for source, each in fits if chosen in each]

@@ -153,9 +153,10 @@ def check_seal(path: Path, seal: str, kept_in: str) -> None:
     """Compare a file with its SHA-256; `kept_in` is the name of the file that holds the SHA-256."""
     check_file(path, f", though {kept_in} has its SHA-256")
     if files.sha256(path) != seal:
+        on_purpose = f"; if the file was changed on purpose, delete its entry in {kept_in}"
         raise PrismError(
             f"The file {named(path)} is not the one that was written: {kept_in} has another SHA-256. Copy or write the "
-            f"store again; if the file was changed on purpose, delete its line in {kept_in}."
+            f"store again{on_purpose * kept_in.endswith('.json')}."
         )
 
 

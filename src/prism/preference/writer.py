@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -67,6 +68,7 @@ class StoreWriter:
         main: True in the first of several processes that write into the folder; False in the others, which must open
             the folder after it.
         changeable: fields of meta ("a.b": b of the object a) that may differ when a store is continued.
+        again: what to do once a file can be written that could not, in words.
 
     Raises:
         PrismError: for a folder that holds something else or another store, naming the first difference.
@@ -80,8 +82,9 @@ class StoreWriter:
         resume: bool = False,
         main: bool = True,
         changeable: Sequence[str] = (),
+        again: str = "start again with --resume: the shards written so far are complete",
     ) -> None:
-        self.folder, self.key = Path(folder), key_digest(key)
+        self.folder, self.key, self.again = Path(folder), key_digest(key), again
         self._images: dict[str, str] = {}
         identity = {"schema": SCHEMA, **meta, "key": dict(key)}
         self._claim = runs.claim(
@@ -139,7 +142,7 @@ class StoreWriter:
                 files.sync_tree(whole.parent)
             self._write_table(path.with_suffix(".parquet"), rows, {"sha256": seal, "key": self.key})
         except (OSError, SafetensorError) as error:
-            raise _unwritable(path, error) from error
+            raise self._unwritable(path, error) from error
 
     def label(
         self, pairs: pa.Table | None = None, votes: pa.Table | None = None, ratings: pa.Table | None = None
@@ -156,7 +159,7 @@ class StoreWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write_table(path, table, notes)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise self._unwritable(path, error) from error
 
     def finish(self, scores: pa.Table | None = None) -> int:
         """Write the index of all shards and return the number of videos.
@@ -185,6 +188,32 @@ class StoreWriter:
         self._seal(INDEX, rows, {"key": self.key, "sha256": seals})
         return len(ids)
 
+    def withdraw(self) -> None:
+        """Leave the folder as it was before this run began in it, where no shard was written; a user's file stays.
+
+        Only the first process may call this, when no other process writes any more.
+        """
+        if self._claim.resumed or any((self.folder / "shards").glob("*.*")) or not temporary.is_alone(self._claim.lock):
+            return
+        temporary.sweep(self.folder, deep=True)
+        for name in (STORE, INDEX, SEALS):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in (self.folder / images.FOLDER).glob("*"):
+            if images.NAME.fullmatch(path.name) and not path.is_symlink():
+                path.unlink()
+        made = [self.folder] if self._claim.made else []
+        for folder in (self.folder / "shards", self.folder / images.FOLDER, *made):
+            with contextlib.suppress(OSError):  # not there, or not empty
+                folder.rmdir()
+        self._claim.release()
+
+    def _unwritable(self, path: Path, error: Exception) -> PrismError:
+        reason = getattr(error, "strerror", None) or error
+        return PrismError(
+            f"The file {named(path)} cannot be written ({quoted(reason, 120)}); free disk space or give write "
+            f"permission, then {self.again}."
+        )
+
     def _seal(self, name: str, table: pa.Table, metadata: Mapping[str, Any] | None = None) -> None:
         path = self.folder / name
         try:
@@ -192,7 +221,7 @@ class StoreWriter:
             seals = files.read_json(self.folder / SEALS) if (self.folder / SEALS).is_file() else {}
             files.write_json(self.folder / SEALS, {**seals, name: files.sha256(path)})
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise self._unwritable(path, error) from error
 
     @staticmethod
     def _write_table(path: Path, table: pa.Table, metadata: Mapping[str, Any]) -> None:
@@ -200,14 +229,6 @@ class StoreWriter:
             noted_table = table.replace_schema_metadata({"prism": json.dumps(metadata)})
             pq.write_table(noted_table, whole, row_group_size=ROW_GROUP, compression="zstd")
             files.sync_tree(whole.parent)
-
-
-def _unwritable(path: Path, error: Exception) -> PrismError:
-    reason = getattr(error, "strerror", None) or error
-    return PrismError(
-        f"The file {named(path)} cannot be written ({quoted(reason, 120)}); free disk space or give write permission, "
-        "then start again with --resume: the shards written so far are complete."
-    )
 
 
 def _check_tensors(unit: str, count: int, tensors: Mapping[str, Tensor]) -> None:

@@ -158,7 +158,7 @@ def check_weights(select_by: Any) -> dict[str, float]:
         )
     weights = {name: number(f"The weight of {quoted(name, 40)}", value) for name, value in select_by.items()}
     if not any(weights.values()):
-        raise PrismError("select_by (--select-by) gives no dimension a weight; name one, for example overall.")
+        raise PrismError("select_by gives no dimension a weight; name one, for example overall.")
     return weights
 
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from prism.errors import PrismError, instance, quoted
+from prism.errors import PrismError, instance, quoted, whole
+from prism.judge import hub
 from prism.teachers.hpsv2 import HPSv2
 from prism.teachers.hpsv3 import HPSv3
 from prism.teachers.imagereward import ImageReward
@@ -33,6 +35,7 @@ class Teacher(Protocol):
     Attributes:
         name: as in `TEACHERS`.
         dimensions: names of its scores; the higher, the better.
+        needs_fps: True where it samples by time, so that `fps` must be told; it may lack this where it does not.
     """
 
     name: str
@@ -81,6 +84,46 @@ def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
     Raises:
         PrismError: for an unknown name or option, and for weights that are missing or not of this teacher.
     """
+    loader, source, options = _parsed(spec, device, dtype)
+    try:
+        return loader(*source, **options)
+    except PrismError as error:
+        if str(error).startswith("The teacher"):
+            raise
+        raise PrismError(f"The teacher {quoted(spec, 120)} cannot be loaded: {error}") from error
+
+
+def check(spec: str) -> None:
+    """Refuse a text that `load` would refuse for its name, an option, or a folder that is not there; nothing is loaded.
+
+    Raises PrismError.
+    """
+    loader, source, _ = _parsed(spec, None, None)
+    for name in source if loader != VBench.load else ():
+        if not Path(name).expanduser().exists() and not hub.REPOSITORY.fullmatch(name):
+            raise PrismError(
+                f"The teacher {quoted(spec, 120)} cannot be loaded: there is no folder {quoted(name, 120)}; name a "
+                "folder or a repository user/name."
+            )
+
+
+def check_name(spec: str) -> None:
+    """Refuse a text that is nearly a teacher's name, or has its source behind a colon. Raises PrismError."""
+    match = re.match(r"([\w.-]+)(?:([:=,])(.*))?$", spec, re.DOTALL)
+    name, mark, source = match.groups() if match else ("", None, None)
+    if name in TEACHERS:
+        if mark == ":":
+            raise PrismError(
+                f"The teacher {name} takes its weights behind =, and found a colon; write {name}={quoted(source, 120)}."
+            )
+        return
+    near = difflib.get_close_matches(name.lower(), TEACHERS, 1, 0.75)
+    if near:
+        raise PrismError(f"There is no teacher {quoted(name, 60)}; did you mean {near[0]}?")
+
+
+def _parsed(spec: str, device: str | None, dtype: str | None) -> tuple[Callable[..., Any], list[str], dict[str, Any]]:
+    """The loader of a teacher, its source (none, or one) and its options."""
     instance("A teacher", spec, str, "a text such as videoreward=FOLDER")
     first, *pairs = _OPTION.split(spec)
     name, equals, source = first.partition("=")
@@ -100,8 +143,10 @@ def load(spec: str, device: str | None = None, dtype: str | None = None) -> Any:
             raise PrismError(
                 f"The teacher {name} has no option {quoted(key, 60)}; it takes {', '.join(sorted(accepted))}."
             )
-    options |= {key: value for key, value in numbers.items() if accepted[key].startswith("int")}
-    return loader(*([source] if equals else []), **options)
+    for key, kind in accepted.items():
+        if kind.startswith("int") and isinstance(options.get(key), str):
+            options[key] = whole(f"The option {key} of {name}", numbers.get(key, options[key]), 0)
+    return loader, [source] if equals else [], options
 
 
 def _options(loader: Callable[..., Any]) -> dict[str, str]:

@@ -53,8 +53,6 @@ class HPSv2:
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         folder = weights.folder(source, revision)
-        foundation = folder if base is None and (folder / "config.json").is_file() else None
-        foundation = foundation or weights.folder(base or BASE, patterns=("*.json", "*.txt"))
         device, kind = weights.chosen(device, dtype)
         state = weights.tensors(folder, FILES)
         if state is None:
@@ -62,6 +60,8 @@ class HPSv2:
                 f"The folder {files.shown(folder)} has none of {', '.join(FILES)}; where {WEIGHTS}'s .pt is, "
                 f"{weights.CONVERT}."
             )
+        foundation = folder if base is None and (folder / "config.json").is_file() else None
+        foundation = foundation or weights.base(base or BASE, ("*.json", "*.txt"))
         try:
             config, tokenizer = CLIPConfig.from_pretrained(foundation), AutoTokenizer.from_pretrained(foundation)
         except Exception as error:  # tokenizers raise many kinds

@@ -45,12 +45,12 @@ class HPSv3:
                 not needed); by default the folder itself where it has a config.json.
         """
         folder = weights.folder(source, revision)
-        foundation = folder if base is None and (folder / "config.json").is_file() else None
-        foundation = foundation or weights.folder(base or BASE, patterns=("*.json", "*.txt", "*.jinja"))
         device, kind = weights.chosen(device, dtype)
         state = weights.tensors(folder, ("HPSv3.safetensors", "model.safetensors"))
         if state is None:
             raise PrismError(f"The folder {files.shown(folder)} has no HPSv3.safetensors; download it from {WEIGHTS}.")
+        foundation = folder if base is None and (folder / "config.json").is_file() else None
+        foundation = foundation or weights.base(base or BASE, ("*.json", "*.txt", "*.jinja"))
         width = state["rm_head.0.weight"].shape[1] if "rm_head.0.weight" in state else 1
         head = nn.Sequential(
             nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)

@@ -56,8 +56,6 @@ class ImageReward:
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         folder = weights.folder(source, revision)
-        foundation = folder if base is None and (folder / "tokenizer_config.json").is_file() else None
-        foundation = foundation or weights.folder(base or BASE, patterns=("*.json", "*.txt"))
         device, kind = weights.chosen(device, dtype)
         state = weights.tensors(folder, ("ImageReward.safetensors",))
         if state is None:
@@ -65,6 +63,8 @@ class ImageReward:
                 f"The folder {files.shown(folder)} has no ImageReward.safetensors; where {WEIGHTS}'s .pt is, "
                 f"{weights.CONVERT}."
             )
+        tokenizer_folder = folder if base is None and (folder / "tokenizer_config.json").is_file() else None
+        foundation = tokenizer_folder or weights.base(base or BASE, ("*.json", "*.txt"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(foundation)
         except Exception as error:  # tokenizers raise many kinds

@@ -52,7 +52,7 @@ class UnifiedReward:
             raise PrismError(f"The version of unifiedreward must be 1 or 2; found {version}.")
         self.writer, self.version, self.unread = writer, version, 0
         self.name = "unifiedreward" if version == "1" else "unifiedreward2"
-        self.dimensions = tuple(LABELS[version])
+        self.dimensions, self.needs_fps = tuple(LABELS[version]), version == "1"
 
     @classmethod
     def load(

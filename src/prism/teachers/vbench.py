@@ -52,6 +52,7 @@ class VBench:
     """
 
     name = "vbench"
+    needs_fps = True
 
     def __init__(self, python: str, dimensions: Sequence[str] = QUALITY, device: str = "cpu") -> None:
         for dimension in dimensions:

@@ -32,6 +32,7 @@ class VideoReward:
 
     name = "videoreward"
     dimensions = ("VQ", "MQ", "TA")
+    needs_fps = True
 
     def __init__(self, scorer: qwen.Scorer, reader: qwen.Reader, config: Mapping[str, Any]) -> None:
         self.scorer, self.reader, self.config = scorer, reader, dict(config)
@@ -51,7 +52,7 @@ class VideoReward:
         config = described(folder / "model_config.json")
         checkpoint = _latest(folder)
         foundation = folder if base is None and (folder / "config.json").is_file() else None
-        foundation = foundation or weights.folder(base or config["base"])
+        foundation = foundation or weights.base(base or config["base"])
         device, kind = weights.chosen(device, dtype)
 
         state = weights.tensors(checkpoint)

@@ -37,6 +37,7 @@ class VideoScore2:
 
     name = "videoscore2"
     dimensions = ("visual_quality", "text_alignment", "physical_consistency")
+    needs_fps = True
     lowest = 0.0
 
     def __init__(self, writer: answers.Writer, seed: int = 0) -> None:

@@ -29,6 +29,8 @@ def folder(source: str, revision: str | None = None, patterns: Sequence[str] = F
     if path.exists():
         if revision is not None:
             raise PrismError(f"{files.shown(path)} is on this machine and has no revision {quoted(revision, 60)}.")
+        if not path.is_dir():
+            raise PrismError(f"{files.shown(path)} is a file; name the folder that holds configuration and weights.")
         return path
     if not hub.REPOSITORY.fullmatch(source):
         raise PrismError(f"There is no folder {quoted(source, 120)}; name a folder or a repository user/name.")
@@ -36,8 +38,16 @@ def folder(source: str, revision: str | None = None, patterns: Sequence[str] = F
         return Path(hub.snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the Hub's client raises many kinds
         raise PrismError(
-            f"There is no folder {source}, and no teacher of this name came from the Hub: {hub.why(error, revision)}."
+            f"There is no folder {source}, and no model of this name came from the Hub: {hub.why(error, revision)}."
         ) from error
+
+
+def base(source: str, patterns: Sequence[str] = FETCHED) -> Path:
+    """The folder of the model that a teacher was made from, as from `folder`."""
+    try:
+        return folder(source, patterns=patterns)
+    except PrismError as error:
+        raise PrismError(f"Its base model is missing, which base=FOLDER names: {error}") from error
 
 
 def config(path: Path, types: Sequence[str]) -> Any:

@@ -158,7 +158,8 @@ def read_back(
             "or rename the column of the answers to keep both."
         )
     key, identity = store.meta["key"], {name: store.meta[name] for name in store.meta if name not in ("schema", "key")}
-    writer = StoreWriter(store.folder, key, identity, resume=True)
+    again = "import the answers again: the labels that the store had are kept"
+    writer = StoreWriter(store.folder, key, identity, resume=True, again=again)
     earlier = kept_rows(store.folder / "votes.parquet", VOTES, "dimension", answered)
     writer.label(joined(store.pairs, labelled, dimensions), votes=pa.concat_tables([earlier, preference_set.votes]))
     return LatentStore.open(store.folder)

@@ -29,8 +29,8 @@ from prism.preference.sources import Place
 from prism.sampling.trajectory import Trajectory, candidate_seed, sample
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
-from prism.training.fan_out import Crew, Make, crew_of, writer_of
-from prism.training.labels import Labels, check_fps, check_names
+from prism.training.fan_out import Crew, Make, crew_of, writing
+from prism.training.labels import Labels, check_fps, check_margins, check_names
 from prism.training.reward import Reward
 
 UNIT = 1
@@ -97,6 +97,7 @@ def collect(
     """
     check_names(rewards)
     check_fps(rewards, fps)
+    check_margins(margins, rewards)
     candidates, seed = whole("candidates", candidates, 1, 10_000), whole("seed", seed, 0, SEEDS)
     unit, shares = whole("unit", unit, 1, 100_000), check_shares(held_out)
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
@@ -109,40 +110,43 @@ def collect(
     key |= {"loras": [str(each) for each in loras]} if loras else {}
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
-    writer = writer_of(crew, opened)
-    labels = Labels(writer, rewards)
-    units = [
-        (unit_name(number, [each.video for each in rows]), rows)
-        for number, rows in enumerate(
-            _candidates(requested[start : start + unit], candidates, seed, digests)
-            for start in range(0, len(requested), unit)
-        )
-    ]
-    done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
-    begin = partial(
-        _sampler,
-        opened=opened,
-        rewards=rewards,
-        call=arguments,
-        fps=fps,
-        steps=steps,
-        predicted=predicted,
-        half=half,
-        shares=shares,
-    )
-    sentences = crew.share("collecting", "videos", units, done, begin, progress)
-
-    def finish() -> None:
-        if sentences:
-            print(
-                f"prism: {len(sentences)} candidates are left out: {quoted(sentences[0], 200)}"
-                f"{' ...' if len(sentences) > 1 else ''}",
-                file=sys.stderr,
+    with writing(crew, opened) as writer:
+        labels = Labels(writer, rewards, margins=margins)
+        units = [
+            (unit_name(number, [each.video for each in rows]), rows)
+            for number, rows in enumerate(
+                _candidates(requested[start : start + unit], candidates, seed, digests)
+                for start in range(0, len(requested), unit)
             )
-        if not labels.finish(margins):
-            raise PrismError("No candidate has finite latents; sample in a wider dtype (--dtype bf16 or fp32).")
+        ]
+        done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
+        if candidates == 1 and crew.first:
+            print("prism: one candidate a prompt gives no pairs; give --candidates 2 or more.", file=sys.stderr)
+        begin = partial(
+            _sampler,
+            opened=opened,
+            rewards=rewards,
+            call=arguments,
+            fps=fps,
+            margins=margins,
+            steps=steps,
+            predicted=predicted,
+            half=half,
+            shares=shares,
+        )
+        sentences = crew.share("collecting", "videos", units, done, begin, progress)
 
-    crew.on_first(finish)
+        def finish() -> None:
+            if sentences:
+                print(
+                    f"prism: {len(sentences)} candidates are left out: {quoted(sentences[0], 200)}"
+                    f"{' ...' if len(sentences) > 1 else ''}",
+                    file=sys.stderr,
+                )
+            if not labels.finish():
+                raise PrismError("No candidate has finite latents; sample in a wider dtype (--dtype bf16 or fp32).")
+
+        crew.on_first(finish)
     return LatentStore.open(out)
 
 
@@ -166,6 +170,7 @@ def label(
     if not rewards:
         raise PrismError("No reward is named to label the store by; give --reward.")
     check_fps(rewards, fps)
+    check_margins(margins, rewards)
     folder = Path(store)
     if not (folder / "store.json").is_file():
         raise PrismError(f"The folder {files.shown(folder)} is no store; name one that prism collect made.")
@@ -182,16 +187,17 @@ def label(
         raise PrismError(f"The store {files.shown(folder)} is of the {was}, and the backbone has {present}.")
     identity = {name: value for name, value in meta.items() if name not in ("schema", "key")}
     opened = partial(StoreWriter, os.path.abspath(folder), key, identity, True)
-    writer = writer_of(crew, opened)
-    labels = Labels(writer, rewards)
-    if not resume:
-        crew.on_first(labels.drop)
-    shards = shard_tables(folder, writer.key)
-    units = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
-    done = crew.on_first(lambda: [not labels.missing(name) for name, _ in units])
-    begin = partial(_labeller, opened=opened, rewards=rewards, call=normalised(meta.get("call") or {}), fps=fps)
-    crew.share("labelling", "videos", units, done, begin, progress)
-    crew.on_first(lambda: labels.finish(margins))
+    with writing(crew, opened) as writer:
+        labels = Labels(writer, rewards, margins=margins)
+        if not resume:
+            crew.on_first(labels.drop)
+        shards = shard_tables(folder, writer.key)
+        units = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
+        done = crew.on_first(lambda: [not labels.missing(name) for name, _ in units])
+        arguments = normalised(meta.get("call") or {})
+        begin = partial(_labeller, opened=opened, rewards=rewards, call=arguments, fps=fps, margins=margins)
+        crew.share("labelling", "videos", units, done, begin, progress)
+        crew.on_first(labels.finish)
     return LatentStore.open(folder)
 
 
@@ -277,11 +283,11 @@ def _candidates(prompts: Sequence[Prompt], count: int, seed: int, digests: Mappi
 
 def _sampler(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
-    fps: float | None, **settings: Any,
+    fps: float | None, margins: Mapping[str, float] | float, **settings: Any,
 ) -> Make:  # fmt: skip
     """A function that samples and labels a unit in this process; `settings`: further arguments of `_write`."""
     writer = opened(main=False)
-    labels = Labels(writer, rewards, backbone, call, fps)
+    labels = Labels(writer, rewards, backbone, call, fps, margins)
 
     def make(name: str, candidates: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
         dropped = [] if writer.has(name) else _write(writer, name, candidates, backbone, call, **settings)
@@ -295,10 +301,10 @@ def _sampler(
 
 def _labeller(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
-    fps: float | None,
+    fps: float | None, margins: Mapping[str, float] | float,
 ) -> Make:  # fmt: skip
     """A function that labels a unit in this process."""
-    labels = Labels(opened(main=False), rewards, backbone, call, fps)
+    labels = Labels(opened(main=False), rewards, backbone, call, fps, margins)
 
     def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
         labels.label(name)

@@ -45,8 +45,9 @@ class TrainConfig:
     eta: float = 5.0
     """Tie threshold of Eq. 3-4."""
     source: str = "renoised"
-    """renoised: finished latents with new noise (Eq. 1). recorded: states recorded while sampling. predicted: the clean
-    latents that the denoiser predicted there, with new noise. A mixture by prompt: renoised=0.5,predicted=0.5."""
+    """renoised: finished latents with new noise (Eq. 1). recorded: states recorded while sampling.
+    predicted: the clean latents that the denoiser predicted there, with new noise.
+    A mixture by prompt: renoised=0.5,predicted=0.5."""
     trajectory_share: float = 0.5
     """Probability of a recorded state with the source "mixed", an older name of recorded=0.5,renoised=0.5."""
     max_prompts: int = 0
@@ -76,11 +77,11 @@ class TrainConfig:
     max_rows: int = 64
     """Videos per forward pass of the backbone; bounds memory, changes nothing else. Halved if memory runs out."""
     gradient_accumulation_steps: int = 1
-    """Number of parts in which a process reads its prompts of a step; their gradients add up to those of the step, and
-    memory is that of one part. prompts_per_step counts all parts of all processes."""
+    """Number of parts in which a process reads its prompts of a step; gradients add up, memory is that of one part.
+    prompts_per_step counts all parts of all processes."""
     token_cache: str = ""
-    """Folder in which the tokens of tapped blocks are kept; needs noise_draws. Another head on the same draws then
-    trains without the backbone. cache.json says what it holds. Empty: none."""
+    """Folder in which the tokens of tapped blocks are kept; needs noise_draws. Empty: none.
+    Another head on the same draws then trains without the backbone. cache.json says what it holds."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none, so that a killed run starts from the beginning."""
     log_every: int = 50

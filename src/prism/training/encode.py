@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 from collections import deque
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from prism import files
 from prism.backbone import Backbone
 from prism.backbone.arguments import normalised
 from prism.backbone.fingerprint import VERSIONED
@@ -30,7 +32,8 @@ from prism.preference.readers import PreferenceSet, pairs
 from prism.preference.shards import indexed
 from prism.training.cached import CachedLatents
 from prism.training.conditionings import check_bare
-from prism.training.fan_out import Crew, Make, crew_of, writer_of
+from prism.training.fan_out import Crew, Make, crew_of, writing
+from prism.training.labels import without_pairs
 
 UNIT = 64
 """Clips per shard: as many are lost at most when a process is killed, and their latents held in memory at once."""
@@ -84,6 +87,8 @@ def encode(
     unit = whole("unit", unit, 1, 100_000)
     labelled = with_splits(pairs(preference_set, rule, margin, soft), held_out)
     clips = _clips(preference_set, labelled)
+    if latents is None:
+        _check_there(preference_set, clips)
     crew = crew_of(backbone)
     reader = partial(
         _reader,
@@ -93,41 +98,46 @@ def encode(
         clips=clips,
         latents=None if latents is None else replace(latents, _open=None),
     )
-    fingerprint, reader_key, clips, absent = crew.ask(partial(_planned, reader=reader))
+    fingerprint, reader_key, clips, absent, images = crew.ask(partial(_planned, reader=reader))
     key = {
         "backbone": {name: value for name, value in fingerprint.items() if name not in VERSIONED},
         **({"frames": asdict(policy)} if latents is None else {"latents": reader_key}),
         "dtype": "float16",
+        **({"images": images} if images else {}),
     }
     dimensions = list(dimensions_of(labelled))
     meta = {"call": dict(call), "backbone": fingerprint, "dimensions": dimensions, "command": command, "seed": None}
     changeable = ("command", *(f"backbone.{name}" for name in VERSIONED))
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=changeable)
-    writer = writer_of(crew, opened)
-    units = [
-        (unit_name(number, [row["video"] for row in rows]), rows)
-        for number, rows in enumerate(clips[start : start + unit] for start in range(0, len(clips), unit))
-    ]
-    done = crew.on_first(lambda: [writer.has(name) for name, _ in units])
-    begin = partial(_encoder, opened=opened, reader=reader)
-    sentences = crew.share("encoding", "clips", units, done, begin, progress)
+    with writing(crew, opened) as writer:
+        units = [
+            (unit_name(number, [row["video"] for row in rows]), rows)
+            for number, rows in enumerate(clips[start : start + unit] for start in range(0, len(clips), unit))
+        ]
+        done = crew.on_first(lambda: [writer.has(name) for name, _ in units])
+        begin = partial(_encoder, opened=opened, reader=reader)
+        sentences = crew.share("encoding", "clips", units, done, begin, progress)
 
-    def finish() -> None:
-        unread = absent + sentences
-        if unread:
-            print(
-                f"prism: {len(unread)} clips could not be read and are left out with their pairs: "
-                f"{quoted(unread[0], 200)}{' ...' if len(unread) > 1 else ''}",
-                file=sys.stderr,
+        def finish() -> None:
+            unread = absent + sentences
+            if unread:
+                print(
+                    f"prism: {len(unread)} clips could not be read and are left out with their pairs: "
+                    f"{quoted(unread[0], 200)}{' ...' if len(unread) > 1 else ''}",
+                    file=sys.stderr,
+                )
+            if not writer.finish():
+                raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0], 300)}")
+            videos = indexed(writer.folder, writer.key)[0]["video"]
+            readable = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
+            ratings = preference_set.ratings if len(preference_set.ratings) else None
+            for sentence in without_pairs(labelled.filter(readable)):
+                print(f"prism: {sentence}", file=sys.stderr)
+            writer.label(
+                labelled.filter(readable), preference_set.votes if len(preference_set.votes) else None, ratings
             )
-        if not writer.finish():
-            raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0], 300)}")
-        videos = indexed(writer.folder, writer.key)[0]["video"]
-        readable = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
-        ratings = preference_set.ratings if len(preference_set.ratings) else None
-        writer.label(labelled.filter(readable), preference_set.votes if len(preference_set.votes) else None, ratings)
 
-    crew.on_first(finish)
+        crew.on_first(finish)
     return LatentStore.open(out)
 
 
@@ -187,6 +197,31 @@ def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, 
     if not clips:
         raise PrismError("The set names no pair of clips, so there is nothing to encode.")
     return clips
+
+
+def _check_there(preference_set: PreferenceSet, clips: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a set none of whose clips is there, before any work."""
+    missing = set(preference_set.missing)
+    if missing and all(missing & {row["path"], *(row["frames"] or ())} for row in clips):
+        raise PrismError(
+            f"None of the {len(clips)} clips of pairs is there, such as {quoted(preference_set.missing[0], 100)} in "
+            f"{quoted(str(preference_set.root), 120)}; name the folder that they are in with --root."
+        )
+
+
+def _images_of(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many clips start from an image, and a digest of which image each starts from; empty where none does."""
+    of_clips = [(row["video"], row["image"]) for row in clips if row["image"]]
+    whole, digests = hashlib.sha256(), {}
+    for video, image in of_clips:
+        if image not in digests:
+            try:
+                size, content = files.ends(image)
+                digests[image] = f"{size} {hashlib.sha256(content).hexdigest()}"
+            except (PrismError, OSError, ValueError):  # told when its clip is encoded
+                digests[image] = "none"
+        whole.update(f"{video}\0{digests[image]}\0".encode(errors="surrogatepass"))
+    return {"clips": len(of_clips), "digest": whole.hexdigest()[:16]} if of_clips else {}
 
 
 class _Encoder:
@@ -256,10 +291,11 @@ def _shape(backbone: Backbone, clips: Sequence[Mapping[str, Any]], call: Mapping
 
 def _planned(
     backbone: Backbone, reader: Callable[[Backbone], Any]
-) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], list[str]]:
-    """The backbone's fingerprint, the reader's key, the clips that it holds, and a sentence for each other clip."""
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]], list[str], dict[str, Any]]:
+    """The backbone's fingerprint, the reader's key, the clips that it holds, a sentence for each other clip, and what
+    of their images the store's key holds."""
     source, clips, absent = reader(backbone)
-    return backbone.fingerprint(), source.key, clips, absent
+    return backbone.fingerprint(), source.key, clips, absent, _images_of(clips) if backbone.takes("image") else {}
 
 
 def _encoder(backbone: Backbone, *, opened: Callable[..., StoreWriter], reader: Callable[[Backbone], Any]) -> Make:

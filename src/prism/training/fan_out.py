@@ -138,8 +138,17 @@ def crew_of(backbone: Backbone | Crew) -> Crew:
     return Processes(backbone) if isinstance(backbone, Backbone) else backbone
 
 
-def writer_of(crew: Crew, opened: Callable[..., StoreWriter]) -> StoreWriter:
-    """The store's writer in each process of a crew: the first begins or continues the store, the others follow."""
+@contextmanager
+def writing(crew: Crew, opened: Callable[..., StoreWriter]) -> Iterator[StoreWriter]:
+    """The store's writer in each process of a crew: the first begins or continues the store, the others follow.
+
+    Where the block fails before a shard is written, the folder is left as it was.
+    """
     writers: list[StoreWriter] = []
     crew.on_first(lambda: writers.append(opened()))
-    return writers[0] if crew.first else opened(main=False)
+    try:
+        yield writers[0] if crew.first else opened(main=False)
+    except Exception:
+        if crew.first:
+            writers[0].withdraw()
+        raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,12 @@ def check_fps(rewards: Sequence[Reward], fps: float | None) -> None:
         raise PrismError(f"The reward {lacking[0]} takes fps, the frames per second of the videos; give --fps.")
 
 
+def check_margins(margins: Mapping[str, float] | float, rewards: Sequence[Reward]) -> None:
+    """Refuse margins of dimensions that the rewards do not give, where all of them say which they give."""
+    if all(reward.dimensions is not None for reward in rewards):
+        _margins(margins, [name for reward in rewards for name in _named(rewards, reward, reward.dimensions or ())])
+
+
 class Decoder:
     """Decode latents of a store, for rewards and for people; a packed latent's grid is computed once per shape."""
 
@@ -80,14 +86,16 @@ class Labels:
         backbone: its VAE decodes; None where no video is scored.
         call: the pipeline arguments that the videos were sampled with.
         fps: frames per second, for rewards that take them.
+        margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
     """
 
     def __init__(
         self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone | None = None,
-        call: Mapping[str, Any] | None = None, fps: float | None = None,
+        call: Mapping[str, Any] | None = None, fps: float | None = None, margins: Mapping[str, float] | float = 0.0,
     ) -> None:  # fmt: skip
         check_names(rewards)
         self.writer, self.rewards, self.call, self.fps = writer, tuple(rewards), call or {}, fps
+        self.margins = margins
         self._decoder = None if backbone is None else Decoder(backbone)
         self._changed: set[str] = set()
 
@@ -101,7 +109,7 @@ class Labels:
         return [reward for reward in self.rewards if not self._has(reward, unit)]
 
     def label(self, unit: str) -> None:
-        """Score a unit's videos by the rewards that have not scored it yet."""
+        """Score a unit's videos by the rewards that have not scored it yet; then refuse margins of other dimensions."""
         rewards = self.missing(unit)
         if not rewards:
             return
@@ -136,20 +144,18 @@ class Labels:
             table = pa.table({"video": ids, **columns})
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
+        check_margins(self.margins, self.rewards)
 
     def _call(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline arguments of a video, with its image."""
         name = row.get("image")
         return {**self.call, **({"image": str(images.path_of(self.writer.folder, name))} if name else {})}
 
-    def finish(self, margins: Mapping[str, float] | float = 0.0) -> int:
+    def finish(self) -> int:
         """Write ratings, score columns and pairs from all scores; return the number of videos.
 
         Ratings by others and people's labels stay; all other labels of pairs are replaced. With several rewards a
-        dimension is named REWARD.DIMENSION.
-
-        Args:
-            margins: largest difference that is a tie: one for all dimensions, or by dimension (0 where it is missing).
+        dimension is named REWARD.DIMENSION. Splits without pairs and dimensions of ties alone are reported.
         """
         if not any(self._folder(reward).is_dir() for reward in self.rewards):
             return self.writer.finish()
@@ -157,8 +163,8 @@ class Labels:
         columns: dict[str, dict[str, float]] = {}
         annotators: dict[str, str] = {}
         for reward, table in scored.items():
-            for name in table.column_names[1:]:
-                dimension = name if len(self.rewards) == 1 else f"{reward.name}.{name}"
+            names = table.column_names[1:]
+            for name, dimension in zip(names, _named(self.rewards, reward, names)):
                 annotators[dimension] = reward.name
                 columns[dimension] = dict(zip(table["video"].to_pylist(), table[name].to_pylist()))
         ids = list(dict.fromkeys(video for by_video in columns.values() for video in by_video))
@@ -179,7 +185,10 @@ class Labels:
         kinds = {each.name: each.type for each in RATINGS}
         by_column = zip(*rows) if rows else [()] * len(kinds)
         ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, by_column)})
-        labelled = _pairs(videos, ratings, _margins(margins, columns))
+        margins = _margins(self.margins, list(columns))
+        labelled = _pairs(videos, ratings, margins)
+        for sentence in (*_ties(labelled, columns, margins), *without_pairs(labelled)):
+            print(f"prism: {sentence}", file=sys.stderr)
         path = self.writer.folder / "votes.parquet"
         if path.is_file():  # people's answers, which `prism data import` writes
             labelled = self._beside_people(
@@ -256,7 +265,37 @@ class Labels:
 _NONE = VOTES.empty_table()
 
 
-def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]) -> dict[str, float]:
+def _named(rewards: Sequence[Reward], reward: Reward, names: Sequence[str]) -> list[str]:
+    """The dimensions of a store that a reward's become."""
+    return [name if len(rewards) == 1 else f"{reward.name}.{name}" for name in names]
+
+
+def _ties(
+    labelled: pa.Table, scores: Mapping[str, Mapping[str, float | None]], margins: Mapping[str, float]
+) -> Iterator[str]:
+    """A sentence for each dimension in which all pairs are ties."""
+    for name, by_video in scores.items():
+        if name in labelled.column_names and set(labelled[name].drop_null().to_pylist()) == {0}:
+            numbers = [score for score in by_video.values() if score is not None]
+            low, high = min(numbers), max(numbers)
+            why = (
+                f"all scores are {low:g}" if low == high
+                else f"no two scores of a prompt differ by more than {margins[name]:g}; they are {low:g} to {high:g}"
+            )  # fmt: skip
+            yield f"all pairs are ties in {quoted(name, 60)}, and nothing can be learned from it: {why}."
+
+
+def without_pairs(labelled: pa.Table) -> Iterator[str]:
+    """A sentence where splits that training or evaluation need have no pairs."""
+    empty = [name for name in ("train", "validation", "test") if name not in set(labelled["split"].to_pylist())]
+    if len(empty) == 3:
+        yield "there are no pairs: a pair is two videos of one prompt and one image."
+    elif empty:
+        splits = f"split{'s' * (len(empty) > 1)} {' and '.join(empty)}"
+        yield f"there are no pairs in the {splits}: give more prompts, other shares (--held-out), or a column split."
+
+
+def _margins(margins: Mapping[str, float] | float, dimensions: Sequence[str]) -> dict[str, float]:
     """The tie margin of each dimension."""
     if not isinstance(margins, Mapping):
         return dict.fromkeys(dimensions, number("margin", margins, 0))
@@ -264,7 +303,8 @@ def _margins(margins: Mapping[str, float] | float, dimensions: Mapping[str, Any]
     if strange and dimensions:
         raise PrismError(
             f"The margin of {quoted(strange[0], 60)} is of no dimension; there are "
-            f"{quoted(', '.join(dimensions), 160)}. All labels are kept: give another margin and --resume."
+            f"{quoted(', '.join(dimensions), 160)}. Give another --margin, with --resume where labels were made: they "
+            "are kept."
         )
     return {name: number(f"The margin of {name}", margins.get(name, 0.0), 0) for name in dimensions}
 

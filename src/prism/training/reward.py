@@ -23,6 +23,7 @@ import queue
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ from prism.preference.shards import ROW_COLUMNS
 TIMEOUT = 600.0  # seconds that one call may take
 _RESERVED = {*PAIR_COLUMNS, *ROW_COLUMNS, *CLIP_FACTS, "shard"}  # columns of a store
 _NAME = re.compile(r"[\w-]+")
+_PACKAGE = Path(__file__).parents[1]
 
 
 class Reward:
@@ -51,6 +53,7 @@ class Reward:
         source: the function, as FILE.py:function; a resumed labelling must have the same.
         version: a hash of the function's file.
         dimensions: of its scores, if they are known before it is called.
+        needs_fps: True if the frames per second are required, though the function has a default for them.
         unclear: True if NaN in all dimensions is a valid answer and means that a video has no score, as of teachers
             that write text.
 
@@ -60,10 +63,10 @@ class Reward:
 
     def __init__(
         self, function: Callable[..., Any], name: str, timeout: float | None = TIMEOUT, source: str = "",
-        version: str = "", dimensions: Sequence[str] | None = None, unclear: bool = False,
+        version: str = "", dimensions: Sequence[str] | None = None, unclear: bool = False, needs_fps: bool = False,
     ) -> None:  # fmt: skip
         if not callable(function):
-            raise PrismError(f"The reward {quoted(name, 80)} is a {type(function).__name__}; a function is needed.")
+            raise PrismError(f"The reward {quoted(name, 80)} is {_shown(function)}; a function is needed.")
         instance("The name of a reward", name, str, "a text")
         if not _NAME.fullmatch(name):
             raise PrismError(
@@ -78,6 +81,7 @@ class Reward:
         fps = inspect.signature(function).parameters.get("fps") if "fps" in self._takes else None
         self.needs_fps = fps is not None and fps.default is inspect.Parameter.empty
         self._has_fps = fps is not None and not self.needs_fps
+        self.needs_fps |= needs_fps
         self.unclear = unclear
         dimensions = dimensions or getattr(function, "dimensions", None)
         if isinstance(dimensions, list | tuple) and dimensions:
@@ -135,7 +139,7 @@ class Reward:
             fps = " (--fps)" if "frames per second" in str(error) else ""
             raise self._wrong(f"raised: {quoted(error, 200).rstrip('.')}{fps}", names, prompts) from error
         except BaseException as error:  # also SystemExit of a script's own
-            raise self._wrong(f"raised {reason(error, 160)}", names, prompts) from error
+            raise self._wrong(f"raised {reason(error, 160)}", names, prompts, _line(error, self.function)) from error
 
     def _rows(self, answers: Any, names: Sequence[str], prompts: Sequence[str]) -> list[Any]:
         """One answer per video of a batch."""
@@ -146,7 +150,7 @@ class Reward:
                 return [{each: values[row] for each, values in columns.items()} for row in range(len(names))]
         elif isinstance(answers, list | tuple) and len(answers) == len(names):
             return list(answers)
-        actual = f"{len(answers)} of them" if isinstance(answers, list | tuple) else quoted(answers, 80)
+        actual = f"{len(answers)} of them" if isinstance(answers, list | tuple) else _shown(answers)
         raise self._wrong(f"must answer with a row for each of {len(names)} videos, and gave {actual}", names, prompts)
 
     def _answer(self, answer: Any, name: str, prompt: str) -> dict[str, float]:
@@ -163,7 +167,7 @@ class Reward:
                     raise
                 of = f" for {quoted(dimension, 40)}" if isinstance(answer, Mapping) else ""
                 raise self._wrong(
-                    f"gave {quoted(value, 60)}{of} where a finite number is needed", [name], [prompt]
+                    f"gave {_shown(value)}{of} where a finite number is needed", [name], [prompt]
                 ) from None
         if self.dimensions is None and scores:
             self.dimensions = tuple(scores)
@@ -185,10 +189,10 @@ class Reward:
             )
         return dimension
 
-    def _wrong(self, what: str, names: Sequence[str], prompts: Sequence[str]) -> PrismError:
+    def _wrong(self, what: str, names: Sequence[str], prompts: Sequence[str], line: str = "") -> PrismError:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return PrismError(
-            f"The reward {self.name} {what}, for the video {quoted(names[0], 80)}{more} of the prompt "
+            f"The reward {self.name}{line} {what}, for the video {quoted(names[0], 80)}{more} of the prompt "
             f'"{quoted(prompts[0], 80)}"; what was collected stays, and --resume goes on when the function is mended.'
         )
 
@@ -233,7 +237,8 @@ def load_reward(spec: str, timeout: float | None = TIMEOUT) -> Reward:
         try:
             function = function()
         except Exception as error:
-            raise PrismError(f"The reward {quoted(target, 120)} could not be made: {reason(error)}.") from error
+            line = _line(error, function)
+            raise PrismError(f"The reward {quoted(target, 120)}{line} could not be made: {reason(error)}.") from error
     chosen = name or getattr(function, "name", None) or attribute
     return Reward(function, str(chosen), timeout, target, _digest(module))
 
@@ -254,7 +259,8 @@ def _from_file(path: str) -> ModuleType:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise PrismError(f"The --reward file {quoted(path, 120)} cannot be run: {reason(error)}.") from error
+        line = _line(error, module)
+        raise PrismError(f"The --reward file {quoted(path, 120)}{line} cannot be run: {reason(error)}.") from error
     return module
 
 
@@ -267,6 +273,35 @@ def _imported(name: str) -> ModuleType:
         raise
     except BaseException as error:
         raise PrismError(f"The --reward module {quoted(name, 120)} cannot be imported: {reason(error)}.") from error
+
+
+def _line(error: BaseException, where: Any) -> str:
+    """The last line of a user's code that an error came through, in words: where the function or module is, else the
+    last that is not PRISM's."""
+    plain = isinstance(where, ModuleType) or inspect.isroutine(where) or inspect.isclass(where)
+    file = getattr(inspect.getmodule(where if plain else type(where)), "__file__", None) or ""
+    if Path(file).is_relative_to(_PACKAGE):
+        return ""
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        lines.append((error.filename, error.lineno))
+    in_file = [line for line in lines if file and os.path.abspath(line[0]) == os.path.abspath(file)]
+    others = [line for line in lines if os.path.isfile(line[0]) and not Path(line[0]).is_relative_to(_PACKAGE)]
+    if not (in_file or others):
+        return ""
+    path, row = (in_file or others)[-1]
+    return f" ({quoted(os.path.relpath(path) if Path(path).is_relative_to(os.getcwd()) else path, 100)}, line {row})"
+
+
+def _shown(value: Any) -> str:
+    """A foreign value in words: a text in quotes, a list by its length, another with its type."""
+    if isinstance(value, str):
+        return f'the text "{quoted(value, 60)}"'
+    if isinstance(value, list | tuple | Mapping):
+        return f"a {type(value).__name__} of {len(value)} values"
+    if value is None or isinstance(value, float):
+        return str(value)
+    return f"{quoted(value, 60)} of type {type(value).__name__}"
 
 
 def _digest(module: ModuleType) -> str:
