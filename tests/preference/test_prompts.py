@@ -24,6 +24,7 @@ WRITTEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:1 of 3 prompts in .* stand there before")
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_file_of_prompts_gives_each_once_with_its_place(name, tmp_path):
     (tmp_path / name).write_bytes(WRITTEN[name])
