@@ -174,8 +174,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "eval draws": ("eval --out {out} --num-draws 0", "--num-draws must be a whole number from 1 to 1,000"),
     "eval seed": ("eval --out {out} --seed -1", "--seed must be a whole number from 0 to"),
     "eval NaN": ("eval --out {out} --timesteps nan", "The --timesteps hold nan"),
-    "train rate": ("train --out {out} --learning-rate nan", "learning_rate must be a finite number"),
-    "train rate inf": ("train --out {out} --learning-rate inf", "learning_rate must be"),
+    "train rate": ("train --out {out} --learning-rate nan", "--learning-rate must be a finite number"),
+    "train rate inf": ("train --out {out} --learning-rate inf", "--learning-rate must be"),
     "train eta": ("train --out {out} --eta inf", "eta must be a finite number"),
     "train seed": (
         "train --out {out} --seed 99999999999999",
@@ -187,7 +187,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "quality": ("shapeworld quality --out {out} --prompts 0", "--prompts must be a whole number from 1"),
     "quality guidance": ("shapeworld quality --out {out} --guidance-scale nan", "--guidance-scale must be a number"),
     "candidates": ("shapeworld candidates --out {out} --split train:0", "must be a whole number from 1"),
-    "shapeworld": ("shapeworld train --out {out} --learning-rate nan", "learning_rate of a training run must be"),
+    "shapeworld": ("shapeworld train --out {out} --learning-rate nan", "--learning-rate of a training run must be"),
     "shapeworld steps": ("shapeworld train --out {out} --steps -1", "steps of a training run must be a whole number"),
     "shapeworld seed": ("shapeworld train --out {out} --seed -1", "seed of a training run must be a whole number"),
 }

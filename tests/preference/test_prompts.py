@@ -65,6 +65,7 @@ def test_a_file_that_is_no_list_of_prompts_is_refused(name, tmp_path):
         read_prompts(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:.* prompts in .* stand there before")
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200), st.sampled_from(["p.txt", "p.csv", "p.json", "p.jsonl", "p.parquet"]))
 def test_any_bytes_give_prompts_or_one_sentence(tmp_path, data, name):
