@@ -19,8 +19,7 @@ class Rewards:
     """Rewards that label the videos."""
 
     rewards: Annotated[tuple[str, ...], Repeated, option("SPEC", name="reward")] = ()
-    """Reward that scores decoded videos: FILE.py:function, module:function, a teacher as videoreward=FOLDER, or
-    referee."""
+    """Reward of decoded videos: FILE.py:function, module:function, a teacher as videoreward=FOLDER, or referee."""
     reward_timeout: float = 600.0
     """Seconds that one call of a reward may take."""
     margin: Annotated[str, option("X or NAME:X,...")] = "0"
