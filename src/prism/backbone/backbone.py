@@ -228,8 +228,7 @@ class Backbone:
 
     @contextmanager
     def freed(self) -> Iterator[None]:
-        """On leaving the outermost nested `freed`, offload models (`enable_model_cpu_offload`) as a call does at its
-        end."""
+        """At the end of the outermost `freed`, offload models (`enable_model_cpu_offload`), as at the end of a call."""
         outermost, self._freeing = not self._freeing, True
         try:
             yield

@@ -26,7 +26,6 @@ from prism.errors import PrismError, quoted
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
 
-
 PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # parts in a fingerprint, and their names in messages
 ABSENT = "absent"
 # Fields of configurations whose meaning `needs` holds.
@@ -247,8 +246,7 @@ def _text(config: Mapping[str, Any]) -> bytes:
 
 def _json(value: Any) -> Any:
     """A setting after a round trip through JSON: tuples and arrays become lists, objects with `to_dict` (a quantisation
-    config) dictionaries, and anything else that JSON cannot hold a text.
-    """
+    config) dictionaries, and anything else that JSON cannot hold a text."""
 
     def plain(obj: Any) -> Any:
         if hasattr(obj, "to_dict"):
@@ -331,8 +329,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def surroundings(pipe: Any) -> str:
     """A digest of what a conditioning depends on besides the call: the pipeline's parts except its denoisers, with
-    their weights and adapters. It takes a few ms for the largest encoders.
-    """
+    their weights and adapters. It takes a few ms for the largest encoders."""
     states = []
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, nn.Module) and not is_denoiser(name):

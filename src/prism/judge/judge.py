@@ -215,10 +215,7 @@ class Judge:
             private: whether a new repository is; None: as the account's settings say.
             token: of the Hub, with the right to write; None: the one logged in with.
             commit_message: first line of the commit.
-            **card: evaluation, license and base_model, as of ``save_pretrained``.
-
-        Raises:
-            PrismError: where the Hub refuses, or cannot be reached.
+            **card: evaluation, license and base_model, as of ``save_pretrained``. Raises PrismError if the Hub refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "head"
@@ -278,10 +275,7 @@ class Judge:
             **call: further arguments of the pipeline's call (height, images, ...); conditioning is captured with them.
 
         Returns:
-            (B, num_dimensions) float32, higher is better.
-
-        Raises:
-            PrismError: where a row has no finite score.
+            (B, num_dimensions) float32, higher is better. Raises PrismError where a row has no finite score.
         """
         with self.backbone.held():
             return checks.finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)), "score")
@@ -401,6 +395,5 @@ class Judge:
 
 
 def _backbone(pipe: Any, reads: str | None = None) -> Backbone:
-    """A pipeline as a backbone. `reads`: where a pipeline has two denoisers, the one that a saved head was trained
-    on."""
+    """A pipeline as a backbone; `reads`: the denoiser that a saved head was trained on, where a pipeline has two."""
     return pipe if isinstance(pipe, Backbone) else Backbone(pipe, reads)
