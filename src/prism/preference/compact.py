@@ -48,8 +48,8 @@ def recurring(schema: pa.Schema) -> list[str]:
 
 def read_compacted(path: Path) -> pa.Table:
     """A Parquet file as from `compacted`, read by its groups of rows, so that little more is needed than is kept."""
-    file = pq.ParquetFile(path)
-    file = pq.ParquetFile(path, read_dictionary=recurring(file.schema_arrow), buffer_size=1 << 16)
+    texts = recurring(pq.read_schema(path))
+    file = pq.ParquetFile(path, read_dictionary=texts, buffer_size=1 << 16)
     if not file.num_row_groups:
         return compacted(file.read())
     table = compacted(pa.concat_tables(file.read_row_group(n, use_threads=False) for n in range(file.num_row_groups)))
@@ -86,7 +86,11 @@ def plain(table: pa.Table) -> pa.Table:
 
 
 def codes(column: pa.ChunkedArray) -> np.ndarray:
-    """Numbers from 0 of a column's values (null is one), in order of appearance: (rows,) int32."""
+    """Numbers from 0 of a column's values (null is one), in order of appearance.
+
+    Returns:
+        (rows,) int32.
+    """
     values = encoded(column)
     indices = pc.fill_null(values.indices, len(values.dictionary)).to_numpy()
     count = len(indices)
@@ -99,7 +103,14 @@ def codes(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def equal_at(column: pa.ChunkedArray, rows: np.ndarray, other: pa.ChunkedArray) -> np.ndarray:
-    """True where a column has at `rows` the texts of another one: (rows,) bool."""
+    """True where a column has at `rows` the texts of another one.
+
+    Args:
+        rows: (n,) whole numbers, one per text of `other`.
+
+    Returns:
+        (n,) bool.
+    """
     ours, theirs = encoded(column), encoded(other)
     number = pc.fill_null(pc.index_in(theirs.dictionary, value_set=ours.dictionary), -1).to_numpy(False)
     equal: np.ndarray = ours.indices.to_numpy()[rows] == number[theirs.indices.to_numpy()]
@@ -107,7 +118,11 @@ def equal_at(column: pa.ChunkedArray, rows: np.ndarray, other: pa.ChunkedArray) 
 
 
 def joint_codes(columns: Sequence[pa.ChunkedArray]) -> np.ndarray:
-    """Numbers from 0 of the combinations of several columns' values, in order of appearance: (rows,) int32."""
+    """Numbers from 0 of the combinations of several columns' values, in order of appearance.
+
+    Returns:
+        (rows,) int32.
+    """
     joined = codes(columns[0])
     for column in columns[1:]:
         each = codes(column)
@@ -148,7 +163,11 @@ class RowIndex:
         return None
 
     def rows(self, column: pa.ChunkedArray) -> np.ndarray:
-        """The row of each text of a column, -1 of those that are not there: (texts,) int64."""
+        """The row of each text of a column, -1 of those that are not there.
+
+        Returns:
+            (texts,) int64.
+        """
         values = encoded(column)
         texts = values.dictionary
         found = np.full(len(texts) + 1, -1)  # the last is that of null
