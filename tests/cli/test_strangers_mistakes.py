@@ -19,6 +19,7 @@ from tests.zoo.latte_to_qwen import ltx_i2v
 from prism import cli
 from prism.backbone import Backbone
 from prism.clips import FramePolicy
+from prism.commands.scores import _read_as
 from prism.errors import PrismError
 from prism.loading import check_rewards, load_reward
 from prism.preference import LatentStore, StoreWriter
@@ -398,3 +399,15 @@ def test_the_help_names_values_and_breaks_lines_at_sentences(command, capsys):
         for each in parse_from_object(kind).params:
             lines = (each.description or "").splitlines()
             assert all(line.rstrip().endswith(".") for line in lines[:-1]), each.description
+
+
+@pytest.mark.parametrize("levels", [(600.0,), (600.0, 300.0), (300.0,)])
+def test_a_score_at_a_level_outside_the_reference_has_no_percentile(levels):
+    document = {
+        **{"levels": levels, "clips": [{"reference_of": "prompt"}], "call": {}, "frames": {}},
+        "reference": {"levels": [300.0, 699.0], "intervals": {}, "store": {"name": "s"}, "split": "test"},
+    }
+    text = "\n".join(_read_as(document))
+    assert ("reference has no level t = 600, so that scores there have no percentile" in text) == (600 in levels)
+    assert ("Percentile, and probability" in text) == (300 in levels)
+    assert ("at t = 300." in text) == (300 in levels)

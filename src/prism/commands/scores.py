@@ -204,7 +204,7 @@ def _read_as(document: Mapping[str, Any]) -> Iterator[str]:
     if outside:
         yield (
             f"The head's reference has no level t = {', '.join(f'{t:g}' for t in outside)}, so that scores there have "
-            f"no percentile: it has {', '.join(f'{t:g}' for t in reference['levels'])} (prism reference --t adds more)."
+            f"no percentile: it has {', '.join(f'{t:g}' for t in reference['levels'])} (--t of prism reference)."
         )
     if len(outside) == len(document["levels"]):
         return
