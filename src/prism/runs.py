@@ -28,7 +28,7 @@ _OURS = re.compile(
     r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
     r"|(evaluation|reference)\.json"
     r"|(videos|pairs|index|votes|ratings|(test|validation|unseen)-[\w-]+)\.parquet|seals\.json"
-    r"|\d{6}-[0-9a-f]{12}\.(parquet|safetensors)"  # a store's shards
+    r"|\d{6}-[0-9a-f]{12}\.(parquet|safetensors)|(shared-)?[0-9a-f]{64}\.safetensors"  # a store's shards, conditionings
     r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
     r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"
     r"|[0-9a-f]{32}(\.npy|\.\d+\.partial)"  # decoded frames
@@ -161,7 +161,7 @@ def _listed(folder: Path) -> set[str]:
 def _is_ours(path: Path, folder: Path, listed: set[str]) -> bool:
     if path.is_symlink():
         return False
-    if listed:  # a finished run lists all its files
+    if listed and path.parent.parent.name != "conditionings":  # a finished run lists its files; these come later
         return path.relative_to(folder).as_posix() in listed
     if path.stem == "state":  # in a checkpoint's folder, not in a user's copy of one
         return re.fullmatch(r"step-\d{8}|\.step-\d{8}\.prism-[0-9a-f]{8}", path.parent.name) is not None

@@ -9,6 +9,7 @@
     index.parquet             the rows of all shards, so that a store of 100,000 videos opens in a second
     images/SHA256.ENDING      conditioning images of videos, each once (``prism.preference.images``)
     pairs.parquet             labelled pairs (see ``prism.preference.pairs``); optional: votes.parquet, ratings.parquet
+    conditionings/KEY/        optional: encodings of its prompts (``prism.training.kept_conditionings``)
     seals.json                SHA-256 of index, pairs, votes and ratings
 
 A unit is the work that makes one shard. Its name (`unit_name`) depends on its number and videos only, so that a resumed

@@ -1,4 +1,7 @@
-"""The conditionings of training prompts: each captured once per run, kept on disk, read back when a batch needs it."""
+"""The conditionings of training prompts: each captured once per run, kept on disk, read back when a batch needs it.
+
+They are kept in a temporary file, or for later runs too in the store (`prism.training.kept_conditionings`).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from prism.backbone.denoiser_call import flattened
 from prism.errors import PrismError, quoted
 from prism.evaluation.evaluator import check_call
 from prism.preference import LatentStore, PromptGroup
-from prism.team import in_batches, ran_out
+from prism.team import Team, in_batches, ran_out
+from prism.training.kept_conditionings import KeptConditionings
 
 CHUNK = 16  # prompts that are encoded together
 
@@ -64,10 +68,22 @@ class Conditionings:
     Prompts are encoded `CHUNK` at a time, in an order that depends on the groups alone, so that a resumed run reads the
     same bits. What was encoded lies in an unnamed file in the folder for temporary files (TMPDIR), which ends with the
     process: host memory holds a few numbers per prompt.
+
+    kept: a folder that rows are read from where they are there, and else written to in place of the unnamed file.
+        Prompts that it lacks are encoded `CHUNK` at a time. A file that turns out damaged is made again.
+    team: the processes that share the run, which go by what the first of them saw in that folder, so that all encode
+        the same prompts together.
     """
 
-    def __init__(self, backbone: Backbone, store: LatentStore, groups: Sequence[PromptGroup]) -> None:
-        self.backbone, self.store, self.groups = backbone, store, groups
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: LatentStore,
+        groups: Sequence[PromptGroup],
+        kept: KeptConditionings | None = None,
+        team: Team | None = None,
+    ) -> None:
+        self.backbone, self.store, self.groups, self._kept = backbone, store, groups, kept
         kinds = (np.unique(store.kinds(group.videos)) for group in groups)
         codes = [of_group * len(groups) + index for index, of_group in enumerate(kinds)]
         self._codes = np.sort(np.concatenate(codes))  # by kind, then by group
@@ -75,6 +91,10 @@ class Conditionings:
         self._form_of = np.zeros(len(self._codes), dtype=np.int32)
         self._forms: dict[str, int] = {}
         self._known_forms: list[_Form] = []
+        self._in_folder = np.zeros(len(self._codes), dtype=bool)
+        if kept is not None:
+            self._in_folder = (team or Team()).on_first(lambda: self._listed(kept))
+        self._was_in_folder = self._in_folder.copy()  # when the run began, which decides what is encoded together
         self._file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # as long as this lives
         self._size = 0
         weakref.finalize(self, self._file.close)
@@ -90,8 +110,27 @@ class Conditionings:
         rows = {position: self._row(position) for position in dict.fromkeys(positions)}
         return Conditioning.cat([rows[position] for position in positions])
 
+    def _listed(self, kept: KeptConditionings) -> np.ndarray:
+        """Whether each row is in the folder, (rows,) bool."""
+        if kept.empty:
+            return self._in_folder
+        there = (kept.has(kept.name(*self._text(position))) for position in range(len(self._codes)))
+        return np.fromiter(there, dtype=bool, count=len(self._codes))
+
+    def _text(self, position: int) -> tuple[str, dict[str, Any]]:
+        """The prompt of a row, and the call of its videos."""
+        kind, index = divmod(int(self._codes[position]), len(self.groups))
+        group = self.groups[index]
+        return group.prompt, self.store.call_of(group.videos[int(np.argmax(self.store.kinds(group.videos) == kind))])
+
     def _row(self, position: int) -> Conditioning:
         self._need(position)
+        if self._kept is not None and self._in_folder[position]:
+            kept_row = self._kept.read(self._kept.name(*self._text(position)))
+            if kept_row is not None:
+                return kept_row
+            self._capture([position], again=True)
+            self._in_folder[position] = False
         form = self._known_forms[self._form_of[position]]
         self._file.seek(int(self._offsets[position]))
         devices = iter(form.devices)
@@ -104,26 +143,32 @@ class Conditionings:
 
     def _need(self, position: int) -> None:
         """Encode the chunk of prompts that one is in, unless that was done."""
-        if self._offsets[position] >= 0:
+        if self._offsets[position] >= 0 or self._in_folder[position]:
             return
         count = len(self.groups)
         kind = int(self._codes[position]) // count
         start, end = np.searchsorted(self._codes, [kind * count, (kind + 1) * count]).tolist()
-        start += (position - start) // CHUNK * CHUNK
-        in_batches(range(start, min(start + CHUNK, end)), CHUNK, self._capture, "encoding prompts")
+        missing = start + np.flatnonzero(~self._was_in_folder[start:end])
+        first = int(np.searchsorted(missing, position)) // CHUNK * CHUNK
+        in_batches(missing[first : first + CHUNK].tolist(), CHUNK, self._capture, "encoding prompts")
 
-    def _capture(self, positions: Sequence[int]) -> None:
-        kind, indices = int(self._codes[positions[0]]) // len(self.groups), self._codes[positions] % len(self.groups)
-        groups = [self.groups[int(index)] for index in indices]
-        kinds = self.store.kinds(groups[0].videos)
-        call = self.store.call_of(groups[0].videos[int(np.argmax(kinds == kind))])
-        rows = conditioned(self.backbone, self.store, [group.prompt for group in groups], call)
-        before = self._size
+    def _capture(self, positions: Sequence[int], again: bool = False) -> None:
+        """Encode prompts; `again`: their files were damaged, and this run reads the unnamed file in their place."""
+        _, call = self._text(positions[0])
+        prompts = [self._text(position)[0] for position in positions]
+        rows = conditioned(self.backbone, self.store, prompts, call)
+        before, kept = self._size, self._kept
+        unwritten = kept is not None and not kept.written
         for row, position in enumerate(positions):
-            self._keep(position, rows[row])
+            if kept is not None and kept.keep(kept.name(prompts[row], call), rows[row]) and not again:
+                self._in_folder[position] = True
+            else:
+                self._keep(position, rows[row])
         self.backbone.forget()
-        if not before:
+        if not before and not again:
             self._check_space(len(positions))
+        if kept is not None and unwritten and kept.written:
+            kept.check_space(len(positions), int((~self._in_folder & (self._offsets < 0)).sum()))
 
     def _keep(self, position: int, row: Conditioning) -> None:
         flat = flattened(row.arguments)

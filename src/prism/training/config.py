@@ -19,7 +19,10 @@ OLDER_SOURCES = ("trajectory", "mixed")  # recorded alone, or recorded with the 
 LEVELS = ("uniform", "clean", "noise")
 SCHEDULES = ("constant", "cosine")
 # Settings that do not change the trained weights, but for rounding.
-RESULTLESS = ("max_rows", "gradient_accumulation_steps", "token_cache", "checkpoint_every", "log_every", "report_to")
+RESULTLESS = (
+    *("max_rows", "gradient_accumulation_steps", "token_cache", "keep_conditionings"),
+    *("checkpoint_every", "log_every", "report_to"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class TrainConfig:
     token_cache: str = ""
     """Folder in which the tokens of tapped blocks are kept; needs noise_draws. Empty: none.
     Another head on the same draws then trains without the backbone. cache.json says what it holds."""
+    keep_conditionings: bool = False
+    """Keep the texts' encodings in the store's folder: later trainings on it read them and encode no text again."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0: none, so that a killed run starts from the beginning."""
     log_every: int = 50

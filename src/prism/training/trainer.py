@@ -33,6 +33,7 @@ from prism.team import Team
 from prism.training.batches import Batch, Batches, training_groups
 from prism.training.conditionings import Conditionings
 from prism.training.config import RESULTLESS, TrainConfig
+from prism.training.kept_conditionings import KeptConditionings
 from prism.training.learner import Learner, Steps, load_checkpoint, read, save_checkpoint
 from prism.training.logs import Trackers, mean_entry
 from prism.training.tokens import TokenCache, cache_of
@@ -42,7 +43,7 @@ from prism.training.validation import Validation
 SHARED = (
     *("seed", "prompts_per_step", "max_rows", "max_prompts", "per_prompt", "source", "trajectory_share"),
     *("t_low", "t_high", "levels", "draws_per_step", "noise_draws", "shared_noise"),
-    *("gradient_accumulation_steps", "token_cache"),
+    *("gradient_accumulation_steps", "token_cache", "keep_conditionings"),
 )
 
 # Entries of config.json that may differ when a run is resumed: memory, logging, the store's folder, and entries that a
@@ -117,7 +118,7 @@ def train(
         return files.read_json(out / "history.json")
 
     batches = Batches(store, groups, judge.backbone, config)
-    conditionings = _conditionings(judge, store, groups, cache)
+    conditionings = _conditionings(judge, store, groups, cache, config, team)
     learners = [Learner(each, config, team, len(groups)) for each in _one_by_one(judge)]
     steps, start = Steps(config.max_rows), 0
     for number, learner in enumerate(learners):
@@ -219,7 +220,7 @@ def train_together(
     validation = Validation(store, first.dimensions, taps, config.max_rows) if validated else None
     batches = Batches(store, groups, first.backbone, config)
     cache = cache_of(config, store, first.backbone, first.dimensions, taps, len(groups))
-    conditionings = _conditionings(first, store, groups, cache)
+    conditionings = _conditionings(first, store, groups, cache, config, team)
     slots, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
     last, hidden = max(each.steps for each in configs), None if progress and team.first else True
     with first.backbone.freed():  # offload models once at the end, not after each step
@@ -251,10 +252,16 @@ def _team(judge: Judge, config: TrainConfig) -> Team:
 
 
 def _conditionings(
-    judge: Judge, store: LatentStore, groups: Sequence[PromptGroup], cache: TokenCache | None
+    judge: Judge,
+    store: LatentStore,
+    groups: Sequence[PromptGroup],
+    cache: TokenCache | None,
+    config: TrainConfig,
+    team: Team,
 ) -> Conditionings:
     """The conditionings of all prompts, captured now; where tokens may be there already, when they are needed."""
-    conditionings = Conditionings(judge.backbone, store, groups)
+    kept = KeptConditionings(judge.backbone, store.folder, team) if config.keep_conditionings else None
+    conditionings = Conditionings(judge.backbone, store, groups, kept, team)
     if cache is None:
         conditionings.capture()
     return conditionings
