@@ -141,6 +141,8 @@ def test_what_cannot_look_ahead_is_refused_before_any_row(wan):
     rows = []
     with pytest.raises(PrismError, match="look is one of now, ahead, ahead-conditional; found up"):
         prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, look="up", **wan.call)
+    with pytest.raises(PrismError, match='A look belongs to the strategy "early", and this run\'s is "full"'):
+        prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, strategy="full", look="ahead", **wan.call)
     pipe = tiny.wan()
     pipe.scheduler = FlowMatchHeunDiscreteScheduler()
     pipe.transformer.register_forward_hook(lambda *_: rows.append(1))

@@ -332,15 +332,17 @@ def kind_of(strategy: Any) -> type[Plan]:
 
 
 def plan_of(strategy: str, **settings: Any) -> Plan:
-    """The plan of a strategy with the settings that it takes. Raises PrismError for a schedule that it cannot take."""
+    """The plan of a strategy with the settings that it takes. Raises PrismError for cuts or a look that it has not."""
     kind = kind_of(strategy)
     taken = {field.name for field in fields(kind)}
-    if settings.get("schedule") is not None and "schedule" not in taken:
-        owners = [name for name, other in STRATEGIES.items() if "schedule" in {field.name for field in fields(other)}]
-        raise PrismError(
-            f"A schedule belongs to the strategy {' or '.join(map(_in_quotes, owners))}, and this run's is "
-            f"{_in_quotes(strategy)}; leave it out."
-        )
+    for name, what in (("schedule", "A schedule"), ("look", "A look")):
+        value = settings.get(name)
+        if not (value is None or name in taken or (isinstance(value, str) and value == "now")):
+            owners = [each for each, other in STRATEGIES.items() if name in {field.name for field in fields(other)}]
+            raise PrismError(
+                f"{what} belongs to the strategy {' or '.join(map(_in_quotes, owners))}, and this run's is "
+                f"{_in_quotes(strategy)}; leave it out."
+            )
     return kind(**{name: value for name, value in settings.items() if name in taken})
 
 
