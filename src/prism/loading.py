@@ -238,7 +238,9 @@ def load_reward(spec: str, timeout: float | None = None, device: str | None = No
     if spec == "referee":
         from prism.shapeworld import referee
 
-        reward = Reward(referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS))
+        reward = Reward(
+            referee.reward, "referee", timeout, dimensions=tuple(referee.TIE_MARGINS), check_prompts=referee.parsed
+        )
     elif _is_teacher(spec):
         teacher = teachers.load(spec, device or default_device())
         needs_fps, dimensions = getattr(teacher, "needs_fps", False), teacher.dimensions

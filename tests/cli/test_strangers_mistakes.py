@@ -162,8 +162,10 @@ def test_data_check_tells_what_encode_refuses(tmp_path, capsys):
 def test_ties_alone_and_splits_without_pairs_are_told(backbone, tmp_path, capsys):
     collected(backbone, tmp_path / "ties", [Reward(lambda video: 0.5, "same")])
     err = capsys.readouterr().err
-    assert "prism: all pairs are ties in overall, and nothing can be learned from it: all scores are 0.5." in err
-    assert "prism: there are no pairs in the split validation: give more prompts" in err
+    assert (
+        "prism: warning: all pairs are ties in overall, and nothing can be learned from it: all scores are 0.5." in err
+    )
+    assert "prism: warning: there are no pairs in the split validation: give more prompts" in err
     label(tmp_path / "ties", backbone, [Reward(light, "plain")], margins=300.0, progress=False)
     assert "ties in light, and nothing can be learned from it: no two scores of a prompt differ by more than 300" in (
         capsys.readouterr().err
@@ -411,3 +413,11 @@ def test_a_score_at_a_level_outside_the_reference_has_no_percentile(levels):
     assert ("reference has no level t = 600, so that scores there have no percentile" in text) == (600 in levels)
     assert ("Percentile, and probability" in text) == (300 in levels)
     assert ("at t = 300." in text) == (300 in levels)
+
+
+def test_prompts_that_the_referee_cannot_judge_are_refused_before_sampling(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red circle moves right\na cat\n")
+    words = ("collect", "--prompts", tmp_path / "prompts.txt", "--reward", "referee", "--out", tmp_path / "store")
+    told = "The reward referee refuses the prompts: prompt 'a cat' is outside ShapeWorld's grammar"
+    assert told in said(capsys, *words)
+    assert not (tmp_path / "store").exists()

@@ -108,7 +108,8 @@ def measure(
     if not groups:
         raise PrismError(
             f"The store {store.folder} has no labelled pairs in the split {split}, "
-            f"but in: {', '.join(sorted(set(store.pairs['split'].to_pylist()))) or 'none'}."
+            f"but in: {', '.join(sorted(set(store.pairs['split'].to_pylist()))) or 'none'}; measure another split, or "
+            "make the store with more prompts or larger shares (held_out)."
         )
     validation = store.groups("validation", list(dimensions)) if split != "validation" else groups
     if split != "train":

@@ -63,7 +63,7 @@ from prism.preference.shards import (
 
 OPEN_SHARDS = 16
 """Shards that are memory-mapped at once: what a store of any size holds of them, and within a system's open files."""
-_WRITTEN = "that prism encode or prism.preference.write_store wrote"
+_WRITTEN = "that prism encode, prism collect or prism.preference.write_store wrote"
 
 
 class LatentStore:

@@ -238,7 +238,8 @@ def _text_alignment(parts: dict[str, Tensor], shown: Tensor) -> Tensor:
     return shown * total / weight
 
 
-def _parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
+def parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
+    """The scenes that prompts describe. Raises ValueError for a prompt outside the grammar."""
     scenes = []
     for prompt in prompts:
         scene = grammar.parse(prompt)
@@ -251,7 +252,7 @@ def _parsed(prompts: Sequence[str]) -> list[grammar.Scene]:
 @torch.no_grad()
 def _judge(videos: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
     """The scores VQ, MQ and TA, (3, B), and what `correct` returns."""
-    scenes, videos = _parsed(prompts), torch.as_tensor(videos)
+    scenes, videos = parsed(prompts), torch.as_tensor(videos)
     scores = torch.zeros(3, len(scenes))
     right = {name: torch.full((len(scenes),), torch.nan) for name in WEIGHTS}
     for things in (1, 2):

@@ -30,7 +30,7 @@ from prism.sampling.trajectory import Trajectory, candidate_seed, sample
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
 from prism.training.fan_out import Crew, Make, crew_of, writing
-from prism.training.labels import Labels, check_fps, check_margins, check_names
+from prism.training.labels import Labels, check_fps, check_margins, check_names, check_prompts
 from prism.training.reward import Reward
 
 UNIT = 1
@@ -104,6 +104,7 @@ def collect(
     call = {name: value for name, value in call.items() if name != "output_type"}
     arguments = normalised(call)
     requested = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
+    check_prompts(rewards, [each.text for each in requested])
     crew = crew_of(backbone)
     fingerprint, digests = crew.ask(partial(_checked, prompts=requested, call=arguments, steps=steps))
     key, meta = _identity(requested, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
@@ -121,7 +122,9 @@ def collect(
         ]
         done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
         if candidates == 1 and crew.first:
-            print("prism: one candidate a prompt gives no pairs; give --candidates 2 or more.", file=sys.stderr)
+            print(
+                "prism: warning: one candidate a prompt gives no pairs; give --candidates 2 or more.", file=sys.stderr
+            )
         begin = partial(
             _sampler,
             opened=opened,

@@ -132,7 +132,7 @@ def encode(
             readable = pc.and_(pc.is_in(labelled["video_a"], videos), pc.is_in(labelled["video_b"], videos))
             ratings = preference_set.ratings if len(preference_set.ratings) else None
             for sentence in without_pairs(labelled.filter(readable)):
-                print(f"prism: {sentence}", file=sys.stderr)
+                print(f"prism: warning: {sentence}", file=sys.stderr)
             writer.label(
                 labelled.filter(readable), preference_set.votes if len(preference_set.votes) else None, ratings
             )

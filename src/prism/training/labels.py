@@ -50,6 +50,16 @@ def check_fps(rewards: Sequence[Reward], fps: float | None) -> None:
         raise PrismError(f"The reward {lacking[0]} takes fps, the frames per second of the videos; give --fps.")
 
 
+def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
+    """Refuse prompts that a reward cannot judge, where it tells that beforehand."""
+    for reward in rewards:
+        try:
+            if reward.check_prompts is not None:
+                reward.check_prompts(prompts)
+        except ValueError as error:
+            raise PrismError(f"The reward {reward.name} refuses the prompts: {error}; change them.") from error
+
+
 def check_margins(margins: Mapping[str, float] | float, rewards: Sequence[Reward]) -> None:
     """Refuse margins of dimensions that the rewards do not give, where all of them say which they give."""
     if all(reward.dimensions is not None for reward in rewards):
@@ -188,7 +198,7 @@ class Labels:
         margins = _margins(self.margins, list(columns))
         labelled = _pairs(videos, ratings, margins)
         for sentence in (*_ties(labelled, columns, margins), *without_pairs(labelled)):
-            print(f"prism: {sentence}", file=sys.stderr)
+            print(f"prism: warning: {sentence}", file=sys.stderr)
         path = self.writer.folder / "votes.parquet"
         if path.is_file():  # people's answers, which `prism data import` writes
             labelled = self._beside_people(

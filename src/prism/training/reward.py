@@ -54,6 +54,7 @@ class Reward:
         version: a hash of the function's file.
         dimensions: of its scores, if they are known before it is called.
         needs_fps: True if the frames per second are required, though the function has a default for them.
+        check_prompts: raises ValueError for prompts that the function cannot judge; asked before anything is sampled.
         unclear: True if NaN in all dimensions is a valid answer and means that a video has no score, as of teachers
             that write text.
 
@@ -64,6 +65,7 @@ class Reward:
     def __init__(
         self, function: Callable[..., Any], name: str, timeout: float | None = TIMEOUT, source: str = "",
         version: str = "", dimensions: Sequence[str] | None = None, unclear: bool = False, needs_fps: bool = False,
+        check_prompts: Callable[[Sequence[str]], Any] | None = None,
     ) -> None:  # fmt: skip
         if not callable(function):
             raise PrismError(f"The reward {quoted(name, 80)} is {_shown(function)}; a function is needed.")
@@ -82,7 +84,7 @@ class Reward:
         self.needs_fps = fps is not None and fps.default is inspect.Parameter.empty
         self._has_fps = fps is not None and not self.needs_fps
         self.needs_fps |= needs_fps
-        self.unclear = unclear
+        self.unclear, self.check_prompts = unclear, check_prompts
         dimensions = dimensions or getattr(function, "dimensions", None)
         if isinstance(dimensions, list | tuple) and dimensions:
             self.dimensions = tuple(self._checked(each) for each in dimensions)
