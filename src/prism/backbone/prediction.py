@@ -38,18 +38,20 @@ def check(pipe: Any, steps_copies: bool) -> None:
             f"{name} steps copies of its scheduler, so that the predicted clean latents are not seen; "
             'take look="now" (--look now).'
         )
-    if not _tells(pipe.scheduler) and not name.startswith("Cosmos"):  # it hands its predictions to the step
+    if _way(pipe.scheduler) is None and not name.startswith("Cosmos"):  # it hands its predictions to the step
         raise PrismError(
             f"The steps of {type(pipe.scheduler).__name__} do not tell the clean latents that the denoiser predicts; "
             'take look="now" (--look now), or set another scheduler.'
         )
 
 
-def _tells(scheduler: Any) -> bool:
+def _way(scheduler: Any) -> tuple[str, ...] | None:
+    """The group of schedulers, of those above, by whose way the prediction is found; None where there is none."""
     kinds = {kind.__name__ for kind in type(scheduler).__mro__}
-    return bool(
-        kinds.intersection(_FLOWS + _RETURNING) or (kinds.intersection(_SOLVERS) and _predicts_clean(scheduler))
-    )
+    for group in (_FLOWS, _SOLVERS, _RETURNING):
+        if kinds.intersection(group) and (group is not _SOLVERS or _predicts_clean(scheduler)):
+            return group
+    return None
 
 
 class Prediction:
@@ -64,16 +66,16 @@ class Prediction:
     """
 
     def __init__(self, scheduler: Any, step: Mapping[str, Any]) -> None:
-        kinds = {kind.__name__ for kind in type(scheduler).__mro__}
+        way = _way(scheduler)
         self._clean: Tensor | None = None
         if isinstance(step.get("pred_original_sample"), Tensor):  # the pipeline computes it, as Cosmos' do
             self._clean = step["pred_original_sample"]
-        elif kinds & {*_FLOWS}:
+        elif way is _FLOWS:
             self._clean = _of_flow(scheduler, step)
-        elif kinds & {*_SOLVERS} and _predicts_clean(scheduler):
+        elif way is _SOLVERS:
             solver = _at_step(scheduler, step["timestep"])
             self._clean = solver.convert_model_output(step["model_output"], sample=step["sample"])
-        elif not kinds & {*_RETURNING}:
+        elif way is None:
             raise PrismError(
                 f"The steps of {type(scheduler).__name__} do not tell the clean latents that the denoiser predicts; "
                 "leave them out (--no-predicted), or set another scheduler."

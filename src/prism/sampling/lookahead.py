@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from prism.backbone import Backbone, layout
@@ -84,10 +83,7 @@ class Predictor(Interceptor):
         """The denoiser's output with the conditional rows in the place of each group's."""
         rows = call.rows(call.conditional(len(self.candidates)))
         sample = tensor_of(forward(**rows.arguments))
-        sample = sample.repeat(call.batch // len(self.candidates), *[1] * (sample.ndim - 1))
-        if self.backbone.family.returns_tensor:
-            return sample
-        return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
+        return self._output(call, sample.repeat(call.batch // len(self.candidates), *[1] * (sample.ndim - 1)))
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         step, scheduler = self.step, self.backbone.pipe.scheduler

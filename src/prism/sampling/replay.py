@@ -213,7 +213,11 @@ class Interceptor:
         if len(alive) < len(self.candidates):
             rows = self._rows(call, alive).to(sample.device)
             sample = sample.new_zeros((call.batch, *sample.shape[1:])).index_copy_(0, rows, sample)
-        if family.returns_tensor:
+        return self._output(call, sample)
+
+    def _output(self, call: DenoiserCall, sample: Tensor) -> Any:
+        """A sample in the form that the call of the denoiser asks for."""
+        if self.backbone.family.returns_tensor:
             return sample
         return (sample,) if call.arguments.get("return_dict") is False else Transformer2DModelOutput(sample=sample)
 

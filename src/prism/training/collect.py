@@ -29,7 +29,7 @@ from prism.preference.sources import Place
 from prism.sampling.trajectory import Trajectory, candidate_seed, sample
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
-from prism.training.fan_out import Crew, Make, crew_of, writing
+from prism.training.fan_out import Crew, Make, crew_of, tell_left_out, writing
 from prism.training.labels import Labels, check_fps, check_margins, check_names, check_prompts
 from prism.training.reward import Reward
 
@@ -140,12 +140,7 @@ def collect(
         sentences = crew.share("collecting", "videos", units, done, begin, progress)
 
         def finish() -> None:
-            if sentences:
-                print(
-                    f"prism: {len(sentences)} candidates are left out: {quoted(sentences[0], 200)}"
-                    f"{' ...' if len(sentences) > 1 else ''}",
-                    file=sys.stderr,
-                )
+            tell_left_out("candidates are left out", sentences)
             if not labels.finish():
                 raise PrismError("No candidate has finite latents; sample in a wider dtype (--dtype bf16 or fp32).")
 

@@ -155,7 +155,7 @@ class Conditionings:
     def _capture(self, positions: Sequence[int], again: bool = False) -> None:
         """Encode prompts; `again`: their files were damaged, and this run reads the unnamed file in their place."""
         _, call = self._text(positions[0])
-        prompts = [self._text(position)[0] for position in positions]
+        prompts = [self.groups[int(self._codes[position]) % len(self.groups)].prompt for position in positions]
         rows = conditioned(self.backbone, self.store, prompts, call)
         before, kept = self._size, self._kept
         unwritten = kept is not None and not kept.written

@@ -32,7 +32,7 @@ from prism.preference.readers import PreferenceSet, pairs
 from prism.preference.shards import indexed
 from prism.training.cached import CachedLatents
 from prism.training.conditionings import check_bare
-from prism.training.fan_out import Crew, Make, crew_of, writing
+from prism.training.fan_out import Crew, Make, crew_of, tell_left_out, writing
 from prism.training.labels import without_pairs
 
 UNIT = 64
@@ -120,12 +120,7 @@ def encode(
 
         def finish() -> None:
             unread = absent + sentences
-            if unread:
-                print(
-                    f"prism: {len(unread)} clips could not be read and are left out with their pairs: "
-                    f"{quoted(unread[0], 200)}{' ...' if len(unread) > 1 else ''}",
-                    file=sys.stderr,
-                )
+            tell_left_out("clips could not be read and are left out with their pairs", unread)
             if not writer.finish():
                 raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0], 300)}")
             videos = indexed(writer.folder, writer.key)[0]["video"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from tqdm import tqdm
 
 from prism.backbone import Backbone
+from prism.errors import quoted
 from prism.preference import StoreWriter
 from prism.runs import Clock
 from prism.team import Team
@@ -131,6 +133,13 @@ class Progress:
         """Keep the bar on the terminal; it is closed at the end."""
         with self._bar:
             yield
+
+
+def tell_left_out(what: str, sentences: Sequence[str]) -> None:
+    """Say on stderr how many are left out, if any, and why the first is."""
+    if sentences:
+        more = " ..." if len(sentences) > 1 else ""
+        print(f"prism: {len(sentences)} {what}: {quoted(sentences[0], 200)}{more}", file=sys.stderr)
 
 
 def crew_of(backbone: Backbone | Crew) -> Crew:
