@@ -18,6 +18,7 @@ from prism.report import wording
 from prism.sampling import STRATEGIES, Plan
 from prism.sampling.plan import Candidate, Schedule, Workload, cut_rows
 from prism.sampling.search import Search
+from prism.sampling.strategies import Early, Full
 
 N, TAP = 4, 2
 
@@ -101,6 +102,31 @@ def test_its_check_and_what_it_needs_are_asked_before_any_work(wan: Setting) -> 
         prism.best_of_n(wan.pipe, wan.judge(TAP), tiny.PROMPT, n=N, strategy="halves", schedule="2:1", **wan.call)
     with pytest.raises(PrismError, match=r'There is no strategy "thirds"; choose one of none, .*, oracle, halves'):
         prism.best_of_n(wan.pipe, wan.judge(TAP), tiny.PROMPT, n=N, strategy="thirds", **wan.call)
+
+
+def test_a_plan_says_what_arguments_say(wan: Setting) -> None:
+    judge = wan.judge(TAP)
+
+    def run(**options: Any) -> prism.sampling.BestOfNResult:
+        result = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=N, **options, **wan.call)
+        assert isinstance(result, prism.sampling.BestOfNResult)
+        return result
+
+    ahead = {"look": "ahead", "num_draws": 3}
+    for plan, options in (
+        (Early(schedule=[(2, 2), (4, 1)], look="ahead", num_draws=3), {"schedule": "2:2,4:1", **ahead}),
+        (Full(judge_at=300), {"strategy": "full", "judge_at": 300}),
+        (Halves(), {"strategy": "halves"}),
+    ):
+        told, said = run(plan=plan), run(**options)
+        assert (told.scores, told.index) == (said.scores, said.index)
+        assert told.ledger.denoiser_rows == said.ledger.denoiser_rows
+    with pytest.raises(PrismError, match="The plan says schedule itself; leave the argument 'schedule' out"):
+        run(plan=Full(), schedule="2:1")
+    with pytest.raises(PrismError, match="plan is full of type str; give a strategy with its settings"):
+        run(plan="full")
+    with pytest.raises(PrismError, match="num_draws"):
+        run(plan=Full(num_draws=0))
 
 
 def test_it_is_a_value_of_the_command_line_and_has_its_words_in_the_report(wan: Setting, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from prism.backbone import Backbone
 from prism.backbone.arguments import shows_adapters
-from prism.errors import PrismError, number, quoted, whole
+from prism.errors import DRAWS, PrismError, number, quoted, whole
 from prism.judge import Judge
 from prism.sampling.plan import Plan
 
@@ -119,6 +120,31 @@ def judge_at_of(judge_at: Any, default: float, t_range: tuple[float, float]) -> 
     """The noise level at which finished latents are judged."""
     low, high = t_range
     return min(max(default, low), high) if judge_at is None else number("judge_at", judge_at, 0, 1000, above=True)
+
+
+def check_plan(plan: Any, settings: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Refuse what is no `Plan`, and arguments of `function` beside it that are not at their defaults."""
+    if not isinstance(plan, Plan):
+        raise PrismError(
+            f"plan is {quoted(plan, 80)} of type {type(plan).__name__}; give a strategy with its settings, such as "
+            "prism.sampling.strategies.Early(schedule=((4, 1),))."
+        )
+    defaults = inspect.signature(function).parameters
+    for name, value in settings.items():
+        if value is not defaults[name].default and value != defaults[name].default:
+            raise PrismError(f"The plan says {name} itself; leave the argument {name!r} out.")
+
+
+def resolved(plan: Plan, judge_at: float, t_range: tuple[float, float]) -> Plan:
+    """The plan with its settings checked, and those that are None replaced. judge_at: the default of that level."""
+    changes: dict[str, Any] = {}
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if field.name == "judge_at":
+            changes[field.name] = judge_at_of(value, judge_at, t_range)
+        elif field.name == "num_draws":
+            changes[field.name] = whole("num_draws", value, 1, DRAWS)
+    return replace(plan, **changes)
 
 
 def ranking(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:

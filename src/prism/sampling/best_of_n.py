@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, overload
 
 import torch
@@ -14,11 +14,10 @@ from prism.backbone.arguments import check_output_type, embedded_rows, normalise
 from prism.backbone.conditioning import encoded_once
 from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
-from prism.errors import DRAWS, PrismError, flag, quoted, whole
+from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments
-from prism.sampling import plan as schedules
 from prism.sampling.ledger import Ledger, Meter
-from prism.sampling.plan import Candidate, Edit
+from prism.sampling.plan import Candidate, Edit, Plan, parse
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
@@ -116,6 +115,7 @@ def best_of_n(
     n: int | None = None,
     schedule: Sequence[Sequence[int]] | str | None = None,
     strategy: str = "early",
+    plan: Plan | None = None,
     look: Look = "now",
     draft_steps: int | None = None,
     judge_at: float | None = None,
@@ -150,6 +150,8 @@ def best_of_n(
         strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
+        plan: a strategy with its settings, such as `Early(schedule=((4, 1),), look="ahead")`, in place of `strategy`,
+            `schedule`, `look`, `draft_steps`, `judge_at`, `num_draws` and `oracle`.
         look: what early judges at a cut. "now": the noisy latents as they are. "ahead": the clean latents that the
             denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
             the conditional pass alone, which saves the losers' unconditional one.
@@ -178,7 +180,12 @@ def best_of_n(
         PrismError: for a call that cannot be carried out, before any work where that can be known. A candidate with NaN
             in its latents or scores is dropped with a warning; fewer than `top_k` others are an error.
     """
-    kind = kind_of(strategy)
+    settings: dict[str, Any] = {"schedule": schedule, "look": look, "draft_steps": draft_steps, "judge_at": judge_at}
+    settings |= {"num_draws": num_draws, "oracle": oracle}
+    if plan is not None:
+        arguments.check_plan(plan, settings | {"strategy": strategy}, best_of_n)
+        strategy, oracle = plan.strategy, getattr(plan, "oracle", None)
+    kind = kind_of(strategy) if plan is None else type(plan)
     backbone, judge = arguments.backbone_of(pipe, judge, kind, oracle)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
@@ -207,7 +214,6 @@ def best_of_n(
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
     candidate_seeds = arguments.seeds_of(n, seed, seeds)
     top_k = arguments.top_k_of(top_k, len(candidate_seeds))
-    num_draws = whole("num_draws", num_draws, 1, DRAWS)
     options: dict[str, Any] = {
         "backbone": backbone,
         "judge": judge,
@@ -217,19 +223,13 @@ def best_of_n(
         "weights": arguments.ranking(judge, select_by) if kind.needs_judge() else {},
         "top_k": top_k,
     }
-    cuts = schedules.parse(schedule) if isinstance(schedule, str) else schedule
-    plan = plan_of(
-        strategy,
-        schedule=cuts,
-        look=look,
-        draft_steps=draft_steps,
-        judge_at=arguments.judge_at_of(judge_at, DEFAULT_JUDGE_AT, backbone.t_range),
-        num_draws=num_draws,
-        oracle=oracle,
-        select_by=select_by,
-    ).checked(len(candidate_seeds), top_k, num_steps, call)
-    shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds, "schedule": cuts}
-    shared |= {name: getattr(plan, name, None) for name in ("look", "draft_steps", "judge_at", "num_draws")}
+    if plan is None:
+        cuts = parse(schedule) if isinstance(schedule, str) else schedule
+        plan = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
+    plan = arguments.resolved(plan, DEFAULT_JUDGE_AT, backbone.t_range)
+    plan = plan.checked(len(candidate_seeds), top_k, num_steps, call)
+    shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
+    shared |= {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "oracle"}
     team.same(shared | {"top_k": top_k, "weights": options["weights"]} | call)
 
     def run(number: int, among: Team) -> BestOfNResult:

@@ -74,9 +74,12 @@ class Random(Blind):
 
 @dataclass(frozen=True, kw_only=True)
 class _JudgedClean(Plan):
-    """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`."""
+    """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`.
 
-    judge_at: float = 700.0
+    judge_at: None stands for the level of `best_of_n`.
+    """
+
+    judge_at: float | None = None
     num_draws: int = 2
 
     def judging(self, n: int, load: Workload) -> float:
@@ -89,6 +92,7 @@ class _JudgedClean(Plan):
 
     def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
         """The best candidates by the latents that `sample` makes."""
+        assert self.judge_at is not None
         scores = search.judge_clean(sample, self.judge_at, self.num_draws)
         ((step, keep),) = self.cuts(search.load)
         return search.rank(step, self.judge_at, scores, keep, search.candidates)
@@ -163,6 +167,7 @@ class Early(_JudgedClean):
         """
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
         if self.predicts():
+            assert self.judge_at is not None
             for step, keep in cuts:
                 look = partial(search.predict, alive, step, self.look == "ahead-conditional")
                 scores = search.judge_clean(look, self.judge_at, self.num_draws)
