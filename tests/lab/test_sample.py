@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prism import cli, files, shapeworld
-from prism.commands.sample import refereed
+from prism.commands.sampled import refereed
 from prism.shapeworld import CALL, generator, grammar, referee, world
 from prism.shapeworld import generator as video_vae
 

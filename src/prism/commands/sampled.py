@@ -1,0 +1,109 @@
+"""The words and rows of a run of `prism sample`: its costs, a loser to see beside the winner, the referee's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from prism.commands.sample import Sample
+    from prism.report.page import FilmRow
+    from prism.report.rows import BestOfNRow
+
+NOTES = (
+    "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
+    "gives for its seed: bit for bit where candidates are sampled one by one, to rounding where they share a batch.",
+    "One run shows neither that the judge chose well nor how much choosing gains: nobody has rated these candidates, "
+    "and most losers were never finished. The demo and prism eval measure that, over many prompts.",
+)
+
+FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are compared with, as in the demo
+
+
+def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> BestOfNRow:
+    """The run as a row of "best_of_n" in metrics.json: costs alone, as no referee measures the gain."""
+    from prism.backbone.arguments import normalised
+    from prism.sampling.plan import Workload
+    from prism.sampling.strategies import Full, kind_of
+
+    ledger, kind = result.ledger, kind_of(config.strategy)
+    clean = kind.looks_at in ("drafts", "finished") or config.look != "now"
+    draws = config.num_draws if clean else FULL_DRAWS
+    whole = normalised({**call, "output_type": "latent"})
+    steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
+    everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
+    settings = kind.settings(result.scores)
+    row: BestOfNRow = {
+        "judge": "prism" if judge else None,
+        "head_seed": judge.trained_on.get("seed") if judge else None,
+        "strategy": config.strategy,
+        "n": config.n,
+        "num_inference_steps": backbone.num_inference_steps(dict(call)),
+        "guidance_scale": call.get("guidance_scale"),
+        "schedule": settings["schedule"],
+        "draft_steps": settings["draft_steps"],
+        "judge_at": settings["judge_at"],
+        "set": "prompt",
+        "prompts": 1,
+        "referee_gain": None,
+        "referee_gain_ci95": None,
+        "oracle_share": None,
+        "oracle_share_ci95": None,
+        "denoiser_rows": ledger.denoiser_rows,
+        "denoiser_share_of_full": ledger.denoiser_rows / everything,
+        "vae_decodes": ledger.vae_decodes,
+        "head_calls": ledger.head_calls,
+        "seconds": ledger.seconds,
+    }
+    if "look" in settings:
+        row["look"] = settings["look"]
+    return row
+
+
+def loser_of(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[FilmRow]:
+    """The candidate that the judge rated lowest at the first cut, finished by the stock pipeline."""
+    import torch
+
+    from prism import video as media
+    from prism.report import wording
+    from prism.report.page import FilmRow
+
+    scores = metrics["cuts"][0]["scores"]
+    last = int(min(scores, key=scores.__getitem__))
+    if last == metrics["winner"]:
+        return []
+    seed = metrics["seeds"][last]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    video = media.frames(backbone.pipe(prompt, generator=generator, **{**call, "output_type": "np"}).frames[0])
+    measured, _ = refereed(video, prompt)
+    note = f"seed {seed}, judge {wording.signed(scores[str(last)])}"
+    return [FilmRow("rated lowest", video, note + (f", referee {measured['overall']:.2f}" if measured else ""))]
+
+
+def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | None, str]:
+    """The scores of ShapeWorld's referee for a video (T, H, W, 3) of the embedded model, and a sentence about them.
+
+    The scores are None for a prompt or a size that the referee cannot measure; the sentence says why.
+    """
+    import torch
+
+    from prism.shapeworld import grammar, referee, world
+
+    if prompt is None or grammar.parse(prompt) is None:
+        return None, (
+            f"No referee has scored this video: the prompt “{prompt}” is outside the grammar of ShapeWorld, the small "
+            "world that the embedded model knows, which docs/shapeworld.md describes."
+        )
+    if video.shape != (world.FRAMES, world.SIZE, world.SIZE, 3):
+        return None, (
+            f"No referee has scored this video: it measures {world.FRAMES} frames of {world.SIZE} by {world.SIZE} "
+            f"pixels, and these are {' × '.join(map(str, video.shape[:3]))}."
+        )
+    scores = referee.score(torch.as_tensor(video), prompt)
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    return (
+        scores,
+        f"The referee of ShapeWorld, which knows what the prompt asks for, gives the winner {listed} of 1.",
+    )
