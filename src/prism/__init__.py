@@ -19,6 +19,7 @@ _HOMES = {
     "LatentStore": "prism.preference",
     "PrismError": "prism.errors",
     "QueryHead": "prism.judge",
+    "Rejected": "prism.sampling",
     "TrainConfig": "prism.training",
     "best_of_n": "prism.sampling",
     "evaluate": "prism.evaluation",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from prism.judge import QueryHead as QueryHead
     from prism.preference import LatentStore as LatentStore
     from prism.sampling import BestOfNResult as BestOfNResult
+    from prism.sampling import Rejected as Rejected
     from prism.sampling import listen as listen
     from prism.sampling.best_of_n import best_of_n as best_of_n
     from prism.training import TrainConfig as TrainConfig

@@ -315,3 +315,17 @@ def test_a_reference_that_lies_is_refused(saved, backbone, case):
             Judge.from_pretrained(saved, backbone)
     finally:
         path.write_text(whole)
+
+
+def test_between_its_levels_a_reference_is_linear_and_beyond_them_constant(reference):
+    np.testing.assert_array_equal(reference.levels, (700, 400))
+    (high, low), (noise, less) = reference.scores, reference.errors
+    for t, share in ((400, 0), (450, 1 / 6), (700, 1), (100, 0), (950, 1)):
+        at = reference.at(t)
+        assert at.levels == (t,)
+        np.testing.assert_allclose(at.scores[0], share * high + (1 - share) * low)
+        np.testing.assert_allclose(at.errors[0] ** 2, (share * noise) ** 2 + ((1 - share) * less) ** 2)
+    spread = np.sqrt((3 * reference.errors**2).mean(1))  # three draws
+    np.testing.assert_allclose(reference.draw_errors(), spread)
+    single = Reference((5.0,), DIMENSIONS, np.ones((1, 2, 2)), np.full((1, 2, 2), np.nan), ("k", "k"), {})
+    np.testing.assert_array_equal(single.at(7).draw_errors(), np.zeros((1, 2)))

@@ -218,7 +218,9 @@ def test_what_cannot_be_listened_to_is_refused() -> None:
 
 def test_the_lines_of_the_documentation_run(capsys: Any) -> None:
     page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
-    (code,) = (code for code in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prism.listen" in code)
+    (code,) = (
+        code for code in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "prism.listen(judge, pipe) as" in code
+    )
     pipe = tiny.wan("unipc")
     names = {"prism": prism, "torch": torch, "pipe": pipe, "judge": Judge.untrained(pipe, dim=16)}
     exec(compile(code, "judge.md", "exec"), {**names, "prompt": tiny.PROMPT, "call": tiny.CALL_WAN})

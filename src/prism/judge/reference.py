@@ -70,6 +70,27 @@ class Reference:
             return self
         return replace(self, scores=self.scores[:, rows], errors=self.errors[:, rows], prompts=(key,) * len(rows))
 
+    def at(self, t: float) -> Reference:
+        """This reference at the single level t: each clip's score and its error, linear in t between the two nearest
+        levels. Beyond the outermost levels they are those of that level.
+        """
+        order = sorted(range(len(self.levels)), key=lambda index: self.levels[index])
+        place = float(np.interp(t, [self.levels[index] for index in order], np.arange(len(order))))
+        low, share = order[int(place)], place % 1
+        high = order[min(int(place) + 1, len(order) - 1)]
+        scores = (1 - share) * self.scores[low] + share * self.scores[high]
+        errors = np.hypot((1 - share) * self.errors[low], share * self.errors[high])
+        return replace(self, levels=(t,), scores=scores[None], errors=errors[None])
+
+    def draw_errors(self) -> np.ndarray:
+        """(levels, num_dimensions) float64: the standard deviation of one noise draw's score of a clip, by the mean
+        variance over the clips; 0 where the reference has one draw per clip.
+        """
+        draws = float(self.facts.get("num_draws") or 1)
+        variances = np.nan_to_num(self.errors**2 * draws).mean(1)
+        spread: np.ndarray = np.sqrt(variances)
+        return spread
+
     def percentile(self, scores: np.ndarray, t: float) -> np.ndarray:
         """Percentiles of scores: the share of the reference's scores that are lower, and half that of equal ones.
 

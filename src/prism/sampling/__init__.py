@@ -5,6 +5,7 @@ from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Plan, Schedule
+from prism.sampling.stopping import Reject, Rejected
 from prism.sampling.strategies import STRATEGIES, expected_rows
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "BestOfNResult",
     "Ledger",
     "Plan",
+    "Reject",
+    "Rejected",
     "Schedule",
     "StepScores",
     "best_of_n",

@@ -16,6 +16,7 @@ from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole, tensor_of
 from prism.backbone.wrapping import around, around_module
 from prism.errors import PrismError, quoted
+from prism.sampling.stopping import Reject, Watch
 
 _listening: set[int] = set()  # ids of the pipelines that a judge listens to; each is held by one thread
 
@@ -33,7 +34,7 @@ class StepScores(NamedTuple):
 
 
 @contextmanager
-def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
+def listen(judge: Any, pipe: Any, reject: float | Reject | None = None) -> Iterator[list[StepScores]]:
     """The judge's scores of a plain call, while it runs: `with listen(judge, pipe) as scores: pipe(...)`.
 
     The list grows by one entry per step that runs on the denoiser which the judge reads. The scores are those of the
@@ -47,13 +48,16 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
     Args:
         judge: a `Judge` on this pipeline.
         pipe: the pipeline that is going to be called, with any arguments and callbacks.
+        reject: give a call up, by the exception `Rejected`, at the first step at which each of its videos would be
+            preferred to a random clip of the judge's reference with a lower probability than this; or a `Reject`.
 
     Raises:
         PrismError: if the judge reads another pipeline or no hidden states, if a cache or a patch stands between the
-            denoiser and its blocks, or if the denoiser is compiled as a whole.
+            denoiser and its blocks, or if the denoiser is compiled as a whole; for `reject` without a reference.
     """
     pipe = pipe.pipe if isinstance(pipe, Backbone) else pipe
     backbone = _backbone_of(judge, pipe)
+    watch = None if reject is None else Watch(judge, reject)
     with backbone.held(), ExitStack() as stack:
         if id(pipe) in _listening:
             raise PrismError("This pipeline is listened to already; let one judge listen, or Judge.average of several.")
@@ -62,7 +66,7 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
         check_protocol(pipe, backbone.family)
         check_whole(backbone.denoisers)
         _check_listens(backbone)
-        listener = _Listener(backbone, judge)
+        listener = _Listener(backbone, judge, watch)
         for denoiser in backbone.denoisers:
             stack.enter_context(around_module(denoiser, partial(listener.denoise, denoiser)))
         if not backbone.family.counts_steps_by_calls:  # such a family's pipelines step copies of the scheduler
@@ -70,13 +74,15 @@ def listen(judge: Any, pipe: Any) -> Iterator[list[StepScores]]:
             if hasattr(pipe.scheduler, "set_timesteps"):
                 stack.enter_context(around(pipe.scheduler, "set_timesteps", listener.start))
         yield listener.scores
+        if watch is not None:
+            watch.close()
 
 
 class _Listener:
     """The wrappers of a pipeline's denoisers and scheduler, which count its steps and score its conditional rows."""
 
-    def __init__(self, backbone: Backbone, judge: Any):
-        self.backbone, self.judge = backbone, judge
+    def __init__(self, backbone: Backbone, judge: Any, watch: Watch | None = None):
+        self.backbone, self.judge, self.watch = backbone, judge, watch
         self.scores: list[StepScores] = []
         self.step, self.index = 1, 0  # the 1-based step, and the denoiser calls made in it so far
         self.t = math.inf  # of the last denoiser call
@@ -117,6 +123,9 @@ class _Listener:
         if hasattr(self.judge, "check_level"):
             self.judge.check_level(t)
         self.scores.append(StepScores(self.step, t, self.judge.score_tokens(tokens)))
+        if self.watch is not None and (rejected := self.watch.see(self.scores[-1])) is not None:
+            self.step, self.index, self.t, self.pending = 1, 0, math.inf, None  # the next denoiser call is another's
+            raise rejected
 
 
 def _backbone_of(judge: Any, pipe: Any) -> Backbone:
