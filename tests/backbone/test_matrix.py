@@ -6,21 +6,26 @@ pipeline's own. What is checked stands in `prism.commands.checks`.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
+from tests.planted import at_step, guided, planted
 from tests.zoo import MEASURED, VARIANTS
 from torch import Tensor
 
 import prism
 from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
 from prism.commands import checks
 from prism.commands import subject as subjects
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.sampling.plan import Workload
+from prism.sampling.strategies import Early
 
 # (check, variant) -> why the variant is let off.
 NOISE = (
@@ -31,12 +36,16 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("tap_inside_and_outside", "ltx_condition"): NOISE.format("ltx_condition"),
     ("tap_inside_and_outside", "cosmos1_v2w"): NOISE.format("cosmos1_v2w"),
     ("conditional_rows", "wan22_a14b_t2v_low"): "the other denoiser's steps have moved all rows before its first call",
+    ("looks_ahead", "kandinsky5_nabla"): "as kandinsky5_t2v, on a grid of 512 cells",
 }
 
 # Variants whose first frame is given.
 GIVEN = {"wan22_5b_i2v", "hunyuan_i2v", "kandinsky5_i2v", "ltx_i2v", "sana_video_i2v", "cosmos2"}
 GIVEN |= {"skyreels_v2_df_i2v", "hunyuan_i2v_true_cfg", "ltx_condition", "ltx_condition_clean", "cosmos1_v2w"}
 GIVEN |= {"cosmos1_v2w_clean", "cosmos25_image"}
+
+# Variants whose scheduler does not tell what the denoiser predicts.
+UNTOLD = {"skyreels_v2_df", "skyreels_v2_df_i2v", "skyreels_v2_df_fps", "opensora", "bare_module"}
 
 READS = {"wan22_a14b_t2v_low": "transformer_2"}  # the denoiser that is read, where it is not the first
 
@@ -135,6 +144,59 @@ def test_matrix_encodes_once(subject: Subject) -> None:
         del vae.encode
         for handle in handles:
             handle.remove()
+
+
+def test_matrix_looks_ahead(subject: Subject) -> None:
+    """What a denoiser that knows the answer predicts is that answer; the judge's best one wins, for the plan's rows."""
+    backbone, name = subject.backbone, subject.name
+    judge, prompt, step = Judge.untrained(backbone, dim=16), subject.prompts(1)[0], 2
+    call = normalised({**subject.call, "num_inference_steps": 3, "output_type": "latent"})
+    run: dict[str, Any] = {"n": 2, "schedule": [(step, 1)], "look": "ahead", "num_draws": 1, **call}
+    if name in UNTOLD:
+        with pytest.raises(PrismError, match='take look="now"'):
+            prism.best_of_n(subject.pipe, judge, prompt, **run)
+        return
+    conditioning = backbone.condition([prompt], **call)
+    text = backbone.denoiser_call(conditioning.arguments).text
+    asked: list[Tensor] = []
+    score = judge.score_clean
+
+    def keep(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked.append(latents)
+        return score(latents, *args, **kwargs)
+
+    judge.score_clean = keep
+    apart = 0.0 if name == "qwen_image" else 0.3  # its guidance keeps the norm, and is not linear
+    with planted(backbone, text, apart) as calls:
+        result = prism.best_of_n(subject.pipe, judge, prompt, **run)
+    predicted, (noisy, *answers) = torch.cat(asked), at_step(calls, step)
+    clean = guided(backbone, call, *answers)
+    given = conditioning.given
+    if given is not None and name == "kandinsky5_i2v":  # it fits the frame to those that follow
+        clean = torch.cat([subject.pipe.normalize_first_frame(row[None]) for row in torch.where(given, noisy, clean)])
+    elif given is not None:
+        given = given.expand(clean.shape)
+        if not name.startswith("ltx_condition"):  # it shows the frame with other noise at each step
+            frame, finished = predicted[result.index][given[0]], result.latents[0][given[0]]
+            assert (frame - finished).abs().max() < 0.01
+        clean = torch.where(given, predicted, clean)
+    error = float((predicted - clean).abs().max())
+    note(subject, prediction_error=error)
+    assert error < 5e-6
+    assert (predicted[0] - predicted[1]).abs().max() > 0.1
+
+    draws = torch.Generator().manual_seed(random.Random("judge 0").randrange(2**62))
+    seeds = {"seeds": [0, 1]} if backbone.draws_conditions(call) else {}
+    expected, _ = score(clean.float(), [prompt] * 2, result.scores[0]["t"], 1, draws, **call, **seeds)
+    assert torch.allclose(torch.tensor(list(result.scores[0]["scores"].values())).T, expected, atol=1e-4)
+    assert result.index == int(expected[:, judge.dimensions.index("overall")].argmax())
+
+    steps = backbone.steps({**call, **backbone.batch([prompt], [0], call)})
+    load = Workload.of(backbone, call, 2, judge.tap, steps)
+    plan = Early([(step, 1)], look="ahead", num_draws=1).settled(load)
+    assert result.ledger.denoiser_rows == pytest.approx(plan.rows(load))
+    counted = sum(len(each.clean) for each in calls) + 2 * judge.tap / backbone.num_blocks
+    assert result.ledger.denoiser_rows == pytest.approx(counted)
 
 
 def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:

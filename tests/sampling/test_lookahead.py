@@ -6,8 +6,18 @@ import random
 
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+)
 from tests import tiny
+from tests.planted import at_step, guided, planted
 from tests.zoo import VARIANTS
 
 import prism
@@ -69,6 +79,29 @@ def test_the_conditional_pass_alone_predicts_as_a_call_without_guidance(name):
     assert torch.allclose(alone, plain, atol=2e-5)
     assert not torch.allclose(guided, plain, atol=1e-3)
     assert (few, many) == (rows, 2 * rows)
+
+
+VP = (
+    *(DDIMScheduler, DDPMScheduler, LCMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler),
+    *(EulerDiscreteScheduler, EulerAncestralDiscreteScheduler),
+)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_tells_what_a_denoiser_that_knows_says(kind):
+    pipe, call = VARIANTS["latte"]()
+    call = normalised({**call, "num_inference_steps": 3})
+    backbone = Backbone(pipe)
+    conditioning = backbone.condition([PROMPT], **call)
+    text = backbone.denoiser_call(conditioning.arguments).text
+    for scheduler in VP:
+        if kind == "sample" and scheduler in (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler):
+            continue  # diffusers has no such form of these
+        pipe.scheduler = scheduler.from_config({**pipe.scheduler.config, "prediction_type": kind})
+        with planted(backbone, text) as calls:
+            found, _ = predicted(pipe, call, 2)
+        _, *answers = at_step(calls, 2)
+        assert torch.allclose(found.double(), guided(backbone, call, *answers), atol=2e-5), scheduler.__name__
 
 
 CUTS = {"one": [(3, 1)], "two": [(2, 2), (4, 1)], "last": [(6, 1)]}

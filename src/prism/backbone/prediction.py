@@ -27,18 +27,24 @@ _RETURNING = (  # `step` returns the predicted clean latents, second in its tupl
 )
 
 
-def check(pipe: Any, steps_copies: bool) -> None:
-    """Raise PrismError where a pipeline's steps do not tell what its denoiser predicts, as far as it can be known.
+_HANDING = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}  # they hand their prediction to the step
 
-    steps_copies: the pipeline steps copies of its scheduler, which are not seen.
-    """
-    name = type(pipe).__name__
-    if steps_copies:
+
+def is_handed(pipe: Any) -> bool:
+    """True where a pipeline hands the predicted clean latents to its scheduler's step, after asking it for them."""
+    return not _HANDING.isdisjoint(base.__name__ for base in type(pipe).__mro__)
+
+
+def check(pipe: Any, counts_steps_by_calls: bool) -> None:
+    """Raise PrismError where a pipeline's steps do not tell what its denoiser predicts, as far as it can be known."""
+    if is_handed(pipe):
+        return
+    if counts_steps_by_calls:
         raise PrismError(
-            f"{name} steps copies of its scheduler, so that the predicted clean latents are not seen; "
+            f"{type(pipe).__name__} steps copies of its scheduler, so that the predicted clean latents are not seen; "
             'take look="now" (--look now).'
         )
-    if _way(pipe.scheduler) is None and not name.startswith("Cosmos"):  # it hands its predictions to the step
+    if _way(pipe.scheduler) is None:
         raise PrismError(
             f"The steps of {type(pipe.scheduler).__name__} do not tell the clean latents that the denoiser predicts; "
             'take look="now" (--look now), or set another scheduler.'

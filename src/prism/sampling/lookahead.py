@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prism.backbone import Backbone, layout
-from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import tensor_of
-from prism.backbone.prediction import Prediction
+from prism.backbone.prediction import Prediction, is_handed
 from prism.backbone.wrapping import StopCall
 from prism.sampling.plan import Candidate
 from prism.sampling.recording import Recording
@@ -53,7 +53,7 @@ class Predictor(Interceptor):
         self.states: dict[int, Tensor] = {}
         self.levels: dict[int, float] = {}
         self.predicted: dict[int, Tensor] = {}
-        self._condition: Conditioning | None = None
+        self._arguments: Mapping[str, Any] = {}  # of the conditional pass at that step
         self._conditional: Any = None  # the denoiser's output at the step `alone`
 
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +75,7 @@ class Predictor(Interceptor):
             noisy = call.noisy[rows]
             axis = layout.channel_axis(family.layout)
             self.states[self.step] = noisy.narrow(axis, 0, family.channels(call.config, noisy)).detach().clone()
-            self._condition = Conditioning.of(call, rows, type(self.backbone.pipe))
+            self._arguments = dict(call.arguments)
             self.levels[self.step] = call.t(self.backbone.pipe.scheduler)
         return output
 
@@ -85,20 +85,26 @@ class Predictor(Interceptor):
         sample = tensor_of(forward(**rows.arguments))
         return self._output(call, sample.repeat(call.batch // len(self.candidates), *[1] * (sample.ndim - 1)))
 
+    def _sees_steps(self) -> bool:
+        return super()._sees_steps() or (self.predicts and is_handed(self.backbone.pipe))
+
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         step, scheduler = self.step, self.backbone.pipe.scheduler
-        if not self.predicts or step not in self.steps:
-            return super()._scheduler_step(inner, *args, **kwargs)
+        counted = super()._sees_steps()
+        make = partial(super()._scheduler_step, inner) if counted else inner
         arguments = arguments_of_step(self.backbone.pipe, inspect.signature(inner), args, kwargs)
+        asks = not counted and arguments.get("pred_original_sample") is None  # the scheduler is asked, before the step
+        if not self.predicts or step not in self.steps or asks:
+            return make(*args, **kwargs)
         prediction = Prediction(scheduler, arguments)
-        output = super()._scheduler_step(inner, *args, **kwargs)
-        self.predicted[step] = self._with_condition(prediction.read(output), self.states[step]).detach()
+        output = make(*args, **kwargs)
+        self.predicted[step] = self._whole(prediction.read(output), self.states[step]).detach()
         if self.ends and step == max(self.steps):
             raise StopCall
         return output
 
-    def _with_condition(self, clean: Tensor, state: Tensor) -> Tensor:
-        """Predicted latents in the denoiser's layout, completed by a condition's frames, which it is given clean."""
+    def _whole(self, clean: Tensor, state: Tensor) -> Tensor:
+        """Predicted latents in the denoiser's layout, with all frames, as a call that ends with them would give."""
         form = self.backbone.family.layout
         if layout.is_packed(form) and clean.ndim == 5:
             clean = layout.pack(clean, form)
@@ -107,7 +113,4 @@ class Predictor(Interceptor):
         missing = state.shape[axis] - clean.shape[axis]
         if missing > 0:  # the scheduler is given all frames but the first
             clean = torch.cat([state.narrow(axis, 0, missing).to(clean), clean], axis)
-        shown = self._condition
-        if shown is not None and shown.given is not None and shown.kept is not None:
-            clean = torch.where(shown.given, shown.kept.to(clean.dtype), clean)
-        return clean
+        return self.backbone.finished(clean, self._arguments)

@@ -149,7 +149,7 @@ class Interceptor:
             for number, denoiser in enumerate(self.backbone.denoisers):
                 wrapper = packing(partial(self._denoise, number, denoiser), denoiser, self.backbone.family)
                 stack.enter_context(around_module(denoiser, wrapper))
-            if not self.backbone.family.counts_steps_by_calls:
+            if self._sees_steps():
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.backbone.family.vae_batch_size_one and len(self.candidates) > 1:
                 stack.enter_context(around(pipe.vae, "decode", _one_by_one))
@@ -245,6 +245,10 @@ class Interceptor:
         self.alive = [row for row in self.alive if self.candidates[row] in survivors]
 
     # -- the scheduler and the user's callback
+
+    def _sees_steps(self) -> bool:
+        """True where the steps of the pipeline's scheduler are the run's, neither on copies of it nor twice."""
+        return not self.backbone.family.counts_steps_by_calls
 
     def _scheduler_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """Make a step of the scheduler, lend it a generator if it has none, and note which generators it drew from.
