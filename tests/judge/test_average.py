@@ -13,7 +13,7 @@ from tests.zoo import VARIANTS
 from prism import files
 from prism.backbone import Backbone, Tokens
 from prism.errors import PrismError
-from prism.judge import Judge
+from prism.judge import Judge, pooling
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
@@ -60,6 +60,22 @@ def test_scores_are_the_mean_of_the_members_in_one_pass(judges, average):
     apart = [judge.score_clean(latents(), PROMPTS, 700, num_draws=2, **tiny.CALL_WAN)[0] for judge in judges]
     torch.testing.assert_close(mean, torch.stack(apart).mean(0))
     assert bool((error > 0).all())
+
+
+def test_heads_after_one_block_read_its_tokens_once(judges, average, monkeypatch):
+    rows, read = [], pooling.read
+
+    def counted(queries, *rest):
+        rows.append(len(queries))
+        return read(queries, *rest)
+
+    monkeypatch.setattr(pooling, "read", counted)
+    linear = Judge.untrained(judges[0].backbone.pipe, tap=3, aggregation="linear")
+    mixed = Judge.average([*judges, linear])
+    found = mixed.score(latents(), PROMPTS, 500, **tiny.CALL_WAN)
+    assert sorted(rows) == [8, 8 + 8 + 1]  # after block 1; after block 3
+    apart = [judge.score(latents(), PROMPTS, 500, **tiny.CALL_WAN) for judge in (*judges, linear)]
+    torch.testing.assert_close(found, torch.stack(apart).mean(0))
 
 
 def test_a_low_tap_alone_runs_no_later_block(judges):

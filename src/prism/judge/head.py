@@ -113,24 +113,31 @@ class QueryHead(nn.Module):
         """
         # The head is small: reduced precision would save nothing and cost rank changes between near-equal candidates.
         with torch.autocast(visual.device.type, enabled=False):
-            if self.aggregation == "query":
-                scores: Tensor = self.mlp(self.norm(self.aggregate(visual, text, text_mask)))
-                return scores
-            uniform = torch.zeros(1, self.width, device=visual.device)  # a query of zeros attends to all tokens equally
-            mean = pooling.read(uniform, visual, text, text_mask, self.chunk_size)[:, 0]
-            scores = self.probe(mean) if self.aggregation == "linear" else self.mlp(self.norm(self.w_p(mean)))
-            return scores
+            return self.of_read(pooling.read(self.queries(), visual, text, text_mask, self.chunk_size))
 
-    def aggregate(self, visual: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> Tensor:
-        """F_agg of Eq. 2 in its folded form; several queries are averaged.
+    def queries(self) -> Tensor:
+        """The rows, (R, width) float32, with which ``prism.judge.pooling.read`` reads the tokens.
 
-        Arguments as of ``forward``.
-
-        Returns:
-            (B, dim) float32.
+        R is num_queries * num_heads, or 1 for the ablations: a row of zeros attends to all tokens equally.
         """
+        return self._folded() if self.aggregation == "query" else torch.zeros(1, self.width, device=self.device)
+
+    def of_read(self, sums: Tensor) -> Tensor:
+        """Scores (B, num_dimensions) float32 from what the ``queries`` read, (B, R, width)."""
+        if self.aggregation == "linear":
+            scores: Tensor = self.probe(sums[:, 0])
+        else:
+            scores = self.mlp(self.norm(self._pooled(sums) if self.aggregation == "query" else self.w_p(sums[:, 0])))
+        return scores
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    def _pooled(self, sums: Tensor) -> Tensor:
+        """F_agg of Eq. 2, (B, dim), from what the folded queries read; several queries are averaged."""
         heads, size = self.num_heads, self.dim // self.num_heads
-        sums = pooling.read(self._folded(), visual, text, text_mask, self.chunk_size)  # (B, N_q * heads, D_vis)
         projected = self.w_p(sums).view(len(sums), self.num_queries, heads, self.dim)
         values = torch.einsum("bnhe,hde->bnhd", projected, self.w_v.weight.view(heads, size, self.dim))
         values = values.flatten(2) + self.w_v.bias
@@ -188,6 +195,27 @@ class Member:
     tap: int
     head: QueryHead
     share: float = 1.0
+
+
+def scores_of(members: Sequence[Member], tokens: Any) -> Tensor:
+    """Scores of each member's head, moved to where the tokens are: (members, B, num_dimensions) float32.
+
+    Heads after one block read its tokens together, in the pass that one head alone would take.
+
+    tokens: `prism.backbone.Tokens`, tapped after the members' blocks.
+    """
+    readers: dict[Any, list[int]] = {}
+    for number, member in enumerate(members):
+        member.head.to(tokens.visual.device)
+        readers.setdefault((member.tap, member.head.chunk_size), []).append(number)
+    scores: list[Tensor] = [tokens.visual] * len(members)
+    with torch.autocast(tokens.visual.device.type, enabled=False):
+        for (tap, chunk_size), numbers in readers.items():
+            queries = [members[number].head.queries() for number in numbers]
+            sums = pooling.read(torch.cat(queries), tokens.after(tap), tokens.text, tokens.text_mask, chunk_size)
+            for number, part in zip(numbers, sums.split([len(rows) for rows in queries], 1)):
+                scores[number] = members[number].head.of_read(part)
+    return torch.stack(scores)
 
 
 OPTIONS = tuple(inspect.signature(QueryHead).parameters)

@@ -18,7 +18,7 @@ from prism.errors import DRAWS, PrismError, flag, instance, whole
 from prism.judge import checks, hub, scoring
 from prism.judge import saved as folders
 from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
-from prism.judge.head import OPTIONS, Member, QueryHead, check_fits
+from prism.judge.head import OPTIONS, Member, QueryHead, check_fits, scores_of
 from prism.judge.objective import log_probabilities
 from prism.judge.reference import Reference
 
@@ -334,13 +334,12 @@ class Judge:
 
     @torch.no_grad()
     def score_members(self, tokens: Tokens) -> Tensor:
-        """Scores of each member, of tokens that were tapped at ``self.taps``.
+        """Scores of each member, of tokens that were tapped at ``self.taps``. Each tap is read once for all its heads.
 
         Returns:
             (members, B, D) float32: a column for each of the D dimensions of a head.
         """
-        heads = [(member.tap, member.head.to(tokens.visual.device)) for member in self.members]  # where the pipeline is
-        return torch.stack([head(tokens.after(tap), tokens.text, tokens.text_mask) for tap, head in heads])
+        return scores_of(self.members, tokens)
 
     def probabilities(self, margins: Tensor) -> Tensor:
         """Probabilities of A preferred, tie and B preferred (Eq. 3-4).
