@@ -26,7 +26,7 @@ CONFIG, IDENTITY = "config.json", "identity.json"
 # Names of the files that runs make, besides those that a run lists as `files` in its config.json and pieces of `Parts`.
 _OURS = re.compile(
     r"(config|metrics|history|identity|manifest|call|quality|training|training-log|store|state|cache|calibration)\.json"
-    r"|(evaluation|reference)\.json"
+    r"|(evaluation|reference|plans?)\.json"
     r"|(videos|pairs|index|votes|ratings|(test|validation|unseen)-[\w-]+)\.parquet|seals\.json"
     r"|\d{6}-[0-9a-f]{12}\.(parquet|safetensors)|(shared-)?[0-9a-f]{64}\.safetensors"  # a store's shards, conditionings
     r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"

@@ -123,8 +123,8 @@ def test_a_plan_says_what_arguments_say(wan: Setting) -> None:
         assert told.ledger.denoiser_rows == said.ledger.denoiser_rows
     with pytest.raises(PrismError, match="The plan says schedule itself; leave the argument 'schedule' out"):
         run(plan=Full(), schedule="2:1")
-    with pytest.raises(PrismError, match="plan is full of type str; give a strategy with its settings"):
-        run(plan="full")
+    with pytest.raises(PrismError, match="plan is 5 of type int; give a strategy with its settings"):
+        run(plan=5)
     with pytest.raises(PrismError, match="num_draws"):
         run(plan=Full(num_draws=0))
 

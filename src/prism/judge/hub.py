@@ -19,7 +19,7 @@ from prism.judge.checks import trained_range
 if TYPE_CHECKING:
     from prism.judge.reference import Reference
 
-OPTIONAL = ["evaluation.json", "reference.json"]  # files that only some heads have
+OPTIONAL = ["evaluation.json", "reference.json", "plans.json"]  # files that only some heads have
 FETCHED = ["config.json", "model.safetensors", *OPTIONAL]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})")  # of the Hub's cache

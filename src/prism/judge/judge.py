@@ -54,6 +54,7 @@ class Judge:
         calibration: Mapping[str, Any] | None = None,
         evaluation: Rows = (),
         reference: Reference | None = None,
+        plans: Mapping[str, Any] | None = None,
     ) -> None:
         checks.check_dimensions(dimensions)
         for member in members:
@@ -63,7 +64,7 @@ class Judge:
         self.dimensions, self.eta, self.trained_on = tuple(dimensions), float(eta), dict(trained_on or {})
         self.calibration = dict(calibration or {})
         self._warned, self._evaluation = False, (evaluation, versions(member.head for member in members))
-        self.reference = reference
+        self.reference, self.plans = reference, plans  # plans: what ``prism plan`` measured, as JSON
         self._random: tuple[int, ...] | None = None  # `versions` of random heads, which any training changes
 
     def __repr__(self) -> str:
@@ -170,7 +171,7 @@ class Judge:
         folders.check_fingerprint(saved, backbone)
         members = [Member(tap, head, share) for tap, head, share in saved.heads]
         described = saved.dimensions, saved.eta, saved.trained_on, saved.calibration, saved.evaluation, saved.reference
-        return cls(backbone, members, *described)
+        return cls(backbone, members, *described, plans=saved.plans)
 
     def save_pretrained(
         self,

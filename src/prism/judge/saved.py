@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prism.judge.judge import Judge
 
 FORMAT, SCHEMAS = "prism-head", (1, 2)
+PLANS = "plans.json"  # of `prism plan`, which `prism.sampling.plan_files` reads
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
@@ -42,6 +43,7 @@ class SavedJudge:
     backbone: Mapping[str, Any]
     evaluation: Sequence[Mapping[str, Any]]
     reference: Reference | None
+    plans: Mapping[str, Any] | None = None
 
     @property
     def last_tap(self) -> int:
@@ -80,6 +82,8 @@ def write(
         files.write_json(temporary / "config.json", {**config, "weights_sha256": digest})
         if judge.reference is not None:
             judge.reference.save(temporary, digest)
+        if judge.plans is not None:
+            files.write_json(temporary / PLANS, judge.plans)
         origin = base_model or hub.origin(judge.backbone.pipe)
         note_evaluation(temporary, evaluation, licence, origin, judge.reference)
 
@@ -139,6 +143,7 @@ def read(source: str | os.PathLike[str], revision: str | None, token: str | bool
         fingerprint,
         _evaluation(folder / "evaluation.json"),
         _reference(folder / "reference.json", dimensions, config.get("weights_sha256")),
+        _plans(folder / PLANS),
     )
     # Before the tensors: the header tells a pickle from a truncated file.
     header = _by_member(files.safetensors_header(weights), several)
@@ -344,6 +349,13 @@ def _evaluation(path: Path) -> list[dict[str, Any]]:
 
 def _reference(path: Path, dimensions: Sequence[str], weights_sha256: Any) -> Reference | None:
     return Reference.read(path, dimensions, weights_sha256) if os.path.lexists(path) else None
+
+
+def _plans(path: Path) -> dict[str, Any] | None:
+    plans = files.read_json(path) if os.path.lexists(path) else None
+    if not isinstance(plans, dict | None):
+        raise PrismError(f"The file {path} holds no plans; delete it, or write it anew with prism plan --save-to.")
+    return plans
 
 
 def _by_member(tensors: Mapping[str, Any], several: bool) -> dict[str, dict[str, Any]]:

@@ -122,17 +122,20 @@ def judge_at_of(judge_at: Any, default: float, t_range: tuple[float, float]) -> 
     return min(max(default, low), high) if judge_at is None else number("judge_at", judge_at, 0, 1000, above=True)
 
 
-def check_plan(plan: Any, settings: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Refuse what is no `Plan`, and arguments of `function` beside it that are not at their defaults."""
-    if not isinstance(plan, Plan):
+def check_plan(plan: Any, settings: Mapping[str, Any], function: Callable[..., Any], decides: str = "plan") -> None:
+    """Refuse what is no `Plan`, and arguments of `function` beside it that are not at their defaults.
+
+    decides: the argument that decides in their place: "plan", or "budget" without a plan.
+    """
+    if not isinstance(plan, Plan) and decides == "plan":
         raise PrismError(
             f"plan is {quoted(plan, 80)} of type {type(plan).__name__}; give a strategy with its settings, such as "
-            "prism.sampling.strategies.Early(schedule=((4, 1),))."
+            "prism.sampling.strategies.Early(schedule=((4, 1),)), or a plan.json of prism plan."
         )
     defaults = inspect.signature(function).parameters
     for name, value in settings.items():
         if value is not defaults[name].default and value != defaults[name].default:
-            raise PrismError(f"The plan says {name} itself; leave the argument {name!r} out.")
+            raise PrismError(f"The {decides} says {name} itself; leave the argument {name!r} out.")
 
 
 def resolved(plan: Plan, judge_at: float, t_range: tuple[float, float]) -> Plan:

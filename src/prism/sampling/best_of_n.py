@@ -15,7 +15,7 @@ from prism.backbone.conditioning import encoded_once
 from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
-from prism.sampling import arguments
+from prism.sampling import arguments, plan_files
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.plan import Candidate, Edit, Plan, parse
 from prism.sampling.recording import state_of
@@ -115,7 +115,8 @@ def best_of_n(
     n: int | None = None,
     schedule: Sequence[Sequence[int]] | str | None = None,
     strategy: str = "early",
-    plan: Plan | None = None,
+    plan: Plan | plan_files.Source | None = None,
+    budget: float | None = None,
     look: Look = "now",
     draft_steps: int | None = None,
     judge_at: float | None = None,
@@ -151,7 +152,10 @@ def best_of_n(
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of
             `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
         plan: a strategy with its settings, such as `Early(schedule=((4, 1),), look="ahead")`, in place of `strategy`,
-            `schedule`, `look`, `draft_steps`, `judge_at`, `num_draws` and `oracle`.
+            `schedule`, `look`, `draft_steps`, `judge_at`, `num_draws` and `oracle`. Or a plan.json of `prism plan`, its
+            folder or its content, whose number of candidates is taken too unless `n` or `seeds` are given.
+        budget: costs of one plain sample that the run may have: of the plans in `plan` the one for this budget. Without
+            `plan`, of those that the head carries, else the default cut of as many candidates as it pays for.
         look: what early judges at a cut. "now": the noisy latents as they are. "ahead": the clean latents that the
             denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
             the conditional pass alone, which saves the losers' unconditional one.
@@ -182,10 +186,14 @@ def best_of_n(
     """
     settings: dict[str, Any] = {"schedule": schedule, "look": look, "draft_steps": draft_steps, "judge_at": judge_at}
     settings |= {"num_draws": num_draws, "oracle": oracle}
-    if plan is not None:
-        arguments.check_plan(plan, settings | {"strategy": strategy}, best_of_n)
-        strategy, oracle = plan.strategy, getattr(plan, "oracle", None)
-    kind = kind_of(strategy) if plan is None else type(plan)
+    filed = plan_files.opened(plan, budget)
+    chosen: Any = plan if filed is None else filed.run.plan
+    if chosen is not None or budget is not None:
+        decides = "budget" if chosen is None else "plan"
+        arguments.check_plan(chosen, settings | {"strategy": strategy}, best_of_n, decides)
+    if chosen is not None:
+        strategy, oracle = chosen.strategy, getattr(chosen, "oracle", None)
+    kind = kind_of(strategy) if chosen is None else type(chosen)
     backbone, judge = arguments.backbone_of(pipe, judge, kind, oracle)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
@@ -210,6 +218,12 @@ def best_of_n(
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
     arguments.check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
+    if budget is not None and filed is None:
+        filed = plan_files.within(budget, backbone, judge, call)
+        chosen, kind, strategy = filed.run.plan, type(filed.run.plan), filed.run.plan.strategy
+    if filed is not None:
+        plan_files.check_fits(filed, backbone, judge, call)
+        n = filed.run.n if n is None and seeds is None else n
     team = Team() if distribute is None else Team.gathered()
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
     candidate_seeds = arguments.seeds_of(n, seed, seeds)
@@ -223,13 +237,13 @@ def best_of_n(
         "weights": arguments.ranking(judge, select_by) if kind.needs_judge() else {},
         "top_k": top_k,
     }
-    if plan is None:
+    if chosen is None:
         cuts = parse(schedule) if isinstance(schedule, str) else schedule
-        plan = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
-    plan = arguments.resolved(plan, DEFAULT_JUDGE_AT, backbone.t_range)
-    plan = plan.checked(len(candidate_seeds), top_k, num_steps, call)
+        chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
+    settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
+    settled = settled.checked(len(candidate_seeds), top_k, num_steps, call)
     shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
-    shared |= {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "oracle"}
+    shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
     team.same(shared | {"top_k": top_k, "weights": options["weights"]} | call)
 
     def run(number: int, among: Team) -> BestOfNResult:
@@ -239,9 +253,9 @@ def best_of_n(
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
             def find(search: Search) -> list[Candidate]:
-                settled = search.settle(plan)
-                bar.reset(total=settled.rows(search.load) / among.size)
-                return settled.winners(search)
+                ready = search.settle(settled)
+                bar.reset(total=ready.rows(search.load) / among.size)
+                return ready.winners(search)
 
             return _run(search, find, Meter(backbone, judge, bar.update), keep_latents)
 

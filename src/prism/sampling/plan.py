@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -29,6 +30,14 @@ Schedule = tuple[tuple[int, int], ...]
 def generator_of(seed: int) -> torch.Generator:
     """A generator at the start of a seed's noise, on the CPU: the same numbers on every device."""
     return torch.Generator("cpu").manual_seed(seed)
+
+
+def judging_noise(seed: int) -> torch.Generator:
+    """The generator of the noise with which a run judges clean latents, from the run's seed.
+
+    Not the seed's own: the first candidate's noise must not be the noise that all are judged with.
+    """
+    return generator_of(random.Random(f"judge {seed}").randrange(2**62))
 
 
 @dataclass(frozen=True, order=True)

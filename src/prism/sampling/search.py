@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
 from prism.sampling.lookahead import Predictor
-from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, warn_blind
+from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, OnCut
 from prism.team import Team, merged
@@ -260,8 +259,7 @@ class Search:
 
         def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
             stacked = torch.stack([latents[candidate] for candidate in chunk])
-            # Not the run's own seed: its first candidate's noise must not be the noise that all are judged with.
-            generator = generator_of(random.Random(f"judge {self.seed}").randrange(2**62))
+            generator = judging_noise(self.seed)
             conditions: dict[str, Any] = {}
             if hasattr(self.judge, "score_tokens") and self.backbone.draws_conditions(self.call):
                 conditions["seeds"] = [candidate.seed for candidate in chunk]

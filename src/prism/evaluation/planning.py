@@ -1,0 +1,217 @@
+"""The quality of every replayed plan: the front over cost, a plan per budget, what cuts lose, what more seeds gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import stats
+
+from prism.errors import PrismError
+from prism.evaluation.intervals import prompt_interval
+from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow, Spread
+from prism.sampling import planner
+from prism.sampling.plan import Workload
+from prism.sampling.plan_files import settings_of
+from prism.sampling.planner import Run, Table
+from prism.sampling.strategies import Early, Full
+
+BUDGETS = (1.2, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+"""Budgets in costs of one plain sample for which plans are chosen where none is named."""
+NEAR = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Replayed:
+    """Every plan, replayed on every prompt.
+
+    costs: (K,) float64 in costs of one plain sample. gains: (K, P) float64, mean value of the picks over subsets of the
+    plan's n candidates, less that of a random pick.
+    """
+
+    table: Table
+    load: Workload
+    runs: Sequence[Run]
+    costs: np.ndarray
+    gains: np.ndarray
+    seed: int = 0
+
+    @classmethod
+    def of(cls, table: Table, load: Workload, seed: int = 0) -> Replayed:
+        """Replay every plan that the table can replay. Raises PrismError where no candidate is better than another."""
+        if not table.oracle.any():
+            raise PrismError(
+                "All candidates of every prompt have the same reward, so that there is nothing to choose; take another "
+                "--by, or a reward that tells them apart."
+            )
+        runs = planner.candidates(table)
+        costs = np.array([planner.cost(run, load) for run in runs])
+        gains = np.stack([planner.gains(table, run, load, seed) for run in runs])
+        return cls(table, load, runs, costs, gains, seed)
+
+    @cached_property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts, by index, that choose plans, and those that report them."""
+        order = np.random.default_rng([self.seed, 13]).permutation(len(self.table.values))
+        return np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+
+    @cached_property
+    def spread(self) -> Spread:
+        """How much the reward differs between a prompt's candidates, and between prompts."""
+        values = self.table.values
+        within = float(values.var(1, ddof=1).mean())
+        between = max(0.0, float(values.mean(1).var(ddof=1)) - within / self.table.n)
+        return {
+            "within": within**0.5,
+            "between": between**0.5,
+            "best": float(self.table.oracle.mean()) / within**0.5,
+            "mean": float(values.mean()),
+            "alike": int((np.ptp(values, 1) == 0).sum()),
+            "candidates": self.table.n,
+            "prompts": len(values),
+        }
+
+    def row(self, index: int, prompts: np.ndarray | None = None) -> ReplayedRow:
+        """A plan's costs and gains on some prompts (None: all), with intervals over prompts."""
+        run, prompts = self.runs[index], np.arange(len(self.table.values)) if prompts is None else prompts
+        gain, oracle = self.gains[index, prompts], self.table.oracle[prompts]
+        blind = run.plan.looks_at is None  # its gain is zero by definition
+        return {
+            "name": name(run),
+            "strategy": run.plan.strategy,
+            "settings": settings_of(run.plan),
+            "n": run.n,
+            "cost": float(self.costs[index]),
+            "denoiser_rows": planner.rows(run, self.load),
+            "share": float(gain.sum() / oracle.sum()),
+            "share_ci95": None if blind else self._interval(np.stack([gain, oracle], 1), prompts, True),
+            "gain": float(gain.mean()),
+            "gain_ci95": None if blind else self._interval(gain, prompts),
+            "gain_sd": float(gain.mean()) / self.spread["within"],
+            "prompts": len(prompts),
+        }
+
+    def front(self) -> list[int]:
+        """The plans of which no other is at most as dear and better, by index, from cheap to dear."""
+        shares, best, kept = self.gains.mean(1), -np.inf, []
+        for index in np.lexsort((-shares, self.costs)):
+            if shares[index] > best + NEAR:
+                kept.append(int(index))
+                best = shares[index]
+        return kept
+
+    def best(self, budget: float, prompts: np.ndarray) -> int:
+        """The plan within a budget that gains most on some prompts, by index; of equal ones the cheapest."""
+        affordable = np.flatnonzero(self.costs <= budget + NEAR)
+        merit = self.merits(prompts)[affordable]
+        return int(affordable[np.lexsort((self.costs[affordable], -np.round(merit, 12)))[0]])
+
+    def merits(self, prompts: np.ndarray) -> np.ndarray:
+        """(K,) the mean gains by which plans are chosen."""
+        merits: np.ndarray = self.gains[:, prompts].mean(1)
+        return merits
+
+    def chosen(self, budget: float) -> ChosenRow:
+        """The plan for a budget: chosen on one half of the prompts, measured on the other."""
+        choosing, reporting = self.halves
+        index = self.best(budget, choosing)
+        fulls = [k for k, run in enumerate(self.runs) if isinstance(run.plan, Full) and self.costs[k] <= budget + NEAR]
+        plain = next(k for k, run in enumerate(self.runs) if run.plan.looks_at is None)
+        rival = max(fulls, key=lambda k: (self.runs[k].n, self.gains[k][choosing].mean()), default=plain)
+        oracle, gains = self.table.oracle, self.gains
+        apart = np.stack([gains[index, reporting] - gains[rival, reporting], oracle[reporting]], 1)
+        share = float(gains[rival, reporting].sum() / oracle[reporting].sum())
+        row = self.row(index, reporting)
+        return {
+            **row,
+            "budget": float(budget),
+            "chosen_share": float(gains[index, choosing].sum() / oracle[choosing].sum()),
+            "chosen_on": len(choosing),
+            "full_n": self.runs[rival].n,
+            "full_share": share,
+            "over_full": row["share"] - share,
+            "over_full_ci95": None if index == rival else self._interval(apart, reporting, True),
+        }
+
+    def prune(self) -> list[PruneRow]:
+        """What a cut from all candidates loses, by reading and number of survivors."""
+        table, found = self.table, list[PruneRow]()
+        ranks = np.sort(table.values, 1)[:, ::-1]
+        for look in ("now", "ahead"):
+            for step in table.steps(look):
+                for t, draws in (table.levels(look) or {0.0: 1}).items() if look == "ahead" else [(0.0, 1)]:
+                    scores = table.score(look, step, t if look == "ahead" else None, draws)
+                    order = np.argsort(-scores, 1, kind="stable")
+                    for keep in (each for each in (1, 2, 4) if each < table.n):
+                        kept = np.take_along_axis(table.values, order[:, :keep], 1).max(1)
+                        lost = np.stack([table.values.max(1) - kept, table.oracle], 1)
+                        chance = table.values.max(1) - ranks @ _best_of(table.n, keep)
+                        every = np.arange(len(lost))
+                        found.append(
+                            {
+                                "look": look,
+                                "step": step,
+                                "t": t,
+                                "keep": keep,
+                                "regret": float(lost[:, 0].sum() / lost[:, 1].sum()),
+                                "regret_ci95": self._interval(lost, every, True),
+                                "by_chance": float(chance.sum() / table.oracle.sum()),
+                            }
+                        )
+        return found
+
+    def sizes(self) -> list[SizeRow]:
+        """Best-of-n in full over n, by the level and draws that gain most with all candidates on the choosing half."""
+        table, every = self.table, np.arange(len(self.table.values))
+        fulls = [k for k, run in enumerate(self.runs) if isinstance(run.plan, Full) and run.n == table.n]
+        if not fulls:
+            return []
+        plan = self.runs[max(fulls, key=lambda k: self.gains[k][self.halves[0]].mean())].plan
+        scores = planner.deciding(table, plan, 0)
+        by_judge = Table(scores, table.scores)
+        spread = float(np.sqrt(scores.var(1, ddof=1).mean())) or 1.0
+        ranks, rows, before = np.sort(table.values, 1)[:, ::-1], list[SizeRow](), None
+        for n in planner.sizes(table.n):
+            run = Run(n, plan)
+            gain = planner.gains(table, run, self.load, self.seed)
+            own = planner.gains(by_judge, run, self.load, self.seed)
+            oracle = ranks @ _best_of(table.n, n) - table.values.mean(1)
+            more = None if before is None else np.stack([gain - before, table.oracle], 1)
+            rows.append(
+                {
+                    "n": n,
+                    "share": float(gain.sum() / table.oracle.sum()),
+                    "share_ci95": self._interval(np.stack([gain, table.oracle], 1), every, True),
+                    "oracle": float(oracle.sum() / table.oracle.sum()),
+                    "judge_gain": float(own.mean()) / spread,
+                    "more": None if more is None else float(more[:, 0].sum() / more[:, 1].sum()),
+                    "more_ci95": None if more is None else self._interval(more, every, True),
+                }
+            )
+            before = gain
+        return rows
+
+    def _interval(self, columns: np.ndarray, prompts: np.ndarray, ratio: bool = False) -> list[float] | None:
+        return prompt_interval(columns, prompts, (lambda sums: sums[:, 0] / sums[:, 1]) if ratio else None, self.seed)
+
+
+def _best_of(n: int, size: int) -> np.ndarray:
+    """(n,) how likely the best of `size` random ones of n is the first, the second, ... in order of value."""
+    missed = stats.hypergeom.pmf(0, n, np.arange(n + 1), size)  # that none of the first r is drawn
+    return np.asarray(missed[:-1] - missed[1:])
+
+
+def name(run: Run) -> str:
+    """A plan in a few words: "8 seeds, 4:1, ahead at 700, 2 draws"."""
+    plan = run.plan
+    parts = [plan.strategy if run.n == 1 else f"{run.n} seeds"]
+    if isinstance(plan, Early):
+        parts.append(",".join(f"{step}:{keep}" for step, keep in plan.schedule or ()))
+    if isinstance(plan, Full):
+        parts.append("full")
+    if isinstance(plan, Full) or (isinstance(plan, Early) and plan.predicts()):
+        parts.append(f"{'ahead ' if isinstance(plan, Early) else ''}at {plan.judge_at:g}")
+        parts.append(f"{plan.num_draws} draw{'s' if plan.num_draws > 1 else ''}")
+    return ", ".join(parts)
