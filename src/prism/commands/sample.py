@@ -61,7 +61,8 @@ class Sample:
     n: int = 8
     """Candidates; candidate i has seed SEED + i."""
     strategy: Annotated[str, option("NAME")] = "early"
-    """early: drop losers while sampling. draft: judge coarse runs. full: judge finished ones. random, none: none."""
+    """early: drop losers while sampling. race: look ahead until sure. draft: judge coarse runs. full: judge finished
+    ones. random, none: none."""
     schedule: Annotated[str | None, option("CUTS", "1 after a fifth of the steps")] = None
     """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
     look: Annotated[str, option("NAME")] = "now"

@@ -5,6 +5,7 @@ from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Plan, Schedule
+from prism.sampling.racing import Race
 from prism.sampling.stopping import Reject, Rejected
 from prism.sampling.strategies import STRATEGIES, expected_rows
 
@@ -13,6 +14,7 @@ __all__ = [
     "BestOfNResult",
     "Ledger",
     "Plan",
+    "Race",
     "Reject",
     "Rejected",
     "Schedule",

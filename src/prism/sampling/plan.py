@@ -32,12 +32,12 @@ def generator_of(seed: int) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def judging_noise(seed: int) -> torch.Generator:
-    """The generator of the noise with which a run judges clean latents, from the run's seed.
+def judging_noise(seed: int, key: str = "judge") -> torch.Generator:
+    """The generator of the noise with which a run judges clean latents, from the run's seed and a word for its use.
 
     Not the seed's own: the first candidate's noise must not be the noise that all are judged with.
     """
-    return generator_of(random.Random(f"judge {seed}").randrange(2**62))
+    return generator_of(random.Random(f"{key} {seed}").randrange(2**62))
 
 
 @dataclass(frozen=True, order=True)
@@ -188,6 +188,17 @@ def cut_rows(
     listening = alive + (calls - 1) * keep if cfg == "two_calls" else calls * alive
     probing = alive * tap_share + calls * keep
     return (probing, True) if probing < listening or not listens else (float(listening), False)
+
+
+def ahead_rows(alive: int, keep: int, cfg: CFG, calls: int, conditional: bool) -> float:
+    """The rows that a look ahead at a step of `calls` passes costs, without its judging, if `keep` of `alive` go on.
+
+    conditional: the prediction is that of the conditional pass alone, so that losers take no other. In one batch with
+    the unconditional rows, the survivors' conditional rows are computed again.
+    """
+    if not conditional or calls == 1:
+        return float(alive * calls)
+    return float(alive + (calls - (cfg == "two_calls")) * keep)
 
 
 @dataclass(frozen=True)

@@ -248,18 +248,19 @@ class Search:
         return predicted
 
     def judge_clean(
-        self, sample: Callable[[], Mapping[Candidate, Tensor]], t: float, num_draws: int
+        self, sample: Callable[[], Mapping[Candidate, Tensor]], t: float, num_draws: int, key: str = "judge"
     ) -> dict[Candidate, list[float]]:
         """Scores by candidate of the clean latents (...) that `sample` makes on each process.
 
-        They are re-noised to level t, all with the same draws. Candidates whose scores are not finite, or whose latents
-        the judge refuses, are dropped; where it refuses all, that is raised.
+        They are re-noised to level t, all with the same draws, which follow from `key` and the run's seed. Candidates
+        whose scores are not finite, or whose latents the judge refuses, are dropped; where it refuses all, that is
+        raised.
         """
         refused: dict[Candidate, str] = {}
 
         def scored(chunk: list[Candidate], latents: Mapping[Candidate, Tensor]) -> dict[Candidate, list[float]]:
             stacked = torch.stack([latents[candidate] for candidate in chunk])
-            generator = judging_noise(self.seed)
+            generator = judging_noise(self.seed, key)
             conditions: dict[str, Any] = {}
             if hasattr(self.judge, "score_tokens") and self.backbone.draws_conditions(self.call):
                 conditions["seeds"] = [candidate.seed for candidate in chunk]
@@ -299,6 +300,7 @@ class Search:
         names: Sequence[str] = (),
         weights: Mapping[str, float] | None = None,
         look: str | None = None,
+        order: Sequence[Candidate] = (),
     ) -> list[Candidate]:
         """The best `keep` candidates by weighted score, best first. The cut is added to `self.scores`.
 
@@ -311,6 +313,8 @@ class Search:
             alive: the candidates before the cut; those without scores were dropped.
             names: the columns of `scores`; by default the judge's dimensions.
             weights: by name; by default the run's.
+            look: the latents that were judged, for the record.
+            order: all candidates with scores, best first, where their scores alone do not say it.
 
         Raises:
             PrismError: if fewer than `top_k` candidates have scores.
@@ -321,7 +325,7 @@ class Search:
         overall = {
             c: sum(weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()
         }
-        order = sorted(scores, key=lambda candidate: (-overall[candidate], candidate))
+        order = list(order) or sorted(scores, key=lambda candidate: (-overall[candidate], candidate))
         best, candidates, dropped = order[:keep], sorted(scores), sorted(set(alive) - set(scores))
         if len(scores) > len(best) and len(set(overall.values())) == 1 and self.team.rank == 0:
             warnings.warn(

@@ -19,7 +19,8 @@ from prism.errors import PrismError, quoted, whole
 from prism.report import wording
 from prism.report.wording import Row
 from prism.sampling.arguments import ask_oracle, oracle_columns
-from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, cut_rows, default, resolve
+from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, ahead_rows, cut_rows, default, resolve
+from prism.sampling.racing import Race
 from prism.sampling.search import Search
 from prism.team import merged
 from prism.video import frames
@@ -150,11 +151,9 @@ class Early(_JudgedClean):
             calls = load.calls[step - 1]
             if not self.predicts():
                 costs.append(cut_rows(alive, keep, load.cfg, calls, load.tap_share, load.listens))
-            elif self.look == "ahead" or calls == 1:
-                costs.append((alive * calls + self.judging(alive, load), False))
-            else:  # in one batch with the unconditional rows, the survivors' conditional rows are computed again
-                again = calls - (load.cfg == "two_calls")
-                costs.append((alive + again * keep + self.judging(alive, load), False))
+            else:
+                looking = ahead_rows(alive, keep, load.cfg, calls, self.look == "ahead-conditional")
+                costs.append((looking + self.judging(alive, load), False))
             alive = keep
         return costs
 
@@ -326,7 +325,7 @@ class Oracle(Plan):
 
 
 # By name, from cheap to expensive: the order in which reports list them.
-STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Draft, Full, Oracle)}
+STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Race, Draft, Full, Oracle)}
 
 
 def kind_of(strategy: Any) -> type[Plan]:
