@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from prism.backbone.arguments import normalised
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.sampling.lookahead import Predictor
+from prism.sampling.looks import defaults
 from prism.sampling.plan import Candidate, Workload
 from prism.sampling.recording import Recording
 from prism.sampling.strategies import Early
@@ -145,6 +147,64 @@ def test_scores_rows_and_winner(setting, look, schedule):
         assert (expected - expected[:1]).abs().max() > 1e-3
 
 
+def measured(t, low, high, dimension="overall"):
+    """An accuracy of a head as `prism eval` measures it."""
+    return {
+        **{"t": t, "dimension": dimension, "set": "test", "pairs": 90, "prompts": 30},
+        **{"without_ties": (low + high) / 2, "without_ties_ci95": [low, high]},
+    }
+
+
+BLIND_EARLY = [measured(899, 0.44, 0.58), measured(699, 0.61, 0.72), measured(899, 0.7, 0.8, "VQ")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_by_default_cuts_look_ahead_where_the_head_is_measured_to_see_nothing(setting, batch_size, tmp_path):
+    """At t = 899 as they stand it is not told from chance, and at 699 it is: each cut by the nearer of the two."""
+    setting.judge(tap=2).save_pretrained(tmp_path / "head", trained_on={}, evaluation=BLIND_EARLY)
+    backbone = Backbone(setting.pipe)
+    steps = backbone.steps({**setting.call, **backbone.batch([tiny.PROMPT], [4], setting.call)})
+    expected = ["ahead" if steps.levels[step - 1] > 799 else "now" for step in (2, 4, 5)]
+    assert expected == ["ahead", "now", "now"]
+    run = {"n": 4, "schedule": "2:3,4:2,5:1", "seed": 4, "batch_size": batch_size, **setting.call}
+    judge = Judge.from_pretrained(tmp_path / "head", setting.pipe)
+    result = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, **run)
+    assert [cut["look"] for cut in result.scores] == expected
+    assert result.scores[0]["t"] == 700
+    same = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, look=expected, **run)
+    assert same.scores == result.scores
+    plain = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, look="now", **run)
+    assert plain.scores == prism.best_of_n(setting.pipe, setting.judge(tap=2), tiny.PROMPT, **run).scores
+    assert "look" not in plain.scores[0]
+
+    _, latents, _ = setting.stock(result.seed)
+    assert torch.allclose(result.latents, latents, atol=1e-4)
+    assert batch_size > 1 or torch.equal(result.latents, latents)
+    # Steps 1 and 2 for four, who are judged twice; then three to step 3, a cut of each kind, and the last step.
+    now = (lambda n, keep: min(n + keep, n * 2 / 3 + 2 * keep)) if backbone.family.cfg == "two_calls" else None
+    now = now or (lambda n, keep: min(2 * n, n * 2 / 3 + 2 * keep))
+    rows = 2 * 2 * 4 + 4 * 2 * 2 / 3 + 2 * 3 + now(3, 2) + now(2, 1) + 2
+    assert result.ledger.denoiser_rows == pytest.approx(rows)
+
+
+def test_the_default_look_is_now_where_accuracies_do_not_say_otherwise(wan, tmp_path):
+    backbone = Backbone(wan.pipe)
+    steps = backbone.steps({**wan.call, **backbone.batch([tiny.PROMPT], [4], wan.call)})
+
+    def looks(rows, weights=None, judge_at=700.0, pipe=backbone):
+        judge = SimpleNamespace(evaluation=rows)
+        return set(defaults(pipe, judge, weights or {"overall": 1.0}, steps, judge_at))
+
+    assert looks(BLIND_EARLY) == {"now", "ahead"}
+    assert looks([]) == looks(BLIND_EARLY, judge_at=900.0) == set()
+    assert looks(BLIND_EARLY, {"VQ": 1.0}) == looks(BLIND_EARLY, {"VQ": 0.5, "overall": 0.5}) == set()
+    unmeasured = [{**row, "without_ties_ci95": None} for row in BLIND_EARLY]
+    assert looks(unmeasured) == set()
+    heun = tiny.wan()
+    heun.scheduler = FlowMatchHeunDiscreteScheduler()
+    assert looks(BLIND_EARLY, pipe=Backbone(heun)) == set()
+
+
 def test_candidates_are_compared_under_the_same_draws(wan):
     """A judge that is asked twice for one seed gives one score, in whatever batch it comes."""
     judge = wan.judge(tap=2)
@@ -174,6 +234,10 @@ def test_what_cannot_look_ahead_is_refused_before_any_row(wan):
     rows = []
     with pytest.raises(PrismError, match="look is one of now, ahead, ahead-conditional; found up"):
         prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, look="up", **wan.call)
+    for several, cuts in ((["ahead"], "1:1,3:1"), (["ahead", "now"], None), ([], "3:1")):
+        counted = f"a schedule of {cuts.count(':')}" if cuts else "no schedule"
+        with pytest.raises(PrismError, match=f"look (names one per cut; found {len(several)} for {counted}|is one of)"):
+            prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, cuts, look=several, **wan.call)
     with pytest.raises(PrismError, match='A look belongs to the strategy "early", and this run\'s is "full"'):
         prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, strategy="full", look="ahead", **wan.call)
     pipe = tiny.wan()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prism.backbone.conditioning import cache_key
+from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import config_of
 from prism.backbone.wrapping import capture
 from prism.errors import PrismError
@@ -32,11 +33,13 @@ class Steps:
     timesteps: the scheduler's, one per step; empty where it does not hold them.
     calls: denoiser calls per step (families with guidance in one batch: groups of rows).
     readable: per step, True where the denoiser that is read runs it.
+    levels: per step, the noise level in [0, 1000] of its latents; empty where it is not known beforehand.
     """
 
     timesteps: tuple[float, ...]
     calls: tuple[int, ...]
     readable: tuple[bool, ...]
+    levels: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.calls)
@@ -101,18 +104,31 @@ def steps_of(backbone: Backbone, call: Mapping[str, Any]) -> Steps:
             + (", or a greater strength." if backbone.takes("strength") else ".")
         )
     count, timesteps = scheduled[0]
+    first_call = backbone.denoiser_call(arguments)
     if count is None:  # the pipeline does not say: count from the first call's timestep on
-        timestep = backbone.denoiser_call(arguments).timestep
-        first = float(timestep.max()) * 1000 / backbone.family.pure_noise_timestep
+        first = float(first_call.timestep.max()) * 1000 / backbone.family.pure_noise_timestep
         start = next((index for index, t in enumerate(timesteps) if abs(t - first) < 1e-2), 0)
         count = len(timesteps) - start or backbone.num_inference_steps(dict(call))
     timesteps = timesteps[-count:] if len(timesteps) >= count else []
-    steps = Steps(tuple(timesteps), _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count))
+    calls, readable = _calls(backbone, call, timesteps, count), _readable(backbone, timesteps, count)
+    steps = Steps(tuple(timesteps), calls, readable, _levels(backbone, timesteps, first_call))
     if key is not None:
         backbone.steps_by_call[key] = steps
         for old in list(backbone.steps_by_call)[:-_CACHED_CALLS]:
             del backbone.steps_by_call[old]
     return steps
+
+
+def _levels(backbone: Backbone, timesteps: Sequence[float], first: DenoiserCall) -> tuple[float, ...]:
+    """Noise levels by the scheduler's timesteps, if these are what the denoiser is given at the first step."""
+    family, scheduler = backbone.family, backbone.pipe.scheduler
+    try:
+        scale = family.pure_noise_timestep / 1000
+        levels = tuple(family.t_of(scheduler, timestep * scale) for timestep in timesteps)
+        agrees = bool(levels) and abs(levels[0] - first.t(scheduler)) < 2  # some are rounded for the denoiser
+    except PrismError:  # a scheduler of another form than the model's
+        return ()
+    return levels if agrees else ()
 
 
 def _calls(backbone: Backbone, call: Mapping[str, Any], timesteps: Sequence[float], count: int) -> tuple[int, ...]:

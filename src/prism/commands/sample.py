@@ -65,9 +65,10 @@ class Sample:
     ones. random, none: none."""
     schedule: Annotated[str | None, option("CUTS", "1 after a fifth of the steps")] = None
     """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
-    look: Annotated[str, option("NAME")] = "now"
+    look: Annotated[str | None, option("NAME", "ahead where the head is measured to see too little, else now")] = None
     """What early judges at a cut. now: the noisy latents. ahead: the clean ones that the denoiser predicts there.
-    ahead-conditional: as its conditional pass alone predicts them, so that losers take no other."""
+    ahead-conditional: as its conditional pass alone predicts them, so that losers take no other. Or a list, one per
+    cut: ahead,now."""
     draft_steps: Annotated[int | None, option(default="15 % of the steps")] = None
     """Steps of a draft."""
     judge_at: Annotated[float | None, option("T", "700")] = None
@@ -219,7 +220,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         n=config.n,
         schedule=cuts,
         strategy=config.strategy,
-        look=config.look,
+        look=config.look.split(",") if config.look and "," in config.look else config.look,
         draft_steps=config.draft_steps,
         judge_at=config.judge_at,
         seed=_seed(config.seed),

@@ -29,12 +29,12 @@ def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], r
     from prism.sampling.strategies import Full, kind_of
 
     ledger, kind = result.ledger, kind_of(config.strategy)
-    clean = kind.looks_at in ("drafts", "finished") or config.look != "now"
+    settings = kind.settings(result.scores)
+    clean = kind.looks_at in ("drafts", "finished") or "look" in settings
     draws = config.num_draws if clean else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
     everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
-    settings = kind.settings(result.scores)
     row: BestOfNRow = {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,

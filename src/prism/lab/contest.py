@@ -104,7 +104,10 @@ class Contest:
 
     def play(self, name: str, k: int) -> BestOfNResult:
         """A plan run by itself, by judge k."""
-        plan, judge = dict(self.plans[name]), self.joint.judges[k]
+        plan, judge = (
+            {"look": "now", **self.plans[name]},
+            self.joint.judges[k],
+        )  # shared scores are of cuts as they stand
         if self._plans[name].needs_oracle():
             plan["oracle"] = self._value
         return best_of_n(

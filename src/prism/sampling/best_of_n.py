@@ -17,11 +17,12 @@ from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments, plan_files
 from prism.sampling.ledger import Ledger, Meter
+from prism.sampling.looks import Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
-from prism.sampling.strategies import Look, kind_of, plan_of
+from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
 
 DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
@@ -55,7 +56,8 @@ class BestOfNResult:
     top: the `top_k` best, best first; `video`, `latents`, `seed`, `index` and `output` are the first one's.
     seeds: the seeds of all candidates.
     scores: one entry per cut: {"step", "t", "candidates", "scores": {dimension: [...]}, "kept", "dropped"}; candidates
-        by index. "dropped" are those with NaN or infinity in their latents or scores.
+        by index. "dropped" are those with NaN or infinity in their latents or scores. Where any cut looks ahead, each
+        entry says its "look".
     ledger: the cost of the run.
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
     reproduce: the line of Python that gives the best video again. It is a plain call of the pipeline, or a call of this
@@ -117,7 +119,7 @@ def best_of_n(
     strategy: str = "early",
     plan: Plan | plan_files.Source | None = None,
     budget: float | None = None,
-    look: Look = "now",
+    look: Look | Sequence[Look] | None = None,
     draft_steps: int | None = None,
     judge_at: float | None = None,
     seed: int | None = 0,
@@ -158,7 +160,8 @@ def best_of_n(
             `plan`, of those that the head carries, else the default cut of as many candidates as it pays for.
         look: what early judges at a cut. "now": the noisy latents as they are. "ahead": the clean latents that the
             denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
-            the conditional pass alone, which saves the losers' unconditional one.
+            the conditional pass alone, which saves the losers' unconditional one. Or a list with one per cut. None:
+            ahead at cuts where the accuracies saved with the head do not tell it from chance, now at the others.
         draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
         judge_at: noise level in (0, 1000] to which clean latents are re-noised to be judged, by full, draft and looks
             ahead; None: 700.

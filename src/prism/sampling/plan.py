@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prism.backbone import Backbone
     from prism.backbone.steps import Steps
     from prism.report.wording import Role, Row
+    from prism.sampling.looks import Look
     from prism.sampling.search import Search
 
 CFG = Literal["two_calls", "one_batch"]
@@ -209,6 +210,7 @@ class Workload:
     calls, draft_calls: denoiser passes (groups of rows) per step of the run and of a draft.
     cfg: guidance as a second call, or as a second group of rows.
     tap_share: k/L, the share of a row that a judge runs to score one latent by itself. listens: see `cut_rows`.
+    looks: the look that a cut takes by default at each step; empty: "now" at all.
     """
 
     n: int
@@ -218,6 +220,7 @@ class Workload:
     draft_calls: Sequence[int] = ()
     top_k: int = 1
     listens: bool = True
+    looks: tuple[Look, ...] = ()
 
     @classmethod
     def of(
@@ -279,6 +282,10 @@ class Plan(ABC):
     def predicts(self) -> bool:
         """True if it judges clean latents that the denoiser predicts on the way."""
         return False
+
+    def listened(self, load: Workload) -> list[int]:
+        """The steps of its cuts that judge noisy latents as they stand, which the head's own denoiser must run."""
+        return [] if self.predicts() else [step for step, _ in self.cuts(load)]
 
     def drafts(self) -> int:
         """The number of steps of the coarse runs that it judges; 0 if it makes none."""

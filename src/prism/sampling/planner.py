@@ -141,7 +141,7 @@ def looking_now(table: Table) -> Iterator[Run]:
     """Early, by the latents as they are; step 1 is left out, which is pure noise."""
     for n in sizes(table.n):
         for cuts in schedules(n, [step for step in table.steps("now") if step > 1]):
-            yield Run(n, Early(schedule=cuts))
+            yield Run(n, Early(schedule=cuts, look="now"))
 
 
 def looking_ahead(table: Table) -> Iterator[Run]:
@@ -179,7 +179,7 @@ def deciding(table: Table, plan: Plan, step: int) -> np.ndarray:
         return table.score("finished", 0, plan.judge_at, plan.num_draws)
     if isinstance(plan, Early) and plan.look == "ahead":
         return table.score("ahead", step, plan.judge_at, plan.num_draws)
-    if isinstance(plan, Early) and plan.look == "now":
+    if isinstance(plan, Early) and plan.look in ("now", None):
         return table.score("now", step)
     raise PrismError(f"A plan of the strategy {plan.strategy} cannot be replayed from recorded scores.")
 

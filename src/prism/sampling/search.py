@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from prism.backbone import Backbone, Tokens, prediction
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
+from prism.sampling import looks
 from prism.sampling.lookahead import Predictor
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind
 from prism.sampling.recording import Recording
@@ -86,12 +87,14 @@ class Search:
                 drafted = self.team.agree(lambda: ask(num_inference_steps=plan.drafts()))[self.team.rank]
         tap = getattr(self.judge, "tap", 0)
         self.load = Workload.of(backbone, self.call, len(self.candidates), tap, steps, drafted, self.top_k)
+        judge_at = getattr(plan, "judge_at", None)
+        if plan.looks_at == "steps" and steps is not None and judge_at is not None:
+            self.load = replace(self.load, looks=looks.defaults(backbone, self.judge, self.weights, steps, judge_at))
         plan = plan.settled(self.load, steps)
         if plan.looks_at == "steps" and steps is not None:
-            cuts = plan.cuts(self.load)
-            if not plan.predicts():
-                steps.check_cuts([step for step, _ in cuts], backbone.reads)
-            if self.call.get("strength") is None and not plan.predicts():
+            cuts, listened = plan.cuts(self.load), plan.listened(self.load)
+            steps.check_cuts(listened, backbone.reads)
+            if self.call.get("strength") is None and cuts[0][0] in listened:
                 warn_blind(cuts, len(self.candidates), len(steps))
         return plan
 
@@ -172,11 +175,11 @@ class Search:
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
 
     def run_to_cut(
-        self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool]
+        self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool], look: str | None = None
     ) -> list[Candidate]:
         """The best `keep` of the candidates at a cut, best first; each batch in a call of its own that ends there.
 
-        `probed` says by step whether the scores are read by a probe, see `cut_rows`.
+        probed: by step, True if the scores are read by a probe, see `cut_rows`. look: for the record.
         """
         scores: dict[Candidate, Sequence[float]] = {}
         levels: list[float] = []
@@ -192,10 +195,14 @@ class Search:
 
         parts = self.team.agree(sample)
         level = next(t for _, part in parts for t in part)
-        return self.rank(step, level, merged(part for part, _ in parts), keep, candidates)
+        return self.rank(step, level, merged(part for part, _ in parts), keep, candidates, look=look)
 
     def run_through_cuts(
-        self, candidates: list[Candidate], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
+        self,
+        candidates: list[Candidate],
+        cuts: Sequence[tuple[int, int]],
+        probed: Mapping[int, bool],
+        look: str | None = None,
     ) -> list[Candidate]:
         """The survivors of all cuts (step, keep), in one call of all the candidates that ends at the last cut."""
         keeps, last, survivors = dict(cuts), cuts[-1][0], candidates
@@ -204,7 +211,7 @@ class Search:
             step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor
         ) -> list[Candidate] | None:
             nonlocal survivors
-            survivors = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living)
+            survivors = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living, look=look)
             return None if step == last else survivors
 
         self._run_until(candidates, {step: probed[step] for step in keeps}, on_cut)

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor
 
@@ -18,14 +18,14 @@ from prism.backbone.steps import Steps
 from prism.errors import PrismError, quoted, whole
 from prism.report import wording
 from prism.report.wording import Row
+from prism.sampling import looks
 from prism.sampling.arguments import ask_oracle, oracle_columns
+from prism.sampling.looks import Look
 from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, ahead_rows, cut_rows, default, resolve
 from prism.sampling.racing import Race
 from prism.sampling.search import Search
 from prism.team import merged
 from prism.video import frames
-
-Look = Literal["now", "ahead", "ahead-conditional"]
 
 
 class Blind(Plan):
@@ -104,25 +104,23 @@ class Early(_JudgedClean):
     """Candidates judged while they are sampled, and dropped by a schedule.
 
     schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
-    look: what is judged at a cut. "now": the latents as they are. "ahead": the clean latents that the denoiser
-    predicts at that step, re-noised to `judge_at`. "ahead-conditional": the same as its conditional pass alone predicts
-    them, so that losers do not take the unconditional pass.
+    look: what is judged at a cut, or a tuple with one per cut. "now": the latents as they are. "ahead": the clean
+    latents that the denoiser predicts at that step, re-noised to `judge_at`. "ahead-conditional": the same as its
+    conditional pass alone predicts them, so that losers do not take the unconditional pass. None: see `looks.defaults`.
     """
 
     strategy, looks_at, role = "early", "steps", "ours"
 
     schedule: Sequence[Sequence[int]] | None = None
-    look: Look = "now"
+    look: Look | Sequence[Look] | None = None
 
     def predicts(self) -> bool:
-        return self.look != "now"
+        return any(look != "now" for look in ((self.look,) if isinstance(self.look, str) else self.look or ()))
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Early:
-        if self.look not in get_args(Look):
-            raise PrismError(f"look is one of {', '.join(get_args(Look))}; found {quoted(self.look, 60)}.")
         if self.schedule is not None:
             resolve(self.schedule, n, sys.maxsize, top_k)  # finds errors that do not depend on the number of steps
-        return self
+        return replace(self, look=looks.checked(self.look, self.schedule))
 
     def settled(self, load: Workload, steps: Steps | None = None) -> Early:
         """The plan with resolved cuts. Raises PrismError for cuts after the last step."""
@@ -131,7 +129,9 @@ class Early(_JudgedClean):
             ((step, keep),) = default(len(load.calls), load.top_k)
             cuts = ((step if steps is None or self.predicts() else steps.nearest_readable(step), keep),)
         last = None if steps is None or self.predicts() else steps.last_readable
-        return replace(self, schedule=resolve(cuts, load.n, len(load.calls), load.top_k, last))
+        schedule = resolve(cuts, load.n, len(load.calls), load.top_k, last)
+        each = looks.per_cut(self.look, [step for step, _ in schedule], load.looks)
+        return replace(self, schedule=schedule, look=each)
 
     def cuts(self, load: Workload) -> Schedule:
         return tuple((step, keep) for step, keep in self.schedule or ())
@@ -147,12 +147,12 @@ class Early(_JudgedClean):
     def reads(self, load: Workload) -> list[tuple[float, bool]]:
         """The rows that the step of each cut costs, and True if its scores are read by a probe; see `cut_rows`."""
         alive, costs = load.n, []
-        for step, keep in self.cuts(load):
+        for (step, keep), look in zip(self.cuts(load), self._looks(load)):
             calls = load.calls[step - 1]
-            if not self.predicts():
+            if look == "now":
                 costs.append(cut_rows(alive, keep, load.cfg, calls, load.tap_share, load.listens))
             else:
-                looking = ahead_rows(alive, keep, load.cfg, calls, self.look == "ahead-conditional")
+                looking = ahead_rows(alive, keep, load.cfg, calls, look == "ahead-conditional")
                 costs.append((looking + self.judging(alive, load), False))
             alive = keep
         return costs
@@ -165,32 +165,40 @@ class Early(_JudgedClean):
         gated out. Processes that share a run gather scores after each cut, so that they always go cut by cut.
         """
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
-        if self.predicts():
-            assert self.judge_at is not None
-            for step, keep in cuts:
-                look = partial(search.predict, alive, step, self.look == "ahead-conditional")
-                scores = search.judge_clean(look, self.judge_at, self.num_draws)
-                alive = search.rank(step, self.judge_at, scores, keep, alive, look=self.look)
-            return alive
+        ahead, judge_at = list(self._looks(search.load)), self.judge_at
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
+        said = "now" if self.predicts() else None
         while cuts:
-            if search.team.alone and len(alive) <= search.batch_size:
-                return search.run_through_cuts(sorted(alive), cuts, probed)
-            alive = search.run_to_cut(alive, *cuts.pop(0), probed)
+            look, (step, keep) = ahead[0], cuts[0]
+            if look != "now":
+                assert judge_at is not None
+                sample = partial(search.predict, alive, step, look == "ahead-conditional")
+                scores = search.judge_clean(sample, judge_at, self.num_draws)
+                alive = search.rank(step, judge_at, scores, keep, alive, look=look)
+            elif search.team.alone and len(alive) <= search.batch_size and set(ahead) == {"now"}:
+                return search.run_through_cuts(sorted(alive), cuts, probed, said)
+            else:
+                alive = search.run_to_cut(alive, step, keep, probed, said)
+            del cuts[0], ahead[0]
         return alive
+
+    def _looks(self, load: Workload) -> tuple[Look, ...]:
+        """The look of each cut."""
+        return looks.per_cut(self.look, [step for step, _ in self.cuts(load)], load.looks)
+
+    def listened(self, load: Workload) -> list[int]:
+        return [step for (step, _), look in zip(self.cuts(load), self._looks(load)) if look == "now"]
 
     @classmethod
     def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        seen = {"look": scores[0]["look"]} if "look" in scores[0] else {"judge_at": None}  # as they are, at any level
-        return {**super().settings(scores), "schedule": [[cut["step"], len(cut["kept"])] for cut in scores], **seen}
+        cuts, each = [[cut["step"], len(cut["kept"])] for cut in scores], [cut.get("look", "now") for cut in scores]
+        levels = [cut["t"] for cut, look in zip(scores, each) if look != "now"]  # as they stand, at any level
+        seen = {"judge_at": levels[0], "look": looks.in_words(each)} if levels else {"judge_at": None}
+        return {**super().settings(scores), "schedule": cuts, **seen}
 
     @staticmethod
     def how(row: Row) -> str:
-        cuts = [f"step {step} keeps {keep}" for step, keep in row["schedule"] or ()]
-        look = {"ahead": "looks ahead", "ahead-conditional": "looks ahead by the conditional pass"}.get(
-            row.get("look", ""), ""
-        )
-        return ", ".join(part for part in (*cuts, look, look and wording.judged_at(row)) if part) or wording.MISSING
+        return looks.how(row)
 
 
 @dataclass(frozen=True)
