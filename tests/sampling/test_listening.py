@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, FlowMatchHeunDiscreteScheduler
 from tests import tiny
 from tests.machinery import seeded
 from tests.sampling.conftest import Setting
@@ -19,9 +19,11 @@ from torch import Tensor
 
 import prism
 from prism.backbone import Backbone, layout
+from prism.backbone.arguments import normalised
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.sampling.trajectory import sample
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
@@ -80,6 +82,76 @@ def test_a_call_s_rows_are_scored_at_each_step(setting: Setting, guidance: float
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, judge.score(noisy, PROMPTS, t, **call), atol=1e-4, rtol=1e-4)
         assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_rows_are_judged_ahead_at_each_step(setting: Setting) -> None:
+    """As the judge itself scores what each call alone predicts; the output stays the same to the bit."""
+    pipe, judge = setting.pipe, setting.judge(2)
+    call = {**setting.call, "output_type": "latent", "num_inference_steps": 3}
+    expected, _, _ = denoised(pipe, call)
+    counter, before, rng = Counter(pipe), left(pipe), torch.get_rng_state()
+    with prism.listen(judge, pipe, look="ahead", judge_at=600) as scores:
+        for _ in range(2):
+            output, _, _ = denoised(pipe, call)
+            assert torch.equal(output, expected)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert left(pipe) == before
+    assert counter.rows == 2 * 3 * (2 * 2 + 2 * 2)  # both passes of two videos, and two draws of each
+    assert [entry.step for entry in scores] == [1, 2, 3] * 2
+    alone = [sample(judge.backbone, prompt, seed, call, (1, 2, 3)).predicted for seed, prompt in enumerate(PROMPTS)]
+    for entry in scores:
+        clean = torch.stack([predicted[entry.step - 1] for predicted in alone])
+        mean, _ = judge.score_clean(clean, PROMPTS, 600, **call)
+        torch.testing.assert_close(entry.ahead, mean, atol=2e-4, rtol=1e-4)
+        assert not torch.allclose(entry.ahead, entry.scores, atol=1e-3)
+    with prism.listen(judge, pipe) as plainly:
+        denoised(pipe, call)
+    assert [entry.ahead for entry in plainly] == [None] * 3
+    for entry, other in zip(scores, plainly):
+        assert torch.equal(entry.scores, other.scores)
+
+
+AHEAD = ["svd", "ltx_i2v", "hunyuan15", "hunyuan_i2v", "cosmos1_v2w_clean", "kandinsky5_i2v", "wan22_5b_i2v"]
+
+
+@pytest.mark.parametrize("name", [*AHEAD, "wan22_a14b_t2v_low"])
+def test_other_families_are_judged_ahead(name: str) -> None:
+    pipe, call = build(name)
+    call = {**call, "output_type": "latent", "num_inference_steps": 3}
+    judge = Judge.untrained(Backbone(pipe, "transformer_2" if name.endswith("_low") else None), dim=16)
+    expected = plain(pipe, call, 5)
+    if hasattr(pipe, "guider"):
+        pipe.guider.set_state(None, None, None)
+    with prism.listen(judge, pipe, look="ahead", num_draws=1) as scores:
+        assert torch.equal(plain(pipe, call, 5), expected)
+    steps = [entry.step for entry in scores]
+    assert len(steps) == (3 if not name.endswith("_low") else 1)
+    prompt = prompt_of(pipe) or ""
+    clean = sample(judge.backbone, prompt, 5, normalised(call), steps).predicted
+    at = min(700.0, judge.backbone.t_range[1])
+    for entry, latents in zip(scores, clean):
+        scored, _ = judge.score_clean(latents[None], prompt_of(pipe), at, 1, **call, seeds=[5])
+        torch.testing.assert_close(entry.ahead, scored, atol=2e-4, rtol=1e-4)
+
+
+def test_looks_ahead_that_cannot_be_are_refused_before_any_call() -> None:
+    pipe = tiny.wan()
+    judge = Judge.untrained(pipe, tap=1, dim=16)
+    for options, message in (
+        ({"look": "ahead-conditional"}, "look is one of now, ahead, as both passes of a call run; found ahead-cond"),
+        ({"look": "ahead", "judge_at": 0}, "judge_at"),
+        ({"look": "ahead", "num_draws": 0}, "num_draws"),
+        ({"judge_at": 600}, "judge_at is the level of looks ahead"),
+    ):
+        with pytest.raises(PrismError, match=message), prism.listen(judge, pipe, **options):
+            raise AssertionError
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(PrismError, match='take look="now"'), prism.listen(judge, pipe, look="ahead"):
+        raise AssertionError
+    pipe, _ = build("wan22_a14b_t2v_low")
+    judge = Judge.untrained(Backbone(pipe, "transformer_2"), dim=16)
+    with pytest.raises(PrismError, match="found the level 990"), prism.listen(judge, pipe, look="ahead", judge_at=990):
+        raise AssertionError
 
 
 ODD = ["svd", "latte", "ltx_i2v", "opensora", "hunyuan15", "cosmos1", "skyreels_v2_df", "flux", "wan22_a14b_t2v"]

@@ -17,15 +17,13 @@ from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments, plan_files
 from prism.sampling.ledger import Ledger, Meter
-from prism.sampling.looks import Look
+from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.search import Search
 from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
-
-DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
 
 
 @dataclass

@@ -60,8 +60,7 @@ class Predictor(Interceptor):
         if self.step == self.alone and self.index > 0:
             self.index += 1
             return self._conditional
-        family, candidates = self.backbone.family, len(self.candidates)
-        call = DenoiserCall.of(denoiser, args, kwargs, family)
+        candidates, call = len(self.candidates), DenoiserCall.of(denoiser, args, kwargs, self.backbone.family)
         if self.step == self.alone and call.batch > candidates:
             self.index += 1
             output = self._of_conditional_rows(call, forward)
@@ -71,10 +70,7 @@ class Predictor(Interceptor):
         if self.step == self.alone:
             self._conditional = output
         if self.index == 1 and self.step in self.steps:
-            rows = call.conditional(candidates)
-            noisy = call.noisy[rows]
-            axis = layout.channel_axis(family.layout)
-            self.states[self.step] = noisy.narrow(axis, 0, family.channels(call.config, noisy)).detach().clone()
+            self.states[self.step] = noisy_latents(call, candidates).detach().clone()
             self._arguments = dict(call.arguments)
             self.levels[self.step] = call.t(self.backbone.pipe.scheduler)
         return output
@@ -98,19 +94,31 @@ class Predictor(Interceptor):
             return make(*args, **kwargs)
         prediction = Prediction(scheduler, arguments)
         output = make(*args, **kwargs)
-        self.predicted[step] = self._whole(prediction.read(output), self.states[step]).detach()
+        self.predicted[step] = whole(
+            self.backbone, prediction.read(output), self.states[step], self._arguments
+        ).detach()
         if self.ends and step == max(self.steps):
             raise StopCall
         return output
 
-    def _whole(self, clean: Tensor, state: Tensor) -> Tensor:
-        """Predicted latents in the denoiser's layout, with all frames, as a call that ends with them would give."""
-        form = self.backbone.family.layout
-        if layout.is_packed(form) and clean.ndim == 5:
-            clean = layout.pack(clean, form)
-        clean = self.backbone.main(clean)
-        axis = 1 if layout.is_packed(form) else form.find("T")
-        missing = state.shape[axis] - clean.shape[axis]
-        if missing > 0:  # the scheduler is given all frames but the first
-            clean = torch.cat([state.narrow(axis, 0, missing).to(clean), clean], axis)
-        return self.backbone.finished(clean, self._arguments)
+
+def noisy_latents(call: DenoiserCall, samples: int) -> Tensor:
+    """The latents (samples, ...) of a denoiser call's conditional rows, without a condition's channels."""
+    noisy = call.noisy[call.conditional(samples)]
+    return noisy.narrow(layout.channel_axis(call.family.layout), 0, call.family.channels(call.config, noisy))
+
+
+def whole(backbone: Backbone, clean: Tensor, state: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """Predicted latents in the denoiser's layout, with all frames, as a call that ends with them would give.
+
+    state: the noisy latents of the step; arguments: those of a denoiser call with the same rows, by name.
+    """
+    form = backbone.family.layout
+    if layout.is_packed(form) and clean.ndim == 5:
+        clean = layout.pack(clean, form)
+    clean = backbone.main(clean)
+    axis = 1 if layout.is_packed(form) else form.find("T")
+    missing = state.shape[axis] - clean.shape[axis]
+    if missing > 0:  # the scheduler is given all frames but the first
+        clean = torch.cat([state.narrow(axis, 0, missing).to(clean), clean], axis)
+    return backbone.finished(clean, arguments)

@@ -13,6 +13,7 @@ from prism.report.wording import Row
 
 Look = Literal["now", "ahead", "ahead-conditional"]
 
+DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
 CHANCE = 0.5  # the accuracy of a judge that sees nothing
 
 
