@@ -177,9 +177,9 @@ def deciding(table: Table, plan: Plan, step: int) -> np.ndarray:
     """The scores (P, n) by which a plan cuts at a step. Raises PrismError for a plan that no table replays."""
     if isinstance(plan, Full):
         return table.score("finished", 0, plan.judge_at, plan.num_draws)
-    if isinstance(plan, Early) and plan.look == "ahead":
+    if isinstance(plan, Early) and plan.look_at(step) == "ahead":
         return table.score("ahead", step, plan.judge_at, plan.num_draws)
-    if isinstance(plan, Early) and plan.look in ("now", None):
+    if isinstance(plan, Early) and plan.look_at(step) == "now":
         return table.score("now", step)
     raise PrismError(f"A plan of the strategy {plan.strategy} cannot be replayed from recorded scores.")
 

@@ -131,7 +131,7 @@ class Early(_JudgedClean):
         last = None if steps is None or self.predicts() else steps.last_readable
         schedule = resolve(cuts, load.n, len(load.calls), load.top_k, last)
         each = looks.per_cut(self.look, [step for step, _ in schedule], load.looks)
-        return replace(self, schedule=schedule, look=each)
+        return replace(self, schedule=schedule, look=each[0] if len(set(each)) == 1 else each)
 
     def cuts(self, load: Workload) -> Schedule:
         return tuple((step, keep) for step, keep in self.schedule or ())
@@ -185,6 +185,11 @@ class Early(_JudgedClean):
     def _looks(self, load: Workload) -> tuple[Look, ...]:
         """The look of each cut."""
         return looks.per_cut(self.look, [step for step, _ in self.cuts(load)], load.looks)
+
+    def look_at(self, step: int) -> Look:
+        """The look of the cut at a step of the plan's schedule."""
+        steps = [step for step, _ in self.schedule or ()]
+        return dict(zip(steps, looks.per_cut(self.look, steps, ())))[step]
 
     def listened(self, load: Workload) -> list[int]:
         return [step for (step, _), look in zip(self.cuts(load), self._looks(load)) if look == "now"]
