@@ -54,14 +54,14 @@ def check(clock: Clock | OwnClock, scheduler: Any) -> None:
     if isinstance(clock, OwnClock) or not isinstance(scheduler, SchedulerMixin):
         return
     form = "ddpm" if clock == "euler" else "flow" if clock in FLOWS else clock
-    if form not in _forms(scheduler):
+    if form not in forms(scheduler):
         raise PrismError(
             f"The noise levels of this {type(scheduler).__name__} cannot be told for the pipeline's model, which takes "
             f"{_SCHEDULERS[form]}; set such a scheduler, or take a strategy that judges nothing on the way."
         )
 
 
-def _forms(scheduler: Any) -> set[str]:
+def forms(scheduler: Any) -> set[str]:
     """The forms of diffusion that a scheduler of diffusers may use."""
     config = scheduler.config
     if any("FlowMatch" in kind.__name__ for kind in type(scheduler).__mro__) or config.get("use_flow_sigmas"):

@@ -62,7 +62,7 @@ class Sample:
     """Candidates; candidate i has seed SEED + i."""
     strategy: Annotated[str, option("NAME")] = "early"
     """early: drop losers while sampling. race: look ahead until sure. draft: judge coarse runs. full: judge finished
-    ones. random, none: none."""
+    ones. random, none: none. fk, beam, evolution, prune, zero-order: let the best part on the way."""
     schedule: Annotated[str | None, option("CUTS", "1 after a fifth of the steps")] = None
     """Cuts of early as STEP:KEEP,... with steps from 1; 3:4,6:1 keeps the best 4 at step 3, 1 at step 6."""
     look: Annotated[str | None, option("NAME", "ahead where the head is measured to see too little, else now")] = None

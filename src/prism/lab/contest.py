@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Tokens
-from prism.errors import PrismError
+from prism.errors import PrismError, quoted
 from prism.evaluation import prompt_interval
 from prism.judge import Judge
 from prism.report.rows import Agreement, BestOfNRow, HeadSeeds, PlanFields
@@ -77,6 +77,12 @@ class Contest:
         self.drafts: dict[int, np.ndarray] = {}
         self.levels: dict[int, float] = {}
         self._plans = {name: plan_of(**arguments) for name, arguments in self.plans.items()}
+        for name, plan in self._plans.items():
+            if plan.parts_at(Workload(self.n, (1,) * self._steps)):
+                raise PrismError(
+                    f"The candidates of the plan {quoted(name, 60)} part on the way, so that no scores are shared with "
+                    "other plans; leave it out of a contest (benchmarks/searches.py compares it)."
+                )
         judging_finished = [plans[name] for name, plan in self._plans.items() if plan.looks_at == "finished"]
         arguments: Mapping[str, Any] = judging_finished[0] if judging_finished else {"strategy": Full.strategy}
         full = self._run(arguments, keep_latents=True)

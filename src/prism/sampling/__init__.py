@@ -2,6 +2,7 @@
 
 from prism.sampling.arguments import ranking
 from prism.sampling.best_of_n import BestOfNResult, best_of_n
+from prism.sampling.edits import edited
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Plan, Schedule
@@ -20,6 +21,7 @@ __all__ = [
     "Schedule",
     "StepScores",
     "best_of_n",
+    "edited",
     "expected_rows",
     "listen",
     "ranking",

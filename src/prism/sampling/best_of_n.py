@@ -33,7 +33,7 @@ class Pick:
     video: the first row of the stock pipeline's output, in the `output_type` of the call.
     latents: its final latents (1, ...), in the denoiser's layout: `Backbone.decode` gives the video again.
     seed, index: the candidate's. output: the pipeline's whole output, which may hold sound as well as the video.
-    edits: the edits of its run; the built-in strategies make none.
+    edits: the edits of its run: none, except where a strategy's candidates part on the way.
     """
 
     video: Any
@@ -60,7 +60,7 @@ class BestOfNResult:
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
     reproduce: the line of Python that gives the best video again. It is a plain call of the pipeline, or a call of this
         function if the pipeline gives its scheduler no generator for noise (few-step samplers). It is "" if that noise
-        comes from torch's global generator, or if the winner was edited.
+        comes from torch's global generator, and for an edited winner of such a pipeline or of a call with a callback.
     """
 
     top: tuple[Pick, ...]
@@ -150,7 +150,8 @@ def best_of_n(
             None: `top_k` are kept after a fifth of the steps.
         strategy: none (the first seeds), random (seeds drawn from `seed` and the prompt), full (all to the end, judged
             on their final latents), early (judged and dropped on the way), draft (judged on a coarse run of
-            `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks).
+            `draft_steps` steps), oracle (all to the end and decoded, `oracle` picks); and with candidates that part on
+            the way zero-order, prune, beam, fk and evolution, see `prism.sampling.particles` and `noise_search`.
         plan: a strategy with its settings, such as `Early(schedule=((4, 1),), look="ahead")`, in place of `strategy`,
             `schedule`, `look`, `draft_steps`, `judge_at`, `num_draws` and `oracle`. Or a plan.json of `prism plan`, its
             folder or its content, whose number of candidates is taken too unless `n` or `seeds` are given.
@@ -295,7 +296,12 @@ def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter
         scores=[_with_indices(cut) for cut in search.scores],
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),
         candidate_latents=latents,
-        reproduce=reproduction(search.backbone.family.takes_prompts, next(iter(finished)), noise),
+        reproduce=reproduction(
+            search.backbone.family.takes_prompts,
+            next(iter(finished)),
+            noise,
+            search.call.get("callback_on_step_end") is not None,
+        ),
     )
 
 

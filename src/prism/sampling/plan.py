@@ -6,16 +6,18 @@ import random
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from prism.errors import PrismError, quoted, whole
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prism.backbone import Backbone
     from prism.backbone.steps import Steps
     from prism.report.wording import Role, Row
@@ -43,21 +45,15 @@ def judging_noise(seed: int, key: str = "judge") -> torch.Generator:
 
 @dataclass(frozen=True, order=True)
 class Edit:
-    """Fresh noise for a candidate after a step of its run.
+    """Fresh noise for a candidate after a step of its run; `prism.sampling.edits` applies it.
 
     step: the scheduler's step, from 1, whose latents are edited. seed: the edit's own noise is drawn from it.
-    weight: the share of that noise, in [0, 1].
+    weight: the share of that noise in the latents' noise, in [0, 1]; 0 changes nothing.
     """
 
     step: int
     seed: int
     weight: float
-
-    def apply(self, latents: Tensor) -> Tensor:
-        """sqrt(1 - weight²) z + weight eps, which keeps the variance of latents z (1, ...) that are mostly noise."""
-        noise = torch.randn(latents.shape, generator=generator_of(self.seed)).to(latents)
-        edited: Tensor = (1 - self.weight**2) ** 0.5 * latents + self.weight * noise
-        return edited
 
 
 @dataclass(frozen=True, order=True)
@@ -75,6 +71,13 @@ class Candidate:
     def branch(self, edit: Edit) -> Candidate:
         """The candidate that parts from this one by one more edit."""
         return replace(self, edits=(*self.edits, edit))
+
+
+def weighted(
+    scores: Mapping[Candidate, Sequence[float]], names: Sequence[str], weights: Mapping[str, float]
+) -> dict[Candidate, float]:
+    """The weighted sum of each candidate's scores, whose columns have these names; weights by name."""
+    return {c: sum(weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()}
 
 
 def parse(text: str) -> Schedule:
@@ -287,6 +290,10 @@ class Plan(ABC):
         """The steps of its cuts that judge noisy latents as they stand, which the head's own denoiser must run."""
         return [] if self.predicts() else [step for step, _ in self.cuts(load)]
 
+    def parts_at(self, load: Workload) -> int:
+        """The first step after which candidates part by edits; 0 if they never do."""
+        return 0
+
     def drafts(self) -> int:
         """The number of steps of the coarse runs that it judges; 0 if it makes none."""
         return 0
@@ -321,3 +328,41 @@ class Plan(ABC):
     def cut_name(step: int) -> str:
         """A cut in words."""
         return f"step {step}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedClean(Plan):
+    """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`.
+
+    judge_at: None stands for the level of `best_of_n`.
+    """
+
+    judge_at: float | None = None
+    num_draws: int = 2
+
+    @property
+    def level(self) -> float:
+        """`judge_at`, which a run has filled in."""
+        assert self.judge_at is not None
+        return self.judge_at
+
+    def judging(self, n: int, load: Workload) -> float:
+        """The denoiser rows of judging n candidates."""
+        return n * self.num_draws * load.tap_share
+
+    @classmethod
+    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {**super().settings(scores), "judge_at": scores[0]["t"]}
+
+    def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
+        """The best candidates by the latents that `sample` makes."""
+        scores = search.judge_clean(sample, self.level, self.num_draws)
+        ((step, keep),) = self.cuts(search.load)
+        return search.rank(step, self.level, scores, keep, search.candidates)
+
+    def ahead(
+        self, search: Search, candidates: Sequence[Candidate], step: int, conditional: bool = False
+    ) -> dict[Candidate, list[float]]:
+        """The judge's scores of the clean latents that the denoiser predicts for the candidates at a step."""
+        look = partial(search.predict, candidates, step, conditional)
+        return search.judge_clean(look, self.level, self.num_draws)

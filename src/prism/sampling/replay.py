@@ -20,6 +20,7 @@ from prism.backbone.patches import check_scheduler
 from prism.backbone.pipeline import callers_own, tensor_of
 from prism.backbone.taps import Tokens
 from prism.errors import PrismError, quoted, reason
+from prism.sampling.edits import Editor
 from prism.sampling.plan import Candidate
 from prism.sampling.recording import Inputs, Recording, inputs_of, moments_of, state_of
 from prism.team import ran_out
@@ -79,18 +80,22 @@ def global_noise(pipe: Any) -> str:
     )
 
 
-def reproduction(prompts: bool, candidate: Candidate, noise: set[str]) -> str:
+def reproduction(prompts: bool, candidate: Candidate, noise: set[str], has_callback: bool) -> str:
     """The line of Python that gives a candidate's video again, or "" where none does.
 
     Args:
         prompts: True if the pipeline takes a prompt.
         candidate: the winner.
         noise: the sources of the noise that the scheduler's steps drew, see `Interceptor`.
+        has_callback: True if the call has a callback of the user's, whose place edits would take.
     """
     seed = candidate.seed
-    if "global" in noise or candidate.edits:
-        return ""
     prompt = "prompt, " if prompts else ""
+    if "global" in noise or (candidate.edits and (has_callback or "lent" in noise)):
+        return ""
+    if candidate.edits:
+        edits = ", ".join(f"({edit.step}, {edit.seed}, {edit.weight})" for edit in candidate.edits)
+        return f"pipe({prompt}**prism.sampling.edited({seed}, [{edits}]), **call)"
     if "lent" in noise:
         return f'best_of_n(pipe, None, {prompt or "None, "}strategy="none", seeds=[{seed}], **call)'
     return f'pipe({prompt}generator=torch.Generator("cpu").manual_seed({seed}), **call)'
@@ -275,15 +280,6 @@ class Interceptor:
         self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
         return output
 
-    def _edited(self, step: int, latents: Any) -> Any:
-        """The latents (len(candidates), ...), with the edits of this step applied to their candidates' rows."""
-        edits = [(row, e) for row, c in enumerate(self.candidates) for e in c.edits if e.step == step]
-        if edits:
-            latents = latents.clone()
-            for row, edit in edits:
-                latents[row : row + 1] = edit.apply(latents[row : row + 1])
-        return latents
-
     def _look_for_changes(self) -> None:
         state = state_of(self.backbone.denoisers) if self.state else ""
         self.altered = "" if state == self.state else state
@@ -302,11 +298,14 @@ class Interceptor:
                 )
             return dict(call)
 
+        each = self.generator if isinstance(self.generator, list) else [self.generator] * len(self.candidates)
+        editor = Editor([candidate.edits for candidate in self.candidates], each)
+
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             with callers_own():
                 returned = {} if callback is None else callback(pipe, step, timestep, tensors)
             stepped = {**tensors, **(returned or {})}["latents"]
-            latents = self._edited(step + 1, stepped)
+            latents = editor.after_step(pipe.scheduler, step + 1, timestep, stepped)
             if latents is not stepped:
                 returned = {**(returned or {}), "latents": latents}
             self.latents = self.backbone.main(latents)

@@ -14,9 +14,9 @@ from prism.backbone import Backbone, Tokens, prediction
 from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
-from prism.sampling import looks
+from prism.sampling import edits, looks
 from prism.sampling.lookahead import Predictor
-from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind
+from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind, weighted
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, OnCut
 from prism.team import Team, merged
@@ -91,6 +91,7 @@ class Search:
         if plan.looks_at == "steps" and steps is not None and judge_at is not None:
             self.load = replace(self.load, looks=looks.defaults(backbone, self.judge, self.weights, steps, judge_at))
         plan = plan.settled(self.load, steps)
+        edits.check(backbone, self.call, plan.parts_at(self.load))
         if plan.looks_at == "steps" and steps is not None:
             cuts, listened = plan.cuts(self.load), plan.listened(self.load)
             steps.check_cuts(listened, backbone.reads)
@@ -99,10 +100,7 @@ class Search:
         return plan
 
     def branch(self, candidate: Candidate, edit: Edit) -> Candidate:
-        """A candidate that differs from this one by one more edit, with a copy of its recording so far.
-
-        It belongs to the same process, until candidates are distributed again.
-        """
+        """A candidate with one more edit and a copy of this one's recording; for now it belongs to the same process."""
         new = candidate.branch(edit)
         self.owners[new] = self.owners[candidate]
         if candidate in self.recordings:
@@ -163,12 +161,14 @@ class Search:
             return None
         return output, self.latents[candidate][None]
 
-    def sample_all(self, record: bool = True, **changes: Any) -> Iterator[dict[Candidate, Any]]:
+    def sample_all(
+        self, record: bool = True, candidates: Iterable[Candidate] | None = None, **changes: Any
+    ) -> Iterator[dict[Candidate, Any]]:
         """Sample every candidate of this process to the end; yield the pipeline's output by candidate, per chunk.
 
-        Candidates that are dropped are left out.
+        Candidates that are dropped are left out. candidates: None: those that the search began with.
         """
-        for chunk in self.chunks(self.candidates):
+        for chunk in self.chunks(self.candidates if candidates is None else candidates):
             interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
@@ -329,25 +329,31 @@ class Search:
         names, weights = names or self.judge.dimensions, self.weights if weights is None else weights
         if len(scores) < self.top_k:
             raise self.too_few()
-        overall = {
-            c: sum(weights.get(name, 0.0) * value for name, value in zip(names, row)) for c, row in scores.items()
-        }
+        overall = weighted(scores, names, weights)
         order = list(order) or sorted(scores, key=lambda candidate: (-overall[candidate], candidate))
-        best, candidates, dropped = order[:keep], sorted(scores), sorted(set(alive) - set(scores))
+        best, dropped = order[:keep], sorted(set(alive) - set(scores))
         if len(scores) > len(best) and len(set(overall.values())) == 1 and self.team.rank == 0:
             warnings.warn(
                 f"All {len(scores)} candidates have the same score at step {step}, so that the first are kept; see "
                 "whether the judge is trained and select_by names what it tells apart.",
                 stacklevel=2,
             )
-        self.reserve[:0] = order[keep:]
-        for loser in {*order[keep:], *dropped}:
-            self.recordings.pop(loser, None)
-        columns = {name: [scores[c][column] for c in candidates] for column, name in enumerate(names)}
-        entry = {"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(best)}
-        self.scores.append({**entry, "dropped": dropped, **({} if look is None else {"look": look})})
+        self.close(step, t, scores, best, order[keep:], dropped, names, look)
         self.share(best)
         return best
+
+    def close(
+        self, step: int, t: float, scores: Mapping[Candidate, Sequence[float]], kept: Iterable[Candidate],
+        losers: Sequence[Candidate], dropped: Sequence[Candidate], names: Sequence[str] = (), look: Any = "ahead",
+    ) -> None:  # fmt: skip
+        """Add a cut to `scores`, and delete the recordings of its losers, best first, and of the dropped."""
+        self.reserve[:0] = losers
+        for loser in {*losers, *dropped}:
+            self.recordings.pop(loser, None)
+        candidates = sorted(scores)
+        columns = {n: [scores[c][i] for c in candidates] for i, n in enumerate(names or self.judge.dimensions)}
+        entry = {"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(kept)}
+        self.scores.append({**entry, "dropped": list(dropped), **({} if look is None else {"look": look})})
 
     def share(self, candidates: Sequence[Candidate]) -> None:
         """Distribute candidates evenly over the processes, with their recordings."""

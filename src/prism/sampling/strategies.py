@@ -9,7 +9,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,20 @@ from prism.report.wording import Row
 from prism.sampling import looks
 from prism.sampling.arguments import ask_oracle, oracle_columns
 from prism.sampling.looks import Look
-from prism.sampling.plan import CFG, Candidate, Plan, Schedule, Workload, ahead_rows, cut_rows, default, resolve
+from prism.sampling.noise_search import Evolution, LatentBeams, ZeroOrder
+from prism.sampling.particles import FKSteering, Prune
+from prism.sampling.plan import (
+    CFG,
+    Candidate,
+    JudgedClean,
+    Plan,
+    Schedule,
+    Workload,
+    ahead_rows,
+    cut_rows,
+    default,
+    resolve,
+)
 from prism.sampling.racing import Race
 from prism.sampling.search import Search
 from prism.team import merged
@@ -73,34 +85,8 @@ class Random(Blind):
         return "any seed"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _JudgedClean(Plan):
-    """Clean latents, final or predicted, re-noised to the level `judge_at`, and judged as the mean over `num_draws`.
-
-    judge_at: None stands for the level of `best_of_n`.
-    """
-
-    judge_at: float | None = None
-    num_draws: int = 2
-
-    def judging(self, n: int, load: Workload) -> float:
-        """The denoiser rows of judging n candidates."""
-        return n * self.num_draws * load.tap_share
-
-    @classmethod
-    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**super().settings(scores), "judge_at": scores[0]["t"]}
-
-    def best(self, search: Search, sample: Callable[[], Mapping[Candidate, Tensor]]) -> list[Candidate]:
-        """The best candidates by the latents that `sample` makes."""
-        assert self.judge_at is not None
-        scores = search.judge_clean(sample, self.judge_at, self.num_draws)
-        ((step, keep),) = self.cuts(search.load)
-        return search.rank(step, self.judge_at, scores, keep, search.candidates)
-
-
 @dataclass(frozen=True)
-class Early(_JudgedClean):
+class Early(JudgedClean):
     """Candidates judged while they are sampled, and dropped by a schedule.
 
     schedule: cuts (step, keep); None: the default cut, moved to a step that the head's denoiser runs.
@@ -165,16 +151,14 @@ class Early(_JudgedClean):
         gated out. Processes that share a run gather scores after each cut, so that they always go cut by cut.
         """
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
-        ahead, judge_at = list(self._looks(search.load)), self.judge_at
+        ahead = list(self._looks(search.load))
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
         said = "now" if self.predicts() else None
         while cuts:
             look, (step, keep) = ahead[0], cuts[0]
             if look != "now":
-                assert judge_at is not None
-                sample = partial(search.predict, alive, step, look == "ahead-conditional")
-                scores = search.judge_clean(sample, judge_at, self.num_draws)
-                alive = search.rank(step, judge_at, scores, keep, alive, look=look)
+                scores = self.ahead(search, alive, step, look == "ahead-conditional")
+                alive = search.rank(step, self.level, scores, keep, alive, look=look)
             elif search.team.alone and len(alive) <= search.batch_size and set(ahead) == {"now"}:
                 return search.run_through_cuts(sorted(alive), cuts, probed, said)
             else:
@@ -207,7 +191,7 @@ class Early(_JudgedClean):
 
 
 @dataclass(frozen=True)
-class Draft(_JudgedClean):
+class Draft(JudgedClean):
     """Every candidate sampled to the end in a few coarse steps and judged; then the winners in full.
 
     draft_steps: the number of coarse steps; None: 15 % of the steps, at least 2.
@@ -266,7 +250,7 @@ class Draft(_JudgedClean):
 
 
 @dataclass(frozen=True)
-class Full(_JudgedClean):
+class Full(JudgedClean):
     """Every candidate sampled to the end and judged; winners alone are decoded, from their recordings."""
 
     strategy, looks_at, role = "full", "finished", "reference"
@@ -338,7 +322,10 @@ class Oracle(Plan):
 
 
 # By name, from cheap to expensive: the order in which reports list them.
-STRATEGIES: dict[str, type[Plan]] = {kind.strategy: kind for kind in (First, Random, Early, Race, Draft, Full, Oracle)}
+STRATEGIES: dict[str, type[Plan]] = {
+    kind.strategy: kind
+    for kind in (First, Random, Early, Race, Draft, ZeroOrder, Prune, LatentBeams, FKSteering, Evolution, Full, Oracle)
+}
 
 
 def kind_of(strategy: Any) -> type[Plan]:
