@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -170,8 +171,34 @@ def test_other_rewards_label_the_same_videos_again(store, backbone, tmp_path):
     assert both.dimensions == ("dark.overall", "plain.VQ", "plain.MQ", "overall")
     scored = both.videos.select(["dark.overall", "plain.VQ"]).to_pylist()
     assert all(row["dark.overall"] == pytest.approx(-row["plain.VQ"]) for row in scored)
+    with pytest.raises(PrismError, match=r"soft of TA is of no dimension; there are dark.overall"):
+        label(folder, backbone, [Reward(dark, "dark"), Reward(brightness, "plain")], fps=8, scales={"TA": 1})
     with pytest.raises(PrismError, match=r"margin of TA is of no dimension; there are dark.overall"):
         label(folder, backbone, [Reward(dark, "dark"), Reward(brightness, "plain")], fps=8, margins={"TA": 1})
+
+
+def test_differences_of_scores_become_probabilities_that_training_takes(store, backbone, tmp_path):
+    import shutil
+
+    folder = tmp_path / "soft"
+    shutil.copytree(store.folder, folder)
+    soft = label(folder, backbone, [Reward(brightness, "plain")], scales={"VQ": 9.0, "MQ": 4.0}, progress=False)
+    rated = {row["video"]: row for row in soft.videos.to_pylist()}
+    for pair in soft.pairs.to_pylist():
+        a, b = rated[pair["video_a"]], rated[pair["video_b"]]
+        odds = [(a[name] - b[name]) / scale for name, scale in (("VQ", 9), ("MQ", 4))]
+        for name, each in zip(("VQ", "MQ", "overall"), (*odds, sum(odds) / 2)):
+            expected = 1 / (1 + math.exp(-each))
+            assert pair[f"{name}:p_a"] == pytest.approx(expected, abs=2e-6)
+            assert pair[f"{name}:p_b"] == pytest.approx(1 - expected, abs=2e-6)
+    groups = soft.groups("train")
+    assert all(np.isfinite(group.soft).all() for group in groups)
+    one = label(folder, backbone, [Reward(brightness, "plain")], scales={"VQ": 9}, progress=False)
+    assert {name for name in one.pairs.column_names if ":" in name} == {
+        *("VQ:p_a", "VQ:p_b", "overall:p_a", "overall:p_b")
+    }
+    judge = Judge.untrained(backbone.pipe, tap=1, dim=8, dimensions=one.dimensions)
+    assert train(soft, judge, TrainConfig(steps=2), tmp_path / "run", progress=False)["history"]
 
 
 FAILURES = {
@@ -392,6 +419,9 @@ LINES = {
     "--prompts nothing.txt": "nothing.txt does not exist",
     "--prompts p.txt --states 1,b": "must be steps apart by commas",
     "--prompts p.txt --margin x": 'The --margin "x" must be a number',
+    "--prompts p.txt --soft VQ:y": 'The --soft "VQ:y" must be a number',
+    "--prompts p.txt --reward referee --soft 0": "soft must be a number above 0",
+    "--prompts p.txt --soft 0.1": "The --soft is of scores, and no reward gives any",
     "--prompts p.txt --reward nowhere.py:f": "nowhere.py of the --reward does not exist",
     "--prompts p.txt --reward f": 'The --reward "f" names no function',
     "--prompts p.txt --reward no.such.module:f": "cannot be imported: ModuleNotFoundError",

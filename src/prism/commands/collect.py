@@ -24,6 +24,8 @@ class Rewards:
     """Seconds that one call of a reward may take."""
     margin: Annotated[str, option("X or NAME:X,...")] = "0"
     """Largest difference of scores that is a tie, for all dimensions or by dimension."""
+    soft: Annotated[str, option("X or NAME:X,...", "none")] = ""
+    """Scale of the scores, for all dimensions or by dimension: pairs get the probability sigmoid(difference / X)."""
     fps: Annotated[float | None, option(default="not told")] = None
     """Frames per second, for functions that ask."""
     label: bool = False
@@ -90,7 +92,8 @@ def run(config: Collect) -> Any:
     number("--reward-timeout", rewards.reward_timeout, 0, above=True)
     if rewards.fps is not None:
         number("--fps", rewards.fps, 0, above=True)
-    margins, states, held_out = _margins(rewards.margin), _states(sampling.states), shares_of(sampling.held_out)
+    margins, scales = _numbers(rewards.margin, "margin"), _numbers(rewards.soft, "soft") if rewards.soft else None
+    states, held_out = _states(sampling.states), shares_of(sampling.held_out)
     if rewards.label == (config.prompts is not None):
         raise PrismError(
             "The --label samples nothing; leave --prompts out."
@@ -103,6 +106,8 @@ def run(config: Collect) -> Any:
         _check_label_alone(config)
     if rewards.margin != Rewards.margin and not rewards.rewards:
         raise PrismError("The --margin is of scores, and no reward gives any; give --reward.")
+    if rewards.soft and not rewards.rewards:
+        raise PrismError("The --soft is of scores, and no reward gives any; give --reward.")
     from prism.loading import check_rewards, crew_of_backbone, load_rewards
     from prism.preference.prompts import read_prompts
     from prism.training import collect, labels
@@ -117,7 +122,12 @@ def run(config: Collect) -> Any:
     ) as (crew, call):
         if remote:
             teachers = load_rewards(rewards.rewards, rewards.reward_timeout, models.device, crew)
-        common: dict[str, Any] = {"margins": margins, "fps": rewards.fps, "resume": config.output.resume}
+        common: dict[str, Any] = {
+            "margins": margins,
+            "scales": scales,
+            "fps": rewards.fps,
+            "resume": config.output.resume,
+        }
         if rewards.label:
             return collect.label(config.output.out, crew, teachers, **common)
         for name, value in asdict(config.call).items():
@@ -161,14 +171,14 @@ def _states(text: str) -> tuple[int, ...]:
         raise PrismError(f'The --states "{quoted(text, 60)}" must be steps apart by commas, such as 3,4,6.') from None
 
 
-def _margins(text: str) -> dict[str, float] | float:
-    """One margin, or by dimension."""
+def _numbers(text: str, option: str) -> dict[str, float] | float:
+    """One number, or by dimension."""
     try:
         if ":" not in text:
-            return number("--margin", float(text), 0)
+            return number(f"--{option}", float(text), 0)
         parts = [part.rsplit(":", 1) for part in text.split(",")]
-        return {name.strip(): number("--margin", float(value), 0) for name, value in parts}
+        return {name.strip(): number(f"--{option}", float(value), 0) for name, value in parts}
     except ValueError:
         raise PrismError(
-            f'The --margin "{quoted(text, 60)}" must be a number, or one by dimension such as VQ:0.03,MQ:0.1.'
+            f'The --{option} "{quoted(text, 60)}" must be a number, or one by dimension such as VQ:0.03,MQ:0.1.'
         ) from None

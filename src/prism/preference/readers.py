@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import expit
 
 from prism.errors import PrismError, choice, number, quoted, reason
 from prism.preference import formats, image_formats, public_formats
@@ -283,8 +284,12 @@ def _softened(by_row: dict[int, list[tuple[Any, ...]]], count: int, soft: bool) 
     return {name: pa.array(each, pa.float32()) for name, each in columns.items() if any(v is not None for v in each)}
 
 
-def compared(preference_set: PreferenceSet, margin: float) -> pa.Table:
-    """Votes of all pairs within each prompt, by the mean rating of each clip over its annotators."""
+def compared(preference_set: PreferenceSet, margin: float, scale: float = 0.0) -> pa.Table:
+    """Votes of all pairs within each prompt, by the mean rating of each clip over its annotators.
+
+    scale: above 0, the votes have the probabilities that ratings with logistic noise give, p_a = sigmoid((r_a - r_b) /
+    scale) and p_b = 1 - p_a (Bradley-Terry, paper Eq. 3 without ties).
+    """
     scores: dict[tuple[str, str], dict[str, list[float]]] = {}
     names = ("prompt", "dimension", "video", "score")
     for prompt, dimension, video, score in zip(*(preference_set.ratings[name].to_pylist() for name in names)):
@@ -303,7 +308,9 @@ def compared(preference_set: PreferenceSet, margin: float) -> pa.Table:
         for i, j in zip(*np.triu_indices(len(ids), 1)):
             difference = means[i] - means[j]
             label = 0 if abs(difference) <= margin + 1e-9 else int(np.sign(difference))
-            rows.append((prompt, ids[i], ids[j], splits.get(ids[i]), dimension, label, None, None, None))
+            p_a = float(expit(difference / scale)) if scale else None
+            p_b = None if p_a is None else 1 - p_a
+            rows.append((prompt, ids[i], ids[j], splits.get(ids[i]), dimension, label, p_a, p_b, None))
     kinds = [pa.string()] * 5 + [pa.int8()] + [pa.float64()] * 3
     columns = ("prompt", "video_a", "video_b", "split", "dimension", "label", "p_a", "p_b", "confidence")
     return pa.table({n: pa.array(v, k) for n, v, k in zip(columns, zip(*rows) if rows else [()] * 9, kinds)})

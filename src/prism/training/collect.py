@@ -30,7 +30,15 @@ from prism.sampling.trajectory import Trajectory, candidate_seed, sample
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
 from prism.training.fan_out import Crew, Make, crew_of, tell_left_out, writing
-from prism.training.labels import Labels, check_fps, check_margins, check_names, check_prompts
+from prism.training.labels import (
+    ByDimension,
+    Labels,
+    check_fps,
+    check_margins,
+    check_names,
+    check_prompts,
+    check_scales,
+)
 from prism.training.reward import Reward
 
 UNIT = 1
@@ -57,7 +65,8 @@ def collect(
     states: Sequence[int] = (),
     predicted: bool = True,
     half: bool = False,
-    margins: Mapping[str, float] | float = 0.0,
+    margins: ByDimension = 0.0,
+    scales: ByDimension | None = None,
     held_out: tuple[float, float] = (0.1, 0.1),
     fps: float | None = None,
     unit: int = UNIT,
@@ -85,6 +94,8 @@ def collect(
         predicted: store the clean latents that the denoiser predicts at these steps.
         half: keep all latents in float16, instead of the dtype that the pipeline computes in.
         margins: largest difference of scores that is a tie: one for all dimensions, or by dimension.
+        scales: pairs also have probabilities, sigmoid(difference of scores / scale), which training takes in place of
+            labels: one scale for all dimensions, or by dimension; None: labels alone.
         held_out: shares of the prompts that become validation and test prompts.
         fps: frames per second, for rewards that take them.
         unit: prompts per shard.
@@ -98,6 +109,7 @@ def collect(
     check_names(rewards)
     check_fps(rewards, fps)
     check_margins(margins, rewards)
+    check_scales(scales, rewards)
     candidates, seed = whole("candidates", candidates, 1, 10_000), whole("seed", seed, 0, SEEDS)
     unit, shares = whole("unit", unit, 1, 100_000), check_shares(held_out)
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
@@ -112,7 +124,7 @@ def collect(
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
     with writing(crew, opened) as writer:
-        labels = Labels(writer, rewards, margins=margins)
+        labels = Labels(writer, rewards, margins=margins, scales=scales)
         units = [
             (unit_name(number, [each.video for each in rows]), rows)
             for number, rows in enumerate(
@@ -132,6 +144,7 @@ def collect(
             call=arguments,
             fps=fps,
             margins=margins,
+            scales=scales,
             steps=steps,
             predicted=predicted,
             half=half,
@@ -153,7 +166,8 @@ def label(
     backbone: Backbone | Crew,
     rewards: Sequence[Reward],
     *,
-    margins: Mapping[str, float] | float = 0.0,
+    margins: ByDimension = 0.0,
+    scales: ByDimension | None = None,
     fps: float | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -169,6 +183,7 @@ def label(
         raise PrismError("No reward is named to label the store by; give --reward.")
     check_fps(rewards, fps)
     check_margins(margins, rewards)
+    check_scales(scales, rewards)
     folder = Path(store)
     if not (folder / "store.json").is_file():
         raise PrismError(f"The folder {files.shown(folder)} is no store; name one that prism collect made.")
@@ -186,14 +201,16 @@ def label(
     identity = {name: value for name, value in meta.items() if name not in ("schema", "key")}
     opened = partial(StoreWriter, os.path.abspath(folder), key, identity, True)
     with writing(crew, opened) as writer:
-        labels = Labels(writer, rewards, margins=margins)
+        labels = Labels(writer, rewards, margins=margins, scales=scales)
         if not resume:
             crew.on_first(labels.drop)
         shards = shard_tables(folder, writer.key)
         units = [(name, rows.to_pylist()) for name, (rows, _) in shards.items()]
         done = crew.on_first(lambda: [not labels.missing(name) for name, _ in units])
         arguments = normalised(meta.get("call") or {})
-        begin = partial(_labeller, opened=opened, rewards=rewards, call=arguments, fps=fps, margins=margins)
+        begin = partial(
+            _labeller, opened=opened, rewards=rewards, call=arguments, fps=fps, margins=margins, scales=scales
+        )
         crew.share("labelling", "videos", units, done, begin, progress)
         crew.on_first(labels.finish)
     return LatentStore.open(folder)
@@ -281,11 +298,11 @@ def _candidates(prompts: Sequence[Prompt], count: int, seed: int, digests: Mappi
 
 def _sampler(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
-    fps: float | None, margins: Mapping[str, float] | float, **settings: Any,
+    fps: float | None, margins: ByDimension, scales: ByDimension | None, **settings: Any,
 ) -> Make:  # fmt: skip
     """A function that samples and labels a unit in this process; `settings`: further arguments of `_write`."""
     writer = opened(main=False)
-    labels = Labels(writer, rewards, backbone, call, fps, margins)
+    labels = Labels(writer, rewards, backbone, call, fps, margins, scales)
 
     def make(name: str, candidates: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
         dropped = [] if writer.has(name) else _write(writer, name, candidates, backbone, call, **settings)
@@ -299,10 +316,10 @@ def _sampler(
 
 def _labeller(
     backbone: Backbone, *, opened: Callable[..., StoreWriter], rewards: Sequence[Reward], call: Mapping[str, Any],
-    fps: float | None, margins: Mapping[str, float] | float,
+    fps: float | None, margins: ByDimension, scales: ByDimension | None,
 ) -> Make:  # fmt: skip
     """A function that labels a unit in this process."""
-    labels = Labels(opened(main=False), rewards, backbone, call, fps, margins)
+    labels = Labels(opened(main=False), rewards, backbone, call, fps, margins, scales)
 
     def make(name: str, rows: Sequence[Any], count: Callable[[int], Any]) -> list[str]:
         labels.label(name)

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from scipy.special import expit, logit
 from torch import Tensor
 
 from prism.backbone import Backbone, layout
@@ -31,8 +32,10 @@ from prism.preference.sets import RATINGS, VOTES, joined, kept_rows
 from prism.preference.shards import INDEX, PAIRS, check_seal, noted, open_shard, read_rows, view
 from prism.training.reward import Reward
 
+ByDimension = Mapping[str, float] | float  # one value for all dimensions, or by dimension
 FOLDER, FACTS = "labels", "facts"
 BATCH = 8  # videos per call of a reward that takes batches
+SURE = 1e-6, 1 - 1e-6  # probabilities beyond these count as these where several dimensions are joined
 
 
 def check_names(rewards: Sequence[Reward]) -> None:
@@ -60,10 +63,20 @@ def check_prompts(rewards: Sequence[Reward], prompts: Sequence[str]) -> None:
             raise PrismError(f"The reward {reward.name} refuses the prompts: {error}; change them.") from error
 
 
-def check_margins(margins: Mapping[str, float] | float, rewards: Sequence[Reward]) -> None:
+def check_margins(margins: ByDimension, rewards: Sequence[Reward]) -> None:
     """Refuse margins of dimensions that the rewards do not give, where all of them say which they give."""
     if all(reward.dimensions is not None for reward in rewards):
-        _margins(margins, [name for reward in rewards for name in _named(rewards, reward, reward.dimensions or ())])
+        _by_dimension(margins, _dimensions(rewards), "margin")
+
+
+def check_scales(scales: ByDimension | None, rewards: Sequence[Reward]) -> None:
+    """Refuse scales of 0 or of dimensions that the rewards do not give, where all of them say which they give."""
+    if scales is not None and all(reward.dimensions is not None for reward in rewards):
+        _by_dimension(scales, _dimensions(rewards), "soft", above=True)
+
+
+def _dimensions(rewards: Sequence[Reward]) -> list[str]:
+    return [name for reward in rewards for name in _named(rewards, reward, reward.dimensions or ())]
 
 
 class Decoder:
@@ -97,15 +110,18 @@ class Labels:
         call: the pipeline arguments that the videos were sampled with.
         fps: frames per second, for rewards that take them.
         margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
+        scales: pairs also have the probabilities sigmoid(difference / scale): one for all dimensions, or by dimension
+            (no probabilities for others); None: labels alone.
     """
 
     def __init__(
         self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone | None = None,
-        call: Mapping[str, Any] | None = None, fps: float | None = None, margins: Mapping[str, float] | float = 0.0,
+        call: Mapping[str, Any] | None = None, fps: float | None = None, margins: ByDimension = 0.0,
+        scales: ByDimension | None = None,
     ) -> None:  # fmt: skip
         check_names(rewards)
         self.writer, self.rewards, self.call, self.fps = writer, tuple(rewards), call or {}, fps
-        self.margins = margins
+        self.margins, self.scales = margins, scales
         self._decoder = None if backbone is None else Decoder(backbone)
         self._changed: set[str] = set()
 
@@ -155,6 +171,7 @@ class Labels:
             notes = {"key": self.writer.key, "source": reward.source, "version": reward.version}
             self.writer.write_beside(f"{FOLDER}/{reward.name}/{unit}.parquet", table, notes)
         check_margins(self.margins, self.rewards)
+        check_scales(self.scales, self.rewards)
 
     def _call(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The pipeline arguments of a video, with its image."""
@@ -195,8 +212,9 @@ class Labels:
         kinds = {each.name: each.type for each in RATINGS}
         by_column = zip(*rows) if rows else [()] * len(kinds)
         ratings = pa.table({name: pa.array(values, kinds[name]) for name, values in zip(kinds, by_column)})
-        margins = _margins(self.margins, list(columns))
-        labelled = _pairs(videos, ratings, margins)
+        margins = _by_dimension(self.margins, list(columns), "margin")
+        scales = {} if self.scales is None else _by_dimension(self.scales, list(columns), "soft", above=True)
+        labelled = _pairs(videos, ratings, margins, scales)
         for sentence in (*_ties(labelled, columns, margins), *without_pairs(labelled)):
             print(f"prism: warning: {sentence}", file=sys.stderr)
         path = self.writer.folder / "votes.parquet"
@@ -305,32 +323,43 @@ def without_pairs(labelled: pa.Table) -> Iterator[str]:
         yield f"there are no pairs in the {splits}: give more prompts, other shares (--held-out), or a column split."
 
 
-def _margins(margins: Mapping[str, float] | float, dimensions: Sequence[str]) -> dict[str, float]:
-    """The tie margin of each dimension."""
-    if not isinstance(margins, Mapping):
-        return dict.fromkeys(dimensions, number("margin", margins, 0))
-    strange = [name for name in margins if name not in dimensions]
+def _by_dimension(values: ByDimension, dimensions: Sequence[str], option: str, above: bool = False) -> dict[str, float]:
+    """The value of each dimension for --margin or --soft, at least 0, or `above` it; 0 where none is named."""
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(dimensions, number(option, values, 0, above=above))
+    strange = [name for name in values if name not in dimensions]
     if strange and dimensions:
         raise PrismError(
-            f"The margin of {quoted(strange[0], 60)} is of no dimension; there are "
-            f"{quoted(', '.join(dimensions), 160)}. Give another --margin, with --resume where labels were made: they "
-            "are kept."
+            f"The {option} of {quoted(strange[0], 60)} is of no dimension; there are "
+            f"{quoted(', '.join(dimensions), 160)}. Give another --{option}, with --resume where labels were made: "
+            "they are kept."
         )
-    return {name: number(f"The margin of {name}", margins.get(name, 0.0), 0) for name in dimensions}
+    return dict.fromkeys(dimensions, 0.0) | {
+        name: number(f"The {option} of {name}", value, 0, above=above) for name, value in values.items()
+    }
 
 
-def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float]) -> pa.Table:
-    """All pairs of each prompt's videos (with the same image), with a column per dimension. Where there are several
-    dimensions and none is "overall", this follows from them by the paper's rule.
+def _pairs(videos: pa.Table, ratings: pa.Table, margins: Mapping[str, float], scales: Mapping[str, float]) -> pa.Table:
+    """All pairs of each prompt's videos (with the same image), with a column per dimension.
+
+    Where there are several dimensions and none is "overall", this follows from them: its label by the paper's rule, its
+    probabilities from the mean of theirs as log-odds.
     """
     clips = pa.table({name: videos[name] for name in ("video", "prompt", "split")})
     names = ratings["dimension"].to_pylist()
     votes = []
     for dimension, margin in margins.items():
         chosen = ratings.filter(pa.array([name == dimension for name in names], pa.bool_()))
-        votes.append(compared(PreferenceSet("", Path(), clips, _NONE, chosen, {}, ()), margin))
+        rated = PreferenceSet("", Path(), clips, _NONE, chosen, {}, ())
+        votes.append(compared(rated, margin, scales.get(dimension, 0.0)))
     rated = PreferenceSet("", Path(), clips, pa.concat_tables(votes), RATINGS.empty_table(), {}, ())
     labelled = pairs(rated)
+    softened = [labelled[f"{name}:p_a"].to_numpy() for name in margins if f"{name}:p_a" in labelled.column_names]
+    if softened and "overall" not in margins and "overall" in labelled.column_names:
+        p_a = expit(np.mean([logit(each.astype(np.float64).clip(*SURE)) for each in softened], 0))
+        for name, values in (("p_a", p_a), ("p_b", 1 - p_a)):
+            column = pa.array(values, pa.float32(), from_pandas=True)  # NaN, where a score is missing, as null
+            labelled = labelled.append_column(f"overall:{name}", column)
     if videos["image"].null_count == len(videos):
         return labelled
     image_of = dict(zip(videos["video"].to_pylist(), videos["image"].to_pylist()))
