@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from prism import files, runs
 from prism.commands import show
 from prism.commands.options import Adapted, Head, Replacing, option, recorded
-from prism.commands.sampled import NOTES, loser_of, refereed, row_of
+from prism.commands.sampled import NOTES, loser_of, named_cut, refereed, row_of, stopped
 from prism.errors import PrismError, number, quoted, whole
 
 
@@ -60,6 +60,10 @@ class Sample:
     """What the video should show."""
     n: int = 8
     """Candidates; candidate i has seed SEED + i."""
+    until: Annotated[float | None, option("P", "")] = None
+    """Go on in rounds of --n until the winner is preferred to a clip of the head's reference with probability P."""
+    max_n: Annotated[int | None, option(default="8 rounds")] = None
+    """Candidates at most, with --until."""
     strategy: Annotated[str, option("NAME")] = "early"
     """early: drop losers while sampling. race: look ahead until sure. draft: judge coarse runs. full: judge finished
     ones. random, none: none. fk, beam, evolution, prune, zero-order: let the best part on the way."""
@@ -101,6 +105,8 @@ class Sample:
         seeds, out = metrics["seeds"], self.output.out
         among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
         print(f"The winner is seed {seeds[metrics['winner']]}{among}: {out / 'winner.mp4'}")
+        if metrics["until"]:
+            print(stopped(metrics["until"], self.n))
         if metrics["referee_note"]:
             print(metrics["referee_note"])
         show(metrics, out)
@@ -126,7 +132,7 @@ def run(config: Sample) -> dict[str, Any] | None:
     with runs.new(config.output.out, config.output.overwrite, "sample") as folder:
         from prism import video as media
         from prism.loading import describe
-        from prism.report.metrics import cut_entry, document, write_config
+        from prism.report.metrics import document, write_config
         from prism.report.page import FilmRow, FilmStrip, write_report
 
         backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
@@ -158,7 +164,8 @@ def run(config: Sample) -> dict[str, Any] | None:
             ],
             referee=scores,
             referee_note=sentence,
-            cuts=[cut_entry(cut, config.strategy, weights) for cut in result.scores],
+            cuts=[named_cut(cut, config.strategy, weights) for cut in result.scores],
+            until=None if result.stop is None else asdict(result.stop),
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
@@ -179,8 +186,8 @@ def run(config: Sample) -> dict[str, Any] | None:
         subject = (
             config.prompt or Path(str(config.arguments.get("image") or config.arguments.get("video") or name)).name
         )
-        strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < config.n else "", rows, config.fps)
-        title = f"The best of {config.n}: {subject}"
+        strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < len(result.seeds) else "", rows, config.fps)
+        title = f"The best of {len(result.seeds)}: {subject}"
         config_written = files.read_json(folder / "config.json")
         notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
@@ -208,7 +215,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
             and not {**call, **config.arguments}.get(argument)
         ):
             raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{argument} FILE.")
-    judged = kind_of(config.strategy).needs_judge()
+    judged = kind_of(config.strategy).needs_judge() or config.until is not None
     judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None) if judged else None
     call = {**call, **config.arguments}
     if judge and weights == {"overall": 1.0}:
@@ -218,6 +225,8 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         judge,
         config.prompt,
         n=config.n,
+        until=config.until,
+        max_n=config.max_n,
         schedule=cuts,
         strategy=config.strategy,
         look=config.look.split(",") if config.look and "," in config.look else config.look,
@@ -275,6 +284,7 @@ def _check(config: Sample) -> None:
     n = whole("--n", config.n, 1, 10_000)
     for flag, value, low, high in (
         ("--top-k", config.top_k, 1, n),
+        ("--max-n", config.max_n, n, 10_000),
         ("--num-draws", config.num_draws, 1, 1000),
         ("--batch-size", config.batch_size, 1, None),
         ("--draft-steps", config.draft_steps, 1, 10_000),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from prism.commands.sample import Sample
     from prism.report.page import FilmRow
-    from prism.report.rows import BestOfNRow
+    from prism.report.rows import BestOfNRow, CutRow
 
 NOTES = (
     "The winner is the candidate that the judge rates highest at the last cut. Its video is what the stock pipeline "
@@ -29,17 +29,19 @@ def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], r
     from prism.sampling.strategies import Full, kind_of
 
     ledger, kind = result.ledger, kind_of(config.strategy)
-    settings = kind.settings(result.scores)
+    settings = kind.settings([cut for cut in result.scores if cut.get("round", 1) == 1])
     clean = kind.looks_at in ("drafts", "finished") or "look" in settings
     draws = config.num_draws if clean else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
-    everything = Full(num_draws=draws).rows(Workload.of(backbone, call, config.n, judge.tap if judge else 0, steps))
+    everything = Full(num_draws=draws).rows(
+        Workload.of(backbone, call, len(result.seeds), judge.tap if judge else 0, steps)
+    )
     row: BestOfNRow = {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
         "strategy": config.strategy,
-        "n": config.n,
+        "n": len(result.seeds),
         "num_inference_steps": backbone.num_inference_steps(dict(call)),
         "guidance_scale": call.get("guidance_scale"),
         "schedule": settings["schedule"],
@@ -60,6 +62,25 @@ def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], r
     if "look" in settings:
         row["look"] = settings["look"]
     return row
+
+
+def named_cut(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> CutRow:
+    """A cut of a run for the report, named by its round too where there are several."""
+    from prism.report.metrics import cut_entry
+
+    entry = cut_entry(cut, strategy, weights)
+    return {**entry, "name": f"round {cut['round']}, {entry['name']}"} if "round" in cut else entry
+
+
+def stopped(stop: Mapping[str, Any], n: int) -> str:
+    """How a run with --until ended, in a sentence."""
+    rounds = f"{stop['rounds']} round{'s' if stop['rounds'] > 1 else ''} of {n}"
+    clips = f"{stop['clips']} clips of {'its prompt' if stop['same_prompt'] else 'all prompts'}"
+    why = "That was enough" if stop["reached"] else "The candidates ran out before it was enough"
+    return (
+        f"It is preferred to the reference's {clips} with probability {stop['probability']:.2f} ({stop['dimension']} "
+        f"at t = {stop['t']:g}). {why}, after {rounds}."
+    )
 
 
 def loser_of(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[FilmRow]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -21,9 +21,12 @@ from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
+from prism.sampling.rounds import Stop, Until
 from prism.sampling.search import Search
 from prism.sampling.strategies import kind_of, plan_of
 from prism.team import Team, halved, merged, ran_out
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,6 +64,7 @@ class BestOfNResult:
     reproduce: the line of Python that gives the best video again. It is a plain call of the pipeline, or a call of this
         function if the pipeline gives its scheduler no generator for noise (few-step samplers). It is "" if that noise
         comes from torch's global generator, and for an edited winner of such a pipeline or of a call with a callback.
+    stop: with until, how the run ended.
     """
 
     top: tuple[Pick, ...]
@@ -69,6 +73,7 @@ class BestOfNResult:
     ledger: Ledger
     candidate_latents: dict[int, Tensor] | None = None
     reproduce: str = ""
+    stop: Stop | None = None
 
     def __repr__(self) -> str:
         more = f" and {len(self.top) - 1} more" if len(self.top) > 1 else ""
@@ -117,6 +122,8 @@ def best_of_n(
     strategy: str = "early",
     plan: Plan | plan_files.Source | None = None,
     budget: float | None = None,
+    until: float | None = None,
+    max_n: int | None = None,
     look: Look | Sequence[Look] | None = None,
     draft_steps: int | None = None,
     judge_at: float | None = None,
@@ -157,6 +164,11 @@ def best_of_n(
             folder or its content, whose number of candidates is taken too unless `n` or `seeds` are given.
         budget: costs of one plain sample that the run may have: of the plans in `plan` the one for this budget. Without
             `plan`, of those that the head carries, else the default cut of as many candidates as it pays for.
+        until: go on in rounds of n candidates, whose seeds count on, until the best video so far is preferred to a
+            random clip of the judge's reference with at least this probability, in (0, 1). Each round's winners are
+            sampled to the end and judged at the reference's level next to `judge_at`; the best is decoded. See
+            `result.stop`.
+        max_n: the most candidates of a run with `until`, in whole rounds; None: 8 rounds.
         look: what early judges at a cut. "now": the noisy latents as they are. "ahead": the clean latents that the
             denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
             the conditional pass alone, which saves the losers' unconditional one. Or a list with one per cut. None:
@@ -211,7 +223,7 @@ def best_of_n(
     check_protocol(backbone.pipe, backbone.family)  # parts may have been replaced since the judge was put onto it
     check_output_type(backbone.pipe, call.get("output_type"))
     backbone.check_call([text or "" for text in prompts], call)
-    if kind.looks_at is not None:
+    if kind.looks_at is not None or until is not None:
         check_whole(backbone.denoisers)
         check_noise(backbone.pipe, backbone.family.counts_steps_by_calls)
     calls = [of_prompt(call, number, len(prompts)) if several else call for number in range(len(prompts))]
@@ -230,6 +242,7 @@ def best_of_n(
     seed = arguments.seed_of(team.agree(arguments.draw_seed)[0] if seed is None else seed)
     candidate_seeds = arguments.seeds_of(n, seed, seeds)
     top_k = arguments.top_k_of(top_k, len(candidate_seeds))
+    rule = Until.of(until, max_n, judge, select_by, candidate_seeds, seeds)
     options: dict[str, Any] = {
         "backbone": backbone,
         "judge": judge,
@@ -246,7 +259,12 @@ def best_of_n(
     settled = settled.checked(len(candidate_seeds), top_k, num_steps, call)
     shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
     shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
-    team.same(shared | {"top_k": top_k, "weights": options["weights"]} | call)
+    if rule is not None:
+        level = getattr(settled, "judge_at", None) or arguments.judge_at_of(
+            judge_at, DEFAULT_JUDGE_AT, backbone.t_range
+        )
+        rule = replace(rule, judge_at=level, keep_latents=keep_latents)
+    team.same(shared | {"until": until, "max_n": max_n, "top_k": top_k, "weights": options["weights"]} | call)
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
@@ -259,7 +277,7 @@ def best_of_n(
                 bar.reset(total=ready.rows(search.load) / among.size)
                 return ready.winners(search)
 
-            return _run(search, find, Meter(backbone, judge, bar.update), keep_latents)
+            return _run(search, find, Meter(backbone, judge, bar.update), keep_latents, rule)
 
     numbers = range(len(prompts))
     if distribute == "prompts":
@@ -270,12 +288,22 @@ def best_of_n(
     return results if several else results[0]
 
 
-def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter, keep_latents: bool) -> BestOfNResult:
+def _run(
+    search: Search,
+    find: Callable[[Search], list[Candidate]],
+    meter: Meter,
+    keep_latents: bool,
+    rule: Until | None = None,
+) -> BestOfNResult:
     """The result of one prompt's search, whose winners are finished."""
     with search.backbone.held(), meter.open(), encoded_once(search.backbone):
         if search.call.get("callback_on_step_end") is not None:
             search.state = state_of(search.backbone.denoisers)
-        winners = _within_memory(search, find)
+        stop = None
+        if rule is None:
+            winners = _within_memory(search, find)
+        else:
+            winners, stop = rule.draw(search, find, _within_memory)
         try:
             finished = search.finish(winners)
         except Exception as error:
@@ -302,6 +330,7 @@ def _run(search: Search, find: Callable[[Search], list[Candidate]], meter: Meter
             noise,
             search.call.get("callback_on_step_end") is not None,
         ),
+        stop=stop,
     )
 
 
@@ -310,8 +339,8 @@ def _with_indices(cut: Mapping[str, Any]) -> dict[str, Any]:
     return {**cut, **{name: [c.index for c in cut[name]] for name in ("candidates", "kept", "dropped")}}
 
 
-def _within_memory(search: Search, strategy: Callable[[Search], list[Candidate]]) -> list[Candidate]:
-    """The winners. If memory runs out, the search starts anew with half the candidates per batch and a warning."""
+def _within_memory(search: Search, strategy: Callable[[Search], T]) -> T:
+    """The strategy's winners. Where memory runs out, the search starts anew with half the batch and a warning."""
     while True:
         try:
             return strategy(search)
