@@ -38,11 +38,11 @@ def answer(z: torch.Tensor, alpha: float, sigma: float, flow: bool) -> torch.Ten
     return noise - clean if flow else noise
 
 
-def sampled(name: str, edits: list[list[Edit]], steps: int = 60, numbers: int = 40_000) -> torch.Tensor:
+def sampled(name: str, edits: list[list[Edit]], steps: int = 40, numbers: int = 20_000) -> torch.Tensor:
     """(rows, numbers) samples of the schedulers' own loop, with edits at the end of its steps."""
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(steps)
-    generators = [seeded(row) for row in range(len(edits))]
+    generators = [seeded(0) for _ in edits]
     z = torch.stack([torch.randn(numbers, generator=each) for each in generators]) * getattr(
         scheduler, "init_noise_sigma", 1.0
     )
@@ -67,20 +67,19 @@ def sampled(name: str, edits: list[list[Edit]], steps: int = 60, numbers: int = 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_what_is_sampled_keeps_its_law_and_shares_the_first_part_of_its_way(name: str) -> None:
-    edits = [[], [Edit(30, 7, 0.6)], [Edit(30, 7, 0.0)], [Edit(1, 5, 0.6), Edit(20, 7, 0.6), Edit(40, 8, 0.6)]]
-    plain, once, _, thrice = sampled(name, edits)
-    same = sampled(name, [[]])[0]
-    for each in (plain, once, thrice):
-        assert each.mean() == pytest.approx(float(same.mean()), abs=0.02)
-        assert each.std() == pytest.approx(float(same.std()), rel=0.03)
-    assert same.mean() == pytest.approx(MEAN, abs=0.1)
-    assert same.std() == pytest.approx(VARIANCE**0.5, rel=0.1)
-    parted = torch.corrcoef(torch.stack([sampled(name, [[Edit(30, 7, 0.6)]])[0], same]))[0, 1]
-    assert parted < 0.99
+    edits = [[], [Edit(20, 7, 0.6)], [Edit(20, 7, 0.0)], [Edit(1, 5, 0.6), Edit(13, 7, 0.6), Edit(26, 8, 0.6)]]
+    plain, once, unchanged, thrice = sampled(name, edits)
+    assert plain.mean() == pytest.approx(MEAN, abs=0.1)
+    assert plain.std() == pytest.approx(VARIANCE**0.5, rel=0.16)
+    for each in (once, thrice):
+        assert each.mean() == pytest.approx(float(plain.mean()), abs=0.02)
+        assert each.std() == pytest.approx(float(plain.std()), rel=0.03)
+        assert torch.corrcoef(torch.stack([each, plain]))[0, 1] < 0.99
+    # A row does not feel the edits of others, but for the rounding of other shapes.
+    torch.testing.assert_close(plain, sampled(name, [[]])[0], atol=1e-5, rtol=1e-5)
     if name != "stochastic ddim":  # there, any edit draws anew all that follows
-        assert parted > 0.1
-        assert torch.equal(sampled(name, [[Edit(30, 7, 0.0)]])[0], same)
-    torch.testing.assert_close(plain, same, atol=1e-5, rtol=1e-5)  # a row does not feel the edits of others
+        assert torch.equal(unchanged, plain)
+        assert torch.corrcoef(torch.stack([once, plain]))[0, 1] > 0.1
 
 
 def test_the_plain_form_would_not_keep_it() -> None:
