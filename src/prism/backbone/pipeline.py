@@ -207,23 +207,29 @@ def check_denoisers(backbone: Any) -> None:
         )
 
 
+def cache_hooks(module: nn.Module) -> list[str]:
+    """The names of the hooks of diffusers' caches on a module."""
+    return [name for name in hooks_of(module) if any(part in name for part in _CACHES)]
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """The names of diffusers' hooks on a module."""
+    registry = vars(module).get("_diffusers_hook")
+    return [] if registry is None else list(registry.hooks)
+
+
 def check_whole(denoisers: tuple[Any, ...]) -> None:
     """Raise PrismError where a denoiser's blocks are skipped by a cache or a patch, or see a slice of the tokens."""
     for denoiser in denoisers:
-        hooks = {
-            name
-            for module in denoiser.modules()
-            if "_diffusers_hook" in vars(module)
-            for name in vars(module)["_diffusers_hook"].hooks
-        }
-        if getattr(denoiser, "is_cache_enabled", False) or any(part in name for name in hooks for part in _CACHES):
+        modules = list(denoiser.modules())
+        if getattr(denoiser, "is_cache_enabled", False) or any(map(cache_hooks, modules)):
             raise PrismError(
                 "The denoiser's cache skips blocks that the head reads and goes by calls that are not made; "
                 "call disable_cache() on it first."
             )
         parallel = getattr(denoiser, "_parallel_config", None)
         sliced = getattr(parallel, "context_parallel_config", None) is not None
-        if sliced or any(name.startswith(_SLICES) for name in hooks):
+        if sliced or any(name.startswith(_SLICES) for module in modules for name in hooks_of(module)):
             raise PrismError(
                 "The denoiser runs with context parallelism, where each process sees a slice of the tokens and a head "
                 "needs them all; load it without, and give each process candidates of its own."

@@ -242,8 +242,9 @@ def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: 
 
 
 def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+    from prism.sampling.drafts import Draft, default_draft_steps
     from prism.sampling.plan import Workload, is_blind
-    from prism.sampling.strategies import Draft, Early, First, Full, default_draft_steps
+    from prism.sampling.strategies import Early, First, Full
 
     guided, draft = backbone.guided(call), default_draft_steps(backbone.num_inference_steps(call))
     steps_of_run, steps_of_draft = None, None

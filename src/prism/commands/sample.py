@@ -74,7 +74,9 @@ class Sample:
     ahead-conditional: as its conditional pass alone predicts them, so that losers take no other. Or a list, one per
     cut: ahead,now."""
     draft_steps: Annotated[int | None, option(default="15 % of the steps")] = None
-    """Steps of a draft."""
+    """Steps of a draft; with --draft-cache, by default all."""
+    draft_cache: Annotated[str | None, option("CACHE", "none")] = None
+    """What drafts leave out: first-block:0.06, taylorseer:4 (a step cache with its number), guidance:0.5, or both."""
     judge_at: Annotated[float | None, option("T", "700")] = None
     """Noise level at which draft, full and looks ahead judge, above 0 (clean) to 1000 (noise)."""
     num_draws: int = 2
@@ -231,6 +233,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         strategy=config.strategy,
         look=config.look.split(",") if config.look and "," in config.look else config.look,
         draft_steps=config.draft_steps,
+        draft_cache=config.draft_cache,
         judge_at=config.judge_at,
         seed=_seed(config.seed),
         batch_size=config.batch_size,
@@ -274,8 +277,11 @@ def _seed(text: str) -> int | None:
 
 def _check(config: Sample) -> None:
     from prism import video as media
+    from prism.sampling.step_cache import parse
     from prism.sampling.strategies import kind_of
 
+    if config.draft_cache is not None:
+        parse(config.draft_cache)
     if kind_of(config.strategy).needs_oracle():
         raise PrismError(
             f"The strategy {config.strategy} needs a measured truth, which sampling lacks; choose another --strategy."

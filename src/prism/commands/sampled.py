@@ -61,6 +61,8 @@ def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], r
     }
     if "look" in settings:
         row["look"] = settings["look"]
+    if "draft_cache" in settings:
+        row["draft_cache"] = settings["draft_cache"]
     return row
 
 

@@ -40,9 +40,10 @@ class AccuracyRow(_NewerAccuracy):
 
 
 class _Look(TypedDict, total=False):
-    """The latents that cuts judged, in rows of runs that look ahead only."""
+    """The latents that cuts judged, in rows of runs that look ahead only; the step cache of drafts that have one."""
 
     look: str
+    draft_cache: str
 
 
 class PlanFields(_Look):

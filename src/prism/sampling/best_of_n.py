@@ -126,6 +126,7 @@ def best_of_n(
     max_n: int | None = None,
     look: Look | Sequence[Look] | None = None,
     draft_steps: int | None = None,
+    draft_cache: str | Mapping[str, float | None] | None = None,
     judge_at: float | None = None,
     seed: int | None = 0,
     seeds: Sequence[int] | None = None,
@@ -173,7 +174,10 @@ def best_of_n(
             denoiser predicts there, re-noised to `judge_at`, where a judge sees more. "ahead-conditional": the same by
             the conditional pass alone, which saves the losers' unconditional one. Or a list with one per cut. None:
             ahead at cuts where the accuracies saved with the head do not tell it from chance, now at the others.
-        draft_steps: steps of a draft; None: 15 % of the steps, at least 2.
+        draft_steps: steps of a draft; None: 15 % of the steps, at least 2, or with a draft_cache all of them.
+        draft_cache: what drafts leave out of their steps: a step cache of diffusers with its number, and a share of
+            guidance, as in "first-block:0.06,guidance:0.5" or {"taylorseer": 4}; see `prism.sampling.step_cache`.
+            Without a number, that of the family. The judge and the winner run without it.
         judge_at: noise level in (0, 1000] to which clean latents are re-noised to be judged, by full, draft and looks
             ahead; None: 700.
         batch_size: candidates per denoiser call; None: all of them up to half a billion parameters, else 1. Halved,
@@ -199,7 +203,7 @@ def best_of_n(
             in its latents or scores is dropped with a warning; fewer than `top_k` others are an error.
     """
     settings: dict[str, Any] = {"schedule": schedule, "look": look, "draft_steps": draft_steps, "judge_at": judge_at}
-    settings |= {"num_draws": num_draws, "oracle": oracle}
+    settings |= {"num_draws": num_draws, "draft_cache": draft_cache, "oracle": oracle}
     filed = plan_files.opened(plan, budget)
     chosen: Any = plan if filed is None else filed.run.plan
     if chosen is not None or budget is not None:
@@ -256,7 +260,7 @@ def best_of_n(
         cuts = parse(schedule) if isinstance(schedule, str) else schedule
         chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
     settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
-    settled = settled.checked(len(candidate_seeds), top_k, num_steps, call)
+    settled = settled.checked(len(candidate_seeds), top_k, num_steps, call).fitted(backbone)
     shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
     shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
     if rule is not None:

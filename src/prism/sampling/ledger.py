@@ -17,6 +17,7 @@ from prism.backbone import Backbone
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.wrapping import StopForward, around, around_module
 
+_ran: dict[int, int] = {}  # blocks that ran, by the id of the denoiser, where they are counted one by one
 PARTS = ("denoiser", "head", "vae", "text", "scheduler")
 
 
@@ -106,7 +107,7 @@ class Meter:
         if self._cuda is None and noisy.is_cuda:  # read from the latents: `pipe.device` walks every module
             self._cuda = noisy.device
             torch.cuda.reset_peak_memory_stats(noisy.device)
-        blocks = self.backbone.num_blocks
+        blocks, before = self.backbone.num_blocks, blocks_ran(denoiser)
         try:
             with self._timed("denoiser"):
                 return inner(*args, **kwargs)
@@ -114,6 +115,7 @@ class Meter:
             blocks = stop.block
             raise
         finally:
+            blocks = blocks_ran(denoiser) - before if id(denoiser) in _ran else blocks
             done = self.ledger.denoiser_rows
             self._block_rows += blocks * len(noisy)  # integers: a sum of fractions k/L would drift
             self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
@@ -148,6 +150,30 @@ class Meter:
         if name.startswith("text"):
             self.ledger.text_encodings += _rows(args, kwargs)
         return output
+
+
+@contextmanager
+def blocks_counted(denoiser: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, ledgers count the blocks that a denoiser computes one by one, for step caches that skip some.
+
+    The counter is set in each block's `forward`, beneath all hooks that are put on later and may skip it.
+    """
+
+    def count(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        _ran[id(denoiser)] += 1
+        return inner(*args, **kwargs)
+
+    with ExitStack() as stack:
+        _ran[id(denoiser)] = 0
+        stack.callback(_ran.pop, id(denoiser))
+        for block in blocks:
+            stack.enter_context(around(block, "forward", count))
+        yield
+
+
+def blocks_ran(denoiser: nn.Module) -> int:
+    """The blocks that a denoiser has computed since they are counted one by one; 0 where they are not."""
+    return _ran.get(id(denoiser), 0)
 
 
 def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -54,20 +54,25 @@ class Predictor(Interceptor):
         self.levels: dict[int, float] = {}
         self.predicted: dict[int, Tensor] = {}
         self._arguments: Mapping[str, Any] = {}  # of the conditional pass at that step
-        self._conditional: Any = None  # the denoiser's output at the step `alone`
+        self._conditional: Any = None  # the denoiser's output at a step that `is_alone`
+
+    def is_alone(self) -> bool:
+        """True at a step whose unconditional pass is not computed."""
+        return self.step == self.alone
 
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.step == self.alone and self.index > 0:
+        alone = self.is_alone()
+        if alone and self.index > 0:
             self.index += 1
             return self._conditional
         candidates, call = len(self.candidates), DenoiserCall.of(denoiser, args, kwargs, self.backbone.family)
-        if self.step == self.alone and call.batch > candidates:
+        if alone and call.batch > candidates:
             self.index += 1
             output = self._of_conditional_rows(call, forward)
         else:
             output = super()._denoise(number, denoiser, forward, *args, **kwargs)
         self.last = self.step
-        if self.step == self.alone:
+        if alone:
             self._conditional = output
         if self.index == 1 and self.step in self.steps:
             self.states[self.step] = noisy_latents(call, candidates).detach().clone()

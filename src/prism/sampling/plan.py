@@ -278,6 +278,10 @@ class Plan(ABC):
         """
         return self
 
+    def fitted(self, backbone: Backbone) -> Plan:
+        """The plan with what the pipeline's family decides. Raises PrismError where it does not fit the pipeline."""
+        return self
+
     def settled(self, load: Workload, steps: Steps | None = None) -> Plan:
         """The plan with its cuts resolved against the steps that the run makes."""
         return self
@@ -301,6 +305,10 @@ class Plan(ABC):
     @abstractmethod
     def winners(self, search: Search) -> list[Candidate]:
         """The best `top_k` candidates, best first."""
+
+    def adapts(self) -> bool:
+        """True if a run's cost depends on what is sampled, so that `rows` are the most that it may take."""
+        return False
 
     @abstractmethod
     def rows(self, load: Workload) -> float:

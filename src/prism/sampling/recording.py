@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from prism.backbone.denoiser_call import DenoiserCall, flattened
 from prism.backbone.fingerprint import weights_bits
 from prism.backbone.patches import unless_it_looks, values_of
+from prism.backbone.pipeline import cache_hooks, hooks_of
 
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, str, type(None))
 _CONTAINERS = (list, tuple, dict)
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_cache_config", "forward"}
 
 
 @dataclass(frozen=True)
@@ -152,18 +153,23 @@ def switched(denoiser: nn.Module) -> str:
     """Digest of a denoiser's switches.
 
     These are each module's plain values (an adapter's scale, its being active or merged), its attention processor, and
-    the hooks on it (guidance that skips layers).
+    the hooks on it (guidance that skips layers). Those of step caches are left out: drafts alone have them, and what is
+    recorded of drafts was computed in full.
     """
     switches: list[Any] = []
     for module in denoiser.modules():
         values = vars(module)
         switches += [v for name, v in values.items() if type(v) in _PLAIN and name not in _MODULE_ATTRIBUTES]
         switches += [v for v in values.values() if type(v) in _CONTAINERS and _is_plain(v)]
-        registry, forward, processor = values.get("_diffusers_hook"), values.get("forward"), values.get("processor")
-        hooks = () if registry is None else registry.hooks  # diffusers adds an empty registry at the first call
+        forward, processor = values.get("forward"), values.get("processor")
+        hooks = hooks_of(module)  # diffusers adds an empty registry at the first call
         if hooks or forward is not None or values["_forward_hooks"] or values["_forward_pre_hooks"]:
-            switches += [len(values["_forward_hooks"]), len(values["_forward_pre_hooks"]), *hooks]
-            switches.append(getattr(forward, "__qualname__", ""))
+            caches, name = cache_hooks(module), getattr(forward, "__qualname__", type(forward).__qualname__)
+            changes = [each for each in hooks if each not in caches]
+            if forward is not None and name != type(module).forward.__qualname__:
+                changes.append(name)
+            counts = [len(values["_forward_hooks"]), len(values["_forward_pre_hooks"])]
+            switches += [*counts, *changes] if any(counts) or changes else []
         if processor is not None:
             switches += [type(processor).__qualname__, *(v for v in vars_of(processor).values() if _is_plain(v))]
     # In version 2 of marshal, as later ones write references, which differ between equal values.

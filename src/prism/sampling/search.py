@@ -162,14 +162,19 @@ class Search:
         return output, self.latents[candidate][None]
 
     def sample_all(
-        self, record: bool = True, candidates: Iterable[Candidate] | None = None, **changes: Any
+        self,
+        record: bool = True,
+        candidates: Iterable[Candidate] | None = None,
+        kind: Callable[..., Interceptor] = Interceptor,
+        **changes: Any,
     ) -> Iterator[dict[Candidate, Any]]:
         """Sample every candidate of this process to the end; yield the pipeline's output by candidate, per chunk.
 
-        Candidates that are dropped are left out. candidates: None: those that the search began with.
+        Candidates that are dropped are left out. candidates: None: those that the search began with. kind: makes the
+        interceptor of a chunk's call.
         """
         for chunk in self.chunks(self.candidates if candidates is None else candidates):
-            interceptor = Interceptor(self.backbone, chunk, self.recordings, record=record)
+            interceptor = kind(self.backbone, chunk, self.recordings, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import sys
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from prism.backbone.steps import Steps
-from prism.errors import PrismError, quoted, whole
+from prism.errors import PrismError, quoted
 from prism.report import wording
 from prism.report.wording import Row
 from prism.sampling import looks
 from prism.sampling.arguments import ask_oracle, oracle_columns
+from prism.sampling.drafts import Draft
 from prism.sampling.looks import Look
 from prism.sampling.noise_search import Evolution, LatentBeams, ZeroOrder
 from prism.sampling.particles import FKSteering, Prune
@@ -191,65 +191,6 @@ class Early(JudgedClean):
 
 
 @dataclass(frozen=True)
-class Draft(JudgedClean):
-    """Every candidate sampled to the end in a few coarse steps and judged; then the winners in full.
-
-    draft_steps: the number of coarse steps; None: 15 % of the steps, at least 2.
-    """
-
-    strategy, looks_at, role = "draft", "drafts", "ours"
-
-    draft_steps: int | None = None
-
-    def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Draft:
-        """The plan with its number of steps. Raises PrismError for a call with its own timesteps or sigmas."""
-        for name in ("timesteps", "sigmas"):
-            if call.get(name) is not None:
-                raise PrismError(f"A draft chooses its own steps and cannot follow {name!r}; leave it out.")
-        steps = self.draft_steps
-        steps = default_draft_steps(num_steps) if steps is None else whole("draft_steps", steps)
-        if steps > num_steps:
-            raise PrismError(f"A draft of {steps} steps is longer than the run of {num_steps}; give it fewer steps.")
-        if steps == num_steps:
-            warnings.warn(
-                f'A draft of {steps} steps is as long as the run and saves nothing; take the strategy "full" or '
-                '"early".',
-                stacklevel=3,
-            )
-        return replace(self, draft_steps=steps)
-
-    def drafts(self) -> int:
-        return self.draft_steps or 0
-
-    def cuts(self, load: Workload) -> Schedule:
-        return ((len(load.draft_calls), load.top_k),)
-
-    def rows(self, load: Workload) -> float:
-        return load.n * sum(load.draft_calls) + self.judging(load.n, load) + sum(load.calls) * load.top_k
-
-    def winners(self, search: Search) -> list[Candidate]:
-        def sample() -> dict[Candidate, Tensor]:
-            for _ in search.sample_all(record=False, output_type="latent", num_inference_steps=self.draft_steps):
-                pass
-            drafts, search.latents = search.latents, {}
-            return drafts
-
-        return self.best(search, sample)
-
-    @classmethod
-    def settings(cls, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**super().settings(scores), "draft_steps": scores[0]["step"]}
-
-    @staticmethod
-    def how(row: Row) -> str:
-        return ", ".join(part for part in (f"{row['draft_steps']}-step drafts", wording.judged_at(row)) if part)
-
-    @staticmethod
-    def cut_name(step: int) -> str:
-        return f"drafts of {step} steps"
-
-
-@dataclass(frozen=True)
 class Full(JudgedClean):
     """Every candidate sampled to the end and judged; winners alone are decoded, from their recordings."""
 
@@ -339,7 +280,7 @@ def plan_of(strategy: str, **settings: Any) -> Plan:
     """The plan of a strategy with the settings that it takes. Raises PrismError for cuts or a look that it has not."""
     kind = kind_of(strategy)
     taken = {field.name for field in fields(kind)}
-    for name, what in (("schedule", "A schedule"), ("look", "A look")):
+    for name, what in (("schedule", "A schedule"), ("look", "A look"), ("draft_cache", "A draft cache")):
         value = settings.get(name)
         if not (value is None or name in taken or (isinstance(value, str) and value == "now")):
             owners = [each for each, other in STRATEGIES.items() if name in {field.name for field in fields(other)}]
@@ -352,11 +293,6 @@ def plan_of(strategy: str, **settings: Any) -> Plan:
 
 def _in_quotes(name: str) -> str:
     return f'"{name}"'
-
-
-def default_draft_steps(num_steps: int) -> int:
-    """The default number of draft steps: 15 % of the run's, at least 2 unless the run has only 1."""
-    return min(num_steps, max(2, round(0.15 * num_steps)))
 
 
 def expected_rows(
