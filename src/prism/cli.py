@@ -38,6 +38,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "collect": "prism.commands.collect:Collect",
     "score": "prism.commands.score:Score",
     "reference": "prism.commands.reference:Reference",
+    "plan": "prism.commands.plan:Plan",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",

@@ -223,7 +223,8 @@ VALUES = st.one_of(
 )
 OPTIONS = {
     "sample": "n strategy schedule draft-steps judge-at num-draws select-by seed batch-size top-k head device dtype "
-    "offload lora steps guidance-scale height width num-frames negative-prompt image last-image video fps prompt",
+    "offload lora steps guidance-scale height width num-frames negative-prompt image last-image video fps prompt plan "
+    "budget",
     "eval": "data head split timesteps num-draws seed device dtype",
     "train": "data tap dim aggregation steps prompts-per-step learning-rate schedule objective eta source "
     "trajectory-share t-low t-high ema-decay validate-every checkpoint-every seed device dtype",

@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 
 import prism
-from prism import runs
+from prism import cli, files, runs
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import planning, recorded
@@ -22,6 +22,7 @@ from prism.preference import LatentStore
 from prism.preference.pairs import prompt_key
 from prism.preference.prompts import Prompt
 from prism.preference.sources import Place
+from prism.report.metrics import validate
 from prism.sampling import plan_files, planner
 from prism.sampling.plan import Workload
 from prism.sampling.planner import Reading, Run, Table
@@ -74,7 +75,7 @@ def test_a_run_of_the_plan_picks_what_the_table_says_and_costs_what_it_says(made
     assert data.steps("now") == [2, 3]  # step 1 is pure noise
     assert data.steps("ahead") == [1, 2, 3]
     chosen = [
-        Run(3, Early(schedule=((2, 2), (3, 1)))),
+        Run(3, Early(schedule=((2, 2), (3, 1)), look=("now", "ahead"), judge_at=700.0, num_draws=1)),
         Run(4, Early(schedule=((1, 3), (3, 1)), look="ahead", judge_at=500.0, num_draws=1)),
         Run(2, Early(schedule=((2, 1),), look="ahead", judge_at=700.0, num_draws=2)),
         Run(4, Full(judge_at=500.0, num_draws=2)),
@@ -153,6 +154,95 @@ def test_stores_that_cannot_be_planned_on(made, tmp_path, monkeypatch) -> None:
     other = Judge.untrained(Backbone(tiny.cogvideox()), tap=1, dim=16)
     with pytest.raises(PrismError, match="is of the denoiser WanTransformer3DModel, and the backbone has CogVideoX"):
         recorded.facts(other, store, (700.0,), 1, 0, "test")
+
+
+def test_the_command_writes_plans_that_sampling_takes(made, tmp_path, capsys, monkeypatch) -> None:
+    store, judge = made
+    monkeypatch.chdir(tmp_path)
+    pipe = judge.backbone.pipe
+    pipe.save_pretrained("backbone")
+    files.write_json(Path("backbone/call.json"), CALL)
+    judge.save_pretrained("head")
+    models = ["--backbone", "backbone", "--head", "head"]
+    plan = ["plan", "--data", str(store.folder), *models, "--budget", "1.5", "--budget", "36rows", "--num-draws", "1"]
+    assert cli.main([*plan, "--save-to", "head", "--by", "VQ", "--out", "planned"]) == 0
+    out = capsys.readouterr().out
+    assert "A plan per budget" in out
+    assert "Plans: planned/plan.json" in out
+    names = {"config.json", "metrics.json", "plan.json", "plans.csv", "report.html", "scores.parquet"}
+    assert {path.name for path in Path("planned").iterdir()} == names
+    assert not Path("planned.parts").exists()
+    metrics = files.read_json("planned/metrics.json")
+    validate(metrics)
+    assert [row["budget"] for row in metrics["plans"]] == [1.5, 3]
+    page = Path("planned/report.html").read_text(encoding="utf-8")
+    for words in (
+        "Quality over cost",
+        "A plan per budget",
+        "Is there anything to choose?",
+        "share of the oracle’s gain",
+    ):
+        assert words in page
+    filed = files.read_json("planned/plan.json")
+    assert filed == files.read_json("head/plans.json")
+    assert [plan["cost"] <= plan["budget"] for plan in filed["plans"]] == [True, True]
+    lines = Path("planned/plans.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == metrics["replayed"] + 1
+
+    again = ["plan", "--from-scores", "planned/scores.parquet", "--budget", "1.5", "--by", "VQ"]
+    assert cli.main([*again, "--out", "again"]) == 0
+    assert files.read_json("again/metrics.json")["plans"] == metrics["plans"][:1]
+    assert cli.main([*again, "--levels", "700", "--out", "other"]) == 2
+    assert "leave --levels out" in capsys.readouterr().err
+    assert cli.main([*again, "--budget", "3s", "--out", "other"]) == 2
+    assert "A --budget in seconds needs the model" in capsys.readouterr().err
+
+    sample = ["sample", "--prompt", TEXTS[0], *models]
+    run = Run(3, Early(schedule=((2, 2), (3, 1)), look="ahead", judge_at=500.0, num_draws=1))
+    load = Workload.of(judge.backbone, CALL, 1, judge.tap)
+    cost, rows = planner.cost(run, load), planner.rows(run, load)
+    entry = {"strategy": "early", "settings": plan_files.settings_of(run.plan), "n": 3, "cost": cost}
+    filed["plans"][1] |= entry  # what an untrained head gains most by may be a plain sample
+    for path in ("planned/plan.json", "head/plans.json"):
+        files.write_json(Path(path), filed)
+    for words, source in (
+        (["--plan", "planned"], "the file planned/plan.json"),
+        ([], "the plans that the head carries"),
+    ):
+        assert cli.main([*sample, *words, "--budget", "3", "--overwrite", "--out", "sampled"]) == 0
+        (row,) = files.read_json("sampled/metrics.json")["best_of_n"]
+        told = "3 candidates, early, judge_at 500, num_draws 1, schedule 2:2,3:1, look ahead."
+        said = f"The plan for a budget of 3 plain samples, from {source}: {told}"
+        assert said in capsys.readouterr().out
+        assert (row["n"], row["schedule"], row["look"], row["judge_at"]) == (3, [[2, 2], [3, 1]], "ahead", 500)
+        assert row["denoiser_rows"] == pytest.approx(rows)
+    Path("head/plans.json").unlink()
+    assert cli.main([*sample, "--budget", "18rows", "--out", "rows"]) == 0
+    assert "with as many candidates as 1.5 plain samples pay for" in capsys.readouterr().out
+    for words, sentence in (
+        (["--plan", "planned"], "holds plans for the budgets 1.5, 3; name a budget"),
+        (["--plan", "nowhere"], "The plan nowhere does not exist"),
+        (["--plan", "planned", "--look", "ahead"], "The --plan decides it; leave --look out"),
+        (["--budget", "0.5"], "The --budget is 0.5 plain samples, and one video costs 1"),
+        (["--budget", "11rows"], "The --budget is 11 rows, and a plain sample takes 12"),
+        (["--budget", "much"], "must be a number of plain samples, or one with its unit"),
+        (["--plan", "planned", "--budget", "3", "--steps", "7"], "is for 6 steps, and this call makes 7"),
+    ):
+        assert cli.main([*sample, *words, "--out", "refused"]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not Path("refused").exists()
+    for words, sentence in (
+        (["--by", "TA"], "The store has no reward TA for --by; it has VQ, MQ"),
+        (["--select-by", "sound"], "The judge has no dimension 'sound' to select by"),
+        (["--budget", "11rows"], "The --budget is 11 rows, and a plain sample takes 12"),
+    ):
+        assert cli.main([*plan, *words, "--out", "refused"]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not list(Path().glob("refused*"))  # before anything was scored
+    assert cli.main([*plan[:3], "--save-to", "backbone", "--out", "refused"]) == 2
+    assert "is no head's folder" in capsys.readouterr().err
+    assert cli.main(["plan", "--out", "refused"]) == 2
+    assert "The plans need recorded candidates; give --data STORE" in capsys.readouterr().err
 
 
 # -- choosing and reporting
@@ -237,3 +327,5 @@ def test_names_say_the_plan() -> None:
     assert planning.name(Run(8, ahead)) == "8 seeds, 3:4,6:1, ahead at 700, 1 draw"
     assert planning.name(Run(3, Full(judge_at=500))) == "3 seeds, full, at 500, 2 draws"
     assert planning.name(Run(4, Early(schedule=((4, 1),)))) == "4 seeds, 4:1"
+    mixed = Early(schedule=((3, 4), (6, 1)), look=("now", "ahead"), judge_at=700, num_draws=1)
+    assert planning.name(Run(8, mixed)) == "8 seeds, 3:4,6:1, now then ahead at 700, 1 draw"

@@ -48,8 +48,9 @@ def naive_gain(data: Table, run: Run, prompt: int) -> float:
         else:
             assert isinstance(plan, Early)
             cuts = plan.schedule
-        for step, keep in cuts:
-            look = "finished" if isinstance(plan, Full) else plan.look
+        for number, (step, keep) in enumerate(cuts):
+            look: Any = "finished" if isinstance(plan, Full) else plan.look
+            look = look if isinstance(look, str) else look[number]
             levels = {r.t for r in data.scores if (r.look, r.step) == (look, step)}
             t = levels.pop() if look == "now" else plan.judge_at
             draws = 1 if look == "now" else plan.num_draws
@@ -143,7 +144,7 @@ def test_a_file_runs_as_its_plan_does(wan: Setting, tmp_path: Path) -> None:
     assert len(run(plan=str(tmp_path / "plan.json"), budget=2).seeds) == 2
     assert run(plan=content(wan), seeds=[4, 5]).seeds == (4, 5)
     assert len(run(plan=content(wan), n=5).seeds) == 5
-    with pytest.raises(PrismError, match=r"The file .*plan.json holds plans for the budgets 1.5, 3; name one"):
+    with pytest.raises(PrismError, match=r"The file .*plan.json holds plans for the budgets 1.5, 3; name a budget"):
         run(plan=tmp_path)
     with pytest.raises(PrismError, match=r"holds no plan within the budget 1\.01; the cheapest costs 1"):
         run(plan=tmp_path, budget=1.01)

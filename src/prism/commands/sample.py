@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prism import files, runs
-from prism.commands import show
+from prism.commands import show, speaks
+from prism.commands.budgets import filed_plan, parse_budget
 from prism.commands.options import Adapted, Head, Replacing, option, recorded
 from prism.commands.sampled import NOTES, loser_of, named_cut, refereed, row_of, stopped
 from prism.errors import PrismError, number, quoted, whole
@@ -58,12 +59,17 @@ class Sample:
     output: Replacing
     prompt: Annotated[str | None, option("TEXT", "none: of pipelines that take an image alone")] = None
     """What the video should show."""
-    n: int = 8
+    n: Annotated[int | None, option(default="8, or the plan's")] = None
     """Candidates; candidate i has seed SEED + i."""
     until: Annotated[float | None, option("P", "")] = None
     """Go on in rounds of --n until the winner is preferred to a clip of the head's reference with probability P."""
     max_n: Annotated[int | None, option(default="8 rounds")] = None
     """Candidates at most, with --until."""
+    plan: Annotated[Path | None, option("FILE", "")] = None
+    """Plan of prism plan (plan.json, or its folder), in place of strategy, schedule, look, judge-at and the like."""
+    budget: Annotated[str | None, option("X", "")] = None
+    """Cost of the run: in plain samples (2), denoiser rows (200rows) or seconds (30s). The plan for it is taken from
+    --plan, else from the head's plans, else the default cut is, with as many candidates as it pays for."""
     strategy: Annotated[str, option("NAME")] = "early"
     """early: drop losers while sampling. race: look ahead until sure. draft: judge coarse runs. full: judge finished
     ones. random, none: none. fk, beam, evolution, prune, zero-order: let the best part on the way."""
@@ -108,7 +114,7 @@ class Sample:
         among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
         print(f"The winner is seed {seeds[metrics['winner']]}{among}: {out / 'winner.mp4'}")
         if metrics["until"]:
-            print(stopped(metrics["until"], self.n))
+            print(stopped(metrics["until"], metrics["until"]["n"]))
         if metrics["referee_note"]:
             print(metrics["referee_note"])
         show(metrics, out)
@@ -123,6 +129,10 @@ def run(config: Sample) -> dict[str, Any] | None:
     from prism.sampling import plan as schedules
     from prism.team import Team
 
+    if config.plan is not None or config.budget is not None:
+        _check_planned(config)
+    elif config.n is None:
+        config = replace(config, n=8)
     cuts = None if config.schedule is None else schedules.parse(config.schedule)
     weights = parse_weights(config.select_by)
     _check(config)
@@ -137,7 +147,7 @@ def run(config: Sample) -> dict[str, Any] | None:
         from prism.report.metrics import document, write_config
         from prism.report.page import FilmRow, FilmStrip, write_report
 
-        backbone, name, judge, call, weights, result = _sample(config, cuts, weights, distribute)
+        backbone, name, judge, call, weights, result, ran = _sample(config, cuts, weights, distribute)
         videos = [media.frames(pick.video) for pick in result.top]
         names = ["winner.mp4", *(f"winner-{rank}.mp4" for rank in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
@@ -152,7 +162,7 @@ def run(config: Sample) -> dict[str, Any] | None:
             "sample",
             describe(backbone, name),
             seed,
-            best_of_n=[row_of(config, backbone, judge, call, result)],
+            best_of_n=[row_of(ran, backbone, judge, call, result)],
             timings={**result.ledger.parts, "total": result.ledger.seconds},
             prompt=config.prompt,
             dtype=str(backbone.dtype).removeprefix("torch."),
@@ -166,8 +176,8 @@ def run(config: Sample) -> dict[str, Any] | None:
             ],
             referee=scores,
             referee_note=sentence,
-            cuts=[named_cut(cut, config.strategy, weights) for cut in result.scores],
-            until=None if result.stop is None else asdict(result.stop),
+            cuts=[named_cut(cut, ran.strategy, weights) for cut in result.scores],
+            until=None if result.stop is None else {**asdict(result.stop), "n": ran.n},
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
@@ -198,7 +208,7 @@ def run(config: Sample) -> dict[str, Any] | None:
 
 def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
     """Sample; return the backbone, its name, the judge (None for strategies without one), the pipeline's call, the
-    weights of dimensions by which candidates are ranked, and the result.
+    weights of dimensions by which candidates are ranked, the result, and the options with those of a plan filled in.
     """
     from prism.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking
@@ -222,6 +232,16 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
     call = {**call, **config.arguments}
     if judge and weights == {"overall": 1.0}:
         weights = ranking(judge, "overall")
+    look = config.look.split(",") if config.look and "," in config.look else config.look
+    settings: dict[str, Any] = {"schedule": cuts, "strategy": config.strategy, "look": look}
+    settings |= {name: getattr(config, name) for name in ("draft_steps", "draft_cache", "judge_at", "num_draws")}
+    if config.plan is not None or config.budget is not None:
+        filed = filed_plan(config.plan, config.budget, backbone, judge, call, config.prompt)
+        plan, n = filed.run.plan, filed.run.n if config.n is None else config.n
+        if speaks():
+            print(filed.sentence())
+        changes = {name: getattr(plan, name, getattr(config, name)) for name in ("judge_at", "num_draws")}
+        config, settings = replace(config, strategy=plan.strategy, n=n, **changes), {"plan": plan}
     result = best_of_n(
         backbone.pipe,
         judge,
@@ -229,22 +249,16 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         n=config.n,
         until=config.until,
         max_n=config.max_n,
-        schedule=cuts,
-        strategy=config.strategy,
-        look=config.look.split(",") if config.look and "," in config.look else config.look,
-        draft_steps=config.draft_steps,
-        draft_cache=config.draft_cache,
-        judge_at=config.judge_at,
         seed=_seed(config.seed),
         batch_size=config.batch_size,
         top_k=config.top_k,
         select_by=weights,
-        num_draws=config.num_draws,
         distribute=distribute,
         progress=True,
+        **settings,
         **{**call, "output_type": "np"},
     )
-    return backbone, name, judge, call, weights, result
+    return backbone, name, judge, call, weights, result, config
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -275,6 +289,18 @@ def _seed(text: str) -> int | None:
         raise PrismError(f'--seed must be a whole number, or "random"; found {quoted(text, 60)}.') from None
 
 
+def _check_planned(config: Sample) -> None:
+    """Refuse options that a plan or a budget decides, and what is no plan or no budget."""
+    from prism.sampling import plan_files
+
+    decides = "--budget" if config.plan is None else "--plan"
+    for name in ("strategy", "schedule", "look", "draft_steps", "draft_cache", "judge_at", "num_draws"):
+        if getattr(config, name) != getattr(Sample, name):
+            raise PrismError(f"The {decides} decides it; leave --{name.replace('_', '-')} out.")
+    if config.budget is None or parse_budget(config.budget).unit == "":
+        plan_files.opened(config.plan, None if config.budget is None else float(config.budget))
+
+
 def _check(config: Sample) -> None:
     from prism import video as media
     from prism.sampling.step_cache import parse
@@ -287,9 +313,9 @@ def _check(config: Sample) -> None:
             f"The strategy {config.strategy} needs a measured truth, which sampling lacks; choose another --strategy."
         )
     number("--fps", config.fps, *media.FPS)
-    n = whole("--n", config.n, 1, 10_000)
+    n = whole("--n", 1 if config.n is None else config.n, 1, 10_000)
     for flag, value, low, high in (
-        ("--top-k", config.top_k, 1, n),
+        ("--top-k", config.top_k, 1, None if config.n is None else n),
         ("--max-n", config.max_n, n, 10_000),
         ("--num-draws", config.num_draws, 1, 1000),
         ("--batch-size", config.batch_size, 1, None),

@@ -28,20 +28,18 @@ def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], r
     from prism.sampling.plan import Workload
     from prism.sampling.strategies import Full, kind_of
 
-    ledger, kind = result.ledger, kind_of(config.strategy)
+    ledger, kind, n = result.ledger, kind_of(config.strategy), len(result.seeds)
     settings = kind.settings([cut for cut in result.scores if cut.get("round", 1) == 1])
     clean = kind.looks_at in ("drafts", "finished") or "look" in settings
     draws = config.num_draws if clean else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
-    everything = Full(num_draws=draws).rows(
-        Workload.of(backbone, call, len(result.seeds), judge.tap if judge else 0, steps)
-    )
+    everything = Full(num_draws=draws).rows(Workload.of(backbone, call, n, judge.tap if judge else 0, steps))
     row: BestOfNRow = {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
         "strategy": config.strategy,
-        "n": len(result.seeds),
+        "n": n,
         "num_inference_steps": backbone.num_inference_steps(dict(call)),
         "guidance_scale": call.get("guidance_scale"),
         "schedule": settings["schedule"],

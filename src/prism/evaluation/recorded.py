@@ -176,6 +176,15 @@ def candidates_of(store: LatentStore, split: str, trained_on: Sequence[str]) -> 
     return kept, " and ".join(part for part in parts if part)
 
 
+def check_choice(store: LatentStore, judge: Judge, by: str, select_by: Mapping[str, float]) -> None:
+    """Refuse, before the work, a reward that the store lacks and a dimension that the judge lacks."""
+    nothing = np.zeros((0, 0))
+    with warnings.catch_warnings():  # `Recorded.table` warns of what stands for a missing overall
+        warnings.simplefilter("ignore")
+        rewards = dict.fromkeys(reward_columns(store), nothing)
+        Recorded((), nothing, rewards, {}, {"dimensions": list(judge.dimensions)}).table(by, select_by)
+
+
 def reward_columns(store: LatentStore) -> list[str]:
     """The columns of a store's videos that hold rewards: its labelled dimensions, and an overall beside them."""
     known = {*ROW_COLUMNS, *CLIP_FACTS, "video", "prompt", "split", "seed", "shard", "row"}

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 # Matplotlib draws in these placeholder colours; each is replaced by a CSS variable, so that one drawing suits both the
 # light and the dark style.
-_INK, _MUTED, _GRID, _ACCENT, _PAPER = "#010203", "#020304", "#030405", "#040506", "#050607"
-_SERIES = ("#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
+INK, MUTED, GRID, ACCENT, PAPER = "#010203", "#020304", "#030405", "#040506", "#050607"
+SERIES = ("#060708", "#070809", "#08090a", "#090a0b", "#0a0b0c")
 _VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--line)",
-    _ACCENT: "var(--accent)",
-    _PAPER: "var(--card)",
-    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--line)",
+    ACCENT: "var(--accent)",
+    PAPER: "var(--card)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES, 1)},
 }
 
 
@@ -70,9 +70,9 @@ def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
     lines = _accuracy_lines(rows)
     if not lines:
         return ""
-    figure, axes = _figure(4.9, 4.2 if sum(line.main for line in lines) > 1 else 3.5)
-    axes.axhline(50, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
-    axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=_MUTED, ha="right", fontsize=9)
+    figure, axes = new_figure(4.9, 4.2 if sum(line.main for line in lines) > 1 else 3.5)
+    axes.axhline(50, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    axes.annotate("chance", (0, 50), xytext=(0, 3), textcoords="offset points", color=MUTED, ha="right", fontsize=9)
     ends, levels = [], {row["t"] for line in lines for row in line.rows}
     for line in lines:
         t = [row["t"] for row in line.rows]
@@ -82,22 +82,22 @@ def accuracy_plot(rows: Sequence[AccuracyRow]) -> str:
         if line.main and len(intervals) == len(line.rows):
             low, high = ([100 * interval[end] for interval in intervals] for end in (0, 1))
             axes.fill_between(
-                t, low, high, color=line.colour, alpha=0.14 if line.colour == _ACCENT else 0.09, linewidth=0
+                t, low, high, color=line.colour, alpha=0.14 if line.colour == ACCENT else 0.09, linewidth=0
             )
         for (x0, x1), (y0, y1) in zip(pairwise(t), pairwise(value)):
             skipped = any(x0 < level < x1 for level in levels)  # a level in between was measured for other lines only
             style: Any = {"linestyle": (0, (2, 2.5)), "alpha": 0.7} if skipped else {}
             axes.plot([x0, x1], [y0, y1], color=line.colour, linewidth=width, solid_capstyle="round", **style)
-        axes.plot(t, value, "o", color=line.colour, markersize=size, markeredgecolor=_PAPER)
+        axes.plot(t, value, "o", color=line.colour, markersize=size, markeredgecolor=PAPER)
         ends.append((value[0], line))
     axes.set_xlim(1005, -15)  # as sampling goes: from noise on the left to clean on the right
     axes.set_xticks([1000, 800, 600, 400, 200, 0], ["1000\nnoise", "800", "600", "400", "200", "0\nclean"])
     bottom, top = axes.get_ylim()
     axes.set_ylim(min(bottom, 45), max(top, 60))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
-    axes.set_xlabel("noise level t of the latent that is judged", color=_MUTED)
+    axes.set_xlabel("noise level t of the latent that is judged", color=MUTED)
     _end_labels(axes, ends)
-    return _svg(figure, "Pairwise accuracy without ties against the noise level t")
+    return as_svg(figure, "Pairwise accuracy without ties against the noise level t")
 
 
 def _accuracy_lines(rows: Sequence[AccuracyRow]) -> list[_Line]:
@@ -112,11 +112,11 @@ def _accuracy_lines(rows: Sequence[AccuracyRow]) -> list[_Line]:
     lines = []
     if len(mains) == 1:
         others = [key for key in series if key not in mains]
-        lines = [_Line(key[2], series[key], _SERIES[i % len(_SERIES)], False) for i, key in enumerate(others)]
+        lines = [_Line(key[2], series[key], SERIES[i % len(SERIES)], False) for i, key in enumerate(others)]
     for i, key in enumerate(mains):
         judge = short[key[0]]
         name = key[2] if len(mains) == 1 else judge if len(sets) == 1 else f"{judge}, {key[1]}"
-        lines.append(_Line(name, series[key], _ACCENT if i == 0 else _SERIES[(i - 1) % len(_SERIES)], True))
+        lines.append(_Line(name, series[key], ACCENT if i == 0 else SERIES[(i - 1) % len(SERIES)], True))
     return [line._replace(rows=sorted(line.rows, key=lambda row: row["t"])) for line in lines]
 
 
@@ -124,11 +124,11 @@ def training_plot(history: Sequence[Mapping[str, Any]]) -> str:
     """Mean loss against optimiser steps, from a training run's history; "" for fewer than two entries."""
     if len(history) < 2:
         return ""
-    figure, axes = _figure(4.9, 3.5)
+    figure, axes = new_figure(4.9, 3.5)
     steps, loss = [entry["step"] for entry in history], [entry["loss"] for entry in history]
-    axes.plot(steps, loss, color=_ACCENT, linewidth=2.2)
-    axes.set_xlabel("optimiser step", color=_MUTED)
-    return _svg(figure, "Training loss against optimiser steps")
+    axes.plot(steps, loss, color=ACCENT, linewidth=2.2)
+    axes.set_xlabel("optimiser step", color=MUTED)
+    return as_svg(figure, "Training loss against optimiser steps")
 
 
 def cost_plot(rows: Sequence[BestOfNRow]) -> str:
@@ -145,8 +145,8 @@ def cost_plot(rows: Sequence[BestOfNRow]) -> str:
     ]
     if not points:
         return ""
-    figure, axes = _figure(4.9, 4.2 if any(not wording.is_main(point.row) for point in points) else 3.5)
-    axes.axhline(0, color=_MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    figure, axes = new_figure(4.9, 4.2 if any(not wording.is_main(point.row) for point in points) else 3.5)
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     right = max(*(point.cost for point in points), 100.0)
     for several in _curves(points).values():
         line = sorted(several, key=lambda point: point.cost)
@@ -171,17 +171,17 @@ def cost_plot(rows: Sequence[BestOfNRow]) -> str:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
     sizes = "/".join(str(n) for n in sorted({int(point.row["n"]) for point in points}))
-    axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=_MUTED)
+    axes.set_xlabel(f"denoiser work, share of full Best-of-{sizes}", color=MUTED)
     _oracle_axis(axes, points)
     place_labels(figure, axes, labels)
-    return _svg(figure, "Quality of the picked video against denoiser work, by strategy")
+    return as_svg(figure, "Quality of the picked video against denoiser work, by strategy")
 
 
 def _colour(row: BestOfNRow) -> str:
     ours = wording.ours()
     if row["strategy"] in ours and row["judge"] == "prism":
-        return (_ACCENT, *_SERIES[1:])[ours.index(row["strategy"]) % len(_SERIES)]
-    return _INK if wording.role(row) == "reference" else _MUTED
+        return (ACCENT, *SERIES[1:])[ours.index(row["strategy"]) % len(SERIES)]
+    return INK if wording.role(row) == "reference" else MUTED
 
 
 def _curves(points: Sequence[_Point]) -> dict[str, list[_Point]]:
@@ -203,12 +203,12 @@ def _oracle_axis(axes: Axes, points: Sequence[_Point]) -> None:
     edge = axes.secondary_yaxis("right", functions=conversions)
     edge.set_yticks([0, 25, 50, 75, 100])
     edge.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
-    edge.set_ylabel("share of the oracle’s gain", color=_MUTED)
-    edge.tick_params(colors=_MUTED, length=0, pad=4, labelsize=9.5)
+    edge.set_ylabel("share of the oracle’s gain", color=MUTED)
+    edge.tick_params(colors=MUTED, length=0, pad=4, labelsize=9.5)
     edge.spines["right"].set_visible(False)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -219,10 +219,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, length=0, pad=6, labelsize=9.5)
+    axes.tick_params(colors=MUTED, length=0, pad=6, labelsize=9.5)
     return figure, axes
 
 
@@ -302,7 +302,7 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> lis
     return result
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element with the page's width, font and colours, and `title` for screen readers."""
     import matplotlib
 

@@ -16,6 +16,7 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 from prism import files
 from prism.errors import PrismError
 from prism.report import wording
+from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow
 from prism.report.rows import (
     AccuracyRow,
     AttentionRow,
@@ -46,6 +47,10 @@ _OPTIONAL_ROWS = {
     "reliability": ReliabilityRow,
     "biases": BiasRow,
     "swap": SwapRow,
+    "front": ReplayedRow,
+    "plans": ChosenRow,
+    "prune": PruneRow,
+    "sizes": SizeRow,
 }
 
 

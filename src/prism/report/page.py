@@ -25,6 +25,19 @@ from prism.report.rows import AccuracyRow, Agreement, BestOfNRow
 
 
 @dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of a page: plots as SVG elements with their captions, then tables with theirs. `wide`: plots of full
+    width.
+    """
+
+    title: str
+    lead: str = ""
+    plots: Sequence[tuple[str, str]] = ()
+    tables: Sequence[tuple[tables.Table[Any], str]] = ()
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class FilmRow:
     """A video of a page: `frames` (T, H, W, 3) uint8 or float in [0, 1]; `picked` marks the winner."""
 
@@ -55,9 +68,12 @@ def write_report(
     notes: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
     looks: Sequence[FilmStrip] = (),
+    sections: Sequence[Section] = (),
+    cards: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write the page at `path` from a metrics document and film strips. `notes` say what the numbers show and do not
-    show; `looks` are film strips of the query's attention.
+    show; `looks` are film strips of the query's attention; `sections` and `cards` (name, value, text) are a command's
+    own, before all others.
 
     Plots, tables and headline numbers appear if `metrics` holds them. Raises `PrismError` if it breaks the schema.
     """
@@ -70,7 +86,8 @@ def write_report(
         title=title,
         metrics=metrics,
         subtitle=_subtitle(metrics),
-        headlines=headlines(metrics),
+        headlines=[*cards, *headlines(metrics)],
+        sections=sections,
         accuracy_plot=plots.accuracy_plot(near[0] if near else []),
         cost_plot=plots.cost_plot(first[0] if first else []),
         training_plot=plots.training_plot(metrics.get("history", [])),

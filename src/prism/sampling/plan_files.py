@@ -11,16 +11,17 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from prism import files
 from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
 from prism.backbone.fingerprint import fits
 from prism.errors import DRAWS, PrismError, number, quoted, whole
 from prism.judge.scoring import head_digest
-from prism.sampling import planner
+from prism.sampling import looks, planner
 from prism.sampling.plan import Plan, Workload
 from prism.sampling.planner import Run
 from prism.sampling.strategies import STRATEGIES
@@ -174,10 +175,14 @@ def within(budget: float, backbone: Backbone, judge: Any, call: Mapping[str, Any
         content = check(carried, where)
         if min(plan["cost"] for plan in content["plans"]) <= budget + _NEAR:
             return _chosen(content, where, budget)
-    load = Workload.of(backbone, dict(call), 1, getattr(judge, "tap", 0))
+    whole_call = {**normalised(dict(call)), "output_type": "latent"}
+    steps = backbone.steps({**whole_call, **backbone.batch([""], [0], whole_call)})
+    load = Workload.of(backbone, call, 1, getattr(judge, "tap", 0), steps)
+    weights = {"overall": 1.0} if "overall" in judge.dimensions else dict.fromkeys(judge.dimensions, 1.0)
+    load = replace(load, looks=looks.defaults(backbone, judge, weights, steps, looks.DEFAULT_JUDGE_AT))
     why = "which the head carries no plan for" if carried is None else "which is below the plans that the head carries"
     return Filed(
-        planner.largest(load, budget),
+        planner.largest(load, budget, steps),
         f"the default cut with as many candidates as {budget:g} plain samples pay for, {why}",
     )
 
@@ -229,10 +234,7 @@ def _chosen(content: Mapping[str, Any], where: str, budget: float | None) -> Fil
     if budget is None:
         if len(plans) > 1:
             budgets = ", ".join(f"{plan['budget']:g}" for plan in plans)
-            raise PrismError(
-                f"{where[0].upper() + where[1:]} holds plans for the budgets {budgets}; name one, such as "
-                f"budget={plans[0]['budget']:g}."
-            )
+            raise PrismError(f"{where[0].upper() + where[1:]} holds plans for the budgets {budgets}; name a budget.")
         affordable = plans
     else:
         affordable = [plan for plan in plans if plan["cost"] <= budget + _NEAR]

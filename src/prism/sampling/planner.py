@@ -2,7 +2,7 @@
 
 A plan that only reads and drops candidates never changes what one of them would have become. So once every candidate
 was sampled to the end and scored wherever a plan may look, the pick of each such plan is table arithmetic, for any
-subset of the candidates. Plans that change candidates, or sample them otherwise, are not replayed (`NOT_REPLAYED`).
+subset of the candidates. Plans that change candidates, or sample them otherwise, are not replayed (`not_replayed`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from prism.backbone.steps import Steps
 from prism.errors import PrismError
+from prism.sampling.looks import DEFAULT_JUDGE_AT
 from prism.sampling.plan import Plan, Workload
-from prism.sampling.strategies import Early, First, Full
+from prism.sampling.strategies import STRATEGIES, Early, First, Full
 
 MOST_SUBSETS = 200
 """Subsets of the candidates over which a plan of fewer of them is averaged: all of them, or as many at random."""
 KEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Numbers of candidates, and of survivors of a first cut, that are tried."""
-NOT_REPLAYED = {
+UNRECORDED = {
     "draft": "its drafts are other samples than the recorded ones",
-    'early with look="ahead-conditional"': "stores hold what the denoiser predicts with guidance",
-    "strategies that branch, resample or cache": "their candidates part from the recorded ones",
+    "race": "it draws as much noise as it needs",
+    "early, ahead-conditional": "stores hold what the denoiser predicts with guidance",
 }
-"""Plans that no table of recorded scores replays, and why."""
+"""Plans that no table of recorded scores replays, and why; of others, see `not_replayed`."""
 
 
 class Reading(NamedTuple):
@@ -144,6 +146,17 @@ def looking_now(table: Table) -> Iterator[Run]:
             yield Run(n, Early(schedule=cuts, look="now"))
 
 
+def looking_both_ways(table: Table) -> Iterator[Run]:
+    """Early with two cuts, one of which looks ahead, at every level and number of draws that were recorded."""
+    both = [step for step in table.steps("now") if step > 1 and step in table.steps("ahead")]
+    for n in sizes(table.n):
+        for cuts in schedules(n, both):
+            for t, draws in table.levels("ahead").items() if len(cuts) > 1 else ():
+                for num_draws in range(1, draws + 1):
+                    yield Run(n, Early(schedule=cuts, look=("now", "ahead"), judge_at=t, num_draws=num_draws))
+                    yield Run(n, Early(schedule=cuts, look=("ahead", "now"), judge_at=t, num_draws=num_draws))
+
+
 def looking_ahead(table: Table) -> Iterator[Run]:
     """Early, by predicted clean latents, at every level and number of draws that were recorded."""
     for n in sizes(table.n):
@@ -161,8 +174,14 @@ def finished(table: Table) -> Iterator[Run]:
                 yield Run(n, Full(judge_at=t, num_draws=num_draws))
 
 
-GENERATORS: list[Callable[[Table], Iterable[Run]]] = [blind, looking_now, looking_ahead, finished]
+GENERATORS: list[Callable[[Table], Iterable[Run]]] = [blind, looking_now, looking_ahead, looking_both_ways, finished]
 """Every kind of plan that is compared: a further one is a function here, and its scores in `deciding`."""
+
+
+def not_replayed() -> dict[str, str]:
+    """The strategies that judge and cannot be replayed, and why."""
+    judging = [name for name, kind in STRATEGIES.items() if kind.needs_judge() and kind not in (Early, Full)]
+    return {**dict.fromkeys(judging, "its candidates part from the recorded ones"), **UNRECORDED}
 
 
 def candidates(table: Table) -> list[Run]:
@@ -230,10 +249,17 @@ def cost(run: Run, load: Workload) -> float:
     return rows(run, load) / sum(load.calls)
 
 
-def largest(load: Workload, budget: float, most: int = 10_000) -> Run:
-    """The run of the default schedule with the largest number of candidates that fits a budget in plain samples."""
+def largest(load: Workload, budget: float, steps: Steps | None = None, most: int = 10_000) -> Run:
+    """The run of the default cut and look with the largest number of candidates that fits a budget in plain samples.
+
+    steps: those of the call; None: the head's denoiser runs all of them.
+    """
+
+    def run(n: int) -> Run:
+        return Run(n, Early(judge_at=DEFAULT_JUDGE_AT).settled(replace(load, n=n), steps))
+
     low, high = 1, most + 1  # the cost rises with n
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(Run(middle, Early()), load) <= budget + 1e-9 else (low, middle)
-    return Run(low, Early()) if low > 1 else Run(1, First())
+        low, high = (middle, high) if cost(run(middle), load) <= budget + 1e-9 else (low, middle)
+    return run(low) if low > 1 else Run(1, First())
