@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from tests import forks, tiny
 from tests.sampling.conftest import Setting
 from tests.sampling.test_candidates import Branches
 from tests.sampling.test_not_finite import poisoned
+from tests.sampling.test_stopping import reference_of
 from tests.works import works
 
 import prism
 from prism import team as alive
 from prism.errors import PrismError
 from prism.judge import Judge
-from prism.sampling import STRATEGIES
+from prism.sampling import STRATEGIES, Race
 from prism.team import Team
 
 PROMPTS = [tiny.PROMPT, tiny.OTHER_PROMPT, "a cat runs"]
@@ -39,6 +41,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random"},
     "more processes than candidates": {"schedule": [(3, 1)], "n": 1},
     "branches, all of one process": {"strategy": "branches", "top_k": 2},
+    "a race": {"plan": Race(first=2, most_draws=2, each_draws=2), "n": 3},
+    "rounds": {"schedule": [(2, 2)], "top_k": 2, "n": 3, "until": 0.9, "max_n": 6},
 }
 SPOILT: dict[str, dict[str, Any]] = {  # candidates with NaN from the third step on
     "dropped at a cut": {"schedule": [(4, 2)]},
@@ -50,7 +54,9 @@ SPOILT: dict[str, dict[str, Any]] = {  # candidates with NaN from the third step
 
 def subject() -> tuple[Any, Judge, dict[str, Any]]:
     pipe = tiny.wan("unipc")
-    return pipe, Judge.untrained(pipe, tap=2, dim=16), {**tiny.CALL_WAN, "output_type": "latent"}
+    judge = Judge.untrained(pipe, tap=2, dim=16)
+    judge.reference = reference_of(judge, [[1e3] * 4] * 2, [700.0])  # which no video comes near
+    return pipe, judge, {**tiny.CALL_WAN, "output_type": "latent"}
 
 
 def told(result: Any) -> dict[str, Any]:
@@ -59,6 +65,7 @@ def told(result: Any) -> dict[str, Any]:
     return {
         "winners": [pick.seed for pick in result.top],
         "scores": result.scores,
+        "stop": None if result.stop is None else asdict(result.stop),
         "ledger": {name: round(getattr(result.ledger, name), 6) for name in names},
         "kept": sorted(result.candidate_latents or {}),
     }

@@ -42,15 +42,11 @@ def judged(setting: Setting, judge: Judge, seed: int, t: float) -> np.ndarray:
 
 PLANS = {
     "early": Early(schedule=((2, 1),)),
-    "ahead": Early(schedule=((2, 1),), look="ahead", num_draws=1),
     "full": Full(num_draws=1, judge_at=200.0),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [("cogvideox-dpm", "early"), ("wan-unipc", "ahead"), ("wan-unipc", "full")],
-)
+@pytest.mark.parametrize(("name", "plan"), [("cogvideox-dpm", "early"), ("wan-unipc", "full")])
 def test_rounds_add_up_and_the_best_of_them_wins(name: str, plan: str) -> None:
     setting, n = made(name), 2
     judge = referred(setting.judge(2), low=1e3)  # which no video comes near, so that candidates run out
@@ -63,7 +59,7 @@ def test_rounds_add_up_and_the_best_of_them_wins(name: str, plan: str) -> None:
     assert (stop.reached, stop.rounds, stop.t, stop.num_draws, stop.clips) == (False, 2, t, DRAWS, 2)
     assert result.seeds == (0, 1, 2, 3)
     assert [cut["round"] for cut in result.scores] == [1, 2]
-    if plan != "full":  # whose judging noise is the run's; as the cuts' is, where they look ahead
+    if plan == "early":
         assert stop.winners[0]["candidate"] == alone[0].index
     for entry, cut in zip(stop.winners, result.scores):
         assert cut["kept"] == [entry["candidate"]]
