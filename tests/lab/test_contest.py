@@ -78,6 +78,11 @@ def test_scores_that_differ_are_a_bug_and_said_so(contest, monkeypatch):
         contest.run_separately("early", 0)
 
 
+def test_plans_whose_candidates_part_are_refused(contest):
+    with pytest.raises(PrismError, match="candidates of the plan mine part on the way, so that no scores are shared"):
+        Contest(contest.joint, brightness, tiny.PROMPT, SEEDS, {"mine": {"strategy": "fk"}}, tiny.CALL_WAN, seed=4)
+
+
 def test_a_schedule_is_followed_by_hand():
     scores = {2: np.array([0.1, 0.9, 0.5, 0.9]), 4: np.array([9.0, 0.3, 8.0, 0.4])}
     assert pick(((2, 1),), scores) == 1  # of equals the first

@@ -216,8 +216,12 @@ def test_they_are_values_of_the_command_line(wan: Setting, tmp_path: Path) -> No
     models = ["--backbone", str(tmp_path / "backbone"), "--head", str(tmp_path / "head")]
     command = ["sample", "--prompt", tiny.PROMPT, *models, "--strategy", "fk", "--n", "3", "--out"]
     assert cli.main([*command, str(tmp_path / "out")]) == 0
-    (row,) = files.read_json(tmp_path / "out" / "metrics.json")["best_of_n"]
+    metrics = files.read_json(tmp_path / "out" / "metrics.json")
+    (row,) = metrics["best_of_n"]
     assert row["strategy"] == "fk"
     assert wording.how(row).startswith("particles resampled at steps 1, 2, 3, 4, judged at")
-    assert wording.how(row) in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert wording.how(row) in page
+    assert metrics["reproduce"].startswith("pipe(prompt, ")
+    assert bool(metrics["edits"]) == ("edited(" in metrics["reproduce"]) == ("It parted from its seed after" in page)
     assert {"fk", "beam", "evolution", "zero-order", "prune"} <= set(STRATEGIES)

@@ -13,7 +13,7 @@ from prism import files, runs
 from prism.commands import show, speaks
 from prism.commands.budgets import filed_plan, parse_budget
 from prism.commands.options import Adapted, Head, Replacing, option, recorded
-from prism.commands.sampled import NOTES, loser_of, named_cut, refereed, row_of, stopped
+from prism.commands.sampled import loser_of, named_cut, notes_of, refereed, row_of, stopped
 from prism.errors import PrismError, number, quoted, whole
 
 
@@ -112,7 +112,8 @@ class Sample:
             return
         seeds, out = metrics["seeds"], self.output.out
         among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
-        print(f"The winner is seed {seeds[metrics['winner']]}{among}: {out / 'winner.mp4'}")
+        parted = ", parted on the way" if metrics["edits"] else ""
+        print(f"The winner is seed {seeds[metrics['winner']]}{among}{parted}: {out / 'winner.mp4'}")
         if metrics["until"]:
             print(stopped(metrics["until"], metrics["until"]["n"]))
         if metrics["referee_note"]:
@@ -178,6 +179,8 @@ def run(config: Sample) -> dict[str, Any] | None:
             referee_note=sentence,
             cuts=[named_cut(cut, ran.strategy, weights) for cut in result.scores],
             until=None if result.stop is None else {**asdict(result.stop), "n": ran.n},
+            edits=[[edit.step, edit.seed, edit.weight] for edit in result.top[0].edits],
+            reproduce=result.reproduce,
             ledger=result.ledger.to_dict(),
         )
         files.write_json(folder / "metrics.json", metrics)
@@ -201,7 +204,7 @@ def run(config: Sample) -> dict[str, Any] | None:
         strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < len(result.seeds) else "", rows, config.fps)
         title = f"The best of {len(result.seeds)}: {subject}"
         config_written = files.read_json(folder / "config.json")
-        notes = (*(NOTES if judge else ()), *([sentence] if sentence else []))
+        notes = (*(notes_of(result) if judge else ()), *([sentence] if sentence else []))
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
     return metrics
 

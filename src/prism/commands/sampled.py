@@ -19,6 +19,21 @@ NOTES = (
     "and most losers were never finished. The demo and prism eval measure that, over many prompts.",
 )
 
+
+def notes_of(result: Any) -> tuple[str, ...]:
+    """Notes about a run whose candidates were judged."""
+    edits = result.top[0].edits
+    if not edits:
+        return NOTES
+    steps = sorted({edit.step for edit in edits})
+    return (
+        "The winner is the candidate that the judge rates highest at the last cut. It parted from its seed after step "
+        f"{' and '.join(map(str, steps))}, by fresh noise; the stock pipeline gives its video with a callback that "
+        f"adds that noise{': ' + result.reproduce if result.reproduce else ''}.",
+        NOTES[1],
+    )
+
+
 FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are compared with, as in the demo
 
 
