@@ -111,7 +111,7 @@ def test_a_threshold_of_zero_leaves_nothing_out(setting: Setting) -> None:
     options = {"seed": SEED, "batch_size": 1, **setting.call}
     judge = setting.judge(TAP)
     full = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, N, strategy="full", **options)
-    for way in ("first-block:0", "taylorseer:1", "guidance:1"):
+    for way in ("first-block:0", "taylorseer:1") if setting.name == "wan-unipc" else ("first-block:0",):
         draft = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, N, strategy="draft", draft_cache=way, **options)
         assert draft.scores[0]["scores"] == full.scores[0]["scores"]
         assert draft.ledger.denoiser_rows == full.ledger.denoiser_rows
@@ -272,8 +272,8 @@ def test_what_does_not_fit_the_family_is_refused(name: str, way: str, sentence: 
     assert [{module: set(vars(module)) for module in denoiser.modules()} for denoiser in backbone.denoisers] == before
 
 
-def test_refused_before_any_work(wan: Setting) -> None:
-    pipe, judge = tiny.wan("unipc"), wan.judge(TAP)
+def test_refused_before_any_work() -> None:
+    pipe = tiny.wan("unipc")
     judge = prism.Judge.untrained(pipe, tap=TAP, dim=16)
     ran: list[int] = []
     pipe.text_encoder.register_forward_pre_hook(lambda *_: ran.append(1))
