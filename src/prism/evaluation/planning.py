@@ -122,8 +122,8 @@ class Replayed:
 
         The best of a thousand noisy means is mostly luck. What part of the perfect pick's gain a plan gets, among as
         many candidates, hardly differs between plans that differ little; so that part is averaged over neighbours
-        (`_similarity`), and multiplied by the perfect pick's gain. On 120 ShapeWorld prompts, half of them choosing,
-        this chose plans with 1 point more of the oracle's gain on the other half; with 20 choosing, 3 points.
+        (`_similarity`), and multiplied by the perfect pick's gain. With half of 120 ShapeWorld prompts choosing, 200
+        times at random, this chose plans that gain 1.2 points more of the oracle's gain on the other half.
         """
         perfect = np.array([self._perfect[run.n][prompts].mean() for run in self.runs])
         merits = np.zeros(len(self.runs))

@@ -91,7 +91,7 @@ def chosen_table(rows: Sequence[ChosenRow]) -> Table[ChosenRow]:
     return Table(
         [
             Column("budget", lambda row: f"{row['budget']:g}"),
-            Column("plan", lambda row: f"{short(row)}{_judged(row)}", left=True),
+            Column("plan", lambda row: _judged(row), left=True),
             Column("cost", lambda row: f"{row['cost']:.2f}"),
             Column("share", lambda row: wording.percent(row["share"], 0), page="of oracle’s gain", style="bold"),
             Column("95 %\ninterval", lambda row: wording.percent_interval(row["share_ci95"], 0), style="dim"),
@@ -106,9 +106,12 @@ def chosen_table(rows: Sequence[ChosenRow]) -> Table[ChosenRow]:
 
 
 def _judged(row: ReplayedRow) -> str:
-    """The level and draws of a row's look ahead or finished latents: " at 700 × 2"."""
-    level, draws = row["settings"].get("judge_at"), row["settings"].get("num_draws", 1)
-    return "" if level is None else f" at {level:g}" + (f" × {draws}" if draws > 1 else "")
+    """A row's plan in few words, with the level and draws of what is re-noised: "3 seeds, 4:1 ahead at 700 × 2"."""
+    level, draws, words = row["settings"].get("judge_at"), row["settings"].get("num_draws", 1), short(row)
+    if level is None:
+        return words
+    at = f" at {level:g}" + (f" × {draws}" if draws > 1 else "")
+    return words.replace(" ahead", f" ahead{at}") if " ahead" in words else words + at
 
 
 def front_table(rows: Sequence[ReplayedRow]) -> Table[ReplayedRow]:
