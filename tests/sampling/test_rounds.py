@@ -116,7 +116,8 @@ def test_the_clips_of_the_prompt_are_what_it_is_compared_with(wan: Setting) -> N
     judge = wan.judge(2)
     scores = np.array([[-1e3] * 4] * 4 + [[1e3] * 4])
     keys = (prompt_key(tiny.PROMPT),) * 4 + ("key",)
-    judge.reference = Reference((650.0,), judge.dimensions, scores[None], scores[None] * 0, keys, {"num_draws": 1})
+    facts = {"num_draws": 1, "between_prompts": {"650": {"overall": 0.8}}}  # not warned of: the prompt has its own
+    judge.reference = Reference((650.0,), judge.dimensions, scores[None], scores[None] * 0, keys, facts)
     stop = prism.best_of_n(wan.pipe, judge, tiny.PROMPT, n=1, until=0.9, strategy="none", **wan.call).stop
     assert (stop.reached, stop.rounds, stop.clips, stop.same_prompt) == (True, 1, 4, True)
     assert stop.probability == pytest.approx(1)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from prism.errors import PrismError, whole
-from prism.judge.reference import Reference
 from prism.sampling.arguments import MAX_N, ranking, seed_of
 from prism.sampling.plan import Candidate
 from prism.sampling.search import Search
@@ -87,7 +86,7 @@ class Until:
         (by,) = weights
         most = max(1, min(most, MAX_N // n))
         seed_of(first[0] + most * n - 1)
-        _reference(judge, by, None)
+        reference_of(judge, "until", by, None, warns=False)  # each prompt's own warning comes with its run
         return cls(until, most, by)
 
     def draw(self, search: Search, find: Find, within_memory: WithinMemory) -> tuple[list[Candidate], Stop]:
@@ -103,7 +102,10 @@ class Until:
             within_memory: carries a function of a search out, anew with smaller batches where memory runs out.
         """
         n, seed, judge = len(search.candidates), search.candidates[0].seed, search.judge
-        reference, column = _reference(judge, self.by, search.prompt or None), judge.dimensions.index(self.by)
+        reference, column = (
+            reference_of(judge, "until", self.by, search.prompt or None),
+            judge.dimensions.index(self.by),
+        )
         t = min(reference.levels, key=lambda level: (abs(level - self.judge_at), level))
         num_draws = int(reference.facts.get("num_draws") or 1)
         best: list[Candidate] = []
@@ -139,10 +141,6 @@ class Until:
             same_prompt=reference is not judge.reference,
             winners=tuple(winners.values()),
         )
-
-
-def _reference(judge: Any, by: str, prompt: str | None) -> Reference:
-    return reference_of(judge, "until", by, prompt)
 
 
 def _anew(search: Search, candidates: tuple[Candidate, ...]) -> Search:

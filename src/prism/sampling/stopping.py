@@ -139,11 +139,12 @@ def probability(name: str, value: Any) -> float:
     return checked
 
 
-def reference_of(judge: Any, what: str, by: str, prompt: str | None) -> Reference:
+def reference_of(judge: Any, what: str, by: str, prompt: str | None, warns: bool = True) -> Reference:
     """The clips of the judge's reference that the option `what` compares a prompt's videos with: those of the prompt
     where there are enough, otherwise all.
 
-    Warns where these tell the prompts apart more than the videos of one, as heads that are trained within prompts do.
+    Warns, unless `warns` is false, where these tell the prompts apart more than the videos of one, as heads that are
+    trained within prompts do.
     """
     reference = getattr(judge, "reference", None)
     if not isinstance(reference, Reference):
@@ -154,7 +155,7 @@ def reference_of(judge: Any, what: str, by: str, prompt: str | None) -> Referenc
     part = reference if prompt is None else reference.of_prompt(prompt)
     shares = [(each or {}).get(by) for each in (reference.facts.get("between_prompts") or {}).values()]
     share = max((each for each in shares if each is not None), default=0.0)
-    if part is reference and share > HALF:
+    if warns and part is reference and share > HALF:
         named = "" if prompt is None else f" of the prompt {quoted(repr(prompt), 60)}"
         warnings.warn(
             f"The judge's reference has fewer than {ENOUGH} clips{named} to compare with, and {share:.0%} of the "
