@@ -171,7 +171,7 @@ def test_a_budget_takes_the_heads_plans_and_else_the_default_cut(wan: Setting, t
     assert found.sentence() == f"{expected}schedule 3:1."
     below = plan_files.within(1, carried.backbone, carried, wan.call)
     assert (below.run, below.document) == (Run(1, First()), None)
-    assert "below the plans that the head carries" in below.sentence()
+    assert below.sentence().startswith("All plans that the head carries cost more: the default cut, with as many")
     assert len(plan_files.opened(tmp_path / "head").document["plans"]) == 1  # type: ignore[union-attr, index]
     judge.plans = None
     judge.save_pretrained(tmp_path / "head", overwrite=True)  # the file of plans goes with the old head

@@ -37,8 +37,8 @@ _NEAR = 1e-9
 class Filed:
     """A plan that was read or made for a budget.
 
-    where: where it comes from, in words. budget: the one it was measured for; None where it was not. document: the
-    whole file; None where it comes from none.
+    where: where it comes from, in words; a sentence where that is no file. budget: the one it was measured for; None
+    where it was not. document: the whole file; None where it comes from none.
     """
 
     run: Run
@@ -52,8 +52,10 @@ class Filed:
         defaults = settings_of(type(plan)())
         told = {name: value for name, value in settings_of(plan).items() if value != defaults[name]}
         words = [f"{n} candidate{'s' if n > 1 else ''}", plan.strategy, *(f"{k} {_shown(v)}" for k, v in told.items())]
-        budget = "" if self.budget is None else f" for a budget of {self.budget:g} plain samples"
-        return f"The plan{budget}, from {self.where}: {', '.join(words)}."
+        start = self.where
+        if self.budget is not None:
+            start = f"The plan for a budget of {self.budget:g} plain samples, from {self.where}"
+        return f"{start}: {', '.join(words)}."
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -180,11 +182,9 @@ def within(budget: float, backbone: Backbone, judge: Any, call: Mapping[str, Any
     load = Workload.of(backbone, call, 1, getattr(judge, "tap", 0), steps)
     weights = {"overall": 1.0} if "overall" in judge.dimensions else dict.fromkeys(judge.dimensions, 1.0)
     load = replace(load, looks=looks.defaults(backbone, judge, weights, steps, looks.DEFAULT_JUDGE_AT))
-    why = "which the head carries no plan for" if carried is None else "which is below the plans that the head carries"
-    return Filed(
-        planner.largest(load, budget, steps),
-        f"the default cut with as many candidates as {budget:g} plain samples pay for, {why}",
-    )
+    why = "The head carries no plans" if carried is None else "All plans that the head carries cost more"
+    where = f"{why}: the default cut, with as many candidates as {budget:g} plain samples pay for"
+    return Filed(planner.largest(load, budget, steps), where)
 
 
 def checked_budget(budget: Any) -> float:
