@@ -13,7 +13,7 @@ from prism import files, runs
 from prism.commands import show, speaks
 from prism.commands.budgets import filed_plan, parse_budget
 from prism.commands.options import Adapted, Head, Replacing, option, recorded
-from prism.commands.sampled import loser_of, named_cut, notes_of, refereed, row_of, stopped
+from prism.commands.sampled import loser_of, named_cut, notes_of, preview_strips, refereed, row_of, stopped
 from prism.errors import PrismError, number, quoted, whole
 
 
@@ -97,6 +97,8 @@ class Sample:
     """How many of the best to finish: winner-2.mp4, ..."""
     fps: float = 8.0
     """Frames per second of the mp4, 0.1 to 240."""
+    previews: bool = False
+    """Decode and show in the report what the denoiser predicts of every candidate at cuts that look ahead."""
     models: Sampling = Sampling()
     call: Call = Call()
 
@@ -205,7 +207,8 @@ def run(config: Sample) -> dict[str, Any] | None:
         title = f"The best of {len(result.seeds)}: {subject}"
         config_written = files.read_json(folder / "config.json")
         notes = (*(notes_of(result) if judge else ()), *([sentence] if sentence else []))
-        write_report(folder / "report.html", metrics, [strip], title, notes, config_written)
+        shown = preview_strips(result, metrics["cuts"], config.fps)
+        write_report(folder / "report.html", metrics, [strip], title, notes, config_written, previews=shown)
     return metrics
 
 
@@ -256,6 +259,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         batch_size=config.batch_size,
         top_k=config.top_k,
         select_by=weights,
+        previews=config.previews,
         distribute=distribute,
         progress=True,
         **settings,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
     from prism.commands.sample import Sample
-    from prism.report.page import FilmRow
+    from prism.report.page import FilmRow, FilmStrip
     from prism.report.rows import BestOfNRow, CutRow
 
 NOTES = (
@@ -116,6 +116,39 @@ def loser_of(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mappi
     measured, _ = refereed(video, prompt)
     note = f"seed {seed}, judge {wording.signed(scores[str(last)])}"
     return [FilmRow("rated lowest", video, note + (f", referee {measured['overall']:.2f}" if measured else ""))]
+
+
+SHOWN = 24  # candidates of a cut on the page
+
+
+def preview_strips(result: Any, cuts: Sequence[CutRow], fps: float) -> list[FilmStrip]:
+    """A strip per cut that has previews: its candidates by score, those that were kept marked.
+
+    cuts: the rows "cuts" of metrics.json.
+    """
+    from prism.report import wording
+    from prism.report.page import FilmRow, FilmStrip
+
+    strips = []
+    for cut in cuts:
+        videos = (result.previews or {}).get(cut["step"], {})
+        ranked = sorted(cut["scores"], key=lambda candidate: -cut["scores"][candidate])
+        clips = [
+            FilmRow(
+                f"seed {result.seeds[int(candidate)]}",
+                videos[int(candidate)],
+                f"judge {wording.signed(cut['scores'][candidate])}",
+                picked=int(candidate) in cut["kept"],
+            )
+            for candidate in ranked[:SHOWN]
+            if int(candidate) in videos
+        ]
+        if clips:
+            kept = sum(clip.picked for clip in clips)
+            more = f" The best {SHOWN} are shown." if len(ranked) > SHOWN else ""
+            caption = f"{len(ranked)} candidates, the highest score first; outlined: the {kept} that went on.{more}"
+            strips.append(FilmStrip(f"{cut['name'][0].upper()}{cut['name'][1:]}", (), caption, clips, fps))
+    return strips
 
 
 def refereed(video: np.ndarray, prompt: str | None) -> tuple[dict[str, float] | None, str]:

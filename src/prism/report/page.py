@@ -70,10 +70,11 @@ def write_report(
     looks: Sequence[FilmStrip] = (),
     sections: Sequence[Section] = (),
     cards: Sequence[Mapping[str, str]] = (),
+    previews: Sequence[FilmStrip] = (),
 ) -> None:
     """Write the page at `path` from a metrics document and film strips. `notes` say what the numbers show and do not
     show; `looks` are film strips of the query's attention; `sections` and `cards` (name, value, text) are a command's
-    own, before all others.
+    own, before all others; `previews` are the candidates' predicted videos at cuts.
 
     Plots, tables and headline numbers appear if `metrics` holds them. Raises `PrismError` if it breaks the schema.
     """
@@ -109,6 +110,7 @@ def write_report(
         study=wording.by_question(metrics.get("study", [])),
         confirmed=[row for row in metrics.get("confirmed", []) if row["dimension"] == "overall"],
         looks=[_embedded(strip) for strip in looks],
+        previews=[_embedded(strip) for strip in previews],
         measured=any(row["referee_gain"] is not None for row in picks),
         strips=[_embedded(strip) for strip in figures],
         beside=metrics.get("beside"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from prism.sampling import arguments, plan_files
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
+from prism.sampling.previews import Previews
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.rounds import Stop, Until
@@ -61,6 +63,8 @@ class BestOfNResult:
         entry says its "look".
     ledger: the cost of the run.
     candidate_latents: with keep_latents, the final latents of all candidates that were sampled to the end, by index.
+    previews: with previews, at each step of a cut that looks ahead the predicted video of each candidate there, kept or
+        dropped: {step: {index: (T, H, W, 3) uint8}}.
     reproduce: the line of Python that gives the best video again. It is a plain call of the pipeline, or a call of this
         function if the pipeline gives its scheduler no generator for noise (few-step samplers). It is "" if that noise
         comes from torch's global generator, and for an edited winner of such a pipeline or of a call with a callback.
@@ -74,6 +78,7 @@ class BestOfNResult:
     candidate_latents: dict[int, Tensor] | None = None
     reproduce: str = ""
     stop: Stop | None = None
+    previews: dict[int, dict[int, np.ndarray]] | None = None
 
     def __repr__(self) -> str:
         more = f" and {len(self.top) - 1} more" if len(self.top) > 1 else ""
@@ -136,6 +141,7 @@ def best_of_n(
     num_draws: int = 2,
     oracle: Callable[[Any, Any], Any] | None = None,
     keep_latents: bool = False,
+    previews: bool = False,
     distribute: Literal["candidates", "prompts"] | None = None,
     progress: bool = False,
     **call: Any,
@@ -190,6 +196,8 @@ def best_of_n(
             video (T, H, W, 3) float32 in [0, 1]. With `oracle.batched = True` it is given `batch_size` videos
             (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
         keep_latents: also return the final latents of every candidate that was sampled to the end.
+        previews: at each cut that looks ahead, decode the video that the denoiser predicts of every candidate; see
+            `result.previews`. Each is a VAE decode more.
         distribute: under `torchrun` or `accelerate launch`, the work that processes divide: the candidates of each
             prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
             the same results, tensors in host memory. None: each process for itself.
@@ -234,6 +242,7 @@ def best_of_n(
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
+    previews = flag("previews", previews)
     arguments.check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
     if budget is not None and filed is None:
@@ -261,23 +270,27 @@ def best_of_n(
         chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
     settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
     settled = settled.checked(len(candidate_seeds), top_k, num_steps, call).fitted(backbone)
-    shared = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
+    shared: dict[str, Any] = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
     shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
     if rule is not None:
         level = getattr(settled, "judge_at", None) or arguments.judge_at_of(
             judge_at, DEFAULT_JUDGE_AT, backbone.t_range
         )
         rule = replace(rule, judge_at=level, keep_latents=keep_latents)
-    team.same(shared | {"until": until, "max_n": max_n, "top_k": top_k, "weights": options["weights"]} | call)
+    shared |= {"until": until, "max_n": max_n, "top_k": top_k, "weights": options["weights"], "previews": previews}
+    team.same(shared | call)
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
-        search = Search(prompt=text, call=calls[number], team=among, **options)
+        shown = Previews() if previews else None
+        search = Search(prompt=text, call=calls[number], team=among, previews=shown, **options)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
             def find(search: Search) -> list[Candidate]:
                 ready = search.settle(settled)
+                if search.previews is not None:
+                    search.previews.check(ready)
                 bar.reset(total=ready.rows(search.load) / among.size)
                 return ready.winners(search)
 
@@ -335,6 +348,7 @@ def _run(
             search.call.get("callback_on_step_end") is not None,
         ),
         stop=stop,
+        previews=None if search.previews is None else search.previews.gathered(search.team),
     )
 
 

@@ -15,6 +15,7 @@ from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import tensor_of
 from prism.backbone.prediction import Prediction, is_handed
 from prism.backbone.wrapping import StopCall
+from prism.errors import PrismError
 from prism.sampling.plan import Candidate
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, arguments_of_step
@@ -24,7 +25,8 @@ class Predictor(Interceptor):
     """A stock call of several candidates, and the clean latents that their denoiser predicts at some steps.
 
     predicted: by step, (len(candidates), ...), as final latents are. states: by step, the same of the latents that the
-    denoiser took there. levels: by step, their noise level in [0, 1000].
+    denoiser took there. levels: by step, their noise level in [0, 1000]. grid: (T, H, W) in tokens, if latents are
+    packed.
 
     Args:
         steps: the scheduler's steps, from 1.
@@ -53,12 +55,22 @@ class Predictor(Interceptor):
         self.states: dict[int, Tensor] = {}
         self.levels: dict[int, float] = {}
         self.predicted: dict[int, Tensor] = {}
+        self.grid: layout.Grid | None = None
         self._arguments: Mapping[str, Any] = {}  # of the conditional pass at that step
         self._conditional: Any = None  # the denoiser's output at a step that `is_alone`
 
     def is_alone(self) -> bool:
         """True at a step whose unconditional pass is not computed."""
         return self.step == self.alone
+
+    def at(self, step: int) -> Tensor:
+        """The clean latents predicted at a step. Raises PrismError if the pipeline's scheduler made no such step."""
+        if step not in self.predicted:
+            raise PrismError(
+                f"{type(self.backbone.pipe).__name__} made {self.last} steps, none of which told what its denoiser "
+                f'predicts at step {step}; take look="now".'
+            )
+        return self.predicted[step]
 
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         alone = self.is_alone()
@@ -77,6 +89,7 @@ class Predictor(Interceptor):
         if self.index == 1 and self.step in self.steps:
             self.states[self.step] = noisy_latents(call, candidates).detach().clone()
             self._arguments = dict(call.arguments)
+            self.grid = call.grid() if layout.is_packed(call.family.layout) else None
             self.levels[self.step] = call.t(self.backbone.pipe.scheduler)
         return output
 

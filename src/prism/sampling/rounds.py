@@ -162,6 +162,8 @@ def _finals(part: Search, find: Find, t: float, num_draws: int) -> dict[Candidat
 def _take(search: Search, part: Search, best: Sequence[Candidate], number: int, keep_latents: bool) -> None:
     """Put a round's cuts into the run's search, and what finishing needs of the best so far; let go of the rest."""
     search.scores += [{**cut, "round": number} for cut in part.scores]
+    if search.previews is not None and part.previews is not None:
+        search.previews.take(part.previews)
     for name in ("recordings", "owners", "latents"):
         merged = {**getattr(search, name), **getattr(part, name)}
         every = keep_latents and name == "latents"

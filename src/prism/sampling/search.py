@@ -17,6 +17,7 @@ from prism.errors import PrismError
 from prism.sampling import edits, looks
 from prism.sampling.lookahead import Predictor
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind, weighted
+from prism.sampling.previews import Previews
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, OnCut
 from prism.team import Team, merged
@@ -46,6 +47,7 @@ class Search:
     owners: dict[Candidate, int] = field(default_factory=dict)  # the rank of each candidate's process
     reserve: list[Candidate] = field(default_factory=list)  # ranked, to replace winners whose latents are not finite
     state: str = ""  # `state_of` the denoisers before sampling, if there is a callback to change it
+    previews: Previews | None = None  # where predicted clean latents are decoded
     noise: set[str] = field(default_factory=set)  # sources of the winners' noise, see `Interceptor.noise`
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ class Search:
         self.scores.clear()
         self.latents.clear()
         self.reserve.clear()
+        self.previews = None if self.previews is None else Previews()
 
     def settle(self, plan: Plan) -> Plan:
         """The plan with its cuts settled against the steps that the call makes; sets `load`.
@@ -180,11 +183,11 @@ class Search:
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
 
     def run_to_cut(
-        self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool], look: str | None = None
+        self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool]
     ) -> list[Candidate]:
         """The best `keep` of the candidates at a cut, best first; each batch in a call of its own that ends there.
 
-        probed: by step, True if the scores are read by a probe, see `cut_rows`. look: for the record.
+        probed: by step, True if the scores are read by a probe, see `cut_rows`.
         """
         scores: dict[Candidate, Sequence[float]] = {}
         levels: list[float] = []
@@ -200,14 +203,10 @@ class Search:
 
         parts = self.team.agree(sample)
         level = next(t for _, part in parts for t in part)
-        return self.rank(step, level, merged(part for part, _ in parts), keep, candidates, look=look)
+        return self.rank(step, level, merged(part for part, _ in parts), keep, candidates)
 
     def run_through_cuts(
-        self,
-        candidates: list[Candidate],
-        cuts: Sequence[tuple[int, int]],
-        probed: Mapping[int, bool],
-        look: str | None = None,
+        self, candidates: list[Candidate], cuts: Sequence[tuple[int, int]], probed: Mapping[int, bool]
     ) -> list[Candidate]:
         """The survivors of all cuts (step, keep), in one call of all the candidates that ends at the last cut."""
         keeps, last, survivors = dict(cuts), cuts[-1][0], candidates
@@ -216,7 +215,7 @@ class Search:
             step: int, t: float, living: list[Candidate], tokens: Tokens, finite: Tensor
         ) -> list[Candidate] | None:
             nonlocal survivors
-            survivors = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living, look=look)
+            survivors = self.rank(step, t, self.score(t, living, tokens, finite), keeps[step], living)
             return None if step == last else survivors
 
         self._run_until(candidates, {step: probed[step] for step in keeps}, on_cut)
@@ -249,14 +248,11 @@ class Search:
         for chunk in self.chunks(candidates):
             predictor = Predictor(self.backbone, chunk, self.recordings, [step], conditional=conditional)
             predictor.run(self.batch_call(chunk, output_type="latent"))
-            clean = predictor.predicted.get(step)
-            if clean is None:
-                raise PrismError(
-                    f"{type(self.backbone.pipe).__name__} made {predictor.last} steps, none of which told what its "
-                    f'denoiser predicts at step {step}; take look="now".'
-                )
-            fine = self.finite(chunk, clean.flatten(1).isfinite().all(1))
-            predicted |= {candidate: row for candidate, row in zip(chunk, clean) if candidate in fine}
+            fine = self.finite(chunk, (clean := predictor.at(step)).flatten(1).isfinite().all(1))
+            found = {candidate: row for candidate, row in zip(chunk, clean) if candidate in fine}
+            if self.previews is not None:
+                self.previews.add(self.backbone, self.call, step, found, predictor.grid)
+            predicted |= found
         return predicted
 
     def judge_clean(

@@ -153,17 +153,19 @@ class Early(JudgedClean):
         alive, cuts = list(search.candidates), list(self.cuts(search.load))
         ahead = list(self._looks(search.load))
         probed = {step: probe for (step, _), (_, probe) in zip(cuts, self.reads(search.load))}
-        said = "now" if self.predicts() else None
         while cuts:
             look, (step, keep) = ahead[0], cuts[0]
             if look != "now":
                 scores = self.ahead(search, alive, step, look == "ahead-conditional")
                 alive = search.rank(step, self.level, scores, keep, alive, look=look)
             elif search.team.alone and len(alive) <= search.batch_size and set(ahead) == {"now"}:
-                return search.run_through_cuts(sorted(alive), cuts, probed, said)
+                alive = search.run_through_cuts(sorted(alive), cuts, probed)
+                break
             else:
-                alive = search.run_to_cut(alive, step, keep, probed, said)
+                alive = search.run_to_cut(alive, step, keep, probed)
             del cuts[0], ahead[0]
+        for cut in search.scores if self.predicts() else ():
+            cut.setdefault("look", "now")
         return alive
 
     def _looks(self, load: Workload) -> tuple[Look, ...]:

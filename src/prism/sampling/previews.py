@@ -1,0 +1,77 @@
+"""Previews: the video that the denoiser predicts of each candidate at a cut that looks ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism.backbone import Backbone
+from prism.backbone.layout import Grid
+from prism.errors import PrismError
+from prism.sampling.plan import Candidate, Plan
+from prism.team import Team, merged
+
+
+@dataclass
+class Previews:
+    """The previews of a search, each decoded as soon as its candidate was looked at.
+
+    videos: by step, by candidate of this process, (T, H, W, 3) uint8.
+    """
+
+    videos: dict[int, dict[Candidate, np.ndarray]] = field(default_factory=dict)
+
+    def check(self, plan: Plan) -> None:
+        """Raise PrismError for a settled plan without a cut that looks ahead, of which there is nothing to preview."""
+        if not plan.predicts():
+            raise PrismError(
+                "Previews are the videos that the denoiser predicts at cuts that look ahead, and this run has none; "
+                'take look="ahead" (--look ahead), or leave previews out.'
+            )
+
+    def add(
+        self,
+        backbone: Backbone,
+        call: Mapping[str, Any],
+        step: int,
+        predicted: Mapping[Candidate, Tensor],
+        grid: Grid | None,
+    ) -> None:
+        """Decode predicted clean latents (...) by candidate, one at a time, as the pipeline decodes final ones.
+
+        call: the pipeline's arguments. grid: (T, H, W) in tokens, where latents are packed.
+        """
+        frames = call.get("num_frames", backbone.default("num_frames"))
+        with backbone.freed():
+            for candidate, latents in predicted.items():
+                video = backbone.decode(latents[None], grid, frames)[0]
+                self.videos.setdefault(step, {})[candidate] = _bytes(video)
+
+    def take(self, others: Previews) -> None:
+        """Add the previews of another search."""
+        for step, videos in others.videos.items():
+            self.videos.setdefault(step, {}).update(videos)
+
+    def gathered(self, team: Team) -> dict[int, dict[int, np.ndarray]]:
+        """The previews of all processes by step and candidate's index, (T, H, W, 3) uint8.
+
+        Of branched candidates with one index the first is taken.
+        """
+        parts = team.agree(lambda: self.videos)
+        steps: Sequence[int] = sorted({step for part in parts for step in part})
+        every = {step: merged(part.get(step, {}) for part in parts) for step in steps}
+        return {
+            step: {candidate.index: videos[candidate] for candidate in sorted(videos, reverse=True)}
+            for step, videos in every.items()
+        }
+
+
+def _bytes(video: Tensor) -> np.ndarray:
+    """A video (T, H, W, 3) in [0, 1] as bytes; what a VAE overflows to becomes black or white."""
+    pixels: np.ndarray = (torch.nan_to_num(video.float()).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return pixels
