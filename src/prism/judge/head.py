@@ -116,14 +116,24 @@ class QueryHead(nn.Module):
             return self.of_read(pooling.read(self.queries(), visual, text, text_mask, self.chunk_size))
 
     def queries(self) -> Tensor:
-        """The rows, (R, width) float32, with which ``prism.judge.pooling.read`` reads the tokens.
+        """The rows with which ``prism.judge.pooling.read`` reads the tokens: one per query and attention head.
 
-        R is num_queries * num_heads, or 1 for the ablations: a row of zeros attends to all tokens equally.
+        The ablations have a single row of zeros, which attends to all tokens equally.
+
+        Returns:
+            (R, width) float32.
         """
         return self._folded() if self.aggregation == "query" else torch.zeros(1, self.width, device=self.device)
 
     def of_read(self, sums: Tensor) -> Tensor:
-        """Scores (B, num_dimensions) float32 from what the ``queries`` read, (B, R, width)."""
+        """Scores from what the ``queries`` read.
+
+        Args:
+            sums: (B, R, width).
+
+        Returns:
+            (B, num_dimensions) float32.
+        """
         if self.aggregation == "linear":
             scores: Tensor = self.probe(sums[:, 0])
         else:
@@ -198,11 +208,16 @@ class Member:
 
 
 def scores_of(members: Sequence[Member], tokens: Any) -> Tensor:
-    """Scores of each member's head, moved to where the tokens are: (members, B, num_dimensions) float32.
+    """Scores of each member's head, which is moved to where the tokens are.
 
-    Heads after one block read its tokens together, in the pass that one head alone would take.
+    Heads after one block read its tokens together, in the pass that one head alone would take. A head that is alone
+    there is called as a module, hooks and all.
 
-    tokens: `prism.backbone.Tokens`, tapped after the members' blocks.
+    Args:
+        tokens: `prism.backbone.Tokens`, tapped after the members' blocks.
+
+    Returns:
+        (members, B, num_dimensions) float32.
     """
     readers: dict[Any, list[int]] = {}
     for number, member in enumerate(members):
@@ -211,6 +226,9 @@ def scores_of(members: Sequence[Member], tokens: Any) -> Tensor:
     scores: list[Tensor] = [tokens.visual] * len(members)
     with torch.autocast(tokens.visual.device.type, enabled=False):
         for (tap, chunk_size), numbers in readers.items():
+            if len(numbers) == 1:
+                scores[numbers[0]] = members[numbers[0]].head(tokens.after(tap), tokens.text, tokens.text_mask)
+                continue
             queries = [members[number].head.queries() for number in numbers]
             sums = pooling.read(torch.cat(queries), tokens.after(tap), tokens.text, tokens.text_mask, chunk_size)
             for number, part in zip(numbers, sums.split([len(rows) for rows in queries], 1)):

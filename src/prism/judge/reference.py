@@ -83,8 +83,10 @@ class Reference:
         return replace(self, levels=(t,), scores=scores[None], errors=errors[None])
 
     def draw_errors(self) -> np.ndarray:
-        """(levels, num_dimensions) float64: the standard deviation of one noise draw's score of a clip, by the mean
-        variance over the clips; 0 where the reference has one draw per clip.
+        """Standard deviations of one noise draw's score of a clip, by the mean variance over the clips.
+
+        Returns:
+            (levels, num_dimensions) float64, 0 where the reference has one draw per clip.
         """
         draws = float(self.facts.get("num_draws") or 1)
         variances = np.nan_to_num(self.errors**2 * draws).mean(1)
