@@ -81,7 +81,7 @@ class Contest:
             if plan.parts_at(Workload(self.n, (1,) * self._steps)):
                 raise PrismError(
                     f"The candidates of the plan {quoted(name, 60)} part on the way, so that no scores are shared with "
-                    "other plans; leave it out of a contest (benchmarks/searches.py compares it)."
+                    "other plans; leave it out of a contest (benchmarks/contest.py compares it)."
                 )
         judging_finished = [plans[name] for name, plan in self._plans.items() if plan.looks_at == "finished"]
         arguments: Mapping[str, Any] = judging_finished[0] if judging_finished else {"strategy": Full.strategy}
