@@ -136,9 +136,18 @@ def made(prompt: str, plan: float, full: float, rival: float) -> dict[str, Any]:
 
 def test_the_summary_against_figures_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [made(f"{index}", 0.5, 0.3 + 0.01 * (index % 2), 0.75) for index in range(12)]
-    late = {**lines[0], "runs": [{**lines[0]["runs"][0], "arm": "late"}, {**lines[0]["runs"][0], "rows": 99.0}]}
+    late = {  # with another seed, whose candidates are all better by 5
+        **lines[0],
+        "seeds": [7],
+        "values": [[value + 5 for value in lines[0]["values"][0]]],
+        "runs": [
+            {**lines[0]["runs"][0], "arm": "late", "values": [6.5]},
+            {**lines[0]["runs"][0], "rows": 99.0},
+        ],
+    }
     rows = {row["arm"]: row for row in matched_results.rows([*lines, late], 10.0)}
     assert rows["late"]["prompts"] == 1
+    assert rows["late"]["share"] == pytest.approx(0.5)
     assert rows[PLANNED]["denoiser_rows"] == 20  # a run that is there already stays
     rival = rows["rival"]
     assert (rival["prompts"], rival["n"], rival["cost"]) == (12, 2, 2.0)

@@ -18,12 +18,16 @@ Line = Mapping[str, Any]
 
 
 def merged(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """One line per prompt, in order; runs that were added later are put to those of the first line of their prompt."""
+    """One line per prompt, in order; runs that were added later are put to those of the first line of their prompt.
+
+    To each run its "gains" by seed are added, over the mean of its own line's candidates: lines may have other seeds.
+    """
     by_prompt: dict[str, dict[str, Any]] = {}
     for line in lines:
-        first = by_prompt.setdefault(line["prompt"], {**line, "runs": []})
+        first, mean = by_prompt.setdefault(line["prompt"], {**line, "runs": []}), np.array(line["values"]).mean(1)
         present = {(run["arm"], run["budget"]) for run in first["runs"]}
-        first["runs"] = [*first["runs"], *(run for run in line["runs"] if (run["arm"], run["budget"]) not in present)]
+        new = [run for run in line["runs"] if (run["arm"], run["budget"]) not in present]
+        first["runs"] = [*first["runs"], *({**run, "gains": np.array(run["values"]) - mean} for run in new)]
     return list(by_prompt.values())
 
 
@@ -38,19 +42,14 @@ def rows(lines: Sequence[Line], sample: float, seed: int = 0) -> list[MatchedRow
     """
     table: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
     oracle: dict[str, float] = {}
-    mean: dict[str, np.ndarray] = {}
     spread: dict[str, float] = {}
     for line in merged(lines):
         values, prompt = np.array(line["values"]), line["prompt"]
-        mean[prompt] = values.mean(1)
         oracle[prompt] = float((values.max(1) - values.mean(1)).mean())
         spread[prompt] = line["apart"]
         for run in line["runs"]:
             table.setdefault((run["arm"], run["budget"]), {})[prompt] = run
-    gains = {
-        key: {prompt: float((np.array(run["values"]) - mean[prompt]).mean()) for prompt, run in runs.items()}
-        for key, runs in table.items()
-    }
+    gains = {key: {prompt: float(run["gains"].mean()) for prompt, run in runs.items()} for key, runs in table.items()}
 
     def share(by_prompt: Mapping[str, float]) -> tuple[float, list[float] | None]:
         prompts = list(by_prompt)
