@@ -48,7 +48,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = read(options.out)
     backbone, call, name = load_backbone()
     if options.schedule != "plain":
         call = {**call, "num_inference_steps": 4}
@@ -63,6 +63,16 @@ def main() -> None:
         done += play(options, judge, call, taken, done)
     rows = matched_results.rows(done, cost_of_one(judge, call))
     write(options.out, rows, describe(backbone, name), options.seed)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; one that a kill left unfinished is cut off."""
+    if not path.exists():
+        return []
+    whole, end, _ = path.read_bytes().rpartition(b"\n")
+    with path.open("r+b") as file:
+        file.truncate(len(whole) + len(end))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def cost_of_one(judge: Any, call: dict[str, Any]) -> float:
@@ -96,14 +106,13 @@ def write(out: Path, rows: list[Any], backbone: Any, seed: int) -> None:
     verdicts = matched_results.verdicts(rows)
     tables = matched_page.by_arm(rows), matched_page.details(rows)
     same, compared = (sum(row[key] for row in rows) for key in ("same_pick", "compared"))
-    text = "\n\n".join(
-        [
-            f"{max(row['prompts'] for row in rows)} prompts, seed {seed}.",
-            *(f"{table.markdown()}\n\n{table.caption}" for table in tables),
-            "\n".join(f"- {sentence}" for sentence in verdicts),
-            f"Of {compared} runs by themselves, {same} pick what the shared runs say.",
-        ]
-    )
+    parts = [
+        f"{max(row['prompts'] for row in rows)} prompts, seed {seed}.",
+        *(f"{table.markdown()}\n\n{table.caption}" for table in tables),
+        "\n".join(f"- {sentence}" for sentence in verdicts),
+        *([f"Of {compared} runs by themselves, {same} pick what the shared runs say."] if compared else []),
+    ]
+    text = "\n\n".join(parts)
     out.with_suffix(".md").write_text(text + "\n")
     print(text)
     metrics = document("demo", backbone, seed)
