@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: help demo test check golden lowest dist upstream clean
 
 help:
-	@echo "make demo    train a head on the embedded model, judge, run Best-of-N; the report goes to $(OUT)"
+	@echo "make demo    what a budget buys, Best-of-8 and a judge by noise level on the embedded model; the report goes to $(OUT)"
 	@echo "make test    lint, format, types, arrows and tests"
 	@echo "make check   lint, format, types and the arrows between rooms alone"
 	@echo "make golden  write tests/golden.json anew, after a change of results that is meant"

@@ -391,10 +391,10 @@ class Clock:
         """Count a step: `done` of the total are done. worked: this one took work, as it was not on disk already.
         more: text after the count.
         """
-        now = time.monotonic()
         self.worked += worked
-        if now - self.last >= self.every and self.worked:
+        if (now := time.monotonic()) - self.last >= self.every and self.worked:
             self.last = now
             left = (now - self.start) / self.worked * (self.total - done) / 60
-            line = f"prism: {self.what}: {done} of {self.total}{more}, about {left:.0f} minutes left"
+            plural = "s" * (round(left) != 1)
+            line = f"prism: {self.what}: {done} of {self.total}{more}, about {left:.0f} minute{plural} left"
             print(line, file=sys.stderr, flush=True)

@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
+from tests import score_tables
 
 from prism import Judge, cli, files, shapeworld, video
 from prism.errors import PrismError
 from prism.evaluation import intervals as bootstrap
-from prism.lab import demo, judges, per_prompt
+from prism.lab import demo, front, judges, per_prompt
 from prism.lab.contest import Contest
 from prism.lab.pixel import PixelJudge
 from prism.report.metrics import validate
@@ -29,8 +30,11 @@ TINY = {
     "train": TrainConfig(steps=3, prompts_per_step=2, checkpoint_every=0),
     "schedule": ((2, 1),),
     "schedules": (((1, 1),), ((1, 2), (2, 1))),
+    "ahead": (((1, 1),),),
     "draft_steps": 1,
     "drafts": (2,),
+    "front": False,
+    "shipped": False,
     "pixel_levels": (899, 0),
     "pixel_steps": 2,
     "look_at": (500.0,),
@@ -53,19 +57,33 @@ def world_of_greys(monkeypatch):
     return pipe
 
 
-def test_the_demo_writes_everything_it_promises(tmp_path, world_of_greys):
+def test_the_demo_writes_everything_it_promises(tmp_path, world_of_greys, monkeypatch, capsys):
     out = tmp_path / "out"
-    metrics = demo.run(out, fresh=True, seed=1, config=demo.DemoConfig(**TINY))
+    table = tmp_path / "scores.parquet"
+    score_tables.made().save(table)
+    monkeypatch.setattr(front, "shipped", lambda: table)
+    monkeypatch.setattr(judges, "shipped", _shipped)
+    settings = {**TINY, "front": True, "shipped": True, "fresh_levels": (899,)}
+    metrics = demo.run(out, fresh=True, seed=1, config=demo.DemoConfig(**settings))
+    table.unlink()
 
     validate(files.read_json(out / "metrics.json"))
     assert {row["t"] for row in metrics["accuracy"]} == {989, 949, 899, 699, 499, 299, 99, 0}
-    assert {row["judge"] for row in metrics["accuracy"]} == {"prism", "pixel", "pixel-noisy"}
+    by_judge = {row["judge"]: row["head_seed"] for row in metrics["accuracy"]}
+    assert by_judge == {"prism": 0, "trained now": 1, "pixel": 1, "pixel-noisy": 1}
+    assert {row["t"] for row in metrics["accuracy"] if row["judge"] == "trained now"} == {899}
     against = {(row["against"], row["t"]) for row in metrics["judge_comparison"]}
     assert against == {(name, t) for name in ("pixel", "pixel-noisy") for t in (899, 0)}
     assert PixelJudge.from_pretrained(out / "pixel-noisy", world_of_greys).name == "pixel-noisy"
     best = {row["name"]: row for row in metrics["best_of_n"]}
     assert list(best)[:6] == ["none", "random", "early", "draft", "full", "oracle"]
-    assert {"early 1:1", "early 1:2,2:1", "draft 2"} <= set(best)
+    assert {"early 1:1", "early 1:2,2:1", "early 1:1 ahead", "draft 2"} <= set(best)
+    assert [(row["step"], row["look"]) for row in metrics["sight"]] == [(1, "now"), (1, "ahead"), (2, "now")]
+    assert {row["prompts"] for row in metrics["sight"]} == {2}
+    assert len(metrics["plans"]) == 7
+    assert metrics["spread"]["prompts"] == 20
+    assert "20 prompts × 3 candidates" in metrics["origins"][0]["package"]
+    assert "prism: best of 3 on 2 test prompts" in capsys.readouterr().err
     assert best["oracle"]["oracle_share"] == pytest.approx(1.0)
     assert best["oracle"]["vae_decodes"] > best["early"]["vae_decodes"] == 2
     # one cut at step 2 of 3, tap after 1 of 2 blocks, two calls a step: 3 (2 + 1/2) + 4 for the winner
@@ -82,6 +100,8 @@ def test_the_demo_writes_everything_it_promises(tmp_path, world_of_greys):
         "Where the query looks",
         "Against judges that look at pixels",
         "What this shows",
+        "What a budget buys",
+        "Computed in this run, and shipped with the package",
     ):
         assert needle in page, needle
     judge = Judge.from_pretrained(out / "head", world_of_greys)
@@ -175,6 +195,13 @@ def _rows(strategy, **options):
 def _brightness(videos, prompts):
     value = 0.5 + 0.5 * torch.sin(3000 * torch.as_tensor(videos).mean((1, 2, 3, 4)))  # grey is not all alike
     return dict.fromkeys(referee.DIMENSIONS, value)
+
+
+def _shipped(backbone):
+    """Stands for the head that ships, which fits the embedded model alone."""
+    judge = Judge.untrained(backbone, tap=1, dim=16, seed=0)
+    judge.trained_on["seed"] = 0
+    return judge
 
 
 def _another_head(parts, store, backbone, fresh, seed, steps):

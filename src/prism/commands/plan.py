@@ -149,17 +149,14 @@ def _write(
 ) -> None:
     """Write the run's files into its folder."""
     from prism.evaluation.planning import name
-    from prism.report.front_plot import Dot, kind_of
     from prism.report.page import write_report
     from prism.report.plan_page import cards, sections
     from prism.sampling.plan_files import FILE
-    from prism.sampling.strategies import Full
 
     scores.save(work / SCORES)
     files.write_json(work / FILE, filed)
     files.write_json(work / "metrics.json", metrics)
     files.write_json(work / "config.json", recorded(config))
-    shares = replayed.gains.mean(1) / replayed.table.oracle.mean()
     rows = [replayed.bare(index) for index in range(len(replayed.runs))]
     with open(work / REPLAYED, "w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
@@ -168,16 +165,9 @@ def _write(
             table.writerow(
                 [name(run), *(row[key] for key in ("strategy", "n", "cost", "denoiser_rows", "share", "gain"))]
             )
-    dots = [Dot(row["cost"], float(share), kind_of(row)) for row, share in zip(rows, shares)]
-    level = max(scores.about["levels"])
-    full = [
-        replayed.bare(index)
-        for index, run in enumerate(replayed.runs)
-        if isinstance(run.plan, Full) and (run.plan.judge_at, run.plan.num_draws) == (level, 1)
-    ]
     settings = files.read_json(work / "config.json")
     title = "What a budget buys: plans of Best-of-N on recorded candidates"
-    parts = sections(metrics, full, dots)
+    parts = sections(metrics, replayed.fulls(), replayed.dots())
     write_report(work / "report.html", metrics, (), title, NOTES, settings, sections=parts, cards=cards(metrics))
 
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from prism.errors import PrismError
 from prism.evaluation.intervals import prompt_interval
+from prism.report.front_plot import Dot, kind_of
 from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow, Spread
 from prism.sampling import planner
 from prism.sampling.plan import Workload
@@ -168,6 +169,20 @@ class Replayed:
             "over_full": row["share"] - share,
             "over_full_ci95": None if index == rival else self._interval(apart, reporting, True),
         }
+
+    def fulls(self) -> list[ReplayedRow]:
+        """Best-of-N in full by N: one draw, at the highest level that was recorded."""
+        level = max(self.table.levels("finished"), default=None)
+        return [
+            self.bare(index)
+            for index, run in enumerate(self.runs)
+            if isinstance(run.plan, Full) and (run.plan.judge_at, run.plan.num_draws) == (level, 1)
+        ]
+
+    def dots(self) -> list[Dot]:
+        """Every plan as a point of the plot."""
+        rows = [self.bare(index) for index in range(len(self.runs))]
+        return [Dot(row["cost"], row["share"], kind_of(row)) for row in rows]
 
     def prune(self) -> list[PruneRow]:
         """What a cut from all candidates loses, by reading and number of survivors."""

@@ -182,6 +182,19 @@ def chosen_prompts(records: Sequence[Mapping[str, Any]], name: str) -> list[tupl
     return [(caption, records[index]) for index, caption in captions.items()]
 
 
+def widest(records: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """The prompts whose best and worst candidates differ most, alternately with one thing and with two."""
+    ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
+    kinds: dict[str, list[Mapping[str, Any]]] = {kind: [] for kind in grammar.KINDS}
+    for entry in ordered:
+        scene = grammar.parse(entry["prompt"])
+        assert scene is not None
+        kinds[scene.kind].append(entry)
+    single, pair = kinds.values()
+    mixed = [entry for both in zip(single, pair) for entry in both]
+    return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
+
+
 def looks(
     judge: Judge, records: Sequence[Mapping[str, Any]], t: float, call: Mapping[str, Any], seed: int
 ) -> list[FilmStrip]:

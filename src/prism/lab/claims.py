@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prism import files
+from prism.lab.front import sight_sentence
 from prism.report import rows as row_types
 from prism.report import wording
 from prism.shapeworld.generator import ROOT
@@ -94,15 +95,15 @@ LIMITS = (
     "training of the judges would have changed. Nor does it show what makes the query look where it looks; a map of "
     "attention is what was read, not why.",
     "Schedules, noise levels and the settings of heads and pixel judges were fixed on validation prompts before the "
-    "test prompts were looked at. The pixel judges that ship come from a full run, and saw more prompts than a short "
-    "demo trains on. All candidates are computed once per prompt, and every strategy then picks from the same scores; "
-    "on some prompts each strategy was also run by itself, and costs and times come from these separate runs.",
+    "test prompts were looked at. The head and the pixel judges that ship come from a full run, and saw more prompts "
+    "than a short demo trains on. All candidates are computed once per prompt, and every strategy then picks from the "
+    "same scores; on some prompts each strategy was also run by itself, and costs and times come from these.",
 )
 
 
 def notes(metrics: Mapping[str, Any]) -> list[str]:
     """Paragraphs on what a demo's numbers show, do not show, and, where an interval includes chance, leave open."""
-    sentences = [_of_judge(metrics), _of_pick(metrics), _of_pixels(metrics)]
+    sentences = [_of_judge(metrics), sight_sentence(metrics.get("sight", [])), _of_pick(metrics), _of_pixels(metrics)]
     return [" ".join(sentence for sentence in sentences if sentence), *LIMITS]
 
 

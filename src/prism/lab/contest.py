@@ -56,8 +56,9 @@ class Contest:
         seed: of the judges' noise and of random picks.
 
     Attributes: the finished `latents` (n, ...) and their `videos`; `values` name -> (n,), the referee's scores. Overall
-    scores by the judges: `final` (judges, n) of the finished latents; `cuts` step -> (judges, n), at the noise level
-    `levels` step -> t; `drafts` draft_steps -> (judges, n).
+    scores by the judges: `final` (judges, n) of the finished latents; `cuts` step -> (judges, n) of the latents there,
+    at the noise level `levels` step -> t; `ahead` plan -> step -> (judges, n), where a plan looks ahead; `drafts`
+    draft_steps -> (judges, n).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Contest:
         self.plans = dict(plans)
         self.call, self.seed, self.n = dict(call), seed, len(seeds)
         self.cuts: dict[int, np.ndarray] = {}
+        self.ahead: dict[str, dict[int, np.ndarray]] = {}
         self.drafts: dict[int, np.ndarray] = {}
         self.levels: dict[int, float] = {}
         self._plans = {name: plan_of(**arguments) for name, arguments in self.plans.items()}
@@ -91,11 +93,16 @@ class Contest:
         self.final = self._by_judge(full.scores[-1])
         self.videos = joint.backbone.decode(self.latents).cpu()  # the referee runs on the CPU
         self.values = {name: value.numpy() for name, value in referee(self.videos, [prompt] * self.n).items()}
-        steps = sorted({step for name in plans for step, _ in self._cuts_while_sampling(name)})
+        as_they_stand = [name for name in plans if not self.looks_ahead(name)]
+        steps = sorted({step for name in as_they_stand for step, _ in self._cuts_while_sampling(name)})
         if steps:
-            keep_all = [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
-            for cut in self._run({"strategy": Early.strategy, "schedule": keep_all}).scores:
+            shared = {"strategy": Early.strategy, "schedule": self._keep_all(steps), "look": "now"}
+            for cut in self._run(shared).scores:
                 self.cuts[cut["step"]], self.levels[cut["step"]] = self._by_judge(cut), cut["t"]
+        for name in (name for name in plans if self.looks_ahead(name)):
+            schedule = self._keep_all([step for step, _ in self._cuts_while_sampling(name)])
+            scores = self._run({**plans[name], "schedule": schedule}).scores
+            self.ahead[name] = {cut["step"]: self._by_judge(cut) for cut in scores}
         for name, plan in self._plans.items():
             if plan.drafts() and plan.drafts() not in self.drafts:
                 self.drafts[plan.drafts()] = self._by_judge(self._run(plans[name]).scores[-1])
@@ -106,7 +113,24 @@ class Contest:
         if isinstance(plan, Blind):
             return [plan.draw(self.n, 1, self.seed, self.prompt)[0] for _ in judges]
         cuts = self._cuts(name)
-        return [pick(cuts, {step: self._shared_scores(plan, step, k) for step, _ in cuts}) for k in judges]
+        return [pick(cuts, {step: self._shared_scores(name, step, k) for step, _ in cuts}) for k in judges]
+
+    def looks_ahead(self, name: str) -> bool:
+        """True for a plan with a cut that judges predicted clean latents."""
+        plan = self._plans[name]
+        return isinstance(plan, Early) and plan.predicts()
+
+    def readings(self) -> list[dict[str, Any]]:
+        """What was judged at the cuts: look, step, noise level t, num_draws, and scores (judges, n)."""
+        seen = [("now", step, self.levels[step], 1, scores.tolist()) for step, scores in self.cuts.items()]
+        for name, by_step in self.ahead.items():
+            plan: Any = self._plans[name]
+            seen += [
+                (plan.look_at(step), step, plan.judge_at, plan.num_draws, scores.tolist())
+                for step, scores in by_step.items()
+                if plan.look_at(step) != "now"
+            ]
+        return [dict(zip(("look", "step", "t", "num_draws", "scores"), each)) for each in seen]
 
     def play(self, name: str, k: int) -> BestOfNResult:
         """A plan run by itself, by judge k."""
@@ -131,7 +155,7 @@ class Contest:
         """
         plan, result, max_abs_difference = self._plans[name], self.play(name, k), 0.0
         for cut in result.scores:
-            shared = self._shared_scores(plan, cut["step"], k)[cut["candidates"]]
+            shared = self._shared_scores(name, cut["step"], k)[cut["candidates"]]
             separate = np.array(cut["scores"]["oracle" if plan.needs_oracle() else "overall"])
             max_abs_difference = max(max_abs_difference, float(np.abs(separate - shared).max()))
         if max_abs_difference > TOLERANCE:
@@ -164,10 +188,15 @@ class Contest:
     def _steps(self) -> int:
         return self.joint.backbone.num_inference_steps(self.call)
 
-    def _shared_scores(self, plan: Plan, step: int, k: int) -> np.ndarray:
+    def _keep_all(self, steps: Sequence[int]) -> list[tuple[int, int]]:
+        """Cuts that judge all candidates at each step."""
+        return [(step, self.n) for step in steps[:-1]] + [(steps[-1], 1)]
+
+    def _shared_scores(self, name: str, step: int, k: int) -> np.ndarray:
         """The scores (n,) of all candidates that a plan cuts by at a step, for judge k."""
+        plan: Plan = self._plans[name]
         if plan.looks_at == "steps":
-            return self.cuts[step][k]
+            return self.ahead.get(name, self.cuts)[step][k]
         if plan.looks_at == "drafts":
             return self.drafts[plan.drafts()][k]
         return self.values["overall"] if plan.needs_oracle() else self.final[k]

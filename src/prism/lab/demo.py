@@ -1,28 +1,30 @@
-"""The demo: train heads on labelled candidates, measure their accuracy and that of pixel judges by noise level on
-unseen prompts, pick the best of 8 with every strategy, and measure the attention of the query.
+"""The demo: replay what a budget buys, pick the best of 8 on unseen prompts, measure the judge by noise level.
 
-`DemoConfig()` takes minutes. `FULL` takes an hour or more on two cores, in parts that survive a kill.
+`DemoConfig()` takes minutes: the head that ships judges, and a small one is trained for show. `FULL` takes an hour or
+more on two cores, in parts that survive a kill: it trains its own heads and runs every strategy.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import prism
 from prism import files, runs, shapeworld, temporary, video
 from prism.errors import SEEDS, whole
-from prism.lab import claims, per_prompt
+from prism.lab import claims, front, origins, per_prompt
 from prism.lab import contest as strategies
 from prism.loading import check_alone, describe, load_backbone
+from prism.report import plan_page
 from prism.report.metrics import cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
 from prism.report.rows import ClaimRow
@@ -30,45 +32,51 @@ from prism.runs import IDENTITY, Clock, Parts, claim
 from prism.training.config import RESULTLESS, TrainConfig
 
 TRAIN = TrainConfig(
-    steps=1000, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
+    steps=400, prompts_per_step=4, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
 )
 Schedule = tuple[tuple[int, int], ...]
+FRESH = "trained now"  # the name of a judge that is trained beside the shipped one
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """All settings of a demo, fixed before it runs. taps: the block that each of a judge's heads reads; the judge
-    averages their scores."""
+    """All settings of a demo, fixed before it runs. taps: the block that each of a trained judge's heads reads; the
+    judge averages their scores."""
 
     seed: int = 0
     full: bool = False
     fresh: bool = False
+    front: bool = True  # replay plans on the table of scores that ships
+    shipped: bool = True  # the head that ships judges; what is trained is measured beside it
     n: int = 8
-    prompts: int = 20  # of the test split, for Best-of-N
+    prompts: int = 48  # of the test split, for Best-of-N
     labelled: int = 0  # candidates sampled per test prompt to measure accuracy on; 0: the store's test candidates
     unseen: int = 0  # prompts outside the training domain, for accuracy and Best-of-N
     train_prompts: int = 0  # prompts whose candidates are sampled to train on; 0: the store that ships
     judges: int = 1  # with seeds seed, seed + 1, ...
-    alone: int = 3  # test prompts on which each strategy is also run separately
+    alone: int = 2  # test prompts on which each strategy is also run separately
     taps: tuple[int, ...] = (4, 5)
     dim: int = 144
     train: TrainConfig = TRAIN
+    fresh_levels: tuple[float, ...] = (899, 699, 499, 99)  # noise levels at which a head beside the shipped is measured
     pixel: bool = True
     pixel_steps: int | None = None  # training steps of pixel judges, if they are trained; None: the default
     # Noise levels that pixel judges are measured at, each of which costs a decode per video; (): all levels.
-    pixel_levels: tuple[float, ...] = (899, 699, 499, 0)
+    pixel_levels: tuple[float, ...] = (699, 0)
     schedule: Schedule = ((4, 1),)
-    schedules: tuple[Schedule, ...] = (((2, 1),), ((3, 1),), ((6, 1),), ((3, 4), (6, 1)))  # the curve's other points
-    draft_steps: int = 3
-    drafts: tuple[int, ...] = (2, 4, 6)
+    schedules: tuple[Schedule, ...] = (((3, 1),), ((6, 1),))  # the curve's other points
+    ahead: tuple[Schedule, ...] = (((3, 1),),)  # schedules that look ahead
+    draft_steps: int | None = None  # None: no drafts
+    drafts: tuple[int, ...] = ()
     judge_at: float = 700.0
     num_draws: int = 3
-    look_at: tuple[float, ...] = (899, 699, 499)
-    strips: int = 4  # prompts shown in the report with the attention of the query
+    look_at: tuple[float, ...] = (699,)
+    strips: int = 2  # prompts shown in the report with the attention of the query
 
 
 FULL = DemoConfig(
     full=True,
+    shipped=False,
     prompts=200,
     labelled=6,
     unseen=40,
@@ -77,8 +85,11 @@ FULL = DemoConfig(
     alone=6,
     train=replace(TRAIN, steps=2000, prompts_per_step=8),
     schedules=(((2, 1),), ((3, 1),), ((5, 1),), ((6, 1),), ((8, 1),), ((2, 4), (4, 1)), ((3, 4), (6, 1))),
+    draft_steps=3,
     drafts=(2, 4, 5, 6),
+    look_at=(899, 699, 499),
     pixel_levels=(),
+    strips=4,
 )
 
 
@@ -93,9 +104,14 @@ def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
         "full": {"strategy": "full", **clean},
         "oracle": {"strategy": "oracle"},
     }
-    for cuts in config.schedules:
+    if config.draft_steps is None:
+        del by_name["draft"]
+    for cuts in (*config.schedules, *config.ahead):
         name = "early " + ",".join(f"{step}:{keep}" for step, keep in cuts)
-        by_name[name] = {"strategy": "early", "schedule": cuts}
+        if cuts in config.ahead:
+            by_name[f"{name} ahead"] = {"strategy": "early", "schedule": cuts, "look": "ahead", **clean}
+        if cuts in config.schedules:
+            by_name[name] = {"strategy": "early", "schedule": cuts}
     for steps in config.drafts:
         by_name[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
     return by_name
@@ -164,11 +180,17 @@ def _run(
         store = sampled("data", "candidates", shares, seed + 1 if config.fresh else seed)
     else:
         store = shipped
+    _say(config, f"training {config.judges} judge{'s' if config.judges > 1 else ''}, {config.train.steps} steps")
     trained = [
         judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
         for k in range(config.judges)
     ]
     ours = [judge for judge, _ in trained]
+    fresh: list[Any] = []
+    if config.shipped:
+        ours, fresh = [judges.shipped(backbone)], [(judge, config.fresh_levels) for judge in ours]
+        for judge, _ in fresh:
+            judge.name = FRESH
     others = []
     if config.pixel:
         others = judges.pixel_judges(parts, store, backbone, config.fresh or config.full, seed, config.pixel_steps)
@@ -176,7 +198,8 @@ def _run(
     if config.labelled:  # validation prompts too: the threshold of ties comes from them
         shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
         tested = sampled("test-data", "test-store", shares, seed + 3)
-    levels_and_rows = config.pixel_levels, config.train.max_rows
+    levels_and_rows = config.pixel_levels, config.train.max_rows, fresh
+    _say(config, "measuring judges by noise level")
     accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *levels_and_rows)
     joint, played = JointJudge(ours), plans(config)
     records = contests(parts, joint, config, "test", config.prompts, 10_000 * (seed + 1), call)
@@ -192,6 +215,9 @@ def _run(
         contested["unseen"] = unseen_records
         picks += strategies.rows(unseen_records, played, head_seeds, call, "unseen", seed, measured=records)
 
+    _say(config, "replaying plans, and making the page")
+    replayed = front.replay(front.shipped(), seed) if config.front else None
+    seen = front.sight(records, None if replayed is None else replayed.table, seed)
     strips, played_again = [], []
     for which, entry in attention.chosen_prompts(records, "early"):
         contest = make_contest(joint, config, entry["prompt"], entry["seeds"], call, ("early", "full"))
@@ -201,7 +227,7 @@ def _run(
     result = contest.play("early", 0)
     looked = [{**record, "values": record["values"]["overall"]} for record in records]
     level = sorted(config.look_at)[len(config.look_at) // 2]
-    looks = attention.looks(ours[0], _widest(records, config.strips), level, call, seed)
+    looks = attention.looks(ours[0], attention.widest(records, config.strips), level, call, seed)
     for name, prefixes in {
         "data": ("data", "test-data", "unseen-data"),
         "train": ("train-[0-9]",),
@@ -218,6 +244,8 @@ def _run(
         best_of_n=picks,
         timings={**timings, "total": sum(timings.values()), "this process": time.perf_counter() - started},
         judge_comparison=comparison,
+        **({} if replayed is None else front.fields(replayed)),
+        sight=seen,
         training=[summary for _, summary in trained],
         agreement=strategies.agreement(records),
         attention=attention.rows(looked, seed),
@@ -229,12 +257,24 @@ def _run(
         ledger=result.ledger.to_dict(),
     )
     metrics["beside"] = None if config.full else claims.beside(metrics)
+    metrics["origins"] = origins.rows(config, metrics)
     with runs.new(out, overwrite, "demo") as folder:
         _publish(folder, parts_folder, config, metrics, {**asdict(config), "call": call, "options": options or {}})
         video.write_video(folder / "winner.mp4", result.video, shapeworld.FPS)
         written = files.read_json(folder / "config.json")
         title = "PRISM: the best of eight, chosen early"
-        write_report(folder / "report.html", metrics, strips, title, claims.notes(metrics), written, looks=looks)
+        shown_first = [] if replayed is None else [front.section(metrics, replayed)]
+        write_report(
+            folder / "report.html",
+            metrics,
+            strips,
+            title,
+            claims.notes(metrics),
+            written,
+            looks=looks,
+            sections=[*shown_first, *([front.sight_section(seen)] if seen else []), origins.section(metrics)],
+            cards=[] if replayed is None else plan_page.cards(metrics)[-1:],
+        )
         per_prompt.write_values(folder / "per_prompt", measured, contested, head_seeds)
         if config.full:
             write_evidence(folder / "evidence", metrics, written, _command(out, config))
@@ -249,7 +289,7 @@ def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: A
     from prism.preference.store import store_identity
 
     return {
-        "config": _plain({**asdict(config), "call": call}),
+        "config": json.loads(json.dumps({**asdict(config), "call": call})),
         "backbone": backbone.fingerprint(),
         "store": None if shipped is None else store_identity(shipped),
         "version": prism.__version__,
@@ -281,7 +321,8 @@ def contests(
     also run separately.
     """
     prompts, records = shapeworld.prompts(split, count), []
-    clock = Clock(f"best of {config.n} on {split} prompts", len(prompts))
+    clock = Clock(f"best of {config.n} on {split} prompts", len(prompts), 300 if config.full else 30)
+    _say(config, f"best of {config.n} on {len(prompts)} {split} prompts")
     for index, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
         seeds = [first_seed + 1000 * index + i for i in range(config.n)]
         separately = split == "test" and index < config.alone
@@ -315,6 +356,7 @@ def record(contest: Any, config: DemoConfig, separately: bool) -> dict[str, Any]
         "picks": {name: contest.picks(name) for name in contest.plans},
         "final": contest.final.tolist(),
         "looks": looks,
+        "cuts": contest.readings(),
     }
     if separately:
         judged = {name: kind_of(plan["strategy"]).needs_judge() for name, plan in contest.plans.items()}
@@ -326,24 +368,9 @@ def record(contest: Any, config: DemoConfig, separately: bool) -> dict[str, Any]
     return entry
 
 
-def _widest(records: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The prompts whose best and worst candidates differ most, alternately with one thing and with two."""
-    from prism.shapeworld import grammar
-
-    ordered = sorted(records, key=lambda record: -np.ptp(record["values"]["overall"]))
-    kinds: dict[str, list[dict[str, Any]]] = {kind: [] for kind in grammar.KINDS}
-    for entry in ordered:
-        scene = grammar.parse(entry["prompt"])
-        assert scene is not None
-        kinds[scene.kind].append(entry)
-    single, pair = kinds.values()
-    mixed = [entry for both in zip(single, pair) for entry in both]
-    return [*mixed, *(entry for entry in ordered if entry not in mixed)][:count]
-
-
 def _claims(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
     """The rows "bars": the claims of a full run; a short run makes none."""
-    share = claims.overhead(records, ("early", "draft", "full"))
+    share = claims.overhead(records, [name for name in ("early", "draft", "full") if name in plans(config)])
     return claims.check(comparison, picks, "early", "draft", share) if config.full else []
 
 
@@ -359,12 +386,12 @@ def _publish(
             shutil.copytree(parts_folder / name, folder / name)
 
 
+def _say(config: DemoConfig, text: str) -> None:
+    """One line per part of a run, also in a log."""
+    if not config.full:
+        print(f"prism: {text}", file=sys.stderr, flush=True)
+
+
 def _command(out: Path, config: DemoConfig) -> str:
     fresh = " --fresh" if config.fresh else ""
     return f"prism demo --full{fresh} --seed {config.seed} --out {out}"
-
-
-def _plain(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))

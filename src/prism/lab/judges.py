@@ -42,6 +42,11 @@ def trained(
     return Judge.from_pretrained(folder, backbone), summary
 
 
+def shipped(backbone: Any) -> Judge:
+    """The judge that ships: of the full run's first seed."""
+    return Judge.from_pretrained(shapeworld.asset_folder("head"), backbone)
+
+
 def pixel_judges(
     parts: Parts, store: LatentStore, backbone: Any, fresh: bool, seed: int, steps: int | None = None
 ) -> list[Any]:
@@ -81,6 +86,7 @@ def measured(
     seed: int,
     levels: Sequence[float] = (),
     batch_size: int = 64,
+    fresh: Sequence[tuple[Judge, Sequence[float]]] = (),
 ) -> tuple[list[AccuracyRow], list[ComparisonRow], list[Measurement]]:
     """Rows "accuracy" and "judge_comparison" of metrics.json, and the measurements that they come from.
 
@@ -88,11 +94,12 @@ def measured(
     on the same pairs under the same noise.
 
     levels: noise levels to measure the other judges at, each of which costs them a decode per video; (): all.
-    batch_size: videos per denoiser call.
+    batch_size: videos per denoiser call. fresh: judges measured beside them at levels of their own, compared with none.
     """
     named: list[tuple[str, Any, Sequence[float]]] = [
         (f"prism-{judge.trained_on['seed']}", judge, TIMESTEPS) for judge in ours
     ]
+    named += [(judge.name.replace(" ", "-"), judge, few) for judge, few in fresh]
     named += [(other.name, other, tuple(levels) or TIMESTEPS) for other in others]
     measurements = [
         _measured(parts, f"accuracy/{split}-{name}", store, judge, split, seed, t, batch_size)
@@ -102,8 +109,8 @@ def measured(
         f"{'[0-9a-f]' * 32}.npy"
     ):  # no later measurement decodes the same latents
         path.unlink()
-    of_ours, of_others = measurements[: len(ours)], measurements[len(ours) :]
-    rows = mean_over_seeds(of_ours, seed) + [row for each in of_others for row in each.rows]
+    of_ours, of_others = measurements[: len(ours)], measurements[len(ours) + len(fresh) :]
+    rows = mean_over_seeds(of_ours, seed) + [row for each in measurements[len(ours) :] for row in each.rows]
     return rows, [row for each in of_others for row in compare_judges(of_ours, each, seed)], measurements
 
 

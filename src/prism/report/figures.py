@@ -166,7 +166,8 @@ def cost_plot(rows: Sequence[BestOfNRow]) -> str:
         if main:
             labels.insert(0, Label(x, y, wording.strategy_name(row), colour, 10.5 if ours else 10, ours))
         elif one:
-            labels.append(Label(x, y, str(wording.setting(row)), colour, 8, False))
+            ahead = " ahead" if row.get("look", "now") != "now" else ""
+            labels.append(Label(x, y, f"{wording.setting(row)}{ahead}", colour, 8, False))
     axes.set_xlim(0, right * 1.04)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+.1f}".replace("-", "−").replace("+0.0", "0"))
@@ -189,7 +190,7 @@ def _curves(points: Sequence[_Point]) -> dict[str, list[_Point]]:
     curves: dict[str, list[_Point]] = {}
     for point in points:
         if wording.setting(point.row) is not None:
-            curves.setdefault(point.row["strategy"], []).append(point)
+            curves.setdefault(f"{point.row['strategy']} {point.row.get('look', 'now')}", []).append(point)
     return {strategy: curve for strategy, curve in curves.items() if len(curve) > 1}
 
 

@@ -28,6 +28,7 @@ from prism.report.rows import (
     CutRow,
     GeneratorRow,
     ReliabilityRow,
+    SightRow,
     StudyRow,
     SwapRow,
 )
@@ -51,6 +52,7 @@ _OPTIONAL_ROWS = {
     "plans": ChosenRow,
     "prune": PruneRow,
     "sizes": SizeRow,
+    "sight": SightRow,
 }
 
 

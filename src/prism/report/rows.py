@@ -312,3 +312,21 @@ class Beside(TypedDict):
     rows: list[BesideRow]
     full_prompts: int
     full_judges: int
+
+
+class SightRow(TypedDict):
+    """One row of "sight": the judge's pairwise accuracy at a cut, on all pairs of a prompt's candidates.
+
+    look: "now" (latents as they stand) or "ahead". share, prompts: of the run; shipped: of the table of scores that
+    ships, None where it does not hold that reading.
+    """
+
+    look: str
+    step: int
+    t: float
+    share: float
+    share_ci95: list[float] | None
+    prompts: int
+    shipped: float | None
+    shipped_ci95: list[float] | None
+    shipped_prompts: int

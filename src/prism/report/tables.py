@@ -16,6 +16,7 @@ from prism.report.rows import (
     CalibrationRow,
     ClaimRow,
     ComparisonRow,
+    SightRow,
     StudyRow,
 )
 
@@ -278,6 +279,27 @@ def beside_table(beside: Beside) -> Table[BesideRow]:
     ]
     caption = f"full run: docs/evidence, {many}; this one: {few}. 95 % intervals over prompts"
     return Table(columns, beside["rows"], "This run beside the full run", caption, no_wrap=True)
+
+
+def sight_table(rows: Sequence[SightRow]) -> Table[SightRow]:
+    """`rows` as in metrics.json's "sight", one line each; fits 80 columns."""
+
+    def before(row: SightRow) -> str:
+        interval = wording.percent_interval(row["shipped_ci95"], 0)
+        return wording.MISSING if row["shipped"] is None else f"{wording.percent(row['shipped'], 0)} ({interval})"
+
+    now, many = rows[0]["prompts"], max(row["shipped_prompts"] for row in rows)
+    columns: list[Column[SightRow]] = [
+        Column("step", lambda row: str(row["step"])),
+        Column("look", lambda row: "now" if row["look"] == "now" else row["look"], left=True),
+        Column("t", lambda row: f"{row['t']:.0f}"),
+        Column(f"this run,\n{now} prompts", lambda row: wording.percent(row["share"], 0), style="bold"),
+        Column("95 %\ninterval", lambda row: wording.percent_interval(row["share_ci95"], 0), style="dim"),
+    ]
+    if many:
+        columns.append(Column(f"came with the package,\n{many} prompts", before, style="dim"))
+    caption = "share of pairs of a prompt's candidates that the judge orders as the referee orders the finished videos"
+    return Table(columns, rows, "What the judge sees while a video is sampled", caption)
 
 
 def study_table(rows: Sequence[StudyRow]) -> Table[StudyRow]:

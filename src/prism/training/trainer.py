@@ -224,7 +224,9 @@ def train_together(
     slots, steps = range(team.rank, config.prompts_per_step, team.size), Steps(config.max_rows)
     last, hidden = max(each.steps for each in configs), None if progress and team.first else True
     with first.backbone.freed():  # offload models once at the end, not after each step
-        for step in tqdm(range(last), desc=desc or "train", disable=hidden):
+        bar = tqdm(range(last), desc=desc or "train", disable=hidden)
+        clock = runs.Clock(desc or "train", last, every=30) if bar.disable and not hidden else None
+        for step in bar:
             running = [learner for learner in learners if step < learner.config.steps]
 
             def forward(part: Batch, rows: int, running: Sequence[Learner] = running) -> list[Tensor]:
@@ -235,6 +237,8 @@ def train_together(
             for learner in running:
                 if validation is not None and _due(step, learner.config.validate_every, learner.config.steps):
                     learner.validate(step, validation)
+            if clock is not None:
+                clock.tick(step + 1, True)
     for learner in learners:
         learner.finish(store, groups)
     return [learner.history for learner in learners]
