@@ -49,7 +49,7 @@ class DemoConfig:
     front: bool = True  # replay plans on the table of scores that ships
     shipped: bool = True  # the head that ships judges; what is trained is measured beside it
     n: int = 8
-    prompts: int = 48  # of the test split, for Best-of-N
+    prompts: int = 40  # of the test split, for Best-of-N
     labelled: int = 0  # candidates sampled per test prompt to measure accuracy on; 0: the store's test candidates
     unseen: int = 0  # prompts outside the training domain, for accuracy and Best-of-N
     train_prompts: int = 0  # prompts whose candidates are sampled to train on; 0: the store that ships
@@ -62,7 +62,7 @@ class DemoConfig:
     pixel: bool = True
     pixel_steps: int | None = None  # training steps of pixel judges, if they are trained; None: the default
     # Noise levels that pixel judges are measured at, each of which costs a decode per video; (): all levels.
-    pixel_levels: tuple[float, ...] = (699, 0)
+    pixel_levels: tuple[float, ...] = (699,)
     schedule: Schedule = ((4, 1),)
     schedules: tuple[Schedule, ...] = (((3, 1),), ((6, 1),))  # the curve's other points
     ahead: tuple[Schedule, ...] = (((3, 1),),)  # schedules that look ahead
