@@ -2,7 +2,8 @@
 
 A budget is in costs of one plain sample, by denoiser rows in closed form, judging included; each arm takes the most
 candidates that it pays for. Arms that only choose among seeds share what they sample: the first eight finished videos,
-and the arm's largest run, whose first candidates are a smaller run's. Arms whose candidates part run by themselves.
+of which full takes all sets of n, and an arm's largest run, whose first candidates are a smaller run's. Arms whose
+candidates part run by themselves.
 """
 
 from __future__ import annotations
@@ -275,12 +276,19 @@ class Player:
         index = int(scores[: seat.n].argmax())
         if index not in self.values:
             self._kept(self._run(replace(seat, plan=First(), n=1), first=index))
-        outcome = Outcome(self.values[index], self.latents[index], seat.rows, None, decodes)
+        value = self._expected(scores, seat.n) if seat.finished and seat.n <= EIGHT else self.values[index]
+        outcome = Outcome(value, self.latents[index], seat.rows, None, decodes)
         if not self.alone:
             return outcome
         result = self._run(seat)
         ledger = result.ledger
         return replace(outcome, rows=ledger.denoiser_rows, seconds=ledger.seconds, same=result.index == index)
+
+    def _expected(self, scores: np.ndarray, n: int) -> float:
+        """The mean value of the picks over all sets of n of the first eight: what n seeds get, without their luck."""
+        sets = np.array(list(combinations(range(EIGHT), n)))
+        picks = sets[np.arange(len(sets)), scores[sets].argmax(1)]
+        return float(np.array([self.values[index] for index in range(EIGHT)])[picks].mean())
 
     def _alone(self, seat: Seat) -> Outcome:
         return self._kept(self._run(seat), bool(seat.changes))

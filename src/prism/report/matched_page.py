@@ -12,7 +12,8 @@ from prism.report.tables import Column, Table
 BY_ARM = (
     "Share of the gain of the best of the first eight seeds, in percent, with its 95 % interval over prompts. "
     "▲ and ▼: above and below the planner’s plan of that budget (full Best-of-N where there is no plan), paired, "
-    "beyond the interval. –: the budget pays for no search of this kind."
+    "beyond the interval; of many such comparisons one in forty is above by luck. –: the budget pays for no search "
+    "of this kind."
 )
 DETAILS = (
     "Differences are paired, in percentage points, with their intervals. Rows are the denoiser’s; those for judging "
