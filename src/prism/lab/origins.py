@@ -70,6 +70,7 @@ def section(metrics: Mapping[str, Any]) -> Section:
         "Computed in this run, and shipped with the package",
         "The embedded generator, its prompts and the referee always come with the package.",
         tables=[(table(metrics["origins"]), "")],
+        wrap=True,
     )
 
 

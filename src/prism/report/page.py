@@ -27,7 +27,7 @@ from prism.report.rows import AccuracyRow, Agreement, BestOfNRow
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of a page: plots as SVG elements with their captions, then tables with theirs. `wide`: plots of full
-    width.
+    width. `wrap`: cells of tables are sentences, which take several lines.
     """
 
     title: str
@@ -35,6 +35,7 @@ class Section:
     plots: Sequence[tuple[str, str]] = ()
     tables: Sequence[tuple[tables.Table[Any], str]] = ()
     wide: bool = False
+    wrap: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

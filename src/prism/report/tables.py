@@ -146,7 +146,8 @@ def judges_table(
         row = group.get(main) or next(iter(group.values()))
         by_t.setdefault(row["t"], {})[wording.judge_name(row)] = row
     missing = f"; {wording.MISSING}: not measured" if any(len(some) < len(names) for some in by_t.values()) else ""
-    of = next((f" of {row['decided_pairs']} decided pairs" for row in rows if row.get("decided_pairs")), "")
+    counts = (row.get("decided_pairs") for row in rows if row["dimension"] == main)
+    of = next((f" of {count} decided pairs" for count in counts if count), "")
 
     def judge(name: str) -> list[Column[tuple[float, dict[str, AccuracyRow]]]]:
         def value(line: tuple[float, dict[str, AccuracyRow]], key: str) -> Any:
