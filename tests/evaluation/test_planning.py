@@ -221,7 +221,8 @@ def test_the_command_writes_plans_that_sampling_takes(made, tmp_path, capsys, mo
     for words, sentence in (
         (["--plan", "planned"], "holds plans for the budgets 1.5, 3; name a budget"),
         (["--plan", "nowhere"], "The plan nowhere does not exist"),
-        (["--plan", "planned", "--look", "ahead"], "The --plan decides it; leave --look out"),
+        (["--plan", "planned", "--look", "ahead"], "The --plan decides what --look says; leave --look out"),
+        (["--budget", "2", "--n", "3"], "The --budget decides how many candidates there are; leave --n out"),
         (["--budget", "0.5"], "The --budget is 0.5 plain samples, and one video costs 1"),
         (["--budget", "11rows"], "The --budget is 11 rows, and a plain sample takes 12"),
         (["--budget", "much"], "must be a number of plain samples, or one with its unit"),

@@ -11,9 +11,11 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from tests import tiny
 from tests.machinery import seeded
 
-from prism.sampling.edits import Editor, part_replaced
+from prism.errors import PrismError
+from prism.sampling.edits import Editor, edited, part_replaced
 from prism.sampling.plan import Edit
 
 MEAN, VARIANCE = 2.0, 0.25  # of the data, per coordinate
@@ -102,3 +104,26 @@ def test_given_frames_stay() -> None:
     kept = part_replaced(z, before, torch.randn(1, 2, 3, generator=seeded(1)), 0.5, (0.4, 0.6), (0.5, 0.5))
     assert torch.equal(kept[:, 0], z[:, 0])
     assert not torch.isclose(kept[:, 1], z[:, 1]).any()
+
+
+@pytest.mark.parametrize(
+    ("seed", "edits", "sentence"),
+    [
+        (None, [], "seed must be a whole number"),
+        (0, [(1, 2, float("nan"))], "weight of an edit must be a number from 0 to 1; found nan"),
+        (0, [(1, 2, 2.0)], "weight of an edit must be a number from 0 to 1; found 2"),
+        (0, [(0, 2, 0.5)], "step of an edit must be a whole number of at least 1; found 0"),
+        (0, (1, 2, 0.5), r"An edit is \(step, seed, weight\); found 1"),
+        (0, None, "edits must be a list of edits"),
+    ],
+)
+def test_what_is_no_edit_is_a_sentence(seed: object, edits: object, sentence: str) -> None:
+    with pytest.raises(PrismError, match=sentence):
+        edited(seed, edits)  # type: ignore[arg-type]
+
+
+def test_an_edit_that_the_call_would_never_make_is_refused() -> None:
+    pipe = tiny.wan()
+    for step in (tiny.CALL_WAN["num_inference_steps"], 99):
+        with pytest.raises(PrismError, match=f"after step {step}, and the call has steps 1 to"):
+            pipe(tiny.PROMPT, **edited(0, [(step, 1, 0.5)]), **tiny.CALL_WAN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,7 @@ from prism.commands.sampled import preview_strips
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.report.metrics import cut_entry
-from prism.sampling.plan import Candidate, Edit
+from prism.sampling.plan import Candidate
 from prism.sampling.previews import Previews
 from prism.sampling.trajectory import sample
 from prism.team import Team
@@ -77,6 +76,8 @@ def test_previews_without_a_look_ahead_are_refused_before_any_row(wan):
         for options in ({}, {"look": "now"}, {"strategy": "full"}, {"strategy": "none"}):
             with pytest.raises(PrismError, match=r"Previews are the videos .* this run has none; take look="):
                 prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, previews=True, **options, **wan.call)
+        with pytest.raises(PrismError, match='the candidates of the strategy "fk" part from theirs'):
+            prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, previews=True, strategy="fk", **wan.call)
         with pytest.raises(PrismError, match="previews"):
             prism.best_of_n(wan.pipe, wan.judge(), tiny.PROMPT, 2, previews="yes", look="ahead", **wan.call)
     finally:
@@ -86,10 +87,8 @@ def test_previews_without_a_look_ahead_are_refused_before_any_row(wan):
 
 
 def test_previews_of_rounds_are_one_runs():
-    """By step; of candidates that branched from one seed the first is shown."""
     first, second = Candidate(0, 4), Candidate(3, 7)
     one, other = Previews({2: {first: np.zeros(1)}}), Previews({2: {second: np.ones(1)}, 4: {second: np.ones(1)}})
-    other.videos[4][replace(second, edits=(Edit(1, 9, 0.5),))] = np.zeros(1)
     one.take(other)
     gathered = one.gathered(Team())
     assert {step: sorted(videos) for step, videos in gathered.items()} == {2: [0, 3], 4: [3]}

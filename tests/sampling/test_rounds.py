@@ -17,6 +17,7 @@ from tests.sampling.test_way_out import assert_as_before, traces
 
 import prism
 from prism import Judge, PrismError, cli, files
+from prism.commands.sampled import loser_of
 from prism.judge.reference import Reference
 from prism.preference.pairs import prompt_key
 from prism.sampling.plan import Workload, generator_of
@@ -192,4 +193,8 @@ def test_the_command_says_how_it_ended(wan: Setting, tmp_path: Path, capsys: Any
     assert [cut["name"] for cut in metrics["cuts"]] == ["round 1, step 1", "round 2, step 1"]
     (row,) = metrics["best_of_n"]
     assert (row["n"], row["schedule"]) == (4, [[1, 1]])
-    assert "round 2, step 1" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "round 2, step 1" in page
+    assert "these were judged once more, and the best of them is the winner" in page
+    assert "rates highest at the last cut" not in page
+    assert loser_of(None, tiny.PROMPT, {}, metrics) == loser_of(None, tiny.PROMPT, {}, {"cuts": []}) == []

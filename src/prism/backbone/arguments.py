@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prism.backbone.family import Family
 from prism.backbone.pipeline import check_denoisers, warn_cut_off
-from prism.errors import PrismError, number, quoted, reason, whole
+from prism.errors import PrismError, listed, number, quoted, reason, whole
 from prism.video import frames, read_video
 
 if TYPE_CHECKING:
@@ -46,6 +46,13 @@ def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
         elif name in _SCALES and value is not None:
             scale = number(name, value, *GUIDANCE)
             value = value if isinstance(value, int | float) else scale
+        elif name == "callback_on_step_end":
+            if value is not None and not callable(value):
+                raise PrismError(f"callback_on_step_end must be a function; found {quoted(value, 80)}.")
+        elif name == "callback_on_step_end_tensor_inputs":
+            if value is None:  # the pipelines' own default
+                continue
+            value = listed(name, value)
         elif isinstance(value, float | np.floating):
             number(name, value)
         elif name in ("prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"):
@@ -54,8 +61,6 @@ def normalised(call: Mapping[str, Any]) -> dict[str, Any]:
             raise PrismError(
                 f'output_type must be a text, such as "np", "pt", "pil" or "latent"; found {quoted(value, 80)}.'
             )
-        elif name == "callback_on_step_end" and value is not None and not callable(value):
-            raise PrismError(f"callback_on_step_end must be a function; found {quoted(value, 80)}.")
         elif name.endswith("_kwargs") and value is not None and not isinstance(value, Mapping):
             raise PrismError(f"{name} must be a dictionary; found {quoted(value, 80)}.")
         elif isinstance(value, Tensor) and value.is_inference():

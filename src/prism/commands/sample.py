@@ -165,7 +165,7 @@ def run(config: Sample) -> dict[str, Any] | None:
             "sample",
             describe(backbone, name),
             seed,
-            best_of_n=[row_of(ran, backbone, judge, call, result)],
+            best_of_n=[row_of(ran, backbone, judge, call, result, config.num_draws)],
             timings={**result.ledger.parts, "total": result.ledger.seconds},
             prompt=config.prompt,
             dtype=str(backbone.dtype).removeprefix("torch."),
@@ -206,7 +206,7 @@ def run(config: Sample) -> dict[str, Any] | None:
         strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < len(result.seeds) else "", rows, config.fps)
         title = f"The best of {len(result.seeds)}: {subject}"
         config_written = files.read_json(folder / "config.json")
-        notes = (*(notes_of(result) if judge else ()), *([sentence] if sentence else []))
+        notes = (*(notes_of(result, ran.n or 1) if judge else ()), *([sentence] if sentence else []))
         shown = preview_strips(result, metrics["cuts"], config.fps)
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written, previews=shown)
     return metrics
@@ -303,7 +303,10 @@ def _check_planned(config: Sample) -> None:
     decides = "--budget" if config.plan is None else "--plan"
     for name in ("strategy", "schedule", "look", "draft_steps", "draft_cache", "judge_at", "num_draws"):
         if getattr(config, name) != getattr(Sample, name):
-            raise PrismError(f"The {decides} decides it; leave --{name.replace('_', '-')} out.")
+            option = f"--{name.replace('_', '-')}"
+            raise PrismError(f"The {decides} decides what {option} says; leave {option} out.")
+    if config.budget is not None and config.n is not None:
+        raise PrismError("The --budget decides how many candidates there are; leave --n out.")
     if config.budget is None or parse_budget(config.budget).unit == "":
         plan_files.opened(config.plan, None if config.budget is None else float(config.budget))
 

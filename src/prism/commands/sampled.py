@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +21,15 @@ NOTES = (
 )
 
 
-def notes_of(result: Any) -> tuple[str, ...]:
-    """Notes about a run whose candidates were judged."""
+def notes_of(result: Any, n: int) -> tuple[str, ...]:
+    """Notes about a run whose candidates were judged, n of them in a round."""
     edits = result.top[0].edits
+    if result.stop is not None:
+        return (
+            "Each round has a winner by its own cuts; finished and put back to one noise level, these were judged once "
+            f"more, and the best of them is the winner. {stopped(asdict(result.stop), n)}",
+            NOTES[1],
+        )
     if not edits:
         return NOTES
     steps = sorted({edit.step for edit in edits})
@@ -34,22 +41,22 @@ def notes_of(result: Any) -> tuple[str, ...]:
     )
 
 
-FULL_DRAWS = 3  # noise draws of the full Best-of-N that costs are compared with, as in the demo
+def row_of(
+    config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any, num_draws: int
+) -> BestOfNRow:
+    """The run as a row of "best_of_n" in metrics.json: costs alone, as no referee measures the gain.
 
-
-def row_of(config: Sample, backbone: Any, judge: Any, call: Mapping[str, Any], result: Any) -> BestOfNRow:
-    """The run as a row of "best_of_n" in metrics.json: costs alone, as no referee measures the gain."""
+    num_draws: noise draws of the full Best-of-N that the costs are compared with.
+    """
     from prism.backbone.arguments import normalised
     from prism.sampling.plan import Workload
     from prism.sampling.strategies import Full, kind_of
 
     ledger, kind, n = result.ledger, kind_of(config.strategy), len(result.seeds)
     settings = kind.settings([cut for cut in result.scores if cut.get("round", 1) == 1])
-    clean = kind.looks_at in ("drafts", "finished") or "look" in settings
-    draws = config.num_draws if clean else FULL_DRAWS
     whole = normalised({**call, "output_type": "latent"})
     steps = backbone.steps({**whole, **backbone.batch([config.prompt or ""], [0], whole)})
-    everything = Full(num_draws=draws).rows(Workload.of(backbone, call, n, judge.tap if judge else 0, steps))
+    everything = Full(num_draws=num_draws).rows(Workload.of(backbone, call, n, judge.tap if judge else 0, steps))
     row: BestOfNRow = {
         "judge": "prism" if judge else None,
         "head_seed": judge.trained_on.get("seed") if judge else None,
@@ -106,6 +113,8 @@ def loser_of(backbone: Any, prompt: str, call: Mapping[str, Any], metrics: Mappi
     from prism.report import wording
     from prism.report.page import FilmRow
 
+    if not metrics["cuts"] or metrics.get("until"):  # scores compare within one cut
+        return []
     scores = metrics["cuts"][0]["scores"]
     last = int(min(scores, key=scores.__getitem__))
     if last == metrics["winner"]:

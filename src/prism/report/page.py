@@ -203,7 +203,7 @@ def headlines(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
         text = f"of full Best-of-{pick['n']}’s denoiser work ({wording.how(pick)})"
         cards.append({"name": "Cost", "value": value, "text": text})
     decodes = pick["vae_decodes"] / pick["prompts"]
-    text = f"VAE decode{'' if decodes == 1 else 's'} per prompt instead of {pick['n']}"
+    text = f"VAE decode{'' if decodes == 1 else 's'} per prompt"
     cards.append({"name": "Decodes", "value": wording.count(decodes), "text": text})
     return cards
 

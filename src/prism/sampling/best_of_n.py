@@ -290,7 +290,7 @@ def best_of_n(
             def find(search: Search) -> list[Candidate]:
                 ready = search.settle(settled)
                 if search.previews is not None:
-                    search.previews.check(ready)
+                    search.previews.check(ready, search.load)
                 bar.reset(total=ready.rows(search.load) / among.size)
                 return ready.winners(search)
 

@@ -28,10 +28,12 @@ from torch import Tensor
 
 from prism.backbone import Backbone, noise
 from prism.backbone.pipeline import config_of
-from prism.errors import PrismError
+from prism.errors import PrismError, listed, number, quoted, whole
 from prism.sampling.plan import Edit, generator_of
 
 Level = tuple[float, float]  # alpha, sigma
+
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
 def check(backbone: Backbone, call: Mapping[str, Any], step: int) -> None:
@@ -159,12 +161,34 @@ def edited(seed: int, edits: Iterable[Edit | tuple[int, int, float]]) -> dict[st
     """The arguments under which a stock call gives a winner that was edited: `pipe(prompt, **edited(...), **call)`.
 
     seed, edits: the winner's; an edit may be given as (step, seed, weight).
+
+    Raises:
+        PrismError: for a seed or edits that are none; during the call, for an edit after its last step.
     """
-    generator = generator_of(seed)
-    listed = [edit if isinstance(edit, Edit) else Edit(*edit) for edit in edits]
-    editor = Editor([listed], [generator])
+    generator = generator_of(whole("seed", seed, 0, LARGEST_SEED))
+    row = [_checked(edit) for edit in listed("edits", edits, object, "edits (step, seed, weight)")]
+    editor = Editor([row], [generator])
 
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        count = getattr(pipe, "num_timesteps", None)
+        if isinstance(count, int) and editor.last >= count:
+            raise PrismError(
+                f"The latents are edited after step {editor.last}, and the call has steps 1 to {count}, after whose "
+                "last nothing follows; give the call the steps that the edits were found with."
+            )
         return {"latents": editor.after_step(pipe.scheduler, step + 1, timestep, tensors["latents"])}
 
     return {"generator": generator, "callback_on_step_end": callback}
+
+
+def _checked(edit: Any) -> Edit:
+    """An edit, or what stands for one, with its values checked."""
+    try:
+        step, seed, weight = (edit.step, edit.seed, edit.weight) if isinstance(edit, Edit) else edit
+    except (TypeError, ValueError):
+        raise PrismError(f"An edit is (step, seed, weight); found {quoted(edit, 80)}.") from None
+    return Edit(
+        whole("The step of an edit", step),
+        whole("The seed of an edit", seed, 0, LARGEST_SEED),
+        number("The weight of an edit", weight, 0, 1),
+    )

@@ -10,6 +10,7 @@ from prism.backbone.steps import Steps
 from prism.errors import PrismError, number, whole
 from prism.report import wording
 from prism.report.wording import Row
+from prism.sampling.arguments import MAX_N
 from prism.sampling.particles import (
     Branching,
     Population,
@@ -52,7 +53,7 @@ class LatentBeams(Population):
         number("weight", self.weight, 0, 1, above=True)
         checked_keep(self.keep)
         if self.num_candidates is not None:
-            whole("num_candidates", self.num_candidates)
+            whole("num_candidates", self.num_candidates, 1, MAX_N)
         if self.search_schedule is not None:
             step_list("search_schedule", self.search_schedule)
         if not top_k <= whole("num_beams", self.num_beams) <= n:
@@ -126,7 +127,8 @@ class Evolution(Population):
         if self.evolution_schedule is not None:
             step_list("evolution_schedule", self.evolution_schedule)
         try:
-            sizes = [whole("A population's size", size) for size in self.population_size_schedule or ()]
+            schedule = () if self.population_size_schedule is None else self.population_size_schedule
+            sizes = [whole("A population's size", size, 1, MAX_N) for size in schedule]
         except TypeError:
             raise PrismError("population_size_schedule is a list of sizes such as [8, 4].") from None
         if not 1 <= whole("elite_size", self.elite_size) <= min([n, *sizes]):
@@ -207,8 +209,8 @@ class ZeroOrder(Branching):
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> ZeroOrder:
         number("radius", self.radius, 0, 1, above=True)
-        for name in ("iterations", "neighbors", "edited_step"):
-            whole(name, getattr(self, name))
+        for name, most in (("iterations", MAX_N), ("neighbors", MAX_N), ("edited_step", None)):
+            whole(name, getattr(self, name), 1, most)
         if self.judged_step is not None and whole("judged_step", self.judged_step) <= self.edited_step:
             raise PrismError(
                 f"judged_step is {self.judged_step}, and noise is edited after step {self.edited_step}; judge later."

@@ -175,14 +175,20 @@ def within(budget: float, backbone: Backbone, judge: Any, call: Mapping[str, Any
     if carried is not None:
         where = "the plans that the head carries"
         content = check(carried, where)
-        if min(plan["cost"] for plan in content["plans"]) <= budget + _NEAR:
+        steps_differ = content["num_inference_steps"] != backbone.num_inference_steps(dict(call))
+        if not steps_differ and min(plan["cost"] for plan in content["plans"]) <= budget + _NEAR:
             return _chosen(content, where, budget)
     whole_call = {**normalised(dict(call)), "output_type": "latent"}
     steps = backbone.steps({**whole_call, **backbone.batch([""], [0], whole_call)})
     load = Workload.of(backbone, call, 1, getattr(judge, "tap", 0), steps)
     weights = {"overall": 1.0} if "overall" in judge.dimensions else dict.fromkeys(judge.dimensions, 1.0)
     load = replace(load, looks=looks.defaults(backbone, judge, weights, steps, looks.DEFAULT_JUDGE_AT))
-    why = "The head carries no plans" if carried is None else "All plans that the head carries cost more"
+    if carried is None:
+        why = "The head carries no plans"
+    elif steps_differ:
+        why = f"The plans that the head carries are for {content['num_inference_steps']} steps"
+    else:
+        why = "All plans that the head carries cost more"
     where = f"{why}: the default cut, with as many candidates as {budget:g} plain samples pay for"
     return Filed(planner.largest(load, budget, steps), where)
 
@@ -215,8 +221,8 @@ def check_fits(plan: Filed, backbone: Backbone, judge: Any, call: Mapping[str, A
     asked = backbone.num_inference_steps(dict(call))
     if asked != steps:
         raise PrismError(
-            f"{start} is for {steps} steps, and this call makes {asked}; call with num_inference_steps={steps}, or "
-            "plan anew with prism plan."
+            f"{start} is for {steps} steps, and this call makes {asked}; call with num_inference_steps={steps} "
+            f"(--steps {steps}), or plan anew with prism plan."
         )
     for name in ("guidance_scale", "height", "width", "num_frames"):
         was, now = (each.get(name, backbone.default(name)) for each in (content["call"], call))

@@ -13,7 +13,7 @@ from torch import Tensor
 from prism.backbone import Backbone
 from prism.backbone.layout import Grid
 from prism.errors import PrismError
-from prism.sampling.plan import Candidate, Plan
+from prism.sampling.plan import Candidate, Plan, Workload
 from prism.team import Team, merged
 
 
@@ -26,12 +26,17 @@ class Previews:
 
     videos: dict[int, dict[Candidate, np.ndarray]] = field(default_factory=dict)
 
-    def check(self, plan: Plan) -> None:
-        """Raise PrismError for a settled plan without a cut that looks ahead, of which there is nothing to preview."""
+    def check(self, plan: Plan, load: Workload) -> None:
+        """Raise PrismError for a settled plan without a cut that looks ahead, or whose candidates part before one."""
         if not plan.predicts():
             raise PrismError(
                 "Previews are the videos that the denoiser predicts at cuts that look ahead, and this run has none; "
                 'take look="ahead" (--look ahead), or leave previews out.'
+            )
+        if plan.parts_at(load):
+            raise PrismError(
+                f'Previews are shown by seed, and the candidates of the strategy "{plan.strategy}" part from theirs; '
+                'leave previews out, or take "early".'
             )
 
     def add(
@@ -58,17 +63,11 @@ class Previews:
             self.videos.setdefault(step, {}).update(videos)
 
     def gathered(self, team: Team) -> dict[int, dict[int, np.ndarray]]:
-        """The previews of all processes by step and candidate's index, (T, H, W, 3) uint8.
-
-        Of branched candidates with one index the first is taken.
-        """
+        """The previews of all processes by step and candidate's index, (T, H, W, 3) uint8."""
         parts = team.agree(lambda: self.videos)
         steps: Sequence[int] = sorted({step for part in parts for step in part})
         every = {step: merged(part.get(step, {}) for part in parts) for step in steps}
-        return {
-            step: {candidate.index: videos[candidate] for candidate in sorted(videos, reverse=True)}
-            for step, videos in every.items()
-        }
+        return {step: {candidate.index: video for candidate, video in videos.items()} for step, videos in every.items()}
 
 
 def _bytes(video: Tensor) -> np.ndarray:

@@ -139,7 +139,7 @@ class Race(Plan):
 
     def checked(self, n: int, top_k: int, num_steps: int, call: Mapping[str, Any]) -> Race:
         for name, value in (("first", self.first), ("last", self.last), ("every", self.every)):
-            if value is not None:
+            if value is not None or name == "every":
                 whole(f"{name} of a race", value)
         if self.last is not None and self.last < (self.first or 1):
             raise PrismError(f"A race's last look, at step {self.last}, comes before its first, at {self.first or 1}.")
