@@ -307,8 +307,9 @@ def _check_planned(config: Sample) -> None:
             raise PrismError(f"The {decides} decides what {option} says; leave {option} out.")
     if config.budget is not None and config.n is not None:
         raise PrismError("The --budget decides how many candidates there are; leave --n out.")
-    if config.budget is None or parse_budget(config.budget).unit == "":
-        plan_files.opened(config.plan, None if config.budget is None else float(config.budget))
+    budget = None if config.budget is None else parse_budget(config.budget)
+    if budget is None or budget.unit == "":
+        plan_files.opened(config.plan, None if budget is None else budget.value)
 
 
 def _check(config: Sample) -> None:

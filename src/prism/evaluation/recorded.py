@@ -95,7 +95,8 @@ class Recorded:
         about = {"format": FORMAT, "schema": SCHEMA, "candidates": count, "about": self.about}
         with files.new_file(path) as work:
             table = pa.table(columns).replace_schema_metadata({"prism": json.dumps(about)})
-            pq.write_table(table, work, compression="zstd")
+            encodings = {each.name: "BYTE_STREAM_SPLIT" for each in table.schema if pa.types.is_floating(each.type)}
+            pq.write_table(table, work, compression="zstd", use_dictionary=["prompt"], column_encoding=encodings)
 
     @classmethod
     def load_file(cls, path: Path) -> Recorded:

@@ -7,18 +7,16 @@ many prompts beside it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from prism import files, shapeworld
+from prism import shapeworld
 from prism.evaluation import planning, prompt_interval
-from prism.evaluation.recorded import FORMAT, SCHEMA, Recorded
+from prism.evaluation.recorded import Recorded
 from prism.lab.attention import ratio
 from prism.report import plan_page, wording
 from prism.report.front_plot import front_plot
@@ -42,27 +40,10 @@ def shipped() -> Path:
 def shrink(source: Path, target: Path) -> None:
     """Write a table of scores again with the overall reward and scores alone, in float32."""
     scores = Recorded.load_file(source)
-    column, count = scores.about["dimensions"].index(OVERALL), scores.seeds.shape[1]
-    columns: dict[str, Any] = {f"reward/{OVERALL}": scores.reward(OVERALL)}
-    columns |= {
-        f"{look}/{step}/{t:g}/{draw}/{OVERALL}": values[..., column]
-        for (look, step, t, draw), values in scores.scores.items()
-    }
-    numbers = {name: values.ravel().astype(np.float32) for name, values in columns.items()}
-    prompts = pa.array(np.repeat(scores.prompts, count).tolist()).dictionary_encode()
-    about = {"format": FORMAT, "schema": SCHEMA, "candidates": count,
-             "about": {**scores.about, "dimensions": [OVERALL]}}  # fmt: skip
-    table = pa.table({"prompt": prompts, "seed": scores.seeds.ravel(), **numbers})
-    encodings = dict.fromkeys(numbers, "BYTE_STREAM_SPLIT")
-    with files.new_file(target) as work:
-        pq.write_table(
-            table.replace_schema_metadata({"prism": json.dumps(about)}),
-            work,
-            compression="zstd",
-            compression_level=19,
-            use_dictionary=["prompt"],
-            column_encoding=encodings,
-        )
+    column = scores.about["dimensions"].index(OVERALL)
+    overall = {reading: values[..., [column]].astype(np.float32) for reading, values in scores.scores.items()}
+    rewards = {OVERALL: scores.reward(OVERALL).astype(np.float32)}
+    replace(scores, rewards=rewards, scores=overall, about={**scores.about, "dimensions": [OVERALL]}).save(target)
 
 
 def replay(path: Path, seed: int) -> planning.Replayed:

@@ -219,11 +219,8 @@ class Player:
         """Finish the first n candidates, and score them by the referee, the pixel judge and the judge."""
 
         def ask(video: Any, prompt: str) -> dict[str, float]:
-            scores = {"overall": float(self.referee(video, prompt)["overall"])}
-            if self.pixel is not None:
-                column = self.pixel.dimensions.index("overall")
-                scores["pixel"] = float(self.pixel.score_videos(torch.as_tensor(video)[None], [prompt])[0, column])
-            return scores
+            pixel = {} if self.pixel is None else {"pixel": self._pixel_value(video, prompt)}
+            return {"overall": self._referee_value(video, prompt), **pixel}
 
         every = best_of_n(
             self.judge.backbone.pipe, None, self.prompt, n, seed=self.seed, strategy="oracle", oracle=ask,
@@ -295,7 +292,7 @@ class Player:
 
     def _kept(self, result: BestOfNResult, other: bool = False) -> Outcome:
         """A result's winner; other: it is no candidate as it is, though it has no edits."""
-        index, value = result.seed - self.seed, float(self.referee(result.video, self.prompt)["overall"])
+        index, value = result.seed - self.seed, self._referee_value(result.video, self.prompt)
         latents = result.latents[0].float().cpu()
         if not other and not result.top[0].edits:
             self.values.setdefault(index, value)

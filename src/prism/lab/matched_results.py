@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from prism.evaluation import prompt_interval
+from prism.lab.attention import ratio
 from prism.lab.matched import FULL, PLANNED, REFEREE
 from prism.report.matched_page import MatchedRow
 
@@ -54,7 +55,7 @@ def rows(lines: Sequence[Line], sample: float, seed: int = 0) -> list[MatchedRow
     def share(by_prompt: Mapping[str, float]) -> tuple[float, list[float] | None]:
         prompts = list(by_prompt)
         columns = np.array([[by_prompt[prompt], oracle[prompt]] for prompt in prompts])
-        interval = prompt_interval(columns, prompts, lambda sums: sums[:, 0] / sums[:, 1], seed)
+        interval = prompt_interval(columns, prompts, ratio, seed)
         return float(columns[:, 0].sum() / columns[:, 1].sum()), interval
 
     def over(key: tuple[str, float], rival: str) -> tuple[float | None, list[float] | None]:

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from prism.backbone.steps import Steps
 from prism.errors import PrismError, number, whole
-from prism.report import wording
 from prism.report.wording import Row
 from prism.sampling.arguments import MAX_N
 from prism.sampling.particles import (
     Branching,
     Population,
     checked_keep,
+    in_words,
     parted,
     rng_of,
     seed_of,
     step_list,
-    steps_in_words,
 )
 from prism.sampling.plan import Candidate, Edit, Schedule, Workload, weighted
 from prism.sampling.resampling import Particles
@@ -96,7 +95,7 @@ class LatentBeams(Population):
 
     @staticmethod
     def how(row: Row) -> str:
-        return ", ".join(part for part in (f"beams at {steps_in_words(row)}", wording.judged_at(row)) if part)
+        return in_words("beams", row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +180,7 @@ class Evolution(Population):
 
     @staticmethod
     def how(row: Row) -> str:
-        return ", ".join(part for part in (f"evolved at {steps_in_words(row)}", wording.judged_at(row)) if part)
+        return in_words("evolved", row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,5 +260,4 @@ class ZeroOrder(Branching):
 
     @staticmethod
     def how(row: Row) -> str:
-        words = (f"noises near the best one at {steps_in_words(row)}", wording.judged_at(row))
-        return ", ".join(part for part in words if part)
+        return in_words("noises near the best one", row)

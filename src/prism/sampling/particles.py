@@ -175,10 +175,11 @@ class Population(Branching):
         return Particles.start(n, "diff", 0.0)
 
 
-def steps_in_words(row: Row) -> str:
-    """The steps at which a row's candidates were judged before the end."""
+def in_words(what: str, row: Row) -> str:
+    """What a row's search did, the steps before the end at which it judged its candidates, and the noise level."""
     steps = [str(step) for step, _ in row["schedule"] or () if step < row["num_inference_steps"]]
-    return f"step{'s' if len(steps) > 1 else ''} {', '.join(steps)}" if steps else wording.MISSING
+    at = f"step{'s' if len(steps) > 1 else ''} {', '.join(steps)}" if steps else wording.MISSING
+    return ", ".join(part for part in (f"{what} at {at}", wording.judged_at(row)) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +266,7 @@ class FKSteering(Population):
 
     @staticmethod
     def how(row: Row) -> str:
-        return ", ".join(
-            part for part in (f"particles resampled at {steps_in_words(row)}", wording.judged_at(row)) if part
-        )
+        return in_words("particles resampled", row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,5 +360,4 @@ class Prune(Branching):
 
     @staticmethod
     def how(row: Row) -> str:
-        words = (f"resampled and pruned at {steps_in_words(row)}", wording.judged_at(row))
-        return ", ".join(part for part in words if part)
+        return in_words("resampled and pruned", row)
