@@ -89,7 +89,7 @@ def test_a_search_that_is_better_is_chosen_and_one_that_is_worse_is_not(scores: 
     (rival, cheap) = replayed.rivals([2.0, 1.5])
     assert (rival["chosen"], rival["played"]) == (
         "played",
-        "3 seeds, beam, judge_at 700, keep 1, search_schedule [1, 2]",
+        "3 seeds, beam, keep 1, search_schedule [1, 2]",
     )
     assert rival["over"] == pytest.approx(row["share"] - rival["replayed_share"])
     assert rival["over_ci95"] is not None
@@ -234,9 +234,9 @@ def test_a_played_search_is_planned_filed_and_run(tmp_path: Path, monkeypatch: p
     judge = Judge.untrained(backbone, tap=1, dim=16)
     scores = score_tables.made(20, 3)
     scores.about.update({
-        "name": "tiny", "family": "wan", "backbone": backbone.fingerprint(), "call": tiny.CALL_WAN, "head": head_digest(judge),
-        "num_inference_steps": 6, "store": {}, "split": "all", "states": [2], "levels": [700], "num_draws": 1,
-        "seed": 0,
+        "name": "tiny", "family": "wan", "backbone": backbone.fingerprint(), "call": tiny.CALL_WAN,
+        "head": head_digest(judge), "num_inference_steps": 6, "store": {}, "split": "all", "states": [2],
+        "levels": [700], "num_draws": 1, "seed": 0,
     })  # fmt: skip
     scores.about["workload"].update(calls=[2] * 6, readable=[True] * 6, tap_share=1 / 3)
     scores.save(Path("scores.parquet"))

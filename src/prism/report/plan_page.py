@@ -80,7 +80,9 @@ def played_section(rows: Sequence[RivalRow], facts: MeasuredFacts | None) -> lis
     if facts is None:
         return []
     lead = f"{rivals_sentence(rows)} {measured_sentence(facts)}"
-    return [Section("Searches that were played", lead, tables=[(rivals_table(rows), RIVALS)] if rows else [])]
+    return [
+        Section("Searches that were played", lead, tables=[(rivals_table(rows), RIVALS)] if rows else [], wrap=True)
+    ]
 
 
 def rivals_sentence(rows: Sequence[RivalRow]) -> str:

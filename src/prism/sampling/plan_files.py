@@ -65,8 +65,10 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 def differing(plan: Plan) -> list[str]:
     """The settings of a plan that are not its strategy's defaults, in words: ["keep 1", "schedule 3:4,6:1"]."""
-    defaults = settings_of(type(plan)())
-    return [f"{name} {_shown(value)}" for name, value in settings_of(plan).items() if value != defaults[name]]
+    defaults, settings = settings_of(type(plan)()), settings_of(plan)
+    if plan.strategy != "early" and settings.get("judge_at") == looks.DEFAULT_JUDGE_AT:
+        del settings["judge_at"]
+    return [f"{name} {_shown(value)}" for name, value in settings.items() if value != defaults[name]]
 
 
 def document(about: Mapping[str, Any], plans: Sequence[Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
