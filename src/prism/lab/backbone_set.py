@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from prism import files, shapeworld
 from prism.backbone import Backbone
@@ -109,7 +105,8 @@ def _made(held: Parts, training: Training, device: str) -> list[Member]:
             _train(held.folder, training, device)
             candidates.save_weaker(run, folder, None if step == training.steps else step)
         saved = files.read_json(folder / "training.json")
-        for key, value in (("layers", training.layers), ("heads", training.heads), ("seed", training.seed)):
+        for key in ("layers", "heads", "seed", "videos", "steps"):
+            value = getattr(training, key)
             if saved.get(key) != value:
                 raise PrismError(
                     f"The backbone in {files.shown(folder)} was trained with {key} {saved.get(key)}, and {value} is "
