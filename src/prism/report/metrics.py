@@ -27,6 +27,7 @@ from prism.report.rows import (
     ComparisonRow,
     CutRow,
     GeneratorRow,
+    MatchedRow,
     ReliabilityRow,
     SightRow,
     StudyRow,
@@ -54,6 +55,7 @@ _OPTIONAL_ROWS = {
     "prune": PruneRow,
     "sizes": SizeRow,
     "sight": SightRow,
+    "matched": MatchedRow,
 }
 
 
