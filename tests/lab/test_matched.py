@@ -219,7 +219,7 @@ def test_a_game_is_played_in_parts_that_survive_a_kill(
     assert {arm for arm, _ in game.seats} == {"cut", "beam"}
     every = game.turns()
     assert [turn.seeds for turn in every] == [(0,)] * 2
-    halves = [turn.index for part in (1, 2) for turn in game.turns(part=(part, 2))]
+    halves = [turn.number for part in (1, 2) for turn in game.turns(part=(part, 2))]
     assert halves == [0, 1]
     parts = claim(tmp_path / "parts", {}, name=IDENTITY)
     with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +249,6 @@ def test_a_game_is_played_in_parts_that_survive_a_kill(
     assert {row["arm"]: row["dictionary"] for row in rows} == {
         "cut": "replayed",
         "beam": "measured",
-        PLANNED: "replayed",
     }
     metrics = {**playing.fields(rows), "accuracy": []}
     assert playing.sections(metrics)[0].title == "All strategies at matched cost"

@@ -53,9 +53,9 @@ class Rules:
 
 
 class Turn(NamedTuple):
-    """A prompt that is to be played, by its place in the split."""
+    """A prompt that is to be played. number: its position in the split."""
 
-    index: int
+    number: int
     prompt: str
     seeds: tuple[int, ...]
     seats: Mapping[tuple[str, float], Seat]
@@ -125,7 +125,7 @@ def as_parts(game: Game, parts: Parts, share: tuple[int, int] = (1, 1)) -> list[
     turns = game.turns(part=share)
     clock = Clock(f"all strategies at matched cost, {schedule} steps", len(turns))
     for count, turn in enumerate(turns, 1):
-        name = f"matched/{schedule}-{turn.index:04d}"
+        name = f"matched/{schedule}-{turn.number:04d}"
         is_done = parts.has(f"{name}.json")
         lines.append(parts.once(name, lambda turn=turn: game.play(turn)))  # type: ignore[misc]
         clock.tick(count, not is_done)
