@@ -39,6 +39,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "score": "prism.commands.score:Score",
     "reference": "prism.commands.reference:Reference",
     "plan": "prism.commands.plan:Plan",
+    "improve": "prism.commands.improve:Improve",
     "doctor": "prism.commands.doctor:Doctor",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",

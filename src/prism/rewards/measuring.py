@@ -1,0 +1,255 @@
+"""A model measured on test prompts: the judge that selects, one that does not, rewards, diversity and motion.
+
+All models sample the same prompts with the same seeds, so that differences are paired, by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prism.evaluation.intervals import prompt_interval
+from prism.judge import Judge
+from prism.preference import LatentStore
+from prism.rewards.picks import Group, decisive, groups_of, judged
+from prism.rewards.settings import ImproveConfig
+from prism.training.labels import Decoder
+from prism.training.reward import Reward
+
+JUDGE, OUTER, DIVERSITY, MOTION = "judge", "outer", "diversity", "motion"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A second judge, which never selects: a name for reports, and a function that scores finished latents.
+
+    score: (latents (B, ...), prompts, call, seeds) -> (B,) floats. trained_on: keys of the prompts that it was trained
+    on (`prism.preference.prompt_key`).
+    """
+
+    name: str
+    score: Callable[[Tensor, Sequence[str], Mapping[str, Any], Sequence[int]], Sequence[float]]
+    trained_on: Collection[str] = ()
+
+
+def judge_outer(judge: Judge, config: ImproveConfig, levels: Sequence[float], name: str = "") -> Outer:
+    """Another head on the same backbone as the outer judge."""
+    weights = torch.tensor(decisive(judge, ""), dtype=torch.float64)
+
+    def score(
+        latents: Tensor, prompts: Sequence[str], call: Mapping[str, Any], seeds: Sequence[int]
+    ) -> Sequence[float]:
+        total = torch.zeros(len(latents), dtype=torch.float64)
+        for level in levels:
+            generator = torch.Generator().manual_seed(config.seed)
+            mean, _ = judge.score_clean(latents, list(prompts), level, config.num_draws, generator, **call)
+            total += mean.double().cpu() @ weights / len(levels)
+        scores: list[float] = total.tolist()
+        return scores
+
+    keys = judge.trained_on.get("prompt_keys") or ()
+    return Outer(name or "another head", score, frozenset(keys))
+
+
+def other_outer(judge: Judge, backbone: Any, call: Mapping[str, Any], config: ImproveConfig, name: str = "") -> Outer:
+    """A head on another backbone as the outer judge: videos are decoded by `backbone` and encoded by the head's own.
+
+    call: of the other backbone's pipeline.
+    """
+    decoder, weights = Decoder(backbone), np.array(decisive(judge, ""))
+
+    def score(
+        latents: Tensor, prompts: Sequence[str], of_video: Mapping[str, Any], seeds: Sequence[int]
+    ) -> Sequence[float]:
+        videos = [decoder.frames(each[None], p, of_video, s) for each, p, s in zip(latents, prompts, seeds)]
+        scores = judge.score_video(videos, list(prompts), None, config.num_draws, config.seed, **call).scores
+        return [float(np.dot(weights, row)) for row in scores.mean(1).tolist()]
+
+    return Outer(name or "a head on another backbone", score, frozenset(judge.trained_on.get("prompt_keys") or ()))
+
+
+def reward_outer(reward: Reward, backbone: Any, fps: float | None = None) -> Outer:
+    """A reward function or a teacher, which scores decoded videos, as the outer judge: the mean of its dimensions."""
+    decoder = Decoder(backbone)
+
+    def score(
+        latents: Tensor, prompts: Sequence[str], call: Mapping[str, Any], seeds: Sequence[int]
+    ) -> Sequence[float]:
+        videos = [decoder.frames(each[None], p, call, s) for each, p, s in zip(latents, prompts, seeds)]
+        return [float(np.mean(list(row.values()))) for row in reward.score(videos, prompts, fps)]
+
+    return Outer(reward.name, score)
+
+
+def columns(
+    store: LatentStore, judge: Judge, outer: Outer | None, rewards: Sequence[Reward], config: ImproveConfig,
+    levels: Sequence[float],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Each measure of each video of a test store, by measure and video; the backbone must have no adapter on."""
+    weights = np.array(decisive(judge, config.dimension))
+    scores = judged(judge, store, config, levels)
+    table: dict[str, dict[str, float]] = {JUDGE: {v: float(np.dot(weights, row)) for v, row in scores.items()}}
+    groups, videos = groups_of(store), store.videos
+    ids = videos["video"].to_pylist()
+    if outer is not None:
+        seeds = dict(zip(ids, videos["seed"].to_pylist()))
+        table[OUTER] = {}
+        for group in groups:
+            for start in range(0, len(group.videos), config.max_rows):
+                part = group.videos[start : start + config.max_rows]
+                call, latents = store.call_of(part[0]), store.latents(part)
+                values = outer.score(latents, [group.prompt] * len(part), call, [seeds[each] or 0 for each in part])
+                table[OUTER] |= {video: float(value) for video, value in zip(part, values)}
+    for reward in rewards:
+        names = [
+            name
+            for name in videos.column_names
+            if name.startswith(f"{reward.name}.") or (len(rewards) == 1 and name in (reward.dimensions or ()))
+        ]
+        parts = {name.removeprefix(f"{reward.name}."): videos[name].to_pylist() for name in names}
+        scored = np.array([[np.nan if each is None else each for each in part] for part in parts.values()])
+        table[reward.name] = dict(zip(ids, scored.mean(0).tolist()))
+        if len(parts) > 1:
+            table |= {f"{reward.name}.{name}": dict(zip(ids, row.tolist())) for name, row in zip(parts, scored)}
+    if "clip_motion" in videos.column_names:
+        table[MOTION] = dict(zip(ids, videos["clip_motion"].to_pylist()))
+    table[DIVERSITY] = {}
+    for group in groups:
+        table[DIVERSITY] |= dict.fromkeys(group.videos, diversity(store.latents(group.videos)))
+    return table
+
+
+def diversity(latents: Tensor) -> float:
+    """Mean root mean squared difference between the latents (N, ...) of a prompt's videos; 0 for one."""
+    flat = latents.flatten(1).double()
+    pairs = [(a - b).square().mean().sqrt() for a, b in combinations(flat, 2)]
+    return float(torch.stack(pairs).mean()) if pairs else 0.0
+
+
+def by_prompt(groups: Sequence[Group], values: Mapping[str, float]) -> np.ndarray:
+    """The mean of each group's videos: (groups,)."""
+    return np.array([np.mean([values[video] for video in group.videos]) for group in groups])
+
+
+def spread(groups: Sequence[Group], values: Mapping[str, float]) -> float:
+    """Pooled standard deviation within prompts; NaN where no prompt has two videos."""
+    deviations = [np.var([values[v] for v in group.videos], ddof=1) for group in groups if len(group.videos) > 1]
+    return float(np.sqrt(np.mean(deviations))) if deviations else float("nan")
+
+
+def gains(
+    groups: Sequence[Group], before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]],
+    seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row per measure: its mean before and after, the paired gain with its interval over prompts, the gain in
+    within-prompt standard deviations of the videos before, and the spread within prompts after."""
+    rows = []
+    for name in after:
+        first, second = by_prompt(groups, before[name]), by_prompt(groups, after[name])
+        kept = np.isfinite(first) & np.isfinite(second)
+        prompts = np.array([group.prompt for group in groups])[kept]
+        difference = (second - first)[kept]
+        unit, gain = spread(groups, before[name]), float(difference.mean())
+        rows.append(
+            {
+                "measure": name,
+                "before": float(first[kept].mean()),
+                "mean": float(second[kept].mean()),
+                "gain": gain,
+                "gain_ci95": prompt_interval(difference, prompts, seed=seed),
+                "gain_sd": gain / unit if unit and np.isfinite(unit) else None,
+                "spread": _finite(spread(groups, after[name])),
+                "prompts": int(kept.sum()),
+            }
+        )
+    return rows
+
+
+def best_of(
+    groups: Sequence[Group], table: Mapping[str, Mapping[str, float]], measure: str, n: int, seed: int
+) -> dict[str, Any]:
+    """Best-of-n with these videos: the measure of the judge's pick, averaged over all sets of n of each prompt's."""
+    picks, means = [], []
+    for group in groups:
+        scores = [table[JUDGE][video] for video in group.videos]
+        values = [table[measure][video] for video in group.videos]
+        sets = combinations(range(len(scores)), n)
+        picks.append(np.mean([values[max(each, key=scores.__getitem__)] for each in sets]))
+        means.append(np.mean(values))
+    difference = np.array(picks) - np.array(means)
+    return {
+        "n": n,
+        "measure": measure,
+        "mean": float(np.mean(picks)),
+        "gain": float(difference.mean()),
+        "gain_ci95": prompt_interval(difference, [group.prompt for group in groups], seed=seed),
+        "prompts": len(groups),
+    }
+
+
+def against(
+    groups: Sequence[Group], ours: Mapping[str, float], other: Mapping[str, float], seed: int
+) -> dict[str, Any]:
+    """The paired difference of a measure between two models, and its interval over prompts."""
+    difference = by_prompt(groups, ours) - by_prompt(groups, other)
+    return {
+        "difference": float(np.nanmean(difference)),
+        "difference_ci95": prompt_interval(difference, [group.prompt for group in groups], seed=seed),
+        "prompts": len(groups),
+    }
+
+
+def gap(
+    groups: Sequence[Group], before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
+) -> np.ndarray:
+    """By how much the judge that selects gains more than the outer one, per prompt (groups,), each in within-prompt
+    standard deviations of the videos before."""
+    gained = [
+        (by_prompt(groups, after[name]) - by_prompt(groups, before[name])) / (spread(groups, before[name]) or 1.0)
+        for name in (JUDGE, OUTER)
+    ]
+    result: np.ndarray = gained[0] - gained[1]
+    return result
+
+
+def stop_sentence(
+    number: int, groups: Sequence[Group], tables: Sequence[Mapping[str, Mapping[str, float]]], seed: int
+) -> str | None:
+    """The reason to stop after round `number`, or None to go on.
+
+    It stops where the outer judge falls below the round before beyond its interval, or where the gap between the judge
+    that selects and the outer one, which the first round sets, widens beyond its interval.
+
+    tables: of the untuned model, then of each round.
+    """
+    if OUTER not in tables[-1]:
+        return None
+    names = [group.prompt for group in groups]
+    fallen = by_prompt(groups, tables[-1][OUTER]) - by_prompt(groups, tables[-2][OUTER])
+    interval = prompt_interval(fallen, names, seed=seed)
+    if interval is not None and interval[1] < 0:
+        return (
+            f"Stopped after round {number}: the outer judge fell by {-fallen.mean():.3g} against the round before "
+            f"(95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}), so what the judge prefers is no longer better."
+        )
+    if number < 2:
+        return None
+    wider = gap(groups, tables[0], tables[-1]) - gap(groups, tables[0], tables[-2])
+    interval = prompt_interval(wider, names, seed=seed)
+    if interval is not None and interval[0] > 0:
+        return (
+            f"Stopped after round {number}: the judge's gain ran ahead of the outer judge's by {wider.mean():.2f} "
+            f"standard deviations more than in the round before (95 % interval {interval[0]:+.2f} to "
+            f"{interval[1]:+.2f}), as where a judge is played."
+        )
+    return None
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

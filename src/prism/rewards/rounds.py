@@ -1,0 +1,359 @@
+"""Generate, judge, tune, judge again: rounds in which a generator is tuned on a judge's verdicts of its own videos.
+
+A run's folder:
+
+    config.json                    the settings; --resume refuses others
+    untuned/test/                  a store: videos of the test prompts by the untuned model
+    judge/round-1/candidates/      a store: candidates of the round's prompts
+    judge/round-1/scores.json      the judge's scores of them, and picks.json, which of them were tuned on
+    judge/round-1/lora/            the LoRA after the round, as diffusers loads it
+    judge/round-1/test/            a store: the test prompts by the tuned model, with the same seeds
+    random/, worst/                the same for controls; their first round takes the candidates of judge/
+    lora/                          the LoRA of the last round before a stop rule held
+
+The judge always reads the original backbone: a LoRA is on while videos are sampled and while it is tuned, and never
+while anything is judged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prism import files, runs
+from prism.backbone import Backbone
+from prism.backbone.arguments import normalised
+from prism.backbone.denoising import Target, target_of
+from prism.backbone.fingerprint import VERSIONED
+from prism.errors import choice
+from prism.judge import Judge
+from prism.judge.scoring import default_levels, head_digest
+from prism.preference import LatentStore
+from prism.preference.prompts import Prompt
+from prism.preference.sources import Place
+from prism.rewards import measuring
+from prism.rewards.lora import FILE, applied, check
+from prism.rewards.measuring import Outer
+from prism.rewards.picks import check_prompts, decisive, groups_of, judged, picked
+from prism.rewards.settings import CONTROLS, ImproveConfig
+from prism.rewards.tuning import tune
+from prism.training.collect import collect
+from prism.training.logs import Trackers
+from prism.training.reward import Reward
+
+OURS = "judge"  # the arm that takes the judge's picks
+FEWEST, FEWEST_TEST = 4, 2  # prompts
+CHANGEABLE = (
+    "config.max_rows",
+    "config.checkpoint_every",
+    "config.gradient_checkpointing",
+    *(f"backbone.{name}" for name in VERSIONED),
+)
+
+
+@dataclass
+class Improvement:
+    """The results of a run.
+
+    rounds: a row per arm and round: arm, round, facts of the picks (reward_avg, ...), the tuning's last entry, and
+        "measures", the rows of `prism.rewards.measuring.gains`. history: the tuning's entries by arm and round.
+    against: paired differences to the controls. best_of_n: the untuned model's Best-of-N. cost: what was spent.
+    stopped: why it stopped before the last round, or "". kept: the round whose LoRA is in lora/; 0: none helped.
+    """
+
+    folder: Path
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    against: list[dict[str, Any]] = field(default_factory=list)
+    best_of_n: list[dict[str, Any]] = field(default_factory=list)
+    cost: dict[str, Any] = field(default_factory=dict)
+    stopped: str = ""
+    kept: int = 0
+
+    @property
+    def lora(self) -> Path:
+        """The folder of the LoRA, for `pipe.load_lora_weights`."""
+        return self.folder / "lora"
+
+
+def improve(
+    backbone: Backbone,
+    judge: Judge,
+    prompts: Sequence[Prompt | str],
+    test_prompts: Sequence[Prompt | str],
+    call: Mapping[str, Any],
+    out: str | Path,
+    config: ImproveConfig | None = None,
+    *,
+    outer: Outer | None = None,
+    rewards: Sequence[Reward] = (),
+    controls: Sequence[str] = (),
+    fps: float | None = None,
+    report_to: str = "",
+    resume: bool = False,
+    progress: bool = True,
+) -> Improvement:
+    """Tune a LoRA on the backbone's denoiser by a judge's verdicts, in rounds, and measure each.
+
+    Args:
+        backbone: its pipeline samples; it is as before when this returns or raises, to the bit.
+        judge: on this backbone. It chooses what is tuned on.
+        prompts: of the tuning; the rounds share them evenly, each its own.
+        test_prompts: on which each round is measured; disjoint from the tuning's and the judge's.
+        call: the pipeline's arguments, as JSON.
+        out: the run's folder; new, or with `resume` the same run's.
+        config: settings.
+        outer: a second judge, which never selects; without one no stop rule can hold.
+        rewards: functions of decoded videos that are measured on the test prompts and tune nothing.
+        controls: "random", "worst": the same steps on other picks.
+        fps: frames per second, for rewards that take them.
+        report_to: trackers of accelerate, apart by commas.
+        resume: continue a run that was stopped or killed, on a CPU to the same bits.
+        progress: show progress bars.
+
+    Raises:
+        PrismError: for a denoiser that takes no LoRA or whose target is not known, prompts that are shared or too few,
+            an `out` of another run, or a loss that is not finite.
+    """
+    config = config or ImproveConfig()
+    run = _Run(backbone, judge, prompts, test_prompts, call, Path(out), config, outer, rewards, fps, progress)
+    arms = [OURS, *dict.fromkeys(choice("control", each, CONTROLS) for each in controls)]
+    run.check()
+    trackers = Trackers(report_to)
+    run.begin(resume, arms)
+    trackers.start(run.out / "logs", config.to_dict())
+    result = Improvement(run.out)
+    tables: dict[str, list[dict[str, dict[str, float]]]] = {}
+    untuned = run.measured("untuned", None)
+    run.test_groups = groups_of(LatentStore.open(run.out / "untuned" / "test"))
+    for arm in arms:
+        tables[arm] = [untuned]
+        for number in range(1, config.rounds + 1):
+            row, history, after = run.round(arm, number, untuned)
+            result.rounds.append(row)
+            result.history += history
+            tables[arm].append(after)
+            trackers.log(_tracked(row, len(result.rounds)))
+            if arm == OURS:
+                stop = measuring.stop_sentence(number, run.test_groups, tables[arm], config.seed)
+                result.kept = number if stop is None else number - 1
+                if stop is not None:
+                    result.stopped = stop
+                    break
+            elif number == len(tables[OURS]) - 1:
+                break
+    run.compare(result, tables)
+    if result.kept:
+        source = run.out / OURS / f"round-{result.kept}" / "lora" / FILE
+        result.lora.mkdir(exist_ok=True)
+        with files.new_file(result.lora / FILE) as whole:
+            shutil.copyfile(source, whole)
+    trackers.finish()
+    run.parts.release()
+    return result
+
+
+class _Run:
+    """What the rounds of a run share."""
+
+    def __init__(
+        self, backbone: Backbone, judge: Judge, prompts: Sequence[Prompt | str], test_prompts: Sequence[Prompt | str],
+        call: Mapping[str, Any], out: Path, config: ImproveConfig, outer: Outer | None, rewards: Sequence[Reward],
+        fps: float | None, progress: bool,
+    ) -> None:  # fmt: skip
+        self.backbone, self.judge, self.config, self.outer = backbone, judge, config, outer
+        self.rewards, self.fps, self.progress, self.out = list(rewards), fps, progress, out
+        self.call = {name: value for name, value in call.items() if name != "output_type"}
+        self.prompts = _as_prompts(prompts, "train")
+        self.test_prompts = _as_prompts(test_prompts, "test")
+        self.levels = config.levels or default_levels(judge)
+        self.weights = np.array(decisive(judge, config.dimension))
+        self.test_groups: list[Any] = []
+        self.parts = runs.Parts(out)
+        self._target: Target | None = None
+
+    @property
+    def target(self) -> Target:
+        if self._target is None:
+            self._target = target_of(self.backbone, self.prompts[0].text, normalised(self._call_of(self.prompts[0])))
+        return self._target
+
+    def _call_of(self, prompt: Prompt) -> dict[str, Any]:
+        return self.call if prompt.image is None else {**self.call, "image": prompt.image}
+
+    def check(self) -> None:
+        """Refuse, before any work, what could not be tuned or measured."""
+        check(self.backbone)
+        seen = {"the judge": self.judge.trained_on.get("prompt_keys") or ()}
+        if not seen["the judge"] and not self.judge.is_untrained:
+            warnings.warn(
+                "The judge does not say which prompts it was trained on, so that it is not checked that they are none "
+                "of the tuning's and the test's.",
+                stacklevel=3,
+            )
+        if self.outer is not None:
+            seen[f"the outer judge, {self.outer.name},"] = self.outer.trained_on
+        texts = [each.text for each in self.prompts], [each.text for each in self.test_prompts]
+        check_prompts(*texts, seen, (max(FEWEST, self.config.rounds), FEWEST_TEST))
+        _ = self.target
+
+    def begin(self, resume: bool, arms: Sequence[str]) -> None:
+        """Claim the run's folder."""
+
+        def digest(prompts: Sequence[Prompt]) -> dict[str, Any]:
+            text = "\n".join(f"{each.text}\t{each.image or ''}" for each in prompts)
+            return {"count": len(prompts), "sha256": hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()}
+
+        identity = {
+            "command": "improve",
+            "config": self.config.to_dict(),
+            "backbone": self.backbone.fingerprint(),
+            "judge": head_digest(self.judge),
+            "outer": None if self.outer is None else self.outer.name,
+            "rewards": [each.name for each in self.rewards],
+            "arms": list(arms),
+            "call": self.call,
+            "prompts": digest(self.prompts),
+            "test_prompts": digest(self.test_prompts),
+        }
+        self.parts = runs.claim(self.out, identity, resume, changeable=CHANGEABLE)
+
+    def of_round(self, number: int) -> list[Prompt]:
+        """The prompts of a round: every round has its own, an equal share of all."""
+        count = len(self.prompts) // self.config.rounds
+        return self.prompts[(number - 1) * count : number * count]
+
+    def collected(self, name: str, prompts: Sequence[Prompt], start: Path | None, test: bool) -> LatentStore:
+        """A store of candidates by the model with the LoRA of the folder `start`, or by the untuned one."""
+        rewards = (self.rewards or [Reward(_brightness, "frames")]) if test else []
+        folder, config = self.out / name, self.config
+        settings: dict[str, Any] = {
+            "candidates": config.test_candidates if test else config.candidates,
+            "seed": config.seed + (0 if test else 1),
+            "fps": self.fps,
+            "resume": folder.exists(),
+            "command": "prism improve",
+            "progress": self.progress,
+        }
+        with warnings.catch_warnings():  # its labels are not what is learnt from
+            warnings.filterwarnings("ignore", message="(?s).*(no pairs|ties).*")
+            if start is None:
+                return collect(prompts, self.backbone, self.call, folder, rewards, **settings)
+            with applied(self.backbone, **self._lora(), start=start):
+                return collect(prompts, self.backbone, self.call, folder, rewards, **settings)
+
+    def _lora(self) -> dict[str, Any]:
+        config = self.config
+        return {"rank": config.rank, "alpha": config.alpha, "targets": config.targets, "seed": config.seed}
+
+    def measured(self, name: str, start: Path | None) -> dict[str, dict[str, float]]:
+        """The measures of a model on the test prompts, by measure and video."""
+
+        def make() -> dict[str, Any]:
+            store = self.collected(f"{name}/test", self.test_prompts, start, True)
+            return {"measures": self._columns(store)}
+
+        table: dict[str, dict[str, float]] = self.parts.once(f"{name}/measures", make)["measures"]
+        return table
+
+    def _columns(self, store: LatentStore) -> dict[str, dict[str, float]]:
+        rewards = self.rewards
+        return measuring.columns(store, self.judge, self.outer, rewards, self.config, self.levels)
+
+    def round(
+        self, arm: str, number: int, untuned: Mapping[str, Mapping[str, float]]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, dict[str, float]]]:
+        """One round of an arm: its row, the tuning's history, and the measures after it."""
+        name, config = f"{arm}/round-{number}", self.config
+        before = None if number == 1 else self.out / arm / f"round-{number - 1}" / "lora"
+        of_candidates = f"{OURS}/round-1" if number == 1 else name  # by the untuned model: the same for every arm
+
+        def score() -> dict[str, Any]:
+            store = self.collected(f"{of_candidates}/candidates", self.of_round(number), before, False)
+            return {"scores": judged(self.judge, store, config, self.levels)}
+
+        scores = self.parts.once(f"{of_candidates}/scores", score)["scores"]
+        store = LatentStore.open(self.out / of_candidates / "candidates")
+        deciding = {video: float(np.dot(self.weights, row)) for video, row in scores.items()}
+        control = "" if arm == OURS else arm
+        picks, facts = picked(groups_of(store), deciding, config.margin, control, config.seed + number)
+        chosen = [{"prompt": p.group.prompt, "winner": p.winner, "loser": p.loser} for p in picks]
+        self.parts.once(f"{name}/picks", lambda: {"picks": chosen})
+
+        def tuned() -> dict[str, Any]:
+            old = before if config.recipe == "weighted" else None
+            with applied(self.backbone, **self._lora(), start=before, old=old) as lora:
+                entries = tune(
+                    self.backbone, store, picks, config, lora, self.target, self.out / name, number, self.progress
+                )
+                lora.save(self.out / name / "lora")
+            return {"history": entries}
+
+        history = self.parts.once(f"{name}/tuning", tuned)["history"]
+        for checkpoint in (self.out / name).glob("step-*"):
+            runs.discard(checkpoint)
+        after = self.measured(name, self.out / name / "lora")
+        measures = measuring.gains(self.test_groups, untuned, after, config.seed)
+        row = {"arm": arm, "round": number, **facts, "tuning": history[-1], "measures": measures}
+        return row, [{"arm": arm, "round": number, **entry} for entry in history], after
+
+    def compare(self, result: Improvement, tables: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]]) -> None:
+        """Fill in Best-of-N by the untuned model, the differences to the controls, and the cost."""
+        config, groups = self.config, self.test_groups
+        named = [each.name for each in self.rewards] + [name for name in (measuring.OUTER,) if self.outer is not None]
+        for measure in [*named, measuring.JUDGE]:
+            for n in range(2, config.test_candidates + 1):
+                result.best_of_n.append(measuring.best_of(groups, tables[OURS][0], measure, n, config.seed))
+            for arm, of_arm in tables.items():
+                for number in range(1, min(len(of_arm), len(tables[OURS]))):
+                    if arm == OURS:
+                        continue
+                    difference = measuring.against(
+                        groups, tables[OURS][number][measure], of_arm[number][measure], config.seed
+                    )
+                    result.against.append({"arm": arm, "round": number, "measure": measure, **difference})
+        result.cost = self._cost(len(tables[OURS]) - 1)
+
+    def _cost(self, rounds: int) -> dict[str, Any]:
+        """Denoiser rows of a sample and of the tuning, in closed form; a backward pass counts as two rows."""
+        config = self.config
+        per_sample = float(sum(self.backbone.steps({**self._call_of(self.prompts[0]), "prompt": ""}).calls))
+        sampled = rounds * (len(self.prompts) // config.rounds) * config.candidates
+        judging = sampled * len(self.levels) * config.num_draws * self.judge.tap / self.backbone.num_blocks
+        videos = {"pairs": 2, "winners": 1}.get(config.recipe, config.candidates)
+        passes = {"pairs": 4, "winners": 4}.get(config.recipe, 5)  # forward, backward, reference (and the old model)
+        tuning = rounds * config.steps * config.prompts_per_step * videos * passes
+        total = sampled * per_sample + judging + tuning
+        return {
+            "rows_per_sample": per_sample,
+            "sampled_rows": sampled * per_sample,
+            "judging_rows": judging,
+            "tuning_rows": float(tuning),
+            "total_rows": total,
+            "samples_worth": total / per_sample,
+        }
+
+
+def _as_prompts(prompts: Sequence[Prompt | str], split: str) -> list[Prompt]:
+    listed = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
+    return [each._replace(split=split) for each in listed]
+
+
+def _brightness(video: np.ndarray) -> float:
+    """A stand-in where no reward is measured, so that videos are decoded and their motion is known."""
+    return float(video.mean())
+
+
+def _tracked(row: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A round's row as trackers take it."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+    tuning = {name: value for name, value in row["tuning"].items() if name != "step"}
+    measures = {f"{each['measure']}/{name}": each[name] for each in row["measures"] for name in ("mean", "gain")}
+    return {"step": step, **{f"{row['arm']}/{name}": v for name, v in {**numbers, **tuning, **measures}.items()}}

@@ -1,0 +1,275 @@
+"""Rounds on a tiny real pipeline: what is tuned, what stays as it is, what is refused, what a kill costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests import kills, tiny
+
+from prism import files
+from prism.backbone import Backbone
+from prism.backbone.denoising import target_of
+from prism.errors import PrismError
+from prism.judge import Judge
+from prism.preference import LatentStore, prompt_key
+from prism.rewards import measuring, rounds
+from prism.rewards.lora import FILE, applied
+from prism.rewards.measuring import Outer
+from prism.rewards.picks import Group, groups_of, judged, picked
+from prism.rewards.rounds import improve
+from prism.rewards.settings import ImproveConfig
+from prism.rewards.tuning import Draws, tune
+from prism.training.reward import Reward
+
+CALL = {**tiny.CALL_WAN, "num_inference_steps": 2}
+PROMPTS = ["a red circle moves right", "a blue square moves up", "a cat runs", "a green triangle moves left"]
+TEST = ["a yellow cat runs", "a red square moves down"]
+SMALL = {"candidates": 2, "test_candidates": 2, "steps": 3, "prompts_per_step": 2, "rank": 2, "num_draws": 1}
+SMALL |= {"levels": (500.0,), "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone(tiny.wan())
+
+
+@pytest.fixture(scope="module")
+def judge(backbone) -> Judge:
+    return Judge.untrained(backbone, dim=16)
+
+
+def brightness(video):
+    return float(video.mean())
+
+
+def run(backbone, judge, out, prompts=PROMPTS, test=TEST, rewards=True, resume=False, **settings):
+    config = ImproveConfig(**{**SMALL, **{k: v for k, v in settings.items() if k not in ("controls", "outer")}})
+    more = {k: v for k, v in settings.items() if k in ("controls", "outer")}
+    rewards = [Reward(brightness, "light")] if rewards else []
+    return improve(
+        backbone, judge, prompts, test, CALL, out, config, rewards=rewards, resume=resume, progress=False, **more
+    )
+
+
+def dark(latents, prompts, call, seeds):
+    return (-latents.flatten(1).mean(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def two(backbone, judge, tmp_path_factory):
+    """Two rounds with both controls and an outer judge, and the denoiser's weights before."""
+    weights = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
+    out = tmp_path_factory.mktemp("improve") / "run"
+    return run(backbone, judge, out, rounds=2, controls=("random", "worst"), outer=Outer("dark", dark)), weights
+
+
+def test_the_backbone_is_as_it_was_to_the_bit(two, backbone):
+    _, weights = two
+    after = backbone.denoiser.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def test_each_arm_has_its_rounds_and_the_first_shares_its_candidates(two):
+    result, _ = two
+    assert [(row["arm"], row["round"]) for row in result.rounds] == [
+        (arm, number) for arm in ("judge", "random", "worst") for number in (1, 2)
+    ]
+    made = {str(path.parent.relative_to(result.folder)) for path in result.folder.rglob("store.json")}
+    assert "judge/round-1/candidates" in made
+    assert "random/round-1/candidates" not in made
+    assert {"random/round-2/candidates", "worst/round-2/candidates", "untuned/test"} <= made
+    prompts = [
+        set(LatentStore.open(result.folder / f"judge/round-{n}/candidates").videos["prompt"].to_pylist())
+        for n in (1, 2)
+    ]
+    assert prompts == [set(PROMPTS[:2]), set(PROMPTS[2:])]  # each round its own
+    names = {row["measure"] for row in result.rounds[0]["measures"]}
+    assert names == {"judge", "outer", "light", "motion", "diversity"}
+    assert {row["arm"] for row in result.against} == {"random", "worst"}
+
+
+def test_the_judge_reads_the_original_backbone_in_every_round(two, backbone, judge):
+    result, _ = two
+    folder = result.folder / "judge/round-2"
+    fresh = Judge(Backbone(tiny.wan()), judge.members, judge.dimensions)
+    scores = judged(fresh, LatentStore.open(folder / "candidates"), ImproveConfig(**SMALL), (500.0,))
+    assert files.read_json(folder / "scores.json")["scores"] == scores
+
+
+def test_the_controls_turn_the_picks_round_or_shuffle_them(two):
+    picks = {arm: files.read_json(two[0].folder / f"{arm}/round-1/picks.json")["picks"] for arm in ("judge", "worst")}
+    assert [(p["winner"], p["loser"]) for p in picks["judge"]] == [(p["loser"], p["winner"]) for p in picks["worst"]]
+
+
+def test_the_tuned_videos_are_stock_calls_with_the_lora_and_the_same_seeds(two):
+    result, _ = two
+    pipe = tiny.wan()
+    pipe.load_lora_weights(result.folder / "judge/round-2/lora", weight_name=FILE)
+    for row in LatentStore.open(result.folder / "judge/round-2/test").videos.to_pylist()[:2]:
+        generator = torch.Generator().manual_seed(row["seed"])
+        frames = pipe(row["prompt"], generator=generator, **CALL, output_type="latent").frames
+        assert torch.allclose(
+            LatentStore.open(result.folder / "judge/round-2/test").latents([row["video"]]), frames, atol=1e-5
+        )
+    stores = [LatentStore.open(result.folder / f"{each}/test").videos for each in ("untuned", "judge/round-1")]
+    assert stores[0]["seed"].to_pylist() == stores[1]["seed"].to_pylist()
+    assert (result.lora / FILE).is_file() == (result.kept > 0)
+
+
+def sums(folder: Path) -> dict[str, object]:
+    """The contents of a run's files, without the seconds that parts took."""
+    contents: dict[str, object] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        value = files.read_json(path) if path.suffix == ".json" else files.sha256(path)
+        contents[str(path.relative_to(folder))] = (
+            {k: v for k, v in value.items() if k != "seconds"} if isinstance(value, dict) else value
+        )
+    return contents
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_files(backbone, judge, tmp_path):
+    whole = run(backbone, judge, tmp_path / "whole", rewards=False)
+    for number, point in enumerate((40, 130)):
+        out = tmp_path / f"killed-{number}"
+        assert kills.dies(lambda out=out: run(backbone, judge, out, rewards=False), out, point)
+        again = run(backbone, judge, out, rewards=False, resume=True)
+        assert again.rounds == whole.rounds
+        assert sums(out) == sums(tmp_path / "whole")
+    with pytest.raises(PrismError, match="differs in config: learning_rate was"):
+        run(backbone, judge, tmp_path / "whole", rewards=False, resume=True, learning_rate=1e-3)
+    with pytest.raises(PrismError, match="exists already"):
+        run(backbone, judge, tmp_path / "whole", rewards=False)
+
+
+@pytest.fixture(scope="module")
+def store(two) -> LatentStore:
+    return LatentStore.open(two[0].folder / "judge/round-1/candidates")
+
+
+@pytest.fixture(scope="module")
+def picks(store):
+    groups = groups_of(store)
+    scores = {video: float(number) for group in groups for number, video in enumerate(group.videos)}
+    return picked(groups, scores, 0.0)[0]
+
+
+@pytest.mark.parametrize("recipe", ["pairs", "winners", "weighted"])
+def test_tuning_moves_the_lora_alone_and_towards_what_was_picked(backbone, store, picks, tmp_path, recipe):
+    """At a high rate on two prompts a few steps fit them: winners gain on the losers."""
+    settings = {**SMALL, "steps": 20, "learning_rate": 3e-2, "warmup_steps": 0, "recipe": recipe, "checkpoint_every": 0}
+    config = ImproveConfig(**{**settings, "prompt_dropout": 0.3 if recipe == "winners" else 0.0, "ema_decay": 0.0})
+    target = target_of(backbone, PROMPTS[0], CALL)
+    base = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
+    with applied(backbone, rank=4) as lora:
+        before = lora.state()
+        history = tune(backbone, store, picks, config, lora, target, tmp_path, progress=False)
+        assert all(value.grad is None for name, value in backbone.denoiser.named_parameters() if name not in before)
+        assert any(not torch.equal(before[name], value) for name, value in lora.weights.items())
+    assert all(torch.equal(value, base[name]) for name, value in backbone.denoiser.state_dict().items())
+    first, last = history
+    assert (first["step"], last["step"]) == (10, 20)
+    assert last["kl_div"] > first["kl_div"] > 0
+    if recipe == "pairs":
+        assert last["implicit_acc"] > 0.9
+        assert last["loss"] < np.log(2)
+    elif recipe == "winners":
+        assert last["winner_loss"] < last["ref_winner_loss"]
+    else:
+        assert {"policy_loss", "kl_div_loss", "old_deviate"} <= last.keys()
+
+
+def test_winner_and_loser_share_noise_and_level_and_a_step_needs_no_state(backbone, store, picks):
+    config = ImproveConfig(**SMALL)
+    draws = Draws(backbone, store, picks, config, 1)
+    rows = draws.rows(5, 1)
+    assert torch.equal(rows.noise[0], rows.noise[1])
+    assert rows.t[0] == rows.t[1]
+    pick = picks[rows.prompts[0]]
+    assert torch.equal(rows.clean, store.latents([pick.winner, pick.loser]))
+    again = Draws(backbone, store, picks, config, 1).rows(5, 1)
+    assert torch.equal(rows.noise, again.noise)
+    assert not torch.equal(rows.noise, Draws(backbone, store, picks, config, 2).rows(5, 1).noise)
+    weighted = Draws(backbone, store, picks, ImproveConfig(**{**SMALL, "recipe": "weighted"}), 1).rows(0, 0)
+    assert not torch.equal(weighted.noise[0], weighted.noise[1])
+    assert weighted.r.tolist() == pytest.approx([0.4, 0.6])  # one pooled standard deviation from the mean, clipped at 5
+
+
+def test_groups_with_nothing_to_choose_are_left_out_and_counted():
+    groups = [Group("a", ("a0", "a1")), Group("b", ("b0", "b1")), Group("c", ("c0",))]
+    scores = {"a0": 1.0, "a1": 3.0, "b0": 2.0, "b1": 2.0, "c0": 9.0}
+    picks, facts = picked(groups, scores, 0.0)
+    assert [(pick.winner, pick.loser) for pick in picks] == [("a1", "a0")]
+    assert facts["zero_std_ratio"] == pytest.approx(2 / 3)
+    assert facts["reward_std_mean"] == pytest.approx(np.sqrt(2) / 3)
+    assert facts["reward_avg"] == pytest.approx((2 + 2 + 9) / 3)
+    with pytest.raises(PrismError, match="nothing to tune on"):
+        picked(groups, scores, 2.0)
+
+
+def test_shared_and_too_few_prompts_are_refused_before_anything_is_made(backbone, judge, tmp_path):
+    trained = Judge(backbone, judge.members, judge.dimensions, trained_on={"prompt_keys": [prompt_key("A cat  runs")]})
+    with pytest.raises(PrismError, match=r'tuning prompts and those that the judge was trained on share 1 .*"a cat'):
+        run(backbone, trained, tmp_path / "out")
+    with pytest.raises(PrismError, match="Tuning and test share 1 prompt"):
+        run(backbone, judge, tmp_path / "out", test=[*TEST, PROMPTS[0].upper()])
+    outer = Outer("dark", dark, {prompt_key(TEST[0])})
+    with pytest.raises(PrismError, match="test prompts and those that the outer judge, dark, was trained on share"):
+        run(backbone, judge, tmp_path / "out", outer=outer)
+    with pytest.raises(PrismError, match="There are 3 tuning prompts, and at least 4"):
+        run(backbone, judge, tmp_path / "out", prompts=PROMPTS[:3])
+    with pytest.raises(PrismError, match="The judge has the dimensions VQ"):
+        run(backbone, judge, tmp_path / "out", dimension="charm")
+    with pytest.raises(PrismError, match="recipe must be one of pairs, winners, weighted"):
+        ImproveConfig(recipe="luck")
+    assert not (tmp_path / "out").exists()
+
+
+def tables(outer, inner):
+    """Measures of 20 prompts with two videos each, from gains per round of the outer judge and of the judge."""
+    rng, groups = np.random.default_rng(0), [Group(str(n), (f"{n}a", f"{n}b")) for n in range(20)]
+    base = {video: float(rng.normal()) for group in groups for video in group.videos}
+    return groups, [
+        {
+            name: {video: value + gain + 0.05 * float(rng.normal()) for video, value in base.items()}
+            for name, gain in (("outer", out), ("judge", own))
+        }
+        for out, own in zip((0, *outer), (0, *inner))
+    ]
+
+
+def test_it_stops_where_the_outer_judge_falls_or_is_left_behind():
+    groups, made = tables((0.3,), (0.5,))
+    assert measuring.stop_sentence(1, groups, made, 0) is None
+    groups, made = tables((-0.3,), (0.5,))
+    assert "outer judge fell" in measuring.stop_sentence(1, groups, made, 0)
+    groups, made = tables((0.3, 0.4), (0.5, 1.5))
+    assert "ran ahead" in measuring.stop_sentence(2, groups, made, 0)
+    groups, made = tables((0.3, 0.6), (0.5, 0.8))
+    assert measuring.stop_sentence(2, groups, made, 0) is None
+    assert measuring.stop_sentence(2, groups, [{"judge": each["judge"]} for each in made], 0) is None
+
+
+def test_a_run_that_stops_keeps_the_round_before(backbone, judge, tmp_path, monkeypatch):
+    calls = []
+
+    def stops(number, *rest):
+        calls.append(number)
+        return "Stopped." if number == 2 else None
+
+    monkeypatch.setattr(rounds.measuring, "stop_sentence", stops)
+    result = run(backbone, judge, tmp_path / "run", rounds=3, prompts=[*PROMPTS, "a cat moves", "a moves up"], steps=1)
+    assert (result.kept, result.stopped, calls) == (1, "Stopped.", [1, 2])
+    assert files.sha256(result.lora / FILE) == files.sha256(result.folder / "judge/round-1/lora" / FILE)
+
+
+def test_best_of_n_averages_over_all_sets():
+    groups = [Group("a", ("0", "1", "2"))]
+    table = {"judge": {"0": 1.0, "1": 3.0, "2": 2.0}, "light": {"0": 10.0, "1": 20.0, "2": 60.0}}
+    row = measuring.best_of(groups, table, "light", 2, 0)
+    assert row["mean"] == pytest.approx((20 + 60 + 20) / 3)  # of {0, 1}, {0, 2}, {1, 2}
+    assert row["gain"] == pytest.approx(100 / 3 - 30)
+    assert measuring.diversity(torch.tensor([[0.0, 0.0], [3.0, 4.0]])) == pytest.approx(np.sqrt(12.5))
