@@ -21,15 +21,25 @@ import torch
 
 from prism import files, shapeworld, video
 from prism.evaluation import TIMESTEPS
-from prism.lab import demo, judges
+from prism.lab import demo, judges, playing
 from prism.lab.contest import JointJudge
+from prism.lab.records import make_contest, record
 from prism.loading import load_backbone
 from prism.preference import LatentStore
 from prism.runs import IDENTITY, claim, parts_of
 from prism.shapeworld import candidates
 
-STAGES = ("data", "join", "train", "measure", "contests")
-TINY: dict[str, Any] = {"prompts": 2, "labelled": 2, "unseen": 1, "train_prompts": 3, "judges": 2, "alone": 1}
+STAGES = ("data", "join", "train", "measure", "contests", "matched")
+TINY: dict[str, Any] = {
+    "prompts": 2,
+    "labelled": 2,
+    "unseen": 1,
+    "train_prompts": 3,
+    "judges": 2,
+    "alone": 1,
+    "matched": 1,
+    "few_steps": 1,
+}
 
 
 def main() -> None:
@@ -158,11 +168,15 @@ class Work:
                 ) -> None:
                     self.parts.once(
                         name,
-                        lambda: demo.record(demo.make_contest(joint, config, prompt, seeds, self.call), config, alone),
+                        lambda: record(make_contest(joint, config, prompt, seeds, self.call), config, alone),
                     )
 
                 jobs.append(job)
         self.mine(jobs)
+
+    def matched(self) -> None:
+        for game in playing.games(self.config, self.backbone, self._pixel("pixel"), self.call):
+            playing.as_parts(game, self.parts, (self.rank + 1, self.size))
 
 
 if __name__ == "__main__":

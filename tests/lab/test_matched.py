@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,18 @@ import pytest
 import torch
 from tests import tiny
 
+from prism.evaluation import measured
 from prism.judge import Judge
-from prism.lab import matched, matched_results
+from prism.lab import matched, matched_results, playing
 from prism.lab.matched import FULL, PIXEL, PLAIN, PLANNED, REFEREE, Arm
 from prism.lab.pixel import PixelJudge
 from prism.report import matched_page
+from prism.runs import IDENTITY, claim
+from prism.sampling import plan_files
 from prism.sampling.drafts import Draft
 from prism.sampling.noise_search import LatentBeams, ZeroOrder
 from prism.sampling.strategies import Early, First, Full, Oracle
+from prism.shapeworld import grammar, referee
 
 CALL = tiny.CALL_WAN  # six steps of two rows; the judge reads after one of three blocks
 PLAN = {
@@ -28,6 +34,9 @@ PLAN = {
         {"budget": 2.0, "cost": 1.5, "n": 3, "strategy": "early", "settings": {"schedule": [[2, 1]], "look": "now"}}
     ],
 }
+
+
+BEAMS = {"beam": Arm(LatentBeams(keep=1))}
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +181,10 @@ def test_the_summary_against_figures_worked_out_by_hand(monkeypatch: pytest.Monk
     (sentence,) = matched_results.verdicts(table)
     assert "above the planner's plan: rival; below it: full;" in sentence
     assert "without an interval: 1" in sentence
+    assert sentence.endswith("Of those above, rival: no plan of best_of_n.")
+    for row in table:
+        row["dictionary"] = "measured"
+    assert matched_results.verdicts(table)[0].endswith("rival: in the planner's dictionary with --measured.")
     markdown = matched_page.by_arm(table).markdown()
     assert "75\u00a0% (75\u00a0…\u00a075) ▲" in markdown
     assert "30\u00a0% (30\u00a0…\u00a031) ▼" in markdown or "▼" in markdown.split("| full |")[1].split("\n")[0]
@@ -184,3 +197,59 @@ def test_without_a_plan_full_is_what_arms_are_compared_with() -> None:
         line["runs"] = line["runs"][1:]
     (sentence,) = matched_results.verdicts(matched_results.rows(lines, 10.0))
     assert sentence == "Budget 2: above full Best-of-N: none; below it: none; not told from it: rival."
+
+
+def test_a_game_is_played_in_parts_that_survive_a_kill(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes' turns are all turns; a killed one loses a prompt; a line says its plans as plan.json does."""
+    monkeypatch.setattr(matched, "EIGHT", 3)
+    monkeypatch.setattr(referee, "score", brightness)
+    monkeypatch.setattr(
+        grammar,
+        "prompts",
+        lambda split, count: [
+            tiny.PROMPT,
+            tiny.OTHER_PROMPT,
+        ][:count],
+    )
+    monkeypatch.setitem(playing.SCHEDULES, "plain", {"cut": Arm(Early(schedule=[(2, 1)], look="now")), **BEAMS})
+    rules = playing.Rules(prompts=2, again=0, alone=0, budgets=(2.2,))
+    game = playing.Game(rules, judge, None, CALL)
+    assert {arm for arm, _ in game.seats} == {"cut", "beam"}
+    every = game.turns()
+    assert [turn.seeds for turn in every] == [(0,)] * 2
+    halves = [turn.number for part in (1, 2) for turn in game.turns(part=(part, 2))]
+    assert halves == [0, 1]
+    parts = claim(tmp_path / "parts", {}, name=IDENTITY)
+    with pytest.MonkeyPatch.context() as patch:
+        real, begun = game.play, list[str]()
+
+        def dies(turn: Any) -> Any:
+            begun.append(turn.prompt)
+            if len(begun) == 2:
+                raise KeyboardInterrupt
+            return real(turn)
+
+        patch.setattr(game, "play", dies)
+        with pytest.raises(KeyboardInterrupt):
+            playing.as_parts(game, parts)
+        lines = playing.as_parts(game, parts)
+        assert begun == [tiny.PROMPT, tiny.OTHER_PROMPT, tiny.OTHER_PROMPT]
+    assert game.turns(lines) == []
+    beam = next(run for run in lines[1]["runs"] if run["arm"] == "beam")
+    assert beam["plan"] == {"strategy": "beam", "settings": plan_files.settings_of(BEAMS["beam"].plan)}
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"prompt": "cut o')
+    assert playing.whole_lines(path) == lines
+    assert path.read_bytes().endswith(b"}\n")
+    (first, *_), others = measured.read([path], 6)[0][tiny.PROMPT], measured.read([path], 6)[1]
+    assert (first.run.n, others) == (7, [])
+    rows = game.rows(lines)
+    assert {row["arm"]: row["dictionary"] for row in rows} == {
+        "cut": "replayed",
+        "beam": "measured",
+    }
+    metrics = {**playing.fields(rows), "accuracy": []}
+    assert playing.sections(metrics)[0].title == "All strategies at matched cost"
+    assert playing.fields([]) == {}

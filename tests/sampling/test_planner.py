@@ -215,7 +215,10 @@ def test_a_plan_for_another_run_is_refused_or_warned_of(wan: Setting) -> None:
         ({"call": []}, "The field 'call' of the plan must be an object"),
         ({"num_inference_steps": "6"}, "'num_inference_steps' of the plan must be a whole number"),
         ({"plans": []}, "The field 'plans' of the plan must list plans"),
-        ({"plans": [{"budget": 0.5, "cost": 1}]}, "The budget of plan 0 in the plan must be a number of at least 1"),
+        (
+            {"plans": [{"budget": 0.5, "cost": 1}]},
+            "The budget of plan 1 of 1 in the plan must be a number of at least 1",
+        ),
     ],
 )
 def test_a_foreign_document_is_refused(wan: Setting, change: dict[str, Any], sentence: str) -> None:
@@ -226,11 +229,15 @@ def test_a_foreign_document_is_refused(wan: Setting, change: dict[str, Any], sen
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"strategy": "sooner"}, "The strategy of plan 0 in the plan is sooner; this version of prism has none"),
+        (
+            {"strategy": "sooner"},
+            "The strategy of the plan for budget 1.5 in the plan is sooner; this version of prism has none",
+        ),
         ({"strategy": "oracle"}, "needs a function that no file holds"),
-        ({"n": 0}, "The number n of plan 0 in the plan must be a whole number from 1"),
-        ({"settings": {"speed": 2}}, "must be those of early, judge_at, num_draws, schedule, look; found"),
-        ({"settings": [1]}, "The settings of plan 0 in the plan must be"),
+        ({"n": 0}, "The number n of the plan for budget 1.5 in the plan must be a whole number from 1"),
+        ({"settings": {"speed": 2}}, "early of the plan for budget 1.5 .* has no setting speed; it has judge_at, num_"),
+        ({"settings": {"judgeat": 2}}, "has no setting judgeat; did you mean judge_at"),
+        ({"settings": [1]}, "The settings of the plan for budget 1.5 in the plan must be an object; found"),
         ({"settings": {"schedule": [[9, 1]]}}, "cannot be used: The schedule cuts at step 9"),
         ({"settings": {"schedule": 4}}, "cannot be used: The schedule is a list of cuts"),
         ({"settings": {"look": "back"}}, "cannot be used: look is one of"),

@@ -17,12 +17,15 @@ from prism.commands.sample import parse_weights
 from prism.errors import DRAWS, SEEDS, PrismError, quoted, whole
 
 if TYPE_CHECKING:
+    from prism.evaluation.measured import Measured
     from prism.evaluation.planning import Replayed
     from prism.evaluation.recorded import Recorded
+    from prism.report.plan_rows import MeasuredFacts
+    from prism.sampling.plan import Plan as PlanOfRun
 
 NOTES = (
-    "A plan’s numbers are what it would have picked of candidates that were sampled beforehand: no video was sampled "
-    "for this page. A run of the plan with the same seeds makes the same picks, up to rounding.",
+    "A replayed plan’s numbers are what it would have picked of candidates that were sampled beforehand. A run of it "
+    "with the same seeds makes the same picks, up to rounding.",
     "The share says how much of what a perfect pick gains by this reward a plan gets. It does not show what people "
     "would say, nor how the plan does with another model, other prompts, guidance or numbers of steps.",
     "Costs are denoiser rows in closed form, judging included; VAE, text encoder and scheduler are not in them.",
@@ -40,6 +43,8 @@ class Planned(Models):
     head: Head = None
     from_scores: Annotated[Path | None, option("FILE", "")] = None
     """A scores.parquet that prism plan left, in place of models and data."""
+    measured: Annotated[tuple[str, ...], Repeated, option("FILE")] = ()
+    """Lines of plans that were played on the same prompts, such as searches, which no replay covers."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,12 @@ class Plan:
         if speaks():
             from rich.console import Console
 
-            from prism.report.plan_page import chosen_table
+            from prism.report.plan_page import chosen_table, rivals_sentence
 
             console = Console(highlight=False)
             console.print(chosen_table(metrics["plans"]))
+            if "rivals" in metrics:
+                console.print(rivals_sentence(metrics["rivals"]), highlight=False)
             if self.save_to is not None:
                 console.print(f"The head carries these plans: {self.save_to}", soft_wrap=True, markup=False)
             console.print(f"Plans: {self.output.out / 'plan.json'}", soft_wrap=True, markup=False)
@@ -111,11 +118,15 @@ def run(config: Plan) -> dict[str, Any]:
     from prism.evaluation import planning
     from prism.sampling import planner
 
-    replayed = planning.Replayed.of(scores.table(config.by, weights), scores.load, config.seed)
+    part, measured, facts = _measured(config, scores)
+    replayed = planning.Replayed.of(part.table(config.by, weights), scores.load, config.seed, measured)
     costs = [in_samples(budget, sum(scores.load.calls), seconds) for budget in budgets] or list(planning.BUDGETS)
     plans = [replayed.chosen(cost) for cost in sorted(set(costs))]
     about = scores.about
     extra = {name: about[name] for name in ("store", "split", "states", "levels", "num_draws", "seed")}
+    more: dict[str, Any] = {}
+    if facts is not None:
+        more = {"measured": facts, "rivals": replayed.rivals([row["budget"] for row in plans])}
     filed = _document(about, plans, by=config.by, select_by=config.select_by, measured_on=extra)
     metrics = document(
         "plan",
@@ -129,7 +140,8 @@ def run(config: Plan) -> dict[str, Any]:
         spread=replayed.spread,
         by=config.by,
         not_replayed=planner.not_replayed(),
-        replayed=len(replayed.runs),
+        replayed=replayed.replays,
+        **more,
         seconds_per_sample=seconds,
         scored=extra,
     )
@@ -160,11 +172,10 @@ def _write(
     rows = [replayed.bare(index) for index in range(len(replayed.runs))]
     with open(work / REPLAYED, "w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
-        table.writerow(["plan", "strategy", "n", "cost", "denoiser_rows", "share", "gain"])
+        columns: tuple[Any, ...] = ("how", "strategy", "n", "cost", "denoiser_rows", "share", "gain")
+        table.writerow(["plan", *columns])
         for row, run in zip(rows, replayed.runs):
-            table.writerow(
-                [name(run), *(row[key] for key in ("strategy", "n", "cost", "denoiser_rows", "share", "gain"))]
-            )
+            table.writerow([name(run), *(row[key] for key in columns)])  # type: ignore[literal-required]
     settings = files.read_json(work / "config.json")
     title = "What a budget buys: plans of Best-of-N on recorded candidates"
     parts = sections(metrics, replayed.fulls(), replayed.dots())
@@ -200,6 +211,28 @@ def _scored(
     parts = runs.claim(folder, about, True, config.output.overwrite, name=runs.IDENTITY, changeable=changeable)
     scores = scoring.score(judge, store, by_prompt, about, parts, config.batch_size)
     return scores, seconds, parts
+
+
+def _measured(config: Plan, scores: Recorded) -> tuple[Recorded, Measured | None, MeasuredFacts | None]:
+    """The scores of the prompts that plans are compared on, and what was played on them."""
+    if not config.models.measured:
+        return scores, None, None
+    from prism.evaluation import measured
+    from prism.lab.matched import ARMS, FEW_STEPS, WHOLE
+
+    arms = {**FEW_STEPS, **WHOLE, **ARMS}
+
+    def named(name: str) -> PlanOfRun | None:
+        arm = arms.get(name)
+        return None if arm is None or arm.longer or arm.plan.needs_oracle() else arm.plan
+
+    plays, others = measured.read(config.models.measured, len(scores.load.calls), named)
+    part, played, facts = measured.beside(scores, plays, config.by, others, config.seed)
+    if speaks():
+        from prism.report.plan_page import measured_sentence
+
+        print(measured_sentence(facts))
+    return part, played, facts
 
 
 def _from_scores(config: Plan) -> tuple[Recorded, None, None]:
@@ -246,5 +279,5 @@ def _document(about: dict[str, Any], plans: Sequence[Any], **extra: Any) -> dict
     from prism.sampling import plan_files
 
     names = ("budget", "strategy", "settings", "n", "cost", "denoiser_rows", "share", "share_ci95", "gain", "gain_ci95")
-    entries = [{name: plan[name] for name in (*names, "prompts", "chosen_on", "name")} for plan in plans]
+    entries = [{name: plan[name] for name in (*names, "prompts", "chosen_on", "name", "how")} for plan in plans]
     return plan_files.document(about, entries, **extra)

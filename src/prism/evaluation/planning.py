@@ -1,4 +1,4 @@
-"""The quality of every replayed plan: the front over cost, a plan per budget, what cuts lose, what more seeds gain."""
+"""The quality of every plan, replayed or played: the front over cost, a plan per budget, what more seeds gain."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from scipy import stats
 
 from prism.errors import PrismError
 from prism.evaluation.intervals import prompt_interval
+from prism.evaluation.measured import Measured, arm_of, steadied
 from prism.report.front_plot import Dot, kind_of
-from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow, Spread
-from prism.sampling import planner
+from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, RivalRow, SizeRow, Spread
+from prism.sampling import plan_files, planner
 from prism.sampling.plan import Workload
 from prism.sampling.plan_files import settings_of
 from prism.sampling.planner import Run, Table
@@ -26,10 +27,10 @@ NEAR = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """Every plan, replayed on every prompt.
+    """Every plan, replayed on every prompt, and behind them those that were played on the same prompts.
 
     costs: (K,) float64 in costs of one plain sample. gains: (K, P) float64, mean value of the picks over subsets of the
-    plan's n candidates, less that of a random pick.
+    plan's n candidates, less that of a random pick. played: how many of the last plans were played.
     """
 
     table: Table
@@ -38,10 +39,14 @@ class Replayed:
     costs: np.ndarray
     gains: np.ndarray
     seed: int = 0
+    played: int = 0
 
     @classmethod
-    def of(cls, table: Table, load: Workload, seed: int = 0) -> Replayed:
-        """Replay every plan that the table can replay. Raises PrismError where no candidate is better than another."""
+    def of(cls, table: Table, load: Workload, seed: int = 0, measured: Measured | None = None) -> Replayed:
+        """Replay every plan that the table can replay. Raises PrismError where no candidate is better than another.
+
+        measured: plans that were played on the table's prompts.
+        """
         if not table.oracle.any():
             raise PrismError(
                 "All candidates of every prompt have the same reward, so that there is nothing to choose; take another "
@@ -50,7 +55,16 @@ class Replayed:
         runs = planner.candidates(table)
         costs = np.array([planner.cost(run, load) for run in runs])
         gains = np.stack([planner.gains(table, run, load, seed) for run in runs])
-        return cls(table, load, runs, costs, gains, seed)
+        if measured is None:
+            return cls(table, load, runs, costs, gains, seed)
+        costs = np.concatenate([costs, measured.rows / sum(load.calls)])
+        gains = np.concatenate([gains, measured.gains])
+        return cls(table, load, [*runs, *measured.runs], costs, gains, seed, len(measured.runs))
+
+    @property
+    def replays(self) -> int:
+        """The number of plans that are replayed; the others were played."""
+        return len(self.runs) - self.played
 
     @cached_property
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
@@ -80,11 +94,12 @@ class Replayed:
         gain, oracle = self.gains[index, prompts], self.table.oracle[prompts]
         return {
             "name": name(run),
+            "how": "replayed" if index < self.replays else "played",
             "strategy": run.plan.strategy,
             "settings": settings_of(run.plan),
             "n": run.n,
             "cost": float(self.costs[index]),
-            "denoiser_rows": planner.rows(run, self.load),
+            "denoiser_rows": float(self.costs[index] * sum(self.load.calls)),
             "share": float(gain.sum() / oracle.sum()),
             "share_ci95": None,
             "gain": float(gain.mean()),
@@ -112,9 +127,15 @@ class Replayed:
                 best = shares[index]
         return kept
 
-    def best(self, budget: float, prompts: np.ndarray) -> int:
-        """The plan within a budget that gains most on some prompts, by index; of equal ones the cheapest."""
-        affordable = np.flatnonzero(self.costs <= budget + NEAR)
+    def best(self, budget: float, prompts: np.ndarray, among: slice = slice(None)) -> int | None:
+        """The plan within a budget that gains most on some prompts, by index; of equal ones the cheapest.
+
+        among: the plans to choose from, by index. None where all of them cost more.
+        """
+        affordable = np.arange(len(self.runs))[among]
+        affordable = affordable[self.costs[affordable] <= budget + NEAR]
+        if not len(affordable):
+            return None
         merit = self.merits(prompts)[affordable]
         return int(affordable[np.lexsort((self.costs[affordable], -np.round(merit, 12)))[0]])
 
@@ -124,26 +145,36 @@ class Replayed:
         The best of a thousand noisy means is mostly luck. What part of the perfect pick's gain a plan gets, among as
         many candidates, hardly differs between plans that differ little; so that part is averaged over neighbours
         (`_similarity`), and multiplied by the perfect pick's gain. With half of 120 ShapeWorld prompts choosing, 200
-        times at random, this chose plans that gain 1.2 points more of the oracle's gain on the other half.
+        times at random, this chose plans that gain 1.2 points more of the oracle's gain on the other half. A played
+        plan gains what the best replayed one of its cost does, and what `measured.steadied` believes of the difference.
         """
-        perfect = np.array([self._perfect[run.n][prompts].mean() for run in self.runs])
+        replays = self.runs[: self.replays]
+        perfect = np.array([self._perfect[run.n][prompts].mean() for run in replays])
         merits = np.zeros(len(self.runs))
         for members, weights in self._neighbours:
             share = (weights @ self.gains[np.ix_(members, prompts)].mean(1)) / (weights @ perfect[members])
             merits[members] = share * perfect[members]
+        if self.played:
+            costs, rivals = self.costs[self.replays :], []
+            for cost in costs:
+                affordable = np.flatnonzero(self.costs[: self.replays] <= max(cost, 1) + NEAR)
+                rivals.append(int(affordable[merits[affordable].argmax()]))
+            excess = self.gains[self.replays :, prompts] - self.gains[rivals][:, prompts]
+            arms = [arm_of(run) for run in self.runs[self.replays :]]
+            merits[self.replays :] = merits[rivals] + steadied(excess, costs, arms)
         return merits
 
     @cached_property
     def _perfect(self) -> dict[int, np.ndarray]:
         """By n, (P,) the gain of the best of n random candidates."""
-        ranks = np.sort(self.table.values, 1)[:, ::-1]
-        return {n: ranks @ _best_of(self.table.n, n) - self.table.values.mean(1) for n in {run.n for run in self.runs}}
+        ranks, sizes = np.sort(self.table.values, 1)[:, ::-1], {run.n for run in self.runs[: self.replays]}
+        return {n: ranks @ _best_of(self.table.n, n) - self.table.values.mean(1) for n in sizes}
 
     @cached_property
     def _neighbours(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per kind of plan that judges: its plans by index, and their similarities."""
         kinds: dict[tuple[str, str], list[int]] = {}
-        for index, run in enumerate(self.runs):
+        for index, run in enumerate(self.runs[: self.replays]):
             if run.plan.looks_at is not None:
                 kinds.setdefault((run.plan.strategy, str(getattr(run.plan, "look", ""))), []).append(index)
         return [(np.array(each), _similarity([self.runs[index] for index in each])) for each in kinds.values()]
@@ -152,6 +183,7 @@ class Replayed:
         """The plan for a budget: chosen on one half of the prompts, measured on the other."""
         choosing, reporting = self.halves
         index = self.best(budget, choosing)
+        assert index is not None  # a plain sample is within every budget
         fulls = [k for k, run in enumerate(self.runs) if isinstance(run.plan, Full) and self.costs[k] <= budget + NEAR]
         plain = next(k for k, run in enumerate(self.runs) if run.plan.looks_at is None)
         rival = max(fulls, key=lambda k: (self.runs[k].n, self.gains[k][choosing].mean()), default=plain)
@@ -170,12 +202,37 @@ class Replayed:
             "over_full_ci95": None if index == rival else self._interval(apart, reporting, True),
         }
 
+    def rivals(self, budgets: Sequence[float]) -> list[RivalRow]:
+        """The best replayed and the best played plan of each budget that pays for a played one."""
+        (choosing, reporting), rows = self.halves, list[RivalRow]()
+        oracle = self.table.oracle[reporting]
+        for budget in budgets if self.played else ():
+            played = self.best(budget, choosing, slice(self.replays, None))
+            replayed = self.best(budget, choosing, slice(self.replays))
+            if played is None or replayed is None:
+                continue
+            mine, other = self.gains[played, reporting], self.gains[replayed, reporting]
+            rows.append(
+                {
+                    "budget": float(budget),
+                    "replayed": name(self.runs[replayed]),
+                    "replayed_share": float(other.sum() / oracle.sum()),
+                    "played": name(self.runs[played]),
+                    "played_share": float(mine.sum() / oracle.sum()),
+                    "played_cost": float(self.costs[played]),
+                    "over": float((mine - other).sum() / oracle.sum()),
+                    "over_ci95": self._interval(np.stack([mine - other, oracle], 1), reporting, True),
+                    "chosen": "played" if self.best(budget, choosing) == played else "replayed",
+                }
+            )
+        return rows
+
     def fulls(self) -> list[ReplayedRow]:
         """Best-of-N in full by N: one draw, at the highest level that was recorded."""
         level = max(self.table.levels("finished"), default=None)
         return [
             self.bare(index)
-            for index, run in enumerate(self.runs)
+            for index, run in enumerate(self.runs[: self.replays])
             if isinstance(run.plan, Full) and (run.plan.judge_at, run.plan.num_draws) == (level, 1)
         ]
 
@@ -214,7 +271,8 @@ class Replayed:
     def sizes(self) -> list[SizeRow]:
         """Best-of-n in full over n, by the level and draws that gain most with all candidates on the choosing half."""
         table, every = self.table, np.arange(len(self.table.values))
-        fulls = [k for k, run in enumerate(self.runs) if isinstance(run.plan, Full) and run.n == table.n]
+        replays = self.runs[: self.replays]
+        fulls = [k for k, run in enumerate(replays) if isinstance(run.plan, Full) and run.n == table.n]
         if not fulls:
             return []
         plan = self.runs[max(fulls, key=lambda k: self.gains[k][self.halves[0]].mean())].plan
@@ -275,8 +333,10 @@ def name(run: Run) -> str:
     parts = [plan.strategy if run.n == 1 else f"{run.n} seeds"]
     if isinstance(plan, Early):
         parts.append(",".join(f"{step}:{keep}" for step, keep in plan.schedule or ()))
-    if isinstance(plan, Full):
+    elif isinstance(plan, Full):
         parts.append("full")
+    elif plan.looks_at is not None:
+        parts += [*([plan.strategy] if run.n > 1 else []), *plan_files.differing(plan)]
     if isinstance(plan, Full) or (isinstance(plan, Early) and plan.predicts()):
         look = getattr(plan, "look", "")
         parts.append(f"{look if isinstance(look, str) else ' then '.join(look)} at {plan.judge_at:g}".strip())

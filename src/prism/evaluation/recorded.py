@@ -81,6 +81,17 @@ class Recorded:
         column = np.array([weights.get(name, 0.0) for name in names])
         return Table(self.reward(by), {reading: scores @ column for reading, scores in self.scores.items()})
 
+    def of(self, rows: Sequence[int]) -> Recorded:
+        """The same of some prompts, by index."""
+        some = np.asarray(rows, dtype=np.int64)
+        return Recorded(
+            tuple(self.prompts[row] for row in rows),
+            self.seeds[some],
+            {name: values[some] for name, values in self.rewards.items()},
+            {reading: values[some] for reading, values in self.scores.items()},
+            self.about,
+        )
+
     def save(self, path: Path) -> None:
         """Write everything as one Parquet file, a row per candidate."""
         count = self.seeds.shape[1]

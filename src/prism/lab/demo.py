@@ -1,7 +1,7 @@
 """The demo: replay what a budget buys, pick the best of 8 on unseen prompts, measure the judge by noise level.
 
 `DemoConfig()` takes minutes: the head that ships judges, and a small one is trained for show. `FULL` takes an hour or
-more on two cores, in parts that survive a kill: it trains its own heads and runs every strategy.
+more on two cores, in parts that survive a kill: it trains its own heads, and plays every strategy at matched cost.
 """
 
 from __future__ import annotations
@@ -9,26 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import prism
 from prism import files, runs, shapeworld, temporary, video
 from prism.errors import SEEDS, whole
-from prism.lab import claims, front, origins, per_prompt
+from prism.lab import claims, front, origins, per_prompt, playing
 from prism.lab import contest as strategies
+from prism.lab.matched import BUDGETS
+from prism.lab.records import contests, make_contest, plans, say
 from prism.loading import check_alone, describe, load_backbone
 from prism.report import plan_page
 from prism.report.metrics import cut_entry, document, write_config
 from prism.report.page import write_evidence, write_report
 from prism.report.rows import ClaimRow
-from prism.runs import IDENTITY, Clock, Parts, claim
+from prism.runs import IDENTITY, claim
 from prism.training.config import RESULTLESS, TrainConfig
 
 TRAIN = TrainConfig(
@@ -72,6 +71,9 @@ class DemoConfig:
     num_draws: int = 3
     look_at: tuple[float, ...] = (699,)
     strips: int = 2  # prompts shown in the report with the attention of the query
+    matched: int = 0  # test prompts on which all strategies play at matched cost, by the head that ships
+    few_steps: int = 0  # test prompts on which they do so in four steps
+    budgets: tuple[float, ...] = BUDGETS  # of both, in plain samples
 
 
 FULL = DemoConfig(
@@ -90,31 +92,9 @@ FULL = DemoConfig(
     look_at=(899, 699, 499),
     pixel_levels=(),
     strips=4,
+    matched=200,
+    few_steps=60,
 )
-
-
-def plans(config: DemoConfig) -> dict[str, dict[str, Any]]:
-    """The arguments of `best_of_n` by row of the table; the other schedules and draft lengths after the main ones."""
-    clean = {"judge_at": config.judge_at, "num_draws": config.num_draws}
-    by_name: dict[str, dict[str, Any]] = {
-        "none": {"strategy": "none"},
-        "random": {"strategy": "random"},
-        "early": {"strategy": "early", "schedule": config.schedule},
-        "draft": {"strategy": "draft", "draft_steps": config.draft_steps, **clean},
-        "full": {"strategy": "full", **clean},
-        "oracle": {"strategy": "oracle"},
-    }
-    if config.draft_steps is None:
-        del by_name["draft"]
-    for cuts in (*config.schedules, *config.ahead):
-        name = "early " + ",".join(f"{step}:{keep}" for step, keep in cuts)
-        if cuts in config.ahead:
-            by_name[f"{name} ahead"] = {"strategy": "early", "schedule": cuts, "look": "ahead", **clean}
-        if cuts in config.schedules:
-            by_name[name] = {"strategy": "early", "schedule": cuts}
-    for steps in config.drafts:
-        by_name[f"draft {steps}"] = {"strategy": "draft", "draft_steps": steps, **clean}
-    return by_name
 
 
 def run(
@@ -180,7 +160,7 @@ def _run(
         store = sampled("data", "candidates", shares, seed + 1 if config.fresh else seed)
     else:
         store = shipped
-    _say(config, f"training {config.judges} judge{'s' if config.judges > 1 else ''}, {config.train.steps} steps")
+    say(config, f"training {config.judges} judge{'s' if config.judges > 1 else ''}, {config.train.steps} steps")
     trained = [
         judges.trained(parts, store, backbone, config.taps, config.dim, config.train, seed + k)
         for k in range(config.judges)
@@ -199,7 +179,7 @@ def _run(
         shares = {"test": (config.prompts, config.labelled), "validation": (min(config.prompts, 40), config.labelled)}
         tested = sampled("test-data", "test-store", shares, seed + 3)
     levels_and_rows = config.pixel_levels, config.train.max_rows, fresh
-    _say(config, "measuring judges by noise level")
+    say(config, "measuring judges by noise level")
     accuracy, comparison, measured = judges.measured(parts, tested, ours, others, "test", seed, *levels_and_rows)
     joint, played = JointJudge(ours), plans(config)
     records = contests(parts, joint, config, "test", config.prompts, 10_000 * (seed + 1), call)
@@ -215,7 +195,8 @@ def _run(
         contested["unseen"] = unseen_records
         picks += strategies.rows(unseen_records, played, head_seeds, call, "unseen", seed, measured=records)
 
-    _say(config, "replaying plans, and making the page")
+    matched = playing.of_demo(parts, config, backbone, others, call)
+    say(config, "replaying plans, and making the page")
     replayed = front.replay(front.shipped(), seed) if config.front else None
     seen = front.sight(records, None if replayed is None else replayed.table, seed)
     strips, played_again = [], []
@@ -234,6 +215,7 @@ def _run(
         "train pixel judges": ("train-pixel",),
         "evaluate": ("accuracy/",),
         "best of n": ("test/", "unseen/"),
+        "matched cost": ("matched/",),
     }.items():
         seconds(name, *prefixes)
     metrics = document(
@@ -246,6 +228,7 @@ def _run(
         judge_comparison=comparison,
         **({} if replayed is None else front.fields(replayed)),
         sight=seen,
+        **playing.fields(matched),
         training=[summary for _, summary in trained],
         agreement=strategies.agreement(records),
         attention=attention.rows(looked, seed),
@@ -272,7 +255,12 @@ def _run(
             claims.notes(metrics),
             written,
             looks=looks,
-            sections=[*shown_first, *([front.sight_section(seen)] if seen else []), origins.section(metrics)],
+            sections=[
+                *shown_first,
+                *([front.sight_section(seen)] if seen else []),
+                *playing.sections(metrics),
+                origins.section(metrics),
+            ],
             cards=[] if replayed is None else plan_page.cards(metrics)[-1:],
         )
         per_prompt.write_values(folder / "per_prompt", measured, contested, head_seeds)
@@ -296,78 +284,6 @@ def identity(config: DemoConfig, backbone: Any, call: dict[str, Any], shipped: A
     }
 
 
-def make_contest(
-    joint: Any,
-    config: DemoConfig,
-    prompt: str,
-    seeds: Sequence[int],
-    call: dict[str, Any],
-    names: Sequence[str] | None = None,
-) -> Any:
-    """The contest of a prompt, with all plans or those of `names`."""
-    from prism.lab.contest import Contest
-    from prism.shapeworld import referee
-
-    played = {name: plan for name, plan in plans(config).items() if names is None or name in names}
-    return Contest(joint, referee.batch, prompt, seeds, played, call, config.seed)
-
-
-def contests(
-    parts: Parts, joint: Any, config: DemoConfig, split: str, count: int, first_seed: int, call: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The records of every plan on the first `count` prompts of a split; each prompt is a part of the run.
-
-    Candidate i of prompt j has the seed first_seed + 1000 j + i. On the first `config.alone` test prompts each plan is
-    also run separately.
-    """
-    prompts, records = shapeworld.prompts(split, count), []
-    clock = Clock(f"best of {config.n} on {split} prompts", len(prompts), 300 if config.full else 30)
-    _say(config, f"best of {config.n} on {len(prompts)} {split} prompts")
-    for index, prompt in enumerate(tqdm(prompts, disable=None, desc=f"best of {config.n}, {split}", unit="prompt")):
-        seeds = [first_seed + 1000 * index + i for i in range(config.n)]
-        separately = split == "test" and index < config.alone
-        name = f"{split}/{index:04d}"
-        is_done = parts.has(f"{name}.json")
-
-        def make(prompt: str = prompt, seeds: list[int] = seeds, separately: bool = separately) -> dict[str, Any]:
-            return record(make_contest(joint, config, prompt, seeds, call), config, separately)
-
-        records.append(parts.once(name, make))
-        clock.tick(index + 1, not is_done)
-    return records
-
-
-def record(contest: Any, config: DemoConfig, separately: bool) -> dict[str, Any]:
-    """A contest as JSON: the referee's values, each plan's picks and separate runs, each judge's scores of the finished
-    latents, and the attention of the first judge's query.
-    """
-    from prism.lab import attention
-    from prism.sampling.strategies import kind_of
-
-    judge, looks = contest.joint.judges[0], {}
-    for t in config.look_at:
-        weights = attention.look(judge, contest.latents, contest.prompt, t, contest.call, config.seed)
-        cells = attention.object_cells(contest.videos, contest.prompt, weights.shape[1:])
-        looks[f"{t:g}"] = attention.shares(weights, cells)
-    entry = {
-        "prompt": contest.prompt,
-        "seeds": list(contest.seeds),
-        "values": {name: value.tolist() for name, value in contest.values.items()},
-        "picks": {name: contest.picks(name) for name in contest.plans},
-        "final": contest.final.tolist(),
-        "looks": looks,
-        "cuts": contest.readings(),
-    }
-    if separately:
-        judged = {name: kind_of(plan["strategy"]).needs_judge() for name, plan in contest.plans.items()}
-        count = len(contest.joint.judges)
-        entry["alone"] = {
-            name: [contest.run_separately(name, k) for k in range(count if judged[name] else 1)]
-            for name in contest.plans
-        }
-    return entry
-
-
 def _claims(config: DemoConfig, comparison: Any, picks: Any, records: Any) -> list[ClaimRow]:
     """The rows "bars": the claims of a full run; a short run makes none."""
     share = claims.overhead(records, [name for name in ("early", "draft", "full") if name in plans(config)])
@@ -384,12 +300,6 @@ def _publish(
     for name in ("candidates", "pixel", "pixel-noisy"):
         if (parts_folder / name).is_dir():
             shutil.copytree(parts_folder / name, folder / name)
-
-
-def _say(config: DemoConfig, text: str) -> None:
-    """One line per part of a run, also in a log."""
-    if not config.full:
-        print(f"prism: {text}", file=sys.stderr, flush=True)
 
 
 def _command(out: Path, config: DemoConfig) -> str:

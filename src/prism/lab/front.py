@@ -23,6 +23,7 @@ from prism.report.front_plot import front_plot
 from prism.report.page import Section
 from prism.report.rows import SightRow
 from prism.report.tables import sight_table
+from prism.sampling import plan_files
 from prism.sampling.planner import Reading, Table
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ OVERALL = "overall"
 def shipped() -> Path:
     """The table that ships: the head that ships, on 8 candidates of each of 200 test prompts."""
     return shapeworld.asset_folder("plan") / FILE
+
+
+def plans() -> Path | None:
+    """The plans that ship, chosen on validation prompts; None where there are none."""
+    path = shapeworld.asset_folder("plan") / plan_files.FILE
+    return path if path.is_file() else None
 
 
 def shrink(source: Path, target: Path) -> None:

@@ -113,6 +113,12 @@ class Seat:
         """True if it is one plain sample, whose gain is zero in expectation."""
         return self.n == 1 and not self.changes and not isinstance(self.plan, ZeroOrder)
 
+    def filed(self) -> dict[str, Any] | None:
+        """The plan as plan.json writes it; None for arms that no such file runs."""
+        if self.changes or self.plan.needs_oracle():
+            return None
+        return {"strategy": self.plan.strategy, "settings": plan_files.settings_of(self.plan)}
+
     @property
     def finished(self) -> bool:
         """True if it chooses among finished candidates by the scores that `Player.sample` makes."""
@@ -333,9 +339,10 @@ def line(
     seeds: of its plays; with two or more, `apart` says how far apart an arm's winners are.
 
     Returns {"prompt", "seeds", "values": by seed the referee's of the first eight candidates, "apart": the mean root
-    mean squared difference of the latents of two of them, "runs": one per seat, {"arm", "budget", "n", "rows" of the
-    denoiser, "judged" those for judging clean latents, "decodes", "values" by seed, "seconds" by seed (None where the
-    pick is a shared run's), "same" (where it ran beside that), "apart" (None with one seed)}}.
+    mean squared difference of the latents of two of them, "runs": one per seat, {"arm", "budget", "plan" (of plan.json;
+    None: no plan of `best_of_n`), "n", "rows" of the denoiser, "judged" those for judging clean latents, "decodes",
+    "values" by seed, "seconds" by seed (None where the pick is a shared run's), "same" (where it ran beside that),
+    "apart" (None with one seed)}}.
     """
     players = [Player(judge, pixel, referee, call, prompt, seed, alone) for seed in seeds]
     outcomes = list(zip(*(player.play(list(taken.values()), done) for player in players)))
@@ -345,6 +352,7 @@ def line(
             {
                 "arm": name,
                 "budget": budget,
+                "plan": sat.filed(),
                 "n": sat.n,
                 "rows": float(np.mean([outcome.rows for outcome in each])),
                 "judged": sat.judged,

@@ -12,8 +12,8 @@ import numpy as np
 
 from prism.evaluation import prompt_interval
 from prism.lab.attention import ratio
-from prism.lab.matched import FULL, PLANNED, REFEREE
-from prism.report.matched_page import MatchedRow
+from prism.lab.matched import ARMS, FEW_STEPS, FULL, PLANNED, REFEREE, WHOLE
+from prism.report.rows import MatchedRow
 
 Line = Mapping[str, Any]
 
@@ -32,14 +32,23 @@ def merged(lines: Sequence[Line]) -> list[dict[str, Any]]:
     return list(by_prompt.values())
 
 
-def rows(lines: Sequence[Line], sample: float, seed: int = 0) -> list[MatchedRow]:
+def dictionary(run: Mapping[str, Any]) -> str:
+    """Where the planner has a run's plan: "replayed", "measured" (with --measured), or "" where it is no plan."""
+    arm = {**FEW_STEPS, **WHOLE, **ARMS}.get(run["arm"])
+    plan = run.get("plan")
+    if "plan" not in run and arm is not None and not (arm.longer or arm.plan.needs_oracle()):
+        plan = {"strategy": arm.plan.strategy}
+    return "" if plan is None else "replayed" if plan["strategy"] in ("none", "early", "full") else "measured"
+
+
+def rows(lines: Sequence[Line], sample: float, seed: int = 0, schedule: str = "plain") -> list[MatchedRow]:
     """A row per arm and budget, with 95 % intervals over prompts.
 
     A gain is the referee's value of what was kept less the mean of the first eight seeds; shares are of the mean gain
     of the best of the eight. A prompt that was played with several seeds counts once, by its mean. Differences to the
     planner's plan and to full Best-of-N at the same budget are paired, over the prompts that have both.
 
-    sample: the denoiser rows of one plain sample. seed: of the intervals.
+    sample: the denoiser rows of one plain sample. seed: of the intervals. schedule: of the steps, by name.
     """
     table: dict[tuple[str, float], dict[str, Mapping[str, Any]]] = {}
     oracle: dict[str, float] = {}
@@ -72,8 +81,10 @@ def rows(lines: Sequence[Line], sample: float, seed: int = 0) -> list[MatchedRow
         same = [each for run in runs.values() for each in run["same"]]
         found.append(
             {
+                "schedule": schedule,
                 "arm": arm,
                 "budget": budget,
+                "dictionary": dictionary(next(iter(runs.values()))),
                 "n": next(iter(runs.values()))["n"],
                 "prompts": len(runs),
                 "share": mine,
@@ -119,5 +130,18 @@ def verdicts(table: Sequence[MatchedRow]) -> list[str]:
         parts.append(f"not told from it: {', '.join(level) or 'none'}")
         if unknown:
             parts.append(f"without an interval: {unknown}")
-        sentences.append(f"Budget {budget:g}: {'; '.join(parts)}.")
+        where = {row["arm"]: row["dictionary"] for row in table}
+        sentences.append(f"Budget {budget:g}: {'; '.join(parts)}.{_in_dictionary(above, where) if planned else ''}")
     return sentences
+
+
+def _in_dictionary(above: Sequence[str], where: Mapping[str, str]) -> str:
+    """Which of the arms above the planner's plan are in its dictionary."""
+    kinds = {
+        "measured": "in the planner's dictionary with --measured",
+        "replayed": "in the planner's dictionary",
+        "": "no plan of best_of_n",
+    }
+    grouped = {words: [arm for arm in above if where[arm] == kind] for kind, words in kinds.items()}
+    parts = [f"{', '.join(arms)}: {words}" for words, arms in grouped.items() if arms]
+    return f" Of those above, {'; '.join(parts)}." if parts else ""

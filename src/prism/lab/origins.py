@@ -51,6 +51,15 @@ def rows(config: DemoConfig, metrics: Mapping[str, Any]) -> list[OriginRow]:
             "package": _of_accuracy(config),
         }
     )
+    if config.matched or config.few_steps:
+        parts.append(
+            {
+                "what": "All strategies at matched cost",
+                "now": f"every run of every strategy on {max(config.matched, config.few_steps)} prompts, and the "
+                "referee’s scores",
+                "package": "the judge, and the plan of each budget (chosen on validation prompts)",
+            }
+        )
     return parts
 
 

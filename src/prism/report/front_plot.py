@@ -18,13 +18,13 @@ from prism.report.figures import (
 )
 from prism.report.plan_rows import ChosenRow, ReplayedRow
 
-Kind = Literal["now", "ahead", "both", "full", ""]
-COLOURS = {"now": SERIES[0], "ahead": ACCENT, "both": SERIES[1], "full": INK, "": MUTED}
+Kind = Literal["now", "ahead", "both", "full", "played", ""]
+COLOURS = {"now": SERIES[0], "ahead": ACCENT, "both": SERIES[1], "full": INK, "played": SERIES[2], "": MUTED}
 _TICKS = (1, 1.2, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 class Dot(NamedTuple):
-    """A replayed plan: its cost in plain samples, its share of the oracle's gain, and what it looks at."""
+    """A plan: its cost in plain samples, its share of the oracle's gain, and its kind (see `kind_of`)."""
 
     cost: float
     share: float
@@ -32,7 +32,9 @@ class Dot(NamedTuple):
 
 
 def kind_of(row: ReplayedRow) -> Kind:
-    """What a row's plan looks at."""
+    """What a row's plan looks at; "played" for one that was played."""
+    if row["how"] == "played":
+        return "played"
     if row["strategy"] == "full":
         return "full"
     look = row["settings"].get("look")
@@ -61,7 +63,7 @@ def front_plot(
         front: the plans that no cheaper one beats, on all prompts.
         chosen: the plan per budget, measured on prompts that did not choose it; drawn large, with name and interval.
         full: Best-of-N in full by N, as the line to beat.
-        dots: all replayed plans.
+        dots: all plans; those that were played are diamonds.
 
     Returns:
         An SVG element in the page's colours.
@@ -74,7 +76,8 @@ def front_plot(
         some = [dot for dot in dots if dot.kind == kind]
         if some:
             x, y = [dot.cost for dot in some], [100 * dot.share for dot in some]
-            axes.scatter(x, y, s=5, color=colour, alpha=0.2, linewidths=0)
+            few: Any = {"s": 16, "alpha": 0.8, "marker": "D"} if kind == "played" else {"s": 5, "alpha": 0.2}
+            axes.scatter(x, y, color=colour, linewidths=0, **few)
     if full:
         line = [(1.0, 0.0), *((row["cost"], 100 * row["share"]) for row in sorted(full, key=lambda row: row["cost"]))]
         axes.plot(*zip(*line), color=INK, linewidth=1.2, linestyle=(0, (4, 2.5)), alpha=0.8)
@@ -149,23 +152,30 @@ def _gain_axis(axes: Any, front: Sequence[ReplayedRow]) -> None:
 def _legend(axes: Any, has_chosen: bool, has_full: bool, kinds: set[Kind]) -> None:
     from matplotlib.lines import Line2D
 
-    plain: Any = {"linestyle": "none", "marker": "o"}
-    names = {"now": "any plan that looks now", "ahead": "any that looks ahead", "both": "any that does both"}
+    plain: Any = {"linestyle": "none"}
+    names: dict[Kind, str] = {"now": "any plan that looks now", "ahead": "any that looks ahead"}
+    names |= {"both": "any that does both", "played": "any search that was played"}
     entries = [Line2D([], [], color=ACCENT, linewidth=2, label="front: the best at each cost, on all prompts")]
     if has_chosen:
         large: Any = {"markersize": 8, "markeredgecolor": PAPER}
         label = "plan of a budget: chosen on one half, measured on the other, 95 %"
-        entries.append(Line2D([], [], color=ACCENT, label=label, **plain, **large))
+        entries.append(Line2D([], [], color=ACCENT, label=label, marker="o", **plain, **large))
     if has_full:
         entries.append(
             Line2D([], [], color=INK, linestyle=(0, (4, 2.5)), label="every seed in full, by number of seeds")
         )
     entries += [
-        Line2D([], [], color=COLOURS[kind], markersize=3, alpha=0.6, label=names[kind], **plain)
+        Line2D(
+            [],
+            [],
+            color=COLOURS[kind],
+            marker="D" if kind == "played" else "o",
+            markersize=3,
+            label=names[kind],
+            **plain,
+        )
         for kind in names
         if kind in kinds
     ]
-    legend = axes.legend(
-        handles=entries, loc="lower right", bbox_to_anchor=(1, 0.06), frameon=False, fontsize=9, labelcolor=MUTED
-    )
-    legend.set_zorder(1)
+    common: Any = {"frameon": False, "fontsize": 9, "labelcolor": MUTED, "columnspacing": 3}
+    axes.figure.legend(handles=entries, loc="outside lower center", ncols=2, **common)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 from prism.report import wording
 from prism.report.page import Section
+from prism.report.rows import MatchedRow
 from prism.report.tables import Column, Table
 
 BY_ARM = (
@@ -20,39 +20,6 @@ DETAILS = (
     "clean latents are among them. Seconds are the median and the 95th percentile of runs by themselves. Diversity: "
     "how far the winners of two seeds lie apart (root mean squared difference of latents) over two plain samples’."
 )
-
-
-class MatchedRow(TypedDict):
-    """An arm at a budget, measured on `prompts` prompts.
-
-    n: its candidates. share: mean gain over that of the best of the first eight seeds. over_plan, over_full: the share
-    less that of the planner's plan, and of full Best-of-N, at this budget; None where there is none, or it is the same
-    arm. cost: denoiser rows over one plain sample's. judging_rows: those of them for judging clean latents, in closed
-    form. seconds, seconds_p95: of the `runs_timed` runs by themselves. diversity: the distance of two seeds' winners
-    over that of two plain samples. same_pick: of `compared` runs by themselves those that picked what the shared run
-    says.
-    """
-
-    arm: str
-    budget: float
-    n: int
-    prompts: int
-    share: float
-    share_ci95: list[float] | None
-    over_plan: float | None
-    over_plan_ci95: list[float] | None
-    over_full: float | None
-    over_full_ci95: list[float] | None
-    cost: float
-    denoiser_rows: float
-    judging_rows: float
-    vae_decodes: float
-    seconds: float | None
-    seconds_p95: float | None
-    runs_timed: int
-    diversity: float | None
-    same_pick: int
-    compared: int
 
 
 def by_arm(rows: Sequence[MatchedRow]) -> Table[str]:
@@ -111,11 +78,37 @@ def details(rows: Sequence[MatchedRow]) -> Table[MatchedRow]:
     )
 
 
-def sections(rows: Sequence[MatchedRow], verdicts: Sequence[str], name: str = "All strategies") -> list[Section]:
-    """The parts of a page: shares by budget with what they say, and the details."""
+SCHEDULES = {
+    "plain": "All strategies",
+    "few": "All strategies in four steps",
+    "few-stochastic": "All strategies in four steps that draw noise",
+}
+
+
+def sections(rows: Sequence[MatchedRow], verdicts: Sequence[str]) -> list[Section]:
+    """The parts of a page on one schedule: shares by budget with what they say, and the details."""
     prompts = " to ".join(str(each) for each in sorted({row["prompts"] for row in rows}))
     lead = f"{prompts} prompts. {' '.join(verdicts)}"
+    name = SCHEDULES[rows[0]["schedule"]]
     return [
         Section(f"{name} at matched cost", lead, tables=[(by_arm(rows), BY_ARM)]),
-        Section("Cost, seconds and diversity", tables=[(details(rows), DETAILS)]),
+        Section(f"{name}: cost, seconds and diversity", tables=[(details(rows), DETAILS)]),
     ]
+
+
+def markdown(rows: Sequence[MatchedRow], verdicts: Sequence[str]) -> str:
+    """Both tables of one schedule with their captions, and what they say."""
+    parts = [f"{table.markdown()}\n\n{table.caption}" for table in (by_arm(rows), details(rows))]
+    parts.append("\n".join(f"- {verdict}" for verdict in verdicts))
+    same, compared = sum(row["same_pick"] for row in rows), sum(row["compared"] for row in rows)
+    if compared:
+        parts.append(f"Of {compared} runs by themselves, {same} pick what the shared runs say.")
+    return "\n\n".join(parts)
+
+
+def by_schedule(rows: Sequence[MatchedRow]) -> dict[str, list[MatchedRow]]:
+    """The rows of each schedule, in their order."""
+    grouped: dict[str, list[MatchedRow]] = {}
+    for row in rows:
+        grouped.setdefault(row["schedule"], []).append(row)
+    return grouped

@@ -16,7 +16,7 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 from prism import files
 from prism.errors import PrismError
 from prism.report import wording
-from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow
+from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, RivalRow, SizeRow
 from prism.report.rows import (
     AccuracyRow,
     AttentionRow,
@@ -27,6 +27,7 @@ from prism.report.rows import (
     ComparisonRow,
     CutRow,
     GeneratorRow,
+    MatchedRow,
     ReliabilityRow,
     SightRow,
     StudyRow,
@@ -50,9 +51,11 @@ _OPTIONAL_ROWS = {
     "swap": SwapRow,
     "front": ReplayedRow,
     "plans": ChosenRow,
+    "rivals": RivalRow,
     "prune": PruneRow,
     "sizes": SizeRow,
     "sight": SightRow,
+    "matched": MatchedRow,
 }
 
 

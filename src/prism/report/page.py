@@ -341,6 +341,12 @@ def markdown(metrics: Mapping[str, Any], config: Mapping[str, Any], command: str
         )
     if metrics.get("attention"):
         sections += ["## Where the query looks", tables.attention_table(metrics["attention"]).markdown()]
+    if metrics.get("matched"):
+        from prism.report import matched_page
+
+        for name, matched in matched_page.by_schedule(metrics["matched"]).items():
+            title = f"## {matched_page.SCHEDULES[name]} at matched cost"
+            sections += [title, matched_page.markdown(matched, metrics["verdicts"][name])]
     if wording.apart(rows):
         sections += [
             "## By the seed of the head",

@@ -8,8 +8,28 @@ from typing import Any
 from prism.report import wording
 from prism.report.front_plot import Dot, front_plot, short
 from prism.report.page import Section
-from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, SizeRow, Spread
+from prism.report.plan_rows import Agreement, ChosenRow, MeasuredFacts, PruneRow, ReplayedRow, RivalRow, SizeRow, Spread
 from prism.report.tables import Column, Table
+
+CHOSEN = (
+    "cost: denoiser rows over one plain sample’s. of oracle’s gain: the mean gain of the picks over that of a perfect "
+    "pick. in full: the largest Best-of-N in full within the budget, and its N (1: a random pick). over it: the "
+    "difference in percentage points, paired, with its interval. ◆: a search that was played, not replayed."
+)
+RIVALS = (
+    "The best replayed and the best played plan within a budget, each chosen on one half of the prompts; shares and "
+    "the paired difference are of the other half. ✓: the budget’s plan."
+)
+SIZES = (
+    "more than before: what the last seed adds, in percentage points of the oracle’s gain, paired. perfect pick: the "
+    "share that the best of as many seeds gets. judge’s own score: how far the judge rates its pick above a random "
+    "one, in standard deviations between seeds."
+)
+PRUNE = "keeps 1, 2, 4: lost where so many go on, with the 95 % interval. at random: the same of blind cuts, in order."
+FRONT = (
+    "cost: denoiser rows over one plain sample’s. gain: mean reward of the picks less that of a random pick. in SD: "
+    "the same in standard deviations between seeds of a prompt. ◆: a search that was played."
+)
 
 
 def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequence[Dot]) -> list[Section]:
@@ -31,26 +51,113 @@ def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequ
             "A plan per budget",
             f"Chosen on {plans[0]['chosen_on']} prompts, measured on {plans[0]['prompts']} others, so that the choice "
             "flatters no number.",
-            tables=[(chosen_table(plans), "")],
+            tables=[(chosen_table(plans), CHOSEN)],
         ),
+        *played_section(metrics.get("rivals", ()), metrics.get("measured")),
         Section("Is there anything to choose?", spread_sentence(spread)),
     ]
     if metrics["sizes"]:
         lead = sizes_sentence(metrics["sizes"])
-        found.append(Section("How many seeds", lead, tables=[(sizes_table(metrics["sizes"]), "")]))
+        found.append(Section("How many seeds", lead, tables=[(sizes_table(metrics["sizes"]), SIZES)]))
     if metrics["prune"]:
         found.append(
             Section(
                 "What a cut loses",
                 "The best of all candidates less the best of those that a cut keeps, as a share of the oracle’s gain: "
                 "what no later choice can bring back.",
-                tables=[(prune_table(metrics["prune"]), "")],
+                tables=[(prune_table(metrics["prune"]), PRUNE)],
             )
         )
-    found.append(Section("Every plan on the front", tables=[(front_table(front), "")]))
+    found.append(Section("Every plan on the front", tables=[(front_table(front), FRONT)]))
     missing = "; ".join(f"{name}, as {why}" for name, why in metrics["not_replayed"].items())
-    found.append(Section("Not replayed", f"Recorded candidates say nothing of {missing}."))
+    more = "" if metrics.get("measured") else " Played on the same prompts, they are compared too: --measured."
+    found.append(Section("Not replayed", f"Recorded candidates say nothing of {missing}.{more}"))
     return found
+
+
+def played_section(rows: Sequence[RivalRow], facts: MeasuredFacts | None) -> list[Section]:
+    """The part of the page on searches that were played; none without them."""
+    if facts is None:
+        return []
+    lead = f"{rivals_sentence(rows)} {measured_sentence(facts)}"
+    return [
+        Section("Searches that were played", lead, tables=[(rivals_table(rows), RIVALS)] if rows else [], wrap=True)
+    ]
+
+
+def rivals_sentence(rows: Sequence[RivalRow]) -> str:
+    """At which budgets a search that was played wins."""
+
+    def at(budgets: Sequence[RivalRow]) -> str:
+        return ", ".join(f"{row['budget']:g}" for row in budgets)
+
+    chosen = [row for row in rows if row["chosen"] == "played"]
+    above = [row for row in rows if row["over_ci95"] and row["over_ci95"][0] > 0]
+    below = [row for row in rows if row["over_ci95"] and row["over_ci95"][1] < 0]
+    parts = [
+        f"A search that was played is the plan of the budgets {at(chosen)}"
+        if chosen
+        else "At no budget the plan is a search that was played"
+    ]
+    if above:
+        parts.append(f"the best one is above the best replayed plan, beyond the interval, at {at(above)}")
+    if below:
+        parts.append(f"it is below that at {at(below)}")
+    return "; ".join(parts) + "."
+
+
+def measured_sentence(facts: MeasuredFacts) -> str:
+    """On which prompts plans were played, what is left out, and whether plays agree with replays."""
+    parts = [f"{facts['plans']} plans were played, and are compared on the {facts['prompts']} prompts that have both."]
+    counts = {
+        "recorded prompts were not played": facts["not_played"],
+        "played prompts are not among them": facts["not_recorded"],
+        "plans were not played on all of them": facts["not_on_all"],
+    }
+    if any(counts.values()):
+        parts.append(f"Left out: {', '.join(f'{n} {words}' for words, n in counts.items() if n)}.")
+    if facts["no_plans"]:
+        parts.append(f"No plans of best_of_n are: {', '.join(facts['no_plans'])}.")
+    if facts["own_base"]:
+        parts.append(
+            "A play’s gain is over the mean of the plain candidates that were played with it, and its share is of the "
+            "gain of the best of them."
+        )
+    if facts["agreement"]:
+        parts.append(agreement_sentence(facts["agreement"]))
+    return " ".join(parts)
+
+
+def agreement_sentence(agreement: Agreement) -> str:
+    """How far plays are from replays of the same plans."""
+    interval = agreement["apart_ci95"]
+    between = "" if interval is None else f" ({wording.points_interval(interval)})"
+    return (
+        f"{agreement['plans']} more could also be replayed: played, their share is {wording.points(agreement['apart'])}"
+        f"{between} points from that of their replays, which is the error of the comparison."
+    )
+
+
+def rivals_table(rows: Sequence[RivalRow]) -> Table[RivalRow]:
+    """`rows` as in "rivals", one line per budget."""
+
+    def marked(row: RivalRow, how: str) -> str:
+        return f"{row['played' if how == 'played' else 'replayed']}{' ✓' if row['chosen'] == how else ''}"
+
+    return Table(
+        [
+            Column("budget", lambda row: f"{row['budget']:g}"),
+            Column("replayed", lambda row: marked(row, "replayed"), left=True),
+            Column("share", lambda row: wording.percent(row["replayed_share"], 0), style="bold"),
+            Column("played", lambda row: marked(row, "played"), left=True),
+            Column("cost", lambda row: f"{row['played_cost']:.2f}"),
+            Column("share", lambda row: wording.percent(row["played_share"], 0), style="bold"),
+            Column("over it", lambda row: _over(row["over"], row["over_ci95"]), style="dim"),
+        ],
+        rows,
+        "The best replayed and the best played plan",
+        RIVALS,
+    )
 
 
 def front_caption(plans: Sequence[ChosenRow]) -> str:
@@ -83,11 +190,6 @@ def cards(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
 def chosen_table(rows: Sequence[ChosenRow]) -> Table[ChosenRow]:
     """`rows` as in "plans", one line per budget; fits 80 columns."""
 
-    def over(row: ChosenRow) -> str:
-        interval = row["over_full_ci95"]
-        between = "" if interval is None else f" ({' … '.join(f'{100 * end:+.0f}' for end in interval)})"
-        return f"{100 * row['over_full']:+.0f}{between}".replace("-", "−")
-
     return Table(
         [
             Column("budget", lambda row: f"{row['budget']:g}"),
@@ -96,7 +198,7 @@ def chosen_table(rows: Sequence[ChosenRow]) -> Table[ChosenRow]:
             Column("share", lambda row: wording.percent(row["share"], 0), page="of oracle’s gain", style="bold"),
             Column("95 %\ninterval", lambda row: wording.percent_interval(row["share_ci95"], 0), style="dim"),
             Column("in\nfull", lambda row: f"{wording.percent(row['full_share'], 0)} ({row['full_n']})"),
-            Column("over it", over, style="dim"),
+            Column("over it", lambda row: _over(row["over_full"], row["over_full_ci95"]), style="dim"),
         ],
         rows,
         "A plan per budget, in costs of one plain sample",
@@ -105,8 +207,15 @@ def chosen_table(rows: Sequence[ChosenRow]) -> Table[ChosenRow]:
     )
 
 
+def _over(value: float, interval: Sequence[float] | None) -> str:
+    between = "" if interval is None else f" ({' … '.join(f'{100 * end:+.0f}' for end in interval)})"
+    return f"{100 * value:+.0f}{between}".replace("-", "−")
+
+
 def _judged(row: ReplayedRow) -> str:
     """A row's plan in few words, with the level and draws of what is re-noised: "3 seeds, 4:1 ahead at 700 × 2"."""
+    if row["how"] == "played":
+        return f"◆ {row['name']}"
     level, draws, words = row["settings"].get("judge_at"), row["settings"].get("num_draws", 1), short(row)
     if level is None:
         return words
@@ -120,7 +229,7 @@ def front_table(rows: Sequence[ReplayedRow]) -> Table[ReplayedRow]:
         [
             Column("cost", lambda row: f"{row['cost']:.2f}"),
             Column("rows", lambda row: wording.count(round(row["denoiser_rows"], 1)), style="dim"),
-            Column("plan", lambda row: row["name"], left=True),
+            Column("plan", lambda row: ("◆ " if row["how"] == "played" else "") + row["name"], left=True),
             Column("share", lambda row: wording.percent(row["share"], 0), page="of oracle’s gain", style="bold"),
             Column("95 %\ninterval", lambda row: wording.percent_interval(row["share_ci95"], 0), style="dim"),
             Column("gain", lambda row: f"{row['gain']:+.3f}".replace("-", "−"), page="gain"),

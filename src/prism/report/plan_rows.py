@@ -6,14 +6,16 @@ from typing import Any, TypedDict
 
 
 class ReplayedRow(TypedDict):
-    """One row of "front": a plan that no cheaper one beats, replayed on all prompts.
+    """One row of "front": a plan that no cheaper one beats, on all prompts.
 
-    name: the plan in a few words. settings: its fields, as in plan.json. cost: its denoiser rows over those of one
-    plain sample. share: the mean gain as a share of the oracle's; gain: the mean reward of the picks less that of a
-    random pick; gain_sd: the same in pooled within-prompt standard deviations of the reward.
+    name: the plan in a few words. how: "replayed" on recorded candidates, or "played" (`prism plan --measured`).
+    settings: its fields, as in plan.json. cost: its denoiser rows over those of one plain sample. share: the mean gain
+    as a share of the oracle's; gain: the mean reward of the picks less that of a random pick; gain_sd: the same in
+    pooled within-prompt standard deviations of the reward.
     """
 
     name: str
+    how: str
     strategy: str
     settings: dict[str, Any]
     n: int
@@ -92,3 +94,49 @@ class Spread(TypedDict):
     alike: int
     candidates: int
     prompts: int
+
+
+class RivalRow(TypedDict):
+    """One row of "rivals": at a budget the best plan that is replayed and the best that was played.
+
+    Each is chosen on one half of the prompts and measured on the other. over: the played one's share less the replayed
+    one's, with its paired interval. chosen: "replayed" or "played", which of them is the plan of the budget.
+    """
+
+    budget: float
+    replayed: str
+    replayed_share: float
+    played: str
+    played_share: float
+    played_cost: float
+    over: float
+    over_ci95: list[float] | None
+    chosen: str
+
+
+class Agreement(TypedDict):
+    """Plans that were replayed and played as well: the played share less the replayed one, over all `plans` of them."""
+
+    plans: int
+    apart: float
+    apart_ci95: list[float] | None
+
+
+class MeasuredFacts(TypedDict):
+    """The field "measured": what was played, and what was left out.
+
+    plans: played ones beside those replayed. prompts: played and recorded. not_played: recorded prompts without plays;
+    not_recorded: played ones that are not among the prompts. not_on_all: plans that lack some of the prompts. no_plans:
+    arms that are no plan of `best_of_n`. own_base: True if gains are over plain candidates of the same play, and
+    scale: what they were multiplied by, so that a perfect pick of those gains what one of the recorded ones does.
+    """
+
+    plans: int
+    prompts: int
+    not_played: int
+    not_recorded: int
+    not_on_all: int
+    no_plans: list[str]
+    own_base: bool
+    scale: float
+    agreement: Agreement | None

@@ -330,3 +330,39 @@ class SightRow(TypedDict):
     shipped: float | None
     shipped_ci95: list[float] | None
     shipped_prompts: int
+
+
+class MatchedRow(TypedDict):
+    """One row of "matched": an arm at a budget, measured on `prompts` prompts.
+
+    schedule: of the steps: plain, few or few-stochastic. dictionary: "replayed" or "measured", where the planner has it
+    (with --measured), or "". n: its candidates. share: mean gain over that of the best of the first eight seeds.
+    over_plan, over_full: the share less that of the planner's plan, and of full Best-of-N, at this budget; None where
+    there is none, or it is the same arm. cost: denoiser rows over one plain sample's. judging_rows: those of them for
+    judging clean latents, in closed form. seconds, seconds_p95: of the `runs_timed` runs by themselves. diversity: the
+    distance of two seeds' winners over that of two plain samples. same_pick: of `compared` runs by themselves those
+    that picked what the shared run says.
+    """
+
+    schedule: str
+    arm: str
+    dictionary: str
+    budget: float
+    n: int
+    prompts: int
+    share: float
+    share_ci95: list[float] | None
+    over_plan: float | None
+    over_plan_ci95: list[float] | None
+    over_full: float | None
+    over_full_ci95: list[float] | None
+    cost: float
+    denoiser_rows: float
+    judging_rows: float
+    vae_decodes: float
+    seconds: float | None
+    seconds_p95: float | None
+    runs_timed: int
+    diversity: float | None
+    same_pick: int
+    compared: int

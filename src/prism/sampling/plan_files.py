@@ -7,6 +7,7 @@ plans.json of a head's.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import warnings
@@ -49,9 +50,7 @@ class Filed:
     def sentence(self) -> str:
         """What the plan is and where it comes from, for people."""
         plan, n = self.run.plan, self.run.n
-        defaults = settings_of(type(plan)())
-        told = {name: value for name, value in settings_of(plan).items() if value != defaults[name]}
-        words = [f"{n} candidate{'s' if n > 1 else ''}", plan.strategy, *(f"{k} {_shown(v)}" for k, v in told.items())]
+        words = [f"{n} candidate{'s' if n > 1 else ''}", plan.strategy, *differing(plan)]
         start = self.where
         if self.budget is not None:
             start = f"The plan for a budget of {self.budget:g} plain samples, from {self.where}"
@@ -62,6 +61,14 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """The fields of a plan as JSON."""
     settings: dict[str, Any] = json.loads(json.dumps({field.name: getattr(plan, field.name) for field in fields(plan)}))
     return settings
+
+
+def differing(plan: Plan) -> list[str]:
+    """The settings of a plan that are not its strategy's defaults, in words: ["keep 1", "schedule 3:4,6:1"]."""
+    defaults, settings = settings_of(type(plan)()), settings_of(plan)
+    if plan.strategy != "early" and settings.get("judge_at") == looks.DEFAULT_JUDGE_AT:
+        del settings["judge_at"]
+    return [f"{name} {_shown(value)}" for name, value in settings.items() if value != defaults[name]]
 
 
 def document(about: Mapping[str, Any], plans: Sequence[Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
@@ -112,10 +119,11 @@ def check(content: Any, where: str) -> dict[str, Any]:
     plans = content.get("plans")
     if not isinstance(plans, list) or not plans or not all(isinstance(plan, dict) for plan in plans):
         raise PrismError(f"The field 'plans' of {where} must list plans; found {quoted(plans, 60)}.")
-    for index, plan in enumerate(plans):
-        number(f"The budget of plan {index} in {where}", plan.get("budget"), 1)
-        number(f"The cost of plan {index} in {where}", plan.get("cost"), 0)
-        run_of(plan, content["num_inference_steps"], f"plan {index} in {where}")
+    for row, plan in enumerate(plans, 1):
+        budget = number(f"The budget of plan {row} of {len(plans)} in {where}", plan.get("budget"), 1)
+        name = f"the plan for budget {budget:g} in {where}"
+        number(f"The cost of {name}", plan.get("cost"), 0)
+        run_of(plan, content["num_inference_steps"], name)
     return content
 
 
@@ -131,11 +139,12 @@ def run_of(plan: Mapping[str, Any], num_steps: int, where: str) -> Run:
     if kind.needs_oracle():
         raise PrismError(f"The strategy of {where} is {strategy}, which needs a function that no file holds.")
     names = [field.name for field in fields(kind)]
-    if not isinstance(settings, dict) or not settings.keys() <= set(names):
-        raise PrismError(
-            f"The settings of {where} must be those of {strategy}, {', '.join(names) or 'none'}; found "
-            f"{quoted(settings, 100)}."
-        )
+    if not isinstance(settings, dict):
+        raise PrismError(f"The settings of {where} must be an object; found {quoted(settings, 100)}.")
+    for foreign in settings.keys() - set(names):
+        near = difflib.get_close_matches(str(foreign), names, 1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}."
+        raise PrismError(f"The strategy {strategy} of {where} has no setting {quoted(foreign, 60)}; {hint}")
     try:
         made = kind(**settings)
         if getattr(made, "judge_at", None) is not None:
@@ -272,6 +281,6 @@ def _located(path: Path) -> Path:
 
 def _shown(value: Any) -> str:
     """A setting in words: cuts as 3:4,6:1."""
-    if isinstance(value, list) and all(isinstance(cut, list) and len(cut) == 2 for cut in value):
+    if isinstance(value, list) and value and all(isinstance(cut, list) and len(cut) == 2 for cut in value):
         return ",".join(f"{step}:{keep}" for step, keep in value)
     return f"{value:g}" if isinstance(value, int | float) else str(value)

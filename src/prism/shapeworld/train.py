@@ -211,17 +211,20 @@ def _latent_pool(
         return file.get_tensor("latents"), json.loads(file.metadata()["prompts"])
 
 
-def train_transformer(folder: Path, vae_folder: Path, config: PartConfig, device: str, team: Team) -> None:
+def train_transformer(
+    folder: Path, vae_folder: Path, config: PartConfig, device: str, team: Team, pool: Path | None = None
+) -> None:
     """Train transformer and text encoder by flow matching on the VAE's latents; write `folder/transformer` and
     `folder/text_encoder`.
 
     Sigma is logit-normal with a shift of 3; 15 % of the prompts are dropped for classifier-free guidance.
     Where `config.start` names the folder of such a pair, training goes on from its weights.
+    pool: folder in which trainings of one VAE, seed and number of videos share their latents; None: `folder`.
     """
     seed, batch_size = config.seed, config.batch_size
     torch.manual_seed(seed)
     vae = _with_encoder(vae_folder, DEFAULTS["vae"], team)  # the decoder is not needed
-    latents, prompts = _latent_pool(folder, generator.LinearCode.of(vae), config.videos, seed, team)
+    latents, prompts = _latent_pool(pool or folder, generator.LinearCode.of(vae), config.videos, seed, team)
     if config.start:
         transformer, text_encoder = generator.load_generator(Path(config.start))
     else:
@@ -298,13 +301,15 @@ DEFAULTS = {
 }
 
 
-def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False, **settings: Any) -> None:
+def run(
+    out: Path, part: str = "all", device: str = "cpu", resume: bool = False, pool: Path | None = None, **settings: Any
+) -> None:
     """Train a part (`vae`, `transformer`) or both (`all`) in `out`; once both are trained, write `out/pipeline`.
 
     `settings` are fields of `PartConfig`; None takes the part's default. Each part keeps its settings, log and last
     checkpoint in `out/<part>`. With `resume`, a run that was stopped continues from its checkpoint, if the learning
-    rate has not begun to fall also with another number of steps. Raises PrismError for an unknown part, settings out of
-    range, or a folder of another run."""
+    rate has not begun to fall also with another number of steps. `pool`: see `train_transformer`. Raises PrismError for
+    an unknown part, settings out of range, or a folder of another run."""
     if part not in (*PARTS, "all"):
         raise PrismError(f"The part is {part!r}: use vae, transformer or all.")
     team = Team.gathered(device)
@@ -327,7 +332,7 @@ def run(out: Path, part: str = "all", device: str = "cpu", resume: bool = False,
     if "vae" in configs:
         train_vae(out / "vae", configs["vae"], device, team)
     if "transformer" in configs:
-        train_transformer(out / "transformer", out / "vae", configs["transformer"], device, team)
+        train_transformer(out / "transformer", out / "vae", configs["transformer"], device, team, pool)
     made = ("vae/vae", "transformer/transformer", "transformer/text_encoder")
     if team.first and all(map(runs.Parts(out).has, made)):
         save_pipeline(out, out / "pipeline")
