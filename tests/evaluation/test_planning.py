@@ -70,8 +70,8 @@ def scores(made, tmp_path_factory) -> Recorded:
 
 def test_a_run_of_the_plan_picks_what_the_table_says_and_costs_what_it_says(made, scores) -> None:
     _store, judge = made
-    with pytest.warns(UserWarning, match="no reward overall; the mean of VQ, MQ"):
-        data = scores.table("overall")
+    assert (scores.mean_of("overall"), scores.mean_of("VQ")) == (["VQ", "MQ"], [])
+    data = scores.table("overall")
     assert data.steps("now") == [2, 3]  # step 1 is pure noise
     assert data.steps("ahead") == [1, 2, 3]
     chosen = [
@@ -132,8 +132,13 @@ def test_scores_survive_their_file_and_a_kill(made, scores, tmp_path, monkeypatc
 
 def test_stores_that_cannot_be_planned_on(made, tmp_path, monkeypatch) -> None:
     store, _judge = made
-    with pytest.raises(PrismError, match="has 2 prompts with 4 labelled candidates in the split test that the head"):
-        recorded.candidates_of(store, "test", [prompt_key(TEXTS[0])])
+    known = [prompt_key(TEXTS[0])]
+    with pytest.raises(PrismError, match=r"has 2 prompts with 4 labelled .* trained on .1 that it was trained on are"):
+        recorded.candidates_of(store, "test", known)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorded, "FEWEST", 2)
+        kept, left_out = recorded.candidates_of(store, "test", known)
+    assert (len(kept), left_out) == (2, "1 prompt that the head was trained on; 2 remain")
     with pytest.raises(PrismError, match="in the split nowhere"):
         recorded.candidates_of(store, "nowhere", ())
     with pytest.raises(PrismError, match="The store has no reward TA for --by; it has VQ, MQ"):
@@ -150,6 +155,10 @@ def test_stores_that_cannot_be_planned_on(made, tmp_path, monkeypatch) -> None:
     unlabelled = collect(prompts, backbone, CALL, tmp_path / "unlabelled", states=(2,), **options)
     with pytest.raises(PrismError, match="has no labels; have a reward label it"):
         recorded.candidates_of(unlabelled, "all", ())
+    (bare.folder / "index.parquet").unlink()  # as a kill leaves it: written last
+    (bare.folder / "seals.json").unlink(missing_ok=True)
+    with pytest.raises(PrismError, match=r"bare is unfinished: its prism collect was stopped after 2 videos; run that"):
+        recorded.candidates_of(LatentStore.open(bare.folder), "all", ())
     other = Judge.untrained(Backbone(tiny.cogvideox()), tap=1, dim=16)
     with pytest.raises(PrismError, match="is of the denoiser WanTransformer3DModel, and the backbone has CogVideoX"):
         recorded.facts(other, store, (700.0,), 1, 0, "test")

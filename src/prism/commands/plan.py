@@ -83,6 +83,8 @@ class Plan:
             from prism.report.plan_page import chosen_table, rivals_sentence
 
             console = Console(highlight=False)
+            if metrics["mean_of"]:
+                console.print(f"The reward {self.by} is the mean of {', '.join(metrics['mean_of'])}.", markup=False)
             console.print(chosen_table(metrics["plans"]))
             if "rivals" in metrics:
                 console.print(rivals_sentence(metrics["rivals"]), highlight=False)
@@ -139,6 +141,8 @@ def run(config: Plan) -> dict[str, Any]:
         sizes=replayed.sizes(),
         spread=replayed.spread,
         by=config.by,
+        mean_of=part.mean_of(config.by),
+        left_out=about.get("left_out", ""),
         not_replayed=planner.not_replayed(),
         replayed=replayed.replays,
         **more,
@@ -198,6 +202,7 @@ def _scored(
     judge = load_judge(models.head, backbone, embedded=models.backbone is None)
     by_prompt, left_out = scoring.candidates_of(store, config.split, judge.trained_on.get("prompt_keys", ()))
     about = {"name": name, **scoring.facts(judge, store, levels, config.num_draws, config.seed, config.split)}
+    about["left_out"] = left_out
     if left_out and speaks():
         print(f"Left out: {left_out}.")
     scoring.check_choice(store, judge, config.by, parse_weights(config.select_by))

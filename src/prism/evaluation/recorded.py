@@ -26,7 +26,7 @@ from prism.judge import Judge
 from prism.judge.scoring import head_digest
 from prism.preference import LatentStore
 from prism.preference.pairs import prompt_key
-from prism.preference.shards import ROW_COLUMNS
+from prism.preference.shards import INDEX, ROW_COLUMNS
 from prism.preference.store import store_identity
 from prism.runs import Clock, Parts
 from prism.sampling.arguments import weights_over
@@ -63,16 +63,15 @@ class Recorded:
 
     def reward(self, by: str) -> np.ndarray:
         """(P, n) the rewards by one name; where there is no "overall", that is the mean of all."""
-        if by == "overall" and by not in self.rewards:
-            if len(self.rewards) > 1:
-                warnings.warn(
-                    f"The store has no reward overall; the mean of {', '.join(self.rewards)} stands for it.",
-                    stacklevel=2,
-                )
+        if self.mean_of(by):
             return np.asarray(np.mean(list(self.rewards.values()), 0))
         if by not in self.rewards:
             raise PrismError(f"The store has no reward {quoted(by, 60)} for --by; it has {', '.join(self.rewards)}.")
         return self.rewards[by]
+
+    def mean_of(self, by: str) -> list[str]:
+        """The rewards whose mean is the reward "overall", where a store has none of that name; [] for all others."""
+        return list(self.rewards) if by == "overall" and by not in self.rewards else []
 
     def table(self, by: str, select_by: str | Mapping[str, float] = "overall") -> Table:
         """What planning needs: one value and, by reading, one deciding score per candidate."""
@@ -155,6 +154,11 @@ def candidates_of(store: LatentStore, split: str, trained_on: Sequence[str]) -> 
     left out. Raises PrismError for a store without trajectories, without labels, or with too few prompts.
     """
     where = f"The store {files.shown(store.folder)}"
+    if store.meta.get("command") == "prism collect" and not (store.folder / INDEX).is_file():
+        raise PrismError(
+            f"{where} is unfinished: its prism collect was stopped after {len(store.videos)} videos; run that command "
+            "again with --resume, and plan then."
+        )
     if not store.has_trajectories or not _steps(store):
         raise PrismError(f"{where} holds no trajectories; collect candidates with prism collect --states 2,3,4,5,6.")
     if not reward_columns(store):
@@ -176,25 +180,25 @@ def candidates_of(store: LatentStore, split: str, trained_on: Sequence[str]) -> 
     if len(kept) < FEWEST or common < 2:
         raise PrismError(
             f"{where} has {len(kept)} prompts with {common} labelled candidates in the split {quoted(split, 40)} that "
-            f"the head was not trained on; half of them choose a plan and half report it, which takes {FEWEST} or more "
-            "of 2 or more candidates: collect more."
+            f"the head was not trained on{f' ({len(seen)} that it was trained on are left out)' if seen else ''}; half "
+            f"of them choose a plan and half report it, which takes {FEWEST} or more of 2 or more candidates: collect "
+            "more."
         )
     parts = [
-        f"{len(seen)} prompts that the head was trained on" if seen else "",
+        f"{len(seen)} prompt{'s' * (len(seen) > 1)} that the head was trained on" if seen else "",
         f"{len(grouped) - len(kept)} with another number of candidates than {common}"
         if len(kept) < len(grouped)
         else "",
     ]
-    return kept, " and ".join(part for part in parts if part)
+    words = " and ".join(part for part in parts if part)
+    return kept, f"{words}; {len(kept)} remain" if words else ""
 
 
 def check_choice(store: LatentStore, judge: Judge, by: str, select_by: Mapping[str, float]) -> None:
     """Refuse, before the work, a reward that the store lacks and a dimension that the judge lacks."""
     nothing = np.zeros((0, 0))
-    with warnings.catch_warnings():  # `Recorded.table` warns of what stands for a missing overall
-        warnings.simplefilter("ignore")
-        rewards = dict.fromkeys(reward_columns(store), nothing)
-        Recorded((), nothing, rewards, {}, {"dimensions": list(judge.dimensions)}).table(by, select_by)
+    rewards = dict.fromkeys(reward_columns(store), nothing)
+    Recorded((), nothing, rewards, {}, {"dimensions": list(judge.dimensions)}).table(by, select_by)
 
 
 def reward_columns(store: LatentStore) -> list[str]:

@@ -43,7 +43,8 @@ def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequ
             "Quality over cost",
             f"Each plan was replayed on {spread['prompts']} prompts with {spread['candidates']} recorded candidates "
             "each: what it would have picked, and what its denoiser rows would have cost. The oracle picks the best "
-            f"finished video by {metrics['by']}; a random pick gains nothing.",
+            f"finished video by {metrics['by']}{_mean(metrics)}; a random pick gains nothing."
+            f"{_left_out(metrics)}",
             [(front_plot(front, plans, full, dots), front_caption(plans))],
             wide=True,
         ),
@@ -73,6 +74,16 @@ def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequ
     more = "" if metrics.get("measured") else " Played on the same prompts, they are compared too: --measured."
     found.append(Section("Not replayed", f"Recorded candidates say nothing of {missing}.{more}"))
     return found
+
+
+def _mean(metrics: Mapping[str, Any]) -> str:
+    names = metrics.get("mean_of")
+    return f", the mean of {', '.join(names)}" if names else ""
+
+
+def _left_out(metrics: Mapping[str, Any]) -> str:
+    words = metrics.get("left_out")
+    return f" Left out of the store: {words}." if words else ""
 
 
 def played_section(rows: Sequence[RivalRow], facts: MeasuredFacts | None) -> list[Section]:
