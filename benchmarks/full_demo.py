@@ -21,8 +21,8 @@ import torch
 
 from prism import files, shapeworld, video
 from prism.evaluation import TIMESTEPS
+from prism.judge.joint import JointJudge
 from prism.lab import demo, judges, playing
-from prism.lab.contest import JointJudge
 from prism.lab.records import make_contest, record
 from prism.loading import load_backbone
 from prism.preference import LatentStore

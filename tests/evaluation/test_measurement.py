@@ -12,7 +12,7 @@ import torch
 from tests import stores, tiny
 
 from prism.errors import PrismError
-from prism.evaluation import Measurement, compare_judges, measure, score_videos
+from prism.evaluation import Measurement, compare_judges, measure, measure_together, score_videos
 from prism.evaluation.measurement import COLUMNS
 from prism.judge import Judge
 
@@ -74,6 +74,19 @@ def test_every_labelled_pair_has_its_margin(measured, judges, store):
     for row in measured[0].rows:
         outcomes = list(right(measured[0], row["t"], row["dimension"]).values())
         assert row["without_ties"] == pytest.approx(np.mean(outcomes))
+
+
+def test_judges_measured_together_are_those_measured_alone(measured, judges, store):
+    together = measure_together(judges, store, timesteps=(699, 0), num_draws=2, seed=5, progress=False)
+    for one, alone in zip(together, measured, strict=True):
+        assert np.allclose(one.pairs["margin"].to_numpy(), alone.pairs["margin"].to_numpy(), rtol=1e-4, atol=1e-6)
+        assert one.pairs.drop_columns(["margin", "score_a", "score_b"]).equals(
+            alone.pairs.drop_columns(["margin", "score_a", "score_b"])
+        )
+        assert one.about == alone.about
+        assert one.settings == alone.settings
+    with pytest.raises(PrismError, match="give at least one"):
+        measure_together([], store)
 
 
 def test_the_difference_is_that_of_the_accuracies(measured):

@@ -9,8 +9,9 @@ from tests import tiny
 
 from prism import Judge
 from prism.errors import PrismError
+from prism.judge.joint import JointJudge
 from prism.lab import contest as module
-from prism.lab.contest import Contest, JointJudge, pick
+from prism.lab.contest import Contest, pick
 
 PLANS = {
     "none": {"strategy": "none"},

@@ -11,6 +11,7 @@ from prism.evaluation.comparison import compare_judges as compare_judges
 from prism.evaluation.evaluator import TIMESTEPS as TIMESTEPS
 from prism.evaluation.evaluator import evaluate as evaluate
 from prism.evaluation.evaluator import measure as measure
+from prism.evaluation.evaluator import measure_together as measure_together
 from prism.evaluation.evaluator import score_videos as score_videos
 from prism.evaluation.intervals import clustered_bootstrap as clustered_bootstrap
 from prism.evaluation.intervals import prompt_interval as prompt_interval

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from prism.evaluation.facts import COLUMNS, decoded_facts, facts_of
 from prism.evaluation.measurement import Measurement, pair_table
 from prism.evaluation.summary import accuracy_rows
 from prism.judge.checks import noise_levels
+from prism.judge.joint import JointJudge
 from prism.judge.scoring import noise
 from prism.preference import LatentStore, PromptGroup, prompt_key
 from prism.report.rows import AccuracyRow
@@ -98,12 +100,42 @@ def measure(
     Raises:
         PrismError: where the split has no pairs, or shares a prompt with what the head was trained on.
     """
+    return measure_together([judge], store, split, timesteps, num_draws, seed, batch_size, progress, team, decode)[0]
+
+
+def measure_together(
+    judges: Sequence[Any],
+    store: LatentStore | str | Path,
+    split: str = "test",
+    timesteps: Sequence[float] | None = None,
+    num_draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+    team: Team | None = None,
+    decode: bool = False,
+) -> list[Measurement]:
+    """Measure several judges on one backbone, all in the passes that one would take.
+
+    Args:
+        judges: of the same dimensions; several must be `Judge`s. The others are those of `measure`.
+
+    Returns:
+        The measurements, in order. With several judges scores may differ in rounding from those of each alone.
+
+    Raises:
+        PrismError: as `measure`; for no judges, or judges on different backbones or of different dimensions.
+    """
     num_draws, batch_size = whole("num_draws", num_draws, 1, DRAWS), whole("batch_size", batch_size)
     seed, progress = whole("seed", seed, 0, SEEDS), flag("progress", progress)
-    check_judge(judge)
+    for judge in judges:
+        check_judge(judge)
+    if not judges:
+        raise PrismError("There is no judge to measure: give at least one.")
+    first, scorer = judges[0], judges[0] if len(judges) == 1 else JointJudge(judges)
     store = LatentStore.of(store)
-    levels = _levels(judge, timesteps)
-    dimensions = _labelled(judge, store)
+    levels = _levels(first, timesteps)
+    dimensions = _labelled(first, store)
     groups = store.groups(split, list(dimensions))
     if not groups:
         raise PrismError(
@@ -113,38 +145,42 @@ def measure(
         )
     validation = store.groups("validation", list(dimensions)) if split != "validation" else groups
     if split != "train":
-        _check_leak(judge, [*groups, *validation], store)
+        for judge in judges:
+            _check_leak(judge, [*groups, *validation], store)
 
     everything = list({group.prompt: group for group in [*groups, *validation]}.values())
     passes = [(t, num_draws if t else 1) for t in levels]
     videos = sum(len(group.videos) for group in everything)
-    total, label = sum(draws for _, draws in passes) * videos, f"evaluate {judge.name}"
-    team = Team() if team is None else team
+    label = f"evaluate {first.name if len(judges) == 1 else f'{len(judges)} judges'}"
+    total, team = sum(draws for _, draws in passes) * videos, Team() if team is None else team
     hidden = None if progress and team.first else True
-    with judge.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=hidden) as bar:
-        scored = score_levels(judge, store, everything, passes, seed, batch_size, bar, team)
+    with first.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=hidden) as bar:
+        scored = score_levels(scorer, store, everything, passes, seed, batch_size, bar, team)
     facts, units = facts_of(store, [video for video, _ in videos_of(everything)])
     if decode:
-        facts |= decoded_facts(judge.backbone, store, videos_of(everything), facts, team)
+        facts |= decoded_facts(first.backbone, store, videos_of(everything), facts, team)
         units |= {probe: COLUMNS[probe][1] for probe in ("brightness", "motion")}
-
-    def table(which: str) -> Any:
-        return pair_table(store, which, judge.name, dimensions, levels, scored, facts)
-
-    about = {
-        "head_seed": judge.trained_on.get("seed"),
-        "source": judge.trained_on.get("source", "untrained"),
-        "eta": float(judge.eta),
-        "dimensions": list(dimensions),
-        "calibration": dict(getattr(judge, "calibration", {})),
-        "levels": list(levels),
-        "log_snr": [_log_snr(judge, t) for t in levels],
-        "units": units,
-    }
-    settings = {"split": split, "num_draws": num_draws, "seed": seed}
-    tuning = table("validation") if split != "validation" and validation else None
-    measured = Measurement([], table(split), settings, tuning, about)
-    measured.rows.extend(accuracy_rows(measured))
+    log_snr = [_log_snr(first, t) for t in levels]
+    measured = []
+    for number, judge in enumerate(judges):
+        columns = {name: column + number * len(first.dimensions) for name, column in dimensions.items()}
+        table = partial(
+            pair_table, store, judge=judge.name, dimensions=columns, levels=levels, scores=scored, facts=facts
+        )
+        about = {
+            "head_seed": judge.trained_on.get("seed"),
+            "source": judge.trained_on.get("source", "untrained"),
+            "eta": float(judge.eta),
+            "dimensions": list(dimensions),
+            "calibration": dict(getattr(judge, "calibration", {})),
+            "levels": list(levels),
+            "log_snr": log_snr,
+            "units": units,
+        }
+        tuning = table("validation") if split != "validation" and validation else None
+        settings = {"split": split, "num_draws": num_draws, "seed": seed}
+        measured.append(Measurement([], table(split), settings, tuning, about))
+        measured[-1].rows.extend(accuracy_rows(measured[-1]))
     return measured
 
 

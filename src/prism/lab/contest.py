@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prism.backbone import Tokens
 from prism.errors import PrismError, quoted
 from prism.evaluation import prompt_interval
-from prism.judge import Judge
+from prism.judge.joint import JointJudge
 from prism.report.rows import Agreement, BestOfNRow, HeadSeeds, PlanFields
 from prism.sampling import best_of_n
 from prism.sampling.best_of_n import BestOfNResult
@@ -21,26 +20,6 @@ from prism.sampling.strategies import Blind, Early, Full, kind_of, plan_of
 
 Referee = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]  # (videos (B, T, H, W, 3), prompts) -> name -> (B,)
 TOLERANCE = 0.02  # largest difference by rounding between the scores of a candidate in batches of different sizes
-
-
-class JointJudge(Judge):
-    """Several judges behind one denoiser pass, each with scores of its own: "1/overall" is the overall of judges[1]."""
-
-    def __init__(self, judges: Sequence[Judge]) -> None:
-        together = Judge.average(judges)
-        super().__init__(together.backbone, together.members, together.dimensions, together.eta)
-        self.judges = tuple(judges)
-        self.dimensions = tuple(f"{k}/{name}" for k in range(len(judges)) for name in together.dimensions)
-
-    @torch.no_grad()
-    def score_tokens(self, tokens: Tokens) -> Tensor:
-        """(B, judges * num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
-        rest, scores = self.score_members(tokens), []
-        for judge in self.judges:
-            by_member, rest = rest[: len(judge.members)], rest[len(judge.members) :]
-            shares = torch.tensor([member.share for member in judge.members], device=by_member.device)
-            scores.append(torch.einsum("m,mbd->bd", shares, by_member))
-        return torch.cat(scores, 1)
 
 
 class Contest:

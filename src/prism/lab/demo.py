@@ -128,8 +128,8 @@ def _run(
     out: Path, parts_folder: Path, config: DemoConfig, overwrite: bool, device: str | None, options: Any
 ) -> dict[str, Any]:
     from prism.backbone.fingerprint import VERSIONED
+    from prism.judge.joint import JointJudge
     from prism.lab import attention, judges
-    from prism.lab.contest import JointJudge
     from prism.preference import LatentStore
     from prism.shapeworld import candidates
 
