@@ -31,6 +31,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "train": "prism.commands.train:Train",
     "eval": "prism.commands.evaluate:Evaluate",
     "study": "prism.commands.lab:Study",
+    "reproduce": "prism.commands.reproduce:Reproduce",
     "data check": "prism.commands.data:Check",
     "data export": "prism.commands.data:Export",
     "data import": "prism.commands.data:Import",

@@ -267,7 +267,6 @@ class Backbone:
         shape = (-1, *[1] * (latents.ndim - 1))
         return (alpha.view(shape) * latents + sigma.view(shape) * noise).to(latents.dtype)
 
-    @torch.no_grad()
     def tokens(
         self,
         noisy_latents: Tensor,
@@ -275,10 +274,11 @@ class Backbone:
         t: Tensor | float,
         block: int | Sequence[int],
         stop: bool = True,
+        grad: bool = False,
     ) -> Tokens:
         """Tokens after `block` blocks (1-based) of `noisy_latents` (B, ...) at t (scalar or (B,)), see `Tokens`.
 
-        Several blocks are tapped in one pass. With `stop` the blocks after the last tap are not run.
+        Several blocks are tapped in one pass. With `stop` later blocks are not run, with `grad` tokens carry gradients.
         """
         instance("conditioning", conditioning, Conditioning | Ragged, "what Backbone.condition gives")
         levels, stop = layout.per_row(t, noisy_latents), flag("stop", stop)
@@ -288,10 +288,12 @@ class Backbone:
                 f"The denoiser {self.reads!r} is used for t from {low:g} to {high:g}, found {levels.tolist()}; "
                 "read the pipeline's other denoiser there."
             )
-        with self.held(), self.freed():
+        with torch.set_grad_enabled(grad), self.held(), self.freed():
             if isinstance(conditioning, Ragged) or (self.family.batch_size_one and len(noisy_latents) > 1):
                 ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
-                read = [self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop) for r in ones]
+                read = [
+                    self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop, grad) for r in ones
+                ]
                 return Tokens.cat(read)
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
             arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))

@@ -50,8 +50,8 @@ def listed(judges: Any, kind: type) -> list[Any]:
     return members
 
 
-def check_together(judges: Sequence[Judge]) -> None:
-    """Refuse to average judges of different pipelines, or whose scores differ in meaning."""
+def check_together(judges: Sequence[Judge], of_one_eta: bool = True) -> None:
+    """Refuse judges of different pipelines, or whose scores differ in meaning, to be read or averaged together."""
     for other in judges[1:]:
         if other.backbone.pipe is not judges[0].backbone.pipe:
             raise PrismError("Judges on different pipelines cannot be averaged; put them onto the same one.")
@@ -60,7 +60,7 @@ def check_together(judges: Sequence[Judge]) -> None:
                 f"Judges that read different denoisers cannot be averaged, found {judges[0].backbone.reads!r} and "
                 f"{other.backbone.reads!r}; use each at the noise levels of its own."
             )
-        if other.dimensions != judges[0].dimensions or other.eta != judges[0].eta:
+        if other.dimensions != judges[0].dimensions or (of_one_eta and other.eta != judges[0].eta):
             raise PrismError(
                 f"Judges must have the same dimensions and eta to be averaged, found {', '.join(judges[0].dimensions)} "
                 f"with eta {judges[0].eta:g} and {', '.join(other.dimensions)} with eta {other.eta:g}."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Tokens
+from prism.judge import checks
 from prism.judge.judge import Judge
 
 
@@ -15,14 +16,17 @@ class JointJudge(Judge):
     """A judge whose dimensions are those of several: "1/overall" is the overall of judges[1].
 
     Args:
-        judges: on one backbone, of the same dimensions; their heads read the tokens of one pass.
+        judges: on one backbone, of the same dimensions, of any eta; their heads read the tokens of one pass.
     """
 
     def __init__(self, judges: Sequence[Judge]) -> None:
-        together = Judge.average(judges)
-        super().__init__(together.backbone, together.members, together.dimensions, together.eta)
-        self.judges = tuple(judges)
-        self.dimensions = tuple(f"{k}/{name}" for k in range(len(judges)) for name in together.dimensions)
+        self.judges: tuple[Judge, ...] = tuple(checks.listed(judges, Judge))
+        checks.check_together(self.judges, of_one_eta=False)
+        first = self.judges[0]
+        super().__init__(
+            first.backbone, [member for judge in judges for member in judge.members], first.dimensions, first.eta
+        )
+        self.dimensions = tuple(f"{k}/{name}" for k in range(len(judges)) for name in first.dimensions)
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:

@@ -19,6 +19,7 @@ from prism.report import wording
 from prism.report.plan_rows import ChosenRow, PruneRow, ReplayedRow, RivalRow, SizeRow
 from prism.report.rows import (
     AccuracyRow,
+    AnswerRow,
     AttentionRow,
     BestOfNRow,
     BiasRow,
@@ -56,6 +57,7 @@ _OPTIONAL_ROWS = {
     "sizes": SizeRow,
     "sight": SightRow,
     "matched": MatchedRow,
+    "answers": AnswerRow,
 }
 
 

@@ -366,3 +366,19 @@ class MatchedRow(TypedDict):
     diversity: float | None
     same_pick: int
     compared: int
+
+
+class AnswerRow(TypedDict):
+    """A claim and its answer: source (in the paper), verdict, number (with its interval, in words), seeds of the heads,
+    prompts that intervals are taken over, command that repeats it alone, and minutes that it took."""
+
+    experiment: str
+    claim: str
+    source: str
+    verdict: str
+    number: str
+    text: str
+    seeds: list[int]
+    prompts: int
+    command: str
+    minutes: float
