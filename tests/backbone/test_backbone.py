@@ -243,3 +243,22 @@ def test_a_patch_size_that_is_none_is_told(size: Any) -> None:
 def test_a_noise_level_is_a_number(t: Any) -> None:
     with pytest.raises(PrismError, match="The noise level t must be from 0"):
         Backbone(tiny.wan()).add_noise(torch.zeros(1, 16, 3, 4, 4), t, torch.zeros(1, 16, 3, 4, 4))
+
+
+def test_tokens_carry_gradients_on_demand_alone(setting: Any) -> None:
+    backbone, call = setting
+    conditioning = backbone.condition([tiny.PROMPT], **call)
+    latents = noise_like(backbone, call).requires_grad_()
+    plain = backbone.tokens(latents, conditioning, 700.0, 2)
+    assert not plain.visual.requires_grad
+    tokens = backbone.tokens(latents, conditioning, 700.0, 2, grad=True)
+    torch.testing.assert_close(tokens.visual.detach(), plain.visual, atol=2e-6, rtol=1e-5)
+    towards = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    slope = (torch.autograd.grad(tokens.visual.double().square().mean(), latents)[0] * towards).sum()
+    with torch.no_grad():
+        step = 1e-2
+        ends = [
+            backbone.tokens(latents + sign * step * towards, conditioning, 700.0, 2).visual.double().square().mean()
+            for sign in (1, -1)
+        ]
+    assert float(slope) == pytest.approx(float((ends[0] - ends[1]) / (2 * step)), rel=0.05, abs=1e-5)

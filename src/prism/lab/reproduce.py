@@ -131,8 +131,11 @@ def _prepare(bench: Bench, chosen: Sequence[Experiment]) -> None:
     left = [each for each in chosen if not bench.parts.has(f"findings/{each.name}.json")]
     kinds = list(dict.fromkeys(kind for each in left for kind in each.kinds(bench)))
     if left:
-        minutes = seconds(bench, kinds, CUTS in left) / 60
-        _say(f"{len(left)} experiments, about {max(1, round(minutes))} minutes on this machine as busy as it is now")
+        minutes = max(1, round(seconds(bench, kinds, CUTS in left) / 60))
+        count, time_left = (
+            f"{n} {word}{'s' * (n > 1)}" for n, word in ((len(left), "experiment"), (minutes, "minute"))
+        )
+        _say(f"{count}, about {time_left} on this machine as busy as it is now")
     if kinds:
         _say(f"training and measuring {len(kinds)} kinds of heads, {bench.scale.seeds} of each")
         bench.measured(kinds)

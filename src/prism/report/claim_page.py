@@ -51,7 +51,7 @@ def sections(
         name = row["experiment"]
         lead = f"{row['claim']} {row['verdict'].capitalize()}. {row['text']}"
         shown = [(flat_table(rows[:LONGEST]), _caption(label, rows)) for label, rows in tables[name].items() if rows]
-        parts.append(Section(titles[name], lead, figures[name], shown, wide=True))
+        parts.append(Section(titles[name], lead, figures[name], shown))
     return parts
 
 

@@ -52,6 +52,8 @@ def over_levels(
     lines: Sequence[Line], x_label: str, percent: bool = True, chance: float | None = 0.5, falling: bool = True
 ) -> Figure:
     """Lines over noise levels, from noise on the left to clean on the right, or with `falling` off over a step."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(6.4, 4.0)
     scale = 100 if percent else 1
     if chance is not None:
@@ -65,6 +67,8 @@ def over_levels(
         axes.plot(line.x, y, "o-", color=colour, linewidth=2.2 if line.main else 1.4, markersize=4, label=line.name)
     if falling:
         axes.invert_xaxis()
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label, color=MUTED)
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
@@ -142,6 +146,7 @@ def save(figure: Figure, path: Path, colours: Mapping[str, str] = LIGHT) -> None
                 _recolour(getter(), setter, colours)
     figure.patch.set_facecolor(colours[PAPER])
     figure.patch.set_alpha(1)
+    path.parent.mkdir(exist_ok=True)
     for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
         with files.new_file(path.with_suffix(suffix)) as work:
             figure.savefig(work, format=suffix[1:], **options)  # type: ignore[arg-type]

@@ -1,0 +1,122 @@
+"""prism reproduce on a tiny pipeline with a store of its own: against the evaluator, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests import stores, tiny
+
+from prism import cli
+from prism.backbone import Backbone
+from prism.errors import PrismError
+from prism.evaluation import measure
+from prism.judge import Judge
+from prism.lab import bench, reproduce
+from prism.lab.findings import CLAIMED
+from prism.report.metrics import validate
+from prism.training import train
+
+pytestmark = pytest.mark.usefixtures("intervals_of_few")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished run of two experiments: its folder, metrics, store and pipeline."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    torch.manual_seed(0)
+    pipe = tiny.wan()
+    pipe.save_pretrained(folder / "pipe")
+    store = stores.make(folder / "store", prompts=(6, 3, 6))
+    few = replace(bench.SCALES["quick"], seeds=2, dim=16, train=replace(bench.RECIPE, steps=3, prompts_per_step=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.SCALES, "quick", few)
+        options = {"data": folder / "store", "backbone": str(folder / "pipe"), "device": "cpu", "tap": 2}
+        metrics = reproduce.run(folder / "out", ["noise-robustness", "query-and-pooling", "best-of-n"], **options)
+        yield folder, metrics, store, pipe, options
+
+
+def test_a_head_is_the_one_that_training_alone_gives(made, tmp_path):
+    folder, _, store, pipe, _ = made
+    saved = Judge.from_pretrained(folder / "out" / "heads" / "mean" / "seed-1" / "head", pipe)
+    alone = Judge.untrained(pipe, tap=2, dim=16, dimensions=store.dimensions, seed=1, aggregation="mean")
+    train(store, alone, replace(bench.RECIPE, steps=3, prompts_per_step=2, seed=1), tmp_path / "alone", progress=False)
+    for name, weight in alone.head.state_dict().items():
+        assert torch.equal(weight, saved.head.state_dict()[name]), name
+
+
+def test_the_table_is_the_evaluators(made):
+    folder, metrics, store, pipe, _ = made
+    judges = [
+        Judge.from_pretrained(folder / "out" / "heads" / "query" / f"seed-{seed}" / "head", pipe) for seed in (0, 1)
+    ]
+    rows = list(csv.DictReader((folder / "out" / "tables" / "accuracy.csv").open()))
+    for t in (899, 499):
+        each = [
+            row["without_ties"]
+            for judge in judges
+            for row in measure(judge, store, "test", [t], progress=False).rows
+            if row["dimension"] == "overall"
+        ]
+        written = next(row for row in rows if float(row["t"]) == t)
+        assert float(written["without_ties"]) == pytest.approx(np.mean(each))
+    heads = list(csv.DictReader((folder / "out" / "tables" / "heads.csv").open()))
+    assert [row["kind"] for row in heads] == ["query", "mean", "linear", "queries-4", "queries-8", "eta-3", "eta-8"]
+    assert {f"at {t:g}" for t in CLAIMED} <= set(heads[0])
+    validate(metrics)
+
+
+def test_a_claim_without_its_rival_holds_in_part_at_most(made):
+    _, metrics, *_ = made
+    answers = {row["experiment"]: row for row in metrics["answers"]}
+    assert answers["noise-robustness"]["verdict"] != "holds"
+    assert "No judge of decoded frames was measured" in answers["noise-robustness"]["text"]
+    assert answers["query-and-pooling"]["command"] == "prism reproduce query-and-pooling --scale quick --seed 0"
+
+
+def test_what_a_store_cannot_answer_is_said_on_the_page(made):
+    folder, metrics, *_ = made
+    assert "best-of-n" not in {row["experiment"] for row in metrics["answers"]}
+    page = (folder / "out" / "report.html").read_text()
+    assert "Left out: Early cuts." in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # no request leaves the page
+
+
+def test_a_run_goes_on_and_adds_experiments(made, capsys):
+    folder, _, _, _, options = made
+    before = (folder / "out" / "findings" / "noise-robustness.json").read_bytes()
+    with pytest.raises(PrismError, match="exists already; choose another --out, or continue with --resume"):
+        reproduce.run(folder / "out", **options)
+    metrics = reproduce.run(folder / "out", ["depth"], resume=True, **options)
+    assert {"depth", "noise-robustness"} <= {row["experiment"] for row in metrics["answers"]}
+    assert (folder / "out" / "findings" / "noise-robustness.json").read_bytes() == before
+    assert "about 1 minute on" in capsys.readouterr().err
+    depth = list(csv.DictReader((folder / "out" / "tables" / "depth.csv").open()))
+    assert {row["block"] for row in depth} == {str(block) for block in range(1, Backbone(tiny.wan()).num_blocks + 1)}
+    with pytest.raises(PrismError, match="differs in seed: it was 0 and is now 1"):
+        reproduce.run(folder / "out", resume=True, seed=1, **options)
+    config = folder / "out" / "config.json"
+    identity = json.loads(config.read_text())
+    config.write_text(json.dumps({**identity, "version": "0.0.1"}))
+    with pytest.raises(PrismError, match="differs in version"):
+        reproduce.run(folder / "out", resume=True, **options)
+    config.write_text(json.dumps(identity))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["noise"], "There is no experiment noise; did you mean noise-robustness"),
+        (["states"], "The experiment states runs at --scale full alone."),
+        (["--scale", "huge"], "The --scale is huge; choose quick or full."),
+        (["--backbone", "nowhere"], "A backbone of your own needs labelled videos of its own; name their store with"),
+    ],
+)
+def test_what_is_refused(words, sentence, tmp_path):
+    with pytest.raises(PrismError, match=sentence):
+        cli.run(["reproduce", *words, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
