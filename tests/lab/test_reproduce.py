@@ -110,7 +110,7 @@ def test_a_run_goes_on_and_adds_experiments(made, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["noise"], "There is no experiment noise; did you mean noise-robustness"),
+        (["noise-robust"], "There is no experiment noise-robust; did you mean noise-robustness"),
         (["states"], "The experiment states runs at --scale full alone."),
         (["--scale", "huge"], "The --scale is huge; choose quick or full."),
         (["--backbone", "nowhere"], "A backbone of your own needs labelled videos of its own; name their store with"),
