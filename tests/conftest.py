@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 EXCEPTIONS = (
     # PRISM's own: most tests build a head with random weights, sample in few steps, and train on few prompts
     "ignore:This judge is untrained:UserWarning",
+    'ignore:The strategy "(fk|evolution)" takes:UserWarning',
     "ignore:The first cut comes at step 1 of [1-6], which sees pure noise:UserWarning",
     "ignore:\\d+ training prompts?. too few to learn from:UserWarning",
     # PEFT's, of a second adapter and of one that is not merged

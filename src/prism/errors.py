@@ -20,6 +20,7 @@ class PrismError(Exception):
 
     def __init__(self, sentence: str = ""):
         line = re.sub(r"\s*[^\S ]\s*", " ", str(sentence)).strip()  # quoted prompts keep their spaces
+        line = line.replace(f'"{EMPTY}"', EMPTY)
         line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
         end = LONGEST // 3
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - end - 5]} ... {line[-end:]}")
@@ -27,16 +28,17 @@ class PrismError(Exception):
 
 SEEDS = 2**32 - 1  # the largest seed that NumPy's and torch's generators take
 DRAWS = 1000  # largest number of noise draws per score
+EMPTY = '""'  # an empty text, quoted
 QUOTED = 300  # largest number of characters that are quoted from a foreign text
 
 
 def quoted(foreign: Any, limit: int = QUOTED) -> str:
-    """A foreign text, error or value on one line, cut at `limit` characters."""
+    """A foreign text, error or value on one line, cut at `limit` characters; `EMPTY` for an empty text."""
     try:
         text = str(foreign) if isinstance(foreign, str | BaseException) else repr(foreign)
     except Exception:  # a repr that fails
         text = f"a {type(foreign).__name__}"
-    text = " ".join(text.split()) or ("" if isinstance(foreign, str) else type(foreign).__name__)
+    text = " ".join(text.split()) or (EMPTY if isinstance(foreign, str) else type(foreign).__name__)
     return text if len(text) <= limit else f"{text[: limit - 4].rstrip()} ..."
 
 

@@ -19,6 +19,7 @@ from tests.zoo.latte_to_qwen import ltx_i2v
 from prism import cli
 from prism.backbone import Backbone
 from prism.clips import FramePolicy
+from prism.commands.options import in_flags
 from prism.commands.scores import _read_as
 from prism.errors import PrismError
 from prism.loading import check_rewards, load_reward
@@ -310,6 +311,29 @@ def test_messages_name_flags_and_not_pythons_arguments(tmp_path, capsys, monkeyp
 def exported(store, backbone, tmp_path_factory) -> Path:
     export(store, backbone, out := tmp_path_factory.mktemp("export") / "to-label")
     return out
+
+
+def test_sentences_of_sample_name_flags_and_what_is_empty(tmp_path, capsys):
+    sentences = {
+        ("--max-n", 9): "The --max-n bounds the candidates of a run with --until; give --until, or leave --max-n out.",
+        ("--until", 1.5): "--until must be a number above 0, at most 1; found 1.5.",
+        ("--draft-steps", 3): "A length of drafts (--draft-steps) belongs to",
+        ("--strategy", "race", "--num-draws", 4): "A number of noise draws (--num-draws) belongs to",
+        ("--until", 0.5, "--select-by", "VQ:1,TA:1"): "--until compares one dimension of the judge with its reference",
+        ("--budget", ""): 'The --budget "" must be a number',
+        ("--look", ""): 'ahead-conditional; found "".',
+        ("--strategy", ""): 'There is no strategy ""; choose one',
+    }
+    for words, sentence in sentences.items():
+        assert sentence in said(capsys, "sample", "--prompt", "a cat", "--out", tmp_path / "out", *words)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(PrismError) as error, in_flags("until"):
+        raise PrismError(
+            "until needs top_k, not /a/top_k or 'top_k' or num_steps=20 (--steps 20), but goes until max_n."
+        )
+    assert str(error.value) == (
+        "--until needs --top-k, not /a/top_k or 'top_k' or num_steps=20 (--steps 20), but goes until --max-n."
+    )
 
 
 def test_wrong_files_are_told_apart(store, exported, place, tmp_path, capsys):

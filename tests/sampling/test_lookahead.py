@@ -198,6 +198,12 @@ def test_the_default_look_is_now_where_accuracies_do_not_say_otherwise(wan, tmp_
     assert looks(BLIND_EARLY) == {"now", "ahead"}
     assert looks([]) == looks(BLIND_EARLY, judge_at=900.0) == set()
     assert looks(BLIND_EARLY, {"VQ": 1.0}) == looks(BLIND_EARLY, {"VQ": 0.5, "overall": 0.5}) == set()
+    # At t = 899 above chance, and less than .1 below the accuracy at 700 from t = 869 on (by the straight line).
+    rows = [measured(899, 0.57, 0.63), measured(699, 0.68, 0.75), measured(499, 0.7, 0.77)]
+    expected = tuple("ahead" if t > 869 else "now" for t in steps.levels)
+    assert 1 < expected.count("ahead") < len(expected)
+    assert defaults(backbone, SimpleNamespace(evaluation=rows), {"overall": 1.0}, steps, 700.0) == expected
+    assert looks([measured(899, 0.59, 0.65), *rows[1:]]) == set()
     unmeasured = [{**row, "without_ties_ci95": None} for row in BLIND_EARLY]
     assert looks(unmeasured) == set()
     heun = tiny.wan()

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from tests import tiny
 from tests.works import works
 
@@ -13,6 +14,8 @@ from prism import Judge
 from prism.errors import PrismError
 from prism.preference import LatentStore
 from prism.sampling import best_of_n, ranking
+from prism.sampling.particles import FKSteering
+from prism.sampling.strategies import Full, plan_of
 from prism.shapeworld import asset_folder
 
 
@@ -97,6 +100,37 @@ def test_a_judge_without_overall_ranks_by_the_mean_and_says_so(wan):
         ranking(judge, "MQ")
 
 
+@pytest.mark.parametrize(
+    ("strategy", "setting", "belongs"),
+    [
+        (
+            "early",
+            {"draft_steps": 3},
+            r'A length of drafts \(draft_steps\) belongs to the strategy "draft", and .* "early"',
+        ),
+        ("none", {"judge_at": 600}, 'to judge at .* "early", "race", "draft", .* or "full", and this run\'s is "none"'),
+        ("race", {"num_draws": 4}, "A number of noise draws"),
+        ("full", {"oracle": len}, 'An oracle belongs to the strategy "oracle"'),
+    ],
+)
+def test_settings_of_another_strategy_are_refused(strategy, setting, belongs):
+    with pytest.raises(PrismError, match=belongs):
+        plan_of(strategy, **setting)
+    plan_of(strategy, num_draws=2, until=0.9, **({} if strategy != "none" else setting))  # rounds are judged at it
+
+
+def test_a_population_that_costs_more_than_full_says_so(wan):
+    judge, rows = wan.judge(tap=2), {}
+    with pytest.warns(UserWarning, match='The strategy "fk" takes .* it runs 3 candidates to the end') as told:
+        rows["fk"] = search(wan, judge, n=3, schedule=None, strategy="fk").ledger.denoiser_rows
+    for name, plan in (("one", FKSteering(keep=1)), ("full", Full())):  # nothing is said of these: warnings are errors
+        rows[name] = search(wan, judge, n=3, schedule=None, plan=plan).ledger.denoiser_rows
+    shares = [f"{rows[name] / rows['full']:.0%}" for name in ("fk", "one")]
+    sentence = next(str(each.message) for each in told if "fk" in str(each.message))
+    assert f"takes {shares[0]} of" in sentence
+    assert sentence.endswith(f"FKSteering(keep=1) it takes {shares[1]}.")
+
+
 def test_results_print_as_a_line(wan):
     judge = wan.judge()
     result = search(wan, judge, seeds=[7, 8], n=None, top_k=2, schedule=[(2, 2)])
@@ -115,3 +149,14 @@ def test_results_print_as_a_line(wan):
         assert len(repr(thing)) < 300
         assert "\n" not in str(thing)
     assert "and 1 more of 2 candidates, 9 x 32 x 32 x 3, " in str(result)
+
+
+@pytest.mark.parametrize("strategy", ["draft", "none"])
+def test_a_scheduler_that_the_pipelines_loop_cannot_use_is_told(strategy):
+    pipe = tiny.wan()
+    pipe.scheduler = DDIMScheduler()
+    judge = Judge.untrained(pipe, tap=2, dim=16)
+    with pytest.raises(
+        PrismError, match=r"^DDIMScheduler and WanPipeline do not go together \(.*; set another scheduler"
+    ):
+        best_of_n(pipe, judge, tiny.PROMPT, n=2, strategy=strategy, **tiny.CALL_WAN)

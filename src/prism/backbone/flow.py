@@ -52,6 +52,7 @@ _IN_PLACE = {name for name in dir(operator) if name.startswith("__i") and hasatt
 _READERS = {"items", "keys", "values", "copy", "index", "count", "__len__", "__contains__", "__getitem__", "__iter__"}
 # Methods that change their object: `_SILENT` return None, the others of `_MUTATORS` a value.
 _SILENT = {"append", "extend", "insert", "update", "clear", "add", "discard", "remove", "sort", "reverse", "appendleft"}
+_SILENT |= {"__setitem__", "__delitem__", "subtract"}
 _MUTATORS = _SILENT | {"pop", "popitem", "setdefault", "popleft", "put"}
 # Layers that draw random numbers or update statistics while they train.
 _IMPURE_LAYERS = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)

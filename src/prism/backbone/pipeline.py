@@ -270,7 +270,11 @@ def is_foreign(error: BaseException) -> bool:
 def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
     """The PrismError for an error of a pipeline's call at a 1-based step (0: before the first), or None for an error
     that is to be raised as it is."""
-    kind = type(pipe).__name__
+    kind, scheduler = type(pipe).__name__, type(pipe.scheduler)
+    if isinstance(error, AttributeError) and isinstance(error.obj, scheduler) and is_foreign(error):
+        return PrismError(
+            f"{scheduler.__name__} and {kind} do not go together ({reason(error)}); set another scheduler."
+        )
     if not step:
         refused = isinstance(error, ValueError | TypeError) or is_foreign(error)
         return PrismError(f"{kind} refused the call: {reason(error)}.") if refused else None

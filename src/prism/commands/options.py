@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +56,8 @@ class Replacing(Output):
 class Resuming(Output):
     """The folder of results, and a file of options."""
 
+    out: Annotated[Path, option("FOLDER")]
+    """Folder to write and work in; what a stopped run wrote stays there for --resume."""
     resume: bool = False
     """Continue the same run in the folder after it was stopped or killed."""
 
@@ -137,6 +141,26 @@ def levels_of(flag: str, text: str) -> tuple[float, ...]:
         if not 0 <= level <= 1000:
             raise PrismError(f"The {flag} hold {level:g}; levels lie in 0 (clean) to 1000 (noise).")
     return tuple(int(level) if level.is_integer() else level for level in levels)
+
+
+@contextmanager
+def in_flags(*words: str) -> Iterator[None]:
+    """Name arguments of the library as this command's options in the sentences of errors: max_n is --max-n.
+
+    words: those of one plain word, as the name of which it counts at the start of a sentence and after "with", "give"
+    and "of".
+    """
+    try:
+        yield
+    except PrismError as error:
+        sentence = re.sub(r"(?<![\w./\\'\"-])[a-z]+(?:_[a-z]+)+(?![\w./\\'\"=(-]*[\w/\\'\"=(])", _flag, str(error))
+        for word in words:
+            sentence = re.sub(rf"(^|\b(?:with|give|of) ){word}\b", rf"\1--{word}", sentence)
+        raise PrismError(sentence) from error
+
+
+def _flag(name: re.Match[str]) -> str:
+    return f"--{name[0].replace('_', '-')}"
 
 
 def leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from prism import files, runs
 from prism.commands import show, speaks
 from prism.commands.budgets import filed_plan, parse_budget
-from prism.commands.options import Adapted, Head, Replacing, option, recorded
+from prism.commands.options import Adapted, Head, Replacing, in_flags, option, recorded
 from prism.commands.sampled import loser_of, named_cut, notes_of, preview_strips, refereed, row_of, stopped
 from prism.errors import PrismError, number, quoted, whole
 
@@ -107,6 +107,12 @@ class Sample:
         """The arguments of the pipeline's call that options set."""
         return {name: value for name, value in asdict(self.call).items() if value is not None}
 
+    def settings(self, cuts: Any) -> dict[str, Any]:
+        """The settings of the strategy, with the cuts of --schedule."""
+        look = self.look.split(",") if self.look and "," in self.look else self.look
+        names = ("draft_steps", "draft_cache", "judge_at", "num_draws")
+        return {"schedule": cuts, "look": look, **{name: getattr(self, name) for name in names}}
+
     def main(self) -> None:
         """Sample, and say which candidate won."""
         metrics = run(self)
@@ -138,7 +144,7 @@ def run(config: Sample) -> dict[str, Any] | None:
         config = replace(config, n=8)
     cuts = None if config.schedule is None else schedules.parse(config.schedule)
     weights = parse_weights(config.select_by)
-    _check(config)
+    _check(config, cuts)
     team = Team.gathered() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team()
     distribute = None if team.alone else "candidates"
     if team.rank > 0:
@@ -238,9 +244,7 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
     call = {**call, **config.arguments}
     if judge and weights == {"overall": 1.0}:
         weights = ranking(judge, "overall")
-    look = config.look.split(",") if config.look and "," in config.look else config.look
-    settings: dict[str, Any] = {"schedule": cuts, "strategy": config.strategy, "look": look}
-    settings |= {name: getattr(config, name) for name in ("draft_steps", "draft_cache", "judge_at", "num_draws")}
+    settings = {"strategy": config.strategy, **config.settings(cuts)}
     if config.plan is not None or config.budget is not None:
         filed = filed_plan(config.plan, config.budget, backbone, judge, call, config.prompt)
         plan, n = filed.run.plan, filed.run.n if config.n is None else config.n
@@ -248,23 +252,24 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
             print(filed.sentence())
         changes = {name: getattr(plan, name, getattr(config, name)) for name in ("judge_at", "num_draws")}
         config, settings = replace(config, strategy=plan.strategy, n=n, **changes), {"plan": plan}
-    result = best_of_n(
-        backbone.pipe,
-        judge,
-        config.prompt,
-        n=config.n,
-        until=config.until,
-        max_n=config.max_n,
-        seed=_seed(config.seed),
-        batch_size=config.batch_size,
-        top_k=config.top_k,
-        select_by=weights,
-        previews=config.previews,
-        distribute=distribute,
-        progress=True,
-        **settings,
-        **{**call, "output_type": "np"},
-    )
+    with in_flags("until"):
+        result = best_of_n(
+            backbone.pipe,
+            judge,
+            config.prompt,
+            n=config.n,
+            until=config.until,
+            max_n=config.max_n,
+            seed=_seed(config.seed),
+            batch_size=config.batch_size,
+            top_k=config.top_k,
+            select_by=weights,
+            previews=config.previews,
+            distribute=distribute,
+            progress=True,
+            **settings,
+            **{**call, "output_type": "np"},
+        )
     return backbone, name, judge, call, weights, result, config
 
 
@@ -312,10 +317,11 @@ def _check_planned(config: Sample) -> None:
         plan_files.opened(config.plan, None if budget is None else budget.value)
 
 
-def _check(config: Sample) -> None:
+def _check(config: Sample, cuts: Any) -> None:
     from prism import video as media
     from prism.sampling.step_cache import parse
-    from prism.sampling.strategies import kind_of
+    from prism.sampling.stopping import probability
+    from prism.sampling.strategies import kind_of, plan_of
 
     if config.draft_cache is not None:
         parse(config.draft_cache)
@@ -323,6 +329,12 @@ def _check(config: Sample) -> None:
         raise PrismError(
             f"The strategy {config.strategy} needs a measured truth, which sampling lacks; choose another --strategy."
         )
+    with in_flags():
+        plan_of(config.strategy, **config.settings(cuts), until=config.until)
+    if config.until is not None:
+        probability("--until", config.until)
+    elif config.max_n is not None:
+        raise PrismError("The --max-n bounds the candidates of a run with --until; give --until, or leave --max-n out.")
     number("--fps", config.fps, *media.FPS)
     n = whole("--n", 1 if config.n is None else config.n, 1, 10_000)
     for flag, value, low, high in (

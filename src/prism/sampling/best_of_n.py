@@ -25,7 +25,7 @@ from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.rounds import Stop, Until
 from prism.sampling.search import Search
-from prism.sampling.strategies import kind_of, plan_of
+from prism.sampling.strategies import kind_of, plan_of, warn_of_cost
 from prism.team import Team, halved, merged, ran_out
 
 T = TypeVar("T")
@@ -267,7 +267,7 @@ def best_of_n(
     }
     if chosen is None:
         cuts = parse(schedule) if isinstance(schedule, str) else schedule
-        chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by})
+        chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by, "until": until})
     settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
     settled = settled.checked(len(candidate_seeds), top_k, num_steps, call).fitted(backbone)
     shared: dict[str, Any] = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
@@ -289,6 +289,8 @@ def best_of_n(
 
             def find(search: Search) -> list[Candidate]:
                 ready = search.settle(settled)
+                if search.team.rank == 0:
+                    warn_of_cost(ready, search.load)
                 if search.previews is not None:
                     search.previews.check(ready, search.load)
                 bar.reset(total=ready.rows(search.load) / among.size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from prism.backbone import Backbone, prediction
 from prism.backbone.steps import Steps
 from prism.errors import PrismError, quoted
@@ -15,6 +17,7 @@ Look = Literal["now", "ahead", "ahead-conditional"]
 
 DEFAULT_JUDGE_AT = 700.0  # the noise level at which a head judges finished latents best (paper, Table 1)
 CHANCE = 0.5  # the accuracy of a judge that sees nothing
+LOSS = 0.1  # the loss of accuracy from `judge_at` to a cut's level from which on a look ahead is worth its rows
 
 
 def checked(look: Any, cuts: Any) -> Look | tuple[Look, ...] | None:
@@ -48,40 +51,46 @@ def defaults(
 ) -> tuple[Look, ...]:
     """The look that a cut takes by default at each step of a call; empty where all look at the latents as they stand.
 
-    A cut looks ahead where the accuracies beside the head do not tell it from chance at the step's noise level and do
-    at `judge_at`, each read at the measured level that is nearest. Heads without accuracies, steps whose level is not
-    known beforehand and schedulers that do not tell what the denoiser predicts look at the latents as they stand.
+    A cut looks ahead where the accuracies beside the head tell it from chance at `judge_at`, and at the step's noise
+    level either do not, each read at the measured level that is nearest, or are lower by `LOSS` or more, read between
+    the measured levels. Heads without accuracies, steps whose level is not known beforehand and schedulers that do not
+    tell what the denoiser predicts look at the latents as they stand.
 
     weights: by dimension, those that candidates are ranked by.
     """
-    seen = _levels_seen(getattr(judge, "evaluation", ()), weights)
-    if not steps.levels or not seen or not _nearest(seen, judge_at):
+    measured = _measured(getattr(judge, "evaluation", ()), weights)
+    if not steps.levels or not measured or _is_chance(measured, judge_at):
         return ()
+    enough = _accuracy(measured, judge_at) - LOSS
     try:
         prediction.check(backbone.pipe, backbone.family.counts_steps_by_calls)
     except PrismError:
         return ()
-    looks: tuple[Look, ...] = tuple("now" if _nearest(seen, t) else "ahead" for t in steps.levels)
-    return looks if "ahead" in looks else ()
+    low = [_is_chance(measured, t) or _accuracy(measured, t) <= enough for t in steps.levels]
+    return tuple("ahead" if each else "now" for each in low) if any(low) else ()
 
 
-def _levels_seen(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[float, bool]:
-    """By measured noise level, True where the head is told from chance in a dimension that ranks candidates.
-
-    That is where the lower end of its accuracy's 95 % interval is above chance.
-    """
-    seen: dict[float, bool] = {}
+def _measured(rows: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[float, tuple[float, float]]:
+    """By measured noise level, the best accuracy of the dimensions that rank candidates, and the best lower end of its
+    95 % interval."""
+    measured: dict[float, tuple[float, float]] = {}
     for row in rows:
-        interval = row.get("without_ties_ci95")
-        if weights.get(row["dimension"], 0.0) and interval is not None and interval[0] is not None:
-            t = float(row["t"])
-            seen[t] = seen.get(t, False) or interval[0] > CHANCE
-    return seen
+        interval, accuracy = row.get("without_ties_ci95"), row.get("without_ties")
+        if weights.get(row["dimension"], 0.0) and interval and interval[0] is not None and accuracy is not None:
+            best, low = measured.get(float(row["t"]), (0.0, 0.0))
+            measured[float(row["t"])] = max(best, accuracy), max(low, interval[0])
+    return measured
 
 
-def _nearest(seen: Mapping[float, bool], t: float) -> bool:
-    """True where the head is told from chance at the measured level nearest to t; of two, at the noisier."""
-    return seen[min(seen, key=lambda level: (abs(level - t), -level))]
+def _is_chance(measured: Mapping[float, tuple[float, float]], t: float) -> bool:
+    """True where the head is not told from chance at the measured level nearest to t; of two, at the noisier."""
+    return measured[min(measured, key=lambda level: (abs(level - t), -level))][1] <= CHANCE
+
+
+def _accuracy(measured: Mapping[float, tuple[float, float]], t: float) -> float:
+    """The accuracy at t, between measured levels on the straight line, beyond them that of the last."""
+    levels = sorted(measured)
+    return float(np.interp(t, levels, [measured[level][0] for level in levels]))
 
 
 def in_words(looks: Sequence[str]) -> str:

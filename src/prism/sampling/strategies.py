@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -21,7 +22,7 @@ from prism.sampling.arguments import ask_oracle, oracle_columns
 from prism.sampling.drafts import Draft
 from prism.sampling.looks import Look
 from prism.sampling.noise_search import Evolution, LatentBeams, ZeroOrder
-from prism.sampling.particles import FKSteering, Prune
+from prism.sampling.particles import FKSteering, Population, Prune
 from prism.sampling.plan import (
     CFG,
     Candidate,
@@ -279,22 +280,42 @@ def kind_of(strategy: Any) -> type[Plan]:
 
 
 def plan_of(strategy: str, **settings: Any) -> Plan:
-    """The plan of a strategy with the settings that it takes. Raises PrismError for cuts or a look that it has not."""
+    """The plan of a strategy with the settings that it takes. Raises PrismError for one of others, not at its default.
+
+    until: where it is set, `judge_at` is of the rounds too, whatever the strategy.
+    """
     kind = kind_of(strategy)
     taken = {field.name for field in fields(kind)}
-    for name, what in (("schedule", "A schedule"), ("look", "A look"), ("draft_cache", "A draft cache")):
+    for name, what in _OF_SOME.items():
         value = settings.get(name)
-        if not (value is None or name in taken or (isinstance(value, str) and value == "now")):
-            owners = [each for each, other in STRATEGIES.items() if name in {field.name for field in fields(other)}]
-            raise PrismError(
-                f"{what} belongs to the strategy {' or '.join(map(_in_quotes, owners))}, and this run's is "
-                f"{_in_quotes(strategy)}; leave it out."
-            )
+        unsaid = value is None or (type(value) in (int, str) and value == _UNSAID.get(name))
+        if not (unsaid or name in taken or (name == "judge_at" and settings.get("until") is not None)):
+            owners = [f'"{each}"' for each, other in STRATEGIES.items() if name in {f.name for f in fields(other)}]
+            listed = " or ".join([", ".join(owners[:-1]), owners[-1]][len(owners) == 1 :])
+            raise PrismError(f'{what} belongs to the strategy {listed}, and this run\'s is "{strategy}"; leave it out.')
     return kind(**{name: value for name, value in settings.items() if name in taken})
 
 
-def _in_quotes(name: str) -> str:
-    return f'"{name}"'
+# Settings that some strategies take, in words, and the values of them that say nothing.
+_OF_SOME = {
+    **{"schedule": "A schedule", "look": "A look", "oracle": "An oracle", "draft_cache": "A draft cache"},
+    **{"draft_steps": "A length of drafts (draft_steps)", "judge_at": "A level to judge at (judge_at)"},
+    "num_draws": "A number of noise draws (num_draws)",
+}
+_UNSAID: dict[str, Any] = {"look": "now", "num_draws": 2}
+
+
+def warn_of_cost(plan: Plan, load: Workload) -> None:
+    """Warn of a population that goes to the end and costs more than judging all candidates there alone."""
+    full = Full().rows(load)
+    if isinstance(plan, Population) and plan.going(load) > load.top_k and plan.rows(load) > full:
+        least = replace(plan, keep=load.top_k)
+        warnings.warn(
+            f'The strategy "{plan.strategy}" takes {plan.rows(load) / full:.0%} of the denoiser rows of "full", since '
+            f"it runs {plan.going(load)} candidates to the end and judges on the way too; with plan="
+            f"{type(plan).__name__}(keep={load.top_k}) it takes {least.rows(load) / full:.0%}.",
+            stacklevel=4,
+        )
 
 
 def expected_rows(
@@ -321,4 +342,5 @@ def expected_rows(
     calls = [1 + guided] * num_steps if calls is None else calls
     drafted = [1 + guided] * draft_steps if draft_calls is None else draft_calls
     load = Workload(n, calls, cfg, tap_share, drafted, top_k, listens)
-    return plan_of(strategy, schedule=schedule, num_draws=num_draws).rows(load)
+    taken = {field.name for field in fields(kind_of(strategy))}
+    return plan_of(strategy, schedule=schedule, **({"num_draws": num_draws} if "num_draws" in taken else {})).rows(load)

@@ -176,7 +176,7 @@ class Reward:
         if not scores or set(scores) != set(self.dimensions or ()):
             expected = ", ".join(self.dimensions or ()) or "one at least"
             raise self._wrong(
-                f"gave the dimensions {quoted(', '.join(scores), 80) or 'none'} where {quoted(expected, 80)} is needed",
+                f"gave the dimensions {quoted(', '.join(scores) or 'none', 80)} where {quoted(expected, 80)} is needed",
                 [name],
                 [prompt],
             )
