@@ -241,7 +241,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     some = {"train": grammar.prompts("train")[:2], "test": grammar.prompts("test")[:1]}
     monkeypatch.setattr(grammar, "prompts", lambda split, count: some[split][:count])
     backbone = Backbone(pipe)
-    sample, calls = candidates._sample, []
+    sample, calls = candidates.sample, []
 
     def killed(*arguments):
         calls.append(1)
@@ -259,7 +259,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     assert foreign.read_text() == "x"
     shutil.rmtree(tmp_path / "other.parts")
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "_sample", killed)
+        patch.setattr(candidates, "sample", killed)
         with pytest.raises(KeyboardInterrupt):
             candidates.run(tmp_path / "store", **options)
     assert not (tmp_path / "store").exists()
@@ -270,7 +270,7 @@ def test_candidates_are_the_stock_pipelines_and_labelled_by_the_referee(tmp_path
     part.write_bytes(whole[:-50])
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(candidates, "_sample", killed)
+        patch.setattr(candidates, "sample", killed)
         with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="00000.*It is made anew"):
             candidates.run(tmp_path / "store", **options)
     assert part.read_bytes() == whole
@@ -309,7 +309,7 @@ def test_candidates_outlive_a_kill_anywhere(tmp_path, pipe, monkeypatch):
         part = {f"score/{name}": scores.clone() for name in referee.DIMENSIONS}
         return {**part, "latents": scores.view(-1, 1, 1, 1).half()}
 
-    monkeypatch.setattr(candidates, "_sample", sample)
+    monkeypatch.setattr(candidates, "sample", sample)
     out, parts = tmp_path / "runs" / "store", tmp_path / "runs" / "store.parts"
     work = partial(candidates.run, out, {"train": (2, 2)}, backbone=backbone)
     work()

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from prism.lab.correlation import FEWEST, Correlation
+from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Verdict, shown
 from prism.report.figures import ACCENT, GRID, INK, MUTED, Label, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-HOLDS, IN_PART, FAILS, UNCLEAR = "holds", "holds in part", "does not hold", "cannot be told"
-
-
-class Verdict(NamedTuple):
-    """`word`: holds, holds in part, does not hold, cannot be told. `sentence`: why, with the numbers."""
-
-    word: str
-    sentence: str
 
 
 def verdict(found: Correlation) -> Verdict:
@@ -87,7 +79,7 @@ def paragraph(found: Correlation, judged: str) -> str:
 def _others(row: dict[str, Any]) -> str:
     if row["others_low"] is None:
         return ""
-    low, high = _n(row["others_low"]), _n(row["others_high"])
+    low, high = shown(row["others_low"]), shown(row["others_high"])
     return f"For other backbones of the kind the coefficient may lie from {low} to {high}."
 
 
@@ -98,7 +90,7 @@ def _without(found: Correlation) -> str:
         if rows:
             low, high = (pick(rows, key=lambda row: row["spearman"]) for pick in (min, max))
             without = f" (without {low['left_out']})"
-            parts.append(f"without {name} it is {_n(low['spearman'])}{without} to {_n(high['spearman'])}")
+            parts.append(f"without {name} it is {shown(low['spearman'])}{without} to {shown(high['spearman'])}")
     return f"{'; '.join(parts)}.".capitalize() if parts else ""
 
 
@@ -109,20 +101,16 @@ def _given(found: Correlation) -> str:
 
 
 def _with_interval(row: dict[str, Any]) -> str:
-    return f"{_n(row['value'])} ({_n(row['low'])} to {_n(row['high'])})" if row["low"] is not None else _n(row["value"])
+    return (
+        f"{shown(row['value'])} ({shown(row['low'])} to {shown(row['high'])})"
+        if row["low"] is not None
+        else shown(row["value"])
+    )
 
 
 def _p(row: dict[str, Any]) -> str:
     shown = f"{row['p']:.1g}" if row["p"] < 0.001 else f"{row['p']:.3f}".lstrip("0")
     return f"p = {shown} ({'all orders counted' if row['p_method'] == 'exact' else row['p_method']})"
-
-
-def _n(value: float | None) -> str:
-    """A coefficient as journals print it: .93, -.10, 1."""
-    if value is None:
-        return "undefined"
-    text = f"{value:.2f}"
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
 
 
 def draw(found: Correlation, axes: Axes, quality: str = "generative quality", power: str = "judging power") -> None:

@@ -100,7 +100,7 @@ def run(
             continue
 
         def make(path: Path, chunk: list[tuple[str, str, int]] = chunk) -> None:
-            save_file(_sample(backbone, call, chunk, trajectories), path)
+            save_file(sample(backbone, call, chunk, trajectories), path)
 
         done.append(parts.piece(f"{index:05d}.safetensors", make, partial(_part, count=len(chunk))))
     if share[1] > 1:
@@ -130,7 +130,7 @@ def _part(path: Path, count: int) -> dict[str, torch.Tensor]:
     return part
 
 
-def _sample(
+def sample(
     backbone: Backbone, call: dict[str, Any], chunk: list[tuple[str, str, int]], trajectories: bool
 ) -> dict[str, torch.Tensor]:
     pipe, prompts = backbone.pipe, [prompt for _, prompt, _ in chunk]

@@ -1,0 +1,184 @@
+"""The correlation study: does a backbone that generates better also judge better, on its own and on nobody's videos?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prism.errors import PrismError, quoted
+from prism.lab import correlation_shown
+from prism.lab.backbone_set import Member
+from prism.lab.correlation import Correlation, PerPrompt, Point, Published, correlate
+from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Finding, Verdict
+from prism.lab.judged_sets import NOBODYS, OWN, JudgedSets, Videos
+from prism.lab.judging_power import (
+    HeadRecipe,
+    HeadsOnBackbones,
+    Measured,
+    Subject,
+    bonus_of_own,
+    dimension_of,
+    power,
+    right_of,
+)
+from prism.preference import LatentStore
+from prism.report.figures import ACCENT, MUTED, SERIES
+from prism.runs import Parts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WORDS = {OWN: "videos of all these backbones in equal parts", NOBODYS: "renders that no backbone made"}
+EXACT = 15  # backbones of which the headline's p counts all orders: half a minute
+
+
+def on_shapeworld(
+    parts: Parts, members: Sequence[Member], videos: Videos | None = None, recipe: HeadRecipe | None = None
+) -> Finding:
+    """The whole study on ShapeWorld's backbones, piece by piece in the run's folder."""
+    subjects = [of_member(member) for member in members]
+    sets = JudgedSets(parts, subjects, videos or Videos())
+    quality: dict[str, PerPrompt | Published] = dict(sets.quality())
+    stores = {OWN: sets.own(), NOBODYS: sets.nobodys()}
+    return study(parts, subjects, stores, quality, recipe, "the referee's score")
+
+
+def of_member(member: Member) -> Subject:
+    """A backbone of a set as one that heads are put on."""
+    return Subject(member.name, member.load, member.parameters, member.compute, member.run)
+
+
+def study(
+    parts: Parts,
+    subjects: Sequence[Subject],
+    stores: Mapping[str, LatentStore],
+    quality: Mapping[str, PerPrompt | Published],
+    recipe: HeadRecipe | None = None,
+    what: str = "generative quality",
+) -> Finding:
+    """The study of any backbones of one VAE.
+
+    Args:
+        parts: the run's folder; what is there is not made again.
+        subjects: the backbones.
+        stores: sets of judged videos by name, each with pairs to train and to test on.
+        quality: of each backbone, measured or published; `what` it is, in words.
+
+    Raises:
+        PrismError: for a backbone without quality or of another VAE, or a store without pairs.
+    """
+    recipe = recipe or HeadRecipe()
+    for subject in subjects:
+        if subject.name not in quality:
+            raise PrismError(
+                f"The backbone {quoted(subject.name, 80)} has no generative quality; give its scores, or leave it out."
+            )
+    if not stores:
+        raise PrismError("There are no videos to judge: name a store with labelled pairs (prism encode).")
+    measured = HeadsOnBackbones(parts, stores, recipe).measured(subjects)
+    return conclude(measured, subjects, quality, recipe, what)
+
+
+def conclude(
+    measured: Measured,
+    subjects: Sequence[Subject],
+    quality: Mapping[str, PerPrompt | Published],
+    recipe: HeadRecipe,
+    what: str,
+) -> Finding:
+    """Tables, figures and words of measurements."""
+    tables: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("backbones", "coefficients", "leave-one-out", "levels", "own-videos")
+    }
+    figures: dict[str, Any] = {}
+    found: dict[str, Correlation] = {}
+    texts: list[str] = []
+    for kind, by_name in measured.items():
+        dimension = dimension_of(next(iter(by_name.values()))[0], recipe.dimension)
+        right: dict[str, np.ndarray] = {}
+        prompts: np.ndarray = np.array([])
+        generators, levels = list[Any](), list[float]()
+        for subject in subjects:
+            right[subject.name], prompts, generators, levels = right_of(by_name[subject.name], dimension)
+
+        def points(level: int | None, right: Mapping[str, np.ndarray] = right, prompts: np.ndarray = prompts) -> Any:
+            kept = slice(None) if level is None else slice(level, level + 1)
+            return [
+                Point(each.name, quality[each.name], power(right[each.name][:, kept], prompts), each.parameters,
+                      each.compute, each.run) for each in subjects
+            ]  # fmt: skip
+
+        found[kind] = correlate(points(None), recipe.seed, most_exact=EXACT)
+        tables["backbones"] += [{"judged": kind, **row} for row in found[kind].points]
+        tables["coefficients"] += [{"judged": kind, **row} for row in found[kind].rows]
+        tables["leave-one-out"] += [{"judged": kind, **row} for row in found[kind].left_out]
+        for number, t in enumerate(levels):
+            at = correlate(points(number), recipe.seed, most_exact=9)
+            accuracies = {row["backbone"]: row["power"] for row in at.points}
+            rows = [row for row in at.rows if not row["given"]]
+            tables["levels"] += [{"judged": kind, "t": t, **row, **accuracies} for row in rows]
+        bonus = bonus_of_own(right, prompts, generators)
+        if bonus["bonus"] is not None:
+            tables["own-videos"].append({"judged": kind, **bonus})
+        label = WORDS.get(kind, kind)
+        figures[f"quality-and-power-{kind}"] = partial(
+            correlation_shown.draw, found[kind], quality=what, power=f"accuracy on {label}"
+        )
+        figures[f"leave-one-out-{kind}"] = partial(correlation_shown.draw_left_out, found[kind])
+        texts.append(correlation_shown.paragraph(found[kind], label))
+        texts.append(_own(bonus))
+    figures["correlation-by-level"] = partial(draw_levels, tables["levels"])
+    kept_tables = {name: rows for name, rows in tables.items() if rows}
+    return Finding(verdict(found), " ".join(text for text in texts if text), kept_tables, figures)
+
+
+def verdict(found: Mapping[str, Correlation]) -> Verdict:
+    """One line for all sets of videos: it holds where it holds on each, in part where it does on some."""
+    each = {kind: correlation_shown.verdict(one) for kind, one in found.items()}
+    words = [one.word for one in each.values()]
+    if len({one.sentence for one in each.values()}) == 1:
+        return next(iter(each.values()))
+    sentence = " ".join(f"On {WORDS.get(kind, kind)}: {one.sentence}" for kind, one in each.items())
+    if all(word == HOLDS for word in words):
+        word = HOLDS
+    elif any(word in (HOLDS, IN_PART) for word in words):
+        word = IN_PART
+    else:
+        word = FAILS if all(word == FAILS for word in words) else UNCLEAR
+    return Verdict(word, sentence)
+
+
+def _own(bonus: Mapping[str, Any]) -> str:
+    if bonus["low"] is None:  # few prompts, or no backbone's own videos
+        return ""
+    points, low, high = (f"{100 * bonus[name]:.1f}" for name in ("bonus", "low", "high"))
+    what = "no more than" if bonus["low"] <= 0 <= bonus["high"] else "which is beyond"
+    return (
+        f"A backbone judges pairs of its own videos by {points} points ({low} to {high}) better than the others do, "
+        f"{what} chance, with what it judges better everywhere taken off."
+    )
+
+
+def draw_levels(rows: Sequence[Mapping[str, Any]], axes: Axes, coefficient: str = "spearman") -> None:
+    """A coefficient against the noise level at which the videos are judged, a line per set of videos."""
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    for number, kind in enumerate(dict.fromkeys(row["judged"] for row in rows)):
+        line = [row for row in rows if (row["judged"], row["coefficient"]) == (kind, coefficient)]
+        line = sorted((row for row in line if row["value"] is not None), key=lambda row: row["t"])
+        colour = ACCENT if number == 0 else SERIES[(number - 1) % len(SERIES)]
+        t, value = ([row[name] for row in line] for name in ("t", "value"))
+        below = [max(0.0, row["value"] - row["low"]) for row in line]
+        above = [max(0.0, row["high"] - row["value"]) for row in line]
+        axes.errorbar(t, value, [below, above], color=colour, fmt="o-", elinewidth=0.8, label=WORDS.get(kind, kind))
+    axes.set_xlim(1005, -15)
+    axes.set_xlabel("noise level t of the latent that is judged", color=MUTED)
+    axes.set_ylabel(f"{coefficient.capitalize()}’s coefficient", color=MUTED)
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+
+
+def summary(finding: Finding) -> str:
+    """The claim's verdict on one line."""
+    return f"Judging power follows generative quality: {finding.verdict.word}. {finding.verdict.sentence}"

@@ -1,0 +1,276 @@
+"""The test that would refute the claim: does the same head judge as well without what training gave the backbone?
+
+The head is trained in the same way on the trained backbone, on random weights, on shuffled weights and on statistics of
+the latents without any backbone. Does accuracy fall to chance, and does Best-of-N by early states stop helping?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prism import files
+from prism.backbone import Backbone
+from prism.evaluation.intervals import prompt_interval
+from prism.evaluation.recorded import candidates_of, reward_columns
+from prism.judge import Judge
+from prism.lab import controls
+from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Finding, Verdict, shown
+from prism.lab.judging_power import HeadRecipe, HeadsOnBackbones, Subject, dimension_of, file_name, right_of
+from prism.preference import LatentStore, prompt_key
+from prism.report.figures import ACCENT, MUTED, SERIES
+from prism.runs import Clock, Parts
+from prism.training.conditionings import conditioned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CHANCE = 0.5
+BATCH = 64  # candidates in a pass of the backbone
+SET = "refutation"
+
+
+def refute(
+    parts: Parts,
+    trained: Subject,
+    store: LatentStore,
+    played: LatentStore | None = None,
+    recipe: HeadRecipe | None = None,
+    randomised: Sequence[str] = (),
+) -> Finding:
+    """Run the test, piece by piece in the run's folder.
+
+    Args:
+        trained: the backbone that is put to the test.
+        store: pairs to train heads on and to measure them on.
+        played: candidates of test prompts with recorded states and rewards, for early Best-of-N; None: without it.
+        randomised: components that get other weights, where more than the denoiser was trained (see `controls`).
+
+    Raises:
+        PrismError: for a store without pairs or with other latents, or `played` with too few candidates.
+    """
+    recipe = recipe or HeadRecipe()
+    others = [
+        controls.untrained(trained, recipe.seed, randomised),
+        controls.shuffled(trained, recipe.seed, randomised),
+        controls.statistics_of(trained, store),
+    ]
+    bench = HeadsOnBackbones(parts, {SET: store}, recipe)
+    measured = bench.measured([trained, *others])[SET]
+    dimension = dimension_of(measured[trained.name][0], recipe.dimension)
+    accuracy = _accuracy(measured, trained.name, dimension)
+    early = [] if played is None else _early(bench, [trained, *others], played, dimension, store)
+    verdict = judge_of(accuracy, early, trained.name)
+    tables = {"refutation": accuracy} | ({"refutation-early": early} if early else {})
+    figures: dict[str, Any] = {"refutation": partial(draw, accuracy)}
+    if early:
+        figures["refutation-early"] = partial(draw_early, early)
+    text = (
+        f"{verdict.sentence} {recipe.seeds} heads of one recipe on each, intervals over prompts, paired. A head on "
+        "random weights still reads the noisy latent, mixed at random, and the prompt's words: what it gets above "
+        "chance comes from there. One draw of random weights was tried."
+    )
+    text += " Best-of-N chose among recorded candidates of the trained backbone." if early else ""
+    return Finding(verdict, text, tables, figures)
+
+
+def _accuracy(measured: Mapping[str, Any], trained: str, dimension: str) -> list[dict[str, Any]]:
+    """A row per backbone and noise level, and one over all levels (t None)."""
+    rows: list[dict[str, Any]] = []
+    base, prompts, _, levels = right_of(measured[trained], dimension)
+    for name, heads in measured.items():
+        right = right_of(heads, dimension)[0]
+        for number, t in [*enumerate(levels), (None, None)]:
+            kept = slice(None) if number is None else slice(number, number + 1)
+            values, before = right[:, kept].mean((0, 1)), base[:, kept].mean((0, 1))
+            low, high = prompt_interval(values, prompts) or (None, None)
+            row = {
+                "backbone": name,
+                "t": t,
+                "dimension": dimension,
+                "accuracy": float(values.mean()),
+                "low": low,
+                "high": high,
+                "trained_minus_it": None,
+                "difference_low": None,
+                "difference_high": None,
+                "pairs": len(values),
+                "prompts": len(set(prompts.tolist())),
+                "heads": len(heads),
+            }
+            if name != trained:
+                ends = prompt_interval(before - values, prompts) or (None, None)
+                row["trained_minus_it"] = float((before - values).mean())
+                row["difference_low"], row["difference_high"] = ends
+            rows.append(row)
+    return rows
+
+
+# -- Best-of-N by recorded states
+
+
+def _early(
+    bench: HeadsOnBackbones, subjects: Sequence[Subject], played: LatentStore, dimension: str, store: LatentStore
+) -> list[dict[str, Any]]:
+    """A row per backbone and step: what the pick by the states after it gains over a random one."""
+    trained_on = [group.prompt for group in store.groups("train")]
+    by_prompt, _ = candidates_of(played, "test", [prompt_key(prompt) for prompt in trained_on])
+    names = reward_columns(played)
+    rewards = [dimension] if dimension in names else names
+    columns = [[rows[name].to_pylist() for name in rewards] for rows in by_prompt.values()]
+    values = np.array(columns, dtype=np.float64).mean(1)
+    prompts = np.arange(len(values))
+    oracle = values.max(1) - values.mean(1)
+    clock = Clock("early picks", len(subjects), every=30)
+    gains: dict[str, np.ndarray] = {}
+    steps: list[int] = []
+    for number, subject in enumerate(subjects):
+        name = f"early/{file_name(subject.name)}.safetensors"
+        missing = not bench.parts.has(name)
+
+        def make(path: Path, subject: Subject = subject) -> None:
+            backbone = subject.load()
+            judges = bench.judges(SET, subject.name, backbone)
+            save_file(_scores(judges, backbone, played, by_prompt, dimension), path)
+
+        scored = bench.parts.piece(name, make, files.load_safetensors)
+        steps = scored["steps"].tolist()
+        picks = scored["scores"].numpy().argmax(-1)  # (heads, steps, P)
+        picked = np.take_along_axis(np.broadcast_to(values, (*picks.shape, values.shape[1])), picks[..., None], -1)
+        gains[subject.name] = (picked[..., 0] - values.mean(1)).mean(0)  # (steps, P)
+        clock.tick(number + 1, missing)
+    rows, base = list[dict[str, Any]](), gains[subjects[0].name]
+    for name, gain in gains.items():
+        for index, step in enumerate(steps):
+            ratio = np.stack([gain[index], oracle], 1)
+            low, high = prompt_interval(ratio, prompts, lambda sums: sums[:, 0] / sums[:, 1]) or (None, None)
+            row = {
+                "backbone": name,
+                "step": step,
+                "gain": float(gain[index].mean()),
+                "share_of_oracle": float(gain[index].sum() / oracle.sum()) if oracle.any() else None,
+                "low": low,
+                "high": high,
+                "trained_minus_it": None,
+                "difference_low": None,
+                "difference_high": None,
+                "prompts": len(values),
+                "candidates": values.shape[1],
+            }
+            if name != subjects[0].name:
+                apart = np.stack([base[index] - gain[index], oracle], 1)
+                ends = prompt_interval(apart, prompts, lambda sums: sums[:, 0] / sums[:, 1]) or (None, None)
+                row["trained_minus_it"] = float(apart[:, 0].sum() / oracle.sum()) if oracle.any() else None
+                row["difference_low"], row["difference_high"] = ends
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def _scores(
+    judges: Sequence[Judge], backbone: Backbone, played: LatentStore, by_prompt: Mapping[str, Any], dimension: str
+) -> dict[str, Tensor]:
+    """Each head's scores of the states (heads, steps, prompts, candidates), and the steps; one read feeds all heads."""
+    column = judges[0].dimensions.index(dimension)
+    steps = list((played.meta.get("key") or {})["states"])
+    per = max(1, BATCH // len(next(iter(by_prompt.values()))))
+    items = list(by_prompt.items())
+    parts: list[Tensor] = []
+    with backbone.freed():
+        for start in range(0, len(items), per):
+            some = items[start : start + per]
+            rows = [(prompt, video) for prompt, table in some for video in table["video"].to_pylist()]
+            conditioning = conditioned(backbone, played, [prompt for prompt, _ in rows], played.call)
+            by_step = []
+            for index in range(len(steps)):
+                states, t = played.trajectory([video for _, video in rows], index)
+                tokens = backbone.tokens(states.float().to(backbone.device), conditioning, t, judges[0].taps)
+                by_step.append(torch.stack([judge.score_tokens(tokens)[:, column].cpu() for judge in judges]))
+            parts.append(torch.stack(by_step, 1).unflatten(2, (len(some), -1)))
+    return {"scores": torch.cat(parts, 2).contiguous(), "steps": torch.tensor(steps)}
+
+
+# -- what it says
+
+
+def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str, Any]], trained: str) -> Verdict:
+    """Does the signal come from what the backbone learned? In one line, with its intervals.
+
+    It holds where the trained backbone is better than every control and random weights stay at chance; in part where
+    they do not; it does not where the interval of the difference from a control does not lie above zero.
+    """
+    over_all = {row["backbone"]: row for row in accuracy if row["t"] is None}
+    ours, others = over_all[trained], [row for name, row in over_all.items() if name != trained]
+    if any(row["difference_low"] is None for row in others):
+        return Verdict(UNCLEAR, f"Accuracy on {ours['prompts']} prompts: too few for an interval; measure 10 or more.")
+    parts = [f"{row['backbone']} {shown(row['accuracy'])} (trained minus it {_ends(row)})" for row in others]
+    sentence = (
+        f"Accuracy over all noise levels is {shown(ours['accuracy'])} on the trained backbone, on {', '.join(parts)}"
+    )
+    better = all(row["difference_low"] > 0 for row in others)
+    at_chance = all(row["low"] <= CHANCE for row in others if row["backbone"] != "statistics")
+    if early:
+        steps = sorted({row["step"] for row in early if row["step"] > 1} or {row["step"] for row in early})
+        at = steps[len(steps) // 2]
+        here = {row["backbone"]: row for row in early if row["step"] == at}
+        picked = [f"{name} {_share(row)}" for name, row in here.items() if name != trained]
+        sentence += (
+            f"; a pick after step {at} gains {_share(here[trained])} of the oracle's gain by it, by {', '.join(picked)}"
+        )
+    if not better:
+        equal = [row["backbone"] for row in others if row["difference_low"] <= 0]
+        return Verdict(FAILS, f"{sentence}: {' and '.join(equal)} judge{'s' * (len(equal) == 1)} as well.")
+    if at_chance:
+        return Verdict(HOLDS, f"{sentence}: without training the signal is gone.")
+    return Verdict(IN_PART, f"{sentence}: training adds to it, but accuracy does not fall to chance without.")
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    ends = f"{shown(row['difference_low'])} to {shown(row['difference_high'])}"
+    return f"{shown(row['trained_minus_it'])}, {ends}"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    ends = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
+    return f"{100 * (row['share_of_oracle'] or 0):.0f} %{ends}"
+
+
+def draw(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
+    """Accuracy against the noise level on `axes`, a line per backbone, with its interval."""
+    axes.axhline(CHANCE, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    for number, name in enumerate(dict.fromkeys(row["backbone"] for row in rows)):
+        line = sorted(
+            (row for row in rows if row["backbone"] == name and row["t"] is not None), key=lambda row: row["t"]
+        )
+        _line(axes, number, name, line, "t", "accuracy")
+    axes.set_xlim(1005, -15)
+    axes.set_xlabel("noise level t of the latent that is judged", color=MUTED)
+    axes.set_ylabel("accuracy", color=MUTED)
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+
+
+def draw_early(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
+    """The share of the oracle's gain against the step that a pick is made after, a line per backbone."""
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    for number, name in enumerate(dict.fromkeys(row["backbone"] for row in rows)):
+        line = [row for row in rows if row["backbone"] == name and row["share_of_oracle"] is not None]
+        _line(axes, number, name, line, "step", "share_of_oracle")
+    axes.set_xlabel("the step that the pick is made after", color=MUTED)
+    axes.set_ylabel("share of the oracle’s gain", color=MUTED)
+    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
+
+
+def _line(axes: Axes, number: int, name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    colour = ACCENT if number == 0 else SERIES[(number - 1) % len(SERIES)]
+    places = [row[x] for row in rows]
+    if all(row["low"] is not None for row in rows):
+        low, high = ([row[end] for row in rows] for end in ("low", "high"))
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.plot(places, [row[y] for row in rows], "o-", color=colour, linewidth=2 if number == 0 else 1.4, label=name)
