@@ -28,7 +28,7 @@ class Reproduce:
     """
 
     experiments: Annotated[tuple[str, ...], tyro.conf.Positional, option("EXPERIMENT", "all")] = ()
-    """noise-robustness, best-of-n, query-and-pooling, depth, states, attention; several may be named."""
+    """noise-robustness, best-of-n, query-and-pooling, related-judges, depth, states, fine-tuning, attention."""
     output: Anywhere = field(default_factory=Anywhere)
     scale: Annotated[str, option("NAME")] = "quick"
     """quick (minutes), or full (hours: what narrow intervals need)."""

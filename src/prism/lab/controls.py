@@ -94,7 +94,13 @@ class Statistics(Backbone):
 
     @torch.no_grad()
     def tokens(
-        self, noisy_latents: Tensor, conditioning: Any, t: Any, block: int | Sequence[int], stop: bool = True
+        self,
+        noisy_latents: Tensor,
+        conditioning: Any,
+        t: Any,
+        block: int | Sequence[int],
+        stop: bool = True,
+        grad: bool = False,
     ) -> Tokens:
         """One token (B, 1, statistics), the same after every block."""
         rows = (statistics(noisy_latents.float().cpu()) - self._mean) / self._scale

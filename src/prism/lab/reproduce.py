@@ -25,6 +25,7 @@ from prism.lab.experiments.finetuned import FINETUNED
 from prism.lab.experiments.looking import LOOKING
 from prism.lab.experiments.noise import NOISE
 from prism.lab.experiments.reading import DEPTH, READING
+from prism.lab.experiments.related import RELATED
 from prism.lab.experiments.states import STATES
 from prism.lab.findings import Experiment, Finding
 from prism.loading import check_alone, describe, load_backbone, open_store
@@ -37,7 +38,7 @@ from prism.report.page import write_report
 from prism.report.rows import AnswerRow
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (NOISE, CUTS, READING, DEPTH, STATES, FINETUNED, LOOKING)
+    each.name: each for each in (NOISE, CUTS, READING, RELATED, DEPTH, STATES, FINETUNED, LOOKING)
 }
 NOTES = (
     "Methods. Every head is trained on the same pairs by the same recipe, each seed with first weights and batches of "

@@ -1,0 +1,111 @@
+"""The paper's head beside related ones on the same pairs, and beside two judges that need no training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prism.errors import PrismError
+from prism.evaluation import Measurement, measure
+from prism.lab.bench import BASE, Bench
+from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, between, judged, row_of
+from prism.lab.heads import RIVALS
+from prism.lab.rivals import OwnDisagreement, OwnError, train_rivals
+from prism.report import wording
+from prism.report.claim_plots import Bar, forest
+
+UNTRAINED = {"flow-residual": OwnError, "disagreement": OwnDisagreement}
+
+
+def run(bench: Bench) -> Finding:
+    """Accuracy of each related judge, and its paired difference from the paper's head."""
+    names = [name for name in RIVALS if name != "registers" or bench.backbone.family.name == "wan"]
+    base = bench.measured([BASE])[BASE]
+    rows = [row_of(BASE, "PRISM’s head", base, base, bench.seed)]
+    for name, measured in _trained(bench, names).items():
+        rows.append(row_of(name, RIVALS[name].title, measured, base, bench.seed))
+    left_out = []
+    for name, kind in UNTRAINED.items():
+        try:
+            measured = [_kept(bench, name, kind)]
+        except PrismError as error:  # what the denoiser predicts is not known
+            left_out.append(str(error))
+            continue
+        rows.append(row_of(name, f"{kind.title}, no training", measured, base, bench.seed))
+    trained = [row for row in rows if row["kind"] in RIVALS]
+    ours = [_reversed(row["difference_ci95"]) for row in trained]
+    better = [row for row in trained if (ci := row["difference_ci95"]) and ci[0] > 0]
+    worse = [row for row in trained if (ci := row["difference_ci95"]) and ci[1] < 0]
+    best = max(rows, key=lambda row: float(row["accuracy"]))
+    text = (
+        f"Trained on the same pairs and batches, {len(worse)} of {len(trained)} related heads are told to be less "
+        f"accurate than the paper's, {len(better)} to be more accurate. The most accurate by point is "
+        f"{best['what']} ({wording.percent(best['accuracy'])}). Each related work also tunes its backbone, or learns "
+        f"from other labels; here all read the same frozen one. {' '.join(left_out)}"
+    ).strip()
+    number = "; ".join(
+        f"{row['what']} {wording.points(row['difference'])}{between(row['difference_ci95'])}" for row in rows[1:]
+    )
+    prompts = rows[0]["prompts"]
+    return Finding(judged(ours), f"less PRISM’s head, points: {number}", text, {"related": rows}, prompts,
+                   tuple(bench.seeds))  # fmt: skip
+
+
+def _reversed(interval: Sequence[float] | None) -> list[float] | None:
+    return None if interval is None else [-interval[1], -interval[0]]
+
+
+def _trained(bench: Bench, names: Sequence[str]) -> dict[str, list[Measurement]]:
+    """Measurements of the related heads by name, one per seed; those of a seed are trained together."""
+    every: dict[str, list[Measurement]] = {name: [] for name in names}
+    for seed in bench.seeds:
+        missing = [name for name in names if not bench.parts.has(_file(name, seed))]
+        if missing:
+            config = replace(bench.scale.train, seed=seed)
+            judges = train_rivals(missing, bench.backbone, bench.training, config, bench.tap, bench.scale.dim)
+            for name, judge in judges.items():
+                bench.parts.piece(_file(name, seed), partial(_measure, judge, bench))
+        for name in names:
+            every[name].append(Measurement.load(bench.parts.folder / _file(name, seed)))
+    return every
+
+
+def _kept(bench: Bench, name: str, kind: Any) -> Measurement:
+    made: Measurement = bench.parts.piece(
+        _file(name, bench.seed), lambda path: _measure(kind(bench.backbone), bench, path), Measurement.load
+    )
+    return made
+
+
+def _measure(judge: Any, bench: Bench, path: Path) -> None:
+    levels = [t for t in CLAIMED if t in bench.levels]
+    measure(judge, bench.tested, "test", levels, seed=bench.seed, batch_size=bench.batch_size).save(path)
+
+
+def _file(name: str, seed: int) -> str:
+    return f"measured/related/{name}-{seed}.parquet"
+
+
+def draw(tables: Tables) -> Sequence[Drawing]:
+    """Differences from the paper's head."""
+    bars = [
+        Bar(row["what"], row["difference"], row["difference_ci95"], "trained" if row["kind"] in RIVALS else "untrained")
+        for row in tables["related"]
+        if row["kind"] != BASE
+    ]
+    figure = forest(bars, "accuracy less that of PRISM’s head, percentage points")
+    return [Drawing("related", "Paired differences over t = 899, 699 and 499, with 95 % intervals.", figure)]
+
+
+RELATED = Experiment(
+    "related-judges",
+    "Related judges",
+    "The paper's head is more accurate than related heads on the same frozen backbone.",
+    "Not compared in the paper",
+    run,
+    draw,
+    kinds=lambda bench: [BASE],
+)
