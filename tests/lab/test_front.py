@@ -13,6 +13,7 @@ from prism.evaluation.recorded import Recorded
 from prism.lab import front
 from prism.report.page import Section
 from prism.report.plan_page import chosen_table
+from prism.sampling import plan_files
 from prism.sampling.planner import Reading
 
 
@@ -87,3 +88,13 @@ def test_what_a_cut_sees_counted_by_hand():
     expected = table.scores[Reading("ahead", 1, 700.0, 0)]
     assert row["shipped"] == pytest.approx(front._accuracy(table.values, expected, 0)[0])
     assert front.sight([], table, 0) == []
+
+
+def test_the_plans_that_ship_are_of_the_head_that_ships():
+    path = front.plans()
+    assert path is not None
+    content, _ = plan_files.read(path)
+    assert content["head"] == Recorded.load_file(front.shipped()).about["head"]
+    assert content["call"] == shapeworld.CALL
+    assert content["measured_on"]["split"] == "validation"
+    assert [plan["budget"] for plan in content["plans"]] == [1.2, 1.5, 2.0, 3.0, 5.0, 8.0]

@@ -41,7 +41,7 @@ class Demo:
 
     output: Anywhere = Anywhere()
     full: bool = False
-    """200 prompts, three judges, prompts out of the domain, evidence/: an hour or more; a killed run continues."""
+    """200 prompts, three judges, all strategies at matched cost, evidence/: several hours; a killed run continues."""
     fresh: bool = False
     """Sample and label the training candidates anew, not the shipped ones."""
     batch_size: BatchSize = 64

@@ -1,7 +1,7 @@
 """The demo: replay what a budget buys, pick the best of 8 on unseen prompts, measure the judge by noise level.
 
-`DemoConfig()` takes minutes: the head that ships judges, and a small one is trained for show. `FULL` takes an hour or
-more on two cores, in parts that survive a kill: it trains its own heads, and plays every strategy at matched cost.
+`DemoConfig()` takes minutes: the head that ships judges, and a small one is trained for show. `FULL` takes several
+hours on two cores, in parts that survive a kill: it trains its own heads, and plays every strategy at matched cost.
 """
 
 from __future__ import annotations

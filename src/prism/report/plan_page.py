@@ -41,9 +41,9 @@ def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequ
     found = [
         Section(
             "Quality over cost",
-            f"Each plan was replayed on {spread['prompts']} prompts with {spread['candidates']} recorded candidates "
-            "each: what it would have picked, and what its denoiser rows would have cost. The oracle picks the best "
-            f"finished video by {metrics['by']}{_mean(metrics)}; a random pick gains nothing."
+            f"Each plan was {_replayed(metrics)} on {spread['prompts']} prompts with {spread['candidates']} recorded "
+            "candidates each: what it would have picked, and what its denoiser rows would have cost. The oracle picks "
+            f"the best finished video by {metrics['by']}{_mean(metrics)}; a random pick gains nothing."
             f"{_left_out(metrics)}",
             [(front_plot(front, plans, full, dots), front_caption(plans))],
             wide=True,
@@ -74,6 +74,10 @@ def sections(metrics: Mapping[str, Any], full: Sequence[ReplayedRow], dots: Sequ
     more = "" if metrics.get("measured") else " Played on the same prompts, they are compared too: --measured."
     found.append(Section("Not replayed", f"Recorded candidates say nothing of {missing}.{more}"))
     return found
+
+
+def _replayed(metrics: Mapping[str, Any]) -> str:
+    return "replayed (a search: played)" if metrics.get("measured") else "replayed"
 
 
 def _mean(metrics: Mapping[str, Any]) -> str:
@@ -113,7 +117,7 @@ def rivals_sentence(rows: Sequence[RivalRow]) -> str:
     if above:
         parts.append(f"the best one is above the best replayed plan, beyond the interval, at {at(above)}")
     if below:
-        parts.append(f"it is below that at {at(below)}")
+        parts.append(f"the best one is below the best replayed plan, beyond the interval, at {at(below)}")
     return "; ".join(parts) + "."
 
 
