@@ -138,14 +138,14 @@ def _overlaid(name: str, options: Any, words: Sequence[str]) -> Iterator[str]:
     flags = _flags(options)
     mentioned = {word.partition("=")[0].replace("_", "-") for word in words}
     values: list[tuple[Any, Any]] = []
-    if "recipe" in flags and (recipe := _value(words, "recipe")):
+    if name == "train" and (recipe := _value(words, "recipe")):
         values += resolve_name("prism.commands.train:recipe_options")(recipe).items()
     for key, value in [*values, *_read(name, words)]:
         flag, kind = flags.get(str(key).replace("-", "_"), ("", None))
         if not flag:
             near = _nearest(str(key), [text[2:] for text in dict(flags.values())])
             raise PrismError(f'The --config holds "{quoted(key, 60)}", which is no option of prism {name}; {near}.')
-        if flag == "--recipe":
+        if flag == "--recipe" and name == "train":
             raise PrismError('The --config holds "recipe", which is run: name it on the command line.')
         if value is None or flag in mentioned:
             continue

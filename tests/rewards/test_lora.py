@@ -14,7 +14,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.rewards.lora import FILE, applied, check
 
-CALL = {**tiny.CALL_WAN, "num_inference_steps": 2, "output_type": "latent"}
+CALL = {**tiny.CALL_WAN, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
 
 
 def sampled(pipe):
@@ -40,7 +40,7 @@ def same(one, other):
 
 @pytest.fixture
 def backbone() -> Backbone:
-    return Backbone(tiny.wan())
+    return Backbone(tiny.wan(num_layers=2))
 
 
 def moved(lora):
@@ -89,10 +89,10 @@ def test_what_is_saved_is_loaded_by_stock_diffusers(backbone, tmp_path):
         moved(lora)
         tuned = sampled(backbone.pipe)
         lora.save(tmp_path / "lora")
-    by_pipe = tiny.wan()
+    by_pipe = tiny.wan(num_layers=2)
     by_pipe.load_lora_weights(tmp_path / "lora", weight_name=FILE)
     assert torch.allclose(sampled(by_pipe), tuned, atol=1e-6)
-    by_denoiser = tiny.wan()
+    by_denoiser = tiny.wan(num_layers=2)
     by_denoiser.transformer.load_lora_adapter(tmp_path / "lora", weight_name=FILE)
     assert torch.allclose(sampled(by_denoiser), tuned, atol=1e-6)
     with applied(backbone, rank=4, alpha=2.0, start=tmp_path / "lora") as again:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +18,30 @@ from prism.backbone.denoising import target_of
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.preference import LatentStore, prompt_key
-from prism.rewards import measuring, rounds
+from prism.preference.prompts import Prompt
+from prism.preference.sources import Place
+from prism.rewards import measuring, rounds, tuning
 from prism.rewards.lora import FILE, applied
 from prism.rewards.measuring import Outer
 from prism.rewards.picks import Group, groups_of, judged, picked
+from prism.rewards.retrain import retrained
 from prism.rewards.rounds import improve
 from prism.rewards.settings import ImproveConfig
 from prism.rewards.tuning import Draws, tune
+from prism.training import TrainConfig
+from prism.training.collect import collect
 from prism.training.reward import Reward
 
-CALL = {**tiny.CALL_WAN, "num_inference_steps": 2}
+CALL = {**tiny.CALL_WAN, "num_inference_steps": 2, "num_frames": 5, "guidance_scale": 1.0}
 PROMPTS = ["a red circle moves right", "a blue square moves up", "a cat runs", "a green triangle moves left"]
 TEST = ["a yellow cat runs", "a red square moves down"]
-SMALL = {"candidates": 2, "test_candidates": 2, "steps": 3, "prompts_per_step": 2, "rank": 2, "num_draws": 1}
+SMALL = {"candidates": 2, "test_candidates": 1, "steps": 3, "prompts_per_step": 2, "rank": 2, "num_draws": 1}
 SMALL |= {"levels": (500.0,), "checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return Backbone(tiny.wan())
+    return Backbone(tiny.wan(num_layers=2))
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +53,10 @@ def brightness(video):
     return float(video.mean())
 
 
-def run(backbone, judge, out, prompts=PROMPTS, test=TEST, rewards=True, resume=False, **settings):
-    config = ImproveConfig(**{**SMALL, **{k: v for k, v in settings.items() if k not in ("controls", "outer")}})
-    more = {k: v for k, v in settings.items() if k in ("controls", "outer")}
-    rewards = [Reward(brightness, "light")] if rewards else []
-    return improve(
-        backbone, judge, prompts, test, CALL, out, config, rewards=rewards, resume=resume, progress=False, **more
-    )
+def run(backbone, judge, out, prompts=PROMPTS, test=TEST, outer=None, resume=False, **settings):
+    config = ImproveConfig(**{**SMALL, "rounds": 2, **settings})
+    more = {"outer": outer or Outer("dark", dark), "controls": ["worst"], "rewards": [Reward(brightness, "light")]}
+    return improve(backbone, judge, prompts, test, CALL, out, config, resume=resume, progress=False, **more)
 
 
 def dark(latents, prompts, call, seeds):
@@ -60,10 +65,9 @@ def dark(latents, prompts, call, seeds):
 
 @pytest.fixture(scope="module")
 def two(backbone, judge, tmp_path_factory):
-    """Two rounds with both controls and an outer judge, and the denoiser's weights before."""
+    """Two rounds with a control and an outer judge, and the denoiser's weights before."""
     weights = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
-    out = tmp_path_factory.mktemp("improve") / "run"
-    return run(backbone, judge, out, rounds=2, controls=("random", "worst"), outer=Outer("dark", dark)), weights
+    return run(backbone, judge, tmp_path_factory.mktemp("improve") / "run"), weights
 
 
 def test_the_backbone_is_as_it_was_to_the_bit(two, backbone):
@@ -76,12 +80,12 @@ def test_the_backbone_is_as_it_was_to_the_bit(two, backbone):
 def test_each_arm_has_its_rounds_and_the_first_shares_its_candidates(two):
     result, _ = two
     assert [(row["arm"], row["round"]) for row in result.rounds] == [
-        (arm, number) for arm in ("judge", "random", "worst") for number in (1, 2)
+        (arm, number) for arm in ("judge", "worst") for number in (1, 2)
     ]
     made = {str(path.parent.relative_to(result.folder)) for path in result.folder.rglob("store.json")}
     assert "judge/round-1/candidates" in made
-    assert "random/round-1/candidates" not in made
-    assert {"random/round-2/candidates", "worst/round-2/candidates", "untuned/test"} <= made
+    assert "worst/round-1/candidates" not in made
+    assert {"judge/round-2/candidates", "worst/round-2/candidates", "untuned/test"} <= made
     prompts = [
         set(LatentStore.open(result.folder / f"judge/round-{n}/candidates").videos["prompt"].to_pylist())
         for n in (1, 2)
@@ -89,13 +93,13 @@ def test_each_arm_has_its_rounds_and_the_first_shares_its_candidates(two):
     assert prompts == [set(PROMPTS[:2]), set(PROMPTS[2:])]  # each round its own
     names = {row["measure"] for row in result.rounds[0]["measures"]}
     assert names == {"judge", "outer", "light", "motion", "diversity"}
-    assert {row["arm"] for row in result.against} == {"random", "worst"}
+    assert {(row["arm"], row["round"]) for row in result.against} == {("worst", 1), ("worst", 2)}
 
 
 def test_the_judge_reads_the_original_backbone_in_every_round(two, backbone, judge):
     result, _ = two
     folder = result.folder / "judge/round-2"
-    fresh = Judge(Backbone(tiny.wan()), judge.members, judge.dimensions)
+    fresh = Judge(Backbone(tiny.wan(num_layers=2)), judge.members, judge.dimensions)
     scores = judged(fresh, LatentStore.open(folder / "candidates"), ImproveConfig(**SMALL), (500.0,))
     assert files.read_json(folder / "scores.json")["scores"] == scores
 
@@ -107,7 +111,7 @@ def test_the_controls_turn_the_picks_round_or_shuffle_them(two):
 
 def test_the_tuned_videos_are_stock_calls_with_the_lora_and_the_same_seeds(two):
     result, _ = two
-    pipe = tiny.wan()
+    pipe = tiny.wan(num_layers=2)
     pipe.load_lora_weights(result.folder / "judge/round-2/lora", weight_name=FILE)
     for row in LatentStore.open(result.folder / "judge/round-2/test").videos.to_pylist()[:2]:
         generator = torch.Generator().manual_seed(row["seed"])
@@ -131,18 +135,28 @@ def sums(folder: Path) -> dict[str, object]:
     return contents
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_files(backbone, judge, tmp_path):
-    whole = run(backbone, judge, tmp_path / "whole", rewards=False)
-    for number, point in enumerate((40, 130)):
-        out = tmp_path / f"killed-{number}"
-        assert kills.dies(lambda out=out: run(backbone, judge, out, rewards=False), out, point)
-        again = run(backbone, judge, out, rewards=False, resume=True)
-        assert again.rounds == whole.rounds
-        assert sums(out) == sums(tmp_path / "whole")
+def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backbone, judge, tmp_path, monkeypatch):
+    out, kept = tmp_path / "run", tuning._keep
+
+    def dies_after_the_second(*arguments):
+        kept(*arguments)
+        if arguments[0].name == "round-2":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "_keep", dies_after_the_second)
+        assert kills.dies(lambda: run(backbone, judge, out), out, 10**9)
+    assert (out / "judge/round-2/step-00000002").is_dir()
+    again = run(backbone, judge, out, resume=True)
+    assert again.rounds == two[0].rounds
+    assert sums(out) == sums(two[0].folder)
+
+
+def test_a_folder_of_another_configuration_is_refused(two, backbone, judge):
     with pytest.raises(PrismError, match="differs in config: learning_rate was"):
-        run(backbone, judge, tmp_path / "whole", rewards=False, resume=True, learning_rate=1e-3)
+        run(backbone, judge, two[0].folder, resume=True, learning_rate=1e-3)
     with pytest.raises(PrismError, match="exists already"):
-        run(backbone, judge, tmp_path / "whole", rewards=False)
+        run(backbone, judge, two[0].folder)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +174,7 @@ def picks(store):
 @pytest.mark.parametrize("recipe", ["pairs", "winners", "weighted"])
 def test_tuning_moves_the_lora_alone_and_towards_what_was_picked(backbone, store, picks, tmp_path, recipe):
     """At a high rate on two prompts a few steps fit them: winners gain on the losers."""
-    settings = {**SMALL, "steps": 20, "learning_rate": 3e-2, "warmup_steps": 0, "recipe": recipe, "checkpoint_every": 0}
+    settings = {**SMALL, "steps": 12, "learning_rate": 3e-2, "warmup_steps": 0, "recipe": recipe, "checkpoint_every": 0}
     config = ImproveConfig(**{**settings, "prompt_dropout": 0.3 if recipe == "winners" else 0.0, "ema_decay": 0.0})
     target = target_of(backbone, PROMPTS[0], CALL)
     base = {name: value.clone() for name, value in backbone.denoiser.state_dict().items()}
@@ -171,8 +185,8 @@ def test_tuning_moves_the_lora_alone_and_towards_what_was_picked(backbone, store
         assert any(not torch.equal(before[name], value) for name, value in lora.weights.items())
     assert all(torch.equal(value, base[name]) for name, value in backbone.denoiser.state_dict().items())
     first, last = history
-    assert (first["step"], last["step"]) == (10, 20)
-    assert last["kl_div"] > first["kl_div"] > 0
+    assert (first["step"], last["step"]) == (10, 12)
+    assert min(first["kl_div"], last["kl_div"]) > 0
     if recipe == "pairs":
         assert last["implicit_acc"] > 0.9
         assert last["loss"] < np.log(2)
@@ -253,17 +267,37 @@ def test_it_stops_where_the_outer_judge_falls_or_is_left_behind():
     assert measuring.stop_sentence(2, groups, [{"judge": each["judge"]} for each in made], 0) is None
 
 
-def test_a_run_that_stops_keeps_the_round_before(backbone, judge, tmp_path, monkeypatch):
-    calls = []
+def test_a_run_that_stops_keeps_the_round_before(two, backbone, judge, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(two[0].folder, folder)
 
     def stops(number, *rest):
-        calls.append(number)
         return "Stopped." if number == 2 else None
 
     monkeypatch.setattr(rounds.measuring, "stop_sentence", stops)
-    result = run(backbone, judge, tmp_path / "run", rounds=3, prompts=[*PROMPTS, "a cat moves", "a moves up"], steps=1)
-    assert (result.kept, result.stopped, calls) == (1, "Stopped.", [1, 2])
-    assert files.sha256(result.lora / FILE) == files.sha256(result.folder / "judge/round-1/lora" / FILE)
+    result = run(backbone, judge, folder, resume=True)
+    assert (result.kept, result.stopped) == (1, "Stopped.")
+    assert files.sha256(result.lora / FILE) == files.sha256(folder / "judge/round-1/lora" / FILE)
+
+
+def test_heads_on_the_original_and_on_the_tuned_backbone_are_compared(two, backbone, judge, tmp_path):
+    def collected(name, texts, split):
+        prompts = [Prompt(text, Place("", row), split) for row, text in enumerate(texts)]
+        rewards = [Reward(lambda video: dict.fromkeys(("VQ", "MQ", "TA"), float(video.mean())), "light")]
+        return collect(prompts, backbone, CALL, tmp_path / name, rewards, candidates=2, progress=False, reports=False)
+
+    stores = collected("train", PROMPTS[:2], "train"), collected("test", TEST, "test")
+    lora, settings = two[0].folder / "judge/round-2/lora", {"rank": 2}
+    config = TrainConfig(steps=2, prompts_per_step=2)
+    before = judge.backbone.fingerprint()
+    rows = retrained(judge, *stores, lora, settings, config, 2, (500.0,), progress=False)
+    assert {row["judge"] for row in rows["accuracy"]} == {
+        "original backbone", "tuned backbone", "the judge that chose"
+    }  # fmt: skip
+    compared = rows["comparison"]
+    assert [(row["pairs"], row["t"]) for row in compared] == [(2, 500.0)] * 4
+    assert [row["dimension"] for row in compared] == ["VQ", "MQ", "TA", "overall"]
+    assert judge.backbone.fingerprint() == before
 
 
 def test_best_of_n_averages_over_all_sets():

@@ -12,6 +12,7 @@ from prism import files
 from prism.commands import speaks
 from prism.commands.options import Head, Models, Repeated, Resuming, Seed, levels_of, option, recorded
 from prism.commands.sample import Call
+from prism.commands.train import recipe
 from prism.errors import PrismError, number, quoted, whole
 from prism.rewards.settings import CONTROLS, ImproveConfig
 
@@ -64,6 +65,18 @@ class Judges:
 
 
 @dataclass(frozen=True)
+class Retrained:
+    """Does the tuned backbone also judge better? Heads trained alike on the original and on the tuned one."""
+
+    retrain_head: bool = False
+    """Train heads on both, by the labels of --reward of the first round's candidates, and compare them."""
+    head_steps: int = 1500
+    """Optimiser steps of each head."""
+    head_seeds: int = 3
+    """Heads on each backbone."""
+
+
+@dataclass(frozen=True)
 class Settings(ImproveConfig):
     """Rounds and tuning; what is left open is as the recipe has it."""
 
@@ -102,6 +115,7 @@ class Improve:
     texts: Prompts = Prompts()
     judges: Judges = Judges()
     settings: Settings = Settings()
+    heads: Retrained = Retrained()
     report_to: Annotated[str, option("NAME,NAME", "none")] = ""
     """Trackers of accelerate that get each round, apart by commas: tensorboard, wandb, trackio, ..."""
     models: Models = field(default_factory=Models)
@@ -132,6 +146,8 @@ def run(config: Improve) -> dict[str, Any]:
     from prism.rewards import improve
 
     check_alone("improve")
+    whole("--head-steps", config.heads.head_steps)
+    whole("--head-seeds", config.heads.head_seeds, 1, 100)
     settings, judges, out = config.settings.resolved(), config.judges, config.output.out
     number("--reward-timeout", judges.reward_timeout, 0, above=True)
     if judges.fps is not None:
@@ -162,6 +178,8 @@ def run(config: Improve) -> dict[str, Any]:
         rewards=rewards,
         controls=judges.control,
         fps=judges.fps,
+        retrain=recipe(embedded, steps=config.heads.head_steps) if config.heads.retrain_head else None,
+        head_seeds=config.heads.head_seeds,
         report_to=config.report_to,
         resume=config.output.resume,
     )
@@ -174,6 +192,7 @@ def run(config: Improve) -> dict[str, Any]:
         against=result.against,
         untuned_best_of_n=result.best_of_n,
         cost=result.cost,
+        retrained=result.retrained,
         stopped=result.stopped,
         kept=result.kept,
         measured={"outer": None if outer is None else outer.name, "rewards": [each.name for each in rewards]},

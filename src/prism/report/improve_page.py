@@ -26,6 +26,10 @@ PICKS = (
     "reward_avg and reward_std_mean are the judge's scores of the candidates and their spread within a prompt; "
     "zero_std_ratio is the share of prompts with nothing to choose, which are left out."
 )
+RETRAINED = (
+    "Heads of several seeds, trained alike on the reward’s labels of the first round’s candidates; decided pairs of "
+    "the untuned model’s test videos. The judge that chose was trained on other pairs, and perhaps by other labels."
+)
 
 
 def sections(metrics: Mapping[str, Any]) -> list[Section]:
@@ -38,7 +42,7 @@ def sections(metrics: Mapping[str, Any]) -> list[Section]:
     if metrics["against"]:
         lead = "The tuned model less a control that took the same steps on other picks: paired, over prompts."
         parts.append(Section("Against the controls", lead, tables=[(against_table(metrics["against"]), "")]))
-    if metrics["best_of_n"] or metrics["untuned_best_of_n"]:
+    if metrics["untuned_best_of_n"]:
         parts.append(
             Section(
                 "Best-of-N without tuning",
@@ -51,8 +55,9 @@ def sections(metrics: Mapping[str, Any]) -> list[Section]:
     if curves:
         parts.append(Section("Errors while tuning", TUNING, curves))
     if metrics.get("retrained"):
-        lead = retrained_sentence(metrics["retrained"])
-        parts.append(Section("Does the tuned backbone judge better?", lead))
+        lead = retrained_sentence(metrics["retrained"]["comparison"])
+        table = retrained_table(metrics["retrained"]["accuracy"])
+        parts.append(Section("Does the tuned backbone judge better?", lead, tables=[(table, RETRAINED)]))
     return parts
 
 
@@ -75,6 +80,13 @@ def verdict(metrics: Mapping[str, Any]) -> str:
             f"{word.get(name, f'The mean of {name}')} changed by {_signed(row['gain'])} on {row['prompts']} test "
             f"prompts after round {last['round']} ({said})."
         )
+    first = metrics["measured"]["rewards"][:1] or (["outer"] if metrics["measured"]["outer"] else [])
+    for row in metrics["against"]:
+        if row["arm"] == "random" and row["round"] == last["round"] and row["measure"] in first:
+            sentences.append(
+                f"Over the control on random picks it gained {_signed(row['difference'])} by {row['measure']} "
+                f"({_interval(row['difference_ci95'])})."
+            )
     if metrics["stopped"]:
         sentences.append(metrics["stopped"])
     elif not metrics["measured"]["outer"]:
@@ -184,19 +196,38 @@ def cost_sentence(cost: Mapping[str, Any]) -> str:
     )
 
 
-def retrained_sentence(rows: Mapping[str, Any]) -> str:
-    """Whether a head on the tuned backbone judges better than one on the original, trained alike."""
-    interval = rows["difference_ci95"]
-    told = "too few prompts for an interval" if interval is None else f"95 % interval {_points(interval)}"
-    verdict = "it cannot be told"
-    if interval is not None and (interval[0] > 0 or interval[1] < 0):
-        verdict = "it does" if interval[0] > 0 else "it judges worse"
-    return (
-        f"A head trained on the tuned backbone orders {wording.percent(rows['tuned'])} of {rows['pairs']} decided "
-        f"pairs of the test prompts rightly, one trained alike on the original {wording.percent(rows['original'])}: "
-        f"{100 * rows['difference']:+.1f} points ({told}); {verdict}. The judge that chose orders "
-        f"{wording.percent(rows['judge'])}."
-    ).replace("-", "−")
+def retrained_sentence(comparison: Sequence[Mapping[str, Any]]) -> str:
+    """Whether heads on the tuned backbone judge better than those on the original, at each noise level."""
+    sentences = []
+    for row in comparison:
+        if row["dimension"] != wording.main_dimension(comparison):  # type: ignore[arg-type]
+            continue
+        interval = row["ci95"]
+        if interval is None:
+            told = "too few prompts for an interval"
+        else:
+            word = "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "it cannot be told"
+            told = f"95 % interval {wording.points_interval(interval)}: {word}"
+        sentences.append(
+            f"At t = {row['t']:g} heads on the tuned backbone order {wording.points(row['difference'])} points more of "
+            f"{row['pairs']} decided test pairs rightly than heads on the original ({told})."
+        )
+    return " ".join(sentences)
+
+
+def retrained_table(rows: Sequence[Mapping[str, Any]]) -> Table[Any]:
+    """A line per backbone, noise level and dimension: the mean over the seeds of the heads."""
+    several = [row for row in rows if row["head_seed"] is None or "judge that chose" in row["judge"]]
+    return Table(
+        [
+            Column("heads on", lambda row: row["judge"], left=True),
+            Column("t", lambda row: f"{row['t']:g}"),
+            Column("dimension", lambda row: row["dimension"], left=True),
+            Column("accuracy", lambda row: wording.percent(row["without_ties"]), style="bold"),
+            Column("95 % interval", lambda row: wording.percent_interval(row["without_ties_ci95"]), style="dim"),
+        ],
+        several or rows,
+    )
 
 
 def gain_plot(rounds: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ while anything is judged.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import warnings
@@ -32,7 +33,7 @@ from prism.backbone import Backbone
 from prism.backbone.arguments import normalised
 from prism.backbone.denoising import Target, target_of
 from prism.backbone.fingerprint import VERSIONED
-from prism.errors import choice
+from prism.errors import choice, whole
 from prism.judge import Judge
 from prism.judge.scoring import default_levels, head_digest
 from prism.preference import LatentStore
@@ -42,8 +43,10 @@ from prism.rewards import measuring
 from prism.rewards.lora import FILE, applied, check
 from prism.rewards.measuring import Outer
 from prism.rewards.picks import check_prompts, decisive, groups_of, judged, picked
+from prism.rewards.retrain import check_labels, retrained
 from prism.rewards.settings import CONTROLS, ImproveConfig
 from prism.rewards.tuning import tune
+from prism.training import TrainConfig
 from prism.training.collect import collect
 from prism.training.logs import Trackers
 from prism.training.reward import Reward
@@ -64,7 +67,8 @@ class Improvement:
 
     rounds: a row per arm and round: arm, round, facts of the picks (reward_avg, ...), the tuning's last entry, and
         "measures", the rows of `prism.rewards.measuring.gains`. history: the tuning's entries by arm and round.
-    against: paired differences to the controls. best_of_n: the untuned model's Best-of-N. cost: what was spent.
+    against: paired differences to the controls. retrained: as `prism.rewards.retrain.retrained` gives them.
+    best_of_n: the untuned model's Best-of-N. cost: what was spent.
     stopped: why it stopped before the last round, or "". kept: the round whose LoRA is in lora/; 0: none helped.
     """
 
@@ -74,6 +78,7 @@ class Improvement:
     against: list[dict[str, Any]] = field(default_factory=list)
     best_of_n: list[dict[str, Any]] = field(default_factory=list)
     cost: dict[str, Any] = field(default_factory=dict)
+    retrained: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
     kept: int = 0
 
@@ -96,6 +101,8 @@ def improve(
     rewards: Sequence[Reward] = (),
     controls: Sequence[str] = (),
     fps: float | None = None,
+    retrain: TrainConfig | None = None,
+    head_seeds: int = 3,
     report_to: str = "",
     resume: bool = False,
     progress: bool = True,
@@ -114,6 +121,8 @@ def improve(
         rewards: functions of decoded videos that are measured on the test prompts and tune nothing.
         controls: "random", "worst": the same steps on other picks.
         fps: frames per second, for rewards that take them.
+        retrain: settings with which heads are trained at last, on the original and on the tuned backbone, by the
+            labels of `rewards` of the first round's candidates; None: none. head_seeds: heads on each.
         report_to: trackers of accelerate, apart by commas.
         resume: continue a run that was stopped or killed, on a CPU to the same bits.
         progress: show progress bars.
@@ -126,6 +135,8 @@ def improve(
     run = _Run(backbone, judge, prompts, test_prompts, call, Path(out), config, outer, rewards, fps, progress)
     arms = [OURS, *dict.fromkeys(choice("control", each, CONTROLS) for each in controls)]
     run.check()
+    if retrain is not None:
+        check_labels(rewards, config.test_candidates)
     trackers = Trackers(report_to)
     run.begin(resume, arms)
     trackers.start(run.out / "logs", config.to_dict())
@@ -150,11 +161,13 @@ def improve(
             elif number == len(tables[OURS]) - 1:
                 break
     run.compare(result, tables)
+    if retrain is not None:
+        result.retrained = run.retrain(result.kept or len(tables[OURS]) - 1, retrain, whole("head_seeds", head_seeds))
     if result.kept:
         source = run.out / OURS / f"round-{result.kept}" / "lora" / FILE
         result.lora.mkdir(exist_ok=True)
-        with files.new_file(result.lora / FILE) as whole:
-            shutil.copyfile(source, whole)
+        with files.new_file(result.lora / FILE) as path:
+            shutil.copyfile(source, path)
     trackers.finish()
     run.parts.release()
     return result
@@ -230,9 +243,12 @@ class _Run:
         count = len(self.prompts) // self.config.rounds
         return self.prompts[(number - 1) * count : number * count]
 
-    def collected(self, name: str, prompts: Sequence[Prompt], start: Path | None, test: bool) -> LatentStore:
-        """A store of candidates by the model with the LoRA of the folder `start`, or by the untuned one."""
-        rewards = (self.rewards or [Reward(_brightness, "frames")]) if test else []
+    def collected(
+        self, name: str, prompts: Sequence[Prompt], start: Path | None, test: bool, labelled: bool = False
+    ) -> LatentStore:
+        """A store of candidates by the model with the LoRA of the folder `start`, or by the untuned one. labelled: have
+        the rewards label candidates that are not the test's too."""
+        rewards = (self.rewards or [Reward(_brightness, "frames")]) if test or labelled else []
         folder, config = self.out / name, self.config
         settings: dict[str, Any] = {
             "candidates": config.test_candidates if test else config.candidates,
@@ -241,13 +257,12 @@ class _Run:
             "resume": folder.exists(),
             "command": "prism improve",
             "progress": self.progress,
+            "reports": False,
         }
-        with warnings.catch_warnings():  # its labels are not what is learnt from
-            warnings.filterwarnings("ignore", message="(?s).*(no pairs|ties).*")
-            if start is None:
-                return collect(prompts, self.backbone, self.call, folder, rewards, **settings)
-            with applied(self.backbone, **self._lora(), start=start):
-                return collect(prompts, self.backbone, self.call, folder, rewards, **settings)
+        with contextlib.ExitStack() as stack:
+            if start is not None:
+                stack.enter_context(applied(self.backbone, **self._lora(), start=start))
+            return collect(prompts, self.backbone, self.call, folder, rewards, **settings)
 
     def _lora(self) -> dict[str, Any]:
         config = self.config
@@ -320,6 +335,17 @@ class _Run:
                     )
                     result.against.append({"arm": arm, "round": number, "measure": measure, **difference})
         result.cost = self._cost(len(tables[OURS]) - 1)
+
+    def retrain(self, number: int, config: TrainConfig, seeds: int) -> dict[str, Any]:
+        """Heads trained on the original backbone and on that of a round."""
+
+        def make() -> dict[str, Any]:
+            store = self.collected(f"{OURS}/round-1/candidates", self.of_round(1), None, False, labelled=True)
+            test = LatentStore.open(self.out / "untuned" / "test")
+            lora = self.out / OURS / f"round-{number}" / "lora"
+            return retrained(self.judge, store, test, lora, self._lora(), config, seeds, self.levels, self.progress)
+
+        return self.parts.once(f"retrained-{number}-{config.steps}-{seeds}", make)
 
     def _cost(self, rounds: int) -> dict[str, Any]:
         """Denoiser rows of a sample and of the tuning, in closed form; a backward pass counts as two rows."""

@@ -71,6 +71,7 @@ def collect(
     fps: float | None = None,
     unit: int = UNIT,
     loras: Sequence[str] = (),
+    reports: bool = True,
     resume: bool = False,
     command: str = "prism collect",
     progress: bool = True,
@@ -100,6 +101,7 @@ def collect(
         fps: frames per second, for rewards that take them.
         unit: prompts per shard.
         loras: names of the loaded LoRAs with their scales; recorded in the store, and the same when it is resumed.
+        reports: say on stderr what training and evaluation of a head would lack.
         resume: continue a run that was stopped or killed; sampled and labelled candidates stay.
 
     Raises:
@@ -124,7 +126,7 @@ def collect(
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
     with writing(crew, opened) as writer:
-        labels = Labels(writer, rewards, margins=margins, scales=scales)
+        labels = Labels(writer, rewards, margins=margins, scales=scales, reports=reports)
         units = [
             (unit_name(number, [each.video for each in rows]), rows)
             for number, rows in enumerate(
@@ -133,7 +135,7 @@ def collect(
             )
         ]
         done = crew.on_first(lambda: [writer.has(name) and not labels.missing(name) for name, _ in units])
-        if candidates == 1 and crew.first:
+        if candidates == 1 and crew.first and reports:
             print(
                 "prism: warning: one candidate a prompt gives no pairs; give --candidates 2 or more.", file=sys.stderr
             )

@@ -112,16 +112,17 @@ class Labels:
         margins: largest difference that is a tie: one for all dimensions, or by dimension (0 for others).
         scales: pairs also have the probabilities sigmoid(difference / scale): one for all dimensions, or by dimension
             (no probabilities for others); None: labels alone.
+        reports: say on stderr what training and evaluation would lack.
     """
 
     def __init__(
         self, writer: StoreWriter, rewards: Sequence[Reward], backbone: Backbone | None = None,
         call: Mapping[str, Any] | None = None, fps: float | None = None, margins: ByDimension = 0.0,
-        scales: ByDimension | None = None,
+        scales: ByDimension | None = None, reports: bool = True,
     ) -> None:  # fmt: skip
         check_names(rewards)
         self.writer, self.rewards, self.call, self.fps = writer, tuple(rewards), call or {}, fps
-        self.margins, self.scales = margins, scales
+        self.margins, self.scales, self.reports = margins, scales, reports
         self._decoder = None if backbone is None else Decoder(backbone)
         self._changed: set[str] = set()
 
@@ -215,7 +216,7 @@ class Labels:
         margins = _by_dimension(self.margins, list(columns), "margin")
         scales = {} if self.scales is None else _by_dimension(self.scales, list(columns), "soft", above=True)
         labelled = _pairs(videos, ratings, margins, scales)
-        for sentence in (*_ties(labelled, columns, margins), *without_pairs(labelled)):
+        for sentence in (*_ties(labelled, columns, margins), *without_pairs(labelled)) if self.reports else ():
             print(f"prism: warning: {sentence}", file=sys.stderr)
         path = self.writer.folder / "votes.parquet"
         if path.is_file():  # people's answers, which `prism data import` writes
