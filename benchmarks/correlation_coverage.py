@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from prism.lab import coefficients
-from prism.lab.correlation import PerPrompt, Point, correlate
+from prism.lab.correlation import PerPrompt, Point, resampled
 
 
 def simulate(
@@ -47,10 +47,12 @@ def simulate(
                     PerPrompt(right, np.full(prompts, 4.0), names[1]),
                 )
             )
-        found = correlate(points, seed=trial, draws=draws, most_exact=0)
+        measured = [np.array([getattr(point, axis).mean for point in points]) for axis in ("quality", "power")]
+        both = resampled(points, trial, draws)
         for name, covered in hits.items():
-            row, true = found.row(name), float(coefficients.BY_NAME[name](quality, accuracy))
-            covered.append(row["low"] - 1e-9 <= true <= row["high"] + 1e-9)
+            of, true = coefficients.BY_NAME[name], float(coefficients.BY_NAME[name](quality, accuracy))
+            low, high = coefficients.interval(float(of(*measured)), of(*both))
+            covered.append(low - 1e-9 <= true <= high + 1e-9)
     return {name: float(np.mean(covered)) for name, covered in hits.items()}
 
 

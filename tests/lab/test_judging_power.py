@@ -15,9 +15,9 @@ from prism.errors import PrismError
 from prism.evaluation import measure
 from prism.lab import controls, judging_power, refutation
 from prism.lab.correlation import Published
-from prism.lab.correlation_study import study
+from prism.lab.correlation_study import drawn, study
 from prism.lab.judging_power import HeadRecipe, HeadsOnBackbones, Subject, bonus_of_own, power, right_of
-from prism.report.figures import as_svg, new_figure
+from prism.report.figures import as_svg
 from prism.runs import Parts
 from prism.training import TrainConfig
 
@@ -40,7 +40,7 @@ def store(tmp_path_factory):
 
 def test_a_killed_study_goes_on_and_measures_what_the_evaluator_does(tmp_path, subject, store, monkeypatch):
     other = controls.untrained(subject)
-    bench = HeadsOnBackbones(Parts(tmp_path), {"set": store}, RECIPE)
+    bench = HeadsOnBackbones(Parts(tmp_path), {"set": store}, recipe=RECIPE)
     train = judging_power.train_together
     with monkeypatch.context() as killed:
         trained = []
@@ -56,7 +56,7 @@ def test_a_killed_study_goes_on_and_measures_what_the_evaluator_does(tmp_path, s
             bench.measured([subject, other])
     measured = bench.measured([subject, other])["set"]
     monkeypatch.setattr(judging_power, "train_together", None)  # nothing is made twice
-    again = HeadsOnBackbones(Parts(tmp_path), {"set": store}, RECIPE).measured([subject, other])["set"]
+    again = HeadsOnBackbones(Parts(tmp_path), {"set": store}, recipe=RECIPE).measured([subject, other])["set"]
     for name in ("org/tiny", "random weights"):
         for one, two in zip(measured[name], again[name], strict=True):
             assert one.pairs.equals(two.pairs)
@@ -70,8 +70,10 @@ def test_a_killed_study_goes_on_and_measures_what_the_evaluator_does(tmp_path, s
 
     quality = {"org/tiny": Published(0.6, 0.01), "random weights": Published(0.1)}
     found = study(Parts(tmp_path), [subject, other], {"set": store}, quality, RECIPE)
-    assert found.verdict.word == "cannot be told"
-    assert found.tables["backbones"][0]["power"] == pytest.approx(expected)
+    assert found.verdict == "cannot be told"
+    assert found.tables["correlation-backbones"][0]["power"] == pytest.approx(expected)
+    drawings = drawn(found.tables)
+    assert [each.name for each in drawings] == ["correlation-set"]  # two backbones have no coefficient
     with pytest.raises(PrismError, match="backbone random weights has no generative quality; give its scores"):
         study(Parts(tmp_path), [subject, other], {"set": store}, {"org/tiny": Published(0.6)}, RECIPE)
     with pytest.raises(PrismError, match="org/tiny is named 2 times"):
@@ -85,7 +87,7 @@ def test_backbones_of_another_vae_are_refused(tmp_path, subject, store):
             weight.data += 0.1
         return Backbone(pipe)
 
-    bench = HeadsOnBackbones(Parts(tmp_path), {"set": store}, RECIPE)
+    bench = HeadsOnBackbones(Parts(tmp_path), {"set": store}, recipe=RECIPE)
     with pytest.raises(PrismError, match="VAE of other has other weights than that of org/tiny; backbones are"):
         bench._checked(Subject("other", load), subject)
     assert not list(tmp_path.rglob("*.parquet"))
@@ -127,13 +129,12 @@ def test_the_refutation_test_compares_with_every_control(tmp_path, subject, stor
     names = ["org/tiny", "random weights", "shuffled weights", "statistics"]
     assert [row["backbone"] for row in rows if row["t"] is None] == names
     whole, random = (next(row for row in rows if row["backbone"] == name and row["t"] == 600) for name in names[:2])
-    assert random["trained_minus_it"] == pytest.approx(whole["accuracy"] - random["accuracy"])
-    assert random["difference_low"] <= random["trained_minus_it"] <= random["difference_high"]
+    assert random["difference"] == pytest.approx(whole["accuracy"] - random["accuracy"])
+    assert random["difference_ci95"][0] <= random["difference"] <= random["difference_ci95"][1]
     assert len(found.tables["refutation-early"]) == 4 * 3
-    for name, drawing in found.figures.items():
-        figure, axes = new_figure(5, 4)
-        drawing(axes)
-        assert "shuffled weights" in as_svg(figure, name)
+    drawings = refutation.drawn(found.tables)
+    assert [each.name for each in drawings] == ["refutation", "refutation-early"]
+    assert all("shuffled weights" in as_svg(each.figure, each.caption) for each in drawings)
 
     # planted scores: the referee's own pick the best, and its opposite the worst
     values = np.array(played.videos["VQ"].to_pylist()).reshape(24, 4) + np.array(played.videos["MQ"]).reshape(24, 4)
@@ -146,13 +147,13 @@ def test_the_refutation_test_compares_with_every_control(tmp_path, subject, stor
     assert [row["share_of_oracle"] for row in rows[:3]] == pytest.approx([1, 1, 1])
     worst = (values.min(1) - values.mean(1)).sum() / (values.max(1) - values.mean(1)).sum()
     assert rows[3]["share_of_oracle"] == pytest.approx(worst)
-    assert rows[3]["trained_minus_it"] == pytest.approx(1 - worst)
+    assert rows[3]["difference"] == pytest.approx(1 - worst)
 
 
 def row_of(name, accuracy, low, difference=None, difference_low=None):
-    ends = {"difference_low": difference_low, "difference_high": difference}
-    return {"backbone": name, "t": None, "accuracy": accuracy, "low": low, "trained_minus_it": difference, **ends,
-            "prompts": 99}  # fmt: skip
+    ends = None if difference is None else [difference_low, difference + 0.1]
+    return {"backbone": name, "t": None, "accuracy": accuracy, "accuracy_ci95": [low, 0.9], "difference": difference,
+            "difference_ci95": ends, "prompts": 99}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -160,13 +161,16 @@ def row_of(name, accuracy, low, difference=None, difference_low=None):
     [
         ((0.51, 0.48, 0.2, 0.1), "holds"),
         ((0.6, 0.55, 0.1, 0.05), "holds in part"),
-        ((0.7, 0.6, 0.01, -0.02), "does not"),
+        ((0.7, 0.6, -0.08, -0.1), "does not hold"),  # at most two points lower
+        ((0.7, 0.6, 0.01, -0.02), "cannot be told"),
     ],
 )
 def test_the_verdict_follows_the_intervals(random, word):
     rows = [row_of("mine", 0.71, 0.7), row_of("random weights", *random), row_of("statistics", 0.6, 0.55, 0.1, 0.05)]
-    assert refutation.judge_of(rows, [], "mine").word.startswith(word)
-    rows[1]["difference_low"] = None
+    assert refutation.judge_of(rows, [], "mine").word == word
+    at_chance = [row_of("mine", 0.51, 0.49), *rows[1:]]
+    assert "at chance itself; train it longer" in refutation.judge_of(at_chance, [], "mine").sentence
+    rows[1]["difference_ci95"] = None
     assert refutation.judge_of(rows, [], "mine").word == "cannot be told"
 
 
@@ -189,9 +193,9 @@ def test_a_bonus_of_ones_own_is_told_from_judging_well_and_from_easy_pairs():
         }  # fmt: skip
 
     nothing, something = (bonus_of_own(judged(each), prompts, generators) for each in (0.0, 0.1))
-    assert nothing["low"] < 0 < nothing["high"]
-    assert something["low"] < 0.1 < something["high"]
-    assert something["low"] > 0
+    assert nothing["bonus_ci95"][0] < 0 < nothing["bonus_ci95"][1]
+    assert something["bonus_ci95"][0] < 0.1 < something["bonus_ci95"][1]
+    assert something["bonus_ci95"][0] > 0
     assert something["pairs"] == count
     assert bonus_of_own(judged(0.0), prompts, [("x", "y")] * (count + 50))["bonus"] is None
 

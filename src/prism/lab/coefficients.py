@@ -142,7 +142,7 @@ def _dealt(x: np.ndarray) -> np.ndarray:
 # -- intervals
 
 
-def interval(value: float, draws: np.ndarray) -> tuple[float | None, float | None]:
+def interval(value: float, draws: np.ndarray) -> list[float] | None:
     """95 % interval of a coefficient from its values in resamples: from the farther of two limits to the farther.
 
     Errors of the axes draw a coefficient towards zero, and resampling adds them once more. The percentiles of the
@@ -152,12 +152,12 @@ def interval(value: float, draws: np.ndarray) -> tuple[float | None, float | Non
     """
     draws = draws[np.isfinite(draws)]
     if not math.isfinite(value) or not len(draws):
-        return None, None
+        return None
     low, high = np.percentile(draws, [2.5, 97.5])
-    return max(-1.0, float(min(low, 2 * value - high))), min(1.0, float(max(high, 2 * value - low)))
+    return [max(-1.0, float(min(low, 2 * value - high))), min(1.0, float(max(high, 2 * value - low)))]
 
 
-def others_interval(name: str, value: float, size: int, held: int = 0) -> tuple[float | None, float | None]:
+def others_interval(name: str, value: float, size: int, held: int = 0) -> list[float] | None:
     """95 % interval for other backbones of the kind, by Fisher's transformation; None where K is too small.
 
     Its variance is that of Fisher (1921) for Pearson's, Bonett and Wright (2000) for Spearman's, and Fieller, Hartley
@@ -165,9 +165,9 @@ def others_interval(name: str, value: float, size: int, held: int = 0) -> tuple[
     """
     free = size - held - (4 if name == "kendall" else 3)
     if free < 1 or not math.isfinite(value):
-        return None, None
+        return None
     variance = {"pearson": 1.0, "spearman": 1 + value**2 / 2, "kendall": 0.437}[name] / free
     if abs(value) == 1:
-        return value, value
+        return [value, value]
     z, half = math.atanh(value), stats.norm.ppf(0.975) * math.sqrt(variance)
-    return math.tanh(z - half), math.tanh(z + half)
+    return [math.tanh(z - half), math.tanh(z + half)]

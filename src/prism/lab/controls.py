@@ -17,6 +17,7 @@ from prism.errors import PrismError
 from prism.lab.judging_power import Subject
 from prism.preference import LatentStore
 
+STATISTICS = "statistics"  # the name of that control
 MOST = 256  # videos that the scale of statistics is taken from
 
 
@@ -125,4 +126,4 @@ def statistics(latents: Tensor) -> Tensor:
 
 def statistics_of(subject: Subject, store: LatentStore) -> Subject:
     """A subject of statistics alone."""
-    return Subject("statistics", lambda: Statistics(subject.load(), store), 0)
+    return Subject(STATISTICS, lambda: Statistics(subject.load(), store), 0)

@@ -83,11 +83,10 @@ class Point:
 class Correlation:
     """What `correlate` found.
 
-    points: a row per backbone: backbone, run, parameters, compute, quality, quality_low, quality_high, power,
-        power_low, power_high.
-    rows: a row per coefficient and what is held fixed: coefficient, given, value, low, high (errors of both axes, these
-        backbones), others_low, others_high (other backbones, errors as they are), p, p_method, smallest_p, backbones.
-        A value is None where it is not defined.
+    points: a row per backbone: backbone, run, parameters, compute, quality, quality_ci95, power, power_ci95.
+    rows: a row per coefficient and what is held fixed: coefficient, given, value, value_ci95 (errors of both axes,
+        these backbones), others_ci95 (other backbones, errors as they are), p, p_method, smallest_p, backbones. None
+        where a value is not defined.
     left_out: a row per backbone, and per training with several stages, that is left out: left_out, kind, backbones,
         pearson, spearman, kendall.
     """
@@ -147,8 +146,8 @@ def correlate(points: Sequence[Point], seed: int = 0, draws: int = DRAWS, most_e
     for number, point in enumerate(points):
         row = {"backbone": point.name, "run": point.run, "parameters": point.parameters, "compute": point.compute}
         for axis, mean, drawn in (("quality", quality, both[0]), ("power", power, both[1])):
-            low, high = np.nanpercentile(drawn[:, number], [2.5, 97.5])
-            row |= {axis: float(mean[number]), f"{axis}_low": float(low), f"{axis}_high": float(high)}
+            ends = np.nanpercentile(drawn[:, number], [2.5, 97.5]).tolist()
+            row |= {axis: float(mean[number]), f"{axis}_ci95": ends}
         table.append(row)
     return Correlation(table, rows, _left_out(points, quality, power))
 
@@ -184,8 +183,8 @@ def _row(
 ) -> dict[str, Any]:
     value = float(BY_NAME[name](x, y))
     p, method = permutation_p(name, x, y, most_exact, seed) if math.isfinite(value) else (None, None)
-    low, high = interval(value, BY_NAME[name](*both))
-    return _entry(name, "", value, (low, high), others_interval(name, value, len(x)), p, method, len(x))
+    ends = interval(value, BY_NAME[name](*both))
+    return _entry(name, "", value, ends, others_interval(name, value, len(x)), p, method, len(x))
 
 
 def _partial_row(
@@ -201,16 +200,21 @@ def _partial_row(
 
 
 def _entry(
-    name: str, given: str, value: float, ends: Any, others: Any, p: float | None, method: str | None, size: int
+    name: str,
+    given: str,
+    value: float,
+    ends: list[float] | None,
+    others: list[float] | None,
+    p: float | None,
+    method: str | None,
+    size: int,
 ) -> dict[str, Any]:
     return {
         "coefficient": name,
         "given": given,
         "value": value if math.isfinite(value) else None,
-        "low": ends[0],
-        "high": ends[1],
-        "others_low": others[0],
-        "others_high": others[1],
+        "value_ci95": ends,
+        "others_ci95": others,
         "p": p,
         "p_method": method,
         "smallest_p": min(1.0, 2 / math.factorial(size)) if not given else None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prism.lab.correlation import FEWEST, Correlation
-from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Verdict, shown
+from prism.lab.findings import Verdict
 from prism.report.figures import ACCENT, GRID, INK, MUTED, Label, place_labels
 
 if TYPE_CHECKING:
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def verdict(found: Correlation) -> Verdict:
+class Answer(NamedTuple):
+    """`word`: the verdict. `sentence`: why, with the numbers."""
+
+    word: Verdict
+    sentence: str
+
+
+def verdict(found: Correlation) -> Answer:
     """Does judging power rise with generative quality? By Spearman's coefficient, since the claim is one of order.
 
     It holds where the p is below .05 and the interval of both axes' errors lies above zero, in part where p alone says
@@ -23,22 +31,21 @@ def verdict(found: Correlation) -> Verdict:
     """
     size, row = len(found.points), found.row("spearman")
     if size < FEWEST:
-        return Verdict(UNCLEAR, _too_few(found))
+        return Answer("cannot be told", _too_few(found))
     if row is None or row["value"] is None:
-        return Verdict(
-            UNCLEAR, f"All {size} backbones have the same quality or judge alike, so that nothing correlates."
-        )
+        same = f"All {size} backbones have the same quality or judge alike, so that nothing correlates."
+        return Answer("cannot be told", same)
     value, clear = row["value"], row["p"] < 0.05
     sentence = f"Over {size} backbones Spearman's coefficient is {_with_interval(row)}, {_p(row)}"
     sentence += f"; Pearson's {_with_interval(pearson)}" if (pearson := found.row("pearson")) else ""
-    above = row["low"] is not None and row["low"] > 0
-    if value > 0 and clear and above:
-        return Verdict(HOLDS, f"{sentence}: the better a backbone generates, the better it judges.")
+    ends = row["value_ci95"]
+    if value > 0 and clear and ends is not None and ends[0] > 0:
+        return Answer("holds", f"{sentence}: the better a backbone generates, the better it judges.")
     if value > 0 and clear:
-        return Verdict(IN_PART, f"{sentence}: judging power rises with quality, but the errors of both allow for none.")
-    if (value < 0 and clear) or (row["high"] is not None and row["high"] < 0.5):
-        return Verdict(FAILS, f"{sentence}: judging power does not rise with quality.")
-    return Verdict(UNCLEAR, f"{sentence}: no correlation can be told from chance.")
+        return Answer("holds in part", f"{sentence}: judging power rises with quality, but the errors allow for none.")
+    if (value < 0 and clear) or (ends is not None and ends[1] < 0.5):
+        return Answer("does not hold", f"{sentence}: judging power does not rise with quality.")
+    return Answer("cannot be told", f"{sentence}: no correlation can be told from chance.")
 
 
 def _too_few(found: Correlation) -> str:
@@ -77,9 +84,9 @@ def paragraph(found: Correlation, judged: str) -> str:
 
 
 def _others(row: dict[str, Any]) -> str:
-    if row["others_low"] is None:
+    if row["others_ci95"] is None:
         return ""
-    low, high = shown(row["others_low"]), shown(row["others_high"])
+    low, high = map(shown, row["others_ci95"])
     return f"For other backbones of the kind the coefficient may lie from {low} to {high}."
 
 
@@ -101,11 +108,8 @@ def _given(found: Correlation) -> str:
 
 
 def _with_interval(row: dict[str, Any]) -> str:
-    return (
-        f"{shown(row['value'])} ({shown(row['low'])} to {shown(row['high'])})"
-        if row["low"] is not None
-        else shown(row["value"])
-    )
+    ends = "" if row["value_ci95"] is None else f" ({' to '.join(map(shown, row['value_ci95']))})"
+    return f"{shown(row['value'])}{ends}"
 
 
 def _p(row: dict[str, Any]) -> str:
@@ -113,37 +117,47 @@ def _p(row: dict[str, Any]) -> str:
     return f"p = {shown} ({'all orders counted' if row['p_method'] == 'exact' else row['p_method']})"
 
 
-def draw(found: Correlation, axes: Axes, quality: str = "generative quality", power: str = "judging power") -> None:
+def shown(value: float | None) -> str:
+    """A coefficient or share as journals print it: .93, -.10, 1."""
+    if value is None:
+        return "undefined"
+    text = f"{value:.2f}"
+    return text.replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.0f}"
+
+
+def draw(
+    points: Sequence[Mapping[str, Any]], axes: Axes, quality: str = "generative quality", power: str = "judging power"
+) -> None:
     """Judging power against quality on `axes`: a point per backbone with its name and the error bars of both axes, and
-    stages of one training joined by a line.
+    stages of one training joined by a line. points: as in `Correlation`.
     """
-    for run in dict.fromkeys(row["run"] for row in found.points if row["run"]):
-        stages = [row for row in found.points if row["run"] == run]
+    for run in dict.fromkeys(row["run"] for row in points if row["run"]):
+        stages = [row for row in points if row["run"] == run]
         stages.sort(key=lambda row: row["compute"] or 0)
         if len(stages) > 1:
             axes.plot([row["quality"] for row in stages], [row["power"] for row in stages], color=GRID, linewidth=1.2)
-    x, y = ([row[axis] for row in found.points] for axis in ("quality", "power"))
-    bars = [
-        [[row[axis] - row[f"{axis}_low"], row[f"{axis}_high"] - row[axis]] for row in found.points]
+    x, y = ([row[axis] for row in points] for axis in ("quality", "power"))
+    across, up = (
+        [[max(0.0, sign * (row[f"{axis}_ci95"][end] - row[axis])) for row in points] for end, sign in ((0, -1), (1, 1))]
         for axis in ("quality", "power")
-    ]
-    across, up = ([[max(0.0, each[end]) for each in bar] for end in (0, 1)] for bar in bars)
+    )
     axes.errorbar(x, y, up, across, fmt="none", ecolor=MUTED, elinewidth=0.8, alpha=0.6)
     axes.plot(x, y, "o", color=ACCENT, markersize=5)
     axes.set_xlabel(quality, color=MUTED)
     axes.set_ylabel(power, color=MUTED)
-    labels = [Label(row["quality"], row["power"], row["backbone"], INK, 8.5, False) for row in found.points]
+    labels = [Label(row["quality"], row["power"], row["backbone"], INK, 8.5, False) for row in points]
     place_labels(cast("Figure", axes.figure), axes, labels)
 
 
-def draw_left_out(found: Correlation, axes: Axes, coefficient: str = "spearman") -> None:
+def draw_left_out(
+    left_out: Sequence[Mapping[str, Any]], of_all: float | None, axes: Axes, coefficient: str = "spearman"
+) -> None:
     """A coefficient on `axes` with each backbone, and each training, left out, beside that of all."""
-    rows = [row for row in found.left_out if row[coefficient] is not None]
+    rows = [row for row in left_out if row[coefficient] is not None]
     rows.sort(key=lambda row: (row["kind"], row[coefficient]))
     places = range(len(rows))
-    whole = found.row(coefficient)
-    if whole is not None and whole["value"] is not None:
-        axes.axvline(whole["value"], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    if of_all is not None:
+        axes.axvline(of_all, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     axes.plot([row[coefficient] for row in rows], places, "o", color=ACCENT, markersize=5)
     names = [f"training {row['left_out']}" if row["kind"] == "training" else row["left_out"] for row in rows]
     axes.set_yticks(list(places), names)

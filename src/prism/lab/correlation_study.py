@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from prism.errors import PrismError, quoted
 from prism.lab import correlation_shown
 from prism.lab.backbone_set import Member
 from prism.lab.correlation import Correlation, PerPrompt, Point, Published, correlate
-from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Finding, Verdict
+from prism.lab.findings import Drawing, Finding, Tables, Verdict
 from prism.lab.judged_sets import NOBODYS, OWN, JudgedSets, Videos
 from prism.lab.judging_power import (
     HeadRecipe,
@@ -21,11 +20,12 @@ from prism.lab.judging_power import (
     Subject,
     bonus_of_own,
     dimension_of,
+    file_name,
     power,
     right_of,
 )
 from prism.preference import LatentStore
-from prism.report.figures import ACCENT, MUTED, SERIES
+from prism.report.figures import ACCENT, MUTED, SERIES, new_figure
 from prism.runs import Parts
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def study(
             )
     if not stores:
         raise PrismError("There are no videos to judge: name a store with labelled pairs (prism encode).")
-    measured = HeadsOnBackbones(parts, stores, recipe).measured(subjects)
+    measured = HeadsOnBackbones(parts, stores, recipe=recipe).measured(subjects)
     return conclude(measured, subjects, quality, recipe, what)
 
 
@@ -93,9 +93,8 @@ def conclude(
     tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("backbones", "coefficients", "leave-one-out", "levels", "own-videos")
     }
-    figures: dict[str, Any] = {}
     found: dict[str, Correlation] = {}
-    texts: list[str] = []
+    texts, tested = list[str](), 0
     for kind, by_name in measured.items():
         dimension = dimension_of(next(iter(by_name.values()))[0], recipe.dimension)
         right: dict[str, np.ndarray] = {}
@@ -103,6 +102,8 @@ def conclude(
         generators, levels = list[Any](), list[float]()
         for subject in subjects:
             right[subject.name], prompts, generators, levels = right_of(by_name[subject.name], dimension)
+
+        tested = max(tested, len(set(prompts.tolist())))
 
         def points(level: int | None, right: Mapping[str, np.ndarray] = right, prompts: np.ndarray = prompts) -> Any:
             kept = slice(None) if level is None else slice(level, level + 1)
@@ -123,43 +124,67 @@ def conclude(
         bonus = bonus_of_own(right, prompts, generators)
         if bonus["bonus"] is not None:
             tables["own-videos"].append({"judged": kind, **bonus})
-        label = WORDS.get(kind, kind)
-        figures[f"quality-and-power-{kind}"] = partial(
-            correlation_shown.draw, found[kind], quality=what, power=f"accuracy on {label}"
-        )
-        figures[f"leave-one-out-{kind}"] = partial(correlation_shown.draw_left_out, found[kind])
-        texts.append(correlation_shown.paragraph(found[kind], label))
+        texts.append(correlation_shown.paragraph(found[kind], WORDS.get(kind, kind)))
         texts.append(_own(bonus))
-    figures["correlation-by-level"] = partial(draw_levels, tables["levels"])
-    kept_tables = {name: rows for name, rows in tables.items() if rows}
-    return Finding(verdict(found), " ".join(text for text in texts if text), kept_tables, figures)
+    kept = {f"correlation-{name}": rows for name, rows in tables.items() if rows}
+    word, sentence = answer(found)
+    text = " ".join(text for text in texts if text)
+    return Finding(word, sentence, text, kept, tested, tuple(range(recipe.seed, recipe.seed + recipe.seeds)))
 
 
-def verdict(found: Mapping[str, Correlation]) -> Verdict:
-    """One line for all sets of videos: it holds where it holds on each, in part where it does on some."""
+def answer(found: Mapping[str, Correlation]) -> tuple[Verdict, str]:
+    """Verdict and main number over all sets of videos: it holds where it does on each, in part on some."""
     each = {kind: correlation_shown.verdict(one) for kind, one in found.items()}
-    words = [one.word for one in each.values()]
-    if len({one.sentence for one in each.values()}) == 1:
-        return next(iter(each.values()))
-    sentence = " ".join(f"On {WORDS.get(kind, kind)}: {one.sentence}" for kind, one in each.items())
-    if all(word == HOLDS for word in words):
-        word = HOLDS
-    elif any(word in (HOLDS, IN_PART) for word in words):
-        word = IN_PART
-    else:
-        word = FAILS if all(word == FAILS for word in words) else UNCLEAR
-    return Verdict(word, sentence)
+    words = {one.word for one in each.values()}
+    sentences = {one.sentence for one in each.values()}
+    parts = [f"on {WORDS.get(kind, kind)}: {one.sentence}" for kind, one in each.items()]
+    sentence = next(iter(sentences)) if len(sentences) == 1 else " ".join([f"O{parts[0][1:]}", *parts[1:]])
+    if len(words) == 1:
+        return next(iter(words)), sentence
+    return ("holds in part" if words & {"holds", "holds in part"} else "cannot be told"), sentence
 
 
 def _own(bonus: Mapping[str, Any]) -> str:
-    if bonus["low"] is None:  # few prompts, or no backbone's own videos
+    if bonus["bonus_ci95"] is None:  # few prompts, or no backbone's own videos
         return ""
-    points, low, high = (f"{100 * bonus[name]:.1f}" for name in ("bonus", "low", "high"))
-    what = "no more than" if bonus["low"] <= 0 <= bonus["high"] else "which is beyond"
+    points, low, high = (f"{100 * value:.1f}" for value in (bonus["bonus"], *bonus["bonus_ci95"]))
+    what = "no more than" if bonus["bonus_ci95"][0] <= 0 <= bonus["bonus_ci95"][1] else "which is beyond"
     return (
         f"A backbone judges pairs of its own videos by {points} points ({low} to {high}) better than the others do, "
         f"{what} chance, with what it judges better everywhere taken off."
     )
+
+
+def drawn(tables: Tables, what: str = "generative quality") -> list[Drawing]:
+    """The figures of a finding's tables: quality and power, and leaving out, per set of videos; and by noise level."""
+    drawings = []
+    for kind in dict.fromkeys(row["judged"] for row in tables["correlation-backbones"]):
+        label, slug = WORDS.get(kind, kind), file_name(kind)
+        points, left_out = (
+            [row for row in tables.get(f"correlation-{name}", ()) if row["judged"] == kind]
+            for name in ("backbones", "leave-one-out")
+        )
+        figure, axes = new_figure(6.4, 4.6)
+        correlation_shown.draw(points, axes, what, f"accuracy on {label}")
+        caption = f"Accuracy on {label} against {what}, with 95 % intervals; lines join stages of one training."
+        drawings.append(Drawing(f"correlation-{slug}", caption, figure))
+        if left_out:
+            whole = [row for row in tables["correlation-coefficients"] if row["judged"] == kind]
+            of_all = next(row["value"] for row in whole if (row["coefficient"], row["given"]) == ("spearman", ""))
+            figure, axes = new_figure(6.4, 1.4 + 0.22 * len(left_out))
+            correlation_shown.draw_left_out(left_out, of_all, axes)
+            caption = (
+                f"Spearman’s coefficient on {label} without each backbone, and without each training; of all dashed."
+            )
+            drawings.append(Drawing(f"correlation-{slug}-without", caption, figure))
+    if tables.get("correlation-levels"):
+        figure, axes = new_figure(6.4, 4.0)
+        draw_levels(tables["correlation-levels"], axes)
+        caption = (
+            "Spearman’s coefficient of quality and accuracy by the noise level that is judged, with 95 % intervals."
+        )
+        drawings.append(Drawing("correlation-levels", caption, figure))
+    return drawings
 
 
 def draw_levels(rows: Sequence[Mapping[str, Any]], axes: Axes, coefficient: str = "spearman") -> None:
@@ -167,18 +192,13 @@ def draw_levels(rows: Sequence[Mapping[str, Any]], axes: Axes, coefficient: str 
     axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
     for number, kind in enumerate(dict.fromkeys(row["judged"] for row in rows)):
         line = [row for row in rows if (row["judged"], row["coefficient"]) == (kind, coefficient)]
-        line = sorted((row for row in line if row["value"] is not None), key=lambda row: row["t"])
+        line = sorted((row for row in line if row["value_ci95"] is not None), key=lambda row: row["t"])
         colour = ACCENT if number == 0 else SERIES[(number - 1) % len(SERIES)]
         t, value = ([row[name] for row in line] for name in ("t", "value"))
-        below = [max(0.0, row["value"] - row["low"]) for row in line]
-        above = [max(0.0, row["high"] - row["value"]) for row in line]
+        below = [max(0.0, row["value"] - row["value_ci95"][0]) for row in line]
+        above = [max(0.0, row["value_ci95"][1] - row["value"]) for row in line]
         axes.errorbar(t, value, [below, above], color=colour, fmt="o-", elinewidth=0.8, label=WORDS.get(kind, kind))
     axes.set_xlim(1005, -15)
     axes.set_xlabel("noise level t of the latent that is judged", color=MUTED)
     axes.set_ylabel(f"{coefficient.capitalize()}’s coefficient", color=MUTED)
     axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
-
-
-def summary(finding: Finding) -> str:
-    """The claim's verdict on one line."""
-    return f"Judging power follows generative quality: {finding.verdict.word}. {finding.verdict.sentence}"

@@ -28,7 +28,7 @@ from prism.runs import Clock, Parts
 from prism.sampling.trajectory import candidate_seed
 from prism.shapeworld import candidates, corruptions, generator, grammar, referee
 
-OWN, NOBODYS = "own", "nobody's"
+OWN, NOBODYS = "own", "nobodys"
 """The set of videos from the backbones themselves, and that of renders."""
 STRENGTHS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Of the faults of a prompt's renders, one each."""

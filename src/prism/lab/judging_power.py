@@ -14,7 +14,7 @@ import numpy as np
 from prism.backbone import Backbone
 from prism.backbone.fingerprint import fits
 from prism.errors import PrismError, quoted
-from prism.evaluation import TIMESTEPS, Measurement, measure
+from prism.evaluation import TIMESTEPS, Measurement, measure_together
 from prism.evaluation.intervals import prompt_interval
 from prism.judge import Judge
 from prism.lab.correlation import PerPrompt
@@ -77,10 +77,12 @@ class HeadsOnBackbones:
     """Trains and measures the heads of subjects, each piece once.
 
     parts: the run's folder. stores: the sets of judged videos by name, each with pairs to train and to test on.
+    tested: by name, another store whose test pairs are measured on.
     """
 
     parts: Parts
     stores: Mapping[str, LatentStore]
+    tested: Mapping[str, LatentStore] = field(default_factory=dict)
     recipe: HeadRecipe = field(default_factory=HeadRecipe)
     _reference: tuple[str, dict[str, Any], np.ndarray] | None = None
 
@@ -133,16 +135,12 @@ class HeadsOnBackbones:
     def _judge(self, kind: str, name: str, backbone: Backbone) -> None:
         low, high = backbone.t_range
         levels = [t for t in self.recipe.levels if low <= t <= high]
-        for number, judge in enumerate(self.judges(kind, name, backbone)):
+        judges, store = self.judges(kind, name, backbone), self.tested.get(kind, self.stores[kind])
+        for judge in judges:
             judge.name = name
-
-            def make(path: Path, judge: Judge = judge) -> None:
-                of_judge = measure(
-                    judge, self.stores[kind], "test", levels, seed=self.recipe.seed, batch_size=self.recipe.batch_size
-                )
-                of_judge.save(path)
-
-            self.parts.piece(self._table(kind, name, number), make, Measurement.load)
+        seed, size = self.recipe.seed, self.recipe.batch_size
+        for number, table in enumerate(measure_together(judges, store, "test", levels, seed=seed, batch_size=size)):
+            self.parts.piece(self._table(kind, name, number), table.save)
 
     def _table(self, kind: str, name: str, number: int) -> str:
         return f"measured/{kind}/{file_name(name)}-{number}.parquet"
@@ -222,13 +220,13 @@ def bonus_of_own(right: Mapping[str, np.ndarray], prompts: np.ndarray, generator
         prompts, generators: of the pairs, as from `right_of`.
 
     Returns:
-        {"bonus", "low", "high", "pairs", "backbones"}; None where pairs of one backbone's own videos are missing.
+        {"bonus", "bonus_ci95", "pairs", "backbones"}; None where pairs of one backbone's own videos are missing.
     """
     names = list(right)
     own = np.array([names.index(a) if a == b and a in names else -1 for a, b in generators])
     kept = own >= 0
     size, seen = len(names), len(set(own[kept].tolist()))
-    nothing = {"bonus": None, "low": None, "high": None, "pairs": int(kept.sum()), "backbones": seen}
+    nothing = {"bonus": None, "bonus_ci95": None, "pairs": int(kept.sum()), "backbones": seen}
     if size < 2 or seen < size:
         return nothing
     shares = np.stack([right[name].mean((0, 1))[kept] for name in names])  # (K, pairs)
@@ -239,5 +237,4 @@ def bonus_of_own(right: Mapping[str, np.ndarray], prompts: np.ndarray, generator
     values = centred[own[kept], np.arange(int(kept.sum()))] * weights * size / (size - 1)
     # A resample's mean over generators is the ratio of resampled values to resampled weights.
     interval = prompt_interval(np.stack([values, weights], 1), prompts[kept], lambda sums: sums[:, 0] / sums[:, 1])
-    low, high = interval or (None, None)
-    return {"bonus": float(values.sum()), "low": low, "high": high, "pairs": int(kept.sum()), "backbones": size}
+    return {"bonus": float(values.sum()), "bonus_ci95": interval, "pairs": int(kept.sum()), "backbones": size}

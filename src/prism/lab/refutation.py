@@ -7,7 +7,6 @@ the latents without any backbone. Does accuracy fall to chance, and does Best-of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,11 @@ from prism.evaluation.intervals import prompt_interval
 from prism.evaluation.recorded import candidates_of, reward_columns
 from prism.judge import Judge
 from prism.lab import controls
-from prism.lab.finding import FAILS, HOLDS, IN_PART, UNCLEAR, Finding, Verdict, shown
+from prism.lab.correlation_shown import Answer, shown
+from prism.lab.findings import Drawing, Finding, Tables
 from prism.lab.judging_power import HeadRecipe, HeadsOnBackbones, Subject, dimension_of, file_name, right_of
 from prism.preference import LatentStore, prompt_key
-from prism.report.figures import ACCENT, MUTED, SERIES
+from prism.report.figures import ACCENT, MUTED, SERIES, new_figure
 from prism.runs import Clock, Parts
 from prism.training.conditionings import conditioned
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHANCE = 0.5
+NEAR = 0.05  # a control whose accuracy is at most so much lower is as good
+CUT = 4  # the step that the verdict's sentence names, or the nearest that was recorded: that of the default plan
 BATCH = 64  # candidates in a pass of the backbone
 SET = "refutation"
 
@@ -44,6 +46,7 @@ def refute(
     played: LatentStore | None = None,
     recipe: HeadRecipe | None = None,
     randomised: Sequence[str] = (),
+    tested: LatentStore | None = None,
 ) -> Finding:
     """Run the test, piece by piece in the run's folder.
 
@@ -51,6 +54,7 @@ def refute(
         trained: the backbone that is put to the test.
         store: pairs to train heads on and to measure them on.
         played: candidates of test prompts with recorded states and rewards, for early Best-of-N; None: without it.
+        tested: the store whose test pairs are measured on; None: `store`.
         randomised: components that get other weights, where more than the denoiser was trained (see `controls`).
 
     Raises:
@@ -62,27 +66,25 @@ def refute(
         controls.shuffled(trained, recipe.seed, randomised),
         controls.statistics_of(trained, store),
     ]
-    bench = HeadsOnBackbones(parts, {SET: store}, recipe)
+    bench = HeadsOnBackbones(parts, {SET: store}, {} if tested is None else {SET: tested}, recipe)
     measured = bench.measured([trained, *others])[SET]
     dimension = dimension_of(measured[trained.name][0], recipe.dimension)
     accuracy = _accuracy(measured, trained.name, dimension)
     early = [] if played is None else _early(bench, [trained, *others], played, dimension, store)
     verdict = judge_of(accuracy, early, trained.name)
     tables = {"refutation": accuracy} | ({"refutation-early": early} if early else {})
-    figures: dict[str, Any] = {"refutation": partial(draw, accuracy)}
-    if early:
-        figures["refutation-early"] = partial(draw_early, early)
     text = (
-        f"{verdict.sentence} {recipe.seeds} heads of one recipe on each, intervals over prompts, paired. A head on "
+        f"{recipe.seeds} heads of one recipe on each, intervals over prompts, paired. A head on "
         "random weights still reads the noisy latent, mixed at random, and the prompt's words: what it gets above "
         "chance comes from there. One draw of random weights was tried."
     )
     text += " Best-of-N chose among recorded candidates of the trained backbone." if early else ""
-    return Finding(verdict, text, tables, figures)
+    seeds = tuple(range(recipe.seed, recipe.seed + recipe.seeds))
+    return Finding(verdict.word, verdict.sentence, text, tables, accuracy[0]["prompts"], seeds)
 
 
 def _accuracy(measured: Mapping[str, Any], trained: str, dimension: str) -> list[dict[str, Any]]:
-    """A row per backbone and noise level, and one over all levels (t None)."""
+    """A row per backbone and noise level, and one over all levels (t None). difference: of the trained one minus it."""
     rows: list[dict[str, Any]] = []
     base, prompts, _, levels = right_of(measured[trained], dimension)
     for name, heads in measured.items():
@@ -90,25 +92,21 @@ def _accuracy(measured: Mapping[str, Any], trained: str, dimension: str) -> list
         for number, t in [*enumerate(levels), (None, None)]:
             kept = slice(None) if number is None else slice(number, number + 1)
             values, before = right[:, kept].mean((0, 1)), base[:, kept].mean((0, 1))
-            low, high = prompt_interval(values, prompts) or (None, None)
             row = {
                 "backbone": name,
                 "t": t,
                 "dimension": dimension,
                 "accuracy": float(values.mean()),
-                "low": low,
-                "high": high,
-                "trained_minus_it": None,
-                "difference_low": None,
-                "difference_high": None,
+                "accuracy_ci95": prompt_interval(values, prompts),
+                "difference": None,
+                "difference_ci95": None,
                 "pairs": len(values),
                 "prompts": len(set(prompts.tolist())),
                 "heads": len(heads),
             }
             if name != trained:
-                ends = prompt_interval(before - values, prompts) or (None, None)
-                row["trained_minus_it"] = float((before - values).mean())
-                row["difference_low"], row["difference_high"] = ends
+                row["difference"] = float((before - values).mean())
+                row["difference_ci95"] = prompt_interval(before - values, prompts)
             rows.append(row)
     return rows
 
@@ -150,25 +148,21 @@ def _early(
     for name, gain in gains.items():
         for index, step in enumerate(steps):
             ratio = np.stack([gain[index], oracle], 1)
-            low, high = prompt_interval(ratio, prompts, lambda sums: sums[:, 0] / sums[:, 1]) or (None, None)
             row = {
                 "backbone": name,
                 "step": step,
                 "gain": float(gain[index].mean()),
                 "share_of_oracle": float(gain[index].sum() / oracle.sum()) if oracle.any() else None,
-                "low": low,
-                "high": high,
-                "trained_minus_it": None,
-                "difference_low": None,
-                "difference_high": None,
+                "share_of_oracle_ci95": prompt_interval(ratio, prompts, lambda sums: sums[:, 0] / sums[:, 1]),
+                "difference": None,
+                "difference_ci95": None,
                 "prompts": len(values),
                 "candidates": values.shape[1],
             }
             if name != subjects[0].name:
                 apart = np.stack([base[index] - gain[index], oracle], 1)
-                ends = prompt_interval(apart, prompts, lambda sums: sums[:, 0] / sums[:, 1]) or (None, None)
-                row["trained_minus_it"] = float(apart[:, 0].sum() / oracle.sum()) if oracle.any() else None
-                row["difference_low"], row["difference_high"] = ends
+                row["difference"] = float(apart[:, 0].sum() / oracle.sum()) if oracle.any() else None
+                row["difference_ci95"] = prompt_interval(apart, prompts, lambda sums: sums[:, 0] / sums[:, 1])
             rows.append(row)
     return rows
 
@@ -200,46 +194,61 @@ def _scores(
 # -- what it says
 
 
-def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str, Any]], trained: str) -> Verdict:
+def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str, Any]], trained: str) -> Answer:
     """Does the signal come from what the backbone learned? In one line, with its intervals.
 
-    It holds where the trained backbone is better than every control and random weights stay at chance; in part where
-    they do not; it does not where the interval of the difference from a control does not lie above zero.
+    It holds where the trained backbone is better than every control and random and shuffled weights stay at chance; in
+    part where they do not. It does not where some control is as good: the difference from it lies below five points.
     """
     over_all = {row["backbone"]: row for row in accuracy if row["t"] is None}
     ours, others = over_all[trained], [row for name, row in over_all.items() if name != trained]
-    if any(row["difference_low"] is None for row in others):
-        return Verdict(UNCLEAR, f"Accuracy on {ours['prompts']} prompts: too few for an interval; measure 10 or more.")
+    if any(row["difference_ci95"] is None for row in others):
+        few = f"{ours['prompts']} test prompts are too few for an interval; measure 10 or more."
+        return Answer("cannot be told", few)
     parts = [f"{row['backbone']} {shown(row['accuracy'])} (trained minus it {_ends(row)})" for row in others]
-    sentence = (
-        f"Accuracy over all noise levels is {shown(ours['accuracy'])} on the trained backbone, on {', '.join(parts)}"
-    )
-    better = all(row["difference_low"] > 0 for row in others)
-    at_chance = all(row["low"] <= CHANCE for row in others if row["backbone"] != "statistics")
+    sentence = f"Over all noise levels accuracy is {shown(ours['accuracy'])} when trained, on {', '.join(parts)}"
     if early:
-        steps = sorted({row["step"] for row in early if row["step"] > 1} or {row["step"] for row in early})
-        at = steps[len(steps) // 2]
+        steps = sorted({row["step"] for row in early})
+        at = min(steps, key=lambda step: abs(step - CUT))
         here = {row["backbone"]: row for row in early if row["step"] == at}
         picked = [f"{name} {_share(row)}" for name, row in here.items() if name != trained]
-        sentence += (
-            f"; a pick after step {at} gains {_share(here[trained])} of the oracle's gain by it, by {', '.join(picked)}"
+        sentence += f"; a pick after step {at} gets {_share(here[trained])} of the oracle's gain, {', '.join(picked)}"
+    if ours["accuracy_ci95"][0] <= CHANCE:
+        return Answer(
+            "cannot be told", f"{sentence}: the trained backbone's head is at chance itself; train it longer."
         )
-    if not better:
-        equal = [row["backbone"] for row in others if row["difference_low"] <= 0]
-        return Verdict(FAILS, f"{sentence}: {' and '.join(equal)} judge{'s' * (len(equal) == 1)} as well.")
-    if at_chance:
-        return Verdict(HOLDS, f"{sentence}: without training the signal is gone.")
-    return Verdict(IN_PART, f"{sentence}: training adds to it, but accuracy does not fall to chance without.")
+    as_good = [row["backbone"] for row in others if row["difference_ci95"][1] < NEAR]
+    if as_good:
+        return Answer("does not hold", f"{sentence}: {' and '.join(as_good)} judge{'s' * (len(as_good) == 1)} as well.")
+    if any(row["difference_ci95"][0] <= 0 for row in others):
+        return Answer("cannot be told", f"{sentence}: not every difference is clear of zero.")
+    if all(row["accuracy_ci95"][0] <= CHANCE for row in others if row["backbone"] != controls.STATISTICS):
+        return Answer("holds", f"{sentence}: without training the signal is gone.")
+    return Answer("holds in part", f"{sentence}: training adds to it, but accuracy does not fall to chance without.")
 
 
 def _ends(row: Mapping[str, Any]) -> str:
-    ends = f"{shown(row['difference_low'])} to {shown(row['difference_high'])}"
-    return f"{shown(row['trained_minus_it'])}, {ends}"
+    return f"{shown(row['difference'])}, {' to '.join(map(shown, row['difference_ci95']))}"
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    ends = "" if row["low"] is None else f" ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
-    return f"{100 * (row['share_of_oracle'] or 0):.0f} %{ends}"
+    interval = row["share_of_oracle_ci95"]
+    ends = "" if interval is None else f" ({round(100 * interval[0])} to {round(100 * interval[1])})"
+    return f"{round(100 * (row['share_of_oracle'] or 0))} %{ends}"
+
+
+def drawn(tables: Tables) -> list[Drawing]:
+    """The figures of a finding's tables."""
+    figure, axes = new_figure(6.4, 4.0)
+    draw(tables["refutation"], axes)
+    caption = "Accuracy by noise level of one recipe’s heads on trained, random and shuffled weights, and on statistics"
+    drawings = [Drawing("refutation", caption, figure)]
+    if tables.get("refutation-early"):
+        figure, axes = new_figure(6.4, 4.0)
+        draw_early(tables["refutation-early"], axes)
+        caption = "What a pick by the states after a step gains, as a share of the best candidate's gain."
+        drawings.append(Drawing("refutation-early", caption, figure))
+    return drawings
 
 
 def draw(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
@@ -270,7 +279,7 @@ def draw_early(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
 def _line(axes: Axes, number: int, name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
     colour = ACCENT if number == 0 else SERIES[(number - 1) % len(SERIES)]
     places = [row[x] for row in rows]
-    if all(row["low"] is not None for row in rows):
-        low, high = ([row[end] for row in rows] for end in ("low", "high"))
+    if all(row[f"{y}_ci95"] is not None for row in rows):
+        low, high = ([row[f"{y}_ci95"][end] for row in rows] for end in (0, 1))
         axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.plot(places, [row[y] for row in rows], "o-", color=colour, linewidth=2 if number == 0 else 1.4, label=name)
