@@ -31,3 +31,13 @@ def test_the_golden_run_gives_what_its_file_says() -> None:
     assert best["scores"].keys() == kept["scores"].keys()
     for name, scores in kept["scores"].items():
         assert best["scores"][name] == pytest.approx(scores, abs=TOLERANCE), name
+
+
+def test_the_claims_of_a_short_reproduction_stay() -> None:
+    expected, found = json.loads(golden.CLAIMS.read_text(encoding="utf-8")), golden.claims()
+    assert found.keys() == expected.keys()
+    for name, row in expected.items():
+        other = found[name]
+        assert other["pairs"] == row["pairs"], name
+        assert abs(other["accuracy"] - row["accuracy"]) * row["pairs"] < FLIPPED_PAIRS + 0.5, name
+    assert found["query"]["accuracy"] > found["shuffled weights"]["accuracy"] + 0.05  # the signal is the backbone's
