@@ -7,13 +7,17 @@ from collections import Counter
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import torch
 
 from prism import shapeworld
 from prism.backbone import Backbone
-from prism.lab.judged_sets import STRENGTHS, JudgedSets, Videos, _faults, assigned
+from prism.lab import judged_sets
+from prism.lab.judged_sets import JudgedSets, Videos, _faults, assigned
 from prism.lab.judging_power import Subject
 from prism.runs import Parts
-from prism.shapeworld import candidates
+from prism.shapeworld import candidates, referee
+
+STRENGTHS = (0.0, 1.0)
 
 
 def test_every_backbone_is_in_as_many_prompts_with_changing_partners():
@@ -23,8 +27,16 @@ def test_every_backbone_is_in_as_many_prompts_with_changing_partners():
     assert assigned(3, 1) == [(0, 0)] * 3
 
 
+def sample(_backbone, _call, chunk, _trajectories):
+    """Latents and scores that follow from the seed, in place of sampling and the referee."""
+    scores = torch.tensor([seed % 97 / 97 for _, _, seed in chunk])
+    part = {f"score/{name}": scores.clone() for name in referee.DIMENSIONS}
+    return {**part, "latents": scores.view(-1, 1, 1, 1, 1).expand(-1, 48, 5, 4, 4).half().contiguous()}
+
+
 def test_both_sets_hold_the_same_prompts_and_the_quality_is_that_of_the_videos(tmp_path, monkeypatch):
-    monkeypatch.setitem(shapeworld.CALL, "num_inference_steps", 1)
+    monkeypatch.setattr(candidates, "sample", sample)
+    monkeypatch.setattr(judged_sets, "STRENGTHS", STRENGTHS)
     backbone = Backbone(shapeworld.pipeline("small"))
     subjects = [Subject(name, lambda: backbone) for name in ("a/b", "c")]
     sets = JudgedSets(Parts(tmp_path), subjects, Videos(train=2, test=2))
@@ -33,7 +45,7 @@ def test_both_sets_hold_the_same_prompts_and_the_quality_is_that_of_the_videos(t
     for store in (own, nobodys):
         for split, texts in prompts.items():
             videos = store.videos.filter(pc.equal(store.videos["split"], split))
-            assert videos["prompt"].to_pylist() == [text for text in texts for _ in range(4)]
+            assert videos["prompt"].to_pylist() == [text for text in texts for _ in range(4 if store is own else 2)]
     assert Counter(own.videos["model"].to_pylist()) == {"a/b": 8, "c": 8}
     for name, values in quality.items():
         assert values.prompts == tuple(prompts["test"])

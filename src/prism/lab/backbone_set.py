@@ -78,8 +78,8 @@ def shipped() -> list[Member]:
 def make(out: Path, trainings: Sequence[Training] = TRAININGS, device: str = "cpu") -> list[Member]:
     """Train all of them in `out`, one after the other, and return their backbones; a run that was killed goes on.
 
-    `out/NAME` holds a training with its checkpoints, `out/backbones/NAME-STEPS` the weights of a backbone. The latents
-    that trainings of one seed and number of videos learn from are rendered once.
+    `out`, which may be a link, holds each training in `NAME`, with its checkpoints, and the weights of a backbone in
+    `backbones/NAME-STEPS`. The latents that trainings of one seed and number of videos learn from are rendered once.
 
     Raises:
         PrismError: where `out/NAME` holds a training with other settings, or another process works in `out`.
@@ -87,7 +87,7 @@ def make(out: Path, trainings: Sequence[Training] = TRAININGS, device: str = "cp
     names = [each.name for each in trainings]
     if len(set(names)) < len(names):
         raise PrismError(f"The trainings are named {', '.join(names)}; give each a name of its own.")
-    held = claim(out, {"command": "backbones"}, True, name=IDENTITY)  # a training checks its own settings
+    held = claim(out.resolve(), {"command": "backbones"}, True, name=IDENTITY)  # a training checks its own settings
     members = []
     for each in trainings:
         members += _made(held, each, device)
@@ -102,7 +102,8 @@ def _made(held: Parts, training: Training, device: str) -> list[Member]:
         name = f"{training.name}-{step}"
         folder = held.folder / "backbones" / name
         if not folder.is_dir():
-            _train(held.folder, training, device)
+            if not (run / "transformer" / "text_encoder").is_dir():  # what a training saves last
+                _train(held.folder, training, device)
             candidates.save_weaker(run, folder, None if step == training.steps else step)
         saved = files.read_json(folder / "training.json")
         for key in ("layers", "heads", "seed", "videos", "steps"):
