@@ -257,3 +257,15 @@ def test_a_played_search_is_planned_filed_and_run(tmp_path: Path, monkeypatch: p
     planned: Any = prism.best_of_n(backbone.pipe, judge, tiny.PROMPT, plan="out", budget=4, **tiny.CALL_WAN)
     assert (planned.index, planned.top[0].edits) == (result.index, result.top[0].edits)
     assert planned.ledger.denoiser_rows == pytest.approx(filed["plans"][0]["cost"] * 12)
+
+
+def test_what_all_plans_share_draws_none_of_them_to_the_mean() -> None:
+    """The luck of the replayed plan that all are compared with is no reason to believe less in one that differs."""
+    random = np.random.default_rng(0)
+    truth = np.repeat([0.3, 0.0, -0.1, -0.2], 3)
+    excess = truth[:, None] + random.normal(0, 0.1, (12, 40))
+    arms, costs = [str(index // 3) for index in range(12)], np.tile([1.2, 2.0, 3.0], 4)
+    luck = random.normal(0, 3, 40)
+    apart = measured.steadied(excess + luck - luck.mean(), costs, arms)
+    assert apart == pytest.approx(measured.steadied(excess, costs, arms))
+    assert apart[:3] == pytest.approx(excess[:3].mean(1), abs=0.05)
