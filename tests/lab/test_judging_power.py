@@ -10,12 +10,15 @@ import torch
 from safetensors.torch import save_file
 from tests import stores, tiny
 
+from prism import files
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import measure
 from prism.lab import controls, judging_power, refutation
+from prism.lab.bench import SCALES, Bench
 from prism.lab.correlation import Published
 from prism.lab.correlation_study import drawn, study
+from prism.lab.experiments import judging
 from prism.lab.judging_power import HeadRecipe, HeadsOnBackbones, Subject, bonus_of_own, power, right_of
 from prism.report.figures import as_svg
 from prism.runs import Parts
@@ -123,31 +126,46 @@ def test_controls_lose_what_was_trained_and_nothing_else(subject, store):
 
 
 def test_the_refutation_test_compares_with_every_control(tmp_path, subject, store):
-    played = stores.make(tmp_path / "played", (0, 0, 24), meta={"key": {"states": [2, 4, 6]}})
-    found = refutation.refute(Parts(tmp_path), subject, store, played, RECIPE)
+    scale = replace(SCALES["quick"], seeds=2, train=RECIPE.train, dim=16, levels=(600, 0))
+    bench = Bench(Parts(tmp_path), scale, subject.load(), tiny.CALL_WAN, store, tap=2)
+    found = judging.refute(bench)
     rows = found.tables["refutation"]
-    names = ["org/tiny", "random weights", "shuffled weights", "statistics"]
+    names = ["trained", "random weights", "shuffled weights", "statistics"]
     assert [row["backbone"] for row in rows if row["t"] is None] == names
     whole, random = (next(row for row in rows if row["backbone"] == name and row["t"] == 600) for name in names[:2])
     assert random["difference"] == pytest.approx(whole["accuracy"] - random["accuracy"])
     assert random["difference_ci95"][0] <= random["difference"] <= random["difference_ci95"][1]
-    assert len(found.tables["refutation-early"]) == 4 * 3
-    drawings = refutation.drawn(found.tables)
-    assert [each.name for each in drawings] == ["refutation", "refutation-early"]
-    assert all("shuffled weights" in as_svg(each.figure, each.caption) for each in drawings)
+    assert "Best-of-N by early states was left out: The store" in found.text  # it names no steps
+    with pytest.raises(PrismError, match="One backbone cannot correlate"):
+        judging.correlate(bench)
 
-    # planted scores: the referee's own pick the best, and its opposite the worst
-    values = np.array(played.videos["VQ"].to_pylist()).reshape(24, 4) + np.array(played.videos["MQ"]).reshape(24, 4)
+    # Planted scores: the referee's own pick the best, and its opposite the worst. One control is scored in earnest.
+    played = stores.make(tmp_path / "played", (0, 0, 24), meta={"key": {"states": [2, 4, 6]}})
+    values = np.array([played.videos[name].to_pylist() for name in ("VQ", "MQ")]).sum(0).reshape(24, 4)
     values = values[4:]  # heads were trained on the first four prompts
-    for name, sign in zip(names, (1, -1, 1, -1)):
+    for name, sign in zip(names[:3], (1, -1, 1)):
         planted = torch.tensor(sign * values).expand(2, 3, 20, 4).contiguous()
+        (tmp_path / "early").mkdir(exist_ok=True)
         path = tmp_path / f"early/{judging_power.file_name(name)}.safetensors"
         save_file({"scores": planted, "steps": torch.tensor([2, 4, 6])}, path)
-    rows = refutation.refute(Parts(tmp_path), subject, store, played, RECIPE).tables["refutation-early"]
+    trained = replace(subject, name="trained")
+    found = refutation.refute(Parts(tmp_path), trained, store, played, judging._recipe(bench))
+    rows = found.tables["refutation-early"]
     assert [row["share_of_oracle"] for row in rows[:3]] == pytest.approx([1, 1, 1])
     worst = (values.min(1) - values.mean(1)).sum() / (values.max(1) - values.mean(1)).sum()
     assert rows[3]["share_of_oracle"] == pytest.approx(worst)
     assert rows[3]["difference"] == pytest.approx(1 - worst)
+    heads = HeadsOnBackbones(Parts(tmp_path), {refutation.SET: store}, recipe=judging._recipe(bench))
+    backbone = controls.statistics_of(trained, store).load()
+    states, t = played.trajectory([f"video-{row:03d}" for row in range(16, 20)], 1)
+    judge = heads.judges(refutation.SET, "statistics", backbone)[1]
+    expected = judge.score(states, [stores.PROMPTS[4]] * 4, float(t[0]), **tiny.CALL_WAN)[:, 2]
+    scored = files.load_safetensors(tmp_path / "early/statistics.safetensors")["scores"]
+    np.testing.assert_allclose(scored[1, 1, 0], expected, atol=1e-5)
+    assert judge.dimensions[2] == "overall"
+    drawings = refutation.drawn(found.tables)
+    assert [each.name for each in drawings] == ["refutation", "refutation-early"]
+    assert all("shuffled weights" in as_svg(each.figure, each.caption) for each in drawings)
 
 
 def row_of(name, accuracy, low, difference=None, difference_low=None):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prism import files
 from prism.backbone import Backbone
+from prism.errors import PrismError
 from prism.evaluation.intervals import prompt_interval
 from prism.evaluation.recorded import candidates_of, reward_columns
 from prism.judge import Judge
@@ -53,12 +54,13 @@ def refute(
     Args:
         trained: the backbone that is put to the test.
         store: pairs to train heads on and to measure them on.
-        played: candidates of test prompts with recorded states and rewards, for early Best-of-N; None: without it.
+        played: candidates of test prompts with recorded states and rewards, for early Best-of-N; None: without it. What
+            cannot be played is left out, and the text says why.
         tested: the store whose test pairs are measured on; None: `store`.
         randomised: components that get other weights, where more than the denoiser was trained (see `controls`).
 
     Raises:
-        PrismError: for a store without pairs or with other latents, or `played` with too few candidates.
+        PrismError: for a store without pairs or with other latents.
     """
     recipe = recipe or HeadRecipe()
     others = [
@@ -70,7 +72,12 @@ def refute(
     measured = bench.measured([trained, *others])[SET]
     dimension = dimension_of(measured[trained.name][0], recipe.dimension)
     accuracy = _accuracy(measured, trained.name, dimension)
-    early = [] if played is None else _early(bench, [trained, *others], played, dimension, store)
+    early, left_out = list[dict[str, Any]](), ""
+    if played is not None:
+        try:
+            early = _early(bench, [trained, *others], played, dimension, store)
+        except PrismError as error:  # too few candidates, or no recorded states
+            left_out = f" Best-of-N by early states was left out: {error}"
     verdict = judge_of(accuracy, early, trained.name)
     tables = {"refutation": accuracy} | ({"refutation-early": early} if early else {})
     text = (
@@ -78,7 +85,7 @@ def refute(
         "random weights still reads the noisy latent, mixed at random, and the prompt's words: what it gets above "
         "chance comes from there. One draw of random weights was tried."
     )
-    text += " Best-of-N chose among recorded candidates of the trained backbone." if early else ""
+    text += " Best-of-N chose among recorded candidates of the trained backbone." if early else left_out
     seeds = tuple(range(recipe.seed, recipe.seed + recipe.seeds))
     return Finding(verdict.word, verdict.sentence, text, tables, accuracy[0]["prompts"], seeds)
 
