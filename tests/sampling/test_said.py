@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from tests import tiny
 from tests.works import works
 
@@ -15,6 +17,7 @@ from prism.errors import PrismError
 from prism.preference import LatentStore
 from prism.sampling import best_of_n, ranking
 from prism.sampling.particles import FKSteering
+from prism.sampling.replay import check_noise
 from prism.sampling.strategies import Full, plan_of
 from prism.shapeworld import asset_folder
 
@@ -160,3 +163,13 @@ def test_a_scheduler_that_the_pipelines_loop_cannot_use_is_told(strategy):
         PrismError, match=r"^DDIMScheduler and WanPipeline do not go together \(.*; set another scheduler"
     ):
         best_of_n(pipe, judge, tiny.PROMPT, n=2, strategy=strategy, **tiny.CALL_WAN)
+
+
+def test_asking_a_scheduler_for_its_noise_has_diffusers_say_nothing(caplog):
+    logger = logging.getLogger("diffusers.schedulers.scheduling_euler_discrete")
+    logger.addHandler(caplog.handler)
+    try:
+        check_noise(SimpleNamespace(scheduler=EulerDiscreteScheduler()), False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -49,6 +49,8 @@ def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
         with torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
             for t in scheduler.timesteps[:2]:
+                if hasattr(scheduler, "scale_model_input"):  # without it some warn
+                    scheduler.scale_model_input(sample, t)
                 scheduler.step(sample, t, sample, **lent)
             moved = not torch.equal(torch.get_rng_state(), before)
     except Exception:  # a scheduler with another interface is checked at its first step in the search
