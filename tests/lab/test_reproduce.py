@@ -112,6 +112,11 @@ def test_a_run_goes_on_and_adds_experiments(made, capsys):
     [
         (["noise-robust"], "There is no experiment noise-robust; did you mean noise-robustness"),
         (["states"], "The experiment states runs at --scale full alone."),
+        (
+            ["--correlate", "a"],
+            "Backbones are correlated by scores of their videos; give both --correlate and --quality.",
+        ),
+        (["--correlate", "a", "--quality", "b.csv"], "name their store with --data"),
         (["--scale", "huge"], "The --scale is huge; choose quick or full."),
         (["--backbone", "nowhere"], "A backbone of your own needs labelled videos of its own; name their store with"),
     ],

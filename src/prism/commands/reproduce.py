@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from prism.commands import speaks
-from prism.commands.options import BatchSize, Labelled, Resuming, Seed, option, recorded
+from prism.commands.options import BatchSize, Labelled, Repeated, Resuming, Seed, option, recorded
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,17 @@ class Reproduce:
     """
 
     experiments: Annotated[tuple[str, ...], tyro.conf.Positional, option("EXPERIMENT", "all")] = ()
-    """noise-robustness, best-of-n, query-and-pooling, related-judges, depth, states, fine-tuning, attention."""
+    """noise-robustness, best-of-n, query-and-pooling, related-judges, depth, states, fine-tuning, attention,
+    refutation, correlation, self-improvement."""
     output: Anywhere = field(default_factory=Anywhere)
     scale: Annotated[str, option("NAME")] = "quick"
     """quick (minutes), or full (hours: what narrow intervals need)."""
     tap: Annotated[int | None, option("BLOCK", "4 of the embedded model's 6, else 0.4 of the blocks")] = None
     """Block whose tokens heads read, from 1."""
+    correlate: Annotated[tuple[str, ...], Repeated, option("NAME", "15 of ShapeWorld, 12 of them trained")] = ()
+    """A backbone for the experiment correlation: a folder, or an id on the Hub; five or more, of one VAE."""
+    quality: Annotated[Path | None, option("FILE", "the referee's scores")] = None
+    """Their generative quality: a table with a row per backbone and VBench's dimensions as columns."""
     batch_size: BatchSize = 64
     seed: Seed = 0
     models: Labelled = field(default_factory=Labelled)
@@ -54,6 +59,8 @@ class Reproduce:
             self.seed,
             self.batch_size,
             self.output.resume,
+            self.correlate,
+            self.quality,
             recorded(self),
         )
         if speaks():

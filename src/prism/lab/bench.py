@@ -120,6 +120,7 @@ class Bench:
         pixels: judges of decoded frames, by name; None: those that ship, on ShapeWorld.
         tap: the block that heads read unless their kind says so; None: 4 of ShapeWorld's 6, the backbone's default.
         batch_size: videos per denoiser call.
+        others, quality: backbones to correlate (folders or ids), and a table of published scores of their videos.
     """
 
     def __init__(
@@ -133,9 +134,11 @@ class Bench:
         pixels: Mapping[str, Any] | None = None,
         tap: int | None = None,
         batch_size: int = 64,
+        others: Sequence[str] = (),
+        quality: Path | None = None,
     ) -> None:
         self.parts, self.scale, self.backbone, self.call, self.data = parts, scale, backbone, dict(call), data
-        self.seed, self.batch_size = seed, batch_size
+        self.seed, self.batch_size, self.others, self.quality = seed, batch_size, tuple(others), quality
         self._pixels = pixels
         self.kinds = kinds(backbone.num_blocks)
         self.tap = tap or (backbone.default_tap if data else TAP)

@@ -19,9 +19,12 @@ import prism
 from prism import files, runs
 from prism.backbone.fingerprint import VERSIONED
 from prism.errors import SEEDS, PrismError, quoted, whole
+from prism.lab import published_quality
 from prism.lab.bench import SCALES, Bench, check_store, seconds
 from prism.lab.experiments.cuts import CUTS
 from prism.lab.experiments.finetuned import FINETUNED
+from prism.lab.experiments.improving import IMPROVING
+from prism.lab.experiments.judging import CORRELATION, REFUTATION
 from prism.lab.experiments.looking import LOOKING
 from prism.lab.experiments.noise import NOISE
 from prism.lab.experiments.reading import DEPTH, READING
@@ -38,7 +41,11 @@ from prism.report.page import write_report
 from prism.report.rows import AnswerRow
 
 EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (NOISE, CUTS, READING, RELATED, DEPTH, STATES, FINETUNED, LOOKING)
+    each.name: each
+    for each in (
+        *(NOISE, CUTS, READING, RELATED, DEPTH, STATES, FINETUNED, LOOKING),
+        *(REFUTATION, CORRELATION, IMPROVING),
+    )
 }
 NOTES = (
     "Methods. Every head is trained on the same pairs by the same recipe, each seed with first weights and batches of "
@@ -65,6 +72,8 @@ def run(
     seed: int = 0,
     batch_size: int = 64,
     resume: bool = False,
+    others: Sequence[str] = (),
+    quality: Path | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run the experiments `names` (all of the scale's, where none is named); write the page, tables and figures.
@@ -75,6 +84,12 @@ def run(
     check_alone("reproduce")
     whole("--seed", seed, 0, SEEDS)
     chosen = _chosen(names, scale)
+    if bool(others) != (quality is not None):
+        raise PrismError("Backbones are correlated by scores of their videos; give both --correlate and --quality.")
+    if others and data is None:
+        raise PrismError("Backbones to correlate judge the same labelled videos; name their store with --data.")
+    if quality is not None:
+        published_quality.read(quality, others)  # a table that cannot be read is refused before the work
     if backbone is not None and data is None:
         raise PrismError("A backbone of your own needs labelled videos of its own; name their store with --data.")
     loaded, call, name = load_backbone(backbone, device, dtype)
@@ -90,11 +105,12 @@ def run(
         "tap": tap,
         "backbone": loaded.fingerprint(),
         "store": None if store is None else store_identity(store),
+        "others": list(others),
         "version": prism.__version__,
     }
     changeable = ("store.name", *(f"backbone.{each}" for each in VERSIONED))
     parts = runs.claim(out, identity, resume, changeable=changeable)
-    bench = Bench(parts, SCALES[scale], loaded, call, store, seed, tap=tap, batch_size=batch_size)
+    bench = Bench(parts, SCALES[scale], loaded, call, store, seed, None, tap, batch_size, others, quality)
     started = time.perf_counter()
     refused: dict[str, str] = {}
     _prepare(bench, chosen)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
+from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.lab import backbone_set, correlation_study, refutation
+from prism.lab import backbone_set, correlation_study, published_quality, refutation
 from prism.lab.bench import Bench
 from prism.lab.findings import Drawing, Experiment, Finding, Tables
 from prism.lab.judged_sets import Videos
@@ -30,15 +33,28 @@ def refute(bench: Bench) -> Finding:
 
 
 def correlate(bench: Bench) -> Finding:
-    """Backbones of several sizes and stages, which are trained in the run's folder where they are missing."""
+    """Backbones of several sizes and stages, which are trained in the run's folder where they are missing; or those
+    that are named, by published scores of their videos, on the store of the run."""
+    if bench.others:
+        subjects = [Subject(name, partial(_loaded, name)) for name in bench.others]
+        quality = published_quality.read(bench.quality or Path("quality.csv"), bench.others)
+        stores = {bench.training.folder.name: bench.training}
+        return correlation_study.study(bench.parts, subjects, stores, quality.of, _recipe(bench), quality.what)
     if bench.data is not None:
         raise PrismError(
-            "One backbone cannot correlate; prism.lab.correlation_study.study compares several of one VAE, by scores "
-            "of their videos, on stores of your own."
+            "One backbone cannot correlate; name several of one VAE (--correlate FOLDER_OR_ID, several times) and the "
+            "scores of their videos (--quality FILE)."
         )
     members = [*backbone_set.shipped(), *backbone_set.make(bench.parts.folder / "backbones")]
     videos = Videos(train=600, test=bench.scale.test_prompts, seed=bench.seed)
     return correlation_study.on_shapeworld(bench.parts, members, videos, _recipe(bench))
+
+
+def _loaded(name: str) -> Backbone:
+    from prism.loading import load_backbone
+
+    backbone: Backbone = load_backbone(name)[0]
+    return backbone
 
 
 def draw_correlation(tables: Tables) -> Sequence[Drawing]:
