@@ -100,7 +100,7 @@ def test_both_axes_and_the_seeds_widen_the_interval():
     assert seeds.row("pearson")["value_ci95"][0] < 0.98
     # three equally spaced seeds: the standard error of their mean is spread / sqrt(3)
     row = seeds.points[0]
-    assert row["power_ci95"][1] - row["power"] == pytest.approx(1.96 * 0.1 / math.sqrt(3), rel=0.2)
+    assert row["power_ci95"][1] - row["power"] == pytest.approx(1.96 * 0.1 / math.sqrt(3), rel=0.1)
 
 
 def test_prompts_of_both_axes_are_resampled_together():
