@@ -22,6 +22,15 @@ FORMS = {
     "latte": ("epsilon", 1.0),
     "allegro": ("epsilon", 1.0),
 }
+# Guidance that cannot be turned off, and a first frame that is a condition: only the form is looked at.
+OTHERS = {"hunyuan15": ("flow", 1.0), "sana_video_i2v": ("flow", 1.0), "cosmos25_image": ("flow", 1.0)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_guidance_and_conditions_do_not_hide_the_target(name):
+    pipe, call = VARIANTS[name]()
+    target = target_of(Backbone(pipe), tiny.PROMPT, call)
+    assert (target.form, target.sign) == OTHERS[name]
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -53,10 +53,11 @@ def brightness(video):
     return float(video.mean())
 
 
-def run(backbone, judge, out, prompts=PROMPTS, test=TEST, outer=None, resume=False, **settings):
+def run(backbone, judge, out, prompts=PROMPTS, test=TEST, outer=None, resume=False, reuse=None, **settings):
     config = ImproveConfig(**{**SMALL, "rounds": 2, **settings})
     more = {"outer": outer or Outer("dark", dark), "controls": ["worst"], "rewards": [Reward(brightness, "light")]}
-    return improve(backbone, judge, prompts, test, CALL, out, config, resume=resume, progress=False, **more)
+    more |= {"resume": resume, "reuse": reuse, "progress": False}
+    return improve(backbone, judge, prompts, test, CALL, out, config, **more)
 
 
 def dark(latents, prompts, call, seeds):
@@ -150,6 +151,22 @@ def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backb
     again = run(backbone, judge, out, resume=True)
     assert again.rounds == two[0].rounds
     assert sums(out) == sums(two[0].folder)
+
+
+def test_the_untuned_models_videos_are_taken_from_another_run(two, backbone, judge, tmp_path, monkeypatch):
+    def sampled(prompts, backbone, call, out, *rest, **options):
+        assert Path(out, "store.json").is_file(), f"{out} is sampled again"
+        return collect(prompts, backbone, call, out, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="round-1/test is sampled again"):
+        patch.setattr(rounds, "collect", sampled)
+        run(backbone, judge, tmp_path / "other", reuse=two[0].folder, steps=1)
+    scores = [files.read_json(each / "judge/round-1/scores.json") for each in (two[0].folder, tmp_path / "other")]
+    assert scores[0]["scores"] == scores[1]["scores"]
+    with pytest.raises(PrismError, match="seed"):
+        run(backbone, judge, tmp_path / "seed", reuse=two[0].folder, seed=3)
+    with pytest.raises(PrismError, match="holds no judge/round-1/candidates"):
+        run(backbone, judge, tmp_path / "none", reuse=tmp_path)
 
 
 def test_a_folder_of_another_configuration_is_refused(two, backbone, judge):

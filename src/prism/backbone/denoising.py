@@ -6,10 +6,9 @@ makes of the denoiser's output before the scheduler takes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,19 +107,21 @@ def target_of(backbone: Backbone, prompt: str, call: Mapping[str, Any]) -> Targe
             output in more than its sign.
     """
     form, scheduler, name = _form(backbone), backbone.pipe.scheduler, type(backbone.pipe).__name__
-    given, taken = _first_step(backbone, prompt, call)
-    if given is None or taken is None:
+    answers, taken = _first_step(backbone, prompt, call)
+    if not answers or taken is None:
         raise PrismError(
             f"{name} hands its denoiser's output to no step of its scheduler, so that what the denoiser is trained "
             "towards is not known; tune it with its own trainer."
         )
-    step = taken["model_output"].float()
-    sign = next((sign for sign in (1.0, -1.0) if _equal(sign * given, step)), 0.0)
+    mask = sampled_mask(backbone.condition([prompt], **call), answers[0])
+    step, seen = taken["model_output"].float(), [_alike(backbone, each, taken["model_output"]) for each in answers]
+    mask = None if mask is None else _alike(backbone, mask, step)
+    sign = next((sign for sign in (1.0, -1.0) if _comes_of(seen, sign * step, mask)), 0.0)
     if not sign:
         raise PrismError(
-            f"{name} changes its denoiser's output before the scheduler takes it (from {quoted(tuple(given.shape))} to "
-            f"{quoted(tuple(step.shape))}), so that what the denoiser is trained towards is not known; tune it with "
-            "its own trainer."
+            f"{name} changes its denoiser's output before the scheduler takes it (from "
+            f"{quoted(tuple(answers[0].shape))} to {quoted(tuple(step.shape))}), so that what the denoiser is trained "
+            "towards is not known; tune it with its own trainer."
         )
     turned = bool(config_of(scheduler).get("invert_sigmas")) or taken.get("per_token_timesteps") is not None
     return Target(form, -sign if form == "flow" and turned else sign)
@@ -144,10 +145,9 @@ def _form(backbone: Backbone) -> str:
     )
 
 
-def _first_step(
-    backbone: Backbone, prompt: str, call: Mapping[str, Any]
-) -> tuple[Tensor | None, dict[str, Any] | None]:
-    """The denoiser's output, and the arguments of the scheduler's `step`, in the first step of an unguided call."""
+def _first_step(backbone: Backbone, prompt: str, call: Mapping[str, Any]) -> tuple[list[Tensor], dict[str, Any] | None]:
+    """The denoiser's outputs, and the arguments of the scheduler's `step`, in the first step of a call without
+    guidance, as far as the pipeline can do without it."""
     outputs: list[Tensor] = []
     steps: list[dict[str, Any]] = []
 
@@ -157,31 +157,45 @@ def _first_step(
         return answer
 
     def stop(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        named = dict(zip(("model_output", "timestep", "sample"), args))
-        steps.append({**named, **kwargs})
+        steps.append({**dict(zip(("model_output", "timestep", "sample"), args)), **kwargs})
         raise StopCall
 
-    pipe = backbone.pipe
     arguments = normalised({name: value for name, value in call.items() if name != "output_type"})
     arguments |= {**unguided(backbone.family, arguments, backbone._call), "output_type": "latent"}
     arguments |= backbone.batch([prompt], [0], arguments)
     with torch.no_grad(), backbone.held(), ExitStack() as stack:
         for denoiser in backbone.denoisers:
             stack.enter_context(around_module(denoiser, listen))
-        stack.enter_context(around(pipe.scheduler, "step", partial(stop), reads=True))
-        run_until_stopped(pipe, arguments)
-    if not outputs or not steps or not isinstance(steps[0].get("model_output"), Tensor):
-        return None, None
-    channels = layout.channel_axis(backbone.family.layout)
-    sample, answer = steps[0].get("sample"), outputs[0]
-    if isinstance(sample, Tensor) and sample.ndim == answer.ndim and answer.shape[channels] > sample.shape[channels]:
-        answer = answer.narrow(channels, 0, sample.shape[channels])
-    return answer, steps[0]
+        stack.enter_context(around(backbone.pipe.scheduler, "step", stop, reads=True))
+        run_until_stopped(backbone.pipe, arguments)
+    known = bool(steps) and isinstance(steps[0].get("model_output"), Tensor)
+    return (outputs, steps[0]) if known else ([], None)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """True for the same numbers, up to rounding of half precision."""
-    return one.shape == other.shape and torch.allclose(one, other.to(one.device), rtol=1e-2, atol=1e-3)
+def _alike(backbone: Backbone, answer: Tensor, step: Tensor) -> Tensor:
+    """An output without the channels of a learned variance and the frames in front that the scheduler does not take."""
+    letters = backbone.family.layout
+    if answer.ndim != step.ndim or answer.ndim != len(letters):
+        return answer
+    for axis, letter in enumerate(letters):
+        left = answer.shape[axis] - step.shape[axis]
+        if left > 0 and letter in "CT":
+            answer = answer.narrow(axis, 0 if letter == "C" else left, step.shape[axis])
+    return answer
+
+
+def _comes_of(outputs: Sequence[Tensor], step: Tensor, mask: Tensor | None) -> bool:
+    """True where the scheduler takes an output as it is, or two of them as guidance joins them: b + scale (a - b)."""
+    if any(each.shape != step.shape for each in outputs):
+        return False
+    chosen = torch.ones_like(step, dtype=torch.bool) if mask is None or mask.shape != step.shape else mask
+    values = [each.to(step.device)[chosen] for each in outputs]
+    wanted, first = step[chosen], values[0]
+    if len(values) > 1:
+        difference = values[0] - values[1]
+        scale = (wanted - values[1]) @ difference / (difference @ difference).clamp(min=1e-12)
+        first = values[1] + scale * difference
+    return torch.allclose(first, wanted, rtol=1e-2, atol=1e-3)
 
 
 def _tensor(answer: Any) -> Tensor:

@@ -116,6 +116,9 @@ class Improve:
     judges: Judges = Judges()
     settings: Settings = Settings()
     heads: Retrained = Retrained()
+    reuse: Annotated[Path | None, option("FOLDER", "")] = None
+    """Another run with the same model, prompts and seeds, such as of another recipe, whose videos of the untuned model
+    are copied and not sampled again."""
     report_to: Annotated[str, option("NAME,NAME", "none")] = ""
     """Trackers of accelerate that get each round, apart by commas: tensorboard, wandb, trackio, ..."""
     models: Models = field(default_factory=Models)
@@ -180,6 +183,7 @@ def run(config: Improve) -> dict[str, Any]:
         fps=judges.fps,
         retrain=recipe(embedded, steps=config.heads.head_steps) if config.heads.retrain_head else None,
         head_seeds=config.heads.head_seeds,
+        reuse=config.reuse,
         report_to=config.report_to,
         resume=config.output.resume,
     )

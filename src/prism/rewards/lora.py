@@ -22,7 +22,7 @@ OLD = "prism_old"  # of a frozen second one: the model that sampled
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for in a folder
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention's linear layers, by diffusers' names."""
-PROJECTIONS = ("to_query", "to_key", "to_value", "q_proj", "k_proj", "v_proj", "out_proj", "out_layer", "qkv", "proj")
+PROJECTIONS = ("to_query", "to_key", "to_value", "q_proj", "k_proj", "v_proj", "out_proj", "out_layer", "qkv")
 """Names of the same in denoisers that have none of `TARGETS`."""
 
 
@@ -180,10 +180,10 @@ def check(backbone: Backbone) -> Any:
 def default_targets(denoiser: nn.Module) -> list[str]:
     """The attention's linear layers by the ends of their names: diffusers' names, else any projection's."""
     names = [name for name, each in denoiser.named_modules() if isinstance(each, nn.Linear)]
-    for ends in (TARGETS, PROJECTIONS):
-        present = [end for end in ends if any(name == end or name.endswith(f".{end}") for name in names)]
-        if present:
-            return present
+    present = [end for end in TARGETS if any(name.endswith(f".{end}") for name in names)]
+    others = [name for name in names if name.rpartition(".")[2] in PROJECTIONS]  # by their whole names
+    if present or others:
+        return present or others
     raise PrismError(
         f"The denoiser {type(denoiser).__name__} has no linear layer named {', '.join(TARGETS)}; name the layers that "
         "get the LoRA in targets."

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prism.backbone import Backbone
 from prism.evaluation.intervals import prompt_interval
 from prism.judge import Judge
 from prism.preference import LatentStore
+from prism.preference.pairs import read_table
 from prism.rewards.picks import Group, decisive, groups_of, judged
 from prism.rewards.settings import ImproveConfig
 from prism.training.labels import Decoder
@@ -107,22 +109,27 @@ def columns(
                 values = outer.score(latents, [group.prompt] * len(part), call, [seeds[each] or 0 for each in part])
                 table[OUTER] |= {video: float(value) for video, value in zip(part, values)}
     for reward in rewards:
-        names = [
-            name
-            for name in videos.column_names
-            if name.startswith(f"{reward.name}.") or (len(rewards) == 1 and name in (reward.dimensions or ()))
-        ]
-        parts = {name.removeprefix(f"{reward.name}."): videos[name].to_pylist() for name in names}
-        scored = np.array([[np.nan if each is None else each for each in part] for part in parts.values()])
+        parts = {name: {**dict.fromkeys(ids, np.nan), **by_video} for name, by_video in _ratings(store, reward).items()}
+        scored = np.array([list(by_video.values()) for by_video in parts.values()])
         table[reward.name] = dict(zip(ids, scored.mean(0).tolist()))
-        if len(parts) > 1:
-            table |= {f"{reward.name}.{name}": dict(zip(ids, row.tolist())) for name, row in zip(parts, scored)}
+        table |= {f"{reward.name}.{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
     if "clip_motion" in videos.column_names:
         table[MOTION] = dict(zip(ids, videos["clip_motion"].to_pylist()))
     table[DIVERSITY] = {}
     for group in groups:
         table[DIVERSITY] |= dict.fromkeys(group.videos, diversity(store.latents(group.videos)))
     return table
+
+
+def _ratings(store: LatentStore, reward: Reward) -> dict[str, dict[str, float]]:
+    """The scores that a reward gave a store's videos, by dimension and video."""
+    ratings = read_table(store.folder / "ratings.parquet", ("video", "dimension", "annotator")).to_pylist()
+    by_dimension: dict[str, dict[str, float]] = {}
+    for row in ratings:
+        if row["annotator"] == reward.name:
+            name = str(row["dimension"]).removeprefix(f"{reward.name}.")
+            by_dimension.setdefault(name, {})[row["video"]] = np.nan if row["score"] is None else row["score"]
+    return by_dimension
 
 
 def diversity(latents: Tensor) -> float:
@@ -249,6 +256,23 @@ def stop_sentence(
             f"{interval[1]:+.2f}), as where a judge is played."
         )
     return None
+
+
+def tuning_cost(
+    backbone: Backbone, judge: Judge, call: Mapping[str, Any], config: ImproveConfig, prompts: int, rounds: int,
+    levels: Sequence[float],
+) -> dict[str, float]:  # fmt: skip
+    """Denoiser rows of a sample and of some rounds with as many prompts each, in closed form; a backward pass counts as
+    two rows. samples_worth: all of them in plain samples."""
+    per_sample = float(sum(backbone.steps({**call, "prompt": ""}).calls))
+    sampled = rounds * prompts * config.candidates
+    judging = sampled * len(levels) * config.num_draws * judge.tap / backbone.num_blocks
+    videos = {"pairs": 2, "winners": 1}.get(config.recipe, config.candidates)
+    passes = 5 if config.recipe == "weighted" else 4  # forward, backward, the reference, and the model that sampled
+    tuning = float(rounds * config.steps * config.prompts_per_step * videos * passes)
+    total = sampled * per_sample + judging + tuning
+    rows = {"sampled_rows": sampled * per_sample, "judging_rows": judging, "tuning_rows": tuning, "total_rows": total}
+    return {"rows_per_sample": per_sample, **rows, "samples_worth": total / per_sample}
 
 
 def _finite(value: float) -> float | None:

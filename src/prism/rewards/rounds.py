@@ -33,7 +33,7 @@ from prism.backbone import Backbone
 from prism.backbone.arguments import normalised
 from prism.backbone.denoising import Target, target_of
 from prism.backbone.fingerprint import VERSIONED
-from prism.errors import choice, whole
+from prism.errors import PrismError, choice, whole
 from prism.judge import Judge
 from prism.judge.scoring import default_levels, head_digest
 from prism.preference import LatentStore
@@ -103,6 +103,7 @@ def improve(
     fps: float | None = None,
     retrain: TrainConfig | None = None,
     head_seeds: int = 3,
+    reuse: str | Path | None = None,
     report_to: str = "",
     resume: bool = False,
     progress: bool = True,
@@ -123,6 +124,8 @@ def improve(
         fps: frames per second, for rewards that take them.
         retrain: settings with which heads are trained at last, on the original and on the tuned backbone, by the
             labels of `rewards` of the first round's candidates; None: none. head_seeds: heads on each.
+        reuse: folder of another run with the same model, prompts and seeds, such as of another recipe: the untuned
+            model's videos are copied from there, and not sampled again.
         report_to: trackers of accelerate, apart by commas.
         resume: continue a run that was stopped or killed, on a CPU to the same bits.
         progress: show progress bars.
@@ -139,6 +142,8 @@ def improve(
         check_labels(rewards, config.test_candidates)
     trackers = Trackers(report_to)
     run.begin(resume, arms)
+    if reuse is not None:
+        run.take_over(Path(reuse))
     trackers.start(run.out / "logs", config.to_dict())
     result = Improvement(run.out)
     tables: dict[str, list[dict[str, dict[str, float]]]] = {}
@@ -238,6 +243,18 @@ class _Run:
         }
         self.parts = runs.claim(self.out, identity, resume, changeable=CHANGEABLE)
 
+    def take_over(self, other: Path) -> None:
+        """Copy the untuned model's videos from another run; `collect` refuses those of other settings."""
+        for name in (f"{OURS}/round-1/candidates", "untuned/test"):
+            if not (other / name / "store.json").is_file():
+                raise PrismError(
+                    f"The --reuse {files.shown(other)} holds no {name}; name the folder of another prism improve."
+                )
+            if not (self.out / name).exists():
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                with files.new_folder(self.out / name) as folder:
+                    shutil.copytree(other / name, folder, dirs_exist_ok=True)
+
     def of_round(self, number: int) -> list[Prompt]:
         """The prompts of a round: every round has its own, an equal share of all."""
         count = len(self.prompts) // self.config.rounds
@@ -334,7 +351,9 @@ class _Run:
                         groups, tables[OURS][number][measure], of_arm[number][measure], config.seed
                     )
                     result.against.append({"arm": arm, "round": number, "measure": measure, **difference})
-        result.cost = self._cost(len(tables[OURS]) - 1)
+        call, count = self._call_of(self.prompts[0]), len(self.prompts) // config.rounds
+        rounds = len(tables[OURS]) - 1
+        result.cost = measuring.tuning_cost(self.backbone, self.judge, call, config, count, rounds, self.levels)
 
     def retrain(self, number: int, config: TrainConfig, seeds: int) -> dict[str, Any]:
         """Heads trained on the original backbone and on that of a round."""
@@ -346,25 +365,6 @@ class _Run:
             return retrained(self.judge, store, test, lora, self._lora(), config, seeds, self.levels, self.progress)
 
         return self.parts.once(f"retrained-{number}-{config.steps}-{seeds}", make)
-
-    def _cost(self, rounds: int) -> dict[str, Any]:
-        """Denoiser rows of a sample and of the tuning, in closed form; a backward pass counts as two rows."""
-        config = self.config
-        per_sample = float(sum(self.backbone.steps({**self._call_of(self.prompts[0]), "prompt": ""}).calls))
-        sampled = rounds * (len(self.prompts) // config.rounds) * config.candidates
-        judging = sampled * len(self.levels) * config.num_draws * self.judge.tap / self.backbone.num_blocks
-        videos = {"pairs": 2, "winners": 1}.get(config.recipe, config.candidates)
-        passes = {"pairs": 4, "winners": 4}.get(config.recipe, 5)  # forward, backward, reference (and the old model)
-        tuning = rounds * config.steps * config.prompts_per_step * videos * passes
-        total = sampled * per_sample + judging + tuning
-        return {
-            "rows_per_sample": per_sample,
-            "sampled_rows": sampled * per_sample,
-            "judging_rows": judging,
-            "tuning_rows": float(tuning),
-            "total_rows": total,
-            "samples_worth": total / per_sample,
-        }
 
 
 def _as_prompts(prompts: Sequence[Prompt | str], split: str) -> list[Prompt]:
