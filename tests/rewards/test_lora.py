@@ -117,6 +117,27 @@ def test_the_model_that_sampled_is_on_beside_it_and_frozen(backbone, tmp_path):
         assert trained == set(lora.weights)
 
 
+def test_what_is_trained_is_in_float32_and_what_samples_in_the_denoisers_dtype(tmp_path):
+    pipe = tiny.wan(num_layers=2)
+    pipe.transformer.to(torch.bfloat16)
+    backbone, small = Backbone(pipe), 2.0**-20
+    with applied(backbone, rank=2, trains=True) as lora:
+        moved(lora)
+        before = lora.state()
+        with torch.no_grad():
+            for value in lora.weights.values():
+                value.add_(small)
+        assert all(not torch.equal(value, before[name]) for name, value in lora.weights.items())
+        lora.save(tmp_path)
+    with applied(backbone, rank=2, start=tmp_path) as lora:
+        assert {value.dtype for value in lora.weights.values()} == {torch.bfloat16}
+        tuned = sampled(pipe)
+    stock = tiny.wan(num_layers=2)
+    stock.transformer.to(torch.bfloat16)
+    stock.load_lora_weights(tmp_path, weight_name=FILE)
+    assert torch.equal(sampled(stock), tuned)
+
+
 def test_denoisers_that_take_none_are_refused(backbone, monkeypatch):
     pipe, _ = bare()
     with pytest.raises(PrismError, match="cannot take a LoRA"):

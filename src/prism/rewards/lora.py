@@ -99,6 +99,7 @@ def applied(
     seed: int = 0,
     start: Path | None = None,
     old: Path | None = None,
+    trains: bool = False,
 ) -> Iterator[Lora]:
     """While open a LoRA is on the backbone's denoiser; afterwards the pipeline is as it was, to the bit.
 
@@ -108,6 +109,8 @@ def applied(
         seed: of its initial weights, whose update is zero.
         start: folder of a saved LoRA to begin from, of the same rank and layers.
         old: folder of a saved LoRA that is put on beside it, frozen, see `Lora.old`.
+        trains: keep its weights in float32, whatever the denoiser's dtype, so that small steps are not rounded away;
+            else they have the denoiser's, as where diffusers loads them.
 
     Raises:
         PrismError: where peft is not installed, the denoiser takes no LoRA or has adapters already, or no layer of it
@@ -135,6 +138,8 @@ def applied(
                         f"({quoted(error, 160)}); name linear layers of it in targets."
                     ) from error
             lora = Lora(backbone, denoiser)
+            for value in lora.weights.values() if trains else ():
+                value.data = value.data.float()
             if start is not None:
                 _fill(lora, start, NAME)
             if old is not None:

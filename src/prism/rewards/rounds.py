@@ -321,7 +321,7 @@ class _Run:
 
         def tuned() -> dict[str, Any]:
             old = before if config.recipe == "weighted" else None
-            with applied(self.backbone, **self._lora(), start=before, old=old) as lora:
+            with applied(self.backbone, **self._lora(), start=before, old=old, trains=True) as lora:
                 entries = tune(
                     self.backbone, store, picks, config, lora, self.target, self.out / name, number, self.progress
                 )
