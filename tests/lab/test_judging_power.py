@@ -186,6 +186,13 @@ def row_of(name, accuracy, low, difference=None, difference_low=None):
 def test_the_verdict_follows_the_intervals(random, word):
     rows = [row_of("mine", 0.71, 0.7), row_of("random weights", *random), row_of("statistics", 0.6, 0.55, 0.1, 0.05)]
     assert refutation.judge_of(rows, [], "mine").word == word
+    early = [
+        {"backbone": name, "step": 4, "share_of_oracle": 0.3, "share_of_oracle_ci95": None, "difference_ci95": ends}
+        for name, ends in (("mine", None), ("random weights", [0.1, 0.3]), ("statistics", [-0.1, 0.3]))
+    ]
+    assert refutation.judge_of(rows, early, "mine").word == ("holds in part" if word == "holds" else word)
+    early[2]["difference_ci95"] = [0.01, 0.3]
+    assert refutation.judge_of(rows, early, "mine").word == word
     at_chance = [row_of("mine", 0.51, 0.49), *rows[1:]]
     assert "at chance itself; train it longer" in refutation.judge_of(at_chance, [], "mine").sentence
     rows[1]["difference_ci95"] = None

@@ -290,11 +290,8 @@ class Backbone:
             )
         with torch.set_grad_enabled(grad), self.held(), self.freed():
             if isinstance(conditioning, Ragged) or (self.family.batch_size_one and len(noisy_latents) > 1):
-                ones = [slice(row, row + 1) for row in range(len(noisy_latents))]
-                read = [
-                    self.tokens(noisy_latents[r], conditioning[r.start], levels[r], block, stop, grad) for r in ones
-                ]
-                return Tokens.cat(read)
+                ones, how = [slice(row, row + 1) for row in range(len(noisy_latents))], (block, stop, grad)
+                return Tokens.cat([self.tokens(noisy_latents[r], conditioning[r.start], levels[r], *how) for r in ones])
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
             arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))
             with explain_failures(self.denoiser, "reading latents"), explain_misfits(self.pipe):

@@ -204,7 +204,7 @@ def pick(cuts: Sequence[tuple[int, int]], scores: Mapping[int, np.ndarray]) -> i
     return alive[0]
 
 
-Record = Mapping[str, Any]  # one prompt, as `prism.lab.demo.record` makes it
+Record = Mapping[str, Any]  # one prompt, as `prism.lab.records.record` makes it
 Plans = Mapping[str, Mapping[str, Any]]
 
 

@@ -204,8 +204,9 @@ def _scores(
 def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str, Any]], trained: str) -> Answer:
     """Does the signal come from what the backbone learned? In one line, with its intervals.
 
-    It holds where the trained backbone is better than every control and random and shuffled weights stay at chance; in
-    part where they do not. It does not where some control is as good: the difference from it lies below five points.
+    It holds where the trained backbone is better than every control, random and shuffled weights stay at chance, and
+    early picks, where they were played, are better too; in part where accuracy alone says so, or the weights do not
+    stay at chance. It does not where some control is as good: the difference from it lies below five points.
     """
     over_all = {row["backbone"]: row for row in accuracy if row["t"] is None}
     ours, others = over_all[trained], [row for name, row in over_all.items() if name != trained]
@@ -229,9 +230,17 @@ def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str,
         return Answer("does not hold", f"{sentence}: {' and '.join(as_good)} judge{'s' * (len(as_good) == 1)} as well.")
     if any(row["difference_ci95"][0] <= 0 for row in others):
         return Answer("cannot be told", f"{sentence}: not every difference is clear of zero.")
+    if early and not all(_is_better(row) for name, row in here.items() if name != trained):
+        return Answer("holds in part", f"{sentence}: training makes accuracy, but early picks are not told apart.")
     if all(row["accuracy_ci95"][0] <= CHANCE for row in others if row["backbone"] != controls.STATISTICS):
         return Answer("holds", f"{sentence}: without training the signal is gone.")
     return Answer("holds in part", f"{sentence}: training adds to it, but accuracy does not fall to chance without.")
+
+
+def _is_better(row: Mapping[str, Any]) -> bool:
+    """True where the trained backbone's pick gains more than a control's, beyond the interval."""
+    interval = row["difference_ci95"]
+    return interval is not None and interval[0] > 0
 
 
 def _ends(row: Mapping[str, Any]) -> str:
