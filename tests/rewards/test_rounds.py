@@ -138,6 +138,8 @@ def sums(folder: Path) -> dict[str, object]:
 
 def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backbone, judge, tmp_path, monkeypatch):
     out, kept = tmp_path / "run", tuning._keep
+    shutil.copytree(two[0].folder, out)  # as a run that has come to its second round
+    shutil.rmtree(out / "judge/round-2")
 
     def dies_after_the_second(*arguments):
         kept(*arguments)
@@ -146,7 +148,7 @@ def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backb
 
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "_keep", dies_after_the_second)
-        assert kills.dies(lambda: run(backbone, judge, out), out, 10**9)
+        assert kills.dies(lambda: run(backbone, judge, out, resume=True), out, 10**9)
     assert (out / "judge/round-2/step-00000002").is_dir()
     again = run(backbone, judge, out, resume=True)
     assert again.rounds == two[0].rounds
