@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,9 @@ from prism.lab.correlation_shown import Answer, shown
 from prism.lab.findings import Drawing, Finding, Tables
 from prism.lab.judging_power import HeadRecipe, HeadsOnBackbones, Subject, dimension_of, file_name, right_of
 from prism.preference import LatentStore, prompt_key
-from prism.report.figures import ACCENT, MUTED, SERIES, new_figure
+from prism.report.claim_plots import Line, over_levels
 from prism.runs import Clock, Parts
 from prism.training.conditionings import conditioned
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CHANCE = 0.5
 NEAR = 0.05  # a control whose accuracy is at most so much lower is as good
@@ -255,47 +252,23 @@ def _share(row: Mapping[str, Any]) -> str:
 
 def drawn(tables: Tables) -> list[Drawing]:
     """The figures of a finding's tables."""
-    figure, axes = new_figure(6.4, 4.0)
-    draw(tables["refutation"], axes)
+    figure = over_levels(_lines(tables["refutation"], "t", "accuracy"), "noise level t of the latent that is judged")
     caption = "Accuracy by noise level of one recipe’s heads on trained, random and shuffled weights, and on statistics"
     drawings = [Drawing("refutation", caption, figure)]
     if tables.get("refutation-early"):
-        figure, axes = new_figure(6.4, 4.0)
-        draw_early(tables["refutation-early"], axes)
+        lines = _lines(tables["refutation-early"], "step", "share_of_oracle")
+        figure = over_levels(lines, "the step that the pick is made after", chance=0.0, falling=False)
         caption = "What a pick by the states after a step gains, as a share of the best candidate's gain."
         drawings.append(Drawing("refutation-early", caption, figure))
     return drawings
 
 
-def draw(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
-    """Accuracy against the noise level on `axes`, a line per backbone, with its interval."""
-    axes.axhline(CHANCE, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+def _lines(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> list[Line]:
+    """A line per backbone, the trained one first and drawn strong."""
+    lines = []
     for number, name in enumerate(dict.fromkeys(row["backbone"] for row in rows)):
-        line = sorted(
-            (row for row in rows if row["backbone"] == name and row["t"] is not None), key=lambda row: row["t"]
-        )
-        _line(axes, number, name, line, "t", "accuracy")
-    axes.set_xlim(1005, -15)
-    axes.set_xlabel("noise level t of the latent that is judged", color=MUTED)
-    axes.set_ylabel("accuracy", color=MUTED)
-    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
-
-
-def draw_early(rows: Sequence[Mapping[str, Any]], axes: Axes) -> None:
-    """The share of the oracle's gain against the step that a pick is made after, a line per backbone."""
-    axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-    for number, name in enumerate(dict.fromkeys(row["backbone"] for row in rows)):
-        line = [row for row in rows if row["backbone"] == name and row["share_of_oracle"] is not None]
-        _line(axes, number, name, line, "step", "share_of_oracle")
-    axes.set_xlabel("the step that the pick is made after", color=MUTED)
-    axes.set_ylabel("share of the oracle’s gain", color=MUTED)
-    axes.legend(frameon=False, labelcolor="linecolor", fontsize=9)
-
-
-def _line(axes: Axes, number: int, name: str, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    colour = ACCENT if number == 0 else SERIES[(number - 1) % len(SERIES)]
-    places = [row[x] for row in rows]
-    if all(row[f"{y}_ci95"] is not None for row in rows):
-        low, high = ([row[f"{y}_ci95"][end] for row in rows] for end in (0, 1))
-        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.plot(places, [row[y] for row in rows], "o-", color=colour, linewidth=2 if number == 0 else 1.4, label=name)
+        some = [row for row in rows if row["backbone"] == name and row[x] is not None and row[y] is not None]
+        some.sort(key=lambda row: float(row[x]))
+        ends = [row[f"{y}_ci95"] for row in some]
+        lines.append(Line(name, [row[x] for row in some], [row[y] for row in some], ends, number == 0))
+    return lines

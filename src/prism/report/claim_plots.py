@@ -24,7 +24,7 @@ LIGHT = {
     GRID: "#e4e2da",
     ACCENT: "#3f3ec9",
     PAPER: "#ffffff",
-    **dict(zip(SERIES, ("#3f3ec9", "#c2410c", "#0f766e", "#a16207", "#9d174d"))),
+    **dict(zip(SERIES, ("#c2662d", "#2f8f6b", "#a8497f", "#7d7a2c", "#3c86b5"))),
 }
 _COLOURS = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
 
