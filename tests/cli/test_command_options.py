@@ -61,7 +61,7 @@ WRONG = {
     "train --out x --steps 1.5": "--steps must be a whole number; found 1.5; ",
     "train --out x --dim 2.5": "--dim must be a whole number; found 2.5; ",
     "train --out x --learning-rate a:b": "--learning-rate must be a number; found a:b; ",
-    "train --out x --eta=": "--eta must be a number; found ; ",
+    "train --out x --eta=": '--eta must be a number; found ""; ',
     "train --out x --steps": "--steps needs a value; ",
     "train --out x y": 'The word "y" belongs to no option; ',
     "train --out x --config none.yaml": "The --config none.yaml cannot be read: No such file or directory.",

@@ -119,8 +119,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stores.make(folder / "store")
     stores.make_kinds(folder / "kinds")
     both = forks.run(work, folder)
-    for process in both:
-        assert process.code == 0, process.err[-4000:]
+    assert [process.code for process in both] == [0, 0], "\n".join(process.err[-4000:] for process in both)
     assert [process.out.count("Head: ") for process in both] == [2, 0]
     return folder
 

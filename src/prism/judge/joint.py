@@ -30,7 +30,11 @@ class JointJudge(Judge):
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:
-        """(B, judges * num_dimensions) float32 of tokens that were tapped at ``self.taps``."""
+        """Scores of tokens that were tapped at ``self.taps``.
+
+        Returns:
+            (B, judges * num_dimensions) float32.
+        """
         rest, scores = self.score_members(tokens), []
         for judge in self.judges:
             by_member, rest = rest[: len(judge.members)], rest[len(judge.members) :]
