@@ -33,7 +33,7 @@ class JointJudge(Judge):
         """Scores of tokens that were tapped at ``self.taps``.
 
         Returns:
-            (B, judges * num_dimensions) float32.
+            (B, scores) float32, the dimensions of one judge after those of another.
         """
         rest, scores = self.score_members(tokens), []
         for judge in self.judges:
