@@ -20,6 +20,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, measure, measure_together
 from prism.judge import Judge
+from prism.lab.findings import CLAIMED
 from prism.preference import LatentStore
 from prism.preference.prompts import Prompt
 from prism.preference.sources import Place
@@ -258,9 +259,7 @@ class Bench:
         wanted = [(name, seed) for name in names for seed in self.seeds]
         missing = [each for each in wanted if not self.parts.has(table_of(*each))]
         if missing:
-            judges = [
-                Judge.from_pretrained(self.parts.folder / head_of(name, seed), self.backbone) for name, seed in missing
-            ]
+            judges = [self._loaded(*each) for each in missing]
             tables = measure_together(
                 judges, self.tested, "test", self.levels, seed=self.seed, batch_size=self.batch_size
             )
@@ -280,6 +279,15 @@ class Bench:
             name: self.parts.piece(f"measured/{name}.parquet", partial(make, judge), Measurement.load)
             for name, judge in self.pixels.items()
         }
+
+    def measure_claimed(self, judge: Any, store: LatentStore, split: str, path: Path) -> None:
+        """Measure a judge on a split at the levels that claims are pooled over, and write it to a path."""
+        measure(judge, store, split, self.claimed, seed=self.seed, batch_size=self.batch_size).save(path)
+
+    @property
+    def claimed(self) -> list[float]:
+        """The levels that claims are pooled over, of those that are measured."""
+        return [t for t in CLAIMED if t in self.levels]
 
     @cached_property
     def levels(self) -> tuple[float, ...]:

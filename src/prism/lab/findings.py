@@ -96,6 +96,15 @@ class Shares:
         """The differences, pair by pair."""
         return Shares(self.right - other.right, self.prompts)
 
+    def points(self, seed: int = 0) -> str:
+        """A difference in words: "+1.2 points (+0.3 … +2.1)"."""
+        return f"{wording.points(self.mean)} points{between(self.interval(seed))}"
+
+    @property
+    def num_prompts(self) -> int:
+        """The number of prompts that the pairs are of."""
+        return len(set(self.prompts.tolist()))
+
     @property
     def mean(self) -> float:
         """The share of pairs judged rightly."""
@@ -138,5 +147,5 @@ def row_of(
         **by_level,
         "heads": len(measured),
         "pairs": len(ours.right),
-        "prompts": len(set(ours.prompts.tolist())),
+        "prompts": ours.num_prompts,
     }

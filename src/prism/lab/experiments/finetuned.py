@@ -11,7 +11,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from tqdm import tqdm
 from prism import shapeworld
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.evaluation import Measurement, measure, measure_together
+from prism.evaluation import Measurement, measure_together
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, between, judged, shares
+from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, judged, shares
 from prism.preference import LatentStore
-from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 from prism.runs import Clock
 from prism.training import TrainConfig
@@ -107,10 +105,7 @@ def run(bench: Bench) -> Finding:
          **{SETS[name]: shares(by_rate[rate][name]).mean for name in SETS}} for rate in RATES
     ]  # fmt: skip
     outside = [over[name].interval(bench.seed) for name in ("foreign", "unseen")]
-    words = "; ".join(
-        f"{SETS[name]} {wording.points(over[name].mean)} points{between(over[name].interval(bench.seed))}"
-        for name in SETS
-    )
+    words = "; ".join(f"{SETS[name]} {over[name].points(bench.seed)}" for name in SETS)
     levels = ", ".join(f"{t:g}" for t in CLAIMED)
     text = (
         f"Frozen less tuned over t = {levels}: {words}. The blocks' learning rate, {best:g}, is the one of "
@@ -119,7 +114,7 @@ def run(bench: Bench) -> Finding:
         "further away."
     )
     number = f"frozen less tuned: {words}"
-    prompts = len(set(over["test"].prompts.tolist()))
+    prompts = over["test"].num_prompts
     tables = {"fine-tuning": rows, "fine-tuning-rates": rates}
     return Finding(judged(outside), number, text, tables, prompts, tuple(bench.seeds))
 
@@ -135,10 +130,6 @@ def _stores(bench: Bench) -> dict[str, LatentStore]:
     }
 
 
-def _levels(bench: Bench) -> list[float]:
-    return [t for t in CLAIMED if t in bench.levels]
-
-
 def _frozen(bench: Bench, name: str, store: LatentStore) -> list[Measurement]:
     """The frozen judges on a store, one measurement per seed."""
     if name == "test":
@@ -146,7 +137,7 @@ def _frozen(bench: Bench, name: str, store: LatentStore) -> list[Measurement]:
     split = _split(name)
     missing = [seed for seed in bench.seeds if not bench.parts.has(_file(f"frozen-{seed}", name))]
     if missing:
-        tables = measure_together(bench.judges(BASE), store, split, _levels(bench), seed=bench.seed)
+        tables = measure_together(bench.judges(BASE), store, split, bench.claimed, seed=bench.seed)
         for seed, table in zip(bench.seeds, tables):
             bench.parts.piece(_file(f"frozen-{seed}", name), table.save)
     return [Measurement.load(bench.parts.folder / _file(f"frozen-{seed}", name)) for seed in bench.seeds]
@@ -161,14 +152,10 @@ def _tuned(bench: Bench, rate: float, stores: dict[str, LatentStore]) -> dict[st
             judge = tuned(bench, seed, rate)
             for name, path in names.items():
                 store = stores.get(name, bench.tested)
-                bench.parts.piece(path, partial(_measure, judge, store, _split(name), bench))
+                bench.parts.piece(path, partial(bench.measure_claimed, judge, store, _split(name)))
         for name, path in names.items():
             every[name].append(Measurement.load(bench.parts.folder / path))
     return every
-
-
-def _measure(judge: Judge, store: LatentStore, split: str, bench: Bench, path: Path) -> None:
-    measure(judge, store, split, _levels(bench), seed=bench.seed, batch_size=bench.batch_size).save(path)
 
 
 def _split(name: str) -> str:

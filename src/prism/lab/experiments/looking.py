@@ -11,19 +11,17 @@ from prism.errors import PrismError
 from prism.evaluation import prompt_interval
 from prism.lab import attention
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged
+from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, judged
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 from prism.shapeworld import grammar
-
-LEVELS = (899, 699, 499)
 
 
 def run(bench: Bench) -> Finding:
     """The share of the query's attention that falls on objects, over their share of the video; best against worst."""
     measured = bench.parts.once("looking", lambda: {"rows": _rows(bench)})["rows"]
     rows: list[dict[str, Any]] = []
-    for t in LEVELS:
+    for t in CLAIMED:
         some = [row for row in measured if row["t"] == t]
         prompts = np.arange(len(some))
         lifts = {}
@@ -46,10 +44,10 @@ def run(bench: Bench) -> Finding:
     less = [row["lift_ci95"] for row in of("best less worst")]
     on_objects, less_at_broken = judged(looks), judged(less)
     verdict = judged([*looks, *less])
-    middle = next(row for row in of("best") if row["t"] == LEVELS[1])
-    apart = next(row for row in of("best less worst") if row["t"] == LEVELS[1])
+    middle = next(row for row in of("best") if row["t"] == CLAIMED[1])
+    apart = next(row for row in of("best less worst") if row["t"] == CLAIMED[1])
     number = (
-        f"at t = {LEVELS[1]} {middle['lift']:.2f} times the share of objects "
+        f"at t = {CLAIMED[1]} {middle['lift']:.2f} times the share of objects "
         f"({wording.signed_interval(middle['lift_ci95']).replace('+', '')}); best less worst "
         f"{wording.signed(apart['lift'])} ({wording.signed_interval(apart['lift_ci95'])})"
     )
@@ -83,7 +81,7 @@ def _rows(bench: Bench) -> list[dict[str, Any]]:
         pair = [videos[int(np.argmax(values))]["video"], videos[int(np.argmin(values))]["video"]]
         latents = store.latents(pair)
         decoded = bench.backbone.decode(latents).cpu()
-        for t in LEVELS:
+        for t in CLAIMED:
             weights = attention.look(judge, latents, prompt, t, bench.call, bench.seed)
             cells = attention.object_cells(decoded, prompt, weights.shape[1:])
             both = attention.shares(weights, cells)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prism.evaluation.measurement import accuracy
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import CLAIMED, MAIN, Drawing, Experiment, Finding, Tables, between, judged, shares
+from prism.lab.findings import CLAIMED, MAIN, Drawing, Experiment, Finding, Tables, judged, shares
 from prism.report import wording
 from prism.report.claim_plots import Line, over_levels
 
@@ -41,15 +41,15 @@ def run(bench: Bench) -> Finding:
         )
         + " This does not show that judges of decoded frames trained at another size would fall as much."
     )
-    number = f"{wording.percent(mine.mean)} ({wording.percent_interval(mine.interval(bench.seed))}) at t = {levels}"
+    number = f"{wording.percent(mine.mean)} ({wording.percent_interval(interval)}) at t = {levels}"
     if apart:
         first = next(iter(others))
         both = [t for t in CLAIMED if t in others[first].about["levels"]]
         pooled = shares(ours, both).less(shares([others[first]], both))
-        number += f"; {wording.points(pooled.mean)} points{between(pooled.interval(bench.seed))} over {first} at "
+        number += f"; {pooled.points(bench.seed)} over {first} at "
         number += ", ".join(f"{t:g}" for t in both)
-    prompts = len(set(mine.prompts.tolist()))
-    return Finding(verdict, number, text, {"accuracy": rows, "against-pixels": apart}, prompts, tuple(bench.seeds))
+    tables = {"accuracy": rows, "against-pixels": apart}
+    return Finding(verdict, number, text, tables, mine.num_prompts, tuple(bench.seeds))
 
 
 def _rows(judge: str, rows: Sequence[Any]) -> list[dict[str, Any]]:

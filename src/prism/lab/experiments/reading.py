@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import Drawing, Experiment, Finding, Shares, Tables, between, judged, row_of, shares
+from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged, row_of, shares
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest, heat
 
@@ -34,18 +34,13 @@ def run(bench: Bench) -> Finding:
     same = [row for row in varied if (ci := row["difference_ci95"]) and max(map(abs, ci)) <= WITHIN]
     other = [row for row in varied if wording.clear(row["difference_ci95"])]
     text = (
-        f"A query against the mean token: {_points(over[0], bench)}; against a linear probe on it: "
-        f"{_points(over[1], bench)}. "
+        f"A query against the mean token: {over[0].points(bench.seed)}; against a linear probe on it: "
+        f"{over[1].points(bench.seed)}. "
         f"Of {len(varied)} variants of the query head {len(other)} are told from it, and {len(same)} are shown to be "
         f"within {100 * WITHIN:.0f} points of it. Heads of other sizes, or trained longer, may differ otherwise."
     )
-    number = f"query over mean token {_points(over[0], bench)}"
-    prompts = len(set(base.prompts.tolist()))
-    return Finding(verdict, number, text, {"heads": rows}, prompts, tuple(bench.seeds))
-
-
-def _points(apart: Shares, bench: Bench) -> str:
-    return f"{wording.points(apart.mean)} points{between(apart.interval(bench.seed))}"
+    number = f"query over mean token {over[0].points(bench.seed)}"
+    return Finding(verdict, number, text, {"heads": rows}, base.num_prompts, tuple(bench.seeds))
 
 
 def draw(tables: Tables) -> Sequence[Drawing]:
@@ -95,14 +90,13 @@ def run_depth(bench: Bench) -> Finding:
          "difference_ci95": each.interval(bench.seed)}
         for block, name in enumerate(names, 1)
     ]  # fmt: skip
-    number = (
-        f"block {bench.tap} of {len(names)} over block 1 {_points(first, bench)}, over the last {_points(last, bench)}"
-    )
+    over_first, over_last = first.points(bench.seed), last.points(bench.seed)
+    number = f"block {bench.tap} of {len(names)} over block 1 {over_first}, over the last {over_last}"
     text = (
         f"{number[0].upper()}{number[1:]}. The paper reads after 12 of 30 blocks; 5 blocks were worse there, and 15 "
         "slightly better. Which block is best may differ on another backbone."
     )
-    prompts = len(set(chosen.prompts.tolist()))
+    prompts = chosen.num_prompts
     tables = {"depth": rows, "against-chosen": over}
     return Finding(judged([first.interval(bench.seed)]), number, text, tables, prompts, tuple(bench.seeds))
 

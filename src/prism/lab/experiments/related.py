@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prism.errors import PrismError
-from prism.evaluation import Measurement, measure
+from prism.evaluation import Measurement
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, between, judged, row_of
+from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of
 from prism.lab.heads import RIVALS
 from prism.lab.rivals import OwnDisagreement, OwnError, train_rivals
 from prism.report import wording
@@ -67,22 +66,16 @@ def _trained(bench: Bench, names: Sequence[str]) -> dict[str, list[Measurement]]
             config = replace(bench.scale.train, seed=seed)
             judges = train_rivals(missing, bench.backbone, bench.training, config, bench.tap, bench.scale.dim)
             for name, judge in judges.items():
-                bench.parts.piece(_file(name, seed), partial(_measure, judge, bench))
+                bench.parts.piece(_file(name, seed), partial(bench.measure_claimed, judge, bench.tested, "test"))
         for name in names:
             every[name].append(Measurement.load(bench.parts.folder / _file(name, seed)))
     return every
 
 
 def _kept(bench: Bench, name: str, kind: Any) -> Measurement:
-    made: Measurement = bench.parts.piece(
-        _file(name, bench.seed), lambda path: _measure(kind(bench.backbone), bench, path), Measurement.load
-    )
+    make = partial(bench.measure_claimed, kind(bench.backbone), bench.tested, "test")
+    made: Measurement = bench.parts.piece(_file(name, bench.seed), make, Measurement.load)
     return made
-
-
-def _measure(judge: Any, bench: Bench, path: Path) -> None:
-    levels = [t for t in CLAIMED if t in bench.levels]
-    measure(judge, bench.tested, "test", levels, seed=bench.seed, batch_size=bench.batch_size).save(path)
 
 
 def _file(name: str, seed: int) -> str:

@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of, shares
-from prism.report import wording
+from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged, row_of, shares
 from prism.report.claim_plots import Bar, forest
 
 SOURCES = ("recorded", "predicted", "mixture")
@@ -20,19 +19,14 @@ def run(bench: Bench) -> Finding:
     rows = [row_of(name, bench.kinds[name].what, measured[name], measured[BASE], bench.seed) for name in names]
     base = shares(measured[BASE])
     over = {name: base.less(shares(measured[name])) for name in SOURCES}
-    intervals = {name: each.interval(bench.seed) for name, each in over.items()}
-    words = "; ".join(
-        f"over {bench.kinds[name].what}: {wording.points(over[name].mean)} points{between(intervals[name])}"
-        for name in SOURCES
-    )
+    words = "; ".join(f"over {bench.kinds[name].what}: {over[name].points(bench.seed)}" for name in SOURCES)
     text = (
         f"A head trained on finished videos under new noise, {words}. All are measured on finished test videos under "
         "new noise, which favours training on the same; how they pick while sampling is in docs/study.md."
     )
-    number = f"over recorded states {wording.points(over['recorded'].mean)} points{between(intervals['recorded'])}"
-    tables = {"sources": rows}
-    prompts = len(set(base.prompts.tolist()))
-    return Finding(judged([intervals["recorded"]]), number, text, tables, prompts, tuple(bench.seeds))
+    recorded = over["recorded"]
+    number, verdict = f"over recorded states {recorded.points(bench.seed)}", judged([recorded.interval(bench.seed)])
+    return Finding(verdict, number, text, {"sources": rows}, base.num_prompts, tuple(bench.seeds))
 
 
 def draw(tables: Tables) -> Sequence[Drawing]:
