@@ -20,6 +20,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, measure, measure_together
 from prism.judge import Judge
+from prism.lab.ablations import RECIPE as RECIPE
 from prism.lab.findings import CLAIMED
 from prism.preference import LatentStore
 from prism.preference.prompts import Prompt
@@ -30,9 +31,6 @@ from prism.training import TrainConfig, train_together
 from prism.training.collect import collect
 from prism.training.trainer import SHARED
 
-RECIPE = TrainConfig(
-    steps=1000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
-)
 TAP = 4  # of the embedded model's blocks, chosen on validation prompts (docs/study.md)
 BATCH = 8
 """Rows that are timed for the estimate of a run's time."""

@@ -17,15 +17,13 @@ from prism.errors import PrismError, quoted
 from prism.evaluation import TIMESTEPS, Measurement, measure_together
 from prism.evaluation.intervals import prompt_interval
 from prism.judge import Judge
+from prism.lab.ablations import RECIPE as RECIPE
 from prism.lab.correlation import PerPrompt
 from prism.preference import LatentStore
 from prism.runs import Clock, Parts
 from prism.training import TrainConfig, train_together
 from prism.training.trainer import untrained_heads
 
-RECIPE = TrainConfig(
-    steps=1000, prompts_per_step=8, learning_rate=5e-4, schedule="cosine", warmup_steps=20, checkpoint_every=0
-)
 ONE_VAE = "backbones are compared on the same latents, so name those of one VAE."
 DEPTH = 2 / 3  # of a ShapeWorld backbone's blocks: 4 of the default's 6, chosen on validation prompts (docs/study.md)
 
