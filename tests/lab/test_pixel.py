@@ -16,9 +16,9 @@ from tests.zoo import VARIANTS
 from prism import files
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.evaluation import compare_judges, measure
+from prism.evaluation import compare_judges, measure, measure_together
 from prism.judge import Judge
-from prism.lab.pixel import PixelJudge, PixelNetwork
+from prism.lab.pixel import JointPixelJudge, PixelJudge, PixelNetwork
 from prism.lab.pixel_training import DecodedCache, PixelConfig, train_pixel
 from prism.preference import LatentStore, pairs_from_scores, write_store
 
@@ -160,6 +160,29 @@ def test_it_learns_what_frames_show_and_is_measured_like_the_judge(backbone, sto
     assert {(row["judge"], row["against"]) for row in rows} == {("prism", "pixel")}
     with pytest.raises(PrismError, match="trained on the prompt"):
         measure(pixel, pretend(store, "train", "test"), "test", (0,), progress=False)
+
+
+def test_measured_together_each_is_as_alone_and_a_latent_is_decoded_once(backbone, store, frames):
+    judges = [PixelJudge.untrained(backbone, DIMENSIONS, seed=seed, call=tiny.CALL_WAN, **SMALL) for seed in range(2)]
+    judges[0].frames = counted = Counted(frames)
+    together = measure_together(judges, store, "test", (899,), progress=False, joint=JointPixelJudge)
+    assert counted.rows == 4 * (3 + 8)  # of validation and test prompts
+    judges[1].frames = frames
+    for judge, measured in zip(judges, together):
+        alone = measure(judge, store, "test", (899,), progress=False)
+        assert measured.pairs.equals(alone.pairs)
+        assert measured.tuning.equals(alone.tuning)
+
+
+class Counted:
+    """A cache of frames that counts the latents it was asked for."""
+
+    def __init__(self, frames):
+        self.frames, self.rows = frames, 0
+
+    def __call__(self, latents):
+        self.rows += len(latents)
+        return self.frames(latents)
 
 
 def pretend(store: LatentStore, split: str, to: str) -> LatentStore:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from tests import stores, tiny
 
-from prism import cli
+from prism import cli, runs, shapeworld
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import measure
+from prism.evaluation.recorded import Recorded
 from prism.judge import Judge
-from prism.lab import bench, reproduce
+from prism.lab import bench, front, reproduce
+from prism.lab.experiments import cuts
 from prism.lab.findings import CLAIMED
 from prism.report.metrics import validate
 from prism.training import train
@@ -125,3 +127,22 @@ def test_what_is_refused(words, sentence, tmp_path):
     with pytest.raises(PrismError, match=sentence):
         cli.run(["reproduce", *words, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_table_that_ships_answers_early_cuts_by_hand_too(monkeypatch, tmp_path):
+    """Oracle: the pick of the largest score after step 4 among all eight candidates, by hand."""
+    scores = Recorded.load_file(front.shipped())
+    reading = next(each for each in scores.scores if each[:2] == ("now", 4))
+    values, by_step = scores.reward("overall"), scores.scores[reading][..., 0]
+    picked = np.take_along_axis(values, by_step.reshape(values.shape).argmax(1)[:, None], 1)[:, 0]
+    share = (picked - values.mean(1)).sum() / (values.max(1) - values.mean(1)).sum()
+    monkeypatch.setattr(cuts, "_parts", lambda bench, judge: [])
+    backbone = Backbone(shapeworld.pipeline())
+    parts = runs.claim(tmp_path / "run", {"command": "test"})
+    finding = cuts.run(bench.Bench(parts, bench.SCALES["quick"], backbone, shapeworld.CALL))
+    rows = {(row["n"], row["name"]): row for row in finding.tables["best-of-n"]}
+    assert {n for n, _ in rows} == {3, 5, 8}
+    assert rows[8, "cut at 4"]["share"] == pytest.approx(share, abs=1e-6)
+    assert finding.prompts == len(values) == 200
+    assert finding.seeds == (0,)
+    assert "came with the package" in finding.text

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests import stores, tiny
 
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.evaluation import measure
+from prism.evaluation import measure, measure_together
 from prism.lab import bench
 from prism.lab.heads import FLOOR, RIVALS, RegisterHead
-from prism.lab.rivals import OwnDisagreement, OwnError, taps_of, train_rivals, utilities
+from prism.lab.rivals import JointRivalJudge, OwnDisagreement, OwnError, taps_of, train_rivals, utilities
 
 CONFIG = replace(bench.RECIPE, steps=12, prompts_per_step=4, learning_rate=5e-3, warmup_steps=0)
 
@@ -115,8 +116,11 @@ def test_rivals_learn_the_pattern_that_labels_follow(backbone, store):
     names = ["pavrm", "lrm", "sure"]
     judges = train_rivals(names, backbone, store, CONFIG, 2, 16)
     assert taps_of(backbone, 2) == (1, 2)
-    for name, judge in judges.items():
-        rows = measure(judge, store, "train", [100], progress=False).rows
+    together = measure_together(list(judges.values()), store, "train", [100], progress=False, joint=JointRivalJudge)
+    for (name, judge), joint in zip(judges.items(), together):
+        alone = measure(judge, store, "train", [100], progress=False)
+        rows, margins = alone.rows, [np.array(each.pairs["margin"]) for each in (alone, joint)]
+        np.testing.assert_allclose(*margins, rtol=1e-4, atol=1e-5)
         accuracy = next(row["without_ties"] for row in rows if row["dimension"] == "VQ")
         assert accuracy > 0.6, name
         assert set(judge.trained_on["prompt_keys"])

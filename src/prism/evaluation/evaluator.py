@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,11 +114,13 @@ def measure_together(
     progress: bool = True,
     team: Team | None = None,
     decode: bool = False,
+    joint: Callable[[Sequence[Any]], Scorer] = JointJudge,
 ) -> list[Measurement]:
     """Measure several judges on one backbone, all in the passes that one would take.
 
     Args:
-        judges: of the same dimensions; several must be `Judge`s. The others are those of `measure`.
+        judges: of the same dimensions; several must be `Judge`s, unless `joint` is named.
+        joint: makes one scorer of several judges, their scores side by side. The others are those of `measure`.
 
     Returns:
         The measurements, in order. With several judges scores may differ in rounding from those of each alone.
@@ -132,7 +134,7 @@ def measure_together(
         check_judge(judge)
     if not judges:
         raise PrismError("There is no judge to measure: give at least one.")
-    first, scorer = judges[0], judges[0] if len(judges) == 1 else JointJudge(judges)
+    first, scorer = judges[0], judges[0] if len(judges) == 1 else joint(judges)
     store = LatentStore.of(store)
     levels = _levels(first, timesteps)
     dimensions = _labelled(first, store)

@@ -22,6 +22,7 @@ from prism.evaluation import TIMESTEPS, Measurement, measure, measure_together
 from prism.judge import Judge
 from prism.lab.ablations import RECIPE as RECIPE
 from prism.lab.findings import CLAIMED
+from prism.lab.pixel import JointPixelJudge, PixelJudge
 from prism.preference import LatentStore
 from prism.preference.prompts import Prompt
 from prism.preference.sources import Place
@@ -44,9 +45,11 @@ class Scale:
 
     seeds: heads of each kind, each with first weights and batches of its own. train, dim: of every head.
     train_prompts: prompts x 4 videos to train on; 0: the store that ships, on whose test pairs accuracy is measured
-    too. test_prompts, n: prompts of Best-of-N and their candidates; states: the steps whose latents are recorded.
-    levels: of accuracy; pixel_levels: those at which judges of decoded frames are measured, which costs a decode per
-    video and level. attended: videos in which the query's attention is measured.
+    too. test_prompts, n: prompts of Best-of-N and their candidates; 0 prompts: the table of scores that ships. states:
+    the steps whose latents are recorded. levels: of accuracy; pixel_levels: those at which judges of decoded frames are
+    measured, which costs a decode per video and level. attended: videos in which the query's attention is measured.
+    timed: prompts on which whole runs are made for the parts of their cost. registers: train the related head of
+    registers too, which takes a pass of its own.
     """
 
     name: str
@@ -60,18 +63,22 @@ class Scale:
     levels: tuple[float, ...] = TIMESTEPS
     pixel_levels: tuple[float, ...] = TIMESTEPS
     attended: int = 200
+    timed: int = 3
+    registers: bool = True
 
 
 SCALES = {
     "quick": Scale(
         "quick",
-        train=replace(RECIPE, steps=250, prompts_per_step=6),
+        seeds=2,
+        train=replace(RECIPE, steps=300, prompts_per_step=6),
         train_prompts=0,
-        test_prompts=24,
-        states=(1, 2, 3, 4, 6, 10),
-        levels=(949, 899, 699, 499, 0),
+        test_prompts=0,
+        levels=(899, 699, 499, 0),
         pixel_levels=(899, 699),
         attended=40,
+        timed=1,
+        registers=False,
     ),
     "full": Scale("full"),
 }
@@ -116,7 +123,6 @@ class Bench:
         backbone, call: the backbone that judges, and the arguments of its pipeline.
         data: a store of the user's, with training, validation and test pairs; None: ShapeWorld's own, made here.
         seed: of everything random.
-        pixels: judges of decoded frames, by name; None: those that ship, on ShapeWorld.
         tap: the block that heads read unless their kind says so; None: 4 of ShapeWorld's 6, the backbone's default.
         batch_size: videos per denoiser call.
         others, quality: backbones to correlate (folders or ids), and a table of published scores of their videos.
@@ -130,7 +136,6 @@ class Bench:
         call: Mapping[str, Any],
         data: LatentStore | None = None,
         seed: int = 0,
-        pixels: Mapping[str, Any] | None = None,
         tap: int | None = None,
         batch_size: int = 64,
         others: Sequence[str] = (),
@@ -138,7 +143,6 @@ class Bench:
     ) -> None:
         self.parts, self.scale, self.backbone, self.call, self.data = parts, scale, backbone, dict(call), data
         self.seed, self.batch_size, self.others, self.quality = seed, batch_size, tuple(others), quality
-        self._pixels = pixels
         self.kinds = kinds(backbone.num_blocks)
         self.tap = tap or (backbone.default_tap if data else TAP)
 
@@ -157,6 +161,18 @@ class Bench:
     def tested(self) -> LatentStore:
         """The store whose test pairs accuracy is measured on."""
         return self.training if self.data is not None or not self.scale.train_prompts else self.played
+
+    @property
+    def plays(self) -> bool:
+        """True where Best-of-N chooses among the candidates of a store, not by the table of scores that ships."""
+        return self.data is not None or self.scale.test_prompts > 0
+
+    @property
+    def test_prompts(self) -> list[str]:
+        """The prompts of Best-of-N."""
+        if not self.plays:
+            return shapeworld.prompts("test", self.scale.timed)
+        return list(dict.fromkeys(self.played.videos["prompt"].to_pylist()))
 
     @cached_property
     def played(self) -> LatentStore:
@@ -238,14 +254,11 @@ class Bench:
         return [self._loaded(name, seed) for seed in self.seeds]
 
     @cached_property
-    def pixels(self) -> dict[str, Any]:
-        """Judges of decoded frames by name; none for a backbone of the user's own, unless they are named."""
-        if self._pixels is not None:
-            return dict(self._pixels)
+    def pixels(self) -> dict[str, PixelJudge]:
+        """The judges of decoded frames that ship, by name; none for a backbone of the user's own."""
         if self.data is not None:
             return {}
         from prism.lab.judges import PIXEL
-        from prism.lab.pixel import PixelJudge
 
         return {name: PixelJudge.from_pretrained(shapeworld.asset_folder(name), self.backbone) for name in PIXEL}
 
@@ -269,14 +282,17 @@ class Bench:
     def by_pixels(self) -> dict[str, Measurement]:
         """Measurements of the judges of decoded frames on the same pairs under the same noise, by name."""
 
-        def make(judge: Any, path: Path) -> None:
+        paths = {name: f"measured/{name}.parquet" for name in self.pixels}
+        missing = {name: judge for name, judge in self.pixels.items() if not self.parts.has(paths[name])}
+        if missing:  # what costs is decoding, once for all of them
             levels = [t for t in self.levels if t in self.scale.pixel_levels]
-            measure(judge, self.tested, "test", levels, seed=self.seed, batch_size=self.batch_size).save(path)
-
-        return {
-            name: self.parts.piece(f"measured/{name}.parquet", partial(make, judge), Measurement.load)
-            for name, judge in self.pixels.items()
-        }
+            tables = measure_together(
+                list(missing.values()), self.tested, "test", levels, seed=self.seed, batch_size=self.batch_size,
+                joint=JointPixelJudge,
+            )  # fmt: skip
+            for name, table in zip(missing, tables):
+                self.parts.piece(paths[name], table.save)
+        return {name: Measurement.load(self.parts.folder / path) for name, path in paths.items()}
 
     def measure_claimed(self, judge: Any, store: LatentStore, split: str, path: Path) -> None:
         """Measure a judge on a split at the levels that claims are pooled over, and write it to a path."""
@@ -297,15 +313,16 @@ class Bench:
         return Judge.from_pretrained(self.parts.folder / head_of(name, seed) / "head", self.backbone)
 
 
-def seconds(bench: Bench, names: Sequence[str], plays: bool) -> float:
+def seconds(bench: Bench, names: Sequence[str], trainings: float, plays: bool) -> float:
     """A rough estimate of what is left of a run, from a batch that is timed now.
 
-    names: the kinds of heads that experiments need. plays: True where one of them plays Best-of-N.
+    names: the kinds of heads that experiments need. trainings: groups of heads that they train beside. plays: True
+    where one of them plays Best-of-N.
     """
     backbone, store = bench.backbone, bench.training
     group = store.groups("train")[0]
     latents = store.latents([group.videos[0]] * BATCH)
-    conditioning = backbone.condition([group.prompt] * BATCH, **bench.call)
+    conditioning, single = (backbone.condition([group.prompt] * rows, **bench.call) for rows in (BATCH, 1))
 
     def timed(work: Callable[[], Any]) -> float:
         work()  # the first call of anything is slower
@@ -314,23 +331,23 @@ def seconds(bench: Bench, names: Sequence[str], plays: bool) -> float:
         return time.perf_counter() - started
 
     row = timed(lambda: backbone.tokens(latents, conditioning, bench.levels[0], backbone.num_blocks)) / BATCH
+    alone = timed(lambda: backbone.tokens(latents[:1], single, bench.levels[0], backbone.num_blocks))
     decode = timed(lambda: backbone.decode(latents[:1]))
     videos = float(np.mean([len(each.videos) for each in store.groups("train")]))
+    trained = bench.scale.train.steps * bench.scale.train.prompts_per_step * videos  # rows
     total = 0.0
     for arm in bench.arms(names).values():
         deepest = max(int(bench.kinds[name].head.get("tap", bench.tap)) for name, *_ in arm) / backbone.num_blocks
         of_heads = 0.15 * len(arm)  # a step of a small head, in passes of a small denoiser
-        total += bench.scale.train.steps * bench.scale.train.prompts_per_step * videos * (deepest + of_heads) * row
+        total += trained * (deepest + of_heads) * row
     measured = sum(len(each.videos) for split in ("test", "validation") for each in bench.tested.groups(split))
     if any(not bench.parts.has(table_of(name, seed)) for name in names for seed in bench.seeds):
         total += len(bench.levels) * measured * row * 1.5
-    total += sum(
-        len(bench.scale.pixel_levels) * measured * decode
-        for name in bench.pixels
-        if not bench.parts.has(f"measured/{name}.parquet")
-    )
-    if bench.data is None and plays and not bench.parts.has("stores/played/store.json"):
-        sample = 2 * backbone.num_inference_steps(bench.call) * row * 1.3 + 2 * decode
+    total += trainings * (trained * bench.tap / backbone.num_blocks * 1.5 + len(bench.levels) * measured) * row
+    if not all(bench.parts.has(f"measured/{name}.parquet") for name in bench.pixels):
+        total += len(bench.scale.pixel_levels) * measured * decode
+    if bench.data is None and bench.plays and plays and not bench.parts.has("stores/played/store.json"):
+        sample = 2 * backbone.num_inference_steps(bench.call) * alone + 2 * decode
         total += bench.scale.test_prompts * bench.scale.n * sample
     return total
 

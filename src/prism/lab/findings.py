@@ -57,7 +57,8 @@ class Experiment:
     """A claim and how it is tested.
 
     claim, source: the claim in our words, and where it is made. kinds: the heads that it needs (`bench.kinds`). run:
-    the finding. draw: the figures of a finding's tables. scales: at which it runs.
+    the finding. draw: the figures of a finding's tables. scales: at which it runs. trainings: how many groups of heads
+    it trains and measures by itself, beside those of `kinds`, for the estimate of a run's time.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Experiment:
     draw: Callable[[Tables], Sequence[Drawing]]
     kinds: Callable[[Bench], Sequence[str]] = field(default=lambda bench: ())
     scales: tuple[str, ...] = ("quick", "full")
+    trainings: Callable[[Bench], float] = lambda bench: 0
 
 
 def judged(intervals: Sequence[Interval]) -> Verdict:

@@ -239,13 +239,7 @@ class PixelJudge:
 
         Frames are rounded to 8 bits, as in a video file.
         """
-        names, scores = checked_prompts(noisy_latents, prompts), []
-        for start in range(0, len(names), ROWS):
-            rows = slice(start, start + ROWS)
-            latents = noisy_latents[rows]
-            frames = decode(self.backbone, latents) if self.frames is None else self.frames(latents)
-            scores.append(self.score_videos(frames.float() / 255, names[rows], **call))
-        return torch.cat(scores)
+        return _of_frames([self], noisy_latents, prompts, call)
 
     score_clean = Judge.score_clean  # the same draws of noise, around this class's own `score`
 
@@ -299,6 +293,35 @@ class PixelJudge:
             save_file(half, temporary / "model.safetensors")
             files.write_json(temporary / "config.json", config)
             (temporary / "README.md").write_text(_card(self))
+
+
+class JointPixelJudge:
+    """Pixel judges on one VAE that decode each latent once; the scores of one stand after those of another."""
+
+    name = "pixel judges"
+
+    def __init__(self, judges: Sequence[PixelJudge]) -> None:
+        first, self.judges = judges[0], tuple(judges)
+        self.backbone, self.eta, self.trained_on = first.backbone, first.eta, dict(first.trained_on)
+        self.dimensions = tuple(f"{k}/{name}" for k, judge in enumerate(judges) for name in judge.dimensions)
+
+    @torch.no_grad()
+    def score(self, noisy_latents: Tensor, prompts: str | Sequence[str], t: float | Tensor, **call: Any) -> Tensor:
+        """(B, scores) of latents at noise level t; arguments as of `PixelJudge.score`."""
+        return _of_frames(self.judges, noisy_latents, prompts, call)
+
+
+def _of_frames(
+    judges: Sequence[PixelJudge], latents: Tensor, prompts: str | Sequence[str], call: Mapping[str, Any]
+) -> Tensor:
+    """(B, scores) of latents that are decoded once for all judges, a few at a time."""
+    names, scores, first = checked_prompts(latents, prompts), [], judges[0]
+    for start in range(0, len(names), ROWS):
+        rows = slice(start, start + ROWS)
+        frames = decode(first.backbone, latents[rows]) if first.frames is None else first.frames(latents[rows])
+        videos = frames.float() / 255
+        scores.append(torch.cat([judge.score_videos(videos, names[rows], **call) for judge in judges], 1))
+    return torch.cat(scores)
 
 
 def _network(options: Mapping[str, Any], num_dimensions: int, path: Path) -> PixelNetwork:

@@ -110,7 +110,7 @@ def run(
     }
     changeable = ("store.name", *(f"backbone.{each}" for each in VERSIONED))
     parts = runs.claim(out, identity, resume, changeable=changeable)
-    bench = Bench(parts, SCALES[scale], loaded, call, store, seed, None, tap, batch_size, others, quality)
+    bench = Bench(parts, SCALES[scale], loaded, call, store, seed, tap, batch_size, others, quality)
     started = time.perf_counter()
     refused: dict[str, str] = {}
     _prepare(bench, chosen)
@@ -148,7 +148,8 @@ def _prepare(bench: Bench, chosen: Sequence[Experiment]) -> None:
     left = [each for each in chosen if not bench.parts.has(f"findings/{each.name}.json")]
     kinds = list(dict.fromkeys(kind for each in left for kind in each.kinds(bench)))
     if left:
-        minutes = max(1, round(seconds(bench, kinds, CUTS in left) / 60))
+        trainings = sum(each.trainings(bench) for each in left)
+        minutes = max(1, round(seconds(bench, kinds, trainings, CUTS in left) / 60))
         count, time_left = (
             f"{n} {word}{'s' * (n > 1)}" for n, word in ((len(left), "experiment"), (minutes, "minute"))
         )

@@ -35,9 +35,26 @@ class RivalJudge:
     @torch.no_grad()
     def score(self, noisy_latents: Tensor, prompts: Sequence[str], t: float, **call: Any) -> Tensor:
         """(B, num_dimensions) float32 of latents at t."""
+        return JointRivalJudge([self]).score(noisy_latents, prompts, t, **call)
+
+
+class JointRivalJudge:
+    """Rivals on one backbone in the passes that one would take; the scores of one stand after those of another."""
+
+    name, eta = "related judges", RivalJudge.eta
+
+    def __init__(self, judges: Sequence[RivalJudge]) -> None:
+        self.backbone, self.trained_on = judges[0].backbone, judges[0].trained_on
+        self.heads = [judge.head for judge in judges]
+        self.dimensions = tuple(f"{k}/{name}" for k, judge in enumerate(judges) for name in judge.dimensions)
+
+    @torch.no_grad()
+    def score(self, noisy_latents: Tensor, prompts: Sequence[str], t: float, **call: Any) -> Tensor:
+        """(B, scores) float32 of latents at t."""
         conditioning = self.backbone.condition(list(prompts), **call)
         levels = torch.full((len(noisy_latents),), float(t))
-        return utilities([self.head], self.backbone, noisy_latents, conditioning, levels)[0][0].float()
+        every = utilities(self.heads, self.backbone, noisy_latents, conditioning, levels)
+        return torch.cat([scores.float() for scores, _ in every], 1)
 
 
 def utilities(

@@ -7,7 +7,6 @@ any N; costs are closed forms, and their parts are those of runs by themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,12 @@ import torch
 
 from prism.evaluation import prompt_interval, recorded
 from prism.evaluation.recorded import Recorded
+from prism.judge import Judge
+from prism.lab import front
 from prism.lab.bench import BASE, Bench
 from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged
+from prism.lab.judges import shipped
+from prism.lab.pixel import JointPixelJudge
 from prism.report import wording
 from prism.report.claim_plots import Line, over_levels
 from prism.runs import Parts
@@ -31,8 +34,6 @@ SIZES = (3, 5, 10)
 DRAWS = 2
 EARLY = 0.3
 """The share of a run's steps by which a cut counts as early."""
-TIMED = 3
-"""Prompts on which whole runs are made for the parts of the cost."""
 
 
 def run(bench: Bench) -> Finding:
@@ -41,7 +42,7 @@ def run(bench: Bench) -> Finding:
     pixels = _pixels(bench)
     oracle = tables[0].oracle
     rows = []
-    for n in [n for n in SIZES if n <= tables[0].n]:
+    for n in [*(n for n in SIZES if n < tables[0].n), tables[0].n]:
         for name, look, step, plan in _plans(tables[0], n):
             gains = np.mean([planner.gains(table, Run(n, plan), load, bench.seed) for table in tables], 0)
             cost = planner.cost(Run(n, plan), load)
@@ -73,12 +74,25 @@ def run(bench: Bench) -> Finding:
         "not told from chance. Costs are denoiser rows; what decoding adds for judges of frames is in the "
         "table of parts."
     )
-    parts = _parts(bench)
-    return Finding(verdict, words, text, {"best-of-n": rows, "parts": parts}, len(oracle), tuple(bench.seeds))
+    judges = _judges(bench)
+    if not bench.plays:
+        text += (
+            f" The candidates of these {len(oracle)} test prompts and their scores, by the head that ships, came with "
+            "the package; --scale full makes candidates anew and judges them by heads of its own, and by frames."
+        )
+    seeds = tuple(judge.trained_on["seed"] for judge in judges)
+    return Finding(verdict, words, text, {"best-of-n": rows, "parts": _parts(bench, judges[0])}, len(oracle), seeds)
+
+
+def _judges(bench: Bench) -> list[Judge]:
+    return bench.judges(BASE) if bench.plays else [shipped(bench.backbone)]
 
 
 def _tables(bench: Bench) -> tuple[list[Table], Workload]:
     """What planning needs, one table per head; scored once and kept."""
+    if not bench.plays:
+        scores = Recorded.load_file(front.shipped())
+        return [scores.table(front.OVERALL)], scores.load
     found, load = [], None
     for seed, judge in zip(bench.seeds, bench.judges(BASE)):
         name = f"recorded/{BASE}-{seed}.parquet"
@@ -111,19 +125,21 @@ def _plans(table: Table, n: int) -> list[tuple[str, str, int | None, Any]]:
 
 def _pixels(bench: Bench) -> dict[str, np.ndarray]:
     """(P, n) scores of the finished candidates by each judge of decoded frames."""
+    if not bench.plays or not bench.pixels:
+        return {}
     by_prompt, _ = recorded.candidates_of(bench.played, "test", ())
+    judge = JointPixelJudge(list(bench.pixels.values()))
+    columns = [number for number, name in enumerate(judge.dimensions) if name.endswith("/overall")]
 
-    def made(judge: Any) -> dict[str, Any]:
-        column, scores = judge.dimensions.index("overall"), []
+    def made() -> dict[str, Any]:
+        scores = []
         for prompt, rows in by_prompt.items():
             latents = bench.played.latents(rows["video"].to_pylist())
-            scores.append(judge.score(latents, [prompt] * len(latents), 0.0)[:, column].tolist())
+            scores.append(judge.score(latents, [prompt] * len(latents), 0.0)[:, columns].T.tolist())
         return {"scores": scores}
 
-    return {
-        name: np.array(bench.parts.once(f"recorded/{name}", partial(made, judge))["scores"])
-        for name, judge in bench.pixels.items()
-    }
+    scores = np.array(bench.parts.once("recorded/pixels", made)["scores"])  # (P, judges, n)
+    return dict(zip(bench.pixels, scores.swapaxes(0, 1)))
 
 
 def _finished(values: np.ndarray, scores: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -145,10 +161,10 @@ def _row(
             "share_ci95": interval if gains.any() else None, "cost": cost, "prompts": len(gains)}  # fmt: skip
 
 
-def _parts(bench: Bench) -> list[dict[str, Any]]:
+def _parts(bench: Bench, judge: Judge) -> list[dict[str, Any]]:
     """Seconds of whole runs by part, and as shares: a cut, full, and full with every candidate decoded (Fig. 5)."""
-    prompts = list(dict.fromkeys(bench.played.videos["prompt"].to_pylist()))[:TIMED]
-    judge, n = bench.judges(BASE)[0], min(bench.scale.n, 8)
+    prompts = bench.test_prompts[: bench.scale.timed]
+    n = min(bench.scale.n, 8)
 
     def white(video: Any, prompt: str) -> float:
         return float(np.asarray(video)[0].mean())  # any number: what costs is that all are decoded
@@ -211,5 +227,5 @@ CUTS = Experiment(
     "Table 2, supplement Table 3, Fig. 5",
     run,
     draw,
-    kinds=lambda bench: [BASE],
+    kinds=lambda bench: [BASE] if bench.plays else [],
 )

@@ -121,12 +121,11 @@ def run(bench: Bench) -> Finding:
 
 def _stores(bench: Bench) -> dict[str, LatentStore]:
     """The labelled videos to measure on: the judge's own generator's, another's, and of unseen combinations."""
-    small = bench.scale.name == "quick"
     foreign = Backbone(shapeworld.pipeline("early"))
     return {
         "test": bench.tested,
-        "foreign": bench.collected("foreign", {"test": 20 if small else 100}, 4 if small else 6, foreign),
-        "unseen": bench.collected("unseen", {"unseen": 20 if small else 60}, 4 if small else 6),
+        "foreign": bench.collected("foreign", {"test": 100}, 6, foreign),
+        "unseen": bench.collected("unseen", {"unseen": 60}, 6),
     }
 
 
@@ -183,4 +182,5 @@ FINETUNED = Experiment(
     draw,
     kinds=lambda bench: [BASE],
     scales=("full",),
+    trainings=lambda bench: 3 * len(RATES) * bench.scale.seeds,
 )

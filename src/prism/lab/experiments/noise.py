@@ -53,10 +53,11 @@ def run(bench: Bench) -> Finding:
 
 
 def _rows(judge: str, rows: Sequence[Any]) -> list[dict[str, Any]]:
-    kept = [row for row in rows if row["dimension"] == MAIN and (row.get("head_seeds") or row["head_seed"] is None)]
+    of_main = [row for row in rows if row["dimension"] == MAIN]
+    kept = [row for row in of_main if row.get("head_seeds") or row["head_seed"] is None]
     names = ("t", "without_ties", "without_ties_ci95", "with_ties_validation_threshold", "decided_pairs",
              "decided_prompts")  # fmt: skip
-    return [{"judge": judge, **{name: row[name] for name in names}} for row in kept or rows]
+    return [{"judge": judge, **{name: row[name] for name in names}} for row in kept or of_main]
 
 
 def draw(tables: Tables) -> Sequence[Drawing]:

@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from prism.errors import PrismError
-from prism.evaluation import Measurement
+from prism.evaluation import Measurement, measure_together
 from prism.lab.bench import BASE, Bench
 from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of
 from prism.lab.heads import RIVALS
-from prism.lab.rivals import OwnDisagreement, OwnError, train_rivals
+from prism.lab.rivals import JointRivalJudge, OwnDisagreement, OwnError, train_rivals
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 
@@ -21,12 +21,13 @@ UNTRAINED = {"flow-residual": OwnError, "disagreement": OwnDisagreement}
 
 def run(bench: Bench) -> Finding:
     """Accuracy of each related judge, and its paired difference from the paper's head."""
-    names = [name for name in RIVALS if name != "registers" or bench.backbone.family.name == "wan"]
+    registers = bench.scale.registers and bench.backbone.family.name == "wan"
+    names = [name for name in RIVALS if name != "registers" or registers]
     base = bench.measured([BASE])[BASE]
     rows = [row_of(BASE, "PRISM’s head", base, base, bench.seed)]
     for name, measured in _trained(bench, names).items():
         rows.append(row_of(name, RIVALS[name].title, measured, base, bench.seed))
-    left_out = []
+    left_out = [] if bench.scale.registers else ["Registers, which take a pass of their own, are left to --scale full."]
     for name, kind in UNTRAINED.items():
         try:
             measured = [_kept(bench, name, kind)]
@@ -65,8 +66,12 @@ def _trained(bench: Bench, names: Sequence[str]) -> dict[str, list[Measurement]]
         if missing:
             config = replace(bench.scale.train, seed=seed)
             judges = train_rivals(missing, bench.backbone, bench.training, config, bench.tap, bench.scale.dim)
-            for name, judge in judges.items():
-                bench.parts.piece(_file(name, seed), partial(bench.measure_claimed, judge, bench.tested, "test"))
+            tables = measure_together(
+                list(judges.values()), bench.tested, "test", bench.claimed, seed=bench.seed,
+                batch_size=bench.batch_size, joint=JointRivalJudge,
+            )  # fmt: skip
+            for name, table in zip(judges, tables):
+                bench.parts.piece(_file(name, seed), table.save)
         for name in names:
             every[name].append(Measurement.load(bench.parts.folder / _file(name, seed)))
     return every
@@ -101,4 +106,5 @@ RELATED = Experiment(
     run,
     draw,
     kinds=lambda bench: [BASE],
+    trainings=lambda bench: bench.scale.seeds * (2 if bench.scale.registers else 1),
 )
