@@ -39,6 +39,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "collect": "prism.commands.collect:Collect",
     "score": "prism.commands.score:Score",
     "reference": "prism.commands.reference:Reference",
+    "serve": "prism.commands.serve:Serve",
     "plan": "prism.commands.plan:Plan",
     "improve": "prism.commands.improve:Improve",
     "doctor": "prism.commands.doctor:Doctor",

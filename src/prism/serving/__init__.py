@@ -1,0 +1,1 @@
+"""Judges where people and trainers already are: a reward service."""
