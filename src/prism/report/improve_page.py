@@ -22,6 +22,7 @@ TUNING = (
     "in which the tuned model's error fell more for the winner. kl_div: mean squared difference of the outputs to the "
     "untuned model's."
 )
+CURVES = "Every arm's errors less the untuned model's under the same noise: winners should fall, losers rise."
 PICKS = (
     "reward_avg and reward_std_mean are the judge's scores of the candidates and their spread within a prompt; "
     "zero_std_ratio is the share of prompts with nothing to choose, which are left out."
@@ -53,7 +54,7 @@ def sections(metrics: Mapping[str, Any]) -> list[Section]:
     curves = [(plot, "") for plot in (tuning_plot(metrics["tuning"], arm) for arm in _arms(rounds)) if plot]
     parts.append(Section("The tuning", tables=[(tuning_table(rounds), TUNING), (picks_table(rounds), PICKS)]))
     if curves:
-        parts.append(Section("Errors while tuning", TUNING, curves))
+        parts.append(Section("Errors while tuning", CURVES, curves))
     if metrics.get("retrained"):
         lead = retrained_sentence(metrics["retrained"]["comparison"])
         table = retrained_table(metrics["retrained"]["accuracy"])
@@ -237,7 +238,7 @@ def gain_plot(rounds: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(m["measure"] for row in rounds for m in row["measures"] if m["gain_sd"] is not None))
     names = [name for name in names if "." not in name and name not in ("motion", "diversity")]
     styles = {"judge": "-", "random": (0, (4, 2)), "worst": (0, (1, 2))}
-    last = max(row["round"] for row in rounds)
+    last, labels = max(row["round"] for row in rounds), list[tuple[float, int, str, str]]()
     for index, name in enumerate(names):
         colour = {"judge": MUTED, "outer": INK}.get(name, (ACCENT, *SERIES)[index % 5])
         for arm in _arms(rounds):
@@ -252,9 +253,13 @@ def gain_plot(rounds: Sequence[Mapping[str, Any]]) -> str:
                     ends = [scale * end for end in m["gain_ci95"]]
                     axes.plot([number + shift] * 2, ends, color=colour, linewidth=1.2, alpha=0.6)
             word = name if arm == "judge" else f"{name}, {arm}"
-            axes.annotate(
-                word, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", va="center", color=colour, fontsize=9
-            )
+            labels.append((y[-1], x[-1], word, colour))
+    low, high = axes.get_ylim()
+    at = low - high
+    for height, right, word, colour in sorted(labels):
+        at = max(height, at + 0.06 * (high - low))  # labels of near ends stand above each other
+        end = (right + 0.03 * last, at)
+        axes.annotate(word, (right, height), xytext=end, textcoords="data", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(last + 1), ["untuned", *(f"round {number}" for number in range(1, last + 1))])
     axes.set_xlim(-0.1, last + 0.35 * last)
     axes.set_ylabel("gain, within-prompt SD", color=MUTED)
