@@ -9,7 +9,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from prism import files
 from prism.errors import PrismError, number, quoted
 
 EMBEDDED = "ShapeWorld (embedded)"
@@ -38,6 +37,7 @@ def load_backbone(
 
     from prism import shapeworld
     from prism.backbone import Backbone
+    from prism.backbone.loading import call_beside
 
     for logging in (diffusers_logging, transformers_logging):  # no progress bars of loading
         logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def load_backbone(
         backbone, call, name = Backbone(shapeworld.pipeline()), dict(shapeworld.CALL), EMBEDDED
     else:
         kind = getattr(torch, dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-        backbone, call, name = Backbone.from_pretrained(name, dtype=kind), _call_beside(name), str(name)
+        backbone, call, name = Backbone.from_pretrained(name, dtype=kind), call_beside(name), str(name)
     adapt(backbone.pipe, adapters)
     place(backbone.pipe, device, offload)
     return backbone, call, name
@@ -87,9 +87,10 @@ def crew_of_backbone(
         yield crew_of(backbone), call
         return
     from prism import shapeworld
+    from prism.backbone.loading import call_beside
     from prism.training.actors import Actors
 
-    call = dict(shapeworld.CALL) if name is None else _call_beside(name)
+    call = dict(shapeworld.CALL) if name is None else call_beside(name)
     load = partial(_backbone, _absolute(name), device, dtype, offload, [_absolute(lora) for lora in loras])
     gpus = None if device is None else device.startswith("cuda")
     with Actors(load, ray, workers, gpus) as actors:
@@ -182,16 +183,6 @@ def adapt(pipe: Any, adapters: Sequence[tuple[Path, float]]) -> None:
         if not any(f"lora-{index}" in names for names in pipe.get_list_adapters().values()):
             raise PrismError(f"The --lora {file} holds nothing for {type(pipe).__name__}; it is of another model.")
     pipe.set_adapters([f"lora-{index}" for index in range(len(adapters))], [scale for _, scale in adapters])
-
-
-def _call_beside(name: str) -> dict[str, Any]:
-    path = Path(name) / "call.json"
-    if not path.is_file():
-        return {}
-    call = files.read_json(path)
-    if not isinstance(call, dict):
-        raise PrismError(f"The file {path} is not a JSON object; pipeline arguments by name are needed.")
-    return call
 
 
 def load_judge(head: str | None, backbone: Any, embedded: bool) -> Any:

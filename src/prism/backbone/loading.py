@@ -58,6 +58,17 @@ def explain_folder_errors(source: Any) -> Iterator[None]:
         ) from error
 
 
+def call_beside(name: str) -> dict[str, Any]:
+    """The arguments of a pipeline's call that call.json in its folder holds; none without this file."""
+    path = Path(name) / "call.json"
+    if not path.is_file():
+        return {}
+    call = read_json(path)
+    if not isinstance(call, dict):
+        raise PrismError(f"The file {path} is not a JSON object; pipeline arguments by name are needed.")
+    return call
+
+
 def load(kind: type[Backbone], source: str, up_to: int | None, reads: str | None, kwargs: dict[str, Any]) -> Backbone:
     """See `Backbone.from_pretrained`."""
     with explain_folder_errors(source):

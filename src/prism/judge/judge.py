@@ -15,7 +15,7 @@ from prism.backbone import Backbone, Tokens
 from prism.backbone.arguments import texts
 from prism.backbone.layout import per_row
 from prism.errors import DRAWS, PrismError, flag, instance, whole
-from prism.judge import checks, hub, scoring
+from prism.judge import checks, hub, scoring, trajectory
 from prism.judge import saved as folders
 from prism.judge.checks import trained_together, versions, warn_outside, warn_untrained
 from prism.judge.head import OPTIONS, Member, QueryHead, check_fits, scores_of
@@ -320,7 +320,7 @@ class Judge:
         error = scores.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(scores[0], torch.nan)
         return scores.mean(0), error
 
-    score_video = scoring.score_video
+    score_video, gains = scoring.score_video, trajectory.gains
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:

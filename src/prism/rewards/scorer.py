@@ -40,6 +40,8 @@ class LatentRow:
     """The prompt; None where embeddings are given."""
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     """The prompt as embeddings, (1, ...) each, by the names of the pipeline's arguments."""
+    noisy: bool = False
+    """True for latents that are at this level already; they are scored as they are."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Scorer:
             image = None if row.image is None else hashlib.sha256(row.image.tobytes()).digest()
             return id(self), "clip", row.frames.shape, image
         parts = {"latents": row.latents, **row.embeddings}
-        return id(self), *((name, value.shape[1:], value.dtype) for name, value in sorted(parts.items()))
+        return id(self), row.noisy, *((name, value.shape[1:], value.dtype) for name, value in sorted(parts.items()))
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> list[list[float]]:
@@ -171,6 +173,8 @@ class Scorer:
         given = {name: torch.cat([row.embeddings[name] for row in rows]).to(backbone.device) for name in names}
         prompts = None if names else [row.prompt or "" for row in rows]
         shape, draws = (1, *latents.shape[1:]), []
+        if rows[0].noisy:
+            return judge.score(latents, prompts, levels, **self.call, **given).cpu()
         with backbone.held(), backbone.freed():
             for _ in range(self.draws or 1):
                 noise = torch.cat([torch.randn(shape, generator=each) for each in generators]).to(latents)
