@@ -43,6 +43,7 @@ COMMANDS = {  # the dataclass of each command's options, which pkgutil imports
     "plan": "prism.commands.plan:Plan",
     "improve": "prism.commands.improve:Improve",
     "doctor": "prism.commands.doctor:Doctor",
+    "page": "prism.commands.page:Page",
     "shapeworld train": "prism.commands.lab:Train",
     "shapeworld candidates": "prism.commands.lab:Candidates",
     "shapeworld quality": "prism.commands.lab:Quality",

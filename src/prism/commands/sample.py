@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from prism import files, runs
 from prism.commands import show, speaks
@@ -129,8 +129,20 @@ class Sample:
         show(metrics, out)
 
 
-def run(config: Sample) -> dict[str, Any] | None:
+class Loaded(NamedTuple):
+    """Models of runs that share them: a backbone, the arguments of its call, its name, and the judge on it."""
+
+    backbone: Any
+    call: Mapping[str, Any]
+    name: str
+    judge: Any
+
+
+def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict[str, Any] | None:
     """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics.
+
+    loaded: models, in place of those that the config names. watch: a `prism.sampling.previews.Watch` of the run, in
+    place of a bar of its progress; it gets previews where there are any.
 
     Under `torchrun` or `accelerate launch` the processes share the candidates; the first one writes, the others return
     None.
@@ -148,7 +160,7 @@ def run(config: Sample) -> dict[str, Any] | None:
     team = Team.gathered() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Team()
     distribute = None if team.alone else "candidates"
     if team.rank > 0:
-        _sample(config, cuts, weights, distribute)
+        _sample(config, cuts, weights, distribute, loaded, watch)
         return None
     with runs.new(config.output.out, config.output.overwrite, "sample") as folder:
         from prism import video as media
@@ -156,7 +168,7 @@ def run(config: Sample) -> dict[str, Any] | None:
         from prism.report.metrics import document, write_config
         from prism.report.page import FilmRow, FilmStrip, write_report
 
-        backbone, name, judge, call, weights, result, ran = _sample(config, cuts, weights, distribute)
+        backbone, name, judge, call, weights, result, ran = _sample(config, cuts, weights, distribute, loaded, watch)
         videos = [media.frames(pick.video) for pick in result.top]
         names = ["winner.mp4", *(f"winner-{rank}.mp4" for rank in range(2, len(videos) + 1))]
         for file, video in zip(names, videos):
@@ -218,7 +230,9 @@ def run(config: Sample) -> dict[str, Any] | None:
     return metrics
 
 
-def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any) -> tuple[Any, ...]:
+def _sample(
+    config: Sample, cuts: Any, weights: Mapping[str, float], distribute: Any, loaded: Loaded | None, watch: Any
+) -> tuple[Any, ...]:
     """Sample; return the backbone, its name, the judge (None for strategies without one), the pipeline's call, the
     weights of dimensions by which candidates are ranked, the result, and the options with those of a plan filled in.
     """
@@ -226,9 +240,11 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
     from prism.sampling import best_of_n, ranking
     from prism.sampling.strategies import kind_of
 
-    backbone, call, name = load_backbone(
-        config.models.backbone, config.models.device, config.models.dtype, config.models.offload, config.models.loras
-    )
+    models = config.models
+    if loaded is None:
+        backbone, call, name = load_backbone(models.backbone, models.device, models.dtype, models.offload, models.loras)
+    else:
+        backbone, call, name = loaded.backbone, dict(loaded.call), loaded.name
     if backbone.family.takes_prompts and not config.prompt:
         raise PrismError(f"{type(backbone.pipe).__name__} needs a prompt; give --prompt.")
     parameters = inspect.signature(type(backbone.pipe).__call__).parameters
@@ -240,7 +256,9 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
         ):
             raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{argument} FILE.")
     judged = kind_of(config.strategy).needs_judge() or config.until is not None
-    judge = load_judge(config.models.head, backbone, embedded=config.models.backbone is None) if judged else None
+    judge = None
+    if judged:
+        judge = loaded.judge if loaded else load_judge(models.head, backbone, embedded=models.backbone is None)
     call = {**call, **config.arguments}
     if judge and weights == {"overall": 1.0}:
         weights = ranking(judge, "overall")
@@ -264,9 +282,10 @@ def _sample(config: Sample, cuts: Any, weights: Mapping[str, float], distribute:
             batch_size=config.batch_size,
             top_k=config.top_k,
             select_by=weights,
-            previews=config.previews,
+            previews=config.previews or (False if watch is None else None),
+            watch=watch,
             distribute=distribute,
-            progress=True,
+            progress=watch is None,
             **settings,
             **{**call, "output_type": "np"},
         )

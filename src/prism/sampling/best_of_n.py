@@ -20,7 +20,7 @@ from prism.sampling import arguments, plan_files
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
-from prism.sampling.previews import Previews
+from prism.sampling.previews import Previews, Watch
 from prism.sampling.recording import state_of
 from prism.sampling.replay import check_noise, reproduction
 from prism.sampling.rounds import Stop, Until
@@ -141,7 +141,8 @@ def best_of_n(
     num_draws: int = 2,
     oracle: Callable[[Any, Any], Any] | None = None,
     keep_latents: bool = False,
-    previews: bool = False,
+    previews: bool | None = False,
+    watch: Watch | None = None,
     distribute: Literal["candidates", "prompts"] | None = None,
     progress: bool = False,
     **call: Any,
@@ -197,7 +198,8 @@ def best_of_n(
             (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
         keep_latents: also return the final latents of every candidate that was sampled to the end.
         previews: at each cut that looks ahead, decode the video that the denoiser predicts of every candidate; see
-            `result.previews`. Each is a VAE decode more.
+            `result.previews`. Each is a VAE decode more. None: where there is such a cut; True demands one.
+        watch: is told of each denoiser call and each cut of this process while the run goes on; what it raises ends it.
         distribute: under `torchrun` or `accelerate launch`, the work that processes divide: the candidates of each
             prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
             the same results, tensors in host memory. None: each process for itself.
@@ -242,7 +244,7 @@ def best_of_n(
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)
-    previews = flag("previews", previews)
+    previews = previews if previews is None else flag("previews", previews)
     arguments.check_weights(select_by)
     num_steps = whole("num_inference_steps", backbone.num_inference_steps(call))
     if budget is not None and filed is None:
@@ -282,8 +284,8 @@ def best_of_n(
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
-        shown = Previews() if previews else None
-        search = Search(prompt=text, call=calls[number], team=among, previews=shown, **options)
+        shown = None if previews is False else Previews(optional=previews is None)
+        search = Search(prompt=text, call=calls[number], team=among, previews=shown, watch=watch, **options)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
@@ -291,12 +293,18 @@ def best_of_n(
                 ready = search.settle(settled)
                 if search.team.rank == 0:
                     warn_of_cost(ready, search.load)
-                if search.previews is not None:
-                    search.previews.check(ready, search.load)
+                if search.previews is not None and not search.previews.check(ready, search.load):
+                    search.previews = None
                 bar.reset(total=ready.rows(search.load) / among.size)
                 return ready.winners(search)
 
-            return _run(search, find, Meter(backbone, judge, bar.update), keep_latents, rule)
+            def count(rows: float) -> None:
+                bar.update(rows)
+                if watch is not None:
+                    watch.rows(meter.ledger.denoiser_rows, bar.total or 0.0)
+
+            meter = Meter(backbone, judge, count)
+            return _run(search, find, meter, keep_latents, rule)
 
     numbers = range(len(prompts))
     if distribute == "prompts":

@@ -1,10 +1,10 @@
-"""Previews: the video that the denoiser predicts of each candidate at a cut that looks ahead."""
+"""Previews, the videos that the denoiser predicts of candidates at a cut that looks ahead, and who watches a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,17 +17,35 @@ from prism.sampling.plan import Candidate, Plan, Workload
 from prism.team import Team, merged
 
 
+class Watch(Protocol):
+    """Who is told of a run while it goes on. What its methods raise ends the run."""
+
+    def rows(self, done: float, expected: float) -> None:
+        """Called after each denoiser call, with the denoiser rows that it and those before took, and those that the
+        plan takes as a whole."""
+
+    def cut(self, cut: Mapping[str, Any], previews: Mapping[Candidate, np.ndarray]) -> None:
+        """Called at each cut, as soon as it is decided, with its entry of `BestOfNResult.scores` (whose candidates are
+        `Candidate`s here), and with the previews of its candidates, (T, H, W, 3) uint8, where there are any."""
+
+
 @dataclass
 class Previews:
     """The previews of a search, each decoded as soon as its candidate was looked at.
 
-    videos: by step, by candidate of this process, (T, H, W, 3) uint8.
+    videos: by step, by candidate of this process, (T, H, W, 3) uint8. optional: a plan without any is no mistake.
     """
 
     videos: dict[int, dict[Candidate, np.ndarray]] = field(default_factory=dict)
+    optional: bool = False
 
-    def check(self, plan: Plan, load: Workload) -> None:
-        """Raise PrismError for a settled plan without a cut that looks ahead, or whose candidates part before one."""
+    def check(self, plan: Plan, load: Workload) -> bool:
+        """True for a settled plan with a cut that looks ahead, before which no candidate parts from its seed.
+
+        Raises PrismError for another one, unless previews are optional.
+        """
+        if self.optional:
+            return plan.predicts() and not plan.parts_at(load)
         if not plan.predicts():
             raise PrismError(
                 "Previews are the videos that the denoiser predicts at cuts that look ahead, and this run has none; "
@@ -38,6 +56,7 @@ class Previews:
                 f'Previews are shown by seed, and the candidates of the strategy "{plan.strategy}" part from theirs; '
                 'leave previews out, or take "early".'
             )
+        return True
 
     def add(
         self,

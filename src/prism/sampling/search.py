@@ -17,7 +17,7 @@ from prism.errors import PrismError
 from prism.sampling import edits, looks
 from prism.sampling.lookahead import Predictor
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind, weighted
-from prism.sampling.previews import Previews
+from prism.sampling.previews import Previews, Watch
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, OnCut
 from prism.team import Team, merged
@@ -48,6 +48,7 @@ class Search:
     reserve: list[Candidate] = field(default_factory=list)  # ranked, to replace winners whose latents are not finite
     state: str = ""  # `state_of` the denoisers before sampling, if there is a callback to change it
     previews: Previews | None = None  # where predicted clean latents are decoded
+    watch: Watch | None = None  # is told of each cut
     noise: set[str] = field(default_factory=set)  # sources of the winners' noise, see `Interceptor.noise`
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Search:
         self.scores.clear()
         self.latents.clear()
         self.reserve.clear()
-        self.previews = None if self.previews is None else Previews()
+        self.previews = None if self.previews is None else Previews(optional=self.previews.optional)
 
     def settle(self, plan: Plan) -> Plan:
         """The plan with its cuts settled against the steps that the call makes; sets `load`.
@@ -299,17 +300,10 @@ class Search:
         return scores
 
     def rank(
-        self,
-        step: int,
-        t: float,
-        scores: Mapping[Candidate, Sequence[float]],
-        keep: int,
-        alive: Iterable[Candidate],
-        names: Sequence[str] = (),
-        weights: Mapping[str, float] | None = None,
-        look: str | None = None,
+        self, step: int, t: float, scores: Mapping[Candidate, Sequence[float]], keep: int, alive: Iterable[Candidate],
+        names: Sequence[str] = (), weights: Mapping[str, float] | None = None, look: str | None = None,
         order: Sequence[Candidate] = (),
-    ) -> list[Candidate]:
+    ) -> list[Candidate]:  # fmt: skip
         """The best `keep` candidates by weighted score, best first. The cut is added to `self.scores`.
 
         The recordings of losers are deleted, and the survivors are distributed evenly over the processes.
@@ -355,6 +349,8 @@ class Search:
         columns = {n: [scores[c][i] for c in candidates] for i, n in enumerate(names or self.judge.dimensions)}
         entry = {"step": step, "t": t, "candidates": candidates, "scores": columns, "kept": sorted(kept)}
         self.scores.append({**entry, "dropped": list(dropped), **({} if look is None else {"look": look})})
+        if self.watch is not None:
+            self.watch.cut(self.scores[-1], {} if self.previews is None else self.previews.videos.get(step, {}))
 
     def share(self, candidates: Sequence[Candidate]) -> None:
         """Distribute candidates evenly over the processes, with their recordings."""

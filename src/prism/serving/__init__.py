@@ -1,1 +1,1 @@
-"""Judges where people and trainers already are: a reward service."""
+"""Judges where people and trainers already are: a reward service, and a page in the browser."""

@@ -40,6 +40,19 @@ def clip_name(video: str) -> str:
     return f"{hashlib.sha256(video.encode(errors='surrogatepass')).hexdigest()[:16]}.mp4"
 
 
+def check_questions(dimensions: Sequence[str]) -> None:
+    """Raise PrismError for dimensions that cannot be the columns of people's answers."""
+    if not dimensions:
+        raise PrismError("People need a question; give at least one dimension, such as overall.")
+    for name in dimensions:
+        check_dimension(name, "the questions")
+        if name.casefold() in KNOWN or _COLUMN.fullmatch(name) or list(dimensions).count(name) > 1:
+            raise PrismError(
+                f"The question {quoted(name, 60)} cannot be a column of answers: the name stands for something else, "
+                "or twice among the questions; rename it."
+            )
+
+
 def export(
     store: LatentStore | str | os.PathLike[str],
     backbone: Backbone,
@@ -76,19 +89,11 @@ def export(
         PrismError: if there is no pair, or `out` holds something else.
     """
     store, fps, seed = LatentStore.of(store), number("fps", fps, 0.1, 240), whole("seed", seed, 0, SEEDS)
-    if not dimensions:
-        raise PrismError("People need a question; give at least one dimension, such as overall.")
-    for name in dimensions:
-        check_dimension(name, "the questions")
-        if name.casefold() in KNOWN or _COLUMN.fullmatch(name) or list(dimensions).count(name) > 1:
-            raise PrismError(
-                f"The question {quoted(name, 60)} cannot be a column of answers: the name stands for something else, "
-                "or twice among the questions; rename it."
-            )
+    check_questions(dimensions)
     refusals, _ = fits(store.meta.get("backbone") or {}, backbone, ("vae",))
     if refusals:
         raise PrismError(f"The store {store.folder} is of the {refusals[0][0]}, and the backbone has {refusals[0][1]}.")
-    chosen = _chosen(store, split, pairs_per_prompt, seed)
+    chosen = drawn_pairs(store, split, pairs_per_prompt, seed)
     columns = [name.replace("overall", "Overall") for name in dimensions]  # as VideoAlign calls it
     folder = Path(out)
     identity = {
@@ -165,7 +170,7 @@ def read_back(
     return LatentStore.open(store.folder)
 
 
-def _chosen(
+def drawn_pairs(
     store: LatentStore, split: str | None, pairs_per_prompt: int | None, seed: int
 ) -> list[tuple[str, str, str]]:
     """Pairs of videos of one prompt, image and shape, in random order and on random sides."""
