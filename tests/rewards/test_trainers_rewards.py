@@ -160,4 +160,4 @@ def test_flow_factory_is_told_what_is_wrong(names, latents, flow_factory):
 
 def test_without_flow_factory_its_class_is_refused():
     with pytest.raises(PrismError, match="which is not installed here"):
-        _ = prism.rewards.FlowFactoryReward
+        prism.rewards.FlowFactoryReward(None, None)

@@ -97,13 +97,20 @@ class LatentReward:
         return [LatentRow(last, float(level), self.scorer.seed, prompt, noisy=True)]
 
 
+class _Missing:
+    """In place of Flow-Factory's base class where it is not installed."""
+
+    def __init__(self, config: Any, accelerator: Any) -> None:
+        raise PrismError("FlowFactoryReward is used by Flow-Factory, which is not installed here; start it from there.")
+
+
 def __getattr__(name: str) -> Any:
     if name != "FlowFactoryReward":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from flow_factory.rewards import PointwiseRewardModel, RewardModelOutput
-    except ImportError as error:
-        raise PrismError("FlowFactoryReward is used by Flow-Factory, which is not installed here.") from error
+    except ImportError:
+        return type(name, (LatentReward, _Missing), {"__module__": __name__})
     kind = type(name, (LatentReward, PointwiseRewardModel), {"output": RewardModelOutput, "__module__": __name__})
     globals()[name] = kind
     return kind
