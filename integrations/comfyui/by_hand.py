@@ -61,7 +61,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 def main(folder: str) -> int:
     """Print what was compared; 1 where anything differs."""
     sys.path.insert(0, folder)
-    sys.argv = sys.argv[:1] + ["--cpu"]
+    sys.argv = [*sys.argv[:1], "--cpu"]
     options: Any = importlib.import_module("comfy.options")
     options.enable_args_parsing()
     torch.set_num_threads(1)
