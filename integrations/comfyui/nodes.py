@@ -169,7 +169,10 @@ class EarlyBestOfN(io.ComfyNode):
         labels = [_label(candidate, place) for place, candidate in enumerate(ended, 1)]
         picture = preview.strip(list(zip(labels, raw)), preview.map_of(vae, latent_format))
         found = _report(runs, judge, ended, cuts, rank_by)
-        return io.NodeOutput({**latent, "samples": samples}, found, picture)
+        kept = {
+            name: value for name, value in latent.items() if not name.startswith("downscale_ratio")
+        }  # of empty ones
+        return io.NodeOutput({**kept, "samples": samples}, found, picture)
 
 
 class ScoreLatent(io.ComfyNode):

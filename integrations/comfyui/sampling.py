@@ -8,6 +8,7 @@ that KSampler gives for its seed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,11 @@ class Runs:
         ):
             self.model.add_wrapper_with_key(kind, KEY, wrapper)
         if call is not None:
-            self.samples = sample.fix_empty_latent_channels(patcher, call.latent["samples"])
+            fix: Any = sample.fix_empty_latent_channels
+            scales = [
+                call.latent.get(name) for name in list(inspect.signature(fix).parameters)[2:]
+            ]  # of later versions
+            self.samples = fix(patcher, call.latent["samples"], *scales)
             if len(self.samples) != 1:
                 raise PrismError(
                     f"The latent holds {len(self.samples)} samples, and each candidate is one with a seed of its own; "

@@ -231,6 +231,10 @@ def prepare_noise(latent_image: Tensor, seed: int, noise_inds: Any = None) -> Te
     return torch.randn(latent_image.shape, generator=torch.Generator().manual_seed(seed))
 
 
+def fix_empty_latent_channels(model: Patcher, latent_image: Tensor, downscale_ratio_spacial: Any = None) -> Tensor:
+    return latent_image if downscale_ratio_spacial in (None, 8) else latent_image[..., ::2, ::2]
+
+
 class ProgressBar:
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -333,7 +337,7 @@ def install(models_dir: str) -> dict[str, types.ModuleType]:
         "comfy.samplers": {"KSampler": KSampler, "sampler_object": Sampler},
         "comfy.sample": {
             **{"sample": sample, "sample_custom": sample_custom, "prepare_noise": prepare_noise},
-            "fix_empty_latent_channels": lambda model, latent: latent,
+            "fix_empty_latent_channels": fix_empty_latent_channels,
         },
         "comfy.patcher_extension": {
             "WrappersMP": types.SimpleNamespace(**patches),

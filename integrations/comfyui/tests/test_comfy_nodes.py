@@ -108,6 +108,13 @@ def test_a_first_part_ends_with_noise_left(world: Any) -> None:
         run(world, plan="7:1", end_at_step=6)
 
 
+def test_an_empty_latent_of_another_scale_is_resized_as_ksampler_does(world: Any) -> None:
+    larger = {"samples": torch.zeros(1, 16, 3, 8, 8), "downscale_ratio_spacial": 4}
+    latent, _, _ = run(world, latent=larger, plan="2:1", candidates=2, steps=2)
+    assert latent.keys() == {"samples"}
+    assert latent["samples"].shape == (1, 16, 3, 4, 4)
+
+
 def test_one_candidate_is_sampled_without_a_look(world: Any) -> None:
     latent, scores, _ = run(world, seeds="23", plan="2:1")
     assert torch.equal(latent["samples"], plain(world, 23))
