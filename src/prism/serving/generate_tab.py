@@ -41,9 +41,12 @@ def build(gradio: Any, desk: Desk) -> None:
             image = gradio.Image(label="Image to start from", type="filepath", visible=pictures)
             way = gradio.Radio([CUTS, BUDGET], value=CUTS, label="How the run spends")
             with gradio.Group() as group_cuts:
-                n = gradio.Slider(1, 64, value=8, step=1, label="Candidates")
+                n = gradio.Slider(1, 64, value=8, step=1, label="Candidates", elem_id="pz-n")
                 schedule = gradio.Textbox(
-                    label="Cuts", placeholder="1 after a fifth of the steps", info="STEP:KEEP, such as 4:3,6:1"
+                    label="Cuts",
+                    elem_id="pz-schedule",
+                    placeholder="1 after a fifth of the steps",
+                    info="STEP:KEEP, such as 4:3,6:1",
                 )
                 look = gradio.Dropdown(list(LOOKS), value=next(iter(LOOKS)), label="What is judged at a cut")
             with gradio.Group(visible=False) as group_budget:

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from prism.errors import PrismError
-from prism.serving import annotate_tab, generate_tab, web
+from prism.serving import annotate_tab, generate_tab, score_tab, web
 from prism.serving.annotators import Annotation
 from prism.serving.comparisons import Comparisons
 from prism.serving.jobs import Jobs
@@ -45,15 +45,16 @@ def blocks(desk: Desk, tabs: Sequence[str] = TABS) -> Any:
     gradio = imported()
     build: dict[str, Callable[[Any, Desk], None]] = {
         "generate": generate_tab.build,
+        "score": score_tab.build,
+        "compare": score_tab.build_compare,
         "annotate": annotate_tab.build,
     }
     with gradio.Blocks(title="PRISM", analytics_enabled=False, fill_width=True) as page:
         gradio.HTML(f'<div class="pz-brand"><h1>PRISM</h1><span>{desk.title}</span></div>')
         with gradio.Tabs():
             for name in tabs:
-                if name in build:
-                    with gradio.Tab(name.capitalize(), id=name):
-                        build[name](gradio, desk)
+                with gradio.Tab(name.capitalize(), id=name):
+                    build[name](gradio, desk)
     return page
 
 
