@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image, ImageDraw
@@ -20,7 +21,7 @@ from prism.errors import reason
 
 SIDE, FRAMES = 256, 9  # of the picture that a map is fitted on, in pixels and (for video) frames
 HEIGHT, COLUMNS = 96, 6  # of a candidate's row: pixels, and frames beside one another
-_fitted: dict[int, tuple[Any, LinearMap]] = {}  # by id of the VAE, which is kept so that its id stays its own
+_fitted: WeakKeyDictionary[Any, LinearMap] = WeakKeyDictionary()  # by VAE, which goes when ComfyUI drops it
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LinearMap:
 
 def fitted(vae: Any) -> LinearMap:
     """The map of a VAE of ComfyUI, fitted at its first use."""
-    if id(vae) not in _fitted:
+    if vae not in _fitted:
         target = picture()
         latents = vae.encode(target[None].repeat(FRAMES, 1, 1, 1)).detach().float().cpu()
         if latents.ndim == 4:
@@ -52,9 +53,9 @@ def fitted(vae: Any) -> LinearMap:
         wanted = colours.repeat(len(cells), 1).double()
         solution = torch.linalg.lstsq(known, wanted, driver="gelsd").solution
         error = float((known @ solution - wanted).square().mean().sqrt())
-        _fitted[id(vae)] = vae, LinearMap(solution[:-1].float(), solution[-1].float(), error)
+        _fitted[vae] = LinearMap(solution[:-1].float(), solution[-1].float(), error)
         logging.info("PRISM: colours of latents are fitted with an error of %.3f.", error)
-    return _fitted[id(vae)][1]
+    return _fitted[vae]
 
 
 def picture() -> Tensor:

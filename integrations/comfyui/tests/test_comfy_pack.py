@@ -157,6 +157,10 @@ def test_plans_are_read_of_texts_and_files(tmp_path: Path) -> None:
 # -- strips
 
 
+class Vae:
+    """A VAE of ComfyUI, by the one method that is called."""
+
+
 def vae(weights: torch.Tensor, video: bool) -> Any:
     """A VAE that is linear: latents are mean colours through `weights` (C, 3), and further channels of noise."""
 
@@ -165,12 +169,13 @@ def vae(weights: torch.Tensor, video: bool) -> Any:
         latents = torch.einsum("cd,tdhw->tchw", weights, cells) + 0.5
         return latents[::4].movedim(0, 1)[None] if video else latents
 
-    return SimpleNamespace(encode=encode)
+    made = Vae()
+    made.encode = encode  # type: ignore[attr-defined]
+    return made
 
 
 @pytest.mark.parametrize("video", [True, False])
-def test_the_map_from_latents_to_colours_is_fitted_once(video: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preview, "_fitted", {})
+def test_the_map_from_latents_to_colours_is_fitted_once(video: bool) -> None:
     weights = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     linear = vae(weights, video)
     fitted = preview.fitted(linear)
@@ -182,6 +187,9 @@ def test_the_map_from_latents_to_colours_is_fitted_once(video: bool, monkeypatch
     torch.testing.assert_close(fitted.frames(latents)[0], wanted, rtol=0, atol=1e-4)
     linear.encode = None  # not called again
     assert preview.fitted(linear) is fitted
+    kept = len(preview._fitted)
+    del linear
+    assert len(preview._fitted) == kept - 1
 
 
 def test_without_a_vae_comfyuis_own_colours_are_taken() -> None:
@@ -189,8 +197,7 @@ def test_without_a_vae_comfyuis_own_colours_are_taken() -> None:
     assert own is not None
     assert own.frames(torch.full((1, 1, 1, 1), 0.5)).flatten().tolist() == [0.75, 0.5, 0.25]
     assert preview.map_of(None, SimpleNamespace()) is None
-    broken = SimpleNamespace(encode=lambda pixels: 1 / 0)
-    assert preview.map_of(broken, SimpleNamespace()) is None
+    assert preview.map_of(Vae(), SimpleNamespace()) is None  # it cannot encode
 
 
 def test_strips_have_a_row_a_candidate() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.comfyui import self_check
+from integrations.comfyui.by_hand import VARIANTS
 from integrations.comfyui.families import MATCHES
 from integrations.comfyui.judge import LoadedJudge, family_of
 from integrations.comfyui.reading import Reader, conditional, text_mask
@@ -141,6 +142,26 @@ def test_every_family_of_the_table_is_one_of_prism_and_of_diffusers() -> None:
             assert family_of({"pipeline": FAMILIES[name].pipelines[0]}, "x") == (FAMILIES[name], match)
     with pytest.raises(PrismError, match="was trained on LattePipeline, which no class of ComfyUI is matched with"):
         family_of({"pipeline": "LattePipeline"}, "x")
+
+
+@pytest.mark.parametrize("match", MATCHES, ids=lambda match: match.kind)
+def test_each_example_is_a_call_of_diffusers_class(match: Any) -> None:
+    """What the check gives to diffusers' class fits it, and the tokens read lie on the latents' grid."""
+    name, _, config = next(each for each in VARIANTS if each[0] == match.families[0])
+    small = match.small(config)
+    with torch.random.fork_rng(devices=[]):
+        import diffusers
+
+        model = getattr(diffusers, match.diffusers)(**match.config(small)).eval()
+    example, family = match.example(small, name), FAMILIES[name]
+    blocks = len(family.block_list(model))
+    with torch.no_grad():
+        tokens = self_check.read_diffusers(family, model, example, [blocks // len(match.blocks), blocks])
+    size = (1, *example.latents.shape[2:])[-3:]
+    assert tokens.grid == tuple(extent // patch for extent, patch in zip(size, match.patch))
+    assert tokens.visual.shape == (2, math.prod(tokens.grid), family.block_widths(model)[-1])
+    assert set(tokens.lower) == ({blocks // 2} if len(match.blocks) > 1 else set())
+    assert tokens.text is not None
 
 
 def test_parameters_that_hold_several_of_diffusers_are_split() -> None:
