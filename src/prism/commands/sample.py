@@ -87,6 +87,9 @@ class Sample:
     """Noise level at which draft, full and looks ahead judge, above 0 (clean) to 1000 (noise)."""
     num_draws: int = 2
     """Noise draws that draft, full and looks ahead average over."""
+    guidance_by_judge: Annotated[str | None, option("STRENGTH", "none")] = None
+    """After each step push the latents along the gradient of the judge's score: 0.1 is a tenth of the step. Settings
+    follow: 0.1,look=ahead,steps=2-10,clip=3. Of none, random, early and full."""
     select_by: Annotated[str, option("NAME")] = "overall"
     """Dimension that decides, or weights: VQ:1,MQ:0.5,TA:2."""
     seed: Annotated[str, option("INT")] = "0"
@@ -224,7 +227,10 @@ def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict
         strip = FilmStrip(f"“{subject}”", rows, caption if len(rows) < len(result.seeds) else "", rows, config.fps)
         title = f"The best of {len(result.seeds)}: {subject}"
         config_written = files.read_json(folder / "config.json")
-        notes = (*(notes_of(result, ran.n or 1) if judge else ()), *([sentence] if sentence else []))
+        notes = (
+            *(notes_of(result, ran.n or 1, config.guidance_by_judge) if judge else ()),
+            *([sentence] if sentence else []),
+        )
         shown = preview_strips(result, metrics["cuts"], config.fps)
         write_report(folder / "report.html", metrics, [strip], title, notes, config_written, previews=shown)
     return metrics
@@ -238,6 +244,7 @@ def _sample(
     """
     from prism.loading import load_backbone, load_judge
     from prism.sampling import best_of_n, ranking
+    from prism.sampling.guidance import parse
     from prism.sampling.strategies import kind_of
 
     models = config.models
@@ -255,7 +262,8 @@ def _sample(
             and not {**call, **config.arguments}.get(argument)
         ):
             raise PrismError(f"{type(backbone.pipe).__name__} starts from {what}; give --{argument} FILE.")
-    judged = kind_of(config.strategy).needs_judge() or config.until is not None
+    guidance = None if config.guidance_by_judge is None else parse(config.guidance_by_judge)
+    judged = kind_of(config.strategy).needs_judge() or config.until is not None or guidance is not None
     judge = None
     if judged:
         judge = loaded.judge if loaded else load_judge(models.head, backbone, embedded=models.backbone is None)
@@ -284,6 +292,7 @@ def _sample(
             select_by=weights,
             previews=config.previews or (False if watch is None else None),
             watch=watch,
+            guidance_by_judge=guidance,
             distribute=distribute,
             progress=watch is None,
             **settings,
@@ -338,12 +347,16 @@ def _check_planned(config: Sample) -> None:
 
 def _check(config: Sample, cuts: Any) -> None:
     from prism import video as media
+    from prism.sampling import guidance
     from prism.sampling.step_cache import parse
     from prism.sampling.stopping import probability
     from prism.sampling.strategies import kind_of, plan_of
 
     if config.draft_cache is not None:
         parse(config.draft_cache)
+    if config.guidance_by_judge is not None:
+        guidance.parse(config.guidance_by_judge)
+        guidance.check_guided(kind_of(config.strategy))
     if kind_of(config.strategy).needs_oracle():
         raise PrismError(
             f"The strategy {config.strategy} needs a measured truth, which sampling lacks; choose another --strategy."

@@ -21,9 +21,17 @@ NOTES = (
 )
 
 
-def notes_of(result: Any, n: int) -> tuple[str, ...]:
-    """Notes about a run whose candidates were judged, n of them in a round."""
+def notes_of(result: Any, n: int, guidance: str | None = None) -> tuple[str, ...]:
+    """Notes about a run whose candidates were judged, n of them in a round, or guided by the judge as the text says."""
     edits = result.top[0].edits
+    if guidance is not None:
+        line = f": {result.reproduce}" if result.reproduce else ""
+        return (
+            "After steps of the scheduler the latents of every candidate were pushed along the gradient of the judge's "
+            f"score ({guidance}); the stock pipeline gives the winner's video with a callback that does so{line}. A "
+            "score of the judge that guided says less about a video than that of one that did not.",
+            NOTES[1],
+        )
     if result.stop is not None:
         return (
             "Each round has a winner by its own cuts; finished and put back to one noise level, these were judged once "
@@ -83,6 +91,8 @@ def row_of(
         row["look"] = settings["look"]
     if "draft_cache" in settings:
         row["draft_cache"] = settings["draft_cache"]
+    if config.guidance_by_judge is not None:
+        row["guidance_by_judge"] = config.guidance_by_judge
     return row
 
 

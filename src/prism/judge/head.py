@@ -109,7 +109,7 @@ class QueryHead(nn.Module):
             text_mask: (B, L_t) bool, True at real tokens; None when all are real.
 
         Returns:
-            (B, num_dimensions) float32.
+            (B, num_dimensions), in the dtype of the weights.
         """
         # The head is small: reduced precision would save nothing and cost rank changes between near-equal candidates.
         with torch.autocast(visual.device.type, enabled=False):
@@ -121,7 +121,7 @@ class QueryHead(nn.Module):
         The ablations have a single row of zeros, which attends to all tokens equally.
 
         Returns:
-            (R, width) float32.
+            (R, width), in the dtype of the weights.
         """
         return self._folded() if self.aggregation == "query" else torch.zeros(1, self.width, device=self.device)
 
@@ -132,7 +132,7 @@ class QueryHead(nn.Module):
             sums: (B, R, width).
 
         Returns:
-            (B, num_dimensions) float32.
+            (B, num_dimensions), in the dtype of the weights.
         """
         if self.aggregation == "linear":
             scores: Tensor = self.probe(sums[:, 0])
@@ -217,7 +217,7 @@ def scores_of(members: Sequence[Member], tokens: Any) -> Tensor:
         tokens: `prism.backbone.Tokens`, tapped after the members' blocks.
 
     Returns:
-        (members, B, num_dimensions) float32.
+        (members, B, num_dimensions), in the dtype of the weights.
     """
     readers: dict[Any, list[int]] = {}
     for number, member in enumerate(members):

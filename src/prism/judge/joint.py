@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prism.backbone import Tokens
 from prism.judge import checks
 from prism.judge.judge import Judge
 
@@ -28,16 +27,14 @@ class JointJudge(Judge):
         )
         self.dimensions = tuple(f"{k}/{name}" for k in range(len(judges)) for name in first.dimensions)
 
-    @torch.no_grad()
-    def score_tokens(self, tokens: Tokens) -> Tensor:
-        """Scores of tokens that were tapped at ``self.taps``.
+    def combined(self, scores: Tensor) -> Tensor:
+        """The judges' scores, from those of their members.
+
+        Args:
+            scores: (members, B, D).
 
         Returns:
-            (B, scores) float32, the dimensions of one judge after those of another.
+            (B, num_dimensions), the dimensions of one judge after another's.
         """
-        rest, scores = self.score_members(tokens), []
-        for judge in self.judges:
-            by_member, rest = rest[: len(judge.members)], rest[len(judge.members) :]
-            shares = torch.tensor([member.share for member in judge.members], device=by_member.device)
-            scores.append(torch.einsum("m,mbd->bd", shares, by_member))
-        return torch.cat(scores, 1)
+        parts = scores.split([len(judge.members) for judge in self.judges])
+        return torch.cat([judge.combined(part) for judge, part in zip(self.judges, parts)], 1)

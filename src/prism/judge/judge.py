@@ -324,23 +324,24 @@ class Judge:
 
     @torch.no_grad()
     def score_tokens(self, tokens: Tokens) -> Tensor:
-        """Scores of tokens that were tapped at ``self.taps``.
+        """Scores of tokens that were tapped at ``self.taps``. Each tap is read once for all its heads.
 
         Returns:
-            (B, num_dimensions) float32.
+            (B, num_dimensions), in the dtype of the weights.
         """
-        shares = torch.tensor([member.share for member in self.members], device=tokens.visual.device)
-        scores = self.score_members(tokens)
-        return scores[0] if len(scores) == 1 else torch.einsum("m,mbd->bd", shares, scores)
+        return self.combined(scores_of(self.members, tokens))
 
-    @torch.no_grad()
-    def score_members(self, tokens: Tokens) -> Tensor:
-        """Scores of each member, of tokens that were tapped at ``self.taps``. Each tap is read once for all its heads.
+    def combined(self, scores: Tensor) -> Tensor:
+        """The judge's scores, from those of its members.
+
+        Args:
+            scores: (members, B, D), a column for each of the D dimensions of a head.
 
         Returns:
-            (members, B, D) float32: a column for each of the D dimensions of a head.
+            (B, num_dimensions).
         """
-        return scores_of(self.members, tokens)
+        shares = torch.tensor([member.share for member in self.members], device=scores.device)
+        return scores[0] if len(scores) == 1 else torch.einsum("m,mbd->bd", shares.to(scores), scores)
 
     def probabilities(self, margins: Tensor) -> Tensor:
         """Probabilities of A preferred, tie and B preferred (Eq. 3-4).

@@ -40,10 +40,12 @@ class AccuracyRow(_NewerAccuracy):
 
 
 class _Look(TypedDict, total=False):
-    """The latents that cuts judged, in rows of runs that look ahead only; the step cache of drafts that have one."""
+    """The latents that cuts judged, in rows of runs that look ahead only; the step cache of drafts that have one; the
+    guidance of runs that a judge guided, as text."""
 
     look: str
     draft_cache: str
+    guidance_by_judge: str
 
 
 class PlanFields(_Look):

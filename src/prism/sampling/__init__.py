@@ -3,6 +3,8 @@
 from prism.sampling.arguments import ranking
 from prism.sampling.best_of_n import BestOfNResult, best_of_n
 from prism.sampling.edits import edited
+from prism.sampling.guidance import Guidance
+from prism.sampling.guiding import guided
 from prism.sampling.ledger import Ledger
 from prism.sampling.listening import StepScores, listen
 from prism.sampling.plan import Plan, Schedule
@@ -13,6 +15,7 @@ from prism.sampling.strategies import STRATEGIES, expected_rows
 __all__ = [
     "STRATEGIES",
     "BestOfNResult",
+    "Guidance",
     "Ledger",
     "Plan",
     "Race",
@@ -23,6 +26,7 @@ __all__ = [
     "best_of_n",
     "edited",
     "expected_rows",
+    "guided",
     "listen",
     "ranking",
 ]

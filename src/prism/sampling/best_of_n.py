@@ -17,6 +17,8 @@ from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments, plan_files
+from prism.sampling.guidance import Guidance, check_guided, guidance_of
+from prism.sampling.guiding import Guide
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
@@ -143,6 +145,7 @@ def best_of_n(
     keep_latents: bool = False,
     previews: bool | None = False,
     watch: Watch | None = None,
+    guidance_by_judge: Guidance | float | None = None,
     distribute: Literal["candidates", "prompts"] | None = None,
     progress: bool = False,
     **call: Any,
@@ -200,6 +203,8 @@ def best_of_n(
         previews: at each cut that looks ahead, decode the video that the denoiser predicts of every candidate; see
             `result.previews`. Each is a VAE decode more. None: where there is such a cut; True demands one.
         watch: is told of each denoiser call and each cut of this process while the run goes on; what it raises ends it.
+        guidance_by_judge: after each step push all candidates' latents along the gradient of the judge's score: a
+            strength in steps of the sampler, such as 0.1, or a `Guidance`. Of none, random, early, full and oracle.
         distribute: under `torchrun` or `accelerate launch`, the work that processes divide: the candidates of each
             prompt, or the prompts. Every process must make the same call, with its pipeline on its own device, and gets
             the same results, tensors in host memory. None: each process for itself.
@@ -222,6 +227,7 @@ def best_of_n(
     if chosen is not None:
         strategy, oracle = chosen.strategy, getattr(chosen, "oracle", None)
     kind = kind_of(strategy) if chosen is None else type(chosen)
+    guidance = guidance_of(guidance_by_judge)
     backbone, judge = arguments.backbone_of(pipe, judge, kind, oracle)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
@@ -272,6 +278,9 @@ def best_of_n(
         chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by, "until": until})
     settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
     settled = settled.checked(len(candidate_seeds), top_k, num_steps, call).fitted(backbone)
+    if guidance is not None:
+        check_guided(type(settled))
+    guides = [guidance and Guide(guidance, judge, text, calls[i], options["weights"]) for i, text in enumerate(prompts)]
     shared: dict[str, Any] = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
     shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
     if rule is not None:
@@ -279,13 +288,21 @@ def best_of_n(
             judge_at, DEFAULT_JUDGE_AT, backbone.t_range
         )
         rule = replace(rule, judge_at=level, keep_latents=keep_latents)
-    shared |= {"until": until, "max_n": max_n, "top_k": top_k, "weights": options["weights"], "previews": previews}
+    shared |= {
+        "until": until,
+        "max_n": max_n,
+        "top_k": top_k,
+        "weights": options["weights"],
+        "previews": previews,
+        "by": repr(guidance),
+    }
     team.same(shared | call)
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
         shown = None if previews is False else Previews(optional=previews is None)
-        search = Search(prompt=text, call=calls[number], team=among, previews=shown, watch=watch, **options)
+        changes = {"previews": shown, "watch": watch, "guide": guides[number]}
+        search = Search(prompt=text, call=calls[number], team=among, **options, **changes)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 
@@ -295,7 +312,7 @@ def best_of_n(
                     warn_of_cost(ready, search.load)
                 if search.previews is not None and not search.previews.check(ready, search.load):
                     search.previews = None
-                bar.reset(total=ready.rows(search.load) / among.size)
+                bar.reset(total=(ready.rows(search.load) + ready.guidance_rows(search.load)) / among.size)
                 return ready.winners(search)
 
             def count(rows: float) -> None:
@@ -324,6 +341,8 @@ def _run(
 ) -> BestOfNResult:
     """The result of one prompt's search, whose winners are finished."""
     with search.backbone.held(), meter.open(), encoded_once(search.backbone):
+        if search.guide is not None:
+            search.guide.counted = meter.backward
         if search.call.get("callback_on_step_end") is not None:
             search.state = state_of(search.backbone.denoisers)
         stop = None
@@ -356,6 +375,7 @@ def _run(
             next(iter(finished)),
             noise,
             search.call.get("callback_on_step_end") is not None,
+            None if search.guide is None else search.guide.line(),
         ),
         stop=stop,
         previews=None if search.previews is None else search.previews.gathered(search.team),

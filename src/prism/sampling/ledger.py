@@ -25,6 +25,8 @@ PARTS = ("denoiser", "head", "vae", "text", "scheduler")
 class Ledger:
     """The cost of a run. A row is one sample of a denoiser's batch; one stopped after k of L blocks counts k/L.
 
+    backward_rows: the part of denoiser_rows that went back through blocks, for a judge's guidance. One row back through
+    k of L blocks counts k/L too, as weights take no gradient; blocks that are computed again on the way count as well.
     seconds: wall time of the whole run. parts: the seconds spent in the denoiser, the head, the VAE, the text encoders
     and the scheduler's steps; the rest goes to the pipeline's loop and set-up, and to PRISM.
     peak_memory_bytes: peak memory allocated on the accelerator during the run; on a CPU the process's peak so far.
@@ -39,6 +41,7 @@ class Ledger:
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     peak_memory_bytes: int = 0
+    backward_rows: float = 0.0
 
     def __repr__(self) -> str:
         counts = f"{self.denoiser_rows:.4g} denoiser rows, {self.vae_decodes} VAE decodes, {self.head_calls} head calls"
@@ -51,7 +54,8 @@ class Ledger:
 
     def with_counts_of(self, others: Iterable[Ledger]) -> Ledger:
         """This ledger with the counts of all processes that shared a run; seconds and memory stay this process's."""
-        counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls")
+        counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls",
+                   "backward_rows")  # fmt: skip
         ledgers = list(others)
         return replace(self, **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in counted})
 
@@ -64,7 +68,7 @@ class Meter:
 
     def __init__(self, backbone: Backbone, judge: Any = None, on_rows: Callable[[float], Any] | None = None):
         self.backbone, self.judge, self.on_rows, self.ledger = backbone, judge, on_rows, Ledger()
-        self._block_rows = 0
+        self._block_rows = self._backward_rows = 0
         self._cuda: torch.device | None = None
 
     @contextmanager
@@ -116,12 +120,25 @@ class Meter:
             raise
         finally:
             blocks = blocks_ran(denoiser) - before if id(denoiser) in _ran else blocks
-            done = self.ledger.denoiser_rows
-            self._block_rows += blocks * len(noisy)  # integers: a sum of fractions k/L would drift
-            self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
             self.ledger.denoiser_calls += 1
-            if self.on_rows is not None:
-                self.on_rows(self.ledger.denoiser_rows - done)
+            self._add(blocks * len(noisy))
+
+    def _add(self, block_rows: int) -> None:
+        done = self.ledger.denoiser_rows
+        self._block_rows += block_rows  # integers: a sum of fractions k/L would drift
+        self.ledger.denoiser_rows = self._block_rows / self.backbone.num_blocks
+        if self.on_rows is not None:
+            self.on_rows(self.ledger.denoiser_rows - done)
+
+    @contextmanager
+    def backward(self, rows: int, blocks: int) -> Iterator[None]:
+        """Count rows that go back through the denoiser's first blocks, on their way from a judge's scores."""
+        with self._timed("denoiser"):
+            yield
+        self.ledger.head_calls += len(self.judge.members) * rows
+        self._backward_rows += rows * blocks
+        self.ledger.backward_rows = self._backward_rows / self.backbone.num_blocks
+        self._add(rows * blocks)
 
     def _vae_decode(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self.ledger.vae_decodes += _rows(args, kwargs)

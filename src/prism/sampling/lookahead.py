@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from prism.errors import PrismError
 from prism.sampling.plan import Candidate
 from prism.sampling.recording import Recording
 from prism.sampling.replay import Interceptor, arguments_of_step
+
+if TYPE_CHECKING:
+    from prism.sampling.guiding import Guide
 
 
 class Predictor(Interceptor):
@@ -47,8 +50,9 @@ class Predictor(Interceptor):
         ends: bool = True,
         conditional: bool = False,
         predicts: bool = True,
+        guide: Guide | None = None,
     ):
-        super().__init__(backbone, candidates, recordings, record=record)
+        super().__init__(backbone, candidates, recordings, record=record, guide=guide)
         self.steps, self.ends, self.predicts = frozenset(steps), ends, predicts
         self.alone = max(steps) if conditional else 0  # the step whose unconditional pass is left out
         self.last = 0  # the last step that the call made

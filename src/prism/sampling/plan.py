@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import warnings
@@ -214,6 +215,7 @@ class Workload:
     cfg: guidance as a second call, or as a second group of rows.
     tap_share: k/L, the share of a row that a judge runs to score one latent by itself. listens: see `cut_rows`.
     looks: the look that a cut takes by default at each step; empty: "now" at all.
+    guidance: rows of a judge's guidance per candidate that makes a step; empty: none is guided.
     """
 
     n: int
@@ -224,6 +226,7 @@ class Workload:
     top_k: int = 1
     listens: bool = True
     looks: tuple[Look, ...] = ()
+    guidance: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -313,6 +316,14 @@ class Plan(ABC):
     @abstractmethod
     def rows(self, load: Workload) -> float:
         """The denoiser rows of a run, in closed form; its cuts must be settled."""
+
+    def completing(self, load: Workload) -> Sequence[int] | None:
+        """The number of candidates that make each step to its end; None for plans whose runs a judge cannot guide."""
+        return None
+
+    def guidance_rows(self, load: Workload) -> float:
+        """The denoiser rows that a judge's guidance adds to `rows`, its backward passes included."""
+        return float(sum(map(operator.mul, load.guidance, self.completing(load) or ())))
 
     def decodes(self, load: Workload) -> int:
         """The VAE decodes of a run."""

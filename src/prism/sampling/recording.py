@@ -65,6 +65,7 @@ class Recording:
     def __init__(self) -> None:
         self._outputs: dict[bytes, list[tuple[Inputs, Tensor]]] = {}
         self.moments: set[int] = set()
+        self._pushes: dict[int, tuple[int, Tensor]] = {}  # by step: a hash of the latents, and the judge's push
 
     def __len__(self) -> int:
         return sum(map(len, self._outputs.values()))
@@ -73,6 +74,7 @@ class Recording:
         """A recording of the same outputs; later outputs go into one of the two only."""
         new = Recording()
         new._outputs, new.moments = {key: list(pairs) for key, pairs in self._outputs.items()}, set(self.moments)
+        new._pushes = dict(self._pushes)
         return new
 
     def find(self, inputs: Inputs) -> Tensor | None:
@@ -87,6 +89,15 @@ class Recording:
         self.moments.add(inputs.moment)
         others = [pair for pair in self._outputs.get(inputs.exact, ()) if not pair[0].same(inputs)]
         self._outputs[inputs.exact] = [*others, (inputs, output.to("cpu", copy=True))]
+
+    def push(self, step: int, latents: Tensor) -> Tensor | None:
+        """The push (...) by a judge's guidance that was recorded for these latents (...) after a step, or None."""
+        bits, push = self._pushes.get(step, (None, None))
+        return push if push is not None and bits == _bits(latents.flatten()[None]).item() else None
+
+    def keep_push(self, step: int, latents: Tensor, push: Tensor) -> None:
+        """Record a push after a step, in host memory."""
+        self._pushes[step] = int(_bits(latents.flatten()[None]).item()), push.to("cpu", copy=True)
 
 
 def moments_of(call: DenoiserCall, candidates: int) -> list[int]:

@@ -27,6 +27,7 @@ from prism.team import ran_out
 
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
+    from prism.sampling.guiding import Guide
 
 from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 
@@ -68,8 +69,8 @@ def arguments_of_step(pipe: Any, signature: inspect.Signature, args: Any, kwargs
         raise PrismError(f"{kinds} do not go together ({reason(error)}); set another scheduler.") from error
 
 
-def global_noise_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of torch's global generators on the host and on the latents' device."""
+def global_noise_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators on the host and on a device."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
@@ -82,19 +83,23 @@ def global_noise(pipe: Any) -> str:
     )
 
 
-def reproduction(prompts: bool, candidate: Candidate, noise: set[str], has_callback: bool) -> str:
+def reproduction(
+    prompts: bool, candidate: Candidate, noise: set[str], has_callback: bool, guidance: str | None = None
+) -> str:
     """The line of Python that gives a candidate's video again, or "" where none does.
 
     Args:
         prompts: True if the pipeline takes a prompt.
-        candidate: the winner.
         noise: the sources of the noise that the scheduler's steps drew, see `Interceptor`.
-        has_callback: True if the call has a callback of the user's, whose place edits would take.
+        has_callback: True if the call has a callback of the user's, whose place edits or guidance would take.
+        guidance: the line of Python that makes the guidance by the judge, or None.
     """
     seed = candidate.seed
     prompt = "prompt, " if prompts else ""
-    if "global" in noise or (candidate.edits and (has_callback or "lent" in noise)):
+    if "global" in noise or ((candidate.edits or guidance) and (has_callback or "lent" in noise)):
         return ""
+    if guidance:
+        return f"pipe(**prism.sampling.guided(judge, {guidance}, {prompt}seed={seed}, **call))"
     if candidate.edits:
         edits = ", ".join(f"({edit.step}, {edit.seed}, {edit.weight})" for edit in candidate.edits)
         return f"pipe({prompt}**prism.sampling.edited({seed}, [{edits}]), **call)"
@@ -104,7 +109,6 @@ def reproduction(prompts: bool, candidate: Candidate, noise: set[str], has_callb
 
 
 def _one_by_one(decode: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Decode latents with a VAE one row at a time."""
     outputs = [decode(row[None], *args, **kwargs) for row in latents]
     rows = torch.cat([tensor_of(output) for output in outputs])
     return (rows,) if isinstance(outputs[0], tuple) else DecoderOutput(sample=rows)
@@ -121,7 +125,7 @@ class Interceptor:
     The gate computes only the rows of the survivors; dead rows come back as zeros and are never read.
     A cut's scores are read either by listening to the conditional pass that the sampler runs anyway, or by a probe: the
     conditional rows are run up to the tap and no further, and the survivors' pass follows in full.
-    A candidate's edits are applied at the end of their steps, after the user's callback.
+    A candidate's edits are applied at the end of their steps, after the user's callback, and then the guide's pushes.
     """
 
     def __init__(
@@ -135,10 +139,11 @@ class Interceptor:
         on_cut: OnCut | None = None,
         searches: bool = True,  # refuse noise of global generators; a winner's plain call may draw it
         state: str = "",  # `state_of` the denoisers when recordings were made, if there is a callback to change it
+        guide: Guide | None = None,
     ):
         self.backbone, self.candidates, self.recordings, self.record = backbone, list(candidates), recordings, record
         self.cuts, self.tap, self.on_cut, self.searches = dict(cuts or {}), tap, on_cut, searches
-        self.state, self.altered = state, ""  # altered: the present state, if it differs
+        self.guide, self.state, self.altered = guide, state, ""  # altered: the present state, if it differs
         self.alive = list(range(len(self.candidates)))  # positions in the batch
         self.step, self.index = 1, 0  # the 1-based scheduler step, and the denoiser calls made in it so far
         self.latents: Tensor | None = None  # what the last scheduler step gave, (len(candidates), ...)
@@ -302,12 +307,16 @@ class Interceptor:
 
         each = self.generator if isinstance(self.generator, list) else [self.generator] * len(self.candidates)
         editor = Editor([candidate.edits for candidate in self.candidates], each)
+        course = None if self.guide is None else self.guide.course([c.seed for c in self.candidates], each)
 
         def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
             with callers_own():
                 returned = {} if callback is None else callback(pipe, step, timestep, tensors)
             stepped = {**tensors, **(returned or {})}["latents"]
             latents = editor.after_step(pipe.scheduler, step + 1, timestep, stepped)
+            if course is not None:
+                kept = {} if self.altered else {row: self.recordings[self.candidates[row]] for row in self.alive}
+                latents = course.after_step(pipe, step + 1, timestep, latents, self.alive, kept)
             if latents is not stepped:
                 returned = {**(returned or {}), "latents": latents}
             self.latents = self.backbone.main(latents)
@@ -321,10 +330,8 @@ class Interceptor:
 
 
 def check_form(denoiser: nn.Module, output: Any, family: Family) -> None:
-    """Raise PrismError if the denoiser's output is a plain tensor and its family says otherwise, or the reverse.
-
-    A recording would answer in the other form, and a pipeline that takes `output[0]` might get the first row alone.
-    """
+    """Raise PrismError if the denoiser's output is a plain tensor and its family says otherwise, or the reverse: a
+    recording would answer in the other form, and a pipeline that takes `output[0]` might get the first row alone."""
     if family.outputs == 1 and isinstance(output, Tensor) != family.returns_tensor:
         raise PrismError(
             f"{type(denoiser).__name__} gives {'a plain tensor' if isinstance(output, Tensor) else 'no plain tensor'}; "

@@ -15,6 +15,7 @@ from prism.backbone.arguments import embedded_rows
 from prism.backbone.patches import is_patched
 from prism.errors import PrismError
 from prism.sampling import edits, looks
+from prism.sampling.guiding import Guide
 from prism.sampling.lookahead import Predictor
 from prism.sampling.plan import Candidate, Edit, Plan, Workload, generator_of, judging_noise, warn_blind, weighted
 from prism.sampling.previews import Previews, Watch
@@ -25,10 +26,7 @@ from prism.team import Team, merged
 
 @dataclass
 class Search:
-    """One run over the candidates of a prompt.
-
-    Processes that share a run each sample the candidates that they own (`owners`), and gather scores at each cut.
-    """
+    """One run over a prompt's candidates. Processes that share it sample those they own, and gather scores at cuts."""
 
     backbone: Backbone
     judge: Any
@@ -49,6 +47,7 @@ class Search:
     state: str = ""  # `state_of` the denoisers before sampling, if there is a callback to change it
     previews: Previews | None = None  # where predicted clean latents are decoded
     watch: Watch | None = None  # is told of each cut
+    guide: Guide | None = None  # of a run that the judge guides
     noise: set[str] = field(default_factory=set)  # sources of the winners' noise, see `Interceptor.noise`
 
     def __post_init__(self) -> None:
@@ -80,7 +79,7 @@ class Search:
             backbone.family.check_scheduler(backbone.pipe.scheduler)
         if plan.predicts():
             prediction.check(backbone.pipe, backbone.family.counts_steps_by_calls)
-        if plan.looks_at is not None:
+        if plan.looks_at is not None or self.guide is not None:
             first = self.candidates[: self.batch_size]
 
             def ask(**changes: Any) -> Any:
@@ -94,6 +93,8 @@ class Search:
         judge_at = getattr(plan, "judge_at", None)
         if plan.looks_at == "steps" and steps is not None and judge_at is not None:
             self.load = replace(self.load, looks=looks.defaults(backbone, self.judge, self.weights, steps, judge_at))
+        if self.guide is not None and steps is not None:
+            self.load = replace(self.load, guidance=self.guide.rows(steps))
         plan = plan.settled(self.load, steps)
         edits.check(backbone, self.call, plan.parts_at(self.load))
         if plan.looks_at == "steps" and steps is not None:
@@ -158,12 +159,16 @@ class Search:
         call = {**self.call, "generator": generator_of(candidate.seed)}
         if self.backbone.family.takes_prompts and not embedded_rows(call):
             call["prompt"] = self.prompt
-        interceptor = Interceptor(self.backbone, [candidate], self.recordings, False, searches=False, state=self.state)
+        interceptor = self._interceptor([candidate], record=False, searches=False, state=self.state)
         output = interceptor.run(call)
         self.noise.add(interceptor.noise)
         if not self._take_latents([candidate], interceptor):
             return None
         return output, self.latents[candidate][None]
+
+    def _interceptor(self, candidates: Sequence[Candidate], kind: Any = Interceptor, **options: Any) -> Any:
+        guide = {} if self.guide is None else {"guide": self.guide}
+        return kind(self.backbone, candidates, self.recordings, **options, **guide)
 
     def sample_all(
         self,
@@ -172,13 +177,10 @@ class Search:
         kind: Callable[..., Interceptor] = Interceptor,
         **changes: Any,
     ) -> Iterator[dict[Candidate, Any]]:
-        """Sample every candidate of this process to the end; yield the pipeline's output by candidate, per chunk.
-
-        Candidates that are dropped are left out. candidates: None: those that the search began with. kind: makes the
-        interceptor of a chunk's call.
-        """
+        """Sample every candidate of this process to the end; yield the pipeline's output by candidate, per chunk,
+        without those that are dropped. candidates: None: all. kind: makes the interceptor of a chunk's call."""
         for chunk in self.chunks(self.candidates if candidates is None else candidates):
-            interceptor = kind(self.backbone, chunk, self.recordings, record=record)
+            interceptor = self._interceptor(chunk, kind, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
             yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
@@ -224,9 +226,7 @@ class Search:
 
     def _run_until(self, candidates: list[Candidate], cuts: Mapping[int, bool], on_cut: OnCut) -> None:
         """One call of the candidates, which `on_cut` must end at one of the cuts."""
-        interceptor = Interceptor(
-            self.backbone, candidates, self.recordings, cuts=cuts, tap=self.judge.taps, on_cut=on_cut
-        )
+        interceptor = self._interceptor(candidates, cuts=cuts, tap=self.judge.taps, on_cut=on_cut)
         if interceptor.run(self.batch_call(candidates, output_type="latent")) is not None:
             raise PrismError(
                 f"The pipeline made {interceptor.step - 1} scheduler steps, and the schedule cuts at step {max(cuts)}."
@@ -247,7 +247,7 @@ class Search:
         """
         predicted: dict[Candidate, Tensor] = {}
         for chunk in self.chunks(candidates):
-            predictor = Predictor(self.backbone, chunk, self.recordings, [step], conditional=conditional)
+            predictor = self._interceptor(chunk, Predictor, steps=[step], conditional=conditional)
             predictor.run(self.batch_call(chunk, output_type="latent"))
             fine = self.finite(chunk, (clean := predictor.at(step)).flatten(1).isfinite().all(1))
             found = {candidate: row for candidate, row in zip(chunk, clean) if candidate in fine}

@@ -9,6 +9,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +54,9 @@ class Blind(Plan):
         picked = [search.candidates[index] for index in drawn]
         search.reserve = [candidate for candidate in search.candidates if candidate not in picked]
         return picked
+
+    def completing(self, load: Workload) -> Sequence[int]:
+        return [load.top_k] * len(load.calls)
 
     def rows(self, load: Workload) -> float:
         return float(sum(load.calls) * load.top_k)
@@ -122,6 +126,12 @@ class Early(JudgedClean):
 
     def cuts(self, load: Workload) -> Schedule:
         return tuple((step, keep) for step, keep in self.schedule or ())
+
+    def completing(self, load: Workload) -> Sequence[int]:
+        keeps = dict(self.cuts(load))
+        return list(
+            accumulate(range(1, len(load.calls) + 1), lambda alive, step: keeps.get(step, alive), initial=load.n)
+        )[1:]
 
     def rows(self, load: Workload) -> float:
         """The denoiser rows up to the last cut; after it the winners alone go on, from their recordings."""
@@ -199,6 +209,9 @@ class Full(JudgedClean):
 
     strategy, looks_at, role = "full", "finished", "reference"
 
+    def completing(self, load: Workload) -> Sequence[int]:
+        return [load.n] * len(load.calls)
+
     def rows(self, load: Workload) -> float:
         return load.n * sum(load.calls) + self.judging(load.n, load)
 
@@ -227,6 +240,9 @@ class Oracle(Plan):
 
     oracle: Callable[[Any, Any], Any] | None = None
     select_by: str | Mapping[str, float] = "overall"
+
+    def completing(self, load: Workload) -> Sequence[int]:
+        return [load.n] * len(load.calls)
 
     def rows(self, load: Workload) -> float:
         return float(load.n * sum(load.calls))
