@@ -17,8 +17,8 @@ from prism.backbone.pipeline import check as check_protocol
 from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments, plan_files
-from prism.sampling.guidance import Guidance, check_guided, guidance_of
-from prism.sampling.guiding import Guide
+from prism.sampling.guidance import Guidance
+from prism.sampling.guiding import guides_of
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.looks import DEFAULT_JUDGE_AT, Look
 from prism.sampling.plan import Candidate, Edit, Plan, parse
@@ -227,7 +227,6 @@ def best_of_n(
     if chosen is not None:
         strategy, oracle = chosen.strategy, getattr(chosen, "oracle", None)
     kind = kind_of(strategy) if chosen is None else type(chosen)
-    guidance = guidance_of(guidance_by_judge)
     backbone, judge = arguments.backbone_of(pipe, judge, kind, oracle)
     if backbone.partial:
         raise PrismError("Of this backbone the first blocks alone were loaded, which cannot sample; load it whole.")
@@ -272,15 +271,14 @@ def best_of_n(
         "batch_size": arguments.batch_size_of(backbone, batch_size, len(candidate_seeds), call),
         "weights": arguments.ranking(judge, select_by) if kind.needs_judge() else {},
         "top_k": top_k,
+        "watch": watch,
     }
     if chosen is None:
         cuts = parse(schedule) if isinstance(schedule, str) else schedule
         chosen = plan_of(strategy, **settings | {"schedule": cuts, "select_by": select_by, "until": until})
     settled = arguments.resolved(chosen, DEFAULT_JUDGE_AT, backbone.t_range)
     settled = settled.checked(len(candidate_seeds), top_k, num_steps, call).fitted(backbone)
-    if guidance is not None:
-        check_guided(type(settled))
-    guides = [guidance and Guide(guidance, judge, text, calls[i], options["weights"]) for i, text in enumerate(prompts)]
+    guides = guides_of(guidance_by_judge, settled, judge, prompts, calls, options["weights"])
     shared: dict[str, Any] = {"strategy": strategy, "prompt": prompts, "seeds": candidate_seeds}
     shared |= {field.name: getattr(settled, field.name) for field in fields(settled) if field.name != "oracle"}
     if rule is not None:
@@ -288,21 +286,14 @@ def best_of_n(
             judge_at, DEFAULT_JUDGE_AT, backbone.t_range
         )
         rule = replace(rule, judge_at=level, keep_latents=keep_latents)
-    shared |= {
-        "until": until,
-        "max_n": max_n,
-        "top_k": top_k,
-        "weights": options["weights"],
-        "previews": previews,
-        "by": repr(guidance),
-    }
+    shared |= {"until": until, "max_n": max_n, "top_k": top_k, "weights": options["weights"], "previews": previews}
+    shared["guidance_by_judge"] = repr(guidance_by_judge)
     team.same(shared | call)
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
         shown = None if previews is False else Previews(optional=previews is None)
-        changes = {"previews": shown, "watch": watch, "guide": guides[number]}
-        search = Search(prompt=text, call=calls[number], team=among, **options, **changes)
+        search = Search(prompt=text, call=calls[number], team=among, previews=shown, guide=guides[number], **options)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:
 

@@ -37,9 +37,9 @@ from prism.errors import PrismError, whole
 from prism.judge.checks import noise_levels
 from prism.judge.gradient import gradient_of, score_gradient
 from prism.sampling import arguments, edits
-from prism.sampling.guidance import Guidance, guidance_of
+from prism.sampling.guidance import Guidance, check_guided, guidance_of
 from prism.sampling.looks import DEFAULT_JUDGE_AT
-from prism.sampling.plan import generator_of, judging_noise
+from prism.sampling.plan import Plan, generator_of, judging_noise
 
 if TYPE_CHECKING:
     from prism.backbone.steps import Steps
@@ -300,6 +300,22 @@ class Guided:
         steps = torch.linalg.vector_norm(stepped.flatten(1), dim=1, keepdim=True)
         pushes: Tensor = (guidance.strength * steps * unit).view_as(gradient)
         return pushes
+
+
+def guides_of(
+    value: Any,
+    plan: Plan,
+    judge: Any,
+    prompts: Sequence[str | None],
+    calls: Sequence[Mapping[str, Any]],
+    weights: Mapping[str, float],
+) -> list[Guide | None]:
+    """A guide per prompt by the argument `guidance_by_judge`; Nones without it. Raises PrismError as `Guide` does."""
+    guidance = guidance_of(value)
+    if guidance is None:
+        return [None] * len(prompts)
+    check_guided(type(plan))
+    return [Guide(guidance, judge, prompt, call, weights) for prompt, call in zip(prompts, calls)]
 
 
 def _index(scheduler: Any, timestep: Any) -> int:
