@@ -43,7 +43,7 @@ def gains(
         **call: further arguments of the pipeline's call.
 
     Returns:
-        (B, states - 1) float32 on the CPU.
+        (B, steps) float32 on the CPU, one step fewer than states.
 
     Raises:
         PrismError: where there are not as many timesteps as states, or a state cannot be scored.
