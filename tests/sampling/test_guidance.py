@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import tiny
@@ -91,6 +96,34 @@ def test_pushes_are_the_closed_form(name: str, quadratic: bool) -> None:
         torch.testing.assert_close(z, after + push, atol=1e-3 * float(size_now), rtol=1e-4)
         assert torch.equal(course.after_step(pipe, step, timestep, z), z)  # a frame that no step moves is given
     assert len(guide.clean) == 8
+
+
+def test_a_multistep_solver_keeps_pushes() -> None:
+    """UniPC corrects each step from the latents before it, which are moved with it: its samples shift as Euler's do."""
+    target, shifts = torch.randn(1, 4000, generator=seeded(2)), []
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), UniPCMultistepScheduler(**flow)):
+        ends = []
+        for strength in (0.0, 0.2):
+            guide = Planted(made("wan-euler").judge().backbone, Guidance(strength), target, False)
+            course, steps = Guided(guide, [0], [None]), 30
+            scheduler.set_timesteps(steps)
+            z, pipe = torch.randn(1, 4000, generator=seeded(0)), SimpleNamespace(scheduler=scheduler, num_timesteps=30)
+            for step, timestep in enumerate(scheduler.timesteps, 1):
+                answer = perfect(z, float(timestep) / 1000)
+                z = course.after_step(pipe, step, timestep, scheduler.step(answer, timestep, z).prev_sample)
+            ends.append(z)
+        shifts.append(float((ends[1] - ends[0]) @ target.T / target.norm()))
+    euler, unipc = shifts
+    assert euler > 3
+    assert unipc == pytest.approx(euler, rel=0.1)
+
+
+def perfect(z: torch.Tensor, sigma: float, variance: float = 0.25) -> torch.Tensor:
+    """The velocity of Gaussian clean latents of this variance, for z = (1 - sigma) x + sigma eps."""
+    alpha = 1 - sigma
+    clean = alpha * variance / (alpha**2 * variance + sigma**2) * z
+    return (z - alpha * clean) / sigma - clean
 
 
 def test_a_gradient_is_clipped_and_one_that_is_not_finite_is_left_out() -> None:
