@@ -1,7 +1,7 @@
 """Write the tables of docs/backbones.md: `python docs/backbones.py`, which runs the matrix of tests for the second one.
 
 The first comes from the same facts that the code uses; the second from what the matrix measured on tiny pipelines; the
-third from what stands under the fields of `Family`.
+third from what stands under the fields of `Family`; the last from the reasons why other pipelines have no row.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prism.backbone import FAMILIES, OPEN_SORA, Family
+from prism.backbone.unsupported import UNSUPPORTED
 from prism.report.tables import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,9 @@ def facts() -> str:
 
 def _row(family: Family) -> tuple[str, ...]:
     blocks = ", then ".join(f"`{name}`" for name in family.blocks)
-    guidance = f"`{family.guidance}`" if family.guidance != "guider" else "the pipeline's guider"
+    guidance = {"guider": "the pipeline's guider", "": "an input of the denoiser"}.get(
+        family.guidance, f"`{family.guidance}`"
+    )
     place = ("first" if family.conditional_first else "last") if family.cfg == "one_batch" else ""
     text = "none" if family.text_embedder is None else f"`{family.text_embedder}`"
     text = f"{text}: {family.text_reason}"
@@ -49,6 +52,14 @@ def _row(family: Family) -> tuple[str, ...]:
         f"{guidance}: {GUIDANCE[family.cfg]}{place}",
         text,
     )
+
+
+def unsupported() -> str:
+    """The table of diffusers' pipelines without a row, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in UNSUPPORTED.items():
+        reasons.setdefault(reason, []).append(f"`{name}`")
+    return markdown(("pipelines", "not supported, as"), [(", ".join(names), each) for each, names in reasons.items()])
 
 
 def fields() -> str:
@@ -90,12 +101,12 @@ def measured(found: dict[str, dict[str, Any]]) -> str:
 
 def put(text: str, mark: str, table: str) -> str:
     """The page with what stands between the comments `mark` replaced."""
-    start, end = f"<!-- {mark} -->\n", f"\n<!-- end of {mark} -->"
+    start, end = f"<!-- {mark} -->\n", f"<!-- end of {mark} -->"
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         sys.exit(f"{PAGE} lacks the comments around the table of {mark}.")
-    return before + start + table + end + after
+    return before + start + table + "\n" + end + after
 
 
 def main() -> None:
@@ -108,6 +119,7 @@ def main() -> None:
         sys.exit("The matrix does not hold; nothing is written.")
     page = PAGE.read_text(encoding="utf-8")
     page = put(put(put(page, "facts", facts()), "fields", fields()), "measured", measured(MEASURED))
+    page = put(page, "unsupported", unsupported())
     PAGE.write_text(page, encoding="utf-8")
 
 

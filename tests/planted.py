@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prism.backbone import Backbone, layout, patches
+from prism.backbone import Backbone, patches
 from prism.backbone.denoiser_call import DenoiserCall
 
 
@@ -64,12 +64,13 @@ def planted(backbone: Backbone, text: Tensor, apart: float = 0.3) -> Iterator[li
     text is not `text` (1, Lt, width), another pattern is added, of the size `apart`. Blocks run as ever: what a judge
     reads stays theirs.
     """
-    family, axis = backbone.family, layout.channel_axis(backbone.family.layout)
+    family = backbone.family
     calls: list[Answers] = []
 
     def answer(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         call = DenoiserCall.of(module, args, kwargs, family)
-        noisy = call.noisy.narrow(axis, 0, family.channels(call.config, call.noisy)).double()
+        noisy, _, axis = call.parted()
+        noisy = noisy.double()
         place = torch.arange(noisy[0].numel(), dtype=torch.float64).view(noisy.shape[1:])
         length = min(text.shape[1], call.text.shape[1])  # Latte pads and trims it
         texts = call.text.expand(call.batch, *call.text.shape[1:])[:, :length]
@@ -78,8 +79,14 @@ def planted(backbone: Backbone, text: Tensor, apart: float = 0.3) -> Iterator[li
         clean = 0.5 * torch.cos(1.7 * place) + 0.4 * torch.tanh(noisy) + apart * without * torch.sin(0.9 * place)
         timestep = float(call.timestep.max())
         a, b = form(backbone.pipe.scheduler, timestep)
+        if family.clock == "rising_flow" and not backbone.pipe.scheduler.config.get("invert_sigmas"):
+            a, b = -a, -b  # the pipeline turns the sign around, as the timesteps (Lumina 2)
         sample = output if isinstance(output, Tensor) else output[0]
-        sample.narrow(axis, 0, noisy.shape[axis]).copy_(a * clean + b * noisy)  # Latte's has channels for a variance
+        if isinstance(sample, list):  # of rows
+            for row, value in zip(sample, a * clean + b * noisy):
+                row.copy_(value)
+        else:  # Latte's has channels for a variance
+            sample.narrow(axis, 0, noisy.shape[axis]).copy_(a * clean + b * noisy)
         calls.append(Answers(timestep, noisy, clean, shown))
 
     with ExitStack() as stack:
@@ -109,5 +116,5 @@ def guided(backbone: Backbone, call: dict[str, Any], one: Tensor, other: Tensor)
         scale: Any = frames.view(1, -1, 1, 1, 1)
     else:
         scale = backbone.pipe.guider.guidance_scale if name == "guider" else call.get(name, backbone.default(name))
-    scale = scale + 1 if backbone.family.name.startswith("cosmos") else scale
+    scale = scale + 1 if backbone.family.name.startswith(("cosmos", "z-image")) else scale
     return other + scale * (one - other)

@@ -99,7 +99,12 @@ def test_a_pipeline_registered_by_its_name_alone_cannot_be_loaded_from_a_folder(
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("WanVACEPipeline", "wan"), ("FluxKontextPipeline", "flux"), ("SomethingElse", None), ("X" * 5000, None)],
+    [
+        ("Kandinsky5I2IPipeline", "kandinsky-5"),
+        ("QwenImageLayeredPipeline", "qwen-image"),
+        ("SomethingElse", None),
+        ("X" * 5000, None),
+    ],
 )
 def test_the_refusal_is_short_and_names_the_nearest(name: str, nearest: str | None) -> None:
     with pytest.raises(PrismError) as refusal:

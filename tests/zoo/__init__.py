@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
-from tests.zoo import conditioned, cosmos_and_more, latte_to_qwen, wan_to_kandinsky
+from tests.zoo import conditioned, cosmos_and_more, editing, images, latte_to_qwen, unets, wan_to_kandinsky
 from tests.zoo.bare import bare
 from tests.zoo.opensora import opensora
 
@@ -24,5 +24,8 @@ VARIANTS |= (
     | latte_to_qwen.BUILDERS
     | cosmos_and_more.BUILDERS
     | conditioned.BUILDERS
+    | editing.BUILDERS
+    | unets.BUILDERS
+    | images.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

@@ -152,14 +152,14 @@ def cosmos1(kind: type = CosmosTextToWorldPipeline, in_channels: int = 16) -> tu
     return _quiet(pipe), _call(guidance_scale=3.0, max_sequence_length=16)
 
 
-def cosmos2() -> tuple[Any, dict[str, Any]]:
+def cosmos2(kind: type = Cosmos2VideoToWorldPipeline, in_channels: int = 17) -> tuple[Any, dict[str, Any]]:
     """Latents (16, 3, 4, 6), the first frame the image's; tokens (18, 32)."""
     _without_torchvision()
     torch.manual_seed(0)
-    pipe = Cosmos2VideoToWorldPipeline(
+    pipe = kind(
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
-        transformer=_cosmos_transformer(in_channels=17),
+        transformer=_cosmos_transformer(in_channels=in_channels),
         vae=_wan_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
         safety_checker=_NoChecker(),

@@ -356,7 +356,7 @@ def sd3() -> tuple[Any, dict[str, Any]]:
     return _quiet(pipe), {**IMAGE_CALL, "guidance_scale": 4.0}
 
 
-def flux() -> tuple[Any, dict[str, Any]]:
+def flux(in_channels: int = 16) -> tuple[Any, dict[str, Any]]:
     """Images: latents packed two by two as (6, 16); tokens (6, 24); the guidance is an input of the network."""
     torch.manual_seed(0)
     pipe = FluxPipeline(
@@ -367,7 +367,8 @@ def flux() -> tuple[Any, dict[str, Any]]:
         text_encoder_2=_t5(),
         tokenizer_2=tokenizer(),
         transformer=FluxTransformer2DModel(
-            in_channels=16,
+            in_channels=in_channels,
+            out_channels=16,
             num_layers=1,  # the tap is a single-stream block's, as in the large model
             num_single_layers=3,
             attention_head_dim=12,

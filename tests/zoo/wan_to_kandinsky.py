@@ -486,7 +486,7 @@ def cogvideox_i2v(version: str = "1.0") -> tuple[Any, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- Kandinsky 5
 
 
-def _kandinsky5(kind: type, **changes: Any) -> Any:
+def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
     torch.manual_seed(0)
     names = _tokenizer()
     # with a token before the text the template is 128 tokens long, which is what the pipeline crops
@@ -514,15 +514,14 @@ def _kandinsky5(kind: type, **changes: Any) -> Any:
         num_text_blocks=1,
         num_visual_blocks=3,
         axes_dims=(4, 6, 6),
-        visual_cond=True,
-        **changes,
+        **{"visual_cond": True, **changes},
     )
     for parameter in transformer.parameters():
         if not parameter.any():  # the gates of new blocks are closed: they would pass their input on, whatever the text
             torch.nn.init.normal_(parameter, std=0.01)
     pipe = kind(
         transformer=transformer,
-        vae=_hunyuan_vae(),
+        vae=vae or _hunyuan_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
         tokenizer=names,
         text_encoder_2=_clip_text(),

@@ -25,7 +25,8 @@ _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_
 _WHOLE |= {"max_sequence_length": (1, 1_000_000)}
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
 _DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt")  # only 1 is allowed, and dropped
-_PICTURES = ("image", "last_image", "video")
+_VIDEOS = ("video", "control_video")
+_PICTURES = ("image", "last_image", *_VIDEOS)
 _LISTED = (*_PICTURES, "negative_prompt")  # lists of one per prompt are allowed
 _TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")  # prefixes of names of embeddings
 
@@ -80,14 +81,14 @@ def _pictures(name: str, value: Any) -> Any:
         return value if value.mode == "RGB" else ImageOps.exif_transpose(value).convert("RGB")
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
         pictures = [Image.fromarray((each * 255).round().astype(np.uint8)) for each in frames(value, name)]
-        return pictures if name == "video" else pictures[0]
+        return pictures if name in _VIDEOS else pictures[0]
     return value
 
 
 def _opened(name: str, path: str) -> Any:
     if path.startswith(("http://", "https://")):
         raise PrismError(f"{name} is the address {quoted(path, 120)}, and nothing is downloaded; give a local file.")
-    if name == "video":
+    if name in _VIDEOS:
         return [Image.fromarray((each * 255).round().astype(np.uint8)) for each in read_video(path)]
     try:
         with Image.open(path) as picture:
@@ -199,8 +200,8 @@ def _row(name: str, value: Any, row: int, prompts: int) -> Any:
 
 
 def is_single(name: str, value: Any) -> bool:
-    """True where `image` or `video` is one for all rows, not a list of one per row (a video is a list of frames)."""
-    if name == "video" and isinstance(value, list | tuple) and value:
+    """True where `image` or a video is one for all rows, not a list of one per row (a video is a list of frames)."""
+    if name in _VIDEOS and isinstance(value, list | tuple) and value:
         value = value[0]
     return value is not None and not isinstance(value, list | tuple)
 
@@ -285,7 +286,7 @@ _IRRELEVANT = frozenset(
 
 def is_relevant(family: Family, name: str) -> bool:
     """Tell whether a call argument may change a conditioning. An embedded guidance scale does."""
-    if name == "guidance_scale" and family.guidance == "true_cfg_scale":
+    if name == "guidance_scale" and family.guidance in ("true_cfg_scale", ""):
         return True
     return name not in _IRRELEVANT and not name.startswith("negative_")
 
@@ -328,7 +329,7 @@ def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call:
     if family.takes_prompts and not embedded_rows(call):
         arguments["prompt"] = prompts[0] if family.single_prompt else list(prompts)
     if family.image_form == "list":
-        arguments |= {name: [call[name]] * n for name in ("image", "video") if is_single(name, call.get(name))}
+        arguments |= {name: [call[name]] * n for name in ("image", *_VIDEOS) if is_single(name, call.get(name))}
     for name, value in call.items():
         if name.startswith("negative_prompt") and isinstance(value, str):
             arguments |= {name: [value] * n} if family.negative_prompt_form == "list" else {}
@@ -358,6 +359,7 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
     for name, why in backbone.family.refused_arguments.items():
         if call.get(name, backbone.default(name)) != backbone.default(name):
             raise PrismError(f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}.")
+    _check_windows(backbone, call)
     if not backbone.family.takes_prompts:
         if any(prompts):
             raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")
@@ -369,3 +371,19 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
     if limit is not None and tokenizer is not None:
         with backbone.held():
             warn_cut_off(prompts, tokenizer, limit, backbone.takes("max_sequence_length"), backbone._measured)
+
+
+def _check_windows(backbone: Backbone, call: Mapping[str, Any]) -> None:
+    """Raise PrismError for a call whose frames are sampled window by window."""
+    windows = backbone.family.windows
+    if windows is None:
+        return
+    try:
+        count = windows({name: call.get(name, backbone.default(name)) for name in backbone._call})
+    except (TypeError, ValueError, ZeroDivisionError):  # arguments that the pipeline itself refuses
+        return
+    if count > 1:
+        raise PrismError(
+            f"{type(backbone.pipe).__name__} would sample this video in {count} windows one after another, each to its "
+            "end, and a judge reads all frames at one noise level; ask for no more frames than one window has."
+        )

@@ -37,8 +37,8 @@ class Conditioning:
 
     arguments: the other arguments by name; batched: the paths of those with a row per sample.
     timestep: a template, (B, ...), of the dtype and shape that the pipeline passes; timed: its name.
-    noisy, axis, dtype, shape: name, channel axis, dtype and shape of one row of the latents that the denoiser takes.
-    appended: channels after the latents' (an image's latents, a mask), or None.
+    noisy, dtype, shape: name, dtype and shape of one row of the latents that the denoiser takes.
+    appended: channels or tokens after the latents' (an image's latents, a mask), or None; axis: theirs.
     given: (B, ...) bool, True where the pipeline shows the denoiser a condition in place of noise; kept: the latents
         with that condition. Both None where there is none.
     given_times: bool, shaped like the timestep, True where the template's timestep stays; None: nowhere.
@@ -60,18 +60,14 @@ class Conditioning:
     @classmethod
     def of(cls, call: DenoiserCall, rows: slice, pipeline: type) -> Conditioning:
         """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made."""
-        part, family = call.rows(rows), call.family
-        name, timed = part.noisy_name, family.timestep_argument
-        timestep, latents = part.timestep, part.noisy
+        part = call.rows(rows)
+        name, timed = part.noisy_name, call.family.timestep_argument
+        timestep, (latents, appended, axis) = part.timestep, part.parted()
         if timestep.ndim == 0:
             timestep = timestep.expand(call.batch)[rows]
         others = {path: value for path, value in part.arguments.items() if path not in (name, timed)}
         flat = {path: value for path, value in flattened(call.arguments).items() if path not in (name, timed)}
         batched = frozenset(path for path, value in flat.items() if call.has_rows(path, value))
-        axis = layout.channel_axis(family.layout)
-        count = family.channels(call.config, latents)
-        appended = latents.narrow(axis, count, latents.shape[axis] - count) if count < latents.shape[axis] else None
-        latents = latents.narrow(axis, 0, count)
         mask, timestep_mask = _condition_masks(part, timestep, latents, pipeline)
         return cls(
             arguments=others,

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from prism.backbone import layout
 from prism.backbone.family import Family, TokenCount
@@ -58,6 +60,17 @@ class DenoiserCall:
         """The latents (batch, ...), with the condition that the pipeline appends to their channels."""
         latents: Tensor = self.arguments[self.noisy_name]
         return latents
+
+    def parted(self) -> tuple[Tensor, Tensor | None, int]:
+        """The latents alone, the condition that the pipeline appends to them (None: none), and the axis it stands on:
+        that of the channels, or of the tokens, where an image's tokens follow those of the latents (Kontext)."""
+        noisy, family = self.noisy, self.family
+        axis = layout.channel_axis(family.layout)
+        count = family.channels(self.config, noisy)
+        if layout.is_packed(family.layout) and count == noisy.shape[axis]:
+            axis, count = 1, min(noisy.shape[1], math.prod(self.grid()))
+        rest = noisy.shape[axis] - count
+        return noisy.narrow(axis, 0, count), noisy.narrow(axis, count, rest) if rest else None, axis
 
     @property
     def batch(self) -> int:
@@ -115,8 +128,11 @@ class DenoiserCall:
             return len(video) // self.batch, *video.shape[2:]
         if "img_shapes" in arguments:
             return tuple(arguments["img_shapes"][0][0])
-        if "img_ids" in arguments:
-            return tuple(int(extent) + 1 for extent in arguments["img_ids"].reshape(-1, 3).max(0).values)
+        if "img_ids" in arguments:  # (t, h, w, ...) a token; those of images beside the latents have other t
+            ids = arguments["img_ids"]
+            ids = (ids[0] if ids.ndim == 3 else ids)[:, :3]
+            own = ids[ids[:, 0] == ids[0, 0]].max(0).values
+            return 1, int(own[1]) + 1, int(own[2]) + 1
         if "video_coords" in arguments:
             return layout.grid_of(arguments["video_coords"][0])
         if layout.is_packed(family.layout):
@@ -136,7 +152,10 @@ class DenoiserCall:
         states = layout.tokens(family.video(output), family.token_form, self.batch)
         cells = math.prod(grid)
         if states.shape[1] != cells:  # some blocks may give the video's tokens only
-            before, behind = self._count(family.tokens_before), self._count(family.tokens_behind)
+            if layout.is_packed(family.layout) and self.noisy.shape[1] > cells:
+                states = states[:, : states.shape[1] - self.noisy.shape[1] + cells]  # an image's follow
+            rest = states.shape[1] - cells
+            before, behind = self._count(family.tokens_before, rest), self._count(family.tokens_behind, rest)
             if states.shape[1] != before + cells + behind:
                 raise PrismError(
                     f"A block of the family {family.name!r} gives {states.shape[1]} tokens, and the video has "
@@ -150,7 +169,9 @@ class DenoiserCall:
             states = layout.from_squares(states, sparse["visual_shape"])
         return states, grid
 
-    def _count(self, count: TokenCount) -> int:
+    def _count(self, count: TokenCount, rest: int) -> int:
+        if count == "rest":
+            return rest
         if count == "text":
             shape = self._argument("text_argument").shape
             return math.prod(shape[1:-1]) if len(shape) > 2 else shape[1]  # embeddings, or ids (B, Lt)
@@ -168,8 +189,12 @@ class DenoiserCall:
 
     @property
     def text(self) -> Tensor:
-        """The text before its embedder: (B, Lt, width)."""
-        return layout.text_rows(self._argument("text_argument"))
+        """The text before its embedder: (B, Lt, width); of a text repeated for each frame the first frame's."""
+        text = self._argument("text_argument")
+        text = layout.text_rows(pad_sequence(text, batch_first=True) if isinstance(text, list) else text)
+        shown = any(name in self.arguments for name in self.family.latents_argument)
+        frames = len(text) // self.batch if self.family.token_form == "frames" and shown else 1
+        return text[::frames] if frames > 1 else text
 
     @property
     def text_mask(self) -> Tensor | None:
@@ -201,6 +226,8 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         named = dict(list(bound.items())[1:])
         rest = named.pop(others[0], {}) if others else {}
         kwargs = {**named, **rest}
+    if isinstance(kwargs.get("x"), list):  # Z-Image lists rows, and takes a batch as well
+        kwargs = {**kwargs, "x": torch.stack(kwargs["x"])}
     if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 repeats one rate per row, and its denoiser takes one alone
         kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
     return kwargs

@@ -208,9 +208,9 @@ def _tensor(answer: Any) -> Tensor:
 
 def _as_latents(backbone: Backbone, answer: Tensor, like: Tensor) -> Tensor:
     """A denoiser's answer without the channels of a learned variance. Raises PrismError for one of another shape."""
-    axis = layout.channel_axis(backbone.family.layout)
-    if answer.ndim == like.ndim and answer.shape[axis] > like.shape[axis]:
-        answer = answer.narrow(axis, 0, like.shape[axis])
+    for axis in (1, layout.channel_axis(backbone.family.layout)):  # tokens of an image follow the latents', too
+        if answer.ndim == like.ndim and answer.shape[axis] > like.shape[axis]:
+            answer = answer.narrow(axis, 0, like.shape[axis])
     if answer.shape != like.shape:
         raise PrismError(
             f"The denoiser of {type(backbone.pipe).__name__} answers with {quoted(tuple(answer.shape))} to latents "

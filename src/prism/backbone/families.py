@@ -1,13 +1,13 @@
-"""The table of families: one row of facts each."""
+"""The table of families: one row of facts each. Here stand those of video transformers; `IMAGES` and `UNETS` follow."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from prism.backbone.family import Family
-
-DEPTH = "as deep as the paper's block 12 of 30: "
-PROJECTED = "{}'s, projected to the video's width before the first block"
+from prism.backbone.family import DEPTH, PROJECTED, Family
+from prism.backbone.image_families import IMAGES
+from prism.backbone.unet_families import UNETS
 
 _WAN = Family(
     name="wan",
@@ -90,6 +90,45 @@ _ROWS: tuple[Family, ...] = (
     _WAN,
     replace(
         _WAN,
+        name="chrono-edit",
+        models="ChronoEdit",
+        pipelines=("ChronoEditPipeline",),
+        refused_arguments={
+            "enable_temporal_reasoning": "the frames between would be dropped after some steps, and a judge reads one "
+            "grid of frames"
+        },
+        tap_reason=DEPTH + "16 of 40",
+    ),
+    replace(
+        _WAN,
+        name="lucy-edit",
+        models="Lucy Edit",
+        pipelines=("LucyEditPipeline",),
+        image_form="list",
+    ),
+    replace(
+        _WAN,
+        name="wan-vace",
+        models="Wan VACE",
+        pipelines=("WanVACEPipeline",),
+        single_prompt=True,  # and one video
+        tap_reason=DEPTH + "12 of 30 in 1.3B, 16 of 40 in 14B; a block's output is read before the control's is added",
+    ),
+    replace(
+        _WAN,
+        name="wan-animate",
+        models="Wan 2.2 Animate",
+        pipelines=("WanAnimatePipeline",),
+        num_extra_frames=1,  # the reference image's, which is denoised with the video and not decoded
+        denormalises_output=True,
+        windows=lambda call: math.ceil(
+            (len(call["pose_video"]) - call["prev_segment_conditioning_frames"])
+            / (call["segment_frame_length"] - call["prev_segment_conditioning_frames"])
+        ),
+        tap_reason=DEPTH + "16 of 40",
+    ),
+    replace(
+        _WAN,
         name="skyreels-v2",
         models="SkyReels-V2",
         pipelines=("SkyReelsV2Pipeline", "SkyReelsV2ImageToVideoPipeline"),
@@ -105,8 +144,11 @@ _ROWS: tuple[Family, ...] = (
     ),
     Family(
         name="cogvideox",
-        models="CogVideoX, CogVideoX 1.5",
-        pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+        models="CogVideoX, CogVideoX 1.5, CogVideoX Fun",
+        pipelines=(
+            *("CogVideoXPipeline", "CogVideoXImageToVideoPipeline", "CogVideoXVideoToVideoPipeline"),
+            "CogVideoXFunControlPipeline",
+        ),
         blocks=("transformer_blocks",),
         text_embedder="patch_embed.text_proj",
         text_padding="unknown",  # the text encoder runs without a mask, and the backbone attends to the padding too
@@ -164,23 +206,6 @@ _ROWS: tuple[Family, ...] = (
         batch_size_one=True,
         tap_reason=DEPTH + "11 of 28, behind 11 spatial ones",
         text_reason=PROJECTED.format("T5"),
-    ),
-    Family(
-        name="stable-video-diffusion",
-        models="Stable Video Diffusion",
-        pipelines=("StableVideoDiffusionPipeline",),
-        blocks=("down_blocks", "mid_block", "up_blocks"),
-        token_form="frames",
-        takes_prompts=False,
-        cfg="one_batch",
-        guidance="max_guidance_scale",
-        clock="edm",
-        layout="BTCHW",
-        vae_factor="scaling_factor",
-        vae_frame_by_frame=True,
-        tap=0.55,
-        tap_reason="the middle of the U-Net, where its cells see the most",
-        text_reason="it takes no text",
     ),
     _LTX,
     replace(
@@ -246,7 +271,7 @@ _ROWS: tuple[Family, ...] = (
     Family(
         name="cosmos-2",
         models="Cosmos-Predict2",
-        pipelines=("Cosmos2VideoToWorldPipeline",),
+        pipelines=("Cosmos2VideoToWorldPipeline", "Cosmos2TextToImagePipeline"),
         blocks=("transformer_blocks",),
         cfg="two_calls",
         pure_noise_timestep=1.0,
@@ -307,55 +332,22 @@ _ROWS: tuple[Family, ...] = (
         batch_size_one=True,  # its pipeline takes one image and does not repeat its latents
     ),
     Family(
-        name="stable-diffusion-3",
-        models="Stable Diffusion 3 (images)",
-        pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
-        blocks=("transformer_blocks",),
-        video_output=1,
-        text_embedder="context_embedder",
-        cfg="one_batch",
-        layout="BCHW",
-        vae_factor="scaling_factor",
-        vae_shift=True,
-        vae_frame_by_frame=True,
-        tap_reason=DEPTH + "10 of 24 in medium",
-        text_reason="CLIP's and T5's, projected to the image's width before the first block",
-    ),
-    Family(
-        name="flux",
-        models="Flux.1 (images)",
-        pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        video_output=1,
-        text_embedder="context_embedder",
+        name="helios",
+        models="Helios",
+        pipelines=("HeliosPipeline",),
+        blocks=("blocks",),
+        tokens_before="rest",  # those of earlier windows
+        text_embedder="condition_embedder.text_embedder",
+        text_padding="zeros",
         cfg="two_calls",
-        guidance="true_cfg_scale",
-        pure_noise_timestep=1.0,
-        layout="BLC2",
-        vae_factor="scaling_factor",
-        vae_shift=True,
-        vae_frame_by_frame=True,
-        tap_reason=DEPTH + "23 of 57, the fourth that mixes text and image in one stream",
-        text_reason="T5's, projected to the image's width before the first block",
-    ),
-    Family(
-        name="qwen-image",
-        encode_prompts_singly=True,
-        models="Qwen-Image (images)",
-        pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline"),
-        blocks=("transformer_blocks",),
-        video_output=1,
-        text_embedder="txt_in",
-        text_padding="mask",
-        text_mask_argument="encoder_hidden_states_mask",
-        cfg="two_calls",
-        guidance="true_cfg_scale",
-        pure_noise_timestep=1.0,
-        layout="BLC2",
         vae_mean_std=True,
-        tap_reason=DEPTH + "24 of 60",
-        text_reason="Qwen's, projected to the image's width before the first block",
+        windows=lambda call: math.ceil(call["num_frames"] / (4 * (call["num_latent_frames_per_chunk"] - 1) + 1)),
+        image_form="single",
+        batch_size_one=True,  # it draws an image's noise with a generator and no list of them
+        tap_reason=DEPTH + "16 of 40",
+        text_reason=PROJECTED.format("T5"),
     ),
 )
 
-FAMILIES: dict[str, Family] = {family.name: family for family in _ROWS}  # by name; see `prism.backbone.register`
+# By name; see `prism.backbone.register`.
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES)}

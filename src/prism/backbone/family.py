@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-import types
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from functools import cache, wraps
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from prism.backbone import layout, noise
+from prism.backbone.facts import check_values
 from prism.backbone.layout import Grid, Layout, TokenForm
 from prism.backbone.pipeline import config_of, unwrapped
-from prism.errors import PrismError, quoted, whole
+from prism.errors import PrismError, quoted
 
-TokenCount = int | Literal["text"] | Callable[[Mapping[str, Any]], int]
+DEPTH = "as deep as the paper's block 12 of 30: "
+PROJECTED = "{}'s, projected to the video's width before the first block"
+
+TokenCount = int | Literal["text", "rest"] | Callable[[Mapping[str, Any]], int]
 # Arguments of a denoiser call in diffusers that carry one row per sample.
 BATCHED = frozenset(
     [
@@ -25,6 +28,8 @@ BATCHED = frozenset(
         *("encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image", "condition_mask"),
         *("attention_mask", "encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"),
         *("inpaint_latents", "video_coords", "img_shapes", "txt_seq_lens"),  # the last two are lists
+        *("control_hidden_states", "control_latents", "pose_hidden_states", "face_pixel_values"),
+        *("latents_history_short", "latents_history_mid", "latents_history_long"),
         "added_cond_kwargs",  # a dict
     ]
 )
@@ -128,8 +133,8 @@ class Family:
     token_form: TokenForm = "BLD"
     """a block's output: plain (B, L, D); "temporal": (B H W, T, D); "frames": a U-Net's (B T, D, H, W)"""
     tokens_before: TokenCount = 0
-    """number of tokens before the video's in a block's output; "text": as many as the text has; or a function of the
-    denoiser's arguments"""
+    """number of tokens before the video's in a block's output; "text": as many as the text has; "rest": all that are
+    not the video's; or a function of the denoiser's arguments"""
     tokens_behind: TokenCount = 0
     """number of tokens after the video's, likewise"""
     video_output: int = 0
@@ -166,6 +171,13 @@ class Family:
     """name of the pipeline's method that changes latents (1, ...) after the loop"""
     extra_frames: Literal["before", "behind"] = "before"
     """on which side of the video's latent frames the loop holds further ones, which are not decoded"""
+    num_extra_frames: int = 0
+    """the number of such frames, where every call has them"""
+    windows: Callable[[Mapping[str, Any]], int] | None = None
+    """the number of windows that a call samples one after another, each to its end, by the call's arguments; more than
+    one is refused, as a judge reads all frames at one noise level"""
+    denormalises_output: bool = False
+    """as output_type "latent" the pipelines give latents as their VAE takes them, and not as the loop holds them"""
     vae_mean_std: bool = False
     """latents are normalised by the VAE's latents_mean and latents_std"""
     vae_factor: Literal["", "scaling_factor", "sigma_data"] = ""
@@ -195,7 +207,7 @@ class Family:
     """why `tap` is at that depth (for docs/backbones.md)"""
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self)
         if self.single_prompt and not self.batch_size_one:
             object.__setattr__(self, "batch_size_one", True)
 
@@ -267,10 +279,9 @@ class Family:
     def channels(self, config: Mapping[str, Any], noisy: Tensor) -> int:
         """The number of latent channels in the denoiser's input; channels of a condition follow them."""
         size = noisy.shape[layout.channel_axis(self.layout)]
-        if layout.is_packed(self.layout):
-            return size
         channels = config.get("out_channels") or config.get("out_visual_dim") or size
-        return min(size, channels)
+        cells = math.prod(self.patches(config)) if layout.is_packed(self.layout) else 1  # in one token
+        return min(size, channels * cells)
 
     def dropped_frames(self, config: Mapping[str, Any]) -> int:
         """The number of pixel frames that the pipeline drops from the front of a decoded video."""
@@ -300,96 +311,3 @@ def _config_field(config: Mapping[str, Any], name: str, fact: str) -> Any:
     if name not in config:
         raise PrismError(f"The denoiser's configuration has no {name!r}; say it as {fact!r} in the pipeline's family.")
     return config[name]
-
-
-# -- checks of facts
-
-_NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
-_SETS = ("batched_arguments",)
-_SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch")
-_LEAST = {"widths": 1, "text_limit": 1, "outputs": 1, "tokens_before": 0, "tokens_behind": 0}
-_NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched_arguments")
-
-
-def _check_values(family: Family) -> None:
-    """Raise PrismError for a fact of a wrong type or out of range; turn lists into the tuples or sets they mean."""
-    name = quoted(repr(family.name), 60)
-    row: Any = type(family)
-    kinds = _kinds(row)
-    for fact in fields(family):
-        value, kind = getattr(family, fact.name), kinds[fact.name]
-        whole_list = list if fact.name in _SEQUENCES else list | tuple | set
-        if fact.name in (*_SEQUENCES, *_SETS) and isinstance(value, whole_list):
-            value = (frozenset if fact.name in _SETS else tuple)(value) if _hashable(value) else value
-            object.__setattr__(family, fact.name, value)
-        label = f"{fact.name} of the family {name}"
-        if not _is_of(value, kind):
-            raise PrismError(f"{label} must be {_described(kind)}; found {quoted(repr(value), 80)}.")
-        if fact.name in _NEEDED and not value:
-            raise PrismError(f"{label} must not be empty.")
-        if fact.name in _LEAST and isinstance(value, int):
-            whole(label, value, _LEAST[fact.name])
-    twice = [path for index, path in enumerate(family.blocks) if path in family.blocks[:index]]
-    if twice:
-        raise PrismError(f"blocks of the family {name} names {twice[0]!r} twice; each runs once per denoiser call.")
-    if family.patch is not None:
-        for size in family.patch:
-            whole(f"patch of the family {name}", size)
-    if not 0 < family.tap <= 1:
-        raise PrismError(
-            f"tap of the family {name} must be a share of the blocks, above 0, at most 1; found {family.tap}."
-        )
-    if not (math.isfinite(family.pure_noise_timestep) and family.pure_noise_timestep > 0):
-        raise PrismError(
-            f"pure_noise_timestep of the family {name} must be a number above 0; found {family.pure_noise_timestep}."
-        )
-
-
-@cache
-def _kinds(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _hashable(values: Any) -> bool:
-    return all(getattr(value, "__hash__", None) is not None for value in values)
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """True where a value is of a type hint, with the items that it names; a bool is no number."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_is_of(value, each) for each in arguments)
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if origin is tuple:
-        each = [arguments[0]] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_of, value, each))
-    if origin is frozenset:
-        return isinstance(value, frozenset) and all(_is_of(each, arguments[0]) for each in value)
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(
-            _is_of(k, arguments[0]) and _is_of(v, arguments[1]) for k, v in value.items()
-        )
-    if origin is Callable:
-        return callable(value) and not isinstance(value, type)
-    if kind in (int, float):
-        return not isinstance(value, bool) and isinstance(value, int if kind is int else int | float)
-    return isinstance(value, kind)
-
-
-def _described(kind: Any) -> str:
-    """A type hint in words, for messages."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return ", ".join(map(_described, arguments[:-1])) + f" or {_described(arguments[-1])}"
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is tuple:
-        return "a tuple of texts, as ('one',)" if arguments[-1] is ... else f"{len(arguments)} whole numbers"
-    if origin is frozenset:
-        return "a set of texts"
-    if origin is Mapping:
-        return f"a dict of texts to {'texts' if arguments[1] is str else 'whole numbers'}"
-    if origin is Callable:
-        return "a function"
-    return _NAMES.get(kind) or f"an {kind.__name__}"

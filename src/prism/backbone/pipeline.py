@@ -155,7 +155,9 @@ def tensor_of(output: Any, name: str = "sample") -> Tensor:
     Raises PrismError where there is none."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
-    tensor = output if isinstance(output, Tensor) else getattr(output, name, None)
+    tensor = output if isinstance(output, Tensor | list) else getattr(output, name, None)
+    if isinstance(tensor, list) and tensor and all(isinstance(row, Tensor) for row in tensor):
+        tensor = torch.stack(tensor)  # a list of rows (Z-Image)
     if not isinstance(tensor, Tensor):
         raise PrismError(f"A {type(output).__name__} was given where a tensor, or an output with .{name}, is needed.")
     return tensor

@@ -17,6 +17,7 @@ from torch import nn
 from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
+from prism.backbone.unsupported import NO_ROW, UNSUPPORTED
 from prism.errors import PrismError, quoted
 
 ENTRY_POINTS = "prism.families"  # the group of entry points through which installed packages register rows
@@ -187,6 +188,8 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
 
 def _refuse(name: str, pipe: Any = None) -> Any:
     """Raise PrismError with the nearest family's name."""
+    if UNSUPPORTED.get(name, NO_ROW) != NO_ROW:
+        raise PrismError(f"The pipeline {name} is not supported: {UNSUPPORTED[name]}. See {PAGE}.")
     near = _nearest(name, pipe)
     hint = f" Nearest is {near.name!r} ({near.models[:40]})." if near else ""
     raise PrismError(

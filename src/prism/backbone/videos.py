@@ -97,6 +97,10 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
         latents = frames.unflatten(0, (len(pixels), -1)).transpose(1, 2).float()
     else:
         latents = _mode(vae, pixels).float()
+    if extra := family.num_extra_frames:
+        first, last = latents[:, :, :1], latents[:, :, -1:]
+        more = (first if family.extra_frames == "before" else last).expand(-1, -1, extra, -1, -1)
+        latents = torch.cat([more, latents] if family.extra_frames == "before" else [latents, more], 2)
     if family.token_form != "frames" and (missing := -latents.shape[2] % family.patches(config)[0]):
         latents = torch.cat([latents[:, :, :1].expand(-1, -1, missing, -1, -1), latents], 2)
     return layout.pack(normalise(family, pipe, latents), family.layout).contiguous()
@@ -126,6 +130,8 @@ def decode(
         of_video = (num_frames - 1) // int(ratio) + 1 + family.dropped_frames(config) // int(ratio)
         count = min(latents.shape[2], of_video)
         latents = latents[:, :, -count:] if family.extra_frames == "before" else latents[:, :, :count]
+    elif extra := family.num_extra_frames:
+        latents = latents[:, :, extra:] if family.extra_frames == "before" else latents[:, :, :-extra]
     latents = denormalise(family, pipe, latents)
     if family.vae_frame_by_frame:
         frames = latents.transpose(1, 2).flatten(0, 1)
@@ -177,6 +183,11 @@ def _shift(family: Family, pipe: Any) -> float:
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """latents_mean and 1 / latents_std for latents (B, C, T, H, W): one value per channel, or per channel and frame."""
     config = config_of(vae)
+    if (norm := getattr(vae, "bn", None)) is not None:  # of Flux.2: statistics of squares of 2 x 2 cells
+        statistics = (norm.running_mean, torch.rsqrt(norm.running_var + config["batch_norm_eps"]))
+        tiles = (1, 1, 1, like.shape[3] // 2, like.shape[4] // 2)
+        means, inverses = (each.view(1, -1, 1, 2, 2).repeat(tiles).to(like) for each in statistics)
+        return means, inverses
     names = ("latents_mean", "latents_std")  # buffers of the VAE in LTX-Video
     mean, std = (config[name] if name in config else getattr(vae, name, None) for name in names)
     if mean is None or std is None:

@@ -19,7 +19,6 @@ from PIL import ImageOps
 from torch import Tensor
 
 from prism.backbone import layout
-from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.videos import denormalise, normalise
 from prism.commands.subject import Subject, difference, require
 from prism.errors import PrismError
@@ -105,8 +104,7 @@ def clock(subject: Subject) -> dict[str, Any]:
         family.check_scheduler(scheduler)
     except PrismError as error:
         raise PrismError(f"Look at clock, or at the scheduler: {error}") from error
-    with subject.calls() as seen:
-        subject.plain(output_type="latent")
+    seen, _, _ = subject.recorded()
     steps = [float(call.timestep.max()) for call, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     strength = subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
@@ -140,7 +138,7 @@ def clock(subject: Subject) -> dict[str, Any]:
 
 def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step: float) -> Tensor:
     """`z` noised to the timestep `step`, by the formula of the scheduler's class."""
-    if family.clock == "ddpm":
+    if family.clock == "ddpm" or (family.clock == "euler" and not hasattr(scheduler, "sigmas")):
         return scheduler.add_noise(z, noise, torch.tensor([int(step)]))
     if family.clock == "euler":
         sigma = scheduler.sigmas[int((scheduler.timesteps - step).abs().argmin())]
@@ -149,11 +147,15 @@ def _scheduler_noise(family: Any, scheduler: Any, z: Tensor, noise: Tensor, step
         sigma = float(np.exp(4 * step))
         data = float(scheduler.config.get("sigma_data", 1.0))
         return (z + sigma * noise) / (sigma**2 + data**2) ** 0.5
-    unstepped, index = _at(scheduler, 1000 * step / family.pure_noise_timestep)
+    share = step / family.pure_noise_timestep
+    if family.clock == "rising_flow" and not scheduler.config.get("invert_sigmas"):
+        share = 1 - share  # the pipeline turns the scheduler's timesteps around, and not the scheduler
+    unstepped, index = _at(scheduler, 1000 * share)
     if index is not None and not scheduler.config.get("invert_sigmas"):  # diffusers noises the wrong way then
         if hasattr(unstepped, "scale_noise"):
             return unstepped.scale_noise(z, unstepped.timesteps[index : index + 1], noise)
-        return unstepped.add_noise(z, noise, unstepped.timesteps[index : index + 1])
+        if hasattr(unstepped, "add_noise"):
+            return unstepped.add_noise(z, noise, unstepped.timesteps[index : index + 1])
     if not isinstance(family.clock, str):  # the user's own clock, which no formula here can check
         alpha, sigma, _ = family.level(scheduler, torch.tensor([family.t_of(scheduler, step)]))
         return alpha * z + sigma * noise
@@ -177,8 +179,8 @@ def _at(scheduler: Any, step: float) -> tuple[Any, int | None]:
 
 
 def vae(subject: Subject) -> dict[str, Any]:
-    """`Backbone.decode` equals decoding in the stock call, by the VAE's input and the frames, also for the latents of
-    `best_of_n`; normalising inverts denormalising.
+    """`Backbone.decode` equals decoding in the stock call, by the VAE's input and the frames; normalising inverts
+    denormalising.
     """
     backbone, family = subject.backbone, subject.backbone.family
     latents = subject.latents()
@@ -200,27 +202,35 @@ def vae(subject: Subject) -> dict[str, Any]:
     )
     back = normalise(family, backbone.pipe, denormalise(family, backbone.pipe, cells))
     require(difference(back, cells) < subject.tolerance(1e-4), "normalising does not invert denormalising")
-    frame_count = {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
-    # A safety checker rounds the video to bytes.
-    close = subject.tolerance(1e-4) + (1 / 254 if getattr(subject.pipe, "safety_checker", None) else 0)
-    result = best_of_n(
-        subject.pipe, None, subject.prompts(1)[0], n=1, strategy="none", **{**subject.call, "output_type": "np"}
-    )
-    for candidate in (latents, result.latents):
-        decoded = backbone.decode(candidate, tokens.grid, **frame_count)
-        expected = np.asarray(video)
-        expected = expected[:, None] if expected.ndim == 4 else expected
-        require(
-            tuple(decoded.shape) == expected.shape and difference(decoded, expected) < close,
-            f"decode gives {tuple(decoded.shape)}, and the pipeline {expected.shape}, or other values: look at "
-            "decoded_layout, dropped_frames_by_condition, decode_num_frames, extra_frames, "
-            "restores_condition, after_loop",
-        )
+    frame_count, close = _frame_count(subject), _close(subject, video)
+    _require_decoded(decoded := backbone.decode(latents, tokens.grid, **frame_count), video, close)
     require(
-        backbone.encode(backbone.decode(latents, tokens.grid, **frame_count)).shape == latents.shape,
+        backbone.encode(decoded).shape == latents.shape,
         "encode gives latents of another shape than the loop's: look at dropped_frames_by_condition, layout, patch",
     )
     return {"latents": "x".join(map(str, latents.shape[1:]))}
+
+
+def _frame_count(subject: Subject) -> dict[str, int]:
+    return {"num_frames": subject.call["num_frames"]} if "num_frames" in subject.call else {}
+
+
+def _close(subject: Subject, video: Any) -> float:
+    """The relative tolerance for decoded videos; a safety checker rounds them down to bytes."""
+    rounded = getattr(subject.pipe, "safety_checker", None) is not None
+    return subject.tolerance(1e-4) + (1 / 254 / float(np.max(video)) if rounded else 0)
+
+
+def _require_decoded(decoded: Tensor, video: Any, close: float) -> None:
+    """Raise `Mismatch` where decoded videos (B, F, H, W, 3) are others than the pipeline's, which may be images."""
+    expected = np.asarray(video)
+    expected = expected[:, None] if expected.ndim == 4 else expected
+    require(
+        tuple(decoded.shape) == expected.shape and difference(decoded, expected) < close,
+        f"decode gives {tuple(decoded.shape)}, and the pipeline {expected.shape}, or other values: look at "
+        "decoded_layout, dropped_frames_by_condition, decode_num_frames, extra_frames, num_extra_frames, "
+        "restores_condition, after_loop",
+    )
 
 
 def conditional_rows(subject: Subject) -> dict[str, Any]:
@@ -233,7 +243,10 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
         if not family.takes_prompts and prompt == subject.texts[1]:
             changes["image"] = ImageOps.invert(subject.call["image"])
         with subject.calls() as seen:
-            subject.plain(prompt=prompt, output_type="latent", **changes)
+            if prompt == subject.texts[0]:
+                seen = subject.recorded()[0]
+            else:
+                subject.plain(prompt=prompt, output_type="latent", **changes)
         runs.append(seen)
     calls = 2 if subject.two_calls else 1
     for index in range(calls):
@@ -254,7 +267,8 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     steps = subject.call.get("num_inference_steps")
     if len(backbone.denoisers) == 1 and steps is not None and not subject.leaves_steps:
         require(
-            len(runs[0]) in (calls * steps, calls * (2 * steps - 1)),  # a scheduler of second order
+            # a scheduler of second order; one that takes a step twice (PNDM)
+            len(runs[0]) in (calls * steps, calls * (2 * steps - 1), calls * (steps + 1)),
             f"{len(runs[0])} denoiser calls in {steps} steps, instead of {calls} a step: look at cfg, guidance",
         )
     return {"guidance": family.cfg if guided else "embedded"}
@@ -265,7 +279,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
 
     Both use the same seed, as some pipelines sample an image's latents with it.
     """
-    backbone, family = subject.backbone, subject.backbone.family
+    backbone = subject.backbone
     with subject.calls() as seen:
         subject.plain(seed=5, output_type="latent")
     low, high = backbone.t_range
@@ -275,12 +289,8 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
         t = denoising.t(backbone.pipe.scheduler)
         if not low <= t <= high:
             continue
-        noisy, row = denoising.noisy, denoising.conditional(1)
-        size = noisy.shape[layout.channel_axis(family.layout)]
-        row_latents = noisy[row].narrow(
-            layout.channel_axis(family.layout), 0, min(size, family.channels(backbone.config, noisy))
-        )
-        tokens = backbone.tokens(row_latents, conditioning, t, backbone.default_tap)
+        row = denoising.conditional(1)
+        tokens = backbone.tokens(denoising.parted()[0][row], conditioning, t, backbone.default_tap)
         worst = max(worst, difference(tokens.visual, states[row]))
     require(
         worst < subject.tolerance(2e-5),
@@ -294,7 +304,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
 def winner(subject: Subject) -> dict[str, Any]:
     """The winner equals the plain call's video for its seed, to the bit if sampled one by one, to rounding in a batch.
 
-    A run decodes as many videos as a plain call.
+    A run decodes as many videos as a plain call, and its latents are those of its video.
     """
     backbone = subject.backbone
     judge = Judge.untrained(backbone, dim=16)
@@ -312,6 +322,10 @@ def winner(subject: Subject) -> dict[str, Any]:
         np.array_equal(one.video, video[0]),
         "the winner is not the plain call's video: look at returns_tensor, batched_arguments, cfg, "
         "counts_steps_by_calls, and whether the pipeline draws from the global generator",
+    )
+    grid = backbone.tokens(one.latents, backbone.condition([prompt], **subject.call), backbone.t_range[1], 1).grid
+    _require_decoded(
+        backbone.decode(one.latents, grid, **_frame_count(subject)), one.video[None], _close(subject, one.video)
     )
     error = difference(many.video, subject.plain(many.seed, output_type="latent")[0])
     require(
@@ -334,17 +348,7 @@ def winner(subject: Subject) -> dict[str, Any]:
 def _cuts(subject: Subject) -> list[tuple[int, int]]:
     """Two cuts at steps after the first, at which the judge's denoiser runs."""
     backbone, family = subject.backbone, subject.backbone.family
-    times: list[Any] = []
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        times.append(DenoiserCall.of(module, args, kwargs, family).timestep.max())
-
-    handles = [denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in backbone.denoisers]
-    try:
-        subject.plain(output_type="latent")
-    finally:
-        for handle in handles:
-            handle.remove()
+    times = [call.timestep.max() for call, _ in subject.recorded()[0]]
     low, high = backbone.t_range
     levels = [family.t_of(backbone.pipe.scheduler, time) for time in times[:: 2 if subject.two_calls else 1]]
     count = subject.call.get("num_inference_steps", len(levels))

@@ -54,15 +54,11 @@ class Subject:
         output or drops a frame of it, the latents that the last step's callback is given."""
         key = ("latents", seed)
         if key not in self.cached:
-            last: dict[str, Tensor] = {}
-            watch: dict[str, Any] = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
-            if not self.backbone.takes("callback_on_step_end"):
-                watch = {}
-            latents = self.plain(seed, output_type="latent", **watch)
+            _, latents, last = self.recorded(seed)
             shape = self.backbone.condition(self.prompts(1), **self.call).shape  # type: ignore[union-attr]
             with suppress(Exception):  # a repacked output may have other axes
                 latents = self.backbone.main(latents)
-            if latents.shape[1:] != shape and last:
+            if last and (latents.shape[1:] != shape or self.backbone.family.denormalises_output):
                 latents = self.backbone.main(last["latents"])
             require(
                 tuple(latents.shape[1:]) == tuple(shape),
@@ -70,6 +66,20 @@ class Subject:
                 f"{tuple(shape)}: say layout, and loop_layout where the loop carries another",
             )
             self.cached[key] = latents
+        return self.cached[key]
+
+    def recorded(self, seed: int = 0) -> tuple[list[tuple[DenoiserCall, Tensor]], Any, dict[str, Tensor]]:
+        """A plain call that ends with latents: its denoiser calls, as `calls` records them, its output, and the latents
+        that its last step's callback was given, where it takes one."""
+        key = ("recorded", seed)
+        if key not in self.cached:
+            last: dict[str, Tensor] = {}
+            watch: dict[str, Any] = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
+            if not self.backbone.takes("callback_on_step_end"):
+                watch = {}
+            with self.calls() as seen:
+                output = self.plain(seed, output_type="latent", **watch)
+            self.cached[key] = seen, output, last
         return self.cached[key]
 
     def prompts(self, count: int) -> list[str]:

@@ -125,9 +125,8 @@ class Predictor(Interceptor):
 
 
 def noisy_latents(call: DenoiserCall, samples: int) -> Tensor:
-    """The latents (samples, ...) of a denoiser call's conditional rows, without a condition's channels."""
-    noisy = call.noisy[call.conditional(samples)]
-    return noisy.narrow(layout.channel_axis(call.family.layout), 0, call.family.channels(call.config, noisy))
+    """The latents (samples, ...) of a denoiser call's conditional rows, without a condition's channels or tokens."""
+    return call.parted()[0][call.conditional(samples)]
 
 
 def whole(backbone: Backbone, clean: Tensor, state: Tensor, arguments: Mapping[str, Any]) -> Tensor:

@@ -1,0 +1,71 @@
+"""Rows of facts of U-Nets: Stable Video Diffusion, AnimateDiff, Stable Diffusion 1.5 and XL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from prism.backbone.family import BATCHED, Family
+
+MIDDLE = "the middle of the U-Net, where its cells see the most"
+
+_STABLE_DIFFUSION = Family(
+    name="stable-diffusion",
+    models="Stable Diffusion 1.5, 2.1 (images)",
+    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    blocks=("down_blocks", "mid_block", "up_blocks"),
+    token_form="frames",
+    text_limit=77,
+    cfg="one_batch",
+    clock="euler",
+    layout="BCHW",
+    vae_factor="scaling_factor",
+    vae_frame_by_frame=True,
+    tap=0.55,
+    tap_reason=MIDDLE,
+    text_reason="attention takes CLIP's as they are, in another width than the image's",
+)
+
+UNETS: tuple[Family, ...] = (
+    Family(
+        name="stable-video-diffusion",
+        models="Stable Video Diffusion",
+        pipelines=("StableVideoDiffusionPipeline",),
+        blocks=("down_blocks", "mid_block", "up_blocks"),
+        token_form="frames",
+        takes_prompts=False,
+        cfg="one_batch",
+        guidance="max_guidance_scale",
+        clock="edm",
+        layout="BTCHW",
+        vae_factor="scaling_factor",
+        vae_frame_by_frame=True,
+        tap=0.55,
+        tap_reason=MIDDLE,
+        text_reason="it takes no text",
+    ),
+    replace(
+        _STABLE_DIFFUSION,
+        name="animatediff",
+        models="AnimateDiff",
+        pipelines=("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline", "AnimateDiffSDXLPipeline"),
+        layout="BCTHW",
+        text_reason="attention takes CLIP's as they are, in another width than the video's",
+    ),
+    _STABLE_DIFFUSION,
+    replace(
+        _STABLE_DIFFUSION,
+        name="latent-consistency",
+        models="Latent consistency models (images)",
+        pipelines=("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        guidance="",  # its guidance is an input of the network
+        batched_arguments=BATCHED | {"timestep_cond"},
+    ),
+    replace(
+        _STABLE_DIFFUSION,
+        name="stable-diffusion-xl",
+        models="Stable Diffusion XL (images)",
+        pipelines=(
+            *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
+        ),
+    ),
+)

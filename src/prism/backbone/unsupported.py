@@ -1,0 +1,81 @@
+"""The pipelines of diffusers 0.42.1 without a row of facts, each with the reason; deprecated and modular ones are left
+out."""
+
+from __future__ import annotations
+
+NO_ROW = "its row has not been written yet"
+
+_REASONS: dict[str, str] = {
+    "a ControlNet reads the noisy latents at every step: what the denoiser is given cannot be captured once": """
+        AnimateDiffControlNetPipeline AnimateDiffSparseControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline
+        Cosmos2_5_TransferPipeline FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlNetPipeline
+        HunyuanDiTControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline
+        SanaControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
+        StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
+        StableDiffusionControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline
+        StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetPipeline
+        StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
+        StableDiffusionXLControlNetUnionPipeline ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
+    "its guidance runs a third group of rows beside the conditional and the unconditional one": """
+        AnimateDiffPAGPipeline HunyuanDiTPAGPipeline KolorsPAGPipeline PixArtSigmaPAGPipeline SanaPAGPipeline
+        StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline StableDiffusionControlNetPAGInpaintPipeline
+        StableDiffusionControlNetPAGPipeline StableDiffusionInstructPix2PixPipeline StableDiffusionPAGImg2ImgPipeline
+        StableDiffusionPAGInpaintPipeline StableDiffusionPAGPipeline StableDiffusionXLControlNetPAGImg2ImgPipeline
+        StableDiffusionXLControlNetPAGPipeline StableDiffusionXLInstructPix2PixPipeline
+        StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLPAGPipeline""",
+    "a sound is denoised beside the video, whose tokens attend to it, and a clip's latents do not hold one": """
+        Cosmos3OmniPipeline Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline
+        LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline LTX2Pipeline""",
+    "it samples a video window by window, each to its end, and joins them after the loop": """
+        HunyuanVideoFramepackPipeline LTXI2VLongMultiPromptPipeline""",
+    "its latents change their size on the way": "HeliosPyramidPipeline",
+    "its denoiser is told the next step's noise level too, which noisy latents by themselves do not have": """
+        AnyFlowFARPipeline AnyFlowPipeline""",
+    "its video begins with the given one, which its latents do not hold": """
+        SkyReelsV2DiffusionForcingVideoToVideoPipeline""",
+    "it samples no video or image from noise, but prepares, enlarges or decodes what others make": """
+        Flux2KleinKVPipeline FluxPriorReduxPipeline Kandinsky6SRPipeline KandinskyPriorPipeline
+        KandinskyV22PriorEmb2EmbPipeline KandinskyV22PriorPipeline LDMSuperResolutionPipeline LTX2LatentUpsamplePipeline
+        LTX2VideoDiffusionDecodePipeline LTXLatentUpsamplePipeline MarigoldDepthPipeline MarigoldIntrinsicsPipeline
+        MarigoldNormalsPipeline StableCascadePriorPipeline StableDiffusionLatentUpscalePipeline
+        StableDiffusionUpscalePipeline HunyuanImageRefinerPipeline""",
+    "its call fails in diffusers 0.42.1, whatever the arguments": "ChromaInpaintPipeline EasyAnimateControlPipeline",
+    "in diffusers 0.42.1 it decodes without the VAE's shift, so that what it shows is not what it sampled": """
+        StableDiffusion3InpaintPipeline""",
+    "its latents are a sound's, which have no grid of frames, rows and columns": """
+        AceStepPipeline AudioLDM2Pipeline LongCatAudioDiTPipeline StableAudio3AudioToAudioPipeline
+        StableAudio3InpaintPipeline StableAudio3Pipeline StableAudioPipeline""",
+    "it samples pixels, text, molecules or shapes, and no latents of a VAE": """
+        ConsistencyModelPipeline DDIMPipeline DDPMPipeline DiffusionGemmaPipeline IFImg2ImgPipeline
+        IFImg2ImgSuperResolutionPipeline IFInpaintingPipeline IFInpaintingSuperResolutionPipeline IFPipeline
+        IFSuperResolutionPipeline LLaDA2Pipeline PRXPixelPipeline RFD4ProteinaPipeline ShapEImg2ImgPipeline
+        ShapEPipeline""",
+    "its denoiser takes lists of lists of tensors in place of a batch": "ZImageOmniPipeline",
+    "its text's embeddings have their rows on the second axis": "HiDreamImagePipeline",
+    "its timesteps are those before its schedule's shift, and its noise levels those after it": """
+        CogView4ControlPipeline CogView4Pipeline""",
+    "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
+    NO_ROW: """
+        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline FluxControlInpaintPipeline
+        BriaFiboPipeline BriaPipeline CogView3PlusPipeline DiTPipeline DreamLiteMobilePipeline DreamLitePipeline
+        ErnieImagePipeline Flux2KleinInpaintPipeline GlmImagePipeline HunyuanDiTPipeline HunyuanImagePipeline
+        Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline
+        Kandinsky5I2IPipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyImg2ImgPipeline
+        KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyV22CombinedPipeline
+        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline KandinskyV22Img2ImgCombinedPipeline
+        KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline KandinskyV22InpaintPipeline
+        KandinskyV22Pipeline KolorsImg2ImgPipeline KolorsPipeline Krea2Pipeline LDMTextToImagePipeline
+        LongCatImageEditPipeline LongCatImagePipeline LuminaPipeline NucleusMoEImagePipeline OmniGenPipeline
+        OvisImagePipeline PRXPipeline QwenImage21Pipeline QwenImageEditInpaintPipeline QwenImageLayeredPipeline
+        SanaSprintImg2ImgPipeline SanaSprintPipeline SanaWMPipeline StableCascadeCombinedPipeline
+        StableCascadeDecoderPipeline StableDiffusionAdapterPipeline StableDiffusionDepth2ImgPipeline
+        StableDiffusionImageVariationPipeline StableDiffusionXLAdapterPipeline StableUnCLIPImg2ImgPipeline
+        StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
+}
+
+
+def _by_name() -> dict[str, str]:
+    return {name: reason for reason, names in _REASONS.items() for name in names.split()}
+
+
+UNSUPPORTED: dict[str, str] = _by_name()  # by pipeline, the reason
