@@ -95,7 +95,7 @@ def wan_vace() -> tuple[Any, dict[str, Any]]:
 
 
 def wan_animate() -> tuple[Any, dict[str, Any]]:
-    """Latents (16, 4, 4, 6), the first frame for the image, + 4 mask + 16 image channels; tokens (24, 24)."""
+    """Latents (16, 3, 4, 6), the first frame for the image, + 4 mask + 16 image channels; tokens (18, 24)."""
     transformer = _wan_transformer(
         WanAnimateTransformer3DModel,
         num_layers=4,
@@ -114,7 +114,7 @@ def wan_animate() -> tuple[Any, dict[str, Any]]:
     )
     parts = _wan_parts(image_processor=_clip_processor(), image_encoder=_clip_vision())
     call = {**_without_frames(_call()), "guidance_scale": 4.0, "max_sequence_length": 512, "image": _image(32, 48)}
-    call |= {"pose_video": _video(), "face_video": _video(16, 16), "segment_frame_length": 9}
+    call |= {"pose_video": _video(frames=5), "face_video": _video(16, 16, 5), "segment_frame_length": 5}
     return _quiet(WanAnimatePipeline(**parts, transformer=transformer)), call
 
 

@@ -104,24 +104,24 @@ NO_CHECKER: dict[str, Any] = {"safety_checker": None, "feature_extractor": None,
 
 
 def animatediff() -> tuple[Any, dict[str, Any]]:
-    """Latents (4, 3, 8, 12); tokens (72, 32), there as (3 frames, 32, 4, 6)."""
+    """Latents (4, 2, 8, 12); tokens (48, 32), there as (2 frames, 32, 4, 6)."""
     torch.manual_seed(0)
     pipe = AnimateDiffPipeline(unet=_unet(), **_one_text(**_motion()))
-    return _quiet(pipe), {**CALL, "num_frames": 3}
+    return _quiet(pipe), {**CALL, "num_frames": 2}
 
 
 def animatediff_v2v() -> tuple[Any, dict[str, Any]]:
     """As `animatediff`, from a video on."""
     torch.manual_seed(0)
     pipe = AnimateDiffVideoToVideoPipeline(unet=_unet(), **_one_text(**_motion()))
-    return _quiet(pipe), {**CALL, "video": _video(64, 96, 3), "strength": 0.8}
+    return _quiet(pipe), {**CALL, "video": _video(64, 96, 2), "strength": 0.8}
 
 
 def animatediff_sdxl() -> tuple[Any, dict[str, Any]]:
     """As `animatediff`, with the U-Net of Stable Diffusion XL."""
     torch.manual_seed(0)
     pipe = AnimateDiffSDXLPipeline(unet=_unet_xl(), **_two_texts(**_motion()))
-    return _quiet(pipe), {**CALL, "num_frames": 3}
+    return _quiet(pipe), {**CALL, "num_frames": 2}
 
 
 def sd15() -> tuple[Any, dict[str, Any]]:

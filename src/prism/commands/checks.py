@@ -51,12 +51,14 @@ def grid(subject: Subject) -> dict[str, Any]:
         positions.append(
             tuple(int(rng.integers(min(condition_frames, n - 1) if i == 0 else 0, n)) for i, n in enumerate(plain.grid))
         )
-    for position in positions:
-        changed = cells.clone()
+    changes = cells.repeat(len(positions), *[1] * (cells.ndim - 1))  # a row for each position
+    for row, position in zip(changes, positions):
         cell = [slice(p * size, (p + 1) * size) for p, size in zip(position, sizes)]
-        changed[:, :, cell[0], cell[1], cell[2]] += 5
-        moved = backbone.tokens(layout.pack(changed, family.layout), conditioning, t, 1).visual - plain.visual
-        moved_most = tuple(int(i) for i in np.unravel_index(int(moved.norm(dim=-1)[0].argmax()), plain.grid))
+        row[:, cell[0], cell[1], cell[2]] += 5
+    repeated = conditioning[[0] * len(positions)]
+    moved = backbone.tokens(layout.pack(changes, family.layout), repeated, t, 1).visual - plain.visual
+    for norms, position in zip(moved.norm(dim=-1), positions):
+        moved_most = tuple(int(i) for i in np.unravel_index(int(norms.argmax()), plain.grid))
         require(
             moved_most == position,
             f"on the grid {plain.grid} a change at {position} moves most the token at {moved_most}: look at layout, "
@@ -104,7 +106,7 @@ def clock(subject: Subject) -> dict[str, Any]:
         family.check_scheduler(scheduler)
     except PrismError as error:
         raise PrismError(f"Look at clock, or at the scheduler: {error}") from error
-    seen, _, _ = subject.recorded()
+    seen = subject.recorded().seen
     steps = [float(call.timestep.max()) for call, _ in seen]
     levels = [family.t_of(scheduler, step) for step in steps]
     strength = subject.call.get("strength", 1.0) if subject.leaves_steps else 1.0
@@ -244,7 +246,7 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
             changes["image"] = ImageOps.invert(subject.call["image"])
         with subject.calls() as seen:
             if prompt == subject.texts[0]:
-                seen = subject.recorded()[0]
+                seen = subject.recorded().seen
             else:
                 subject.plain(prompt=prompt, output_type="latent", **changes)
         runs.append(seen)
@@ -348,7 +350,7 @@ def winner(subject: Subject) -> dict[str, Any]:
 def _cuts(subject: Subject) -> list[tuple[int, int]]:
     """Two cuts at steps after the first, at which the judge's denoiser runs."""
     backbone, family = subject.backbone, subject.backbone.family
-    times = [call.timestep.max() for call, _ in subject.recorded()[0]]
+    times = subject.recorded().times
     low, high = backbone.t_range
     levels = [family.t_of(backbone.pipe.scheduler, time) for time in times[:: 2 if subject.two_calls else 1]]
     count = subject.call.get("num_inference_steps", len(levels))

@@ -28,6 +28,20 @@ class Mismatch(PrismError):
     """A check that does not hold; the sentence names the facts of the row that may be wrong."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A plain call that ended with latents.
+
+    seen: its calls of the denoiser that is read, as `Subject.calls` records them. output: its output. last: the tensors
+    that its last step's callback was given, empty where it takes none. times: the timestep of every denoiser call.
+    """
+
+    seen: list[tuple[DenoiserCall, Tensor]]
+    output: Any
+    last: dict[str, Tensor]
+    times: list[Tensor]
+
+
 @dataclass
 class Subject:
     """A pipeline and the arguments of its call; latents of plain calls are cached by seed."""
@@ -54,7 +68,8 @@ class Subject:
         output or drops a frame of it, the latents that the last step's callback is given."""
         key = ("latents", seed)
         if key not in self.cached:
-            _, latents, last = self.recorded(seed)
+            recorded = self.recorded(seed)
+            latents, last = recorded.output, recorded.last
             shape = self.backbone.condition(self.prompts(1), **self.call).shape  # type: ignore[union-attr]
             with suppress(Exception):  # a repacked output may have other axes
                 latents = self.backbone.main(latents)
@@ -68,18 +83,29 @@ class Subject:
             self.cached[key] = latents
         return self.cached[key]
 
-    def recorded(self, seed: int = 0) -> tuple[list[tuple[DenoiserCall, Tensor]], Any, dict[str, Tensor]]:
-        """A plain call that ends with latents: its denoiser calls, as `calls` records them, its output, and the latents
-        that its last step's callback was given, where it takes one."""
+    def recorded(self, seed: int = 0) -> Recorded:
+        """A plain call that ends with latents, see `Recorded`."""
         key = ("recorded", seed)
         if key not in self.cached:
             last: dict[str, Tensor] = {}
             watch: dict[str, Any] = {"callback_on_step_end": lambda *args: last.update(args[-1]) or {}}
             if not self.backbone.takes("callback_on_step_end"):
                 watch = {}
-            with self.calls() as seen:
-                output = self.plain(seed, output_type="latent", **watch)
-            self.cached[key] = seen, output, last
+            times: list[Tensor] = []
+
+            def note(module: Any, args: Any, kwargs: Any) -> None:
+                times.append(DenoiserCall.of(module, args, kwargs, self.backbone.family).timestep.max())
+
+            handles = [
+                denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in self.backbone.denoisers
+            ]
+            try:
+                with self.calls() as seen:
+                    output = self.plain(seed, output_type="latent", **watch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.cached[key] = Recorded(seen, output, last, times)
         return self.cached[key]
 
     def prompts(self, count: int) -> list[str]:
