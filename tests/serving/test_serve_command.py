@@ -43,7 +43,7 @@ WRONG = {
 @pytest.mark.parametrize("words", WRONG)
 def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve, "load", lambda entries: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("prism.serving.judges.load", lambda entries: pytest.fail("a model was loaded"))
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     assert cli.main(["serve", *words.split()]) == 2
@@ -51,7 +51,7 @@ def test_mistakes_are_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsy
 
 
 def test_a_port_in_use_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(serve, "load", lambda entries: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("prism.serving.judges.load", lambda entries: pytest.fail("a model was loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert cli.main(["serve", "--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err

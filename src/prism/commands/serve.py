@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from prism.commands.options import Models, Seed, levels_of, option
 from prism.errors import PrismError, number, quoted, whole
 
-FIELDS = ("head", "backbone", "device", "dtype", "call", "dimension", "draws", "levels", "seed")
 TOKEN = "PRISM_TOKEN"
 
 
@@ -100,6 +99,7 @@ class Serve:
 def run(config: Serve) -> int:
     """Load the judges, say where they are served, and serve until a signal comes."""
     from prism.rewards.worker import Batching
+    from prism.serving.judges import load
     from prism.serving.process import Running, bind, is_loopback
     from prism.serving.server import Limits
     from prism.serving.service import Service
@@ -174,6 +174,8 @@ def read_judges(path: Path, file: str) -> dict[str, dict[str, Any]]:
     """The entries of a file of judges. `file`: what it is, for errors."""
     import yaml
 
+    from prism.serving.judges import FIELDS
+
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -190,21 +192,3 @@ def read_judges(path: Path, file: str) -> dict[str, dict[str, Any]]:
                 raise PrismError(f"{file}: a judge has no {quoted(str(key), 60)}; it has {', '.join(FIELDS)}.")
         judges[str(name)] = dict(entry)
     return judges
-
-
-def load(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The scorer of each judge, and its backbone's name; a backbone that several judges name is loaded once."""
-    from prism.loading import load_backbone, load_judge
-    from prism.rewards.scorer import Scorer
-
-    backbones: dict[Any, Any] = {}
-    scorers, names = {}, {}
-    for name, entry in entries.items():
-        key = entry["backbone"], entry["device"], entry["dtype"]
-        if key not in backbones:
-            backbones[key] = load_backbone(*key)
-        backbone, call, names[name] = backbones[key]
-        judge = load_judge(entry["head"], backbone, embedded=entry["backbone"] is None)
-        settings = {key: entry[key] for key in ("dimension", "draws", "levels", "seed")}
-        scorers[name] = Scorer(judge, {**call, **entry["call"]}, **settings)
-    return scorers, names
