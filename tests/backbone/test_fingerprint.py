@@ -266,7 +266,7 @@ def test_numbers_that_bfloat16_rounds_are_the_same() -> None:
     assert "latents std" in fits(saved, Backbone(pipe))[0][0][0]
 
 
-@pytest.mark.parametrize("variant", [*list(VARIANTS)[::3], "bare_module", "wan22_a14b_t2v"])
+@pytest.mark.parametrize("variant", [*list(VARIANTS)[::5], "bare_module", "wan22_a14b_t2v"])
 def test_every_family_fits_itself(variant: str) -> None:
     """As JSON, and by the hashes of earlier versions alone."""
     pipe, _ = VARIANTS[variant]()
