@@ -23,7 +23,7 @@ from prism.report.figures import ACCENT, GRID, INK, MUTED, PAPER, SERIES, as_svg
         ([(0.1, 0.2), (0.01, 0.3)], "holds"),
         ([(0.1, 0.2), (-0.01, 0.3)], "holds in part"),
         ([(0.1, 0.2), None], "holds in part"),
-        ([(0.1, 0.2), (-0.3, -0.1)], "holds in part"),
+        ([(0.1, 0.2), (-0.3, -0.1)], "does not hold"),
         ([(-0.1, 0.2), (-0.3, -0.1)], "does not hold"),
         ([(-0.1, 0.2), (-0.3, 0.1)], "cannot be told"),
         ([None], "cannot be told"),

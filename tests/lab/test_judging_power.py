@@ -168,9 +168,10 @@ def test_the_refutation_test_compares_with_every_control(tmp_path, subject, stor
     assert all("shuffled weights" in as_svg(each.figure, each.caption) for each in drawings)
 
 
-def row_of(name, accuracy, low, difference=None, difference_low=None):
+def row_of(name, accuracy, low, difference=None, difference_low=None, t=None):
     ends = None if difference is None else [difference_low, difference + 0.1]
-    return {"backbone": name, "t": None, "accuracy": accuracy, "accuracy_ci95": [low, 0.9], "difference": difference,
+    high = 2 * accuracy - low
+    return {"backbone": name, "t": t, "accuracy": accuracy, "accuracy_ci95": [low, high], "difference": difference,
             "difference_ci95": ends, "prompts": 99}  # fmt: skip
 
 
@@ -178,6 +179,7 @@ def row_of(name, accuracy, low, difference=None, difference_low=None):
     ("random", "word"),
     [
         ((0.51, 0.48, 0.2, 0.1), "holds"),
+        ((0.53, 0.49, 0.2, 0.1), "holds in part"),  # up to seven points above chance
         ((0.6, 0.55, 0.1, 0.05), "holds in part"),
         ((0.7, 0.6, -0.08, -0.1), "does not hold"),  # at most two points lower
         ((0.7, 0.6, 0.01, -0.02), "cannot be told"),
@@ -195,6 +197,10 @@ def test_the_verdict_follows_the_intervals(random, word):
     assert refutation.judge_of(rows, early, "mine").word == word
     at_chance = [row_of("mine", 0.51, 0.49), *rows[1:]]
     assert "at chance itself; train it longer" in refutation.judge_of(at_chance, [], "mine").sentence
+    clean = [*rows, row_of("random weights", 0.58, 0.53, 0.04, -0.02, t=0)]
+    answer = refutation.judge_of(clean, [], "mine")
+    assert answer.word == ("holds in part" if word == "holds" else word)
+    assert ("from the trained one, are random weights at t = 0" in answer.sentence) == (answer.word == "holds in part")
     rows[1]["difference_ci95"] = None
     assert refutation.judge_of(rows, [], "mine").word == "cannot be told"
 

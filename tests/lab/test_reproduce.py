@@ -73,11 +73,12 @@ def test_the_table_is_the_evaluators(made):
 
 
 def test_a_claim_without_its_rival_holds_in_part_at_most(made):
-    _, metrics, *_ = made
+    folder, metrics, *_ = made
     answers = {row["experiment"]: row for row in metrics["answers"]}
     assert answers["noise-robustness"]["verdict"] != "holds"
     assert "No judge of decoded frames was measured" in answers["noise-robustness"]["text"]
-    assert answers["query-and-pooling"]["command"] == "prism reproduce query-and-pooling --scale quick --seed 0"
+    command = f"prism reproduce query-and-pooling --scale quick --seed 0 --backbone {folder / 'pipe'} --data "
+    assert answers["query-and-pooling"]["command"] == f"{command}{folder / 'store'} --tap 2"
 
 
 def test_what_a_store_cannot_answer_is_said_on_the_page(made):
@@ -119,6 +120,8 @@ def test_a_run_goes_on_and_adds_experiments(made, capsys):
             "Backbones are correlated by scores of their videos; give both --correlate and --quality.",
         ),
         (["--correlate", "a", "--quality", "b.csv"], "name their store with --data"),
+        (["--batch-size", "0"], "--batch-size must be"),
+        (["--tap", "0"], "--tap must be a whole number from 1 to 6; found 0"),
         (["--scale", "huge"], "The --scale is huge; choose quick or full."),
         (["--backbone", "nowhere"], "A backbone of your own needs labelled videos of its own; name their store with"),
     ],
@@ -146,3 +149,20 @@ def test_the_table_that_ships_answers_early_cuts_by_hand_too(monkeypatch, tmp_pa
     assert finding.prompts == len(values) == 200
     assert finding.seeds == (0,)
     assert "came with the package" in finding.text
+
+
+def test_a_damaged_file_of_the_folder_is_named_and_answers_nothing(made):
+    folder, _, _, _, options = made
+    finding, table = (folder / "out" / name for name in ("findings/depth.json", "measured/depth-1-0.parquet"))
+    whole = table.read_bytes()
+    for path, damaged, words in (
+        (finding, b"{", "depth.json"),
+        (table, whole[:100], "depth-1-0.parquet, and it is made"),
+    ):
+        finding.unlink(missing_ok=True)
+        path.write_bytes(damaged)
+        with pytest.raises(PrismError, match=words):
+            reproduce.run(folder / "out", ["depth"], resume=True, **options)
+    table.unlink()
+    reproduce.run(folder / "out", ["depth"], resume=True, **options)
+    assert table.read_bytes() == whole

@@ -21,7 +21,7 @@ from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, measure, measure_together
 from prism.judge import Judge
 from prism.lab.ablations import RECIPE as RECIPE
-from prism.lab.findings import CLAIMED
+from prism.lab.findings import CLAIMED, stored
 from prism.lab.pixel import JointPixelJudge, PixelJudge
 from prism.preference import LatentStore
 from prism.preference.prompts import Prompt
@@ -144,7 +144,8 @@ class Bench:
         self.parts, self.scale, self.backbone, self.call, self.data = parts, scale, backbone, dict(call), data
         self.seed, self.batch_size, self.others, self.quality = seed, batch_size, tuple(others), quality
         self.kinds = kinds(backbone.num_blocks)
-        self.tap = tap or (backbone.default_tap if data else TAP)
+        self.tap_flag = tap
+        self.tap = (backbone.default_tap if data else TAP) if tap is None else tap
 
     # -- videos
 
@@ -276,8 +277,7 @@ class Bench:
             )
             for (name, seed), table in zip(missing, tables):
                 self.parts.piece(table_of(name, seed), table.save)
-        return {name: [Measurement.load(self.parts.folder / table_of(name, seed)) for seed in self.seeds]
-                for name in names}  # fmt: skip
+        return {name: [stored(self.parts, table_of(name, seed)) for seed in self.seeds] for name in names}
 
     def by_pixels(self) -> dict[str, Measurement]:
         """Measurements of the judges of decoded frames on the same pairs under the same noise, by name."""
@@ -292,7 +292,7 @@ class Bench:
             )  # fmt: skip
             for name, table in zip(missing, tables):
                 self.parts.piece(paths[name], table.save)
-        return {name: Measurement.load(self.parts.folder / path) for name, path in paths.items()}
+        return {name: stored(self.parts, path) for name, path in paths.items()}
 
     def measure_claimed(self, judge: Any, store: LatentStore, split: str, path: Path) -> None:
         """Measure a judge on a split at the levels that claims are pooled over, and write it to a path."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from prism.errors import PrismError
 from prism.evaluation import Measurement, prompt_interval
 from prism.report import wording
+from prism.runs import Parts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,13 +74,28 @@ class Experiment:
     trainings: Callable[[Bench], float] = lambda bench: 0
 
 
+class Damaged(PrismError):
+    """A file of the run's folder that is not whole."""
+
+
+def stored(parts: Parts, name: str) -> Measurement:
+    """A measurement that the run's folder holds. Raises Damaged for one that is not whole."""
+    try:
+        return Measurement.load(parts.folder / name)
+    except PrismError as error:
+        raise Damaged(f"{error} Delete {parts.folder / name}, and it is made anew with --resume.") from error
+
+
 def judged(intervals: Sequence[Interval]) -> Verdict:
-    """The verdict on a claim that each of these differences is above zero, by their 95 % intervals."""
+    """The verdict on a claim that each of these differences is above zero, by their 95 % intervals.
+
+    One below zero beyond its interval contradicts the claim, whatever the others say.
+    """
     clear = [each for each in intervals if wording.clear(list(each) if each is not None else None)]
     above = [each for each in clear if each is not None and each[0] > 0]
     if not clear:
         return "cannot be told"
-    if not above:
+    if len(above) < len(clear):
         return "does not hold"
     return "holds" if len(above) == len(intervals) else "holds in part"
 

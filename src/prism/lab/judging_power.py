@@ -19,6 +19,7 @@ from prism.evaluation.intervals import prompt_interval
 from prism.judge import Judge
 from prism.lab.ablations import RECIPE as RECIPE
 from prism.lab.correlation import PerPrompt
+from prism.lab.findings import stored
 from prism.preference import LatentStore
 from prism.runs import Clock, Parts
 from prism.training import TrainConfig, train_together
@@ -106,9 +107,7 @@ class HeadsOnBackbones:
                 clock.tick(done, missing, f" ({subject.name} on {kind})")
         return {
             kind: {
-                name: [
-                    Measurement.load(self.parts.folder / self._table(kind, name, k)) for k in range(self.recipe.seeds)
-                ]
+                name: [stored(self.parts, self._table(kind, name, k)) for k in range(self.recipe.seeds)]
                 for name in names
             }
             for kind in self.stores

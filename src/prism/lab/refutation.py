@@ -202,8 +202,9 @@ def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str,
     """Does the signal come from what the backbone learned? In one line, with its intervals.
 
     It holds where the trained backbone is better than every control, random and shuffled weights stay at chance, and
-    early picks, where they were played, are better too; in part where accuracy alone says so, or the weights do not
-    stay at chance. It does not where some control is as good: the difference from it lies below five points.
+    early picks, where they were played, are better too; in part where accuracy alone says so, or the weights are not
+    shown to stay within five points of chance, or are clear of it at a level where the trained one is not told to be
+    better. It does not where some control is as good: the difference from it lies below five points.
     """
     over_all = {row["backbone"]: row for row in accuracy if row["t"] is None}
     ours, others = over_all[trained], [row for name, row in over_all.items() if name != trained]
@@ -229,9 +230,20 @@ def judge_of(accuracy: Sequence[Mapping[str, Any]], early: Sequence[Mapping[str,
         return Answer("cannot be told", f"{sentence}: not every difference is clear of zero.")
     if early and not all(_is_better(row) for name, row in here.items() if name != trained):
         return Answer("holds in part", f"{sentence}: training makes accuracy, but early picks are not told apart.")
-    if all(row["accuracy_ci95"][0] <= CHANCE for row in others if row["backbone"] != controls.STATISTICS):
+    weights = [row["accuracy_ci95"] for row in others if row["backbone"] != controls.STATISTICS]
+    still = [f"{row['backbone']} at t = {row['t']:g}" for row in accuracy if _still_judges(row)]
+    if all(low <= CHANCE and high < CHANCE + NEAR for low, high in weights) and not still:
         return Answer("holds", f"{sentence}: without training the signal is gone.")
+    if still:
+        sentence += f"; clear of chance, and not told from the trained one, are {', '.join(still)}"
     return Answer("holds in part", f"{sentence}: training adds to it, but accuracy does not fall to chance without.")
+
+
+def _still_judges(row: Mapping[str, Any]) -> bool:
+    """True for a level at which random or shuffled weights are clear of chance, and not told to be worse."""
+    if row["t"] is None or row["difference_ci95"] is None or row["backbone"] == controls.STATISTICS:
+        return False
+    return bool(row["accuracy_ci95"][0] > CHANCE and row["difference_ci95"][0] <= 0)
 
 
 def _is_better(row: Mapping[str, Any]) -> bool:
@@ -241,7 +253,8 @@ def _is_better(row: Mapping[str, Any]) -> bool:
 
 
 def _ends(row: Mapping[str, Any]) -> str:
-    return f"{shown(row['difference'])}, {' to '.join(map(shown, row['difference_ci95']))}"
+    low, high = (f"{end:.3f}".replace("0.", ".", 1) for end in row["difference_ci95"])
+    return f"{shown(row['difference'])}, {low} to {high}"
 
 
 def _share(row: Mapping[str, Any]) -> str:

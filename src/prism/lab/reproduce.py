@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from prism.lab.experiments.noise import NOISE
 from prism.lab.experiments.reading import DEPTH, READING
 from prism.lab.experiments.related import RELATED
 from prism.lab.experiments.states import STATES
-from prism.lab.findings import Experiment, Finding
+from prism.lab.findings import Damaged, Experiment, Finding
 from prism.loading import check_alone, describe, load_backbone, open_store
 from prism.loading import check_store as check_vae
 from prism.preference.store import store_identity
@@ -48,12 +49,18 @@ EXPERIMENTS: dict[str, Experiment] = {
     )
 }
 NOTES = (
-    "Methods. Every head is trained on the same pairs by the same recipe, each seed with first weights and batches of "
-    "its own; accuracies are means over heads, of decided pairs, over the noise levels that are named. Intervals are "
-    "95 % bootstrap intervals that resample whole prompts, paired where two things are compared on the same pairs. "
-    "They do not hold what another training would change; the columns of spread say how far single heads lie apart. "
-    "Prompts that anything was trained on are in no measurement. Shares of a gain are of the best candidate's over the "
-    "mean of its prompt's candidates, which is what a random pick gets.",
+    "Words. t: the noise level of what is judged, 1000 noise, 0 clean. A decided pair: two videos of one prompt "
+    "that its label does not call a tie. A plain sample: one run of the pipeline, the unit of cost. Now: a "
+    "candidate is judged as it stands after a step; ahead: the clean video that the denoiser predicts there. "
+    "Oracle: the pick by the labels themselves. Eta: the width of ties in the loss (Eq. 3-4). Lift: the share of "
+    "attention over the share of the video.",
+    "Methods. Every head is trained on the same pairs by the same recipe, each seed with first weights and batches "
+    "of its own (those of the refutation and the correlation share batches, so that their accuracies may differ "
+    "from other tables'); accuracies are means over heads, of decided pairs, over the noise levels that are named. "
+    "Intervals are 95 % bootstrap intervals that resample whole prompts, paired where two things are compared on "
+    "the same pairs. They do not hold what another training would change; the columns of spread say how far single "
+    "heads lie apart. Prompts that anything was trained on are in no measurement. Shares of a gain are of the best "
+    "candidate's over the mean of its prompt's candidates, which is what a random pick gets.",
     "Limits. On the embedded model a program stands in for people, and model, videos and judges are small; numbers of "
     "a large model need that model (--backbone, --data). Many comparisons are made: of those between equals one in "
     "forty lies above zero beyond its interval by luck, and as many below.",
@@ -83,6 +90,7 @@ def run(
     """
     check_alone("reproduce")
     whole("--seed", seed, 0, SEEDS)
+    whole("--batch-size", batch_size)
     chosen = _chosen(names, scale)
     if bool(others) != (quality is not None):
         raise PrismError("Backbones are correlated by scores of their videos; give both --correlate and --quality.")
@@ -93,6 +101,8 @@ def run(
     if backbone is not None and data is None:
         raise PrismError("A backbone of your own needs labelled videos of its own; name their store with --data.")
     loaded, call, name = load_backbone(backbone, device, dtype)
+    if tap is not None:
+        whole("--tap", tap, 1, loaded.num_blocks)
     store = None if data is None else open_store(data)
     if store is not None:
         check_vae(data, store, loaded)
@@ -116,9 +126,14 @@ def run(
     _prepare(bench, chosen)
     for number, experiment in enumerate(chosen):
         _say(f"{experiment.title} ({number + 1} of {len(chosen)})")
+        piece = f"findings/{experiment.name}"
         try:
-            found = parts.once(f"findings/{experiment.name}", partial(_found, experiment, bench))
+            found = parts.once(piece, partial(_found, experiment, bench))
+        except Damaged:
+            raise
         except PrismError as error:  # this store or backbone cannot answer it; others may be answered
+            if parts.has(f"{piece}.json"):
+                raise Damaged(f"{error} Delete it, and it is made anew with --resume.") from error
             refused[experiment.name] = str(error)
             _say(f"{experiment.title}: left out. {error}")
             continue
@@ -191,7 +206,7 @@ def _publish(
                 "text": finding.text,
                 "seeds": list(finding.seeds),
                 "prompts": finding.prompts,
-                "command": f"prism reproduce {name} --scale {scale} --seed {bench.seed}",
+                "command": f"prism reproduce {name} --scale {scale} --seed {bench.seed}{_flags(bench, backbone)}",
                 "minutes": minutes,
             }
         )
@@ -212,6 +227,16 @@ def _publish(
     notes = [*NOTES, *(f"Left out: {titles[name]}. {reason}" for name, reason in refused.items())]
     write_report(folder / "report.html", metrics, title=title, notes=notes, config=settings, sections=parts)
     return metrics
+
+
+def _flags(bench: Bench, backbone: Mapping[str, Any]) -> str:
+    """The flags of a run on a model or store of one's own, for its command."""
+    flags = {}
+    if bench.data is not None:
+        flags = {"--backbone": backbone["name"], "--data": bench.data.folder}
+    if bench.tap_flag is not None:
+        flags["--tap"] = bench.tap_flag
+    return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items())
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from prism.report.rows import AnswerRow
 from prism.report.tables import Column, Table
 
 MARKS = {"holds": "●", "holds in part": "◐", "does not hold": "○", "cannot be told": "?"}
-LONGEST = 40
+LONGEST = 60
 """Rows of a table that the page shows; the CSV beside it holds all."""
 
 
@@ -40,9 +40,10 @@ def sections(
     """The claims on top, then a section per experiment. figures: (SVG, caption) by experiment; tables: rows by name."""
     first = Section(
         "Claims",
-        "A claim holds where every difference that it speaks of is above zero beyond its interval, holds in part where "
-        "some are, does not hold where they are at or below zero beyond it, and cannot be told where no interval is "
-        "clear of zero.",
+        "A claim holds where every difference that it speaks of is above zero beyond its 95 % interval, holds in "
+        "part where some are and none is below, does not hold where one is below zero beyond its interval, and "
+        "cannot be told where no interval is clear of zero. The refutation and the correlation have rules of their "
+        "own, in their text.",
         tables=[(answers_table(answers), "")],
         wrap=True,
     )

@@ -41,38 +41,44 @@ def run(bench: Bench) -> Finding:
     tables, load = _tables(bench)
     pixels = _pixels(bench)
     oracle = tables[0].oracle
-    rows = []
-    for n in [*(n for n in SIZES if n < tables[0].n), tables[0].n]:
+    rows, gains_of = [], {}
+    for n in [tables[0].n, *(n for n in reversed(SIZES) if n < tables[0].n)]:
         for name, look, step, plan in _plans(tables[0], n):
             gains = np.mean([planner.gains(table, Run(n, plan), load, bench.seed) for table in tables], 0)
-            cost = planner.cost(Run(n, plan), load)
-            rows.append(_row(name, look, step, n, gains, oracle, cost, bench.seed))
+            gains_of[n, name] = gains
+            rows.append(_row(name, look, step, n, gains, oracle, planner.cost(Run(n, plan), load), bench.seed))
         for name, scores in pixels.items():
             gains = _finished(tables[0].values, scores, n, bench.seed)
             rows.append(_row(name, "decoded", None, n, gains, oracle, float(n), bench.seed))
         best = _finished(tables[0].values, tables[0].values, n, bench.seed)
         rows.append(_row("oracle", "referee", None, n, best, oracle, float(n), bench.seed))
         rows.append(_row("random", "", None, n, np.zeros(len(oracle)), oracle, 1.0, bench.seed))
-    most = max(row["n"] for row in rows)
+    most = tables[0].n
     steps = len(load.calls)
     early = [row for row in rows if row["n"] == most and row["step"] and row["step"] <= EARLY * steps]
     winner = max(early, key=lambda row: float(row["share"]))
     full = next(row for row in rows if row["n"] == most and row["name"] == "full")
     # One cut of each look, fixed beforehand, decides: the best of many would be luck.
     fixed = [row for row in early if (row["look"], row["step"]) in (("ahead", 3), ("now", 4))] or early[-1:]
-    verdict = judged([row["share_ci95"] for row in fixed])
+    kept = [_kept(gains_of[most, row["name"]], gains_of[most, "full"], bench.seed) for row in fixed]
+    verdict = judged([half for _, _, half in kept])
     words = "; ".join(
-        f"{row['look']} at step {row['step']}: {wording.percent(row['share'], 0)} "
-        f"({wording.percent_interval(row['share_ci95'], 0)}) of the oracle's gain for {row['cost']:.1f} plain samples"
-        for row in fixed
+        f"{row['look']} at step {row['step']}: {wording.percent(share, 0)} ({wording.percent_interval(ends, 0)}) of "
+        f"what full Best-of-{most} gains, for {row['cost']:.1f} plain samples in place of {full['cost']:.1f}"
+        for row, (share, ends, _) in zip(fixed, kept)
     )
+    of_oracle = ", ".join(
+        f"{row['look']} at step {row['step']} {wording.percent(row['share'], 0)} "
+        f"({wording.percent_interval(row['share_ci95'], 0)})" for row in fixed
+    )  # fmt: skip
     text = (
-        f"Of {most} candidates, {words}. Full Best-of-{most} by the same judge keeps "
-        f"{wording.percent(full['share'], 0)} ({wording.percent_interval(full['share_ci95'], 0)}) for "
-        f"{full['cost']:.1f}. The best of all early cuts here is {winner['look']} at step {winner['step']} "
-        f"({wording.percent(winner['share'], 0)}), chosen after the fact. Where an interval holds zero, a cut is "
-        "not told from chance. Costs are denoiser rows; what decoding adds for judges of frames is in the "
-        "table of parts."
+        f"Of {most} candidates, {words}. “Most” is more than half, paired. Of the oracle's gain, {of_oracle}, and full "
+        f"Best-of-{most} by the same judge {wording.percent(full['share'], 0)} "
+        f"({wording.percent_interval(full['share_ci95'], 0)}). The best of all early cuts here is {winner['look']} at "
+        f"step {winner['step']} ({wording.percent(winner['share'], 0)}), chosen after the fact. Shares for any N are "
+        f"of the best of all {most} candidates. Costs are denoiser rows; what decoding adds for judges of frames is in "
+        "the table of parts, in seconds. Both cuts had been seen to do well on these prompts before they "
+        "were fixed here."
     )
     judges = _judges(bench)
     if not bench.plays:
@@ -82,6 +88,13 @@ def run(bench: Bench) -> Finding:
         )
     seeds = tuple(judge.trained_on["seed"] for judge in judges)
     return Finding(verdict, words, text, {"best-of-n": rows, "parts": _parts(bench, judges[0])}, len(oracle), seeds)
+
+
+def _kept(early: np.ndarray, full: np.ndarray, seed: int) -> tuple[float, list[float] | None, list[float] | None]:
+    """The share of full Best-of-N's gain that a cut keeps, its interval, and that of the cut less half of full."""
+    columns, prompts = np.stack([early, full], 1), np.arange(len(early))
+    ends = prompt_interval(columns, prompts, lambda sums: sums[:, 0] / sums[:, 1], seed)
+    return float(early.sum() / full.sum()), ends, prompt_interval(early - full / 2, prompts, seed=seed)
 
 
 def _judges(bench: Bench) -> list[Judge]:

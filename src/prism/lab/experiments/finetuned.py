@@ -23,7 +23,7 @@ from prism.evaluation import Measurement, measure_together
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, judged, shares
+from prism.lab.findings import CLAIMED, Drawing, Experiment, Finding, Tables, judged, shares, stored
 from prism.preference import LatentStore
 from prism.report.claim_plots import Bar, forest
 from prism.runs import Clock
@@ -139,7 +139,7 @@ def _frozen(bench: Bench, name: str, store: LatentStore) -> list[Measurement]:
         tables = measure_together(bench.judges(BASE), store, split, bench.claimed, seed=bench.seed)
         for seed, table in zip(bench.seeds, tables):
             bench.parts.piece(_file(f"frozen-{seed}", name), table.save)
-    return [Measurement.load(bench.parts.folder / _file(f"frozen-{seed}", name)) for seed in bench.seeds]
+    return [stored(bench.parts, _file(f"frozen-{seed}", name)) for seed in bench.seeds]
 
 
 def _tuned(bench: Bench, rate: float, stores: dict[str, LatentStore]) -> dict[str, list[Measurement]]:
@@ -153,7 +153,7 @@ def _tuned(bench: Bench, rate: float, stores: dict[str, LatentStore]) -> dict[st
                 store = stores.get(name, bench.tested)
                 bench.parts.piece(path, partial(bench.measure_claimed, judge, store, _split(name)))
         for name, path in names.items():
-            every[name].append(Measurement.load(bench.parts.folder / path))
+            every[name].append(stored(bench.parts, path))
     return every
 
 

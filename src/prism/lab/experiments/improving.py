@@ -44,6 +44,7 @@ def run(bench: Bench) -> Finding:
     rewards = [load_reward("referee")]
     untuned: list[dict[str, Any]] = []
     retrained: dict[str, Any] = {}
+    kept: dict[str, int] = {}
     gains: list[dict[str, Any]] = []
     over: list[dict[str, Any]] = []
     stops: list[str] = []
@@ -63,15 +64,17 @@ def run(bench: Bench) -> Finding:
                 {"recipe": recipe, "picks": row["arm"], "round": row["round"], **each} for each in row["measures"]
             ]
         over += [{"recipe": recipe, **row} for row in result.against]
+        kept[recipe] = result.kept or max(row["round"] for row in result.rounds)  # 0: stopped in the first round
         stops += [f"{recipe}: {result.stopped}"] if result.stopped else []
         untuned = result.best_of_n  # the same for every recipe
     measure = rewards[0].name
 
     def last(recipe: str, name: str) -> dict[str, Any]:
-        return [row for row in gains if (row["recipe"], row["picks"], row["measure"]) == (recipe, "judge", name)][-1]
+        rows = [row for row in gains if (row["recipe"], row["picks"], row["measure"]) == (recipe, "judge", name)]
+        return next(row for row in rows if row["round"] == kept[recipe])
 
     final, inner, second = (last(FIRST, name) for name in (measure, JUDGE, OUTER))
-    beside = [row for row in over if (row["recipe"], row["measure"]) == (FIRST, measure)][-1]
+    beside = next(row for row in over if (row["recipe"], row["measure"], row["round"]) == (FIRST, measure, kept[FIRST]))
     verdict = judged([final["gain_ci95"], beside["difference_ci95"]])
     number = (
         f"the referee's mean {_gain(final['gain'], final['gain_ci95'])} after round {final['round']}, over random "
@@ -90,7 +93,8 @@ def run(bench: Bench) -> Finding:
         f"{_gain(second['gain'], second['gain_ci95'])}. Other recipes by the referee: {others}. "
         f"{''.join(f'{each} ' for each in stops)}"
         f"With the untuned model {instead}, over a random pick of its videos, at N times the cost of "
-        "each video; the pages in improved/ say from how many videos on tuning is cheaper. "
+        "each video. Which round is kept was decided on the same test prompts. The "
+        "pages in improved/ say from how many videos on tuning is cheaper. "
         f"{retrained_sentence(retrained['comparison'])}"
     )
     tables = {"improve": gains, "improve-against-controls": over, "untuned-best-of-n": untuned,

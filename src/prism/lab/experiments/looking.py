@@ -53,8 +53,9 @@ def run(bench: Bench) -> Finding:
     )
     text = (
         f"That the query looks at objects more than at the ground: {on_objects}. That it looks less at broken ones "
-        f"(the worst candidate of each prompt by the referee): {less_at_broken}. A map of attention says what was "
-        "read, not why a score came out."
+        f"(the worst candidate of each prompt by the referee): {less_at_broken}. Objects are all that the prompt "
+        "names, not the main one alone, and other heads' attention was not measured beside it. A map of attention says "
+        "what was read, not why a score came out."
     )
     seeds = tuple(bench.seeds)[:1]
     return Finding(verdict, number, text, {"attention": rows}, middle["prompts"], seeds)

@@ -25,31 +25,47 @@ def run(bench: Bench) -> Finding:
                           "difference_ci95": difference.interval(bench.seed)})  # fmt: skip
     mine = shares(ours)
     interval = mine.interval(bench.seed)
-    over_chance = None if interval is None else [end - 0.5 for end in interval]
-    claimed: list[list[float] | None] = [row["difference_ci95"] for row in apart if row["t"] in CLAIMED]
-    verdict = judged([over_chance, *claimed])
-    if verdict == "holds" and not claimed:  # nothing was measured that could collapse
+    deciding = [None if interval is None else [end - 0.5 for end in interval]]
+    words = []
+    for name, measured in others.items():  # per judge of frames: less accurate in noise than ours, and than when clean
+        both = [t for t in CLAIMED if t in measured.about["levels"]]
+        pooled = shares(ours, both).less(shares([measured], both))
+        deciding.append(pooled.interval(bench.seed))
+        words.append(f"{pooled.points(bench.seed)} over {name} at {', '.join(f'{t:g}' for t in both)}")
+        if 0 in measured.about["levels"]:
+            fall = shares([measured], [0]).less(shares([measured], both))
+            deciding.append(fall.interval(bench.seed))
+            words[-1] += f", which falls by {fall.points(bench.seed)} from clean videos"
+    verdict = judged(deciding)
+    if verdict == "holds" and not others:  # nothing was measured that could collapse
         verdict = "holds in part"
-    clear = [row for row in apart if row["t"] in CLAIMED and wording.clear(row["difference_ci95"])]
     levels = ", ".join(f"{t:g}" for t in CLAIMED)
     text = (
-        f"Over t = {levels} the judge orders {wording.percent(mine.mean)} of decided pairs rightly. "
+        f"Over t = {levels} the judge orders {wording.percent(mine.mean)} of decided pairs rightly. {_clear(rows)} "
         + (
-            f"Against judges of decoded frames it is told apart in {len(clear)} of {len(claimed)} comparisons there."
-            if claimed
+            "The claim is of these differences, each over all of its levels: the judge over chance, and over each "
+            "judge of frames, which itself falls from clean videos. Judges of frames that ship were trained longer, on "
+            "more prompts."
+            if others
             else "No judge of decoded frames was measured beside it, so that nothing is said about their collapse."
         )
         + " This does not show that judges of decoded frames trained at another size would fall as much."
     )
-    number = f"{wording.percent(mine.mean)} ({wording.percent_interval(interval)}) at t = {levels}"
-    if apart:
-        first = next(iter(others))
-        both = [t for t in CLAIMED if t in others[first].about["levels"]]
-        pooled = shares(ours, both).less(shares([others[first]], both))
-        number += f"; {pooled.points(bench.seed)} over {first} at "
-        number += ", ".join(f"{t:g}" for t in both)
+    number = "; ".join([f"{wording.percent(mine.mean)} ({wording.percent_interval(interval)}) at t = {levels}", *words])
     tables = {"accuracy": rows, "against-pixels": apart}
     return Finding(verdict, number, text, tables, mine.num_prompts, tuple(bench.seeds))
+
+
+def _clear(rows: Sequence[dict[str, Any]]) -> str:
+    """The levels at which each judge is clear of chance, in a sentence."""
+    by_judge: dict[str, list[str]] = {}
+    for row in rows:
+        ends = row["without_ties_ci95"]
+        by_judge.setdefault(row["judge"], []).extend([f"{row['t']:g}"] if ends is not None and ends[0] > 0.5 else [])
+    parts = [
+        f"{judge} at t = {', '.join(levels)}" if levels else f"{judge} nowhere" for judge, levels in by_judge.items()
+    ]
+    return f"Clear of chance are {'; '.join(parts)}."
 
 
 def _rows(judge: str, rows: Sequence[Any]) -> list[dict[str, Any]]:

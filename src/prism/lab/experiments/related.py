@@ -10,7 +10,7 @@ from typing import Any
 from prism.errors import PrismError
 from prism.evaluation import Measurement, measure_together
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of
+from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of, stored
 from prism.lab.heads import RIVALS
 from prism.lab.rivals import JointRivalJudge, OwnDisagreement, OwnError, train_rivals
 from prism.report import wording
@@ -39,11 +39,18 @@ def run(bench: Bench) -> Finding:
     ours = [_reversed(row["difference_ci95"]) for row in trained]
     better = [row for row in trained if (ci := row["difference_ci95"]) and ci[0] > 0]
     worse = [row for row in trained if (ci := row["difference_ci95"]) and ci[1] < 0]
+    beside = [row for row in rows[1:] if row["kind"] in UNTRAINED and wording.clear(row["difference_ci95"])]
+    told = "".join(
+        f"{row['what'][0].upper()}{row['what'][1:]}, is told to be {'more' if row['difference'] > 0 else 'less'} "
+        f"accurate than the paper's head: {wording.points(row['difference'])} points{between(row['difference_ci95'])}. "
+        for row in beside
+    )
     best = max(rows, key=lambda row: float(row["accuracy"]))
     text = (
         f"Trained on the same pairs and batches, {len(worse)} of {len(trained)} related heads are told to be less "
-        f"accurate than the paper's, {len(better)} to be more accurate. The most accurate by point is "
-        f"{best['what']} ({wording.percent(best['accuracy'])}). Each related work also tunes its backbone, or learns "
+        f"accurate than the paper's, {len(better)} to be more accurate. {told}The most accurate by "
+        f"point is {best['what']} ({wording.percent(best['accuracy'])}). The verdict is of trained heads. "
+        "Each related work also tunes its backbone, or learns "
         f"from other labels; here all read the same frozen one. {' '.join(left_out)}"
     ).strip()
     number = "; ".join(
@@ -73,7 +80,7 @@ def _trained(bench: Bench, names: Sequence[str]) -> dict[str, list[Measurement]]
             for name, table in zip(judges, tables):
                 bench.parts.piece(_file(name, seed), table.save)
         for name in names:
-            every[name].append(Measurement.load(bench.parts.folder / _file(name, seed)))
+            every[name].append(stored(bench.parts, _file(name, seed)))
     return every
 
 
