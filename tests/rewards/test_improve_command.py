@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from prism import cli
+from prism import cli, runs
+from prism.commands import improve
+from prism.errors import PrismError
 from prism.report import improve_page
+from prism.rewards.settings import ImproveConfig
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,33 @@ def test_a_mistake_is_one_sentence_and_nothing_is_made(words, sentence, tmp_path
     assert cli.main(["improve", "--out", str(tmp_path / "out"), *words]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_library_name_the_commands_options(tmp_path):
+    with pytest.raises(
+        PrismError, match=r'^The --outer "nonsense" names no head, no function and no teacher; write the'
+    ):
+        improve._outer(improve.Judges(outer="nonsense"), None, {}, ImproveConfig(), False, None)
+    for change, words in (
+        ({"config": {"steps": 5}}, "differs in --tuning-steps: it was 4 and is now 5;"),
+        ({"config": {"t_low": 3}}, "differs in --t-low: it was None and is now 3;"),
+        ({"outer_files": "b"}, "differs in --outer: it was 'a' and is now 'b';"),
+    ):
+        identity = {"command": "improve", "config": {"steps": 4}, "outer_files": "a"}
+        runs.claim(tmp_path, identity, True).release()
+        (tmp_path / "metrics.json").write_text("{}")  # the folder holds a run now
+        other = {**identity, **change, "config": {**identity["config"], **change.get("config", {})}}
+        with pytest.raises(PrismError, match=re.escape(words)), improve._in_flags():
+            runs.claim(tmp_path, other, True)
+
+
+def test_a_digest_of_a_judges_folder_is_of_its_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = improve._digest(tmp_path)
+    (tmp_path / "README.md").write_text("No part of it.")
+    assert improve._digest(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert improve._digest(tmp_path) != before
 
 
 def measure(name, gain, interval):
@@ -48,6 +80,7 @@ def metrics(**more):
         "measured": {"outer": "another", "rewards": ["light"]},
         "retrained": {},
         "stopped": "",
+        "kept": 1,
         **more,
     }
 
@@ -62,6 +95,27 @@ def test_the_page_says_what_came_out_rewards_first():
     assert "The judge's own score changed by +0.5 " in said
     assert "Over the control on random picks it gained +0.03 by light (+0.01 … +0.05)." in said
     assert improve_page.verdict(metrics(stopped="It stopped.")).endswith("It stopped.")
+    second = {
+        **metrics()["rounds"][0],
+        "round": 2,
+        "measures": [measure(n, -9.0, None) for n in ("judge", "outer", "light")],
+    }
+    rejected = metrics(rounds=[*metrics()["rounds"], second], stopped="It stopped.")
+    assert improve_page.verdict(rejected) == improve_page.verdict(metrics(stopped="It stopped."))  # of the kept round
+    none = improve_page.verdict({**rejected, "kept": 0})
+    assert none.startswith("No round was kept, so that there is no lora/; these numbers are of round 2, which was")
+    unscored = {
+        **measure("light", 0.0, None),
+        "before": None,
+        "mean": None,
+        "gain": None,
+        "gain_sd": None,
+        "prompts": 0,
+    }
+    row = metrics()["rounds"][0]
+    bare = metrics(rounds=[{**row, "measures": [*row["measures"][:2], unscored]}], against=[])
+    assert "On no test prompt have all videos a finite score of light." in improve_page.verdict(bare)
+    assert "light" in improve_page.measures_table(bare["rounds"]).markdown()
     titles = [section.title for section in improve_page.sections(metrics())]
     assert titles[0] == "What the rounds gained"
     assert "Against the controls" in titles

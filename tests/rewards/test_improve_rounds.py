@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests import kills, tiny
 
 from prism import files
@@ -26,6 +27,7 @@ from prism.rewards.measuring import Outer
 from prism.rewards.picks import Group, groups_of, judged, picked
 from prism.rewards.retrain import retrained
 from prism.rewards.rounds import improve
+from prism.rewards.run_folder import RunFolder
 from prism.rewards.settings import ImproveConfig
 from prism.rewards.tuning import Draws, tune
 from prism.training import TrainConfig
@@ -136,6 +138,83 @@ def sums(folder: Path) -> dict[str, object]:
     return contents
 
 
+def test_a_damaged_lora_or_measures_are_refused_and_made_anew_once_deleted(two, backbone, judge, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(two[0].folder, out)
+    lora, measures, published = (
+        out / f"judge/round-2/lora/{FILE}",
+        out / "judge/round-1/measures.json",
+        out / "lora" / FILE,
+    )
+    for path, name in ((lora, rf"Delete the file \S*round-2/lora/{FILE}, and continue with --resume"),
+                       (measures, r"Delete the file \S*round-1/measures.json, and")):  # fmt: skip
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(PrismError, match=name):
+            run(backbone, judge, out, resume=True)
+        path.unlink()
+    published.write_bytes(b"of before")
+    again = run(backbone, judge, out, resume=True)
+    assert again.rounds == two[0].rounds
+    assert sums(out) == sums(two[0].folder)
+    numbers = bytearray(lora.read_bytes())
+    numbers[-8:] = b"\x01" * 8
+    lora.write_bytes(numbers)  # finite numbers, but not those that were tuned
+    with pytest.raises(PrismError, match="is not the LoRA that was tuned"):
+        run(backbone, judge, out, resume=True)
+    assert files.sha256(published) == files.sha256(two[0].lora / FILE)
+
+
+def test_what_came_of_a_lora_goes_where_tuning_again_gives_another(tmp_path):
+    def tune(value):
+        def write(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"a": torch.full((2,), value)}, folder / FILE)
+            return [{"step": 1}]
+
+        return write
+
+    folder = RunFolder(tmp_path)
+    for number in (1, 2):
+        folder.tuned("judge", number, tune(1.0))
+        folder.once(f"judge/round-{number}/measures", "measures", lambda: {"measures": {}})
+    (tmp_path / "judge/round-1/lora" / FILE).unlink()
+    folder.tuned("judge", 1, tune(1.0))
+    assert (tmp_path / "judge/round-1/measures.json").is_file()  # the same bits
+    (tmp_path / "judge/round-1/lora" / FILE).unlink()
+    folder.tuned("judge", 1, tune(2.0))
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"judge/round-1/tuning.json", f"judge/round-1/lora/{FILE}"}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / FILE).write_bytes(b"of a round that is no longer kept")
+    folder.publish(0)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path):
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000002/state.safetensors").write_bytes(b"\x10\0")
+    with pytest.raises(PrismError, match=r"Delete the folder \S*step-00000002, and continue with --resume"):
+        tuning._restore(tmp_path, None, None, {}, [], [])
+
+
+def test_an_outer_judge_that_is_the_judge_is_refused(backbone, judge, tmp_path):
+    config = ImproveConfig(**SMALL)
+    outer = measuring.judge_outer(Judge(backbone, judge.members, judge.dimensions), config, (500.0,), "the head a")
+    with pytest.raises(PrismError, match="The outer judge, the head a, is the judge that selects"):
+        run(backbone, judge, tmp_path / "out", outer=outer)
+    same = Judge(Backbone(tiny.wan(num_layers=2)), judge.members, judge.dimensions)  # loaded a second time
+    assert measuring.other_outer(same, backbone, CALL, config).is_judge(judge)
+    torch.manual_seed(1)
+    assert not measuring.judge_outer(Judge.untrained(backbone, dim=16, seed=5), config, (500.0,)).is_judge(judge)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_and_levels_that_cannot_be_tuned_are_refused_before_anything_is_sampled(backbone, judge, tmp_path):
+    with pytest.raises(PrismError, match="takes no LoRA at nope"):
+        run(backbone, judge, tmp_path / "out", targets=("nope",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backbone, judge, tmp_path, monkeypatch):
     out, kept = tmp_path / "run", tuning._keep
     shutil.copytree(two[0].folder, out)  # as a run that has come to its second round
@@ -176,6 +255,8 @@ def test_a_folder_of_another_configuration_is_refused(two, backbone, judge):
         run(backbone, judge, two[0].folder, resume=True, learning_rate=1e-3)
     with pytest.raises(PrismError, match="exists already"):
         run(backbone, judge, two[0].folder)
+    with pytest.raises(PrismError, match="differs in outer_files"):  # of the same name
+        run(backbone, judge, two[0].folder, resume=True, outer=Outer("dark", dark, digest="another"))
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +367,38 @@ def test_it_stops_where_the_outer_judge_falls_or_is_left_behind():
     assert measuring.stop_sentence(2, groups, [{"judge": each["judge"]} for each in made], 0) is None
 
 
+def test_it_stops_where_small_steps_add_up():
+    """Each round differs from the one before by less than its interval, and from the first by more."""
+    drift = 0.015
+    groups, made = tables((0.3,) * 6, tuple(0.5 + drift * step for step in range(6)))
+    assert [measuring.stop_sentence(2, groups, [made[0], *made[k : k + 2]], 0) for k in range(1, 5)] == [None] * 4
+    sentences = [measuring.stop_sentence(number, groups, made[: number + 1], 0) for number in range(1, 7)]
+    assert "standard deviations more than in round 1 (" in next(each for each in sentences if each)
+    groups, made = tables(tuple(0.3 - drift * step for step in range(6)), (0.5,) * 6)
+    said = next(filter(None, (measuring.stop_sentence(n, groups, made[: n + 1], 0) for n in range(1, 7))))
+    assert "the outer judge fell by" in said
+    assert "against round 1 (" in said
+
+
+def test_a_score_that_is_not_finite_leaves_its_prompt_out_everywhere():
+    groups, (before, after) = tables((0.3,), (0.5,))
+    bad = [{name: {**values, "3a": np.nan} for name, values in table.items()} for table in (before, after)]
+    fewer = [group for group in groups if group.prompt != "3"]
+    for first, second in ((bad[0], after), (before, bad[1])):
+        assert [r["gain"] for r in measuring.gains(groups, first, second, 0)] == [
+            r["gain"] for r in measuring.gains(fewer, before, after, 0)
+        ]
+        row = measuring.against(groups, first["outer"], second["outer"], 0)
+        assert row == measuring.against(fewer, before["outer"], after["outer"], 0)
+        assert (row["prompts"], np.isfinite(row["difference_ci95"]).all()) == (19, True)
+        falls = measuring.stop_sentence(1, groups, [second, first], 0)  # turned round, so that the outer judge falls
+        assert falls == measuring.stop_sentence(1, fewer, [after, before], 0) is not None
+    assert measuring.best_of(groups, bad[0], "outer", 2, 0) == measuring.best_of(fewer, before, "outer", 2, 0)
+    none = {"outer": dict.fromkeys(before["outer"], np.nan)}
+    assert measuring.gains(groups, none, none, 0)[0]["gain"] is None
+    assert measuring.against(groups, none["outer"], after["outer"], 0)["prompts"] == 0
+
+
 def test_a_run_that_stops_keeps_the_round_before(two, backbone, judge, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(two[0].folder, folder)
@@ -296,6 +409,8 @@ def test_a_run_that_stops_keeps_the_round_before(two, backbone, judge, tmp_path,
     monkeypatch.setattr(rounds.measuring, "stop_sentence", stops)
     result = run(backbone, judge, folder, resume=True)
     assert (result.kept, result.stopped) == (1, "Stopped.")
+    assert result.final_round == result.rounds[0]
+    assert rounds.Improvement(folder, rounds=result.rounds).final_round is None  # none was kept
     assert files.sha256(result.lora / FILE) == files.sha256(folder / "judge/round-1/lora" / FILE)
 
 

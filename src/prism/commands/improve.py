@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +23,15 @@ NOTES = (
     "The judge read the original backbone throughout: the LoRA was off whenever anything was judged.",
     "Prompts of the judge’s training, of the tuning and of the test share none. All models sampled the test prompts "
     "with the same seeds, so that differences are paired.",
+    "Whether the rounds stop, and hence which LoRA is kept, is decided on these same test prompts, by the outer judge; "
+    "measure the LoRA on further prompts where that choice matters.",
     "A gain by the judge itself shows that the tuning worked, not that the videos are better. What people would say is "
     "not on this page.",
 )
 STRIPS = 3  # test prompts that are shown
+FLAGS = {"steps": "tuning-steps", "targets": "target", "max_rows": "batch-size"}  # by setting, where they differ
+IDENTITY = {"judge": "head", "outer": "outer", "outer_files": "outer", "rewards": "reward", "reward_files": "reward"}
+IDENTITY |= {"arms": "control", "prompts": "prompts", "test_prompts": "test-prompts", "backbone": "backbone"}
 
 
 @dataclass(frozen=True)
@@ -169,24 +177,25 @@ def run(config: Improve) -> dict[str, Any]:
     specs = judges.rewards or (("referee",) if embedded else ())
     rewards = [load_reward(spec, judges.reward_timeout, models.device) for spec in specs]
     outer = _outer(judges, backbone, call, settings, embedded, models.device)
-    result = improve(
-        backbone,
-        judge,
-        tuning,
-        test,
-        call,
-        out,
-        settings,
-        outer=outer,
-        rewards=rewards,
-        controls=judges.control,
-        fps=judges.fps,
-        retrain=recipe(embedded, steps=config.heads.head_steps) if config.heads.retrain_head else None,
-        head_seeds=config.heads.head_seeds,
-        reuse=config.reuse,
-        report_to=config.report_to,
-        resume=config.output.resume,
-    )
+    with _in_flags():
+        result = improve(
+            backbone,
+            judge,
+            tuning,
+            test,
+            call,
+            out,
+            settings,
+            outer=outer,
+            rewards=rewards,
+            controls=judges.control,
+            fps=judges.fps,
+            retrain=recipe(embedded, steps=config.heads.head_steps) if config.heads.retrain_head else None,
+            head_seeds=config.heads.head_seeds,
+            reuse=config.reuse,
+            report_to=config.report_to,
+            resume=config.output.resume,
+        )
     metrics = document(
         "improve",
         describe(backbone, name),
@@ -203,6 +212,23 @@ def run(config: Improve) -> dict[str, Any]:
     )
     _write(config, metrics, _strips(backbone, out, [row["round"] for row in result.rounds if row["arm"] == "judge"]))
     return metrics
+
+
+@contextmanager
+def _in_flags() -> Iterator[None]:
+    """Name settings of the library as this command's options where a run differs, or where no layer has a name."""
+
+    def setting(name: re.Match[str]) -> str:
+        return f"differs in --{FLAGS.get(name[1], name[1]).replace('_', '-')}: it was "
+
+    try:
+        yield
+    except PrismError as error:
+        sentence = re.sub(r"differs in config: (\w+) was ", setting, str(error), count=1)
+        sentence = re.sub(
+            rf"differs in ({'|'.join(IDENTITY)}): ", lambda m: f"differs in --{IDENTITY[m[1]]}: ", sentence
+        )
+        raise PrismError(re.sub(r"\bin targets\.$", "in --target.", sentence)) from error
 
 
 def _prompts(texts: Prompts, embedded: bool) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -254,16 +280,32 @@ def _outer(
             raise PrismError(
                 f"The --outer {quoted(spec, 120)} is no head, and --outer-backbone is of one; leave it out."
             )
-        return measuring.reward_outer(load_reward(str(spec), judges.reward_timeout, device), backbone, judges.fps)
+        try:
+            reward = load_reward(str(spec), judges.reward_timeout, device)
+        except PrismError as error:
+            sentence = (
+                str(error).replace("--reward", "--outer").replace("names no function", "names no head, no function")
+            )
+            raise PrismError(sentence.replace("; write ", "; write the folder of a head, ", 1)) from error
+        return measuring.reward_outer(reward, backbone, judges.fps)
     described = files.read_json(folder / "config.json")
     if isinstance(described, dict) and described.get("format") == FORMAT:
-        return _pixel(folder, backbone)
+        return replace(_pixel(folder, backbone), digest=_digest(folder))
     if judges.outer_backbone is None:
         judge = Judge.from_pretrained(folder, backbone)
-        return measuring.judge_outer(judge, settings, default_levels(judge), f"the head {folder.name}")
+        outer = measuring.judge_outer(judge, settings, default_levels(judge), f"the head {folder.name}")
+        return replace(outer, digest=_digest(folder))
     other, other_call, name = load_backbone(judges.outer_backbone, device)
     judge = Judge.from_pretrained(folder, other)
-    return measuring.other_outer(judge, backbone, {**call, **other_call}, settings, f"a head on {name}")
+    outer = measuring.other_outer(judge, backbone, {**call, **other_call}, settings, f"a head on {name}")
+    return replace(outer, digest=_digest(folder, str(other.fingerprint()["weights"])))
+
+
+def _digest(folder: Path, more: str = "") -> str:
+    """The first digits of a hash of a judge's files."""
+    names = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    text = "".join(f"{path.name} {files.sha256(path)}\n" for path in names)
+    return hashlib.sha256((text + more).encode()).hexdigest()[:16]
 
 
 def _pixel(folder: Path, backbone: Any) -> Any:

@@ -14,7 +14,8 @@ ARMS = {"judge": "tuned", "random": "control, random picks", "worst": "control, 
 MEASURES = (
     "Means over the test prompts, which all models sampled with the same seeds. A gain is paired, over the untuned "
     "model, with its 95 % interval over prompts; in SD: over the spread of the untuned model's videos within a prompt. "
-    "The judge chose what was tuned on, so that its own gain proves nothing; the outer judge and the rewards never did."
+    "The judge chose what was tuned on, so that its own gain proves nothing; the outer judge and the rewards never "
+    "did, but the outer judge decides on these same prompts when to stop."
 )
 TUNING = (
     "The last ten steps. winner and loser: the denoising error of the better and of the worse videos, with that of the "
@@ -57,19 +58,32 @@ def sections(metrics: Mapping[str, Any]) -> list[Section]:
         parts.append(Section("Errors while tuning", CURVES, curves))
     if metrics.get("retrained"):
         lead = retrained_sentence(metrics["retrained"]["comparison"])
+        if not metrics["kept"]:
+            lead = f"The tuned backbone is that of the last round, though it was rejected. {lead}"
         table = retrained_table(metrics["retrained"]["accuracy"])
         parts.append(Section("Does the tuned backbone judge better?", lead, tables=[(table, RETRAINED)]))
     return parts
 
 
 def verdict(metrics: Mapping[str, Any]) -> str:
-    """What came out, in sentences: the rewards first, then the outer judge, then why it stopped."""
-    last = [row for row in metrics["rounds"] if row["arm"] == "judge"][-1]
+    """What came out, in sentences: of the round whose LoRA was kept, the rewards first, then the outer judge, then why
+    it stopped. Where none was kept, that is said, and the numbers are of the last round."""
+    mine = [row for row in metrics["rounds"] if row["arm"] == "judge"]
+    kept = metrics["kept"]
+    last = next((row for row in mine if row["round"] == kept), mine[-1])
     names = [*metrics["measured"]["rewards"], *(["outer"] if metrics["measured"]["outer"] else []), "judge"]
     by_name = {row["measure"]: row for row in last["measures"]}
     sentences = []
+    if not kept:
+        sentences.append(
+            f"No round was kept, so that there is no lora/; these numbers are of round {last['round']}, which was "
+            "rejected."
+        )
     for name in names:
         row = by_name[name]
+        if not row["prompts"]:
+            sentences.append(f"On no test prompt have all videos a finite score of {name}.")
+            continue
         interval = row["gain_ci95"]
         if interval is None:
             said = "too few prompts for an interval"
@@ -108,7 +122,7 @@ def measures_table(rounds: Sequence[Mapping[str, Any]], parts: bool = True) -> T
             Column("tuned", lambda row: _number(row["mean"])),
             Column("gain", lambda row: _signed(row["gain"]), style="bold"),
             Column("95 % interval", lambda row: _interval(row["gain_ci95"]), style="dim"),
-            Column("in SD", lambda row: wording.MISSING if row["gain_sd"] is None else _signed(row["gain_sd"])),
+            Column("in SD", lambda row: _signed(row["gain_sd"])),
         ],
         rows,
         "Gains over the untuned model",
@@ -243,7 +257,7 @@ def gain_plot(rounds: Sequence[Mapping[str, Any]]) -> str:
         colour = {"judge": MUTED, "outer": INK}.get(name, (ACCENT, *SERIES)[index % 5])
         for arm in _arms(rounds):
             of_arm = [(row["round"], m) for row in rounds if row["arm"] == arm for m in row["measures"]]
-            chosen = [(number, m) for number, m in of_arm if m["measure"] == name]
+            chosen = [(number, m) for number, m in of_arm if m["measure"] == name and m["gain_sd"] is not None]
             x, y = [0, *(number for number, _ in chosen)], [0.0, *(m["gain_sd"] for _, m in chosen)]
             axes.plot(x, y, color=colour, linestyle=styles[arm], linewidth=2 if arm == "judge" else 1.2, marker="o")
             for number, m in chosen:
@@ -298,8 +312,8 @@ def _number(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.4g}".replace("-", "−")
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+def _signed(value: float | None) -> str:
+    return wording.MISSING if value is None else f"{value:+.3g}".replace("-", "−")
 
 
 def _interval(value: Sequence[float] | None) -> str:

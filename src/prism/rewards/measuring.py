@@ -17,6 +17,7 @@ from torch import Tensor
 from prism.backbone import Backbone
 from prism.evaluation.intervals import prompt_interval
 from prism.judge import Judge
+from prism.judge.scoring import head_digest
 from prism.preference import LatentStore
 from prism.preference.pairs import read_table
 from prism.rewards.picks import Group, decisive, groups_of, judged
@@ -32,12 +33,22 @@ class Outer:
     """A second judge, which never selects: a name for reports, and a function that scores finished latents.
 
     score: (latents (B, ...), prompts, call, seeds) -> (B,) floats. trained_on: keys of the prompts that it was trained
-    on (`prism.preference.prompt_key`).
+    on (`prism.preference.prompt_key`). judge: the judge that scores, where it is one with a head. digest: of its files;
+    a run that began with others is not continued.
     """
 
     name: str
     score: Callable[[Tensor, Sequence[str], Mapping[str, Any], Sequence[int]], Sequence[float]]
     trained_on: Collection[str] = ()
+    judge: Judge | None = None
+    digest: str = ""
+
+    def is_judge(self, judge: Judge) -> bool:
+        """True if it is this judge: the same heads on the same backbone."""
+        if self.judge is None or head_digest(self.judge) != head_digest(judge):
+            return False
+        mine, other = self.judge.backbone, judge.backbone
+        return mine is other or mine.fingerprint()["weights"] == other.fingerprint()["weights"]
 
 
 def judge_outer(judge: Judge, config: ImproveConfig, levels: Sequence[float], name: str = "") -> Outer:
@@ -56,7 +67,7 @@ def judge_outer(judge: Judge, config: ImproveConfig, levels: Sequence[float], na
         return scores
 
     keys = judge.trained_on.get("prompt_keys") or ()
-    return Outer(name or "another head", score, frozenset(keys))
+    return Outer(name or "another head", score, frozenset(keys), judge, head_digest(judge))
 
 
 def other_outer(judge: Judge, backbone: Any, call: Mapping[str, Any], config: ImproveConfig, name: str = "") -> Outer:
@@ -73,7 +84,8 @@ def other_outer(judge: Judge, backbone: Any, call: Mapping[str, Any], config: Im
         scores = judge.score_video(videos, list(prompts), None, config.num_draws, config.seed, **call).scores
         return [float(np.dot(weights, row)) for row in scores.mean(1).tolist()]
 
-    return Outer(name or "a head on another backbone", score, frozenset(judge.trained_on.get("prompt_keys") or ()))
+    keys = frozenset(judge.trained_on.get("prompt_keys") or ())
+    return Outer(name or "a head on another backbone", score, keys, judge, head_digest(judge))
 
 
 def reward_outer(reward: Reward, backbone: Any, fps: float | None = None) -> Outer:
@@ -86,7 +98,7 @@ def reward_outer(reward: Reward, backbone: Any, fps: float | None = None) -> Out
         videos = [decoder.frames(each[None], p, call, s) for each, p, s in zip(latents, prompts, seeds)]
         return [float(np.mean(list(row.values()))) for row in reward.score(videos, prompts, fps)]
 
-    return Outer(reward.name, score)
+    return Outer(reward.name, score, digest=reward.version)
 
 
 def columns(
@@ -144,10 +156,25 @@ def by_prompt(groups: Sequence[Group], values: Mapping[str, float]) -> np.ndarra
     return np.array([np.mean([values[video] for video in group.videos]) for group in groups])
 
 
+def finite(groups: Sequence[Group], *tables: Mapping[str, float]) -> list[Group]:
+    """The groups of which every video has a finite value in each of the tables: what means and intervals are over."""
+    return [group for group in groups if np.isfinite([table[v] for table in tables for v in group.videos]).all()]
+
+
 def spread(groups: Sequence[Group], values: Mapping[str, float]) -> float:
-    """Pooled standard deviation within prompts; NaN where no prompt has two videos."""
-    deviations = [np.var([values[v] for v in group.videos], ddof=1) for group in groups if len(group.videos) > 1]
+    """Pooled standard deviation within prompts; NaN where no prompt has two videos with finite values."""
+    several = [group for group in finite(groups, values) if len(group.videos) > 1]
+    deviations = [np.var([values[v] for v in group.videos], ddof=1) for group in several]
     return float(np.sqrt(np.mean(deviations))) if deviations else float("nan")
+
+
+def _gain(name: str, difference: np.ndarray, groups: Sequence[Group], seed: int) -> dict[str, Any]:
+    """The mean of differences by prompt, its interval over prompts, and their number; None without prompts."""
+    return {
+        name: float(difference.mean()) if len(groups) else None,
+        f"{name}_ci95": prompt_interval(difference, [group.prompt for group in groups], seed=seed),
+        "prompts": len(groups),
+    }
 
 
 def gains(
@@ -155,24 +182,22 @@ def gains(
     seed: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per measure: its mean before and after, the paired gain with its interval over prompts, the gain in
-    within-prompt standard deviations of the videos before, and the spread within prompts after."""
+    within-prompt standard deviations of the videos before, and the spread within prompts after; over the prompts whose
+    videos all have finite values, as in `best_of` and `against`."""
     rows = []
     for name in after:
-        first, second = by_prompt(groups, before[name]), by_prompt(groups, after[name])
-        kept = np.isfinite(first) & np.isfinite(second)
-        prompts = np.array([group.prompt for group in groups])[kept]
-        difference = (second - first)[kept]
-        unit, gain = spread(groups, before[name]), float(difference.mean())
+        kept = finite(groups, before[name], after[name])
+        first, second = by_prompt(kept, before[name]), by_prompt(kept, after[name])
+        gained = _gain("gain", second - first, kept, seed)
+        unit = spread(groups, before[name])
         rows.append(
             {
                 "measure": name,
-                "before": float(first[kept].mean()),
-                "mean": float(second[kept].mean()),
-                "gain": gain,
-                "gain_ci95": prompt_interval(difference, prompts, seed=seed),
-                "gain_sd": gain / unit if unit and np.isfinite(unit) else None,
+                "before": float(first.mean()) if kept else None,
+                "mean": float(second.mean()) if kept else None,
+                **gained,
+                "gain_sd": gained["gain"] / unit if kept and unit and np.isfinite(unit) else None,
                 "spread": _finite(spread(groups, after[name])),
-                "prompts": int(kept.sum()),
             }
         )
     return rows
@@ -183,44 +208,35 @@ def best_of(
 ) -> dict[str, Any]:
     """Best-of-n with these videos: the measure of the judge's pick, averaged over all sets of n of each prompt's."""
     picks, means = [], []
-    for group in groups:
+    kept = finite(groups, table[JUDGE], table[measure])
+    for group in kept:
         scores = [table[JUDGE][video] for video in group.videos]
         values = [table[measure][video] for video in group.videos]
         sets = combinations(range(len(scores)), n)
         picks.append(np.mean([values[max(each, key=scores.__getitem__)] for each in sets]))
         means.append(np.mean(values))
-    difference = np.array(picks) - np.array(means)
-    return {
-        "n": n,
-        "measure": measure,
-        "mean": float(np.mean(picks)),
-        "gain": float(difference.mean()),
-        "gain_ci95": prompt_interval(difference, [group.prompt for group in groups], seed=seed),
-        "prompts": len(groups),
-    }
+    gained = _gain("gain", np.array(picks) - np.array(means), kept, seed)
+    return {"n": n, "measure": measure, "mean": float(np.mean(picks)) if kept else None, **gained}
 
 
 def against(
     groups: Sequence[Group], ours: Mapping[str, float], other: Mapping[str, float], seed: int
 ) -> dict[str, Any]:
     """The paired difference of a measure between two models, and its interval over prompts."""
-    difference = by_prompt(groups, ours) - by_prompt(groups, other)
-    return {
-        "difference": float(np.nanmean(difference)),
-        "difference_ci95": prompt_interval(difference, [group.prompt for group in groups], seed=seed),
-        "prompts": len(groups),
-    }
+    kept = finite(groups, ours, other)
+    return _gain("difference", by_prompt(kept, ours) - by_prompt(kept, other), kept, seed)
 
 
 def gap(
     groups: Sequence[Group], before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]
 ) -> np.ndarray:
     """By how much the judge that selects gains more than the outer one, per prompt (groups,), each in within-prompt
-    standard deviations of the videos before."""
-    gained = [
-        (by_prompt(groups, after[name]) - by_prompt(groups, before[name])) / (spread(groups, before[name]) or 1.0)
-        for name in (JUDGE, OUTER)
-    ]
+    standard deviations of the videos before; where prompts have one video, in those of prompts."""
+    gained = []
+    for name in (JUDGE, OUTER):
+        first, unit = by_prompt(groups, before[name]), spread(groups, before[name])
+        unit = unit if np.isfinite(unit) else float(first.std())
+        gained.append((by_prompt(groups, after[name]) - first) / (unit or 1.0))
     result: np.ndarray = gained[0] - gained[1]
     return result
 
@@ -230,29 +246,39 @@ def stop_sentence(
 ) -> str | None:
     """The reason to stop after round `number`, or None to go on.
 
-    It stops where the outer judge falls below the round before beyond its interval, or where the gap between the judge
-    that selects and the outer one, which the first round sets, widens beyond its interval.
+    It stops where the outer judge falls below its best so far (of the untuned model and the rounds before) beyond its
+    interval, or where the gap between the judge that selects and the outer one widens beyond its interval against the
+    smallest of the rounds before. Against these, and not against the round before, so that no slow drift passes. The
+    first round sets the gap: the judge always gains more by what was tuned on its picks.
 
-    tables: of the untuned model, then of each round.
+    tables: of the untuned model, then of each round. Prompts with a video that has no finite score are left out.
     """
     if OUTER not in tables[-1]:
         return None
+    groups = finite(groups, *(table[name] for table in tables for name in (JUDGE, OUTER)))
     names = [group.prompt for group in groups]
-    fallen = by_prompt(groups, tables[-1][OUTER]) - by_prompt(groups, tables[-2][OUTER])
+    if not groups:
+        return None
+    outer = [by_prompt(groups, table[OUTER]) for table in tables]
+    best = max(range(len(tables) - 1), key=lambda each: float(outer[each].mean()))
+    fallen = outer[-1] - outer[best]
     interval = prompt_interval(fallen, names, seed=seed)
     if interval is not None and interval[1] < 0:
+        above = f"round {best}" if best else "the untuned model"
         return (
-            f"Stopped after round {number}: the outer judge fell by {-fallen.mean():.3g} against the round before "
-            f"(95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}), so what the judge prefers is no longer better."
+            f"Stopped after round {number}: the outer judge fell by {-fallen.mean():.3g} against {above} (95 % "
+            f"interval {interval[0]:+.3g} to {interval[1]:+.3g}), so what the judge prefers is no longer better."
         )
     if number < 2:
         return None
-    wider = gap(groups, tables[0], tables[-1]) - gap(groups, tables[0], tables[-2])
+    *gaps, last = [gap(groups, tables[0], table) for table in tables[1:]]
+    least = min(range(len(gaps)), key=lambda each: float(gaps[each].mean()))
+    wider = last - gaps[least]
     interval = prompt_interval(wider, names, seed=seed)
     if interval is not None and interval[0] > 0:
         return (
             f"Stopped after round {number}: the judge's gain ran ahead of the outer judge's by {wider.mean():.2f} "
-            f"standard deviations more than in the round before (95 % interval {interval[0]:+.2f} to "
+            f"standard deviations more than in round {least + 1} (95 % interval {interval[0]:+.2f} to "
             f"{interval[1]:+.2f}), as where a judge is played."
         )
     return None

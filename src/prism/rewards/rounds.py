@@ -9,7 +9,7 @@ A run's folder:
     judge/round-1/lora/            the LoRA after the round, as diffusers loads it
     judge/round-1/test/            a store: the test prompts by the tuned model, with the same seeds
     random/, worst/                the same for controls; their first round takes the candidates of judge/
-    lora/                          the LoRA of the last round before a stop rule held
+    lora/                          the LoRA of the last round before a stop rule held; none where it held in round 1
 
 The judge always reads the original backbone: a LoRA is on while videos are sampled and while it is tuned, and never
 while anything is judged.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from prism import files, runs
+from prism import runs
 from prism.backbone import Backbone
 from prism.backbone.arguments import normalised
 from prism.backbone.denoising import Target, target_of
@@ -40,18 +39,18 @@ from prism.preference import LatentStore
 from prism.preference.prompts import Prompt
 from prism.preference.sources import Place
 from prism.rewards import measuring
-from prism.rewards.lora import FILE, applied, check
+from prism.rewards.lora import applied, check
 from prism.rewards.measuring import Outer
 from prism.rewards.picks import check_prompts, decisive, groups_of, judged, picked
 from prism.rewards.retrain import check_labels, retrained
+from prism.rewards.run_folder import OURS, RunFolder
 from prism.rewards.settings import CONTROLS, ImproveConfig
-from prism.rewards.tuning import tune
+from prism.rewards.tuning import levels_tuned, tune
 from prism.training import TrainConfig
 from prism.training.collect import collect
 from prism.training.logs import Trackers
 from prism.training.reward import Reward
 
-OURS = "judge"  # the arm that takes the judge's picks
 FEWEST, FEWEST_TEST = 4, 2  # prompts
 CHANGEABLE = (
     "config.max_rows",
@@ -84,8 +83,16 @@ class Improvement:
 
     @property
     def lora(self) -> Path:
-        """The folder of the LoRA, for `pipe.load_lora_weights`."""
+        """The folder of the LoRA, for `pipe.load_lora_weights`; not there where no round was kept."""
         return self.folder / "lora"
+
+    @property
+    def final_round(self) -> dict[str, Any] | None:
+        """The row in `rounds` of the round whose LoRA is in lora/, which is what the run gained; None: none was kept.
+
+        After a stop that is not the last row of the judge's picks, which is of the rejected round.
+        """
+        return next((row for row in self.rounds if (row["arm"], row["round"]) == (OURS, self.kept)), None)
 
 
 def improve(
@@ -132,7 +139,8 @@ def improve(
 
     Raises:
         PrismError: for a denoiser that takes no LoRA or whose target is not known, prompts that are shared or too few,
-            an `out` of another run, or a loss that is not finite.
+            an outer judge that is the judge itself, layers that take no LoRA, an `out` of another run or with damaged
+            files, or a loss that is not finite.
     """
     config = config or ImproveConfig()
     run = _Run(backbone, judge, prompts, test_prompts, call, Path(out), config, outer, rewards, fps, progress)
@@ -143,7 +151,7 @@ def improve(
     trackers = Trackers(report_to)
     run.begin(resume, arms)
     if reuse is not None:
-        run.take_over(Path(reuse))
+        run.folder.take_over(Path(reuse))
     trackers.start(run.out / "logs", config.to_dict())
     result = Improvement(run.out)
     tables: dict[str, list[dict[str, dict[str, float]]]] = {}
@@ -168,13 +176,9 @@ def improve(
     run.compare(result, tables)
     if retrain is not None:
         result.retrained = run.retrain(result.kept or len(tables[OURS]) - 1, retrain, whole("head_seeds", head_seeds))
-    if result.kept:
-        source = run.out / OURS / f"round-{result.kept}" / "lora" / FILE
-        result.lora.mkdir(exist_ok=True)
-        with files.new_file(result.lora / FILE) as path:
-            shutil.copyfile(source, path)
+    run.folder.publish(result.kept)
     trackers.finish()
-    run.parts.release()
+    run.folder.parts.release()
     return result
 
 
@@ -194,7 +198,7 @@ class _Run:
         self.levels = config.levels or default_levels(judge)
         self.weights = np.array(decisive(judge, config.dimension))
         self.test_groups: list[Any] = []
-        self.parts = runs.Parts(out)
+        self.folder = RunFolder(out)
         self._target: Target | None = None
 
     @property
@@ -209,6 +213,14 @@ class _Run:
     def check(self) -> None:
         """Refuse, before any work, what could not be tuned or measured."""
         check(self.backbone)
+        levels_tuned(self.backbone, self.config)
+        with applied(self.backbone, **self._lora()):  # refuses names of layers that are none
+            pass
+        if self.outer is not None and self.outer.is_judge(self.judge):
+            raise PrismError(
+                f"The outer judge, {self.outer.name}, is the judge that selects: its weights and its backbone are the "
+                "same, so it could not tell where the judge is played. Give another one as --outer, or none."
+            )
         seen = {"the judge": self.judge.trained_on.get("prompt_keys") or ()}
         if not seen["the judge"] and not self.judge.is_untrained:
             warnings.warn(
@@ -241,19 +253,12 @@ class _Run:
             "prompts": digest(self.prompts),
             "test_prompts": digest(self.test_prompts),
         }
-        self.parts = runs.claim(self.out, identity, resume, changeable=CHANGEABLE)
-
-    def take_over(self, other: Path) -> None:
-        """Copy the untuned model's videos from another run; `collect` refuses those of other settings."""
-        for name in (f"{OURS}/round-1/candidates", "untuned/test"):
-            if not (other / name / "store.json").is_file():
-                raise PrismError(
-                    f"The --reuse {files.shown(other)} holds no {name}; name the folder of another prism improve."
-                )
-            if not (self.out / name).exists():
-                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-                with files.new_folder(self.out / name) as folder:
-                    shutil.copytree(other / name, folder, dirs_exist_ok=True)
+        versions = {each.name: each.version for each in self.rewards if each.version}
+        if self.outer is not None and self.outer.digest:
+            identity["outer_files"] = self.outer.digest
+        if versions:
+            identity["reward_files"] = versions
+        self.folder.claim(identity, resume, CHANGEABLE)
 
     def of_round(self, number: int) -> list[Prompt]:
         """The prompts of a round: every round has its own, an equal share of all."""
@@ -290,10 +295,11 @@ class _Run:
 
         def make() -> dict[str, Any]:
             store = self.collected(f"{name}/test", self.test_prompts, start, True)
-            return {"measures": self._columns(store)}
+            table = self._columns(store)
+            return {"measures": {key: _with_none(values) for key, values in table.items()}}
 
-        table: dict[str, dict[str, float]] = self.parts.once(f"{name}/measures", make)["measures"]
-        return table
+        table = self.folder.once(f"{name}/measures", "measures", make)["measures"]
+        return {key: {v: np.nan if x is None else x for v, x in values.items()} for key, values in table.items()}
 
     def _columns(self, store: LatentStore) -> dict[str, dict[str, float]]:
         rewards = self.rewards
@@ -311,24 +317,24 @@ class _Run:
             store = self.collected(f"{of_candidates}/candidates", self.of_round(number), before, False)
             return {"scores": judged(self.judge, store, config, self.levels)}
 
-        scores = self.parts.once(f"{of_candidates}/scores", score)["scores"]
+        scores = self.folder.once(f"{of_candidates}/scores", "scores", score)["scores"]
         store = LatentStore.open(self.out / of_candidates / "candidates")
         deciding = {video: float(np.dot(self.weights, row)) for video, row in scores.items()}
         control = "" if arm == OURS else arm
         picks, facts = picked(groups_of(store), deciding, config.margin, control, config.seed + number)
         chosen = [{"prompt": p.group.prompt, "winner": p.winner, "loser": p.loser} for p in picks]
-        self.parts.once(f"{name}/picks", lambda: {"picks": chosen})
+        self.folder.once(f"{name}/picks", "picks", lambda: {"picks": chosen})
 
-        def tuned() -> dict[str, Any]:
+        def tuned(folder: Path) -> list[dict[str, Any]]:
             old = before if config.recipe == "weighted" else None
             with applied(self.backbone, **self._lora(), start=before, old=old, trains=True) as lora:
                 entries = tune(
                     self.backbone, store, picks, config, lora, self.target, self.out / name, number, self.progress
                 )
-                lora.save(self.out / name / "lora")
-            return {"history": entries}
+                lora.save(folder)
+            return entries
 
-        history = self.parts.once(f"{name}/tuning", tuned)["history"]
+        history = self.folder.tuned(arm, number, tuned)
         for checkpoint in (self.out / name).glob("step-*"):
             runs.discard(checkpoint)
         after = self.measured(name, self.out / name / "lora")
@@ -361,15 +367,20 @@ class _Run:
         def make() -> dict[str, Any]:
             store = self.collected(f"{OURS}/round-1/candidates", self.of_round(1), None, False, labelled=True)
             test = LatentStore.open(self.out / "untuned" / "test")
-            lora = self.out / OURS / f"round-{number}" / "lora"
+            lora = self.folder.lora(OURS, number)
             return retrained(self.judge, store, test, lora, self._lora(), config, seeds, self.levels, self.progress)
 
-        return self.parts.once(f"retrained-{number}-{config.steps}-{seeds}", make)
+        return self.folder.once(f"retrained-{number}-{config.steps}-{seeds}", "comparison", make)
 
 
 def _as_prompts(prompts: Sequence[Prompt | str], split: str) -> list[Prompt]:
     listed = [each if isinstance(each, Prompt) else Prompt(each, Place("", row)) for row, each in enumerate(prompts)]
     return [each._replace(split=split) for each in listed]
+
+
+def _with_none(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Values with None, as JSON takes it, for what is not finite."""
+    return {video: value if value is not None and np.isfinite(value) else None for video, value in values.items()}
 
 
 def _brightness(video: np.ndarray) -> float:
@@ -382,4 +393,5 @@ def _tracked(row: Mapping[str, Any], step: int) -> dict[str, Any]:
     numbers = {name: value for name, value in row.items() if isinstance(value, float)}
     tuning = {name: value for name, value in row["tuning"].items() if name != "step"}
     measures = {f"{each['measure']}/{name}": each[name] for each in row["measures"] for name in ("mean", "gain")}
+    measures = {name: value for name, value in measures.items() if value is not None}
     return {"step": step, **{f"{row['arm']}/{name}": v for name, v in {**numbers, **tuning, **measures}.items()}}

@@ -25,6 +25,7 @@ from prism.preference import LatentStore, PromptGroup
 from prism.rewards import losses
 from prism.rewards.lora import Lora
 from prism.rewards.picks import Pick
+from prism.rewards.run_folder import made_anew
 from prism.rewards.settings import ImproveConfig
 from prism.team import halved, ran_out
 from prism.training.conditionings import Conditionings
@@ -49,6 +50,18 @@ class Rows:
     kinds: list[int]
 
 
+def levels_tuned(backbone: Backbone, config: ImproveConfig) -> tuple[float, float]:
+    """The lowest and highest noise level that is tuned at; PrismError where the denoiser is used at none of them."""
+    low, high = backbone.t_range
+    levels = max(config.t_low, low), min(config.t_high, high)
+    if levels[0] >= levels[1]:
+        raise PrismError(
+            f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low "
+            f"{config.t_low:g} and t_high {config.t_high:g}; choose values in that range."
+        )
+    return levels
+
+
 class Draws:
     """The rows of each step. Prompts are drawn in shuffled epochs: each comes once before any comes again."""
 
@@ -56,13 +69,7 @@ class Draws:
         self, backbone: Backbone, store: LatentStore, picks: Sequence[Pick], config: ImproveConfig, number: int
     ) -> None:
         self.store, self.picks, self.config, self.number = store, picks, config, number
-        low, high = backbone.t_range
-        self.levels = max(config.t_low, low), min(config.t_high, high)
-        if self.levels[0] >= self.levels[1]:
-            raise PrismError(
-                f"The denoiser {backbone.reads!r} is used for t from {low:g} to {high:g}, found t_low "
-                f"{config.t_low:g} and t_high {config.t_high:g}; choose values in that range."
-            )
+        self.levels = levels_tuned(backbone, config)
         spreads = [float(np.std(pick.scores)) for pick in picks]
         self.spread = float(np.sqrt(np.mean(np.square(spreads))))  # pooled over prompts
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
@@ -314,7 +321,9 @@ def _restore(
     found = sorted(folder.glob("step-*"))
     if not found:
         return 0
-    tensors, state = files.load_safetensors(found[-1] / "state.safetensors"), files.read_json(found[-1] / "state.json")
+    with made_anew(found[-1]):
+        tensors = files.load_safetensors(found[-1] / "state.safetensors")
+        state = files.read_json(found[-1] / "state.json")
     try:
         lora.load({name: tensors[f"lora.{name}"] for name in lora.weights})
         for name, value in lora.weights.items():
