@@ -184,6 +184,13 @@ def test_what_came_of_a_lora_goes_where_tuning_again_gives_another(tmp_path):
     folder.tuned("judge", 1, tune(2.0))
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"judge/round-1/tuning.json", f"judge/round-1/lora/{FILE}"}
+    lora = tmp_path / "judge/round-1/lora" / FILE
+    files.write_json(tmp_path / "judge/round-1/tuning.json", {"history": []})  # of a version that kept no digest
+    whole = lora.read_bytes()
+    lora.write_bytes(whole[:-4])
+    with pytest.raises(PrismError, match=r"is not a whole safetensors file .* Delete the file"):
+        folder.publish(1)
+    assert not (tmp_path / "lora").exists()
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / FILE).write_bytes(b"of a round that is no longer kept")
     folder.publish(0)
