@@ -40,7 +40,7 @@ class LoadedJudge:
         PrismError: where the folder holds no judge, or one of a family that ComfyUI's classes are not matched with.
     """
 
-    score_members, score_tokens = Judge.score_members, Judge.score_tokens
+    score_tokens, combined = Judge.score_tokens, Judge.combined
 
     def __init__(self, source: str, beside: Path | None = None) -> None:
         source = source.strip()

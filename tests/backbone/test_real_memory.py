@@ -306,7 +306,7 @@ def test_a_pipeline_of_no_family() -> None:
     ends = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     pipe = DDPMPipeline(UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **ends), DDPMScheduler())
     with pytest.raises(
-        PrismError, match=r"The pipeline DDPMPipeline is not supported yet\. Nearest is .* prism\.backbone\.register"
+        PrismError, match=r"DDPMPipeline is not supported: it samples pixels, .* See docs/backbones\.md"
     ):
         prism.Judge.untrained(pipe)
 

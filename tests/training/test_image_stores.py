@@ -117,7 +117,7 @@ def test_pairs_are_of_one_image(store):
     pairs = store.pairs.to_pylist()
     assert len(pairs) == 5
     assert all(image_of[pair["video_a"]] == image_of[pair["video_b"]] for pair in pairs)
-    chosen = annotation._chosen(store, None, None, 0)
+    chosen = annotation.drawn_pairs(store, None, None, 0)
     assert {frozenset(pair[1:]) for pair in chosen} == {frozenset((p["video_a"], p["video_b"])) for p in pairs}
 
 

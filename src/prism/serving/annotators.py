@@ -117,7 +117,9 @@ class Annotation:
                 return False
             labels = tuple(item.label(choices[each]) for each in self.dimensions)
             assert all(label in LABELS for label in labels)
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+            now = datetime.datetime.now(datetime.timezone.utc).isoformat(
+                timespec="microseconds"
+            )  # the order of both files
             answer = Answer(*_pair(item), labels, name, min(max(float(seconds), 0.0), 86_400.0), item.left, now)
             (self.again if item.again else self.answers).add(answer)
         return True
@@ -129,7 +131,7 @@ class Annotation:
             rows = self._of(name)
             if not rows:
                 return False
-            again, last = max(rows, key=lambda row: row[1].time)
+            _, (again, last) = max(enumerate(rows), key=lambda row: (row[1][1].time, row[0]))
             (self.again if again else self.answers).withdraw(last)
         return True
 
