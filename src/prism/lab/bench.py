@@ -20,6 +20,7 @@ from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.evaluation import TIMESTEPS, Measurement, measure, measure_together
 from prism.judge import Judge
+from prism.judge.joint import JointJudge
 from prism.lab.ablations import RECIPE as RECIPE
 from prism.lab.findings import CLAIMED, stored
 from prism.lab.pixel import JointPixelJudge, PixelJudge
@@ -144,7 +145,6 @@ class Bench:
         self.parts, self.scale, self.backbone, self.call, self.data = parts, scale, backbone, dict(call), data
         self.seed, self.batch_size, self.others, self.quality = seed, batch_size, tuple(others), quality
         self.kinds = kinds(backbone.num_blocks)
-        self.tap_flag = tap
         self.tap = (backbone.default_tap if data else TAP) if tap is None else tap
 
     # -- videos
@@ -268,31 +268,38 @@ class Bench:
     def measured(self, names: Sequence[str]) -> dict[str, list[Measurement]]:
         """Measurements on the test pairs by kind, one per seed; judges that lack theirs read the videos together."""
         self.train(names)
-        wanted = [(name, seed) for name in names for seed in self.seeds]
-        missing = [each for each in wanted if not self.parts.has(table_of(*each))]
-        if missing:
-            judges = [self._loaded(*each) for each in missing]
-            tables = measure_together(
-                judges, self.tested, "test", self.levels, seed=self.seed, batch_size=self.batch_size
-            )
-            for (name, seed), table in zip(missing, tables):
-                self.parts.piece(table_of(name, seed), table.save)
-        return {name: [stored(self.parts, table_of(name, seed)) for seed in self.seeds] for name in names}
+        judges = {table_of(name, seed): partial(self._loaded, name, seed) for name in names for seed in self.seeds}
+        tables = iter(self.together(judges, self.tested, "test", self.levels))
+        return {name: [next(tables) for _ in self.seeds] for name in names}
 
     def by_pixels(self) -> dict[str, Measurement]:
         """Measurements of the judges of decoded frames on the same pairs under the same noise, by name."""
+        levels = [t for t in self.levels if t in self.scale.pixel_levels]
+        judges = {f"measured/{name}.parquet": partial(self.pixels.__getitem__, name) for name in self.pixels}
+        # what costs is decoding, once for all of them
+        return dict(zip(self.pixels, self.together(judges, self.tested, "test", levels, JointPixelJudge)))
 
-        paths = {name: f"measured/{name}.parquet" for name in self.pixels}
-        missing = {name: judge for name, judge in self.pixels.items() if not self.parts.has(paths[name])}
-        if missing:  # what costs is decoding, once for all of them
-            levels = [t for t in self.levels if t in self.scale.pixel_levels]
+    def together(
+        self,
+        judges: Mapping[str, Callable[[], Any]],
+        store: LatentStore,
+        split: str,
+        levels: Sequence[float],
+        joint: Callable[[Sequence[Any]], Any] = JointJudge,
+    ) -> list[Measurement]:
+        """Measurements that are kept in the run's folder; those that are missing are made in one pass.
+
+        judges: what gives each judge, by the file of its measurement; it is asked where the file is missing. joint: as
+        of `prism.evaluation.measure_together`.
+        """
+        missing = {path: judge() for path, judge in judges.items() if not self.parts.has(path)}
+        if missing:
             tables = measure_together(
-                list(missing.values()), self.tested, "test", levels, seed=self.seed, batch_size=self.batch_size,
-                joint=JointPixelJudge,
-            )  # fmt: skip
-            for name, table in zip(missing, tables):
-                self.parts.piece(paths[name], table.save)
-        return {name: stored(self.parts, path) for name, path in paths.items()}
+                list(missing.values()), store, split, levels, seed=self.seed, batch_size=self.batch_size, joint=joint
+            )
+            for path, table in zip(missing, tables):
+                self.parts.piece(path, table.save)
+        return [stored(self.parts, path) for path in judges]
 
     def measure_claimed(self, judge: Any, store: LatentStore, split: str, path: Path) -> None:
         """Measure a judge on a split at the levels that claims are pooled over, and write it to a path."""

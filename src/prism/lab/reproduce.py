@@ -186,6 +186,8 @@ def _publish(
     refused: why an experiment has no finding, by name.
     """
     folder = bench.parts.folder
+    settings = {**files.read_json(folder / "config.json"), "options": dict(options)}
+    flags = _flags(bench, backbone, settings["tap"])
     answers: list[AnswerRow] = []
     figures: dict[str, list[tuple[str, str]]] = {}
     tables: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -206,7 +208,7 @@ def _publish(
                 "text": finding.text,
                 "seeds": list(finding.seeds),
                 "prompts": finding.prompts,
-                "command": f"prism reproduce {name} --scale {scale} --seed {bench.seed}{_flags(bench, backbone)}",
+                "command": f"prism reproduce {name} --scale {scale} --seed {bench.seed}{flags}",
                 "minutes": minutes,
             }
         )
@@ -219,7 +221,6 @@ def _publish(
             claim_plots.save(drawing.figure, folder / "figures" / drawing.name)
     metrics = document("reproduce", backbone, bench.seed, timings={"this process": took}, answers=answers, scale=scale)
     files.write_json(folder / "metrics.json", metrics)
-    settings = {**files.read_json(folder / "config.json"), "options": dict(options)}
     write_config(folder / "config.json", settings)
     titles = {name: each.title for name, each in EXPERIMENTS.items()}
     parts = claim_page.sections(answers, titles, figures, tables)
@@ -229,13 +230,13 @@ def _publish(
     return metrics
 
 
-def _flags(bench: Bench, backbone: Mapping[str, Any]) -> str:
+def _flags(bench: Bench, backbone: Mapping[str, Any], tap: int | None) -> str:
     """The flags of a run on a model or store of one's own, for its command."""
     flags = {}
     if bench.data is not None:
         flags = {"--backbone": backbone["name"], "--data": bench.data.folder}
-    if bench.tap_flag is not None:
-        flags["--tap"] = bench.tap_flag
+    if tap is not None:
+        flags["--tap"] = tap
     return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items())
 
 

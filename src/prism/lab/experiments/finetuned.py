@@ -19,7 +19,7 @@ from tqdm import tqdm
 from prism import shapeworld
 from prism.backbone import Backbone
 from prism.errors import PrismError
-from prism.evaluation import Measurement, measure_together
+from prism.evaluation import Measurement
 from prism.judge import Judge
 from prism.judge.objective import label_counts, preference_loss
 from prism.lab.bench import BASE, Bench
@@ -133,13 +133,9 @@ def _frozen(bench: Bench, name: str, store: LatentStore) -> list[Measurement]:
     """The frozen judges on a store, one measurement per seed."""
     if name == "test":
         return bench.measured([BASE])[BASE]
-    split = _split(name)
-    missing = [seed for seed in bench.seeds if not bench.parts.has(_file(f"frozen-{seed}", name))]
-    if missing:
-        tables = measure_together(bench.judges(BASE), store, split, bench.claimed, seed=bench.seed)
-        for seed, table in zip(bench.seeds, tables):
-            bench.parts.piece(_file(f"frozen-{seed}", name), table.save)
-    return [stored(bench.parts, _file(f"frozen-{seed}", name)) for seed in bench.seeds]
+    judges = bench.judges(BASE)
+    files = {_file(f"frozen-{seed}", name): partial(judges.__getitem__, k) for k, seed in enumerate(bench.seeds)}
+    return bench.together(files, store, _split(name), bench.claimed)
 
 
 def _tuned(bench: Bench, rate: float, stores: dict[str, LatentStore]) -> dict[str, list[Measurement]]:

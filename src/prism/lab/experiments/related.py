@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from prism.errors import PrismError
-from prism.evaluation import Measurement, measure_together
+from prism.evaluation import Measurement
 from prism.lab.bench import BASE, Bench
-from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of, stored
+from prism.lab.findings import Drawing, Experiment, Finding, Tables, between, judged, row_of
 from prism.lab.heads import RIVALS
-from prism.lab.rivals import JointRivalJudge, OwnDisagreement, OwnError, train_rivals
+from prism.lab.rivals import JointRivalJudge, OwnDisagreement, OwnError, RivalJudge, train_rivals
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 
@@ -70,18 +70,17 @@ def _trained(bench: Bench, names: Sequence[str]) -> dict[str, list[Measurement]]
     every: dict[str, list[Measurement]] = {name: [] for name in names}
     for seed in bench.seeds:
         missing = [name for name in names if not bench.parts.has(_file(name, seed))]
-        if missing:
-            config = replace(bench.scale.train, seed=seed)
-            judges = train_rivals(missing, bench.backbone, bench.training, config, bench.tap, bench.scale.dim)
-            tables = measure_together(
-                list(judges.values()), bench.tested, "test", bench.claimed, seed=bench.seed,
-                batch_size=bench.batch_size, joint=JointRivalJudge,
-            )  # fmt: skip
-            for name, table in zip(judges, tables):
-                bench.parts.piece(_file(name, seed), table.save)
-        for name in names:
-            every[name].append(stored(bench.parts, _file(name, seed)))
+        judges = _train(bench, missing, seed) if missing else {}
+        files = {_file(name, seed): partial(judges.__getitem__, name) for name in names}
+        tables = bench.together(files, bench.tested, "test", bench.claimed, JointRivalJudge)
+        for name, table in zip(names, tables):
+            every[name].append(table)
     return every
+
+
+def _train(bench: Bench, names: Sequence[str], seed: int) -> dict[str, RivalJudge]:
+    config = replace(bench.scale.train, seed=seed)
+    return train_rivals(names, bench.backbone, bench.training, config, bench.tap, bench.scale.dim)
 
 
 def _kept(bench: Bench, name: str, kind: Any) -> Measurement:
