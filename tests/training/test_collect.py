@@ -136,6 +136,21 @@ def test_larger_shards_hold_the_same_videos_and_scores(store, backbone, tmp_path
     assert larger.pairs.equals(store.pairs)
 
 
+def test_batches_of_several_prompts_hold_the_same_videos_up_to_rounding(store, backbone, tmp_path):
+    """Each row of a stock call is its own prompt's and seed's: 12 candidates in shards of 6, 5 and 1 at a time."""
+    batched = made(backbone, tmp_path / "store", unit=2, states=(2, 4), batch_size=5)
+    ids = store.videos["video"].to_pylist()
+    assert batched.videos["video"].to_pylist() == ids
+    pairs = [(batched.latents(ids), store.latents(ids))]
+    pairs += [(batched.trajectory(ids, index)[0], store.trajectory(ids, index)[0]) for index in (0, 1)]
+    pairs += [(batched.predicted(ids, index)[0], store.predicted(ids, index)[0]) for index in (0, 1)]
+    for ours, theirs in pairs:
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.equal(batched.trajectory(ids, 1)[1], store.trajectory(ids, 1)[1])
+    with pytest.raises(PrismError, match="batch_size"):  # another size gives other bits, and so another store
+        made(backbone, tmp_path / "store", unit=2, states=(2, 4), batch_size=4, resume=True)
+
+
 def test_the_store_trains(store, backbone, tmp_path):
     judge = Judge.untrained(backbone, tap=2, dim=32, dimensions=("VQ", "overall"))
     config = TrainConfig(steps=2, prompts_per_step=2, validate_every=2)

@@ -49,6 +49,8 @@ class Kept:
     """Shares of validation and test prompts, where the file names no splits."""
     unit: int = 1
     """Prompts per shard: what a kill can cost."""
+    batch_size: int = 1
+    """Candidates of a shard per denoiser call; above 1, latents are those of each seed up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def run(config: Collect) -> Any:
     whole("--candidates", sampling.candidates, 1, 10_000)
     whole("--seed", sampling.seed, 0, SEEDS)
     whole("--unit", sampling.unit, 1, 100_000)
+    whole("--batch-size", sampling.batch_size, 1, 10_000)
     number("--reward-timeout", rewards.reward_timeout, 0, above=True)
     if rewards.fps is not None:
         number("--fps", rewards.fps, 0, above=True)
@@ -146,6 +149,7 @@ def run(config: Collect) -> Any:
             half=sampling.half,
             held_out=held_out,
             unit=sampling.unit,
+            batch_size=sampling.batch_size,
             loras=models.loras,
             **common,
         )

@@ -213,6 +213,7 @@ class Bench:
             half=True,
             margins=referee.TIE_MARGINS,
             unit=8,
+            batch_size=self.batch_size // 2,  # guidance doubles the rows
             resume=folder.exists(),
             command="prism reproduce",
         )

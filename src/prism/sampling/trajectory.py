@@ -1,9 +1,9 @@
-"""Record one stock call of one seed: its final latents, noisy states on the way, and the clean latents predicted."""
+"""Record a stock call: its final latents, noisy states on the way, and the clean latents predicted."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,36 +56,56 @@ def sample(
         PrismError: for steps that the call does not make, or from which no prediction can be read; for a scheduler
             whose noise no seed decides.
     """
-    candidate = Candidate(0, seed)
-    recorder = Predictor(
-        backbone, [candidate], {candidate: Recording()}, steps, record=False, ends=False, predicts=predicted
-    )
-    arguments = {**call, "generator": generator_of(seed), "output_type": "latent"}
+    arguments = {**call, "generator": generator_of(seed)}
     if backbone.family.takes_prompts and not embedded_rows(call):
         arguments["prompt"] = prompt
-    recorder.run(arguments)
-    latents = recorder.finished()[0].cpu()
+    return _recorded(backbone, [seed], arguments, steps, predicted)[0]
+
+
+def sample_together(
+    backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any],
+    steps: Collection[int] = (), *, predicted: bool = True,
+) -> list[Trajectory]:  # fmt: skip
+    """Run one stock call of several candidates, each with a prompt and a seed of its own; a trajectory for each.
+
+    The latents of each are those of `sample` up to the rounding of batches. Arguments and errors as of `sample`; call
+    it only for families that take a batch (`prism.sampling.arguments.batch_size_of`).
+    """
+    return _recorded(backbone, seeds, {**call, **backbone.batch(prompts, seeds, call)}, steps, predicted)
+
+
+def _recorded(
+    backbone: Backbone, seeds: Sequence[int], arguments: Mapping[str, Any], steps: Collection[int], predicted: bool
+) -> list[Trajectory]:
+    """The trajectories of a stock call whose rows draw from generators of `seeds`."""
+    candidates = [Candidate(number, seed) for number, seed in enumerate(seeds)]
+    recorder = Predictor(
+        backbone, candidates, {each: Recording() for each in candidates}, steps, record=False, ends=False,
+        predicts=predicted,
+    )  # fmt: skip
+    recorder.run({**arguments, "output_type": "latent"})
+    latents = recorder.finished().cpu()
     missing = sorted(set(steps) - set(recorder.states))
     if missing:
         raise PrismError(f"The call makes no step {missing[0]}; --states takes steps from 1 to {recorder.last}.")
     if not steps:
-        return Trajectory(latents)
+        return [Trajectory(row) for row in latents]
     order = sorted(steps)
     t = torch.tensor([recorder.levels[step] for step in order], dtype=torch.float32)
-    states = torch.cat([recorder.states[step] for step in order]).cpu()
+    states = torch.stack([recorder.states[step] for step in order], 1).cpu()
     if not predicted:
-        return Trajectory(latents, states, t)
+        return [Trajectory(row, each, t) for row, each in zip(latents, states)]
     lacking = sorted(set(steps) - set(recorder.predicted))
     if lacking:
         raise PrismError(
             f"{type(backbone.pipe).__name__} steps copies of its scheduler, so that the predicted clean latents are "
             "not seen; leave them out (--no-predicted)."
         )
-    clean = torch.cat([recorder.predicted[step] for step in order]).cpu()
-    if clean.shape[1:] != latents.shape:
+    clean = torch.stack([recorder.predicted[step] for step in order], 1).cpu()
+    if clean.shape[2:] != latents.shape[1:]:
         raise PrismError(
             f"The predicted clean latents of {type(backbone.pipe).__name__} have the shape "
-            f"{quoted(tuple(clean.shape[1:]))} and the final ones {quoted(tuple(latents.shape))}, as the "
+            f"{quoted(tuple(clean.shape[2:]))} and the final ones {quoted(tuple(latents.shape[1:]))}, as the "
             "scheduler steps a part of them; leave them out (--no-predicted)."
         )
-    return Trajectory(latents, states, t, clean)
+    return [Trajectory(*each, t, made) for *each, made in zip(latents, states, clean)]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from prism.preference import LatentStore, StoreWriter, unit_name
 from prism.preference.prompts import Prompt
 from prism.preference.shards import SCHEMA, shard_tables
 from prism.preference.sources import Place
-from prism.sampling.trajectory import Trajectory, candidate_seed, sample
+from prism.sampling.arguments import batch_size_of
+from prism.sampling.trajectory import Trajectory, candidate_seed, sample, sample_together
+from prism.team import in_batches
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
 from prism.training.fan_out import Crew, Make, crew_of, tell_left_out, writing
@@ -70,6 +73,7 @@ def collect(
     held_out: tuple[float, float] = (0.1, 0.1),
     fps: float | None = None,
     unit: int = UNIT,
+    batch_size: int = 1,
     loras: Sequence[str] = (),
     reports: bool = True,
     resume: bool = False,
@@ -78,8 +82,8 @@ def collect(
 ) -> LatentStore:
     """Sample candidates of each prompt, have rewards label them, and write both as a store of schema 2.
 
-    A candidate is a stock call of its own, so that its latents depend on its seed alone, and not on the process that
-    makes it or on other candidates. Candidates whose latents are not finite are left out, with a message. The processes
+    With `batch_size` 1 a candidate is a stock call of its own, so that its latents depend on its seed alone, and not on
+    the process that makes it or on other candidates; in larger batches they do up to rounding. Candidates whose latents are not finite are left out, with a message. The processes
     of a launcher, or the actors of a Ray cluster, share the prompts.
 
     Args:
@@ -100,6 +104,8 @@ def collect(
         held_out: shares of the prompts that become validation and test prompts.
         fps: frames per second, for rewards that take them.
         unit: prompts per shard.
+        batch_size: candidates per stock call, of one shard and one image; 1 for families whose rows depend on each
+            other. Halved, with a warning, where memory runs out.
         loras: names of the loaded LoRAs with their scales; recorded in the store, and the same when it is resumed.
         reports: say on stderr what training and evaluation of a head would lack.
         resume: continue a run that was stopped or killed; sampled and labelled candidates stay.
@@ -114,6 +120,7 @@ def collect(
     check_scales(scales, rewards)
     candidates, seed = whole("candidates", candidates, 1, 10_000), whole("seed", seed, 0, SEEDS)
     unit, shares = whole("unit", unit, 1, 100_000), check_shares(held_out)
+    batch_size = whole("batch_size", batch_size, 1, 10_000)
     steps = sorted({whole("A step of states", step, 1, 10_000) for step in listed("states", states, object)})
     call = {name: value for name, value in call.items() if name != "output_type"}
     arguments = normalised(call)
@@ -123,6 +130,7 @@ def collect(
     fingerprint, digests = crew.ask(partial(_checked, prompts=requested, call=arguments, steps=steps))
     key, meta = _identity(requested, digests, fingerprint, call, candidates, seed, steps, predicted, half, shares)
     key |= {"loras": [str(each) for each in loras]} if loras else {}
+    key |= {"batch_size": batch_size} if batch_size > 1 else {}  # latents differ by rounding
     meta["command"] = command
     opened = partial(StoreWriter, os.path.abspath(out), key, meta, resume, changeable=_CHANGEABLE)
     with writing(crew, opened) as writer:
@@ -151,6 +159,7 @@ def collect(
             predicted=predicted,
             half=half,
             shares=shares,
+            batch_size=batch_size,
         )
         sentences = crew.share("collecting", "videos", units, done, begin, progress)
 
@@ -331,28 +340,43 @@ def _labeller(
     return make
 
 
+def _sampled(
+    backbone: Backbone, batch: Sequence[Candidate], call: Mapping[str, Any], steps: Sequence[int], predicted: bool
+) -> list[Trajectory]:
+    """The trajectories of candidates that start from one image, or from none, in one stock call."""
+    path = batch[0].prompt.image
+    arguments = call if path is None else {**call, **normalised({"image": path})}
+    prompts, seeds = [each.prompt.text for each in batch], [each.seed for each in batch]
+    if len(batch) > 1:
+        return sample_together(backbone, prompts, seeds, arguments, steps, predicted=predicted)
+    return [sample(backbone, prompts[0], seeds[0], arguments, steps, predicted=predicted)]
+
+
 def _write(
     writer: StoreWriter, name: str, candidates: Sequence[Candidate], backbone: Backbone, call: Mapping[str, Any],
-    steps: Sequence[int], predicted: bool, half: bool, shares: tuple[float, float],
+    steps: Sequence[int], predicted: bool, half: bool, shares: tuple[float, float], batch_size: int,
 ) -> list[str]:  # fmt: skip
     """Sample and write one unit; return a sentence for each candidate whose latents are not finite."""
     finite: list[Candidate] = []
     sampled: list[Trajectory] = []
     dropped = []
-    for candidate in candidates:
-        path = candidate.prompt.image
-        arguments = call if path is None else {**call, **normalised({"image": path})}
-        trajectory = sample(backbone, candidate.prompt.text, candidate.seed, arguments, steps, predicted=predicted)
-        if half:
-            halves = {
-                name: each.half() for name, each in trajectory._asdict().items() if name != "t" and each is not None
-            }
-            trajectory = trajectory._replace(**halves)
-        if all(each.isfinite().all() for each in trajectory if each is not None):
-            finite.append(candidate)
-            sampled.append(trajectory)
-        else:
-            dropped.append(f"the latents of seed {candidate.seed} hold NaN or infinity; a wider dtype may help")
+
+    def take(batch: Sequence[Candidate]) -> None:
+        for candidate, trajectory in zip(batch, _sampled(backbone, batch, call, steps, predicted)):
+            if half:
+                halves = {
+                    name: each.half() for name, each in trajectory._asdict().items() if name != "t" and each is not None
+                }
+                trajectory = trajectory._replace(**halves)
+            if all(each.isfinite().all() for each in trajectory if each is not None):
+                finite.append(candidate)
+                sampled.append(trajectory)
+            else:
+                dropped.append(f"the latents of seed {candidate.seed} hold NaN or infinity; a wider dtype may help")
+
+    size = batch_size_of(backbone, batch_size, len(candidates), call)
+    for _, same in groupby(candidates, lambda each: each.prompt.image):
+        size = in_batches(list(same), size, take, "sampling")
     if not finite:
         return dropped
     columns = {
