@@ -18,6 +18,8 @@ from prism.evaluation import planning, recorded
 from prism.evaluation.planning import Replayed
 from prism.evaluation.recorded import Recorded
 from prism.judge import Judge
+from prism.lab.bench import SCALES, Bench
+from prism.lab.experiments import cuts
 from prism.preference import LatentStore
 from prism.preference.pairs import prompt_key
 from prism.preference.prompts import Prompt
@@ -98,6 +100,23 @@ def test_a_run_of_the_plan_picks_what_the_table_says_and_costs_what_it_says(made
                 step = 0 if isinstance(run.plan, Full) else cut["step"]
                 table = planner.deciding(data, run.plan, step)[row]
                 assert cut["scores"]["overall"] == pytest.approx(table[cut["candidates"]].tolist(), abs=1e-4)
+
+
+def test_heads_that_score_together_say_what_each_says_alone(made, tmp_path, monkeypatch) -> None:
+    store, judge = made
+    judges = [Judge.untrained(judge.backbone, tap=2, dim=16, seed=seed) for seed in (1, 2)]
+    monkeypatch.setattr(Bench, "judges", lambda bench, name: judges)
+    parts = runs.claim(tmp_path / "run", {"command": "test"})
+    bench = Bench(parts, SCALES["full"], judge.backbone, CALL, store, SEED)
+    tables, load = cuts._tables(bench)
+    for number, (each, table) in enumerate(zip(judges, tables)):
+        alone = scored(store, each, tmp_path / f"alone-{number}")
+        assert load == alone.load
+        expected = alone.table("overall")
+        assert (table.values == expected.values).all()
+        assert set(table.scores) == {reading for reading in expected.scores if reading.t != 500.0}
+        for reading, column in table.scores.items():
+            assert column == pytest.approx(expected.scores[reading], abs=1e-5)
 
 
 def test_scores_survive_their_file_and_a_kill(made, scores, tmp_path, monkeypatch) -> None:

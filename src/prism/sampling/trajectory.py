@@ -108,4 +108,4 @@ def _recorded(
             f"{quoted(tuple(clean.shape[2:]))} and the final ones {quoted(tuple(latents.shape[1:]))}, as the "
             "scheduler steps a part of them; leave them out (--no-predicted)."
         )
-    return [Trajectory(*each, t, made) for *each, made in zip(latents, states, clean)]
+    return [Trajectory(row, each, t, made) for row, each, made in zip(latents, states, clean)]

@@ -83,8 +83,9 @@ def collect(
     """Sample candidates of each prompt, have rewards label them, and write both as a store of schema 2.
 
     With `batch_size` 1 a candidate is a stock call of its own, so that its latents depend on its seed alone, and not on
-    the process that makes it or on other candidates; in larger batches they do up to rounding. Candidates whose latents are not finite are left out, with a message. The processes
-    of a launcher, or the actors of a Ray cluster, share the prompts.
+    the process that makes it or on other candidates; in larger batches they do up to rounding. Candidates
+    whose latents are not finite are left out, with a message. The processes of a launcher, or the actors of a Ray
+    cluster, share the prompts.
 
     Args:
         prompts: texts, or prompts from `prism.preference.prompts.read_prompts`. A prompt without a split gets one by a

@@ -16,6 +16,7 @@ import torch
 from prism.evaluation import prompt_interval, recorded
 from prism.evaluation.recorded import Recorded
 from prism.judge import Judge
+from prism.judge.joint import JointJudge
 from prism.lab import front
 from prism.lab.bench import BASE, Bench
 from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged
@@ -25,6 +26,7 @@ from prism.report import wording
 from prism.report.claim_plots import Line, over_levels
 from prism.runs import Parts
 from prism.sampling import best_of_n, planner
+from prism.sampling.arguments import weights_over
 from prism.sampling.looks import DEFAULT_JUDGE_AT
 from prism.sampling.plan import Workload
 from prism.sampling.planner import Run, Table
@@ -102,26 +104,25 @@ def _judges(bench: Bench) -> list[Judge]:
 
 
 def _tables(bench: Bench) -> tuple[list[Table], Workload]:
-    """What planning needs, one table per head; scored once and kept."""
+    """What planning needs, one table per head; scored by all of them at once, and kept."""
     if not bench.plays:
         scores = Recorded.load_file(front.shipped())
         return [scores.table(front.OVERALL)], scores.load
-    found, load = [], None
-    for seed, judge in zip(bench.seeds, bench.judges(BASE)):
-        name = f"recorded/{BASE}-{seed}.parquet"
+    judges = bench.judges(BASE)
 
-        def make(path: Path, judge: Any = judge, seed: int = seed) -> None:
-            by_prompt, _ = recorded.candidates_of(bench.played, "test", judge.trained_on.get("prompt_keys", ()))
-            facts = recorded.facts(judge, bench.played, (DEFAULT_JUDGE_AT,), DRAWS, bench.seed, "test")
-            scratch = bench.parts.folder / "recorded" / f"prompts-{seed}"
-            scratch.mkdir(parents=True, exist_ok=True)
-            recorded.score(judge, bench.played, by_prompt, facts, Parts(scratch), bench.batch_size).save(path)
+    def make(path: Path) -> None:
+        joint = JointJudge(judges)  # one reading for all heads
+        seen = {key for judge in judges for key in judge.trained_on.get("prompt_keys", ())}
+        by_prompt, _ = recorded.candidates_of(bench.played, "test", sorted(seen))
+        facts = recorded.facts(joint, bench.played, (DEFAULT_JUDGE_AT,), DRAWS, bench.seed, "test")
+        scratch = bench.parts.folder / "recorded" / "prompts"
+        scratch.mkdir(parents=True, exist_ok=True)
+        recorded.score(joint, bench.played, by_prompt, facts, Parts(scratch), bench.batch_size).save(path)
 
-        scores = bench.parts.piece(name, make, Recorded.load_file)
-        found.append(scores.table("overall"))
-        load = scores.load
-    assert load is not None
-    return found, load
+    scores = bench.parts.piece(f"recorded/{BASE}.parquet", make, Recorded.load_file)
+    weights = weights_over(judges[0].dimensions, "overall", "judge")
+    columns = ({f"{k}/{name}": weight for name, weight in weights.items()} for k in range(len(judges)))
+    return [scores.table("overall", each) for each in columns], scores.load
 
 
 def _plans(table: Table, n: int) -> list[tuple[str, str, int | None, Any]]:
