@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from prism import runs
 from prism.lab import attention
+from prism.lab.experiments import looking
+from prism.lab.findings import CLAIMED
 from prism.shapeworld import grammar, world
 
 pytestmark = pytest.mark.usefixtures("intervals_of_few")
 
 GRID = (5, 4, 4)
+
+
+def test_the_claim_is_weighed_against_the_untrained_query_too(monkeypatch, tmp_path):
+    """Two prompts by hand: shares of (.6, .4) on objects of (.2, .2) of the cells are a lift of 2.5."""
+    by_prompt = [
+        {"best_attention": 0.6, "best_untrained": 0.2, "worst_attention": 0.5, "worst_untrained": 0.2},
+        {"best_attention": 0.4, "best_untrained": 0.2, "worst_attention": 0.3, "worst_untrained": 0.2},
+    ]
+    rows = [{"t": t, "best_area": 0.2, "worst_area": 0.2, **row} for t in CLAIMED for row in by_prompt]
+    monkeypatch.setattr(looking, "_rows", lambda bench: rows)
+    bench = SimpleNamespace(parts=runs.claim(tmp_path / "run", {"command": "test"}), seed=0, seeds=range(3))
+    finding = looking.run(bench)
+    lifts = {row["videos"]: row["lift"] for row in finding.tables["attention"] if row["t"] == CLAIMED[1]}
+    assert lifts == pytest.approx(
+        {"best": 2.5, "worst": 2.0, looking.UNTRAINED: 1.0, looking.LESS: 0.5, looking.LEARNED: 1.5}
+    )
+    assert finding.verdict == "holds"
+    for row in rows:
+        row["best_untrained"] = 0.8  # the untrained query looks there more
+    (tmp_path / "run" / "looking.json").unlink()
+    assert looking.run(bench).verdict == "does not hold"
+    assert len(looking.draw(finding.tables)) == 1
 
 
 def test_latent_frames_cover_the_clip():

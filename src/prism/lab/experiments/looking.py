@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from prism.errors import PrismError
 from prism.evaluation import prompt_interval
@@ -16,49 +17,57 @@ from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 from prism.shapeworld import grammar
 
+UNTRAINED, LESS, LEARNED = "best, untrained query", "best less worst", "trained less untrained"
+
 
 def run(bench: Bench) -> Finding:
-    """The share of the query's attention that falls on objects, over their share of the video; best against worst."""
+    """The share of the query's attention that falls on objects, over their share of the video: of the best video
+    against the worst, and of trained heads against the same heads before their training."""
     measured = bench.parts.once("looking", lambda: {"rows": _rows(bench)})["rows"]
     rows: list[dict[str, Any]] = []
     for t in CLAIMED:
         some = [row for row in measured if row["t"] == t]
         prompts = np.arange(len(some))
-        lifts = {}
-        for which in ("best", "worst"):
-            columns = np.array([[row[f"{which}_attention"], row[f"{which}_area"]] for row in some])
-            lifts[which] = float(columns[:, 0].sum() / columns[:, 1].sum())
-            interval = prompt_interval(columns, prompts, attention.ratio, bench.seed)
-            rows.append({"t": t, "videos": which, "lift": lifts[which], "lift_ci95": interval, "prompts": len(some)})
-        columns = np.array(
-            [[row[f"{which}_{name}"] for which in ("best", "worst") for name in ("attention", "area")] for row in some]
-        )
-        interval = prompt_interval(columns, prompts, _apart, bench.seed)
-        rows.append({"t": t, "videos": "best less worst", "lift": lifts["best"] - lifts["worst"],
-                     "lift_ci95": interval, "prompts": len(some)})  # fmt: skip
+
+        def lift(*names: str, some: Any = some) -> np.ndarray:
+            return np.array([[row[name] for name in names] for row in some])
+
+        sums = {
+            "best": lift("best_attention", "best_area"),
+            "worst": lift("worst_attention", "worst_area"),
+            UNTRAINED: lift("best_untrained", "best_area"),
+        }
+        sums[LESS] = np.concatenate([sums["best"], sums["worst"]], 1)
+        sums[LEARNED] = np.concatenate([sums["best"], sums[UNTRAINED]], 1)
+        for which, columns in sums.items():
+            statistic = attention.ratio if columns.shape[1] == 2 else _apart
+            value = float(statistic(columns.sum(0, keepdims=True))[0])
+            interval = prompt_interval(columns, prompts, statistic, bench.seed)
+            rows.append({"t": t, "videos": which, "lift": value, "lift_ci95": interval, "prompts": len(some)})
 
     def of(which: str) -> list[dict[str, Any]]:
         return [row for row in rows if row["videos"] == which]
 
     looks = [None if (ci := row["lift_ci95"]) is None else [end - 1 for end in ci] for row in of("best")]
-    less = [row["lift_ci95"] for row in of("best less worst")]
-    on_objects, less_at_broken = judged(looks), judged(less)
-    verdict = judged([*looks, *less])
-    middle = next(row for row in of("best") if row["t"] == CLAIMED[1])
-    apart = next(row for row in of("best less worst") if row["t"] == CLAIMED[1])
+    learned = [row["lift_ci95"] for row in of(LEARNED)]
+    less = [row["lift_ci95"] for row in of(LESS)]
+    verdict = judged([*looks, *learned, *less])
+    middle, apart, over = (
+        next(row for row in of(which) if row["t"] == CLAIMED[1]) for which in ("best", LESS, LEARNED)
+    )
     number = (
         f"at t = {CLAIMED[1]} {middle['lift']:.2f} times the share of objects "
-        f"({wording.signed_interval(middle['lift_ci95']).replace('+', '')}); best less worst "
+        f"({wording.signed_interval(middle['lift_ci95']).replace('+', '')}), {wording.signed(over['lift'])} "
+        f"({wording.signed_interval(over['lift_ci95'])}) over the untrained query; best less worst "
         f"{wording.signed(apart['lift'])} ({wording.signed_interval(apart['lift_ci95'])})"
     )
     text = (
-        f"That the query looks at objects more than at the ground: {on_objects}. That it looks less at broken ones "
-        f"(the worst candidate of each prompt by the referee): {less_at_broken}. Objects are all that the prompt "
-        "names, not the main one alone, and other heads' attention was not measured beside it. A map of attention says "
-        "what was read, not why a score came out."
+        f"That the query looks at objects more than at the ground: {judged(looks)}. That training made it look there, "
+        f"more than the same heads before it: {judged(learned)}. That it looks less at broken ones (the worst "
+        f"candidate of each prompt by the referee): {judged(less)}. Objects are all that the prompt names, not the "
+        "main one alone. A map of attention says what was read, not why a score came out."
     )
-    seeds = tuple(bench.seeds)[:1]
-    return Finding(verdict, number, text, {"attention": rows}, middle["prompts"], seeds)
+    return Finding(verdict, number, text, {"attention": rows}, middle["prompts"], tuple(bench.seeds))
 
 
 def _apart(sums: np.ndarray) -> np.ndarray:
@@ -67,8 +76,12 @@ def _apart(sums: np.ndarray) -> np.ndarray:
 
 
 def _rows(bench: Bench) -> list[dict[str, Any]]:
-    """Per prompt and level, for its best and worst video by the labels: the shares of attention and of cells."""
-    judge, store = bench.judges(BASE)[0], bench.tested
+    """Per prompt and level, for its best and worst video by the labels: the shares of attention and of cells, of the
+    mean map of all heads, and of all heads before their training."""
+    heads = {"attention": bench.judges(BASE), "untrained": [bench.untrained(BASE, seed) for seed in bench.seeds]}
+    for judge in heads["untrained"]:
+        judge.trained_on = {"source": "untrained"}  # no warning: they are meant to be
+    store = bench.tested
     scores = store.videos.select(["video", "prompt", "split", *_rewards(store)]).to_pylist()
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in scores:
@@ -83,14 +96,14 @@ def _rows(bench: Bench) -> list[dict[str, Any]]:
         latents = store.latents(pair)
         decoded = bench.backbone.decode(latents).cpu()
         for t in CLAIMED:
-            weights = attention.look(judge, latents, prompt, t, bench.call, bench.seed)
-            cells = attention.object_cells(decoded, prompt, weights.shape[1:])
-            both = attention.shares(weights, cells)
-            rows.append(
-                {"prompt": prompt, "t": t}
-                | {f"{which}_{name}": share[name] for which, share in zip(("best", "worst"), both)
-                   for name in ("attention", "area")}
-            )  # fmt: skip
+            found: dict[str, Any] = {"prompt": prompt, "t": t}
+            for name, judges in heads.items():
+                maps = [attention.look(judge, latents, prompt, t, bench.call, bench.seed) for judge in judges]
+                weights = torch.stack(maps).mean(0)
+                cells = attention.object_cells(decoded, prompt, weights.shape[1:])
+                for which, share in zip(("best", "worst"), attention.shares(weights, cells)):
+                    found |= {f"{which}_{name}": share["attention"], f"{which}_area": share["area"]}
+            rows.append(found)
     return [row for row in rows if row["best_area"] > 0 and row["worst_area"] > 0]
 
 
@@ -105,7 +118,7 @@ def draw(tables: Tables) -> Sequence[Drawing]:
     bars = [
         Bar(f"t = {row['t']:g}, {row['videos']}", row["lift"], row["lift_ci95"], row["videos"])
         for row in tables["attention"]
-        if row["videos"] != "best less worst"
+        if row["videos"] in ("best", "worst", UNTRAINED)
     ]
     figure = forest(bars, "attention on objects over their share of the video", zero=1.0, scale=1.0)
     caption = "One is attention that ignores objects. Best and worst video of each prompt by the referee."
