@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
-from tests.zoo import conditioned, cosmos_and_more, editing, images, latte_to_qwen, unets, wan_to_kandinsky
+from tests.zoo import conditioned, cosmos_and_more, editing, images, latte_to_qwen, sounds, unets, wan_to_kandinsky
 from tests.zoo.bare import bare
 from tests.zoo.opensora import opensora
 
@@ -27,5 +27,6 @@ VARIANTS |= (
     | editing.BUILDERS
     | unets.BUILDERS
     | images.BUILDERS
+    | sounds.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

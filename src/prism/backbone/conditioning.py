@@ -63,7 +63,7 @@ class Conditioning:
         part = call.rows(rows)
         name, timed = part.noisy_name, call.family.timestep_argument
         timestep, (latents, appended, axis) = part.timestep, part.parted()
-        if timestep.ndim == 0:
+        if timestep.shape in ((), (1,)):  # one for all rows
             timestep = timestep.expand(call.batch)[rows]
         others = {path: value for path, value in part.arguments.items() if path not in (name, timed)}
         flat = {path: value for path, value in flattened(call.arguments).items() if path not in (name, timed)}

@@ -1,4 +1,5 @@
-"""The table of families: one row of facts each. Here stand those of video transformers; `IMAGES` and `UNETS` follow."""
+"""The table of families: one row of facts each. Here stand those of video transformers; `UNETS`, `IMAGES` and `SOUNDS`
+follow."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 from prism.backbone.family import DEPTH, PROJECTED, Family
 from prism.backbone.image_families import IMAGES
+from prism.backbone.sound_families import SOUNDS
 from prism.backbone.unet_families import UNETS
 
 _WAN = Family(
@@ -350,4 +352,4 @@ _ROWS: tuple[Family, ...] = (
 )
 
 # By name; see `prism.backbone.register`.
-FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *SOUNDS)}

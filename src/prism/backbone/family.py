@@ -167,6 +167,9 @@ class Family:
     """pipelines that put an image into the latents as their first frame, and show it by no mask and no timestep"""
     restores_condition: bool = False
     """the loop samples a condition's frames too, and the pipeline puts the condition back into the latents after it"""
+    sampling_rate: str = ""
+    """the part and the field of its configuration with the samples per second of the sounds that the pipelines make, as
+    "vae.sampling_rate"; "": they make videos or images"""
     after_loop: str = ""
     """name of the pipeline's method that changes latents (1, ...) after the loop"""
     extra_frames: Literal["before", "behind"] = "before"

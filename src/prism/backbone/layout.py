@@ -1,7 +1,8 @@
 """Layouts: convert latents of a sampling loop to (B, C, T, H, W), and a block's output to tokens in raster order.
 
-Layouts by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1), "BLC" for tokens packed in
-raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 cells (Flux, Qwen-Image).
+Layouts by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1; "BCT", "BTC": sounds, H = W = 1),
+"BLC" for tokens packed in raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 cells (Flux,
+Qwen-Image).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from prism.errors import PrismError, instance, is_bool, quoted
 
-Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BLC", "BLC2"]
+Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BCT", "BTC", "BLC", "BLC2"]
 TokenForm = Literal["BLD", "temporal", "frames"]  # plain | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)
 Grid = tuple[int, int, int]
 STANDARD = "BCTHW"
@@ -31,10 +32,10 @@ def is_packed(layout: Layout) -> bool:
 
 def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
     """Latents of the loop as (B, C, T, H, W). `grid`: (T, H, W) in tokens, needed for packed latents."""
-    if layout == "BCHW":
-        return latents.unsqueeze(2)
     if not is_packed(layout):
-        return latents.permute(*[layout.index(axis) for axis in STANDARD])
+        missing = [axis for axis in STANDARD if axis not in layout]
+        axes = layout + "".join(missing)
+        return latents.reshape(*latents.shape, *[1] * len(missing)).permute(*[axes.index(axis) for axis in STANDARD])
     if grid is None:
         raise PrismError("Packed latents do not tell their grid (T, H, W) in tokens; give it.")
     cells: Tensor = latents.unflatten(1, grid)  # (B, T, H, W, C')
@@ -46,10 +47,10 @@ def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
 
 def pack(latents: Tensor, layout: Layout) -> Tensor:
     """(B, C, T, H, W) to the loop's form: the inverse of `unpack`."""
-    if layout == "BCHW":
-        return latents.squeeze(2)
     if not is_packed(layout):
-        return latents.permute(*[STANDARD.index(axis) for axis in layout])
+        missing = [axis for axis in STANDARD if axis not in layout]
+        permuted = latents.permute(*[STANDARD.index(axis) for axis in (*layout, *missing)])
+        return permuted.flatten(len(layout) - 1) if missing else permuted
     if layout == "BLC2":
         latents = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 4, 6, 2, 3, 5).flatten(1, 3)
     return latents.flatten(2).transpose(1, 2)

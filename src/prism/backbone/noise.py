@@ -84,8 +84,9 @@ def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, T
     flow (paper, Eq. 1): alpha = 1 - t/1000, sigma = t/1000, timestep = t; rising_flow counts timesteps from noise.
     ddpm: the scheduler's cumulative alphas at index t/1000 * T, and exactly clean at t = 0.
     euler: the same, but between whole indices sigma/alpha is interpolated, as Euler schedulers do.
-    edm: log sigma between the scheduler's ends, sigma = 0 at t = 0, timestep = ln(sigma) / 4; both divided by
-    sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022, c_in).
+    edm: log sigma between the scheduler's ends, sigma = 0 at t = 0, timestep = ln(sigma) / 4 (with a cosine
+    scheduler, Stable Audio's, 2 / pi atan(sigma)); both divided by sqrt(sigma^2 + sigma_data^2) (Karras et al. 2022,
+    c_in).
 
     Raises:
         PrismError: for t outside [0, 1000].
@@ -103,6 +104,8 @@ def level(clock: Clock | OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, T
         low, high, data = _edm(scheduler)
         timestep = (low + (high - low) * t / 1000) / 4
         sigma = torch.where(t == 0, torch.zeros_like(t), (4 * timestep).exp())
+        if _is_cosine(scheduler):
+            timestep = (4 * timestep).exp().atan() / (math.pi / 2)
         scale = (sigma.square() + data**2).rsqrt()
         return scale, sigma * scale, timestep
     steps = len(scheduler.alphas_cumprod)
@@ -128,7 +131,8 @@ def t_of(clock: Clock | OwnClock, scheduler: Any, timestep: float) -> float:
         return 1000.0 * (share if clock == "flow" else 1 - share)
     if clock == "edm":
         low, high, _ = _edm(scheduler)
-        return min(1000.0, max(0.0, 1000.0 * (4 * timestep - low) / (high - low)))
+        log_sigma = math.log(math.tan(timestep * math.pi / 2)) if _is_cosine(scheduler) else 4 * timestep
+        return min(1000.0, max(0.0, 1000.0 * (log_sigma - low) / (high - low)))
     return 1000.0 * timestep / len(scheduler.alphas_cumprod)
 
 
@@ -143,6 +147,10 @@ def _own_level(clock: OwnClock, scheduler: Any, t: Tensor) -> tuple[Tensor, Tens
             f"{tuple(t.shape)}; found {shapes or 'nothing'}."
         )
     return several[0], several[1], several[2]
+
+
+def _is_cosine(scheduler: Any) -> bool:
+    return any("Cosine" in kind.__name__ for kind in type(scheduler).__mro__)
 
 
 def _edm(scheduler: Any) -> tuple[float, float, float]:

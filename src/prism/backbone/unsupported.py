@@ -42,9 +42,7 @@ _REASONS: dict[str, str] = {
     "its call fails in diffusers 0.42.1, whatever the arguments": "ChromaInpaintPipeline EasyAnimateControlPipeline",
     "in diffusers 0.42.1 it decodes without the VAE's shift, so that what it shows is not what it sampled": """
         StableDiffusion3InpaintPipeline""",
-    "its latents are a sound's, which have no grid of frames, rows and columns": """
-        AceStepPipeline AudioLDM2Pipeline LongCatAudioDiTPipeline StableAudio3AudioToAudioPipeline
-        StableAudio3InpaintPipeline StableAudio3Pipeline StableAudioPipeline""",
+    "its denoiser is told a second timestep, which would have to follow the first": "AceStepPipeline",
     "it samples pixels, text, molecules or shapes, and no latents of a VAE": """
         ConsistencyModelPipeline DDIMPipeline DDPMPipeline DiffusionGemmaPipeline IFImg2ImgPipeline
         IFImg2ImgSuperResolutionPipeline IFInpaintingPipeline IFInpaintingSuperResolutionPipeline IFPipeline
@@ -56,6 +54,7 @@ _REASONS: dict[str, str] = {
         CogView4ControlPipeline CogView4Pipeline""",
     "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
     NO_ROW: """
+        StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline
         BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline FluxControlInpaintPipeline
         BriaFiboPipeline BriaPipeline CogView3PlusPipeline DiTPipeline DreamLiteMobilePipeline DreamLitePipeline
         ErnieImagePipeline Flux2KleinInpaintPipeline GlmImagePipeline HunyuanDiTPipeline HunyuanImagePipeline

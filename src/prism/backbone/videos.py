@@ -16,6 +16,7 @@ from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, dtype_of, tensor_of
+from prism.backbone.sounds import check_pictures
 from prism.clips import FramePolicy
 from prism.errors import PrismError, quoted, whole
 
@@ -86,6 +87,7 @@ def encode_frames(backbone: Any, frames: np.ndarray, shape: tuple[int, ...]) -> 
 @torch.no_grad()
 def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) -> Tensor:
     """See `Backbone.encode`; `config` is the denoiser's."""
+    check_pictures(pipe, family)
     if family.vae_batch_size_one and len(video) > 1:
         return torch.cat([encode(pipe, family, config, row[None]) for row in video])
     vae = pipe.vae
@@ -116,6 +118,7 @@ def decode(
     num_frames: int | None = None,
 ) -> Tensor:
     """See `Backbone.decode`."""
+    check_pictures(pipe, family)
     num_frames = None if num_frames is None else whole("num_frames", num_frames)
     if not layout.is_packed(family.layout) and latents.ndim != len(family.layout):
         raise PrismError(f"The latents must be ({', '.join(family.layout)}); found the shape {tuple(latents.shape)}.")

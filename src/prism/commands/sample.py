@@ -13,7 +13,7 @@ from prism import files, runs
 from prism.commands import show, speaks
 from prism.commands.budgets import filed_plan, parse_budget
 from prism.commands.options import Adapted, Head, Replacing, in_flags, option, recorded
-from prism.commands.sampled import loser_of, named_cut, notes_of, preview_strips, refereed, row_of, stopped
+from prism.commands.sampled import loser_of, named_cut, notes_of, preview_strips, refereed, row_of, stopped, written
 from prism.errors import PrismError, number, quoted, whole
 
 
@@ -52,8 +52,8 @@ class Call:
 class Sample:
     """Sample one good video: N seeds in, losers dropped early, one decoded.
 
-    Writes winner.mp4, metrics.json, config.json and the report. Under torchrun or accelerate launch the processes share
-    the candidates.
+    Writes winner.mp4 (a sound: winner.wav), metrics.json, config.json and the report. Under torchrun or accelerate
+    launch the processes share the candidates.
     """
 
     output: Replacing
@@ -124,7 +124,7 @@ class Sample:
         seeds, out = metrics["seeds"], self.output.out
         among = f" (of seeds {seeds[0]} to {seeds[-1]})" if len(seeds) > 1 else ""
         parted = ", parted on the way" if metrics["edits"] else ""
-        print(f"The winner is seed {seeds[metrics['winner']]}{among}{parted}: {out / 'winner.mp4'}")
+        print(f"The winner is seed {seeds[metrics['winner']]}{among}{parted}: {out / metrics['top'][0]['video']}")
         if metrics["until"]:
             print(stopped(metrics["until"], metrics["until"]["n"]))
         if metrics["referee_note"]:
@@ -166,19 +166,15 @@ def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict
         _sample(config, cuts, weights, distribute, loaded, watch)
         return None
     with runs.new(config.output.out, config.output.overwrite, "sample") as folder:
-        from prism import video as media
         from prism.loading import describe
         from prism.report.metrics import document, write_config
         from prism.report.page import FilmRow, FilmStrip, write_report
 
         backbone, name, judge, call, weights, result, ran = _sample(config, cuts, weights, distribute, loaded, watch)
-        videos = [media.frames(pick.video) for pick in result.top]
-        names = ["winner.mp4", *(f"winner-{rank}.mp4" for rank in range(2, len(videos) + 1))]
-        for file, video in zip(names, videos):
-            media.write_video(folder / file, video, config.fps)
-        referees = [
-            refereed(video, config.prompt) if config.models.backbone is None else (None, "") for video in videos
-        ]
+        names, videos = written(folder, backbone, result.top, config.fps)
+        referees: list[Any] = [(None, "")] * len(names)
+        if config.models.backbone is None:
+            referees = [refereed(video, config.prompt) for video in videos]
         scores, sentence = referees[0]
         seed = result.seeds[0]
         write_config(folder / "config.json", {**recorded(replace(config, seed=str(seed))), "call": call, "seed": seed})
@@ -232,7 +228,9 @@ def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict
             *([sentence] if sentence else []),
         )
         shown = preview_strips(result, metrics["cuts"], config.fps)
-        write_report(folder / "report.html", metrics, [strip], title, notes, config_written, previews=shown)
+        write_report(
+            folder / "report.html", metrics, [strip] if rows else [], title, notes, config_written, previews=shown
+        )
     return metrics
 
 

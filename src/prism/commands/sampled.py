@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from prism.commands.sample import Sample
@@ -94,6 +96,23 @@ def row_of(
     if config.guidance_by_judge is not None:
         row["guidance_by_judge"] = config.guidance_by_judge
     return row
+
+
+def written(folder: Path, backbone: Any, picks: Sequence[Any], fps: float) -> tuple[list[str], list[np.ndarray]]:
+    """Write the winners, best first: their files' names in the folder, and their frames (none of sounds)."""
+    from prism import video as media
+    from prism.backbone.sounds import sampling_rate, write_sound
+
+    rate = sampling_rate(backbone.pipe, backbone.family)
+    ending = "wav" if rate else "mp4"
+    names = [f"winner.{ending}", *(f"winner-{rank}.{ending}" for rank in range(2, len(picks) + 1))]
+    videos = [] if rate else [media.frames(pick.video) for pick in picks]
+    for row, (name, pick) in enumerate(zip(names, picks)):
+        if rate:
+            write_sound(folder / name, pick.video, rate)
+        else:
+            media.write_video(folder / name, videos[row], fps)
+    return names, videos
 
 
 def named_cut(cut: Mapping[str, Any], strategy: str, weights: Mapping[str, float]) -> CutRow:

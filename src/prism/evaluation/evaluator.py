@@ -159,7 +159,7 @@ def measure_together(
     with first.backbone.freed(), tqdm(total=total, desc=label, unit="video", disable=hidden) as bar:
         scored = score_levels(scorer, store, everything, passes, seed, batch_size, bar, team)
     facts, units = facts_of(store, [video for video, _ in videos_of(everything)])
-    if decode:
+    if decode and not first.backbone.family.sampling_rate:  # sounds have no brightness
         facts |= decoded_facts(first.backbone, store, videos_of(everything), facts, team)
         units |= {probe: COLUMNS[probe][1] for probe in ("brightness", "motion")}
     log_snr = [_log_snr(first, t) for t in levels]

@@ -37,7 +37,8 @@ T = TypeVar("T")
 class Pick:
     """A candidate that won.
 
-    video: the first row of the stock pipeline's output, in the `output_type` of the call.
+    video: the first row of the stock pipeline's output, in the `output_type` of the call; of a pipeline of sounds the
+        waveform, (channels, samples) or (samples,).
     latents: its final latents (1, ...), in the denoiser's layout: `Backbone.decode` gives the video again.
     seed, index: the candidate's. output: the pipeline's whole output, which may hold sound as well as the video.
     edits: the edits of its run: none, except where a strategy's candidates part on the way.
@@ -197,8 +198,8 @@ def best_of_n(
             that is the mean of its dimensions, which is warned of.
         num_draws: noise draws that full, draft and looks ahead average over.
         oracle: `oracle(video, prompt)` gives a number, or numbers by dimension, which `select_by` then weighs;
-            video (T, H, W, 3) float32 in [0, 1]. With `oracle.batched = True` it is given `batch_size` videos
-            (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
+            video (T, H, W, 3) float32 in [0, 1], or a sound's waveform. With `oracle.batched = True` it is given
+            `batch_size` videos (B, T, H, W, 3) and a list of B prompts at once, and gives B numbers.
         keep_latents: also return the final latents of every candidate that was sampled to the end.
         previews: at each cut that looks ahead, decode the video that the denoiser predicts of every candidate; see
             `result.previews`. Each is a VAE decode more. None: where there is such a cut; True demands one.
@@ -292,7 +293,7 @@ def best_of_n(
 
     def run(number: int, among: Team) -> BestOfNResult:
         text = prompts[number] or ""
-        shown = None if previews is False else Previews(optional=previews is None)
+        shown = Previews.of(previews, backbone)
         search = Search(prompt=text, call=calls[number], team=among, previews=shown, guide=guides[number], **options)
         hidden = None if progress and team.rank == 0 else True
         with tqdm(disable=hidden, unit="row", desc=text[:30], leave=False) as bar:

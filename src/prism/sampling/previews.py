@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prism.backbone import Backbone
 from prism.backbone.layout import Grid
+from prism.backbone.sounds import check_pictures
 from prism.errors import PrismError
 from prism.sampling.plan import Candidate, Plan, Workload
 from prism.team import Team, merged
@@ -38,6 +39,14 @@ class Previews:
 
     videos: dict[int, dict[Candidate, np.ndarray]] = field(default_factory=dict)
     optional: bool = False
+
+    @classmethod
+    def of(cls, wanted: bool | None, backbone: Backbone) -> Previews | None:
+        """Previews of a run: True demands them, None takes them where there are any. Of sounds there are none."""
+        if wanted:
+            check_pictures(backbone.pipe, backbone.family)
+        unwanted = wanted is False or backbone.family.sampling_rate
+        return None if unwanted else cls(optional=wanted is None)
 
     def check(self, plan: Plan, load: Workload) -> bool:
         """True for a settled plan with a cut that looks ahead, before which no candidate parts from its seed.

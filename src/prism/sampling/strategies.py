@@ -260,7 +260,8 @@ class Oracle(Plan):
                 shown: dict[Candidate, Any] = {}
                 for candidate, video in videos.items():
                     try:
-                        shown[candidate] = frames(video, "its video")
+                        sound = search.backbone.family.sampling_rate
+                        shown[candidate] = video if sound else frames(video, "its video")
                     except PrismError as error:  # a VAE that overflows
                         search.warn_dropped(candidate, str(error).rstrip("."))
                 for candidate, answer in zip(shown, ask_oracle(ask, list(shown.values()), search.prompt)):

@@ -132,16 +132,18 @@ def winner(job: Job | None, shelf: Shelf) -> str:
     if job is None or job.state != DONE or job.metrics is None:
         return ""
     metrics, folder = job.metrics, job.folder
-    if not (folder / "winner.mp4").is_file():
+    file = folder / metrics["top"][0]["video"]
+    if not file.is_file():
         return note("The run's folder is gone.", "error")
     seed = metrics["top"][0]["seed"]
     referee = metrics.get("referee")
     facts = [f"the best of {len(metrics['seeds'])}"] if len(metrics["seeds"]) > 1 else []
     facts += [f"referee {referee['overall']:.2f} of 1"] if referee else []
-    shown = shelf.file(folder / "winner.mp4", f"{folder.name}.mp4")
+    what = "Video" if file.suffix == ".mp4" else "Sound"
+    shown = shelf.file(file, f"{folder.name}{file.suffix}")
     links = [
         f'<a class="pz-button" href="{shelf.archive(folder)}" download>Download all</a>',
-        f'<a class="pz-button" href="{shown}" download="{esc(folder.name)}.mp4">Video</a>',
+        f'<a class="pz-button" href="{shown}" download="{esc(folder.name)}{file.suffix}">{what}</a>',
         f'<a class="pz-button" href="{shelf.file(folder / "report.html")}" target="_blank">Report</a>',
     ]
     return (

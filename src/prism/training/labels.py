@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prism.backbone import Backbone, layout
 from prism.backbone.noise import length
+from prism.backbone.sounds import check_pictures
 from prism.clips import CLIP_FACTS, frame_facts
 from prism.errors import PrismError, number, quoted
 from prism.preference import StoreWriter, images
@@ -83,6 +84,7 @@ class Decoder:
     """Decode latents of a store, for rewards and for people; a packed latent's grid is computed once per shape."""
 
     def __init__(self, backbone: Backbone) -> None:
+        check_pictures(backbone.pipe, backbone.family)
         self.backbone = backbone
         self._grids: dict[tuple[int, ...], Any] = {}
 
@@ -123,7 +125,7 @@ class Labels:
         check_names(rewards)
         self.writer, self.rewards, self.call, self.fps = writer, tuple(rewards), call or {}, fps
         self.margins, self.scales, self.reports = margins, scales, reports
-        self._decoder = None if backbone is None else Decoder(backbone)
+        self._decoder = Decoder(backbone) if backbone is not None and rewards else None
         self._changed: set[str] = set()
 
     def drop(self) -> None:

@@ -1,0 +1,41 @@
+"""Pipelines that make sounds: what cannot be asked of them, and their sounds as files."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from scipy.io import wavfile
+
+from prism.backbone.family import Family
+from prism.backbone.pipeline import config_of
+from prism.errors import PrismError, quoted
+
+
+def check_pictures(pipe: Any, family: Family) -> None:
+    """Raise PrismError for a pipeline of sounds, of which nothing that needs pictures can be asked."""
+    if family.sampling_rate:
+        raise PrismError(
+            f"{type(pipe).__name__} makes sounds, which have no frames to encode, decode, preview or show to a reward; "
+            "score its latents, or take the winner's sound of best_of_n."
+        )
+
+
+def sampling_rate(pipe: Any, family: Family) -> int:
+    """Samples per second of the sounds that a pipeline makes; 0 for one of videos or images."""
+    if not family.sampling_rate:
+        return 0
+    part, _, name = family.sampling_rate.partition(".")
+    return int(config_of(getattr(pipe, part, None)).get(name, 0))
+
+
+def write_sound(path: str | os.PathLike[str], sound: Any, rate: int) -> None:
+    """Write a waveform (channels, samples) or (samples,), full scale in [-1, 1], as a WAV file of 32-bit floats.
+
+    Raises PrismError for another shape, NaN or infinity.
+    """
+    samples = np.asarray(sound, np.float32)
+    if samples.ndim not in (1, 2) or not samples.size or not np.isfinite(samples).all():
+        raise PrismError(f"The sound must be finite numbers (channels, samples); found {quoted(samples, 80)}.")
+    wavfile.write(path, rate, samples.T)
