@@ -241,6 +241,15 @@ def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backb
     assert sums(out) == sums(two[0].folder)
 
 
+def test_batches_of_candidates_are_the_same_videos_up_to_rounding(two, backbone, judge, tmp_path):
+    run(backbone, judge, tmp_path / "run", rounds=1, steps=1, sample_batch_size=4)
+    for name in ("untuned/test", "judge/round-1/candidates"):
+        ours, theirs = (LatentStore.open(folder / name) for folder in (tmp_path / "run", two[0].folder))
+        ids = theirs.videos["video"].to_pylist()
+        assert torch.allclose(ours.latents(ids), theirs.latents(ids), atol=1e-4)
+    assert len(list((tmp_path / "run/untuned/test/shards").glob("*.parquet"))) == 1
+
+
 def test_the_untuned_models_videos_are_taken_from_another_run(two, backbone, judge, tmp_path, monkeypatch):
     def sampled(prompts, backbone, call, out, *rest, **options):
         assert Path(out, "store.json").is_file(), f"{out} is sampled again"

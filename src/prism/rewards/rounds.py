@@ -272,8 +272,11 @@ class _Run:
         the rewards label candidates that are not the test's too."""
         rewards = (self.rewards or [Reward(_brightness, "frames")]) if test or labelled else []
         folder, config = self.out / name, self.config
+        candidates = config.test_candidates if test else config.candidates
         settings: dict[str, Any] = {
-            "candidates": config.test_candidates if test else config.candidates,
+            "candidates": candidates,
+            "batch_size": config.sample_batch_size,
+            "unit": max(1, config.sample_batch_size // candidates),
             "seed": config.seed + (0 if test else 1),
             "fps": self.fps,
             "resume": folder.exists(),

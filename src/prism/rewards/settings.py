@@ -79,6 +79,8 @@ class ImproveConfig:
     """Noise draws per level, the same for all candidates of a prompt."""
     max_rows: int = 16
     """Videos per denoiser call; halved where memory runs out."""
+    sample_batch_size: int = 1
+    """Candidates per call while sampling; above 1, videos are those of each seed up to rounding."""
     checkpoint_every: int = 50
     """Optimiser steps between checkpoints; 0: none."""
     gradient_checkpointing: bool = False
@@ -92,7 +94,7 @@ class ImproveConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         lowest = {"rounds": 1, "candidates": 2, "test_candidates": 1, "steps": 1, "prompts_per_step": 1, "rank": 1}
-        lowest |= {"max_rows": 1, "warmup_steps": 0, "checkpoint_every": 0}
+        lowest |= {"max_rows": 1, "sample_batch_size": 1, "warmup_steps": 0, "checkpoint_every": 0}
         for name, least in lowest.items():
             object.__setattr__(self, name, whole(name, getattr(self, name), least, 10**6))
         object.__setattr__(self, "num_draws", whole("num_draws", self.num_draws, 1, DRAWS))
