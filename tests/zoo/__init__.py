@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
-from tests.zoo import conditioned, cosmos_and_more, editing, images, latte_to_qwen, sounds, unets, wan_to_kandinsky
+from tests.zoo import (
+    conditioned,
+    cosmos_and_more,
+    editing,
+    images,
+    latte_to_qwen,
+    more_images,
+    sounds,
+    unets,
+    wan_to_kandinsky,
+)
 from tests.zoo.bare import bare
 from tests.zoo.opensora import opensora
 
@@ -27,6 +37,7 @@ VARIANTS |= (
     | editing.BUILDERS
     | unets.BUILDERS
     | images.BUILDERS
+    | more_images.BUILDERS
     | sounds.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

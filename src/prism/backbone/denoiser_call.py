@@ -151,9 +151,9 @@ class DenoiserCall:
         family, grid = self.family, self.grid(output)
         states = layout.tokens(family.video(output), family.token_form, self.batch)
         cells = math.prod(grid)
+        if layout.is_packed(family.layout) and states.shape[1] > cells and self.noisy.shape[1] > cells:
+            states = states[:, : states.shape[1] - self.noisy.shape[1] + cells]  # an image's follow
         if states.shape[1] != cells:  # some blocks may give the video's tokens only
-            if layout.is_packed(family.layout) and self.noisy.shape[1] > cells:
-                states = states[:, : states.shape[1] - self.noisy.shape[1] + cells]  # an image's follow
             rest = states.shape[1] - cells
             before, behind = self._count(family.tokens_before, rest), self._count(family.tokens_behind, rest)
             if states.shape[1] != before + cells + behind:

@@ -27,7 +27,9 @@ _REASONS: dict[str, str] = {
         Cosmos3OmniPipeline Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline
         LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline LTX2Pipeline""",
     "it samples a video window by window, each to its end, and joins them after the loop": """
-        HunyuanVideoFramepackPipeline LTXI2VLongMultiPromptPipeline""",
+        LTXI2VLongMultiPromptPipeline""",
+    "it samples a video window by window, and joins them and the image's latents after the loop": """
+        HunyuanVideoFramepackPipeline""",
     "its latents change their size on the way": "HeliosPyramidPipeline",
     "its denoiser is told the next step's noise level too, which noisy latents by themselves do not have": """
         AnyFlowFARPipeline AnyFlowPipeline""",
@@ -52,24 +54,23 @@ _REASONS: dict[str, str] = {
     "its text's embeddings have their rows on the second axis": "HiDreamImagePipeline",
     "its timesteps are those before its schedule's shift, and its noise levels those after it": """
         CogView4ControlPipeline CogView4Pipeline""",
+    "its adapter's features reach the denoiser as a list of tensors, whose rows are not taken apart": """
+        StableDiffusionAdapterPipeline StableDiffusionXLAdapterPipeline""",
     "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
     NO_ROW: """
-        StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline
-        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline FluxControlInpaintPipeline
-        BriaFiboPipeline BriaPipeline CogView3PlusPipeline DiTPipeline DreamLiteMobilePipeline DreamLitePipeline
-        ErnieImagePipeline Flux2KleinInpaintPipeline GlmImagePipeline HunyuanDiTPipeline HunyuanImagePipeline
-        Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline Kandinsky3Pipeline
-        Kandinsky5I2IPipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyImg2ImgPipeline
-        KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyV22CombinedPipeline
-        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline KandinskyV22Img2ImgCombinedPipeline
-        KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline KandinskyV22InpaintPipeline
-        KandinskyV22Pipeline KolorsImg2ImgPipeline KolorsPipeline Krea2Pipeline LDMTextToImagePipeline
-        LongCatImageEditPipeline LongCatImagePipeline LuminaPipeline NucleusMoEImagePipeline OmniGenPipeline
-        OvisImagePipeline PRXPipeline QwenImage21Pipeline QwenImageEditInpaintPipeline QwenImageLayeredPipeline
-        SanaSprintImg2ImgPipeline SanaSprintPipeline SanaWMPipeline StableCascadeCombinedPipeline
-        StableCascadeDecoderPipeline StableDiffusionAdapterPipeline StableDiffusionDepth2ImgPipeline
-        StableDiffusionImageVariationPipeline StableDiffusionXLAdapterPipeline StableUnCLIPImg2ImgPipeline
-        StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
+        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline BriaFiboPipeline DiTPipeline
+        DreamLiteMobilePipeline DreamLitePipeline ErnieImagePipeline FluxControlInpaintPipeline GlmImagePipeline
+        HunyuanImagePipeline Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline
+        Kandinsky3Pipeline Kandinsky5I2IPipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline
+        KandinskyImg2ImgPipeline KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline
+        KandinskyV22CombinedPipeline KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline
+        KandinskyV22Img2ImgCombinedPipeline KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline
+        KandinskyV22InpaintPipeline KandinskyV22Pipeline KolorsImg2ImgPipeline KolorsPipeline Krea2Pipeline
+        LDMTextToImagePipeline LongCatImageEditPipeline LongCatImagePipeline LuminaPipeline NucleusMoEImagePipeline
+        OmniGenPipeline QwenImage21Pipeline QwenImageLayeredPipeline SanaSprintImg2ImgPipeline SanaSprintPipeline
+        SanaWMPipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline StableCascadeCombinedPipeline
+        StableCascadeDecoderPipeline StableDiffusionDepth2ImgPipeline StableDiffusionImageVariationPipeline
+        StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
 }
 
 
