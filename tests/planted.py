@@ -79,8 +79,9 @@ def planted(backbone: Backbone, text: Tensor, apart: float = 0.3) -> Iterator[li
         clean = 0.5 * torch.cos(1.7 * place) + 0.4 * torch.tanh(noisy) + apart * without * torch.sin(0.9 * place)
         timestep = float(call.timestep.max())
         a, b = form(backbone.pipe.scheduler, timestep)
-        if family.clock == "rising_flow" and not backbone.pipe.scheduler.config.get("invert_sigmas"):
-            a, b = -a, -b  # the pipeline turns the sign around, as the timesteps (Lumina 2)
+        turned = family.clock == "rising_flow" and not backbone.pipe.scheduler.config.get("invert_sigmas")
+        if turned or family.name == "hidream":
+            a, b = -a, -b  # the pipeline turns the sign around, as the timesteps (Lumina 2), or not (HiDream)
         sample = output if isinstance(output, Tensor) else output[0]
         if isinstance(sample, list):  # of rows
             for row, value in zip(sample, a * clean + b * noisy):

@@ -15,6 +15,8 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     OvisImagePipeline,
@@ -26,11 +28,11 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint
 from tests.tiny import TEXT_WIDTH, WORDS, text_encoder, tokenizer
 from tests.zoo.images import GIVEN, Built, _of, _qwen_edit, flux2_klein
-from tests.zoo.latte_to_qwen import IMAGE_CALL, _frame_vae
+from tests.zoo.latte_to_qwen import IMAGE_CALL, _clip_projected, _frame_vae
 from tests.zoo.sounds import _model
 from tests.zoo.unets import BETAS, _mask
 from tests.zoo.wan_to_kandinsky import _image, _language, _quiet, _tokenizer
-from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 GUIDED = {**IMAGE_CALL, "guidance_scale": 4.0}
 UNLIMITED = {name: value for name, value in GUIDED.items() if name != "max_sequence_length"}
@@ -132,6 +134,40 @@ def cogview3_plus() -> Built:
     return _quiet(pipe), GUIDED
 
 
+def hidream() -> Built:
+    """Latents (4, 6, 8); tokens (12, 24), before 4 of padding and those of the text."""
+    torch.manual_seed(0)
+    llama = {**_language(), "num_hidden_layers": 2, "attn_implementation": "eager"}
+    pipe = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_frame_vae(shift_factor=0.12, scaling_factor=0.36),
+        text_encoder=_clip_projected(),
+        tokenizer=tokenizer(16),
+        text_encoder_2=_clip_projected(),
+        tokenizer_2=tokenizer(16),
+        text_encoder_3=text_encoder(),
+        tokenizer_3=tokenizer(16),
+        text_encoder_4=LlamaModel(LlamaConfig(**llama)),
+        tokenizer_4=_tokenizer(),
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=3,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            caption_channels=[TEXT_WIDTH, TEXT_WIDTH],
+            text_emb_dim=32,
+            axes_dims_rope=(4, 4, 4),
+            max_resolution=(8, 8),
+            llama_layers=[0, 1, 1, 0],
+        ),
+    )
+    pipe.default_sample_size = 8
+    return _quiet(pipe), GUIDED
+
+
 def hunyuan_dit() -> Built:
     """Latents (4, 4, 6); tokens (6, 24); the scheduler draws noise at each step."""
     torch.manual_seed(0)
@@ -186,5 +222,6 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "bria": bria,
     "prx": prx,
     "cogview3_plus": cogview3_plus,
+    "hidream": hidream,
     "hunyuan_dit": hunyuan_dit,
 }

@@ -20,8 +20,12 @@ from prism.backbone.layout import Grid
 from prism.backbone.pipeline import config_of, unwrapped
 from prism.errors import PrismError, quoted
 
-# Arguments of a denoiser call for adapters' pictures (IP-Adapter): a tensor of rows, or a list of one per adapter.
-_ADAPTERS = re.compile(r"(^|\.)(ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)(\.|$)")
+# Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer (HiDream), pictures
+# by adapter (IP-Adapter).
+_LISTS = re.compile(
+    r"(^|\.)(encoder_hidden_states_llama3|ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)"
+    r"(\.|$)"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +115,7 @@ class DenoiserCall:
             return any(self.has_rows(f"{name}.{key}", inner) for key, inner in value.items())
         batched, batch = self.family.batched_arguments, self.batch
         named = name in batched or any(name.startswith(f"{other}.") for other in batched if len(other) < len(name))
-        named = named or _ADAPTERS.search(name) is not None
+        named = named or _LISTS.search(name) is not None
         if not named or not isinstance(value, Tensor | list):
             return False
         if isinstance(value, list):
@@ -228,19 +232,21 @@ def by_name(denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         kwargs = {**named, **rest}
     if isinstance(kwargs.get("x"), list):  # Z-Image lists rows, and takes a batch as well
         kwargs = {**kwargs, "x": torch.stack(kwargs["x"])}
+    if isinstance(layers := kwargs.get("encoder_hidden_states_llama3"), Tensor):  # (layers, B, ...), and takes a list
+        kwargs = {**kwargs, "encoder_hidden_states_llama3": list(layers)}
     if isinstance(kwargs.get("fps"), list):  # SkyReels-V2 repeats one rate per row, and its denoiser takes one alone
         kwargs = {**kwargs, "fps": kwargs["fps"][:1]}
     return kwargs
 
 
 def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Arguments by name, with nested values named "argument.key", and tensors of several adapters
-    "argument.key.[index]"."""
+    """Arguments by name, with nested values named "argument.key", and tensors of several layers or
+    adapters "argument.key.[index]"."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
             flat |= flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and _ADAPTERS.search(prefix + name):
+        elif isinstance(value, list) and value and _LISTS.search(prefix + name):
             flat |= {f"{prefix}{name}.[{index}]": each for index, each in enumerate(value)}
         else:
             flat[prefix + name] = value

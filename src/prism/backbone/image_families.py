@@ -255,6 +255,23 @@ IMAGES: tuple[Family, ...] = (
         text_reason="T5's, projected to the image's width before the first block",
     ),
     Family(
+        name="hidream",
+        models="HiDream-I1 (images)",
+        pipelines=("HiDreamImagePipeline",),
+        blocks=("double_stream_blocks", "single_stream_blocks"),
+        timestep_argument="timesteps",
+        text_argument="encoder_hidden_states_t5",
+        batched_arguments=frozenset(["hidden_states", "timesteps", "encoder_hidden_states_t5", "pooled_embeds"]),
+        tokens_behind="rest",  # padding of images that are no squares, and the text's
+        cfg="one_batch",
+        layout="BCHW",
+        vae_factor="scaling_factor",
+        vae_shift=True,
+        vae_frame_by_frame=True,
+        tap_reason=DEPTH + "19 of 48, the third that mixes text and image in one stream",
+        text_reason="each block takes another layer of Llama's",
+    ),
+    Family(
         name="hunyuan-dit",
         models="HunyuanDiT (images)",
         pipelines=("HunyuanDiTPipeline",),

@@ -51,7 +51,6 @@ _REASONS: dict[str, str] = {
         IFSuperResolutionPipeline LLaDA2Pipeline PRXPixelPipeline RFD4ProteinaPipeline ShapEImg2ImgPipeline
         ShapEPipeline""",
     "its denoiser takes lists of lists of tensors in place of a batch": "ZImageOmniPipeline",
-    "its text's embeddings have their rows on the second axis": "HiDreamImagePipeline",
     "its timesteps are those before its schedule's shift, and its noise levels those after it": """
         CogView4ControlPipeline CogView4Pipeline""",
     "its adapter's features reach the denoiser as a list of tensors, whose rows are not taken apart": """
