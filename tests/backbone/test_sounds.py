@@ -12,7 +12,7 @@ import torch
 from scipy.io import wavfile
 from tests import tiny
 from tests.works import works
-from tests.zoo.sounds import stable_audio_3
+from tests.zoo.sounds import stable_audio, stable_audio_3
 
 import prism
 from prism import cli, files
@@ -57,6 +57,18 @@ def test_sample_writes_the_stock_calls_sound(built: Any, tmp_path: Path, capsys:
         assert (rate, samples.dtype) == (16, np.float32)
         assert np.array_equal(samples, stock.T)  # (samples, channels) in a file
     assert "seed" in (out / "report.html").read_text()
+
+
+def test_prompts_read_together_score_as_alone() -> None:
+    """Stable Audio gives its denoiser one timestep (1,) for however many rows."""
+    pipe, call = stable_audio()
+    judge = prism.Judge.untrained(pipe, dim=16)
+    latents = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    prompts = [tiny.PROMPT, tiny.OTHER_PROMPT]
+    together = judge.score(latents, prompts, 500.0, **call)
+    alone = [judge.score(latents[row : row + 1], prompts[row : row + 1], 500.0, **call) for row in (0, 1)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
 
 
 def test_an_oracle_hears_the_waveform(built: Any) -> None:
