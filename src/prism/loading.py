@@ -91,7 +91,7 @@ def crew_of_backbone(
     from prism.training.actors import Actors
 
     call = dict(shapeworld.CALL) if name is None else call_beside(name)
-    load = partial(_backbone, _absolute(name), device, dtype, offload, [_absolute(lora) for lora in loras])
+    load = partial(_backbone, absolute(name), device, dtype, offload, [absolute(lora) for lora in loras])
     gpus = None if device is None else device.startswith("cuda")
     with Actors(load, ray, workers, gpus) as actors:
         yield actors, call
@@ -101,7 +101,7 @@ def _backbone(*arguments: Any) -> Any:
     return load_backbone(*arguments)[0]
 
 
-def _absolute(text: Any) -> Any:
+def absolute(text: Any) -> Any:
     """An existing file or folder by its full path, for processes in other folders; another text as it is."""
     return os.path.abspath(text) if text is not None and os.path.exists(text) else text
 

@@ -17,6 +17,7 @@ FILES = {
     "value.yaml": "wan: 3\n",
     "broken.yaml": "a: [\n",
     "call.yaml": "wan: {call: 3}\n",
+    "gpu.yaml": "wan: {device: 'cuda:1'}\n",
     "short": "abc\n",
     "spaces": "a secret of words\n",
 }
@@ -37,6 +38,8 @@ WRONG = {
     "--judges broken.yaml": "cannot be read",
     "--judges judges.yaml --head y": "leave --head out",
     "--t 5000": "levels lie in 0",
+    "--ray-workers 2": "The --ray-workers are of Ray; give --ray too.",
+    "--ray --judges gpu.yaml": "The judge wan has the device cuda:1; Ray gives each process a GPU of its own",
 }
 
 

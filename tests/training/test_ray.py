@@ -45,7 +45,7 @@ def light(video, prompt):
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One for all tests: a Ray that the process has initialised is used as it is."""
-    ray, started = actors._connected("local", 2)
+    ray, started = actors.connected("local", 2)
     assert started
     yield ray
     ray.shutdown()

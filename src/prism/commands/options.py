@@ -90,7 +90,7 @@ class Adapted(Models):
     """LoRA for the backbone (of two denoisers the first), a local safetensors file."""
 
 
-_Address: Any = PrimitiveConstructorSpec(
+Address: Any = PrimitiveConstructorSpec(
     nargs=(0, 1),
     metavar="[ADDRESS]",
     instance_from_str=lambda words: words[0] if words else "local",
@@ -103,7 +103,7 @@ _Address: Any = PrimitiveConstructorSpec(
 class Several:
     """Several machines, by Ray."""
 
-    ray: Annotated[str | None, _Address, option(default="without Ray")] = None
+    ray: Annotated[str | None, Address, option(default="without Ray")] = None
     """Share the work among workers of Ray: of the cluster at ADDRESS, or auto for this machine's.
     Without ADDRESS, or with local: of a cluster that is started on this machine."""
     ray_workers: Annotated[int | None, option(default="one per GPU, else per machine")] = None

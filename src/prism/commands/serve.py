@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from prism.commands.options import Models, Seed, levels_of, option
+from prism.commands.options import Address, Models, Seed, Several, levels_of, option
 from prism.errors import PrismError, number, quoted, whole
 
 TOKEN = "PRISM_TOKEN"
@@ -71,11 +72,22 @@ class Judged(Models):
 
 
 @dataclass(frozen=True)
+class Spread(Several):
+    """Several machines or GPUs, by Ray Serve."""
+
+    ray: Annotated[str | None, Address, option(default="without Ray")] = None
+    """Give each judge processes of its own, of the Ray cluster at ADDRESS, or auto for this machine's.
+    Without ADDRESS, or with local: of a cluster that is started on this machine."""
+    ray_workers: Annotated[int | None, option(default="1")] = None
+    """Processes of each judge, each with a GPU where the cluster has any."""
+
+
+@dataclass(frozen=True)
 class Serve:
     """Answer trainers that ask a judge for rewards over HTTP: verl-omni, UniRL and Flow-Factory.
 
     Ctrl-C or SIGTERM ends it: new work is refused, and what was taken is finished. It needs fastapi and uvicorn:
-    pip install "prism-video[serve]".
+    pip install "prism-video[serve]"; for --ray pip install "prism-video[serve-ray]".
     """
 
     host: Annotated[str, option("ADDRESS")] = "127.0.0.1"
@@ -89,6 +101,7 @@ class Serve:
     size: Size = Size()
     scores: Scores = Scores()
     queue: Queue = Queue()
+    several: Spread = Spread()
     models: Judged = field(default_factory=Judged)
 
     def main(self) -> int:
@@ -99,10 +112,8 @@ class Serve:
 def run(config: Serve) -> int:
     """Load the judges, say where they are served, and serve until a signal comes."""
     from prism.rewards.worker import Batching
-    from prism.serving.judges import load
-    from prism.serving.process import Running, bind, is_loopback
+    from prism.serving.process import is_loopback
     from prism.serving.server import Limits
-    from prism.serving.service import Service
 
     queue = config.queue
     wait = number("--max-wait-ms", queue.max_wait_ms, 0, 60_000) / 1000
@@ -112,14 +123,13 @@ def run(config: Serve) -> int:
     limits = Limits(body, 4 * body, queue.max_elements, queue.body_seconds)
     token = token_of(config.token_file)
     entries = dict(entries_of(config))
-    bound = bind(config.host, config.port)
-    scorers, names = load(entries)
-    service = Service(scorers, names, batching)
-    running = Running(service, bound, token, limits)
+    config.several.check()
+    service = _cluster if config.several.ray is not None else _process
+    running = service(config, entries, batching, limits, token)
 
     def say() -> None:
-        for name, each in service.judges.items():
-            print(f"{name}: {each.scorer.judge.name} judge of {each.backbone}, reward {each.scorer.dimension}")
+        for name, facts in running.facts().items():
+            print(f"{name}: {facts['judge']} judge of {facts['backbone']}, reward {facts['reward']}")
         print(f"listening on {running.url}", flush=True)
         if not is_loopback(config.host) and token is None:
             print(
@@ -130,6 +140,38 @@ def run(config: Serve) -> int:
     running.run(say)
     print("prism: stopped; all that was taken is answered", file=sys.stderr)
     return 0
+
+
+def _process(config: Serve, entries: Mapping[str, Any], batching: Any, limits: Any, token: str | None) -> Any:
+    """The service in this process."""
+    from prism.serving.judges import load
+    from prism.serving.process import Running, bind
+    from prism.serving.service import Service
+
+    bound = bind(config.host, config.port)
+    return Running(Service(*load(entries), batching), bound, token, limits)
+
+
+def _cluster(config: Serve, entries: Mapping[str, Any], batching: Any, limits: Any, token: str | None) -> Any:
+    """The service in processes of a Ray cluster."""
+    from prism.loading import absolute
+    from prism.serving.cluster import Cluster
+    from prism.serving.judges import load
+
+    loads, gpus = {}, []
+    for name, entry in entries.items():
+        device = entry.get("device")
+        if device not in (None, "cpu", "cuda"):
+            raise PrismError(
+                f"The judge {name} has the device {quoted(str(device), 40)}; Ray gives each process a GPU of its own, "
+                "so with --ray choose cuda or cpu."
+            )
+        gpus += [] if device == "cpu" else [name]
+        loads[name] = partial(
+            load, {name: {**entry, **{key: absolute(entry.get(key)) for key in ("head", "backbone")}}}
+        )
+    several, where = config.several, (config.host, config.port)
+    return Cluster(loads, several.ray or "local", several.ray_workers or 1, gpus, *where, token, limits, batching)
 
 
 def token_of(file: Path | None) -> str | None:

@@ -82,16 +82,12 @@ def unirl_row(scorer: Scorer, history: Sequence[Mapping[str, Any]]) -> ClipRow:
     return _row(scorer, media, str(last["text"]), images)
 
 
-def unirl_answer(
-    scorers: Mapping[str, Scorer], outcomes: Sequence[Mapping[str, Sequence[float] | PrismError]]
-) -> dict[str, Any]:
+def unirl_answer(outcomes: Sequence[Mapping[str, Mapping[str, float] | PrismError]]) -> dict[str, Any]:
     """The answer: per request the scores of each reward by dimension, the reward's own first, or a sentence."""
     results, errors = [], []
     for outcome in outcomes:
-        failed = {name: str(value) for name, value in outcome.items() if isinstance(value, PrismError)}
-        scored = {name: value for name, value in outcome.items() if not isinstance(value, PrismError)}
-        results.append({name: scorers[name].named(value) for name, value in scored.items()})
-        errors.append(failed)
+        errors.append({name: str(value) for name, value in outcome.items() if isinstance(value, PrismError)})
+        results.append({name: value for name, value in outcome.items() if name not in errors[-1]})
     return {"results": results, "errors": errors}
 
 

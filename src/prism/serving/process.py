@@ -71,14 +71,19 @@ class Running:
     @property
     def url(self) -> str:
         """Where it listens, as an address for clients on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
-        return f"http://{f'[{host}]' if ':' in host and '[' not in host else host}:{self.port}"
+        return url_of(self.host, self.port)
+
+    def facts(self) -> dict[str, Any]:
+        """What `/healthz` says of each judge."""
+        return {name: judge.facts_now() for name, judge in self.service.judges.items()}
 
     def run(self, ready: Callable[[], None] | None = None) -> None:
-        """Serve until SIGTERM or SIGINT; return when all that was taken is answered. A second SIGINT ends at once."""
+        """Serve until SIGTERM or SIGINT; return when all that was taken is answered. A second SIGINT ends at once.
+
+        `ready` is called once clients can connect.
+        """
         self.service.warm()
-        if ready is not None:
-            ready()
+        self._server.ready = ready
         try:
             self._server.run(sockets=[self._socket])
         finally:
@@ -96,6 +101,12 @@ class Running:
         self.service.stopping = self._server.should_exit = True
         if self._thread is not None:
             self._thread.join(timeout)
+
+
+def url_of(host: str, port: int) -> str:
+    """An address for clients on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -136,6 +147,13 @@ def _server(service: Service, config: Any) -> Any:
     import uvicorn
 
     class Server(uvicorn.Server):
+        ready: Callable[[], None] | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started and self.ready is not None:
+                self.ready()
+
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             if threading.current_thread() is not threading.main_thread():

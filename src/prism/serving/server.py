@@ -16,7 +16,7 @@ from typing import Any
 from prism.errors import PrismError, number, quoted, whole
 from prism.rewards.worker import Overloaded
 from prism.serving import clips, tensors
-from prism.serving.service import PROTOCOLS, Served, Service, missing_extra
+from prism.serving.service import PROTOCOLS, Judges, Judging, missing_extra
 
 _SLOWEST = 2**18  # bytes per second that a long body must come at
 _DRAINED, _DRAIN_SECONDS = 2**24, 1.0  # what is read of a refused body, so that its sender comes to read the answer
@@ -55,7 +55,7 @@ class _Gone(Exception):
     """The client closed the connection."""
 
 
-def application(service: Service, token: str | None = None, limits: Limits | None = None) -> Any:
+def application(service: Judges, token: str | None = None, limits: Limits | None = None) -> Any:
     """The ASGI application of a service.
 
     Args:
@@ -102,10 +102,9 @@ def _endpoint(answer: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaita
 class _Http:
     """The answers to requests."""
 
-    def __init__(self, service: Service, token: str | None, limits: Limits) -> None:
+    def __init__(self, service: Judges, token: str | None, limits: Limits) -> None:
         self.service, self.token, self.limits = service, token, limits
         self._held = 0  # bytes of bodies in memory
-        self._decoding = asyncio.Semaphore(2)  # bodies whose media are decoded at a time
 
     async def answered(
         self, answer: Callable[[Any], Awaitable[Any]], protocol: str, guarded: bool, request: Any
@@ -146,7 +145,7 @@ class _Http:
 
     async def latents(self, request: Any) -> dict[str, Any]:
         """verl-omni's: finished latents as safetensors."""
-        served = self._served(request)
+        name, judge = self._asked(request)
         version = request.headers.get(tensors.PROTOCOL_HEADER)
         if version != tensors.PROTOCOL_VERSION:
             raise Refused(
@@ -155,10 +154,10 @@ class _Http:
                 f"{'none' if version is None else quoted(version, 40)}.",
             )
         with self._room() as room:
-            body = await self._body(request, room)
-            rows = await asyncio.to_thread(tensors.rows_of, body, served.scorer, self.limits.elements)
-            del body
-            return tensors.answer(served.scorer, await self._unless_gone(request, self.service.scores(served, rows)))
+            work = judge.latents(await self._body(request, room), self.limits.elements)
+            answer = await self._unless_gone(request, work)
+        self._count(name, len(answer["raw_scores"]))
+        return answer
 
     async def unirl(self, request: Any) -> dict[str, Any]:
         """UniRL's: clips as JSON, each for one or several judges. One that fails is told beside the others' scores."""
@@ -174,31 +173,28 @@ class _Http:
         failed = [value for value in values if isinstance(value, PrismError)]
         if failed and len(failed) == len(values):
             raise failed[0]
-        return clips.unirl_answer({name: each.scorer for name, each in self.service.judges.items()}, outcomes)
+        return clips.unirl_answer(outcomes)
 
     async def _unirl_request(self, history: Any, names: list[str]) -> dict[str, Any]:
-        async def outcome(served: Served) -> Any:
+        async def outcome(name: str) -> Any:
             try:
-                async with self._decoding:
-                    row = await asyncio.to_thread(clips.unirl_row, served.scorer, history)
-                return (await self.service.scores(served, [row]))[0]
+                scores = await self.service.judges[name].unirl(history)
             except Overloaded:
                 raise
             except PrismError as error:
                 return error
+            self._count(name, 1)
+            return scores
 
-        outcomes = await asyncio.gather(*(outcome(self.service.judges[name]) for name in names))
-        return dict(zip(names, outcomes))
+        return dict(zip(names, await asyncio.gather(*map(outcome, names))))
 
     async def flow_factory(self, request: Any) -> dict[str, Any]:
         """Flow-Factory's: clips as JSON, for one judge."""
-        served = self._served(request)
+        name, judge = self._asked(request)
         with self._room() as room:
-            body = await self._body(request, room)
-            async with self._decoding:
-                rows = await asyncio.to_thread(lambda: clips.flow_factory_rows(clips.parsed(body), served.scorer))
-            scores = await self._unless_gone(request, self.service.scores(served, rows))
-        return clips.flow_factory_answer(served.scorer, scores)
+            answer = await self._unless_gone(request, judge.flow_factory(await self._body(request, room)))
+        self._count(name, len(answer["rewards"]))
+        return answer
 
     # -- what is served
 
@@ -215,7 +211,8 @@ class _Http:
         """Readiness, and what each judge takes."""
         self._check_running()
         version = tensors.PROTOCOL_VERSION
-        judges = await asyncio.to_thread(lambda: {name: each.facts() for name, each in self.service.judges.items()})
+        facts = await asyncio.gather(*(each.facts() for each in self.service.judges.values()))
+        judges = dict(zip(self.service.judges, facts))
         return {"status": "ok", "protocol_version": version, "protocols": list(PROTOCOLS), "judges": judges}
 
     async def metrics(self, request: Any) -> Any:
@@ -244,13 +241,16 @@ class _Http:
         ):
             raise Refused(401, "This service needs its token; send the header Authorization: Bearer TOKEN.")
 
-    def _served(self, request: Any) -> Served:
-        name = request.path_params.get("judge") or request.query_params.get("judge")
-        if name is None:
-            return self.service.first
-        if name not in self.service.judges:
-            raise Refused(404, f"There is no judge {quoted(name, 60)}; there are {', '.join(self.service.judges)}.")
-        return self.service.judges[name]
+    def _asked(self, request: Any) -> tuple[str, Judging]:
+        """The judge that a request names, or the first."""
+        judges = self.service.judges
+        name = request.path_params.get("judge") or request.query_params.get("judge") or next(iter(judges))
+        if name not in judges:
+            raise Refused(404, f"There is no judge {quoted(name, 60)}; there are {', '.join(judges)}.")
+        return name, judges[name]
+
+    def _count(self, name: str, rows: int) -> None:
+        self.service.metrics.rows.labels(name).inc(rows)
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[Callable[[int], None]]:

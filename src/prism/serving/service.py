@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from prism.errors import PrismError, quoted
 from prism.rewards.scorer import Row, Scorer
 from prism.rewards.worker import Batching, Worker
+from prism.serving import clips, tensors
 
 PROTOCOLS = ("latents", "unirl", "flow-factory")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -21,6 +22,14 @@ def missing_extra() -> PrismError:
         'A reward service needs fastapi, uvicorn and prometheus-client, and one is not installed; pip install "prism-'
         'video[serve]".'
     )
+
+
+def check_name(name: str) -> None:
+    """Raise PrismError for a judge's name that cannot be part of an address."""
+    if not name or not all(char.isalnum() or char in "-_." for char in name):
+        raise PrismError(
+            f"A judge's name is part of an address: letters, digits, - _ and . are allowed; found {quoted(name, 60)}."
+        )
 
 
 class Metrics:
@@ -66,29 +75,100 @@ class Metrics:
         return bytes(self._render(self.registry))
 
 
+class Judging(Protocol):
+    """A judge as the HTTP side asks it, in this process or another one. All raise PrismError in place of an answer."""
+
+    async def facts(self) -> dict[str, Any]:
+        """What a client needs to know of it, as JSON."""
+
+    async def latents(self, body: bytes, most_elements: int) -> dict[str, Any]:
+        """The answer to a body of verl-omni's protocol."""
+
+    async def unirl(self, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The scores of the clip of a history of UniRL's, by dimension."""
+
+    async def flow_factory(self, body: bytes) -> dict[str, Any]:
+        """The answer to a body of Flow-Factory's protocol."""
+
+
+class Judges(Protocol):
+    """Judges by name, the first of which is asked where none is named; what is counted; True once they stop."""
+
+    metrics: Metrics
+    stopping: bool
+
+    @property
+    def judges(self) -> Mapping[str, Judging]: ...
+
+
 @dataclass(frozen=True)
 class Served:
-    """A judge that is served: its name, and the queue of its pipeline."""
+    """A judge of this process: its name, and the queue of its pipeline. See `Judging`."""
 
     name: str
     scorer: Scorer
     worker: Worker
     backbone: str
     """The backbone's name, as the user gave it."""
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    """Bodies whose media are decoded at a time."""
 
-    def facts(self) -> dict[str, Any]:
-        """What a client needs to know of it, as JSON."""
-        from prism.serving.tensors import ranks_of
+    async def facts(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self.facts_now)
 
+    async def latents(self, body: bytes, most_elements: int) -> dict[str, Any]:
+        rows = await asyncio.to_thread(tensors.rows_of, body, self.scorer, most_elements)
+        del body
+        return tensors.answer(self.scorer, await self.scores(rows))
+
+    async def unirl(self, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        async with self.decoding:
+            row = await asyncio.to_thread(clips.unirl_row, self.scorer, history)
+        return self.scorer.named((await self.scores([row]))[0])
+
+    async def flow_factory(self, body: bytes) -> dict[str, Any]:
+        async with self.decoding:
+            rows = await asyncio.to_thread(lambda: clips.flow_factory_rows(clips.parsed(body), self.scorer))
+        return clips.flow_factory_answer(self.scorer, await self.scores(rows))
+
+    async def scores(self, rows: Sequence[Row]) -> list[list[float]]:
+        """The scores of rows, per row one per dimension, once the judge's queue comes to them.
+
+        A call that is cancelled takes its rows out of the queue.
+
+        Raises:
+            PrismError: of the first row that cannot be scored; `Overloaded` where too many wait.
+        """
+        by_key: dict[Any, list[tuple[int, Row]]] = {}
+        for index, row in enumerate(rows):
+            by_key.setdefault(self.scorer.key(row), []).append((index, row))
+        futures: dict[int, Any] = {}
+        try:
+            for key, items in by_key.items():
+                submitted = self.worker.submit(key, [row for _, row in items], self.scorer)
+                futures |= {index: asyncio.wrap_future(each) for (index, _), each in zip(items, submitted)}
+            outcomes = await asyncio.gather(*(futures[index] for index in sorted(futures)), return_exceptions=True)
+        except BaseException:  # a full queue, or the caller is gone
+            for future in futures.values():
+                future.cancel()
+            raise
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+
+    def facts_now(self) -> dict[str, Any]:
+        """See `facts`."""
         scorer, backbone = self.scorer, self.scorer.judge.backbone
         low, high = backbone.t_range
         return {
+            "judge": scorer.judge.name,
             "backbone": self.backbone,
             "pipeline": type(backbone.pipe).__name__,
             "dimensions": list(scorer.judge.dimensions),
             "reward": scorer.dimension,
             "latents": {
-                "ranks": ranks_of(scorer),
+                "ranks": tensors.ranks_of(scorer),
                 "shape": None if scorer.shape is None else list(scorer.shape),
                 "u": [low / 1000, high / 1000],
                 "draws": scorer.draws or 1,
@@ -125,20 +205,17 @@ class Service:
         if not scorers:
             raise PrismError("There is no judge to serve; name at least one.")
         for name in scorers:
-            if not name or not all(char.isalnum() or char in "-_." for char in name):
-                raise PrismError(
-                    f"A judge's name is part of an address: letters, digits, - _ and . are allowed; found "
-                    f"{quoted(name, 60)}."
-                )
+            check_name(name)
         self.metrics, self.stopping = Metrics(), False
         self._workers: dict[int, Worker] = {}  # by the id of a pipeline, which its judges keep alive
+        decoding = asyncio.Semaphore(2)
         self.judges: dict[str, Served] = {}
         for name, scorer in scorers.items():
             pipe = scorer.judge.backbone.pipe
             if id(pipe) not in self._workers:
                 self._workers[id(pipe)] = self._worker(f"pipeline-{len(self._workers)}", batching)
             backbone = (backbones or {}).get(name, type(pipe).__name__)
-            self.judges[name] = Served(name, scorer, self._workers[id(pipe)], backbone)
+            self.judges[name] = Served(name, scorer, self._workers[id(pipe)], backbone, decoding)
 
     def _worker(self, label: str, batching: Batching | None) -> Worker:
         metrics = self.metrics
@@ -153,49 +230,10 @@ class Service:
         metrics.queue.labels(label).set_function(lambda: len(worker))
         return worker
 
-    @property
-    def first(self) -> Served:
-        """The judge that is asked where none is named."""
-        return next(iter(self.judges.values()))
-
     def warm(self) -> None:
         """Read every judge's shape once, so that the first request finds all in place, and mistakes show here."""
         for served in self.judges.values():
             _ = served.scorer.shape
-
-    async def scores(self, served: Served, rows: Iterable[Row]) -> list[list[float]]:
-        """The scores of rows, per row one per dimension, once the judge's queue comes to them.
-
-        A call that is cancelled takes its rows out of the queue.
-
-        Raises:
-            PrismError: of the first row that cannot be scored; `Overloaded` where too many wait.
-        """
-        outcomes = await self.outcomes(served, rows)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-        return [each for each in outcomes if not isinstance(each, BaseException)]
-
-    async def outcomes(self, served: Served, rows: Iterable[Row]) -> list[list[float] | BaseException]:
-        """As `scores`, with the error of a row in its place."""
-        by_key: dict[Any, list[tuple[int, Row]]] = {}
-        for index, row in enumerate(rows):
-            by_key.setdefault(served.scorer.key(row), []).append((index, row))
-        futures: dict[int, Any] = {}
-        try:
-            for key, items in by_key.items():
-                submitted = served.worker.submit(key, [row for _, row in items], served.scorer)
-                futures |= {index: asyncio.wrap_future(each) for (index, _), each in zip(items, submitted)}
-            ordered = [futures[index] for index in sorted(futures)]
-            outcomes = await asyncio.gather(*ordered, return_exceptions=True)
-        except BaseException:  # a full queue, or the caller is gone
-            for future in futures.values():
-                future.cancel()
-            raise
-        scored = sum(not isinstance(each, BaseException) for each in outcomes)
-        self.metrics.rows.labels(served.name).inc(scored)
-        return outcomes
 
     def close(self, timeout: float | None = None) -> bool:
         """Refuse new work and finish what was taken; False if some is left after `timeout` seconds."""

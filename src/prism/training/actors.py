@@ -132,7 +132,7 @@ class Actors:
     ) -> None:
         self._gpus = gpus
         self._count = 0 if workers is None else whole("ray_workers", workers, 1, 10_000)
-        self._ray, self._started = _connected(address, self._count or 1)
+        self._ray, self._started = connected(address, self._count or 1)
         self.workers: list[str] = []
         self._placing: dict[Any, _Worker] = {}  # by the answer that they wait for
         self._idle: list[_Worker] = []
@@ -333,8 +333,17 @@ def _last(error: Exception) -> str:
     return quoted(lines[-1] if lines else type(error).__name__, 240).rstrip(".")
 
 
-def _connected(address: str, workers: int) -> tuple[Any, bool]:
-    """Ray, and True if this process started it and must shut it down."""
+def connected(address: str, workers: int, memory: int = MEMORY) -> tuple[Any, bool]:
+    """Ray, and True if this process started it and must shut it down.
+
+    Args:
+        address: see `Actors`.
+        workers: actors that a cluster which is started here must have room for.
+        memory: bytes of its object store.
+
+    Raises:
+        PrismError: without Ray, or for a cluster that cannot be reached.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what Ray warns of otherwise
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # `_LOST` says it
@@ -348,7 +357,7 @@ def _connected(address: str, workers: int) -> tuple[Any, bool]:
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "critical"}
     if address == LOCAL:
         cpus = max(os.cpu_count() or 1, workers)
-        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": MEMORY}
+        options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": memory}
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     try:
         if colon and port.isdecimal():  # Ray itself tries for minutes
