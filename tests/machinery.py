@@ -17,8 +17,8 @@ CALL: dict[str, Any] = {**tiny.CALL_WAN, "num_inference_steps": 5, "output_type"
 STEP = 3  # of the first cut
 RUNS: dict[str, dict[str, Any]] = {
     "early": {"schedule": [(STEP, 2), (4, 1)]},
-    "draft": {"strategy": "draft", "draft_steps": 2},
-    "full": {"strategy": "full"},
+    "draft": {"strategy": "draft", "draft_steps": 2, "num_draws": 1},
+    "full": {"strategy": "full", "num_draws": 1},
 }
 FAMILIES: dict[str, Callable[[], Any]] = {"wan": lambda: tiny.wan("unipc"), "cogvideox": lambda: tiny.cogvideox("dpm")}
 

@@ -120,7 +120,10 @@ def test_matrix_best_of_n(subject: Subject) -> None:
 
 
 def test_matrix_encodes_once(subject: Subject) -> None:
-    """Every text and every conditioning image is encoded once, for all candidates, their drafts and the winner."""
+    """Every text and every conditioning image is encoded once, for all candidates, their drafts and the winner.
+
+    Drafts need what cuts need and more: a call of another length.
+    """
     backbone = Backbone(subject.pipe)  # one that has captured nothing yet
     judge, vae = Judge.untrained(backbone, dim=16), backbone.pipe.vae
     asked: list[tuple[Any, ...]] = []
@@ -140,15 +143,13 @@ def test_matrix_encodes_once(subject: Subject) -> None:
     ]
     vae.encode = encode
     try:
-        for strategy in ("early", "draft"):
-            asked.clear()
-            arguments = {"n": 2, "strategy": strategy, "batch_size": 1, **subject.call, "output_type": "latent"}
-            arguments["num_inference_steps"] = 3
-            ledger = prism.best_of_n(subject.pipe, judge, subject.prompts(1)[0], **arguments).ledger
-            assert len(asked) == len(set(asked))
-            assert ledger.vae_encodes == sum(rows for name, rows, *_ in asked if name == "vae")
-            assert ledger.text_encodings == sum(rows for name, rows, *_ in asked if name.startswith("text"))
-            assert ledger.text_encodings > 0 or not backbone.family.takes_prompts
+        arguments = {"n": 2, "strategy": "draft", "num_draws": 1, "batch_size": 1, **subject.call}
+        arguments |= {"output_type": "latent", "num_inference_steps": 3}
+        ledger = prism.best_of_n(subject.pipe, judge, subject.prompts(1)[0], **arguments).ledger
+        assert len(asked) == len(set(asked))
+        assert ledger.vae_encodes == sum(rows for name, rows, *_ in asked if name == "vae")
+        assert ledger.text_encodings == sum(rows for name, rows, *_ in asked if name.startswith("text"))
+        assert ledger.text_encodings > 0 or not backbone.family.takes_prompts
     finally:
         del vae.encode
         for handle in handles:
@@ -220,10 +221,9 @@ def test_matrix_heads(subject: Subject, tmp_path: Any) -> None:
     judge.save_pretrained(tmp_path / "head", trained_on={"store": "none"})
     again = Judge.from_pretrained(tmp_path / "head", subject.pipe)
     latents, t = subject.latents(), sum(backbone.t_range) / 2
-    prompts = subject.prompts(1)
-    assert torch.equal(
-        again.score(latents, prompts, t, **subject.call), judge.score(latents, prompts, t, **subject.call)
-    )
+    tokens = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), t, judge.tap)
+    assert again.tap == judge.tap
+    assert torch.equal(again.score_tokens(tokens), judge.score_tokens(tokens))
     foreign = _foreign()
     with pytest.raises(PrismError, match=r"load the backbone it was trained on|has no denoiser 'transformer_2'"):
         Judge.from_pretrained(tmp_path / "head", foreign)

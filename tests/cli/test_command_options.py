@@ -17,36 +17,49 @@ from tests import stores, tiny
 from prism import cli, files
 from prism.training.config import TrainConfig
 
+LIGHT = ["--help", "shapeworld --help", *(f"{name} --help" for name in cli.COMMANDS), "--print-completion bash"]
+CODE = """
+import contextlib, io, json, sys
+from prism.cli import main
 
-def prism_in_a_process(*words):
-    """The output of a command in a process of its own, which fails if it imports torch."""
-    code = f"import sys; from prism.cli import main; sys.exit(main({list(words)!r}) or 'torch' in sys.modules)"
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"}
-    )
+def answer(line):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return main(line.split()), out.getvalue(), "torch" in sys.modules
+
+print(json.dumps({line: answer(line) for line in json.loads(sys.argv[1])}))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """What commands that work on nothing return and print, and whether torch is imported by then, in one process."""
+    words = [sys.executable, "-c", CODE, json.dumps(LIGHT)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("command", ["", "shapeworld", *cli.COMMANDS])
-def test_help_names_every_option_without_heavy_imports(command):
-    done = prism_in_a_process(*command.split(), "--help")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: prism")
+def test_help_names_every_option_without_heavy_imports(command, answers):
+    code, out, heavy = answers[f"{command} --help".strip()]
+    assert (code or 0, heavy) == (0, False)
+    assert out.startswith("usage: prism")
     if command in cli.COMMANDS:
         for flag, kind in cli._flags(resolve_name(cli.COMMANDS[command])).values():
             forms = {flag, f"--no-{flag[2:]}"} if kind is bool else {flag}
-            assert len(forms & set(re.findall(r"--[a-z-]+", done.stdout))) == 1
+            assert len(forms & set(re.findall(r"--[a-z-]+", out))) == 1
     else:
-        assert all(f"  prism {name} " in done.stdout for name in cli.COMMANDS if command in name)
+        assert all(f"  prism {name} " in out for name in cli.COMMANDS if command in name)
     if command == "train":
         flags = cli._flags(resolve_name(cli.COMMANDS["train"]))
         assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(flags)
-        assert "(default: 5e-4 on the embedded model, else 1e-4)" in re.sub(r"[\s│]+", " ", done.stdout)
+        assert "(default: 5e-4 on the embedded model, else 1e-4)" in re.sub(r"[\s│]+", " ", out)
 
 
-def test_completion_knows_commands_and_options():
-    done = prism_in_a_process("--print-completion", "bash")
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("shapeworld", "candidates", "--prompts-per-step", "--guidance-scale"))
+def test_completion_knows_commands_and_options(answers):
+    code, out, heavy = answers["--print-completion bash"]
+    assert (code or 0, heavy) == (0, False)
+    assert all(word in out for word in ("shapeworld", "candidates", "--prompts-per-step", "--guidance-scale"))
 
 
 WRONG = {

@@ -113,15 +113,24 @@ def work(out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("two")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["tests.sampling.test_processes", str(out)]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
+    for run in forks.run(work, out):
+        assert run.code == 0, run.err[-4000:]
     return [
         {**json.loads((out / f"{rank}.json").read_text()), "latents": load_file(out / f"{rank}.safetensors")}
         for rank in (0, 1)
     ]
+
+
+def test_processes_of_torchrun_find_each_other(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import os\nfrom prism.team import Team\nteam = Team.gathered()\n"
+        "print(team.agree(lambda: team.rank), flush=True)\nos._exit(0)  # how processes end is not asked here\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("[0, 1]") == 2
 
 
 @works(
@@ -238,7 +247,3 @@ def test_alone_nothing_is_shared() -> None:
     shared = prism.best_of_n(pipe, judge, tiny.PROMPT, distribute="candidates", **SHARED, **call)
     alone = prism.best_of_n(pipe, judge, tiny.PROMPT, **SHARED, **call)
     assert torch.equal(shared.latents, alone.latents)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

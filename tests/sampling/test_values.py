@@ -26,6 +26,12 @@ def search(setting: Setting, prompt: Any = tiny.PROMPT, **arguments: Any) -> Any
     return prism.best_of_n(setting.pipe, setting.judge(2), prompt, **options)
 
 
+@pytest.fixture(scope="module")
+def usual(wan: Setting) -> Any:
+    """What the plain arguments give."""
+    return search(wan)
+
+
 @works(
     "Inputs and outputs", "Whole numbers of NumPy and torch: seeds, n, steps, cuts", "exact", "They are whole numbers"
 )
@@ -43,8 +49,8 @@ def search(setting: Setting, prompt: Any = tiny.PROMPT, **arguments: Any) -> Any
         {"keep_latents": np.bool_(True), "progress": np.bool_(False)},
     ],
 )
-def test_whole_numbers_of_other_libraries(wan: Setting, arguments: dict[str, Any]) -> None:
-    expected, result = search(wan), search(wan, **arguments)
+def test_whole_numbers_of_other_libraries(wan: Setting, usual: Any, arguments: dict[str, Any]) -> None:
+    expected, result = usual, search(wan, **arguments)
     assert (result.seed, result.seeds, result.scores) == (expected.seed, (4, 5, 6), expected.scores)
     assert all(type(seed) is int for seed in result.seeds)
     assert torch.equal(result.latents, expected.latents)
@@ -70,17 +76,16 @@ def test_prompts_in_other_sequences(wan: Setting) -> None:
 
 
 def test_a_seed_of_none_is_drawn_and_told(wan: Setting) -> None:
-    results = [search(wan, seed=None) for _ in range(2)]
-    assert results[0].seeds != results[1].seeds
-    for result in results:
-        first = result.seeds[0]
-        assert result.seeds == (first, first + 1, first + 2)
-        assert torch.equal(result.latents, search(wan, seed=first).latents)
+    one, other = (search(wan, seed=None) for _ in range(2))
+    assert one.seeds != other.seeds
+    first = one.seeds[0]
+    assert one.seeds == (first, first + 1, first + 2)
+    assert torch.equal(one.latents, search(wan, seed=first).latents)
 
 
 @works("Inputs and outputs", "A search inside `torch.inference_mode()`", "exact", "The plain call's video")
-def test_inside_inference_mode(wan: Setting) -> None:
-    expected = search(wan)
+def test_inside_inference_mode(wan: Setting, usual: Any) -> None:
+    expected = usual
     with torch.inference_mode():
         result = search(wan)
         assert torch.is_inference_mode_enabled()
@@ -94,10 +99,10 @@ def test_inside_inference_mode(wan: Setting) -> None:
     assert torch.equal(search(wan, callback_on_step_end=look).latents, expected.latents)
 
 
-def test_a_pipe_may_be_a_backbone_and_a_swap_is_told(wan: Setting) -> None:
+def test_a_pipe_may_be_a_backbone_and_a_swap_is_told(wan: Setting, usual: Any) -> None:
     judge = wan.judge(2)
     options: dict[str, Any] = {"n": 3, "seed": 4, **PLAIN, **wan.call, "output_type": "latent"}
-    assert prism.best_of_n(judge.backbone, judge, tiny.PROMPT, **options).scores == search(wan).scores
+    assert prism.best_of_n(judge.backbone, judge, tiny.PROMPT, **options).scores == usual.scores
     with pytest.raises(PrismError, match=r"pipe is a judge; the arguments are best_of_n\(pipe, judge, prompt\)"):
         prism.best_of_n(judge, wan.pipe, tiny.PROMPT, **options)
     with pytest.raises(PrismError, match="load it first"):
@@ -105,6 +110,9 @@ def test_a_pipe_may_be_a_backbone_and_a_swap_is_told(wan: Setting) -> None:
 
 
 # -- oracles
+
+
+ORACLE: dict[str, Any] = {"strategy": "oracle", "schedule": None, "num_inference_steps": 2}
 
 
 def means(video: np.ndarray) -> dict[str, float]:
@@ -115,7 +123,7 @@ def means(video: np.ndarray) -> dict[str, float]:
     "Inputs and outputs", "An oracle that answers by dimension", "works", "`select_by` names or weighs its dimensions"
 )
 def test_an_oracle_may_answer_by_dimension(wan: Setting) -> None:
-    run: dict[str, Any] = {"strategy": "oracle", "schedule": None}
+    run = ORACLE
     for select_by in ("MQ", {"VQ": 1.0, "MQ": 3.0}):
         result = search(wan, oracle=lambda video, _: means(video), select_by=select_by, **run)
         columns = result.scores[0]["scores"]
@@ -131,7 +139,7 @@ def test_an_oracle_may_answer_by_dimension(wan: Setting) -> None:
 
 @works("Inputs and outputs", "An oracle that takes a batch of videos", "works", "With `oracle.batched = True`")
 def test_an_oracle_may_take_a_batch(wan: Setting) -> None:
-    run: dict[str, Any] = {"strategy": "oracle", "schedule": None, "batch_size": 3}
+    run: dict[str, Any] = {**ORACLE, "batch_size": 3}
     expected = search(wan, oracle=lambda video, _: means(video), select_by="VQ", **run)
     sizes = []
 
@@ -173,7 +181,7 @@ ANSWERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", ANSWERS)
 def test_what_an_oracle_may_not_answer(wan: Setting, name: str) -> None:
     with pytest.raises(PrismError, match="The oracle must answer with a number, or a dict of numbers") as caught:
-        search(wan, strategy="oracle", schedule=None, oracle=lambda video, prompt: ANSWERS[name])
+        search(wan, **ORACLE, oracle=lambda video, prompt: ANSWERS[name])
     assert len(str(caught.value)) <= 500
 
 
@@ -184,13 +192,13 @@ def test_what_a_batched_oracle_may_not_answer(wan: Setting, answer: Any) -> None
 
     ask.batched = True  # type: ignore[attr-defined]
     with pytest.raises(PrismError, match=r"batched oracle must answer with 3 numbers|must answer with a number"):
-        search(wan, strategy="oracle", schedule=None, oracle=ask, batch_size=3)
+        search(wan, **ORACLE, oracle=ask, batch_size=3)
 
 
 @pytest.mark.parametrize("answer", [True, np.float32(0.5), np.bool_(True), torch.tensor([0.5]), 3, np.array(1.0)])
 def test_what_an_oracle_may_answer_too(wan: Setting, answer: Any) -> None:
     with pytest.warns(UserWarning, match="All 3 candidates have the same score"):
-        result = search(wan, strategy="oracle", schedule=None, oracle=lambda video, prompt: answer)
+        result = search(wan, **ORACLE, oracle=lambda video, prompt: answer)
     assert result.scores[0]["scores"]["oracle"] == [float(answer)] * 3
 
 
@@ -262,7 +270,7 @@ FAMILIES = {
 def test_embeddings_in_place_of_a_prompt(variant: str) -> None:
     """The winner is the stock call's with the same embeddings, and scores are those of the prompt."""
     pipe, call = VARIANTS[variant]()
-    call = {**call, "output_type": "latent"}
+    call = {**call, "output_type": "latent", "num_inference_steps": 3}
     embeds = encoded(pipe, call)
     call.pop("prompt_template", None)
     plain_call = {name: value for name, value in call.items() if name != "negative_prompt"}
@@ -285,7 +293,7 @@ def test_embeddings_in_place_of_a_prompt(variant: str) -> None:
         atol=1e-5,
     )
     for run in ({"schedule": [(2, 1)]}, {"strategy": "draft", "draft_steps": 2}, {"strategy": "full"}):
-        options = {"n": 2, "seed": 3, **run, **plain_call, **embeds}
+        options = {"n": 2, "seed": 3, "num_draws": 1, **run, **plain_call, **embeds}
         result = prism.best_of_n(pipe, judge, None, batch_size=1, **options)
         generator = torch.Generator("cpu").manual_seed(result.seed)
         stock = pipe(generator=generator, **plain_call, **embeds)[0]

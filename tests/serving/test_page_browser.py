@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from prism.serving.annotators import Annotation
 from prism.serving.jobs import Jobs, seen_cut
 from prism.video import write_video
 
-pytest.importorskip("gradio", reason="gradio is not installed")
-pytest.importorskip("playwright", reason="playwright is not installed")
-pytestmark = [
+pytestmark = [  # gradio takes seconds to import, and each process collects all files: it is looked for alone
+    pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed"),
     pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium"),
     pytest.mark.filterwarnings("ignore"),  # of gradio, uvicorn and starlette
 ]

@@ -298,9 +298,9 @@ def _language(**changes: Any) -> dict[str, Any]:
     }
 
 
-def _hunyuan_vae() -> AutoencoderKLHunyuanVideo:
+def _hunyuan_vae(width: int = 8) -> AutoencoderKLHunyuanVideo:
     return AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        latent_channels=4, block_out_channels=(width,) * 4, layers_per_block=1, norm_num_groups=4
     )
 
 
@@ -512,9 +512,8 @@ def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
         model_dim=32,
         ff_dim=48,
         num_text_blocks=1,
-        num_visual_blocks=3,
         axes_dims=(4, 6, 6),
-        **{"visual_cond": True, **changes},
+        **{"num_visual_blocks": 3, "visual_cond": True, **changes},
     )
     for parameter in transformer.parameters():
         if not parameter.any():  # the gates of new blocks are closed: they would pass their input on, whatever the text
