@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -82,12 +81,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG)
     for item in items:
         item.add_marker(pytest.mark.filterwarnings("error", *EXCEPTIONS), append=False)  # a test's own marks win
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
-    if forks := sys.modules.get("tests.forks"):  # where tests were collected that use it
-        forks.prepare()
 
 
 @pytest.fixture(scope="session", autouse=True)
