@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(BIN)/prism demo --out $(OUT) --overwrite
 
 test: check
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -57,7 +57,7 @@ dist:
 # constraints.txt does not hold here: diffusers brings what it asks for.
 upstream: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --upgrade 'diffusers @ git+https://github.com/huggingface/diffusers'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
+	PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(XDIST)
 
 # torch comes first and alone, so that nothing else decides which of its builds is taken.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -69,3 +69,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks docs integrations recipes -name __pycache__ -prune -exec rm -rf {} +

@@ -117,7 +117,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
     monkeypatch.setattr(shapeworld, "asset_folder", lambda name: shipped)
     monkeypatch.setattr(judges, "pixel_judges", _another_head)
     monkeypatch.setattr(bootstrap, "FEWEST_PROMPTS", 1)
-    settings = {**TINY, "full": True, "judges": 2, "labelled": 2, "unseen": 1}
+    settings = {**TINY, "full": True, "judges": 2, "labelled": 2, "unseen": 1, "schedules": (), "drafts": ()}
     config = demo.DemoConfig(**settings)
     whole = demo.run(tmp_path / "whole", config=config)
 
@@ -134,9 +134,7 @@ def test_a_full_run_that_is_killed_goes_on_to_the_same_end(tmp_path, world_of_gr
         demo.run(tmp_path / "killed", config=config)
     assert not (tmp_path / "killed").exists()
     with pytest.raises(PrismError, match=r"The run in .*killed\.parts differs in config: n was 3 and is now 4"):
-        demo.run(
-            tmp_path / "killed", config=demo.DemoConfig(**{**TINY, "n": 4}, full=True, judges=2, labelled=2, unseen=1)
-        )
+        demo.run(tmp_path / "killed", config=demo.DemoConfig(**{**settings, "n": 4}))
     monkeypatch.setattr(judges, "train_together", _never)
     again = demo.run(tmp_path / "killed", config=config)
     tests, unseen = grammar.prompts("test", 2), grammar.prompts("unseen", 1)

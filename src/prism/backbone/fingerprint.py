@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 PARTS = {"denoiser": "denoiser", "vae": "VAE"}  # parts in a fingerprint, and their names in messages
 ABSENT = "absent"
+CHANNELS = ("latent_channels", "z_dim", "latent_dim", "decoder_input_channels")  # of VAEs; the last two of sounds
 # Fields of configurations whose meaning `needs` holds.
 _NEEDED = frozenset(
     [
         *("num_layers", "in_channels", "out_channels", "in_visual_dim", "out_visual_dim", "patch_size", "patch_size_t"),
-        *("z_dim", "latent_channels", "latents_mean", "latents_std", "scaling_factor", "shift_factor"),
+        *(*CHANNELS, "latents_mean", "latents_std", "scaling_factor", "shift_factor"),
         *("temporal_compression_ratio", "spatial_compression_ratio"),
         *("scale_factor_temporal", "scale_factor_spatial"),
     ]
@@ -205,7 +206,7 @@ def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
     sigma_data = config_of(pipe.scheduler).get("sigma_data") if backbone.family.vae_factor == "sigma_data" else None
     return {
         "layout": backbone.family.layout,
-        "latent_channels": config.get("latent_channels", config.get("z_dim")),
+        "latent_channels": next((config[name] for name in CHANNELS if name in config), None),
         **statistics,
         "scaling_factor": config.get("scaling_factor") or 1.0,
         "shift_factor": config.get("shift_factor") or 0.0,
