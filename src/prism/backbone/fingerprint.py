@@ -34,8 +34,7 @@ _NEEDED = frozenset(
     [
         *("num_layers", "in_channels", "out_channels", "in_visual_dim", "out_visual_dim", "patch_size", "patch_size_t"),
         *(*CHANNELS, "latents_mean", "latents_std", "scaling_factor", "shift_factor"),
-        *("temporal_compression_ratio", "spatial_compression_ratio"),
-        *("scale_factor_temporal", "scale_factor_spatial"),
+        *("temporal_compression_ratio", "spatial_compression_ratio", "scale_factor_temporal", "scale_factor_spatial"),
     ]
 )
 _ROUNDING = 4e-3  # relative, of a number that was stored in bfloat16
