@@ -164,6 +164,11 @@ class Bench:
         return self.training if self.data is not None or not self.scale.train_prompts else self.played
 
     @property
+    def sample_size(self) -> int:
+        """Candidates per call while sampling, whose rows guidance doubles."""
+        return max(1, self.batch_size // 2)
+
+    @property
     def plays(self) -> bool:
         """True where Best-of-N chooses among the candidates of a store, not by the table of scores that ships."""
         return self.data is not None or self.scale.test_prompts > 0
@@ -213,7 +218,7 @@ class Bench:
             half=True,
             margins=referee.TIE_MARGINS,
             unit=8,
-            batch_size=self.batch_size // 2,  # guidance doubles the rows
+            batch_size=self.sample_size,
             resume=folder.exists(),
             command="prism reproduce",
         )

@@ -51,7 +51,7 @@ def run(bench: Bench) -> Finding:
     for recipe in RECIPES:
         out = bench.parts.folder / "improved" / recipe
         out.parent.mkdir(exist_ok=True)
-        config = ImproveConfig(recipe=recipe, rounds=ROUNDS, seed=bench.seed, sample_batch_size=bench.batch_size // 2)
+        config = ImproveConfig(recipe=recipe, rounds=ROUNDS, seed=bench.seed, sample_batch_size=bench.sample_size)
         first = recipe == FIRST  # the others take its videos of the untuned model, and no heads are trained on theirs
         result = improve(
             bench.backbone, judge, tuning, tested, bench.call, out, config, outer=outer, rewards=rewards,
