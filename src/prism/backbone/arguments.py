@@ -24,11 +24,8 @@ STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
 _WHOLE |= {"max_sequence_length": (1, 1_000_000)}
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
-_DEFAULT = (
-    "num_videos_per_prompt",
-    "num_images_per_prompt",
-    "num_waveforms_per_prompt",
-)  # only 1 is allowed, and dropped
+# Only 1 is allowed, and dropped.
+_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt", "num_waveforms_per_prompt")
 _VIDEOS = ("video", "control_video")
 _PICTURES = ("image", "last_image", *_VIDEOS)
 _LISTED = (*_PICTURES, "negative_prompt")  # lists of one per prompt are allowed

@@ -68,9 +68,11 @@ def sample_together(
 ) -> list[Trajectory]:  # fmt: skip
     """Run one stock call of several candidates, each with a prompt and a seed of its own; a trajectory for each.
 
-    The latents of each are those of `sample` up to the rounding of batches. Arguments and errors as of `sample`; call
-    it only for families that take a batch (`prism.sampling.arguments.batch_size_of`).
+    The latents of each are those of `sample` up to the rounding of batches; of one candidate to the bit. Arguments and
+    errors as of `sample`; give several only of families that take a batch (`prism.sampling.arguments.batch_size_of`).
     """
+    if len(seeds) == 1:
+        return [sample(backbone, prompts[0], seeds[0], call, steps, predicted=predicted)]
     return _recorded(backbone, seeds, {**call, **backbone.batch(prompts, seeds, call)}, steps, predicted)
 
 

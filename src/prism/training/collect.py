@@ -28,7 +28,7 @@ from prism.preference.prompts import Prompt
 from prism.preference.shards import SCHEMA, shard_tables
 from prism.preference.sources import Place
 from prism.sampling.arguments import batch_size_of
-from prism.sampling.trajectory import Trajectory, candidate_seed, sample, sample_together
+from prism.sampling.trajectory import Trajectory, candidate_seed, sample_together
 from prism.team import in_batches
 from prism.training.conditionings import check_bare
 from prism.training.encode import check_shares, split_of
@@ -83,9 +83,9 @@ def collect(
     """Sample candidates of each prompt, have rewards label them, and write both as a store of schema 2.
 
     With `batch_size` 1 a candidate is a stock call of its own, so that its latents depend on its seed alone, and not on
-    the process that makes it or on other candidates; in larger batches they do up to rounding. Candidates
-    whose latents are not finite are left out, with a message. The processes of a launcher, or the actors of a Ray
-    cluster, share the prompts.
+    the process that makes it or on other candidates; in larger batches they do up to rounding. Candidates whose
+    latents are not finite are left out, with a message. The processes of a launcher, or the actors of a Ray cluster,
+    share the prompts.
 
     Args:
         prompts: texts, or prompts from `prism.preference.prompts.read_prompts`. A prompt without a split gets one by a
@@ -348,9 +348,7 @@ def _sampled(
     path = batch[0].prompt.image
     arguments = call if path is None else {**call, **normalised({"image": path})}
     prompts, seeds = [each.prompt.text for each in batch], [each.seed for each in batch]
-    if len(batch) > 1:
-        return sample_together(backbone, prompts, seeds, arguments, steps, predicted=predicted)
-    return [sample(backbone, prompts[0], seeds[0], arguments, steps, predicted=predicted)]
+    return sample_together(backbone, prompts, seeds, arguments, steps, predicted=predicted)
 
 
 def _write(
