@@ -36,6 +36,8 @@ from prism.training.trainer import SHARED
 TAP = 4  # of the embedded model's blocks, chosen on validation prompts (docs/study.md)
 BATCH = 8
 """Rows that are timed for the estimate of a run's time."""
+EACH, VALIDATION = 4, 40
+"""Candidates of a training prompt, and prompts of the validation pairs, where a scale collects its own."""
 BASE = "query"
 """The kind of the paper's own recipe, from which each other kind differs in one thing."""
 
@@ -156,7 +158,7 @@ class Bench:
             return self.data
         if not self.scale.train_prompts:
             return LatentStore.open(shapeworld.asset_folder("candidates"))
-        return self.collected("training", {"train": self.scale.train_prompts}, 4)
+        return self.collected("training", {"train": self.scale.train_prompts}, EACH)
 
     @cached_property
     def tested(self) -> LatentStore:
@@ -187,7 +189,7 @@ class Bench:
             return self.data
         shares = {"test": self.scale.test_prompts}
         if self.scale.train_prompts:  # the threshold of ties is chosen on validation pairs
-            shares["validation"] = 40
+            shares["validation"] = VALIDATION
         return self.collected("played", shares, self.scale.n)
 
     def collected(
@@ -332,7 +334,8 @@ def seconds(bench: Bench, names: Sequence[str], trainings: float, plays: bool) -
     names: the kinds of heads that experiments need. trainings: groups of heads that they train beside. plays: True
     where one of them plays Best-of-N.
     """
-    backbone, store = bench.backbone, bench.training
+    backbone, shipped = bench.backbone, LatentStore.open(shapeworld.asset_folder("candidates"))
+    store = bench.data or shipped  # nothing is sampled before the estimate is said
     group = store.groups("train")[0]
     latents = store.latents([group.videos[0]] * BATCH)
     conditioning = backbone.condition([group.prompt] * BATCH, **bench.call)
@@ -345,22 +348,27 @@ def seconds(bench: Bench, names: Sequence[str], trainings: float, plays: bool) -
 
     row = timed(lambda: backbone.tokens(latents, conditioning, bench.levels[0], backbone.num_blocks)) / BATCH
     decode = timed(lambda: backbone.decode(latents[:1]))
-    videos = float(np.mean([len(each.videos) for each in store.groups("train")]))
+    sample = 2 * backbone.num_inference_steps(bench.call) * row + 2 * decode
+    total, collected = 0.0, bench.data is None and bench.scale.train_prompts > 0
+    if collected:
+        videos, measured = float(EACH), (bench.scale.test_prompts + VALIDATION) * bench.scale.n
+        if not bench.parts.has("stores/training/store.json"):
+            total += bench.scale.train_prompts * EACH * sample
+    else:
+        videos = float(np.mean([len(each.videos) for each in store.groups("train")]))
+        measured = sum(len(each.videos) for split in ("test", "validation") for each in store.groups(split))
     trained = bench.scale.train.steps * bench.scale.train.prompts_per_step * videos  # rows
-    total = 0.0
     for arm in bench.arms(names).values():
         deepest = max(int(bench.kinds[name].head.get("tap", bench.tap)) for name, *_ in arm) / backbone.num_blocks
         of_heads = 0.15 * len(arm)  # a step of a small head, in passes of a small denoiser
         total += trained * (deepest + of_heads) * row
-    measured = sum(len(each.videos) for split in ("test", "validation") for each in bench.tested.groups(split))
     if any(not bench.parts.has(table_of(name, seed)) for name in names for seed in bench.seeds):
         total += len(bench.levels) * measured * row * 1.5
     total += trainings * (trained * bench.tap / backbone.num_blocks * 1.5 + len(bench.levels) * measured) * row
     if not all(bench.parts.has(f"measured/{name}.parquet") for name in bench.pixels):
         total += len(bench.scale.pixel_levels) * measured * decode
-    if bench.data is None and bench.plays and plays and not bench.parts.has("stores/played/store.json"):
-        sample = 2 * backbone.num_inference_steps(bench.call) * row + 2 * decode
-        total += bench.scale.test_prompts * bench.scale.n * sample
+    if bench.data is None and bench.plays and (collected or plays) and not bench.parts.has("stores/played/store.json"):
+        total += (measured if collected else bench.scale.test_prompts * bench.scale.n) * sample
     return total
 
 
