@@ -5,6 +5,7 @@ Every tab of the page of the embedded model as a person would see it, at 1280 an
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -26,8 +27,9 @@ def main() -> None:
     """Write docs/page/*.png."""
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, chromium() as opened:
+        os.chdir(folder)  # the page shows where a run lies: no path of this machine
         pairs = Annotating(dimensions="VQ,MQ,TA", pairs_per_prompt=1)
-        server, jobs = started(Page(out=Path(folder) / "runs", port=0, annotate=pairs))
+        server, jobs = started(Page(out=Path("runs"), port=0, annotate=pairs))
         try:
             wide = Visit(opened, server.url)
             _generate(wide)

@@ -8,17 +8,20 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from tests import tiny
+import torch
+from PIL import Image, ImageOps
+from tests import tiny, zoo
 from tests.serving import browser
 
 from prism.backbone import Backbone
 from prism.commands.page import _make, _seen
 from prism.commands.sample import Loaded, Sampling
+from prism.files import read_json
 from prism.judge import Judge
 from prism.serving import comparisons, page, web
 from prism.serving.annotators import Annotation
 from prism.serving.jobs import Jobs, seen_cut
-from prism.video import write_video
+from prism.video import read_video, write_video
 
 pytestmark = [  # gradio takes seconds to import, and each process collects all files: it is looked for alone
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),
@@ -40,14 +43,18 @@ def served(tmp_path_factory):
     backbone = Backbone(tiny.wan("euler"))
     judge, pairs = Judge.untrained(backbone, tap=1, dim=16), comparisons.opened(folder)
     desk = page.Desk("tiny", backbone, judge, CALL, comparisons=pairs)
-    loaded, models = Loaded(backbone, CALL, "tiny", judge), Sampling(backbone="tiny", head="tiny")
-    desk.jobs = Jobs(folder / "runs", partial(_make, loaded, models), partial(_seen, seen_cut, judge), desk.lock)
+    desk.jobs = _queue(desk, folder / "runs")
     desk.annotation = Annotation(pairs.pairs, folder / "answers.csv", ("VQ", "overall"), 0.2, root=folder)
     server = web.Server(page.application(desk), "127.0.0.1", 0).start()
     with browser.chromium() as chromium:
         yield server.url, chromium, folder, desk
     server.stop()
     desk.jobs.close()
+
+
+def _queue(desk, out):
+    loaded, models = Loaded(desk.backbone, desk.call, desk.title, desk.judge), Sampling(backbone="tiny", head="tiny")
+    return Jobs(out, partial(_make, loaded, models), partial(_seen, seen_cut, desk.judge), desk.lock)
 
 
 def test_all_tabs_wide_and_light(served):
@@ -141,3 +148,51 @@ def test_annotation_by_keyboard_narrow_and_dark(served):
         visit.open(name)
         assert visit.overflow() <= 0
     visit.context.close()
+
+
+def test_a_picture_to_start_from_and_a_login(served, tmp_path):
+    """Image to video behind --auth: the picture arrives to the last bit, and the winner is the stock call's from it."""
+    chromium = served[1]
+    pipe, call = zoo.VARIANTS["wan21_i2v"]()
+    backbone, call = Backbone(pipe), {**call, "output_type": "np"}
+    desk = page.Desk("tiny", backbone, Judge.untrained(backbone, tap=1, dim=16), call)
+    desk.jobs = _queue(desk, tmp_path / "runs")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
+    picture.save(tmp_path / "start.png")
+    server = web.Server(page.application(desk, ("generate",), [("ada", "secret")]), "127.0.0.1", 0).start()
+    try:
+        context = chromium.new_context()
+        tab = context.new_page()
+        tab.set_default_timeout(browser.SECONDS * 1000)
+        tab.goto(server.url)
+        for password in ("wrong", "secret"):
+            tab.fill("[data-testid=textbox]", "ada")
+            tab.fill("[data-testid=password]", password)
+            with tab.expect_response("**/login*") as answer:
+                tab.click("button:has-text('Login')")
+            assert answer.value.ok == (password == "secret")
+            assert desk.jobs.all() == []
+        tab.wait_for_selector("#pz-prompt textarea")
+        tab.set_input_files("#pz-image input[type=file]", tmp_path / "start.png")
+        tab.wait_for_selector("#pz-image img")
+        tab.fill("#pz-prompt textarea", "a cat")
+        tab.fill("#pz-n input[type=number]", "2")
+        tab.click("#pz-generate")
+        tab.wait_for_selector(".pz-winner video")
+        context.close()
+    finally:
+        server.stop()
+        desk.jobs.close()
+    (run,) = desk.jobs.all()
+    assert (np.asarray(Image.open(read_json(run.folder / "config.json")["image"])) == np.asarray(picture)).all()
+    made = np.asarray(read_video(run.folder / "winner.mp4"))
+
+    def distance(image):
+        """Of the winner from the stock call's video: a shared batch rounds, and MPEG-4 makes it more."""
+        generator = torch.Generator().manual_seed(run.metrics["top"][0]["seed"])
+        frames = pipe(prompt="a cat", generator=generator, **{**call, "image": image}).frames[0]
+        write_video(tmp_path / "stock.mp4", frames, 8)
+        return np.abs(made - np.asarray(read_video(tmp_path / "stock.mp4"))).mean()
+
+    assert distance(picture) < 0.003
+    assert distance(ImageOps.invert(picture)) > 0.01

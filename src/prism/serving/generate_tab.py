@@ -38,7 +38,9 @@ def build(gradio: Any, desk: Desk) -> None:
                 gradio.Examples([[text] for text in desk.examples], [prompt], label="For example", cache_examples=False)
             start = gradio.Button("Generate", variant="primary", elem_id="pz-generate")
             said = gradio.HTML("")
-            image = gradio.Image(label="Image to start from", type="filepath", visible=pictures)
+            image = gradio.Image(
+                label="Image to start from", type="filepath", format="png", elem_id="pz-image", visible=pictures
+            )
             way = gradio.Radio([CUTS, BUDGET], value=CUTS, label="How the run spends")
             with gradio.Group() as group_cuts:
                 n = gradio.Slider(1, 64, value=8, step=1, label="Candidates", elem_id="pz-n")

@@ -35,7 +35,7 @@ def build(gradio: Any, desk: Desk) -> None:
             )
             prompt = gradio.Textbox(label="Prompt", lines=2, placeholder="What they should show", elem_id="pz-asked")
             image = gradio.Image(
-                label="Image that they start from", type="filepath", visible=desk.backbone.takes("image")
+                label="Image that they start from", type="filepath", format="png", visible=desk.backbone.takes("image")
             )
             start = gradio.Button("Score", variant="primary", elem_id="pz-score")
         with gradio.Column(scale=9, min_width=320):
