@@ -61,7 +61,7 @@ def _model(kind: type, **config: Any) -> Any:
     return model
 
 
-def stable_audio_3() -> Built:
+def stable_audio_3(**changes: Any) -> Built:
     """Latents (8, 6); tokens (6, 24), behind 3 of memory; the scheduler draws noise at each step."""
     torch.manual_seed(0)
     pipe = StableAudio3Pipeline(
@@ -88,10 +88,10 @@ def stable_audio_3() -> Built:
             num_heads=2,
             cond_token_dim=TEXT_WIDTH,
             global_cond_dim=TEXT_WIDTH,
-            local_add_cond_dim=5,
             timestep_features_dim=16,
             ff_mult=2,
             num_memory_tokens=3,
+            **{"local_add_cond_dim": 5, **changes},
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, stochastic_sampling=True),
     )

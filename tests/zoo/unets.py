@@ -66,8 +66,7 @@ def _unet_xl(**changes: Any) -> UNet2DConditionModel:
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=64,
-        **changes,
+        **{"projection_class_embeddings_input_dim": 64, **changes},
     )
 
 

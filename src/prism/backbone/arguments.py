@@ -303,7 +303,7 @@ def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> 
     """The arguments that turn guidance off, so that no unconditional rows are computed; `taken`: those that the
     pipeline's call takes. Empty where an adapter's pictures hold rows for them."""
     names = () if shows_adapters(call) else (family.guidance, "min_guidance_scale")
-    return {name: 1.0 for name in names if name in taken}
+    return {name: family.guidance_off for name in names if name in taken}
 
 
 def shows_adapters(call: Mapping[str, Any]) -> bool:

@@ -389,8 +389,9 @@ def _same(values: list[Any]) -> bool:
 
 
 def _faithful(value: Any) -> Any:
-    """A hashable stand-in that is equal for equal arguments."""
+    """A hashable stand-in that is equal for equal arguments. Tensors laid out otherwise in memory differ, as encoders
+    round them otherwise: a pipeline may encode one picture as two such tensors (FluxControlInpaintPipeline)."""
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return value.dtype, tuple(value.shape), hashlib.sha256(plain.data).digest()
+        return value.dtype, tuple(value.shape), value.stride(), hashlib.sha256(plain.data).digest()
     return repr(value)

@@ -20,11 +20,11 @@ from prism.backbone.layout import Grid
 from prism.backbone.pipeline import config_of, unwrapped
 from prism.errors import PrismError, quoted
 
-# Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer (HiDream), pictures
-# by adapter (IP-Adapter).
+# Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer
+# (HiDream, FIBO), pictures by adapter (IP-Adapter).
 _LISTS = re.compile(
-    r"(^|\.)(encoder_hidden_states_llama3|ip_adapter_image_embeds|ip_hidden_states|added_cond_kwargs\.image_embeds)"
-    r"(\.|$)"
+    r"(^|\.)(encoder_hidden_states_llama3|text_encoder_layers|ip_adapter_image_embeds|ip_hidden_states"
+    r"|added_cond_kwargs\.image_embeds)(\.|$)"
 )
 
 
@@ -85,6 +85,11 @@ class DenoiserCall:
     def timestep(self) -> Tensor:
         """The model timestep: (), (B,), or with further axes for frames or tokens."""
         timestep: Tensor = self._argument("timestep_argument")
+        if self.arguments.get("timestep_r") is not None:  # of distilled models (mean flows)
+            raise PrismError(
+                "The denoiser is told the next step's noise level too, which noisy latents by themselves do not have; "
+                "load a model that is not distilled to mean flows (use_meanflow)."
+            )
         return timestep
 
     def t(self, scheduler: Any) -> float:
@@ -135,8 +140,12 @@ class DenoiserCall:
         if "img_ids" in arguments:  # (t, h, w, ...) a token; those of images beside the latents have other t
             ids = arguments["img_ids"]
             ids = (ids[0] if ids.ndim == 3 else ids)[:, :3]
-            own = ids[ids[:, 0] == ids[0, 0]].max(0).values
-            return 1, int(own[1]) + 1, int(own[2]) + 1
+            own = ids[ids[:, 0] == ids[0, 0]]
+            _, height, width = (own.amax(0) - own.amin(0)).tolist()  # LongCat-Image counts on behind the text
+            return 1, int(height) + 1, int(width) + 1
+        if "position_ids" in arguments:  # (t, h, w) a token, the text's first, all zero (Krea 2)
+            _, height, width = arguments["position_ids"].amax(0).tolist()
+            return 1, int(height) + 1, int(width) + 1
         if "video_coords" in arguments:
             return layout.grid_of(arguments["video_coords"][0])
         if layout.is_packed(family.layout):

@@ -1,5 +1,5 @@
-"""The table of families: one row of facts each. Here stand those of video transformers; `UNETS`, `IMAGES` and `SOUNDS`
-follow."""
+"""The table of families: one row of facts each. Here stand those of video transformers; `UNETS`, `IMAGES`,
+`FURTHER_IMAGES` and `SOUNDS` follow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from prism.backbone.family import DEPTH, PROJECTED, Family
+from prism.backbone.further_image_families import FURTHER_IMAGES
 from prism.backbone.image_families import IMAGES
 from prism.backbone.sound_families import SOUNDS
 from prism.backbone.unet_families import UNETS
@@ -352,4 +353,4 @@ _ROWS: tuple[Family, ...] = (
 )
 
 # By name; see `prism.backbone.register`.
-FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *SOUNDS)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *FURTHER_IMAGES, *SOUNDS)}

@@ -98,7 +98,9 @@ class Family:
     conditional_first: bool = False
     """in one batch: the conditional rows come first, not last"""
     guidance: str = "guidance_scale"
-    """the argument that turns guidance on above 1; "guider": the pipeline's own guider decides"""
+    """the argument that turns guidance on above `guidance_off`; "guider": the pipeline's own guider decides"""
+    guidance_off: float = 1.0
+    """the largest value of that argument at which guidance is off"""
     clock: noise.Clock | noise.OwnClock = "flow"
     """how a noise level becomes alpha, sigma and the model's timestep: "flow", "rising_flow" (timesteps rise from
     noise), "ddpm", "euler" (ddpm, also between whole indices), "edm", or functions of one's own, a

@@ -12,6 +12,7 @@ _FLUX = Family(
     pipelines=(
         *("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "FluxFillPipeline"),
         *("FluxKontextInpaintPipeline", "FluxControlPipeline", "FluxControlImg2ImgPipeline"),
+        "FluxControlInpaintPipeline",
     ),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     video_output=1,
@@ -290,7 +291,7 @@ IMAGES: tuple[Family, ...] = (
     Family(
         name="kandinsky-5-image",
         models="Kandinsky 5 (images)",
-        pipelines=("Kandinsky5T2IPipeline",),
+        pipelines=("Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
         blocks=("visual_transformer_blocks",),
         widths="model_dim",
         encode_prompts_singly=True,

@@ -329,6 +329,7 @@ def explain_failures(part: Any, work: str) -> Iterator[None]:
 def warn_cut_off(prompts: Sequence[str], tokenizer: Any, limit: int, raisable: bool, measured: dict[str, None]) -> None:
     """Warn, once each, of prompts with more tokens than the pipeline takes; `measured` holds those seen before."""
     new = [prompt for prompt in prompts if prompt not in measured]
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor, whose call begins with images
     for prompt, ids in zip(new, tokenizer(new).input_ids if new else ()):
         if len(ids) > limit:
             warnings.warn(

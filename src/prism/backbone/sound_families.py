@@ -10,9 +10,9 @@ from prism.backbone.unet_families import MIDDLE
 _STABLE_AUDIO = Family(
     name="stable-audio-3",
     models="Stable Audio 3 (sounds)",
-    pipelines=("StableAudio3Pipeline",),
+    pipelines=("StableAudio3Pipeline", "StableAudio3InpaintPipeline", "StableAudio3AudioToAudioPipeline"),
     blocks=("transformer_blocks",),
-    batched_arguments=BATCHED | {"global_hidden_states"},
+    batched_arguments=BATCHED | {"global_hidden_states", "local_add_cond"},
     patch=(1, 1, 1),
     tokens_before="rest",  # memory
     widths="embed_dim",

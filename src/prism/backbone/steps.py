@@ -148,6 +148,8 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
     name = backbone.family.guidance
     if name == "guider":
         guider = copy.copy(backbone.pipe.guider)
+        if guider is None:  # HunyuanImage, distilled
+            return False
         if hasattr(guider, "set_state"):  # it holds the last step of an earlier call
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
         return bool(guider.num_conditions > 1)
@@ -155,7 +157,7 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
     if name == "true_cfg_scale":  # guidance besides the embedded one; needs a negative prompt
         negative = any(call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
         return scale is not None and scale > 1.0 and negative
-    return scale is not None and scale > 1.0
+    return scale is not None and scale > backbone.family.guidance_off
 
 
 def _readable(backbone: Backbone, timesteps: Sequence[float], count: int) -> tuple[bool, ...]:

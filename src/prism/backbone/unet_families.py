@@ -11,7 +11,10 @@ MIDDLE = "the middle of the U-Net, where its cells see the most"
 _STABLE_DIFFUSION = Family(
     name="stable-diffusion",
     models="Stable Diffusion 1.5, 2.1 (images)",
-    pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+    pipelines=(
+        *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
+        "StableDiffusionDepth2ImgPipeline",
+    ),
     blocks=("down_blocks", "mid_block", "up_blocks"),
     token_form="frames",
     text_limit=77,
@@ -54,6 +57,21 @@ UNETS: tuple[Family, ...] = (
     _STABLE_DIFFUSION,
     replace(
         _STABLE_DIFFUSION,
+        name="stable-diffusion-image-variation",
+        models="Stable Diffusion image variations (images)",
+        pipelines=("StableDiffusionImageVariationPipeline",),
+        takes_prompts=False,
+        text_reason="it takes no text",
+    ),
+    replace(
+        _STABLE_DIFFUSION,
+        name="stable-unclip",
+        models="Stable unCLIP, from an image (images)",
+        pipelines=("StableUnCLIPImg2ImgPipeline",),
+        batched_arguments=BATCHED | {"class_labels"},
+    ),
+    replace(
+        _STABLE_DIFFUSION,
         name="latent-consistency",
         models="Latent consistency models (images)",
         pipelines=("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
@@ -67,5 +85,13 @@ UNETS: tuple[Family, ...] = (
         pipelines=(
             *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         ),
+    ),
+    replace(
+        _STABLE_DIFFUSION,
+        name="kolors",
+        models="Kolors (images)",
+        pipelines=("KolorsPipeline", "KolorsImg2ImgPipeline"),
+        text_limit=None,
+        text_reason="attention takes ChatGLM's as they are, in another width than the image's",
     ),
 )

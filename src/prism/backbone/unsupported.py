@@ -57,19 +57,19 @@ _REASONS: dict[str, str] = {
         StableDiffusionAdapterPipeline StableDiffusionXLAdapterPipeline""",
     "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
     NO_ROW: """
-        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline BriaFiboPipeline DiTPipeline
-        DreamLiteMobilePipeline DreamLitePipeline ErnieImagePipeline FluxControlInpaintPipeline GlmImagePipeline
-        HunyuanImagePipeline Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline
-        Kandinsky3Pipeline Kandinsky5I2IPipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline
+        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline DiTPipeline
+        DreamLiteMobilePipeline DreamLitePipeline ErnieImagePipeline GlmImagePipeline
+        Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline
+        Kandinsky3Pipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline
         KandinskyImg2ImgPipeline KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline
         KandinskyV22CombinedPipeline KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline
         KandinskyV22Img2ImgCombinedPipeline KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline
-        KandinskyV22InpaintPipeline KandinskyV22Pipeline KolorsImg2ImgPipeline KolorsPipeline Krea2Pipeline
-        LDMTextToImagePipeline LongCatImageEditPipeline LongCatImagePipeline LuminaPipeline NucleusMoEImagePipeline
+        KandinskyV22InpaintPipeline KandinskyV22Pipeline
+        LDMTextToImagePipeline LongCatImageEditPipeline NucleusMoEImagePipeline
         OmniGenPipeline QwenImage21Pipeline QwenImageLayeredPipeline SanaSprintImg2ImgPipeline SanaSprintPipeline
-        SanaWMPipeline StableAudio3AudioToAudioPipeline StableAudio3InpaintPipeline StableCascadeCombinedPipeline
-        StableCascadeDecoderPipeline StableDiffusionDepth2ImgPipeline StableDiffusionImageVariationPipeline
-        StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
+        SanaWMPipeline StableCascadeCombinedPipeline
+        StableCascadeDecoderPipeline
+        StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
 }
 
 
