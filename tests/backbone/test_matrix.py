@@ -131,7 +131,7 @@ def test_matrix_encodes_once(subject: Subject) -> None:
 
     def keep(name: str, args: Any, kwargs: Any) -> None:
         values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        asked.append((name, len(values[0]), *(value.numpy().tobytes() for value in values)))
+        asked.append((name, len(values[0]), *((value.stride(), value.numpy().tobytes()) for value in values)))
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         keep("vae", args, kwargs)
