@@ -25,6 +25,7 @@ from torch import nn
 
 import prism
 from prism.backbone import Backbone
+from prism.backbone.patches import modules_of
 from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError
 
@@ -486,3 +487,11 @@ def test_a_cache_runs_where_nothing_is_searched() -> None:
     result = prism.best_of_n(pipe, None, tiny.PROMPT, n=3, strategy="random", **CALL)
     pipe.transformer.cnt = 0
     assert torch.equal(result.latents, stock(pipe, result.seed))
+
+
+def test_modules_are_those_of_torch_in_its_order() -> None:
+    shared = nn.Linear(2, 2)
+    inner = nn.Sequential(nn.ReLU(), nn.ModuleList([shared, nn.Dropout()]), shared)
+    inner.register_module("none", None)
+    for module in (inner, nn.Sequential(shared, inner)):
+        assert list(map(id, modules_of(module))) == list(map(id, module.modules()))

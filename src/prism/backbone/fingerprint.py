@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
+from prism.backbone.pipeline import config_of, is_denoiser, modules_of, unwrapped
 from prism.errors import PrismError, quoted
 
 if TYPE_CHECKING:
@@ -318,10 +318,10 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
         hook = vars(part).get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
             elsewhere = getattr(each, "weights_map", None) or {}
-            for name, value in part.named_parameters(recurse=False):
+            for name, value in part.named_parameters(recurse=False) if elsewhere else ():
                 if value.is_meta and name in elsewhere and prefix + name in by_name:
                     by_name[prefix + name] = elsewhere[name]
-        if hasattr(part, "_packed_params") and callable(getattr(part, "weight", None)):
+        if "_packed_params" in (*vars(part), *part._modules) and callable(getattr(part, "weight", None)):
             packed = {f"{prefix}weight": part.weight(), f"{prefix}bias": part.bias()}  # torch's dynamic int8 layers
             by_name |= {name: value for name, value in packed.items() if value is not None}
     return by_name
@@ -347,7 +347,7 @@ def weights_state(module: nn.Module) -> str:
         return [flat[:4].float(), flat[-4:].float()]
 
     names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling")
-    adapted = (layer for layer in module.modules() if hasattr(layer, "merged_adapters"))  # of peft
+    adapted = (layer for layer in modules_of(module) if hasattr(type(layer), "merged_adapters"))  # of peft
     return _digest(module, ends, "".join(repr([getattr(layer, name, None) for name in names]) for layer in adapted))
 
 

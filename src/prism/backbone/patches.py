@@ -119,7 +119,7 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
             yield functions, value, owner, what
     classes: dict[type, list[tuple[list[types.FunctionType], Any]]] = {}
     processors: set[tuple[type, type]] = set()  # (class of a module, class of its processor) seen before
-    for module in root.modules():
+    for module in modules_of(root):
         attributes, kind = vars(module), type(module)
         if kind not in classes:
             classes[kind] = list(_class_patches(kind, home, leaf=not attributes["_modules"]))
@@ -147,6 +147,18 @@ def _entries(root: nn.Module) -> Iterator[tuple[list[types.FunctionType], Any, A
             if key not in seen:
                 seen.add(key)
                 yield functions, call, owner, what
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` gives, in its order, which passes each module through all levels above it, slowly."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [root]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += [*module._modules.values()][::-1]
+    return list(found)
 
 
 def _of_all_modules(root: nn.Module) -> Iterator[tuple[Any, Any, str]]:
@@ -245,7 +257,7 @@ def _name(function: types.FunctionType) -> str:
 
 def _reachable(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
     """The functions that a call of `value` may reach, through wrappers of all kinds; outermost first."""
-    if id(value) in seen:
+    if value is None or id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, functools.partial):
@@ -257,7 +269,8 @@ def _reachable(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
         yield from _reachable(value._torchdynamo_orig_callable, seen)
     elif isinstance(value, types.FunctionType):
         yield value
-        for each in (*_cells(value).values(), *defaults_of(value).values(), getattr(value, "__wrapped__", None)):
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        for each in (*_cells(value).values(), *defaults, getattr(value, "__wrapped__", None)):
             if callable(each) or type(each).__name__ == "HookFunctionReference":
                 yield from _reachable(each, seen)
     elif type(value).__name__ == "HookFunctionReference":  # diffusers' hooks

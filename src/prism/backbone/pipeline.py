@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prism.backbone.patches import check_patches
+from prism.backbone.patches import check_patches, modules_of
 from prism.errors import PrismError, quoted, reason
 from prism.team import CALLERS, ran_out
 
@@ -223,7 +223,7 @@ def hooks_of(module: nn.Module) -> list[str]:
 def check_whole(denoisers: tuple[Any, ...]) -> None:
     """Raise PrismError where a denoiser's blocks are skipped by a cache or a patch, or see a slice of the tokens."""
     for denoiser in denoisers:
-        modules = list(denoiser.modules())
+        modules = [module for module in modules_of(denoiser) if "_diffusers_hook" in vars(module)]
         if getattr(denoiser, "is_cache_enabled", False) or any(map(cache_hooks, modules)):
             raise PrismError(
                 "The denoiser's cache skips blocks that the head reads and goes by calls that are not made; "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prism.backbone.denoiser_call import DenoiserCall, flattened
 from prism.backbone.fingerprint import weights_bits
-from prism.backbone.patches import unless_it_looks, values_of
+from prism.backbone.patches import modules_of, unless_it_looks, values_of
 from prism.backbone.pipeline import cache_hooks, hooks_of
 
 CHUNKS = 64  # parts of an argument whose mean and root mean square are compared where its bits may differ by rounding
@@ -168,10 +168,9 @@ def switched(denoiser: nn.Module) -> str:
     recorded of drafts was computed in full.
     """
     switches: list[Any] = []
-    for module in denoiser.modules():
+    for module in modules_of(denoiser):
         values = vars(module)
-        switches += [v for name, v in values.items() if type(v) in _PLAIN and name not in _MODULE_ATTRIBUTES]
-        switches += [v for v in values.values() if type(v) in _CONTAINERS and _is_plain(v)]
+        switches += [v for name, v in values.items() if name not in _MODULE_ATTRIBUTES and _is_plain(v)]
         forward, processor = values.get("forward"), values.get("processor")
         hooks = hooks_of(module)  # diffusers adds an empty registry at the first call
         if hooks or forward is not None or values["_forward_hooks"] or values["_forward_pre_hooks"]:
@@ -196,7 +195,7 @@ def state_of(denoisers: Sequence[nn.Module]) -> str:
     digest = hashlib.sha256()
     for denoiser in denoisers:
         digest.update(weights_bits(denoiser).encode())
-        for module in denoiser.modules():
+        for module in modules_of(denoiser):
             values = vars(module)
             digest.update(_held({name: v for name, v in values.items() if isinstance(v, Tensor)}).encode())
             digest.update(_held([values["_buffers"], values.get("forward"), values.get("processor")]).encode())
