@@ -14,7 +14,7 @@ from tests.sampling.conftest import Setting
 
 import prism
 from prism.backbone import Backbone
-from prism.backbone.conditioning import encoded_once
+from prism.backbone.encodings import encoded_once
 from prism.sampling import expected_rows
 from prism.sampling.ledger import Ledger, Meter
 from prism.sampling.plan import cut_rows, resolve

@@ -8,6 +8,7 @@ from typing import Any
 from tests import tiny
 from tests.zoo import (
     conditioned,
+    controlled,
     cosmos_and_more,
     editing,
     images,
@@ -38,6 +39,7 @@ VARIANTS |= (
     | unets.BUILDERS
     | images.BUILDERS
     | more_images.BUILDERS
+    | controlled.BUILDERS
     | sounds.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

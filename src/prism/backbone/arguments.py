@@ -179,10 +179,13 @@ def _check_numbers(name: str, value: Tensor) -> None:
         raise PrismError(f"{name} must be a dense tensor of finite floating-point numbers; found {wrong}.")
 
 
-def of_prompt(call: Mapping[str, Any], row: int, prompts: int) -> dict[str, Any]:
-    """The call for prompt number `row` of several: arguments with one row per prompt are cut to that row."""
+def of_prompt(call: Mapping[str, Any], row: int, prompts: int, shared: Container[str] = ()) -> dict[str, Any]:
+    """The call for prompt number `row` of several: arguments with one row per prompt are cut to that row, except those
+    in `shared`, whose lists are something else."""
     row_call = dict(call)
     for name, value in call.items():
+        if name in shared:
+            continue
         if _is_embedding(name, value) and len(value) > 1:
             row_call[name] = _row(name, value, row, prompts)
         elif name.endswith("cu_seqlens") and isinstance(value, Tensor) and len(value) > 2:

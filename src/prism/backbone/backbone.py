@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import layout, taps, videos
-from prism.backbone import noise as clocks
+from prism.backbone import control, layout, taps, videos
 from prism.backbone.arguments import (
     batch_of,
     check_call,
@@ -189,10 +188,11 @@ class Backbone:
         self, prompts: Sequence[str], call: dict[str, Any], seeds: Sequence[int] | None
     ) -> Conditioning | Ragged:
         self.check_call(prompts, call)
-        images, embedded = call.get("image"), embedded_rows(call)
+        shared = control.shared(self)
+        images, embedded = None if "image" in shared else call.get("image"), embedded_rows(call)
         several = embedded > 1 or (isinstance(images, list | tuple) and len(images) == len(prompts) > 1)
         if several or (seeds is not None and len(prompts) > 1):
-            calls = [of_prompt(call, row, len(prompts)) if several else call for row in range(len(prompts))]
+            calls = [of_prompt(call, row, len(prompts), shared) if several else call for row in range(len(prompts))]
             parts = [self._condition([p], calls[row], seeds and [seeds[row]]) for row, p in enumerate(prompts)]
             return Conditioning.cat([part for part in parts if isinstance(part, Conditioning)])
         seed = seeds[0] if seeds else 0
@@ -242,12 +242,14 @@ class Backbone:
         steps = max(2, self.num_inference_steps(call) or 2, math.ceil(2 / min(1.0, call.get("strength") or 1.0)))
         call = {**call, **unguided(self.family, call, self._call), "output_type": "latent"}  # PNDM needs 4 steps
         call |= {"num_inference_steps": steps, **self.batch(prompts, [seed] * len(prompts), call)}
-        captured = self.denoiser_call(capture(self.pipe, self.denoisers, call))
+        with control.heard(self) as beside:
+            captured = self.denoiser_call(capture(self.pipe, self.denoisers, call))
         if captured.batch not in (len(prompts), 2 * len(prompts)):
             raise PrismError(
                 f"The pipeline made {captured.batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
             )
-        return Conditioning.of(captured, captured.conditional(len(prompts)), type(self.pipe))
+        rows, kind = captured.conditional(len(prompts)), type(self.pipe)
+        return Conditioning.of(captured, rows, kind, beside.conditioning(len(prompts)))
 
     def denoiser_call(self, arguments: Mapping[str, Any]) -> DenoiserCall:
         """A call of the denoiser with these arguments, by name."""
@@ -293,9 +295,8 @@ class Backbone:
                 ones, how = [slice(row, row + 1) for row in range(len(noisy_latents))], (block, stop, grad)
                 return Tokens.cat([self.tokens(noisy_latents[r], conditioning[r.start], levels[r], *how) for r in ones])
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
-            arguments = conditioning.call(noisy_latents, timestep, clocks.length(self.pipe.scheduler))
             with explain_failures(self.denoiser, "reading latents"), explain_misfits(self.pipe):
-                return self.read(arguments, block, stop)[0]
+                return self.read(control.arguments(self, conditioning, noisy_latents, timestep), block, stop)[0]
 
     def read(
         self,

@@ -1,19 +1,16 @@
 """Conditionings: the denoiser's arguments other than latents and timestep, captured from a stock call and cached.
 
 A `Conditioning` is captured once per prompt and cached in a `ConditioningCache`, which can be trimmed to a number of
-bytes. The stock calls of a search encode texts and images by themselves; with `encoded_once` they share the encodings.
+bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -21,11 +18,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.denoiser_call import DenoiserCall, flattened, nested, take
-from prism.backbone.wrapping import around, around_module
 from prism.errors import PrismError
-
-if TYPE_CHECKING:
-    from prism.backbone.backbone import Backbone
 
 Key = TypeVar("Key", bound=Hashable)
 Entry = TypeVar("Entry")
@@ -42,6 +35,7 @@ class Conditioning:
     given: (B, ...) bool, True where the pipeline shows the denoiser a condition in place of noise; kept: the latents
         with that condition. Both None where there is none.
     given_times: bool, shaped like the timestep, True where the template's timestep stays; None: nowhere.
+    control: the same of a ControlNet's call, whose outputs are no part of `arguments`; None where there is none.
     """
 
     arguments: dict[str, Any]
@@ -56,10 +50,12 @@ class Conditioning:
     kept: Tensor | None = None
     given: Tensor | None = None
     given_times: Tensor | None = None
+    control: Conditioning | None = None
 
     @classmethod
-    def of(cls, call: DenoiserCall, rows: slice, pipeline: type) -> Conditioning:
-        """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made."""
+    def of(cls, call: DenoiserCall, rows: slice, pipeline: type, control: Conditioning | None = None) -> Conditioning:
+        """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made; `control`: as the field."""
+        call = call.without(call.family.control_arguments)
         part = call.rows(rows)
         name, timed = part.noisy_name, call.family.timestep_argument
         timestep, (latents, appended, axis) = part.timestep, part.parted()
@@ -82,6 +78,7 @@ class Conditioning:
             kept=None if mask is None else latents,
             given=mask,
             given_times=timestep_mask,
+            control=control,
         )
 
     def __len__(self) -> int:
@@ -96,7 +93,8 @@ class Conditioning:
                 for path, value in flattened(self.arguments).items()
             }
         )
-        changes: Any = {name: None if value is None else value[rows] for name, value in self._tensor_fields().items()}
+        fields = {**self._tensor_fields(), "control": self.control}
+        changes: Any = {name: None if value is None else value[rows] for name, value in fields.items()}
         return replace(self, arguments=taken, **changes)
 
     def _tensor_fields(self) -> dict[str, Tensor | None]:
@@ -121,15 +119,18 @@ class Conditioning:
             name: None if value is None else torch.cat([each[name] for each in fields])
             for name, value in fields[0].items()
         }
+        if first.control is not None:
+            changes["control"] = Conditioning.cat([part.control for part in parts])  # type: ignore[misc]  # all have one
         return replace(first, arguments=joined, **changes)
 
     def shapes(self) -> dict[str, Any]:
         """Shapes of the tensors, by name, which conditionings must share to be run in one batch."""
-        return {
+        shapes: dict[str, Any] = {
             path: value.shape[1:] if path in self.batched else value.shape
             for path, value in flattened(self.arguments).items()
             if isinstance(value, Tensor)
         }
+        return shapes if self.control is None else {**shapes, "control": self.control.shapes()}
 
     def call(self, noisy_latents: Tensor, timestep: Tensor, length: int = 1000) -> dict[str, Any]:
         """Arguments of the denoiser for `noisy_latents` at the model timestep (B,), below `length` where it is an int.
@@ -220,7 +221,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Conditioning):
-        yield from tensors_of([value.arguments, *value._tensor_fields().values()])
+        yield from tensors_of([value.arguments, *value._tensor_fields().values(), value.control])
     elif isinstance(value, Mapping):
         yield from tensors_of(list(value.values()))
     elif isinstance(value, list | tuple):
@@ -233,7 +234,8 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Conditioning):
-        return replace(value, **with_tensors({"arguments": value.arguments, **value._tensor_fields()}, change))
+        parts = {"arguments": value.arguments, **value._tensor_fields(), "control": value.control}
+        return replace(value, **with_tensors(parts, change))
     if isinstance(value, dict):
         return {name: with_tensors(each, change) for name, each in value.items()}
     if type(value) in (list, tuple):
@@ -329,69 +331,3 @@ def cache_key(call: dict[str, Any]) -> str | None:
             return None
         faithful[name] = value
     return repr(sorted(faithful.items()))
-
-
-# -- encoded once per search
-
-
-@contextmanager
-def encoded_once(backbone: Backbone) -> Iterator[None]:
-    """While open, each text and each conditioning image is encoded once, however many calls of a search encode it.
-    Open a meter of the encoders' work before this, or it counts calls that are answered from here.
-    """
-    pipe, encodings = backbone.pipe, _Encodings()
-    with ExitStack() as stack:
-        for name, module in backbone.encoders.items():
-            stack.enter_context(around_module(module, partial(encodings.once, name), reads=True))
-        if hasattr(pipe, "encode_prompt"):
-            stack.enter_context(around(pipe, "encode_prompt", encodings.prompt, reads=True))
-        if hasattr(getattr(pipe, "vae", None), "encode"):  # gives the posterior, which each call samples by itself
-            stack.enter_context(around(pipe.vae, "encode", partial(encodings.once, "vae"), reads=True))
-        yield
-
-
-class _Encodings:
-    """Outputs of encoders by their inputs."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[Any, Any] = {}
-
-    def once(self, name: str, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """An encoder's output, computed at the first call with these arguments and reused afterwards."""
-        key = (name, tuple(map(_faithful, args)), tuple((k, _faithful(v)) for k, v in sorted(kwargs.items())))
-        if key not in self.outputs:
-            self.outputs[key] = inner(*args, **kwargs)
-        return self.outputs[key]
-
-    def prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's embeddings. A text repeated for several candidates is encoded once, and its row repeated."""
-        arguments = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
-        rows = len(arguments["prompt"]) if isinstance(arguments.get("prompt"), list) else 0
-        lists = {name: value for name, value in arguments.items() if isinstance(value, list) and len(value) == rows}
-        repeated = all(_same(value) for value in lists.values())
-        if not rows or not repeated or any(isinstance(value, Tensor) for value in arguments.values()):
-            return inner(*args, **kwargs)
-        arguments |= {name: value[:1] for name, value in lists.items()}
-        if arguments.get("batch_size") == rows:
-            arguments["batch_size"] = 1
-        key = ("prompt", repr(sorted(arguments.items())))
-        if key not in self.outputs:
-            self.outputs[key] = inner(**arguments)
-        one = self.outputs[key]
-        if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
-            return inner(*args, **kwargs)  # not one row per text: leave it to the pipeline
-        return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
-
-
-def _same(values: list[Any]) -> bool:
-    """True where all values are the same text or the same object."""
-    return all(value is values[0] or (isinstance(value, str) and value == values[0]) for value in values)
-
-
-def _faithful(value: Any) -> Any:
-    """A hashable stand-in that is equal for equal arguments. Tensors laid out otherwise in memory differ, as encoders
-    round them otherwise: a pipeline may encode one picture as two such tensors (FluxControlInpaintPipeline)."""
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return value.dtype, tuple(value.shape), value.stride(), hashlib.sha256(plain.data).digest()
-    return repr(value)

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +20,13 @@ from prism.backbone.layout import Grid
 from prism.backbone.pipeline import config_of, unwrapped
 from prism.errors import PrismError, quoted
 
-# Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer
-# (HiDream, FIBO), pictures by adapter (IP-Adapter).
+# Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer (HiDream, FIBO),
+# pictures by adapter (IP-Adapter), a ControlNet's outputs by block, and its pictures where it is several.
 _LISTS = re.compile(
     r"(^|\.)(encoder_hidden_states_llama3|text_encoder_layers|ip_adapter_image_embeds|ip_hidden_states"
-    r"|added_cond_kwargs\.image_embeds)(\.|$)"
+    r"|added_cond_kwargs\.image_embeds|down_block_additional_residuals|controlnet_block_samples"
+    r"|controlnet_single_block_samples|block_controlnet_hidden_states|controlnet_cond|controlnet_mode|control_type)"
+    r"(\.|$)"
 )
 
 
@@ -96,6 +98,11 @@ class DenoiserCall:
         """The noise level in [0, 1000] of the sampled frames; frames of a condition have lower timesteps."""
         return self.family.t_of(scheduler, self.timestep.max())
 
+    def without(self, names: Iterable[str]) -> DenoiserCall:
+        """The call without some of its arguments."""
+        left = {name: value for name, value in self.arguments.items() if name not in names}
+        return replace(self, arguments=left) if len(left) < len(self.arguments) else self
+
     # -- rows
 
     def rows(self, rows: Any) -> DenoiserCall:
@@ -136,7 +143,8 @@ class DenoiserCall:
             video = family.video(output)
             return len(video) // self.batch, *video.shape[2:]
         if "img_shapes" in arguments:
-            return tuple(arguments["img_shapes"][0][0])
+            first = arguments["img_shapes"][0]  # a row's shapes, or its only one
+            return tuple(first if isinstance(first, tuple) else first[0])
         if "img_ids" in arguments:  # (t, h, w, ...) a token; those of images beside the latents have other t
             ids = arguments["img_ids"]
             ids = (ids[0] if ids.ndim == 3 else ids)[:, :3]
@@ -255,7 +263,7 @@ def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in arguments.items():
         if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
             flat |= flattened(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and _LISTS.search(prefix + name):
+        elif isinstance(value, list | tuple) and value and _LISTS.search(prefix + name):
             flat |= {f"{prefix}{name}.[{index}]": each for index, each in enumerate(value)}
         else:
             flat[prefix + name] = value

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prism.backbone import layout
+from prism.backbone import control, layout
 from prism.backbone import noise as clocks
 from prism.backbone.arguments import normalised, relevant, unguided
 from prism.backbone.conditioning import Conditioning, Ragged
@@ -78,9 +78,8 @@ def output(backbone: Backbone, noisy: Tensor, conditioning: Conditioning | Ragge
         rows = range(len(noisy))
         return torch.cat([output(backbone, noisy[r : r + 1], conditioning[r], t[r : r + 1]) for r in rows])
     _, _, timestep = backbone.family.level(backbone.pipe.scheduler, layout.per_row(t, noisy))
-    arguments = conditioning.call(noisy, timestep, clocks.length(backbone.pipe.scheduler))
     with explain_misfits(backbone.pipe):
-        answer = _tensor(backbone.denoiser(**arguments))
+        answer = _tensor(backbone.denoiser(**control.arguments(backbone, conditioning, noisy, timestep)))
     return _as_latents(backbone, answer, noisy).float()
 
 

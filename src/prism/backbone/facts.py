@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
 _SETS = ("batched_arguments",)
-_SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch")
+_SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch",
+              "control_arguments")  # fmt: skip
 _LEAST = {"widths": 1, "text_limit": 1, "outputs": 1, "tokens_before": 0, "tokens_behind": 0, "num_extra_frames": 0}
 _NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched_arguments")
 

@@ -1,11 +1,12 @@
 """The table of families: one row of facts each. Here stand those of video transformers; `UNETS`, `IMAGES`,
-`FURTHER_IMAGES` and `SOUNDS` follow."""
+`FURTHER_IMAGES`, `CONTROLLED` and `SOUNDS` follow."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+from prism.backbone.control_families import CONTROLLED
 from prism.backbone.family import DEPTH, PROJECTED, Family
 from prism.backbone.further_image_families import FURTHER_IMAGES
 from prism.backbone.image_families import IMAGES
@@ -353,4 +354,6 @@ _ROWS: tuple[Family, ...] = (
 )
 
 # By name; see `prism.backbone.register`.
-FAMILIES: dict[str, Family] = {family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *FURTHER_IMAGES, *SOUNDS)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *FURTHER_IMAGES, *CONTROLLED, *SOUNDS)
+}

@@ -30,6 +30,7 @@ BATCHED = frozenset(
         *("inpaint_latents", "video_coords", "img_shapes", "txt_seq_lens"),  # the last two are lists
         *("control_hidden_states", "control_latents", "pose_hidden_states", "face_pixel_values"),
         *("latents_history_short", "latents_history_mid", "latents_history_long"),
+        *("mid_block_additional_residual", "controls_latents", "control_context"),  # of a ControlNet
         "added_cond_kwargs",  # a dict
     ]
 )
@@ -123,6 +124,9 @@ class Family:
     batched_arguments: frozenset[str] = BATCHED
     """the denoiser's arguments with one row per sample; for a dict, its name takes all tensors in it, and "name.key"
     one of them"""
+    control_arguments: tuple[str, ...] = ()
+    """the denoiser's arguments that hold the outputs of the pipeline's `controlnet`, in their order; it runs just
+    before the denoiser, on the same latents and timestep. (): there is none"""
     returns_tensor: bool = False
     """the denoiser returns a plain tensor, as those outside diffusers may"""
     outputs: int = 1
@@ -236,6 +240,11 @@ class Family:
 
         Raises PrismError where the blocks are not in lists, so that the first of them cannot be loaded alone.
         """
+        if self.control_arguments:
+            raise PrismError(
+                "A ControlNet's outputs go to blocks by how many there are, so that no first blocks can be loaded "
+                "alone; load the whole pipeline."
+            )
         lists, remaining = [], up_to
         for name in self.blocks:
             part = denoiser.get_submodule(name)

@@ -165,6 +165,10 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
             lists = [path for path, module in inner.named_modules() if isinstance(module, nn.ModuleList)]
             has = f"its lists are {', '.join(lists[:4])}" if lists else "it has no lists of modules"
             raise PrismError(f"The denoiser {kind} has no {fact} {path!r}, which the {label[7:]} names; {has}.")
+    if family.control_arguments and not isinstance(getattr(pipe, "controlnet", None), nn.Module):
+        raise PrismError(
+            f"{type(pipe).__name__} has no module `controlnet`, whose outputs control_arguments {label} names."
+        )
     if family.trailing_blocks_field:
         trailing = config.get(family.trailing_blocks_field)
         total = sum(

@@ -6,16 +6,14 @@ from __future__ import annotations
 NO_ROW = "its row has not been written yet"
 
 _REASONS: dict[str, str] = {
-    "a ControlNet reads the noisy latents at every step: what the denoiser is given cannot be captured once": """
-        AnimateDiffControlNetPipeline AnimateDiffSparseControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline
-        Cosmos2_5_TransferPipeline FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlNetPipeline
-        HunyuanDiTControlNetPipeline QwenImageControlNetInpaintPipeline QwenImageControlNetPipeline
-        SanaControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline
-        StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
-        StableDiffusionControlNetPipeline StableDiffusionXLControlNetImg2ImgPipeline
-        StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetPipeline
-        StableDiffusionXLControlNetUnionImg2ImgPipeline StableDiffusionXLControlNetUnionInpaintPipeline
-        StableDiffusionXLControlNetUnionPipeline ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
+    "it puts a ControlNet beside its denoiser in a way that has not been fitted yet": """
+        AnimateDiffControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline Cosmos2_5_TransferPipeline
+        SanaControlNetPipeline StableDiffusionXLControlNetUnionImg2ImgPipeline
+        StableDiffusionXLControlNetUnionInpaintPipeline StableDiffusionXLControlNetUnionPipeline
+        ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
+    "in diffusers 0.42.1 it draws its control's latents from torch's global generator, which no seed sets": """
+        AnimateDiffSparseControlNetPipeline HunyuanDiTControlNetPipeline QwenImageControlNetInpaintPipeline
+        StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline""",
     "its guidance runs a third group of rows beside the conditional and the unconditional one": """
         AnimateDiffPAGPipeline HunyuanDiTPAGPipeline KolorsPAGPipeline PixArtSigmaPAGPipeline SanaPAGPipeline
         StableDiffusion3PAGImg2ImgPipeline StableDiffusion3PAGPipeline StableDiffusionControlNetPAGInpaintPipeline

@@ -202,6 +202,8 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
     import torch
     from PIL import Image
 
+    from prism.backbone import control
+
     if backbone.takes("image") and "image" not in call:
         size = [call.get(name) or backbone.default(name) or 512 for name in ("width", "height")]
         call["image"] = Image.new("RGB", size, "gray")
@@ -213,9 +215,9 @@ def _measured(backbone: Any, call: dict[str, Any]) -> tuple[float, int]:
 
     def denoise(rows: int) -> None:
         some = conditioning[[0] * rows]
-        arguments = some.call(latents.expand(rows, *latents.shape[1:]), timestep.expand(rows))
+        noisy = latents.expand(rows, *latents.shape[1:])
         with torch.no_grad(), backbone.held():
-            backbone.denoiser(**arguments)
+            backbone.denoiser(**control.arguments(backbone, some, noisy, timestep.expand(rows)))
 
     most = 1 if backbone.family.batch_size_one else 2
     peaks = [_peak(backbone.device, partial(denoise, rows)) for rows in (1, most)]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prism.backbone import control
 from prism.backbone.arguments import check_output_type, embedded_rows, normalised, of_prompt, texts
-from prism.backbone.conditioning import encoded_once
+from prism.backbone.encodings import encoded_once
 from prism.backbone.pipeline import check as check_protocol
-from prism.backbone.pipeline import check_whole
 from prism.errors import PrismError, flag, quoted, whole
 from prism.sampling import arguments, plan_files
 from prism.sampling.guidance import Guidance
@@ -238,15 +238,15 @@ def best_of_n(
     several = not isinstance(prompt, str | None)
     if prompt is None and embedded_rows(call) > 1:
         several, prompts = True, [None] * embedded_rows(call)
-    if not prompts:
+    if (size := len(prompts)) == 0:
         raise PrismError("prompt is an empty list; give at least one text.")
     check_protocol(backbone.pipe, backbone.family)  # parts may have been replaced since the judge was put onto it
     check_output_type(backbone.pipe, call.get("output_type"))
     backbone.check_call([text or "" for text in prompts], call)
     if kind.looks_at is not None or until is not None:
-        check_whole(backbone.denoisers)
+        control.check_networks(backbone)
         check_noise(backbone.pipe, backbone.family.counts_steps_by_calls)
-    calls = [of_prompt(call, number, len(prompts)) if several else call for number in range(len(prompts))]
+    calls = [of_prompt(call, row, size, control.shared(backbone)) if several else call for row in range(size)]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')
     keep_latents, progress = flag("keep_latents", keep_latents), flag("progress", progress)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import Backbone
+from prism.backbone import Backbone, control
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.wrapping import StopForward, around, around_module
 
@@ -27,8 +27,9 @@ class Ledger:
 
     backward_rows: the part of denoiser_rows that went back through blocks, for a judge's guidance. One row back through
     k of L blocks counts k/L too, as weights take no gradient; blocks that are computed again on the way count as well.
-    seconds: wall time of the whole run. parts: the seconds spent in the denoiser, the head, the VAE, the text encoders
-    and the scheduler's steps; the rest goes to the pipeline's loop and set-up, and to PRISM.
+    control_rows: rows of a ControlNet, which runs beside the denoiser and is no part of denoiser_rows.
+    seconds: wall time of the whole run. parts: the seconds spent in the denoiser (with a ControlNet's), the head, the
+    VAE, the text encoders and the scheduler's steps; the rest goes to the pipeline's loop and set-up, and to PRISM.
     peak_memory_bytes: peak memory allocated on the accelerator during the run; on a CPU the process's peak so far.
     """
 
@@ -42,6 +43,7 @@ class Ledger:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     peak_memory_bytes: int = 0
     backward_rows: float = 0.0
+    control_rows: int = 0
 
     def __repr__(self) -> str:
         counts = f"{self.denoiser_rows:.4g} denoiser rows, {self.vae_decodes} VAE decodes, {self.head_calls} head calls"
@@ -55,7 +57,7 @@ class Ledger:
     def with_counts_of(self, others: Iterable[Ledger]) -> Ledger:
         """This ledger with the counts of all processes that shared a run; seconds and memory stay this process's."""
         counted = ("denoiser_rows", "denoiser_calls", "vae_encodes", "vae_decodes", "text_encodings", "head_calls",
-                   "backward_rows")  # fmt: skip
+                   "backward_rows", "control_rows")  # fmt: skip
         ledgers = list(others)
         return replace(self, **{name: sum(getattr(ledger, name) for ledger in ledgers) for name in counted})
 
@@ -79,6 +81,8 @@ class Meter:
         with ExitStack() as stack:
             for denoiser in self.backbone.denoisers:
                 stack.enter_context(around_module(denoiser, partial(self._denoise, denoiser), reads=True))
+            if (net := control.controlnet(self.backbone)) is not None:
+                stack.enter_context(around_module(net, partial(self._control, net), reads=True))
             for name, module in self.backbone.encoders.items():
                 stack.enter_context(around_module(module, partial(self._encode, name), reads=True))
             for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
@@ -122,6 +126,11 @@ class Meter:
             blocks = blocks_ran(denoiser) - before if id(denoiser) in _ran else blocks
             self.ledger.denoiser_calls += 1
             self._add(blocks * len(noisy))
+
+    def _control(self, net: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        self.ledger.control_rows += control.call_of(self.backbone, net, args, kwargs).batch
+        with self._timed("denoiser"):
+            return inner(*args, **kwargs)
 
     def _add(self, block_rows: int) -> None:
         done = self.ledger.denoiser_rows

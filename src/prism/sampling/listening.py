@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prism.backbone import Backbone, Tokens, prediction
+from prism.backbone import Backbone, Tokens, control, prediction
 from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import check as check_protocol
-from prism.backbone.pipeline import check_whole, tensor_of
+from prism.backbone.pipeline import tensor_of
 from prism.backbone.prediction import Prediction
 from prism.backbone.wrapping import around, around_module
 from prism.errors import DRAWS, PrismError, quoted
@@ -93,11 +93,12 @@ def listen(
         _listening.add(id(pipe))
         stack.callback(_listening.discard, id(pipe))
         check_protocol(pipe, backbone.family)
-        check_whole(backbone.denoisers)
+        control.check_networks(backbone)
         _check_listens(backbone)
         if ahead is not None:
             stack.enter_context(backbone.freed())  # offloaded models are freed at the end, not at each step
-        listener = _Listener(backbone, judge, watch, ahead)
+        beside = stack.enter_context(control.heard(backbone))
+        listener = _Listener(backbone, judge, beside, watch, ahead)
         for denoiser in backbone.denoisers:
             stack.enter_context(around_module(denoiser, partial(listener.denoise, denoiser)))
         if not backbone.family.counts_steps_by_calls:  # such a family's pipelines step copies of the scheduler
@@ -115,9 +116,14 @@ class _Listener:
     """The wrappers of a pipeline's denoisers and scheduler, which count its steps and score its conditional rows."""
 
     def __init__(
-        self, backbone: Backbone, judge: Any, watch: Watch | None = None, ahead: tuple[float, int] | None = None
+        self,
+        backbone: Backbone,
+        judge: Any,
+        beside: control.Heard,
+        watch: Watch | None = None,
+        ahead: tuple[float, int] | None = None,
     ):
-        self.backbone, self.judge, self.watch, self.ahead = backbone, judge, watch, ahead
+        self.backbone, self.judge, self.beside, self.watch, self.ahead = backbone, judge, beside, watch, ahead
         self.scores: list[StepScores] = []
         self.step, self.index = 1, 0  # the 1-based step, and the denoiser calls made in it so far
         self.t = math.inf  # of the last denoiser call
@@ -182,7 +188,8 @@ class _Listener:
         assert self.call is not None
         (judge_at, num_draws), (call, self.call), backbone = self.ahead, (self.call, None), self.backbone
         clean = whole(backbone, clean, noisy_latents(call, samples), call.arguments)
-        condition = Conditioning.of(call, call.conditional(samples), type(backbone.pipe))
+        beside = self.beside.conditioning(samples)
+        condition = Conditioning.of(call, call.conditional(samples), type(backbone.pipe), beside)
         generator, draws = torch.Generator().manual_seed(0), []
         for _ in range(num_draws):
             noise = torch.randn((1, *clean.shape[1:]), generator=generator).to(clean).expand_as(clean)

@@ -14,11 +14,13 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from prism.backbone import control
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
 from prism.backbone.patches import check_scheduler
 from prism.backbone.pipeline import callers_own, tensor_of
 from prism.backbone.taps import Tokens
+from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 from prism.errors import PrismError, quoted, reason
 from prism.sampling.edits import Editor
 from prism.sampling.plan import Candidate
@@ -28,8 +30,6 @@ from prism.team import ran_out
 if TYPE_CHECKING:
     from prism.backbone.backbone import Backbone
     from prism.sampling.guiding import Guide
-
-from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 
 
 def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
@@ -161,6 +161,7 @@ class Interceptor:
             for number, denoiser in enumerate(self.backbone.denoisers):
                 wrapper = packing(partial(self._denoise, number, denoiser), denoiser, self.backbone.family)
                 stack.enter_context(around_module(denoiser, wrapper))
+            stack.enter_context(control.gated(self.backbone, len(self.candidates), lambda: self.alive))
             if self._sees_steps():
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.backbone.family.vae_batch_size_one and len(self.candidates) > 1:
@@ -304,7 +305,6 @@ class Interceptor:
                     "edited."
                 )
             return dict(call)
-
         each = self.generator if isinstance(self.generator, list) else [self.generator] * len(self.candidates)
         editor = Editor([candidate.edits for candidate in self.candidates], each)
         course = None if self.guide is None else self.guide.course([c.seed for c in self.candidates], each)

@@ -164,6 +164,8 @@ class KeptConditionings:
             return getattr(torch, value)
         if kind == "dict":
             return {key: self._built(each, tensors) for key, each in value}
+        if kind == "conditioning":
+            return Conditioning(**{key: self._built(each, tensors) for key, each in value})
         if kind == "names":
             return frozenset(value)
         return _SEQUENCES[kind]([self._built(each, tensors) for each in value])
@@ -177,7 +179,7 @@ class _File:
 
     def __init__(self, device: torch.device, row: Conditioning) -> None:
         self.device, self.tensors, self.shared = device, dict[str, Tensor](), dict[str, Tensor]()
-        flat, of_fields = flattened(row.arguments), row._tensor_fields().values()
+        flat, of_fields = flattened(row.arguments), (*row._tensor_fields().values(), row.control)
         self._of_row = {id(value) for value in tensors_of([*(flat[path] for path in row.batched), *of_fields])}
         of_row = {each.name: self.described(getattr(row, each.name), each.name) for each in fields(row)}
         self.text = json.dumps(of_row)
@@ -200,6 +202,9 @@ class _File:
             return {"dict": [[key, self.described(each, f"{path}.{key}")] for key, each in value.items()]}
         if kind is frozenset and all(type(each) is str for each in value):
             return {"names": sorted(value)}
+        if kind is Conditioning:  # of a ControlNet
+            of_fields = [(each.name, getattr(value, each.name)) for each in fields(value)]
+            return {"conditioning": [[name, self.described(each, f"{path}.{name}")] for name, each in of_fields]}
         for name, sequence in _SEQUENCES.items():
             if kind is sequence:
                 return {name: [self.described(each, f"{path}.[{place}]") for place, each in enumerate(value)]}
