@@ -10,11 +10,15 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Generator
+from typing import Any
+
 import pytest
 import torch
 from tests import shapes
 
 torch.set_num_threads(1)
+gc.disable()  # while modules are imported, see pytest_collection
 
 # A warning that no test expects is an error. Those named here are meant, and are not of the test.
 EXCEPTIONS = (
@@ -78,9 +82,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
     """What was imported stays: the garbage collector need not look through it again and again."""
+    found = yield
     gc.freeze()
+    gc.enable()
+    return found
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -158,3 +158,12 @@ def cogvideox(scheduler: str = "ddim", num_layers: int = 3, seed: int = 0) -> Co
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def shapeworld() -> WanPipeline:
+    """The embedded model's pipeline, untrained, shallow and narrow: latents (48, 5, 4, 4), videos (17, 64, 64, 3)."""
+    from prism.shapeworld import generator
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan.from_config({**generator.build().config, "base_dim": 4, "decoder_base_dim": 4})
+    return generator.assemble(vae, generator.build_transformer(layers=2, heads=1), generator.build_text_encoder())

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests import score_tables
+from tests import score_tables, tiny
 
 from prism import Judge, cli, files, shapeworld, video
 from prism.errors import PrismError
@@ -16,8 +16,7 @@ from prism.lab import demo, front, judges, per_prompt
 from prism.lab.contest import Contest
 from prism.lab.pixel import PixelJudge
 from prism.report.metrics import validate
-from prism.shapeworld import CALL, candidates, generator, grammar, referee
-from prism.shapeworld import generator as video_vae
+from prism.shapeworld import CALL, candidates, grammar, referee
 from prism.training import TrainConfig
 
 SHARES = {"train": (2, 3), "validation": (1, 3), "test": (2, 3)}
@@ -45,8 +44,7 @@ TINY = {
 @pytest.fixture
 def world_of_greys(monkeypatch):
     """An untrained pipeline whose grey videos the referee tells apart by their brightness."""
-    torch.manual_seed(0)
-    pipe = generator.assemble(video_vae.build(), generator.build_transformer(2, 1), generator.build_text_encoder())
+    pipe = tiny.shapeworld()
     monkeypatch.setattr(shapeworld, "pipeline", lambda: pipe)
     monkeypatch.setitem(CALL, "num_inference_steps", 3)
     monkeypatch.setitem(CALL, "guidance_scale", 2.5)

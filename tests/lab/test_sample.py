@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
+from tests import tiny
 
 from prism import cli, files, shapeworld
 from prism.commands.sampled import refereed
-from prism.shapeworld import CALL, generator, grammar, referee, world
-from prism.shapeworld import generator as video_vae
+from prism.shapeworld import CALL, grammar, referee, world
 
 
 def test_a_prompt_of_the_grammar_is_refereed():
@@ -35,8 +34,7 @@ def test_what_cannot_be_measured_is_told_in_a_sentence(prompt, shape, said):
 
 
 def test_a_prompt_outside_the_grammar_is_sampled_all_the_same(tmp_path, monkeypatch, capsys):
-    torch.manual_seed(0)
-    pipe = generator.assemble(video_vae.build(), generator.build_transformer(2, 1), generator.build_text_encoder())
+    pipe = tiny.shapeworld()
     monkeypatch.setattr(shapeworld, "pipeline", lambda: pipe)
     monkeypatch.setitem(CALL, "num_inference_steps", 2)
     out = tmp_path / "out"

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from safetensors import SafetensorError
-from tests import kills
+from tests import kills, tiny
 
 from prism import cli, files
 from prism.backbone import Backbone
@@ -33,9 +33,7 @@ def vae() -> AutoencoderKLWan:
 
 @pytest.fixture(scope="module")
 def pipe() -> WanPipeline:
-    torch.manual_seed(0)
-    transformer = generator.build_transformer(layers=2, heads=1)
-    return generator.assemble(video_vae.build(), transformer, generator.build_text_encoder())
+    return tiny.shapeworld()
 
 
 def test_the_fitted_encoder_comes_close_to_principal_components(vae):
