@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from tests import tiny
-from tests.zoo import further_images, near_copies
+from tests.zoo import further_images, last_images, near_copies
 
 from prism.backbone import Backbone
 from prism.commands import checks
@@ -26,7 +26,8 @@ def test_the_winner_of_a_near_copy_is_the_stock_calls(name: str) -> None:
     checks.winner(subject)
 
 
-@pytest.mark.parametrize("name", further_images.BUILDERS)
+@pytest.mark.parametrize("name", further_images.BUILDERS | last_images.BUILDERS)
 def test_the_row_of_a_further_image_pipeline_holds(name: str) -> None:
-    subject = _subject(further_images.BUILDERS[name](), further_images.TEXTS.get(name))
+    build = (further_images.BUILDERS | last_images.BUILDERS)[name]
+    subject = _subject(build(), last_images.TEXTS.get(name))
     assert [line for line in checks.run_all(subject) if not line[1]] == []

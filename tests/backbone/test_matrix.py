@@ -43,10 +43,19 @@ EXEMPT: dict[tuple[str, str], str] = {
 # Variants whose first frame is given.
 GIVEN = {"wan22_5b_i2v", "hunyuan_i2v", "kandinsky5_i2v", "ltx_i2v", "sana_video_i2v", "cosmos2"}
 GIVEN |= {"skyreels_v2_df_i2v", "hunyuan_i2v_true_cfg", "ltx_condition", "ltx_condition_clean", "cosmos1_v2w"}
-GIVEN |= {"cosmos1_v2w_clean", "cosmos25_image"}
+GIVEN |= {"cosmos1_v2w_clean", "cosmos25_image", "sana_wm"}
 
 # Variants whose scheduler does not tell what the denoiser predicts.
-UNTOLD = {"helios", "sd15", "skyreels_v2_df", "skyreels_v2_df_i2v", "skyreels_v2_df_fps", "opensora", "bare_module"}
+UNTOLD = {
+    "helios",
+    "sana_wm",
+    "sd15",
+    "skyreels_v2_df",
+    "skyreels_v2_df_i2v",
+    "skyreels_v2_df_fps",
+    "opensora",
+    "bare_module",
+}
 
 STEPS = {"latte": 6}  # with fewer its scheduler begins far below pure noise
 

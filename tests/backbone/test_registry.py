@@ -100,8 +100,8 @@ def test_a_pipeline_registered_by_its_name_alone_cannot_be_loaded_from_a_folder(
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("Kandinsky5I2IPipeline", "kandinsky-5"),
-        ("QwenImageLayeredPipeline", "qwen-image"),
+        ("Kandinsky5V2VPipeline", "kandinsky-5"),
+        ("QwenImageTurboPipeline", "qwen-image"),
         ("SomethingElse", None),
         ("X" * 5000, None),
     ],

@@ -14,6 +14,7 @@ from tests.zoo import (
     images,
     latte_to_qwen,
     more_images,
+    sana_wm,
     sounds,
     unets,
     wan_to_kandinsky,
@@ -36,6 +37,7 @@ VARIANTS |= (
     | cosmos_and_more.BUILDERS
     | conditioned.BUILDERS
     | editing.BUILDERS
+    | sana_wm.BUILDERS
     | unets.BUILDERS
     | images.BUILDERS
     | more_images.BUILDERS

@@ -212,4 +212,3 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "lumina": lumina,
     "kandinsky5_i2i": kandinsky5_i2i,
 }
-TEXTS: dict[str, tuple[str, str]] = {}  # of pipelines that take no plain texts

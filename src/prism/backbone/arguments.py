@@ -361,8 +361,11 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
     if unknown:
         raise PrismError(f"{type(backbone.pipe).__name__} takes no argument {unknown[0]!r}; leave it out.")
     for name, why in backbone.family.refused_arguments.items():
-        if call.get(name, backbone.default(name)) != backbone.default(name):
-            raise PrismError(f"{name} = {call[name]!r} is not supported: {why}. Leave it at {backbone.default(name)}.")
+        needed = backbone.family.needed_values.get(name, backbone.default(name))
+        given = call.get(name, backbone.default(name))
+        if backbone.takes(name) and given != needed:
+            advice = "Give" if name in backbone.family.needed_values else "Leave it at"
+            raise PrismError(f"{name} = {given!r} is not supported: {why}. {advice} {needed}.")
     _check_windows(backbone, call)
     if not backbone.family.takes_prompts:
         if any(prompts):

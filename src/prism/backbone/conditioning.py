@@ -199,7 +199,7 @@ def _condition_masks(
         )
     if layout.is_packed(family.layout):
         return times[..., None], times
-    cells = times
+    cells = times[..., None, None] if times.ndim == 3 else times  # (B, 1, T) of SANA-WM
     if times.ndim == 2:  # one per frame, or one per token
         frames = times.shape[1] == latents.shape[2]
         cells = times[:, None, :, None, None] if frames else times.unflatten(1, call.grid())[:, None]

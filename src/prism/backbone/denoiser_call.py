@@ -23,7 +23,7 @@ from prism.errors import PrismError, quoted
 # Arguments of a denoiser call that are a tensor of rows or a list of such: a text's states by layer (HiDream, FIBO),
 # pictures by adapter (IP-Adapter), a ControlNet's outputs by block, and its pictures where it is several.
 _LISTS = re.compile(
-    r"(^|\.)(encoder_hidden_states_llama3|text_encoder_layers|ip_adapter_image_embeds|ip_hidden_states"
+    r"(^|\.)(encoder_hidden_states_llama3|text_encoder_layers|context_latents|ip_adapter_image_embeds|ip_hidden_states"
     r"|added_cond_kwargs\.image_embeds|down_block_additional_residuals|controlnet_block_samples"
     r"|controlnet_single_block_samples|block_controlnet_hidden_states|controlnet_cond|controlnet_mode|control_type)"
     r"(\.|$)"
@@ -176,7 +176,8 @@ class DenoiserCall:
             states = states[:, : states.shape[1] - self.noisy.shape[1] + cells]  # an image's follow
         if states.shape[1] != cells:  # some blocks may give the video's tokens only
             rest = states.shape[1] - cells
-            before, behind = self._count(family.tokens_before, rest), self._count(family.tokens_behind, rest)
+            behind = self._count(family.tokens_behind, rest)
+            before = self._count(family.tokens_before, rest - behind)
             if states.shape[1] != before + cells + behind:
                 raise PrismError(
                     f"A block of the family {family.name!r} gives {states.shape[1]} tokens, and the video has "

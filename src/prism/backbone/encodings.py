@@ -62,7 +62,8 @@ class _Encodings:
         if key not in self.outputs:
             self.outputs[key] = inner(**arguments)
         one = self.outputs[key]
-        if not all(value is None or (isinstance(value, Tensor) and len(value) == 1) for value in one):
+        rowed = isinstance(one, tuple) and all(v is None or (isinstance(v, Tensor) and len(v) == 1) for v in one)
+        if not rowed:
             return inner(*args, **kwargs)  # not one row per text: leave it to the pipeline
         return tuple(None if value is None else value.expand(rows, *value.shape[1:]) for value in one)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prism.backbone.family import Family
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
+_ITEMS = {str: "texts", int: "whole numbers", bool: "True or False"}
 _SETS = ("batched_arguments",)
 _SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch",
               "control_arguments")  # fmt: skip
@@ -50,6 +51,8 @@ def check_values(family: Family) -> None:
         raise PrismError(
             f"tap of the family {name} must be a share of the blocks, above 0, at most 1; found {family.tap}."
         )
+    if not math.isfinite(family.guidance_off):
+        raise PrismError(f"guidance_off of the family {name} must be a finite number; found {family.guidance_off}.")
     if not (math.isfinite(family.pure_noise_timestep) and family.pure_noise_timestep > 0):
         raise PrismError(
             f"pure_noise_timestep of the family {name} must be a number above 0; found {family.pure_noise_timestep}."
@@ -100,7 +103,7 @@ def _described(kind: Any) -> str:
     if origin is frozenset:
         return "a set of texts"
     if origin is Mapping:
-        return f"a dict of texts to {'texts' if arguments[1] is str else 'whole numbers'}"
+        return f"a dict of texts to {_ITEMS[arguments[1]]}"
     if origin is Callable:
         return "a function"
     return _NAMES.get(kind) or f"an {kind.__name__}"

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from prism.backbone.control_families import CONTROLLED
-from prism.backbone.family import DEPTH, PROJECTED, Family
+from prism.backbone.family import BATCHED, DEPTH, PROJECTED, Family
 from prism.backbone.further_image_families import FURTHER_IMAGES
 from prism.backbone.image_families import IMAGES
 from prism.backbone.sound_families import SOUNDS
@@ -323,6 +323,25 @@ _ROWS: tuple[Family, ...] = (
         cfg="one_batch",
         image_form="single",
         vae_mean_std=True,
+        tap_reason=DEPTH + "8 of 20",
+        text_reason="Gemma's, projected to the video's width; the norm's output is what attention takes",
+    ),
+    Family(
+        name="sana-wm",
+        models="SANA-WM",
+        pipelines=("SanaWMPipeline",),
+        single_prompt=True,  # and one video
+        single_output=True,
+        blocks=("blocks",),
+        batched_arguments=BATCHED | {"mask", "camera_conditions", "chunk_plucker"},
+        widths="hidden_size",
+        text_embedder="attention_y_norm",
+        text_padding="mask",
+        text_mask_argument="mask",
+        cfg="one_batch",
+        image_form="single",
+        vae_mean_std=True,
+        vae_factor="scaling_factor",
         tap_reason=DEPTH + "8 of 20",
         text_reason="Gemma's, projected to the video's width; the norm's output is what attention takes",
     ),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prism.backbone import layout, noise
 from prism.backbone.facts import check_values
 from prism.backbone.layout import Grid, Layout, TokenForm
-from prism.backbone.pipeline import config_of, unwrapped
+from prism.backbone.pipeline import config_of, tensor_of, unwrapped
 from prism.errors import PrismError, quoted
 
 DEPTH = "as deep as the paper's block 12 of 30: "
@@ -137,7 +137,7 @@ class Family:
     pads: bool = False
     """the denoiser pads latents that are no whole number of tokens high, wide or long"""
     token_form: TokenForm = "BLD"
-    """a block's output: plain (B, L, D); "temporal": (B H W, T, D); "frames": a U-Net's (B T, D, H, W)"""
+    """a block's output: plain (B, L, D), or (L, B, D); "temporal": (B H W, T, D); "frames": a U-Net's (B T, D, H, W)"""
     tokens_before: TokenCount = 0
     """number of tokens before the video's in a block's output; "text": as many as the text has; "rest": all that are
     not the video's; or a function of the denoiser's arguments"""
@@ -162,6 +162,8 @@ class Family:
     """the pipelines take a prompt"""
     single_prompt: bool = False
     """the pipelines take one prompt and no list of them: everything runs at batch size 1"""
+    single_output: bool = False
+    """the pipelines give one video, without an axis for the batch"""
     image_form: Literal["single", "list"] = "list"
     """how one conditioning image or video is given to a batch: once, or as a list with one per row"""
     negative_prompt_form: Literal["single", "list"] = "single"
@@ -169,6 +171,8 @@ class Family:
     refused_arguments: Mapping[str, str] = field(default_factory=dict)
     """arguments of the call that are refused unless they have their defaults, as a judge cannot read what they do; each
     with the reason"""
+    needed_values: Mapping[str, bool] = field(default_factory=dict)
+    """values that some of these arguments must have in place of their defaults"""
     first_frame_pipelines: tuple[str, ...] = ()
     """pipelines that put an image into the latents as their first frame, and show it by no mask and no timestep"""
     restores_condition: bool = False
@@ -185,6 +189,8 @@ class Family:
     windows: Callable[[Mapping[str, Any]], int] | None = None
     """the number of windows that a call samples one after another, each to its end, by the call's arguments; more than
     one is refused, as a judge reads all frames at one noise level"""
+    ends_with_prediction: bool = False
+    """what the pipelines decode is the clean latents that their last step predicted, over the scheduler's sigma_data"""
     denormalises_output: bool = False
     """as output_type "latent" the pipelines give latents as their VAE takes them, and not as the loop holds them"""
     vae_mean_std: bool = False
@@ -273,6 +279,17 @@ class Family:
         """The video's tokens in a block's output."""
         states: Tensor = output[self.video_output] if isinstance(output, tuple) else output
         return states
+
+    def videos(self, output: Any) -> Any:
+        """The videos in a pipeline's output, one per row."""
+        single = self.single_output and getattr(output[0], "ndim", 4) == 4  # latents have their axis
+        return [output[0]] if single else output[0]
+
+    def stepped(self, output: Any, scheduler: Any) -> Tensor:
+        """The latents in what a scheduler's step gives: those that the pipelines decode if it is the last step."""
+        if self.ends_with_prediction:
+            return tensor_of(output[1:]) / float(config_of(scheduler)["sigma_data"])
+        return tensor_of(output, "prev_sample")
 
     def conditional(self, rows: int, samples: int) -> slice:
         """The conditional rows in a denoiser call of `rows`, which are one or two groups of `samples`."""

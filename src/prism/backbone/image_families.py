@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from prism.backbone.family import BATCHED, DEPTH, Family
+from prism.backbone.noise import OwnClock
 
 _FLUX = Family(
     name="flux",
@@ -157,6 +158,18 @@ IMAGES: tuple[Family, ...] = (
         pipelines=("SanaPipeline",),
         text_embedder="caption_norm",
         clock="flow",
+        tap_reason=DEPTH + "8 of 20",
+        text_reason="Gemma's, projected to the image's width; the norm's output is what attention takes",
+    ),
+    replace(
+        _PIXART,
+        name="sana-sprint",
+        models="Sana Sprint (images)",
+        pipelines=("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        guidance="",  # its guidance is an input of the network
+        text_embedder="caption_norm",
+        clock=OwnClock(lambda _scheduler, t: (1 - t / 1000, t / 1000, t / 1000), lambda _scheduler, s: 1000 * s),
+        ends_with_prediction=True,
         tap_reason=DEPTH + "8 of 20",
         text_reason="Gemma's, projected to the image's width; the norm's output is what attention takes",
     ),

@@ -2,7 +2,7 @@
 
 Layouts by name: "BCTHW" and the like for plain axes ("BCHW": images, T = 1; "BCT", "BTC": sounds, H = W = 1),
 "BLC" for tokens packed in raster order from patches of one cell (LTX-Video), "BLC2" from patches of 2 x 2 cells (Flux,
-Qwen-Image).
+Qwen-Image); "BCHW2" for images whose channels hold squares of 2 x 2 cells (ERNIE-Image).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from prism.errors import PrismError, instance, is_bool, quoted
 
-Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BCT", "BTC", "BLC", "BLC2"]
-TokenForm = Literal["BLD", "temporal", "frames"]  # plain | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)
+Layout = Literal["BCTHW", "BTCHW", "BTHWC", "BCHW", "BCHW2", "BCT", "BTC", "BLC", "BLC2"]
+TokenForm = Literal["BLD", "LBD", "temporal", "frames"]  # plain, two | Latte's (B H W, T, D) | a U-Net's (B T, D, H, W)
 Grid = tuple[int, int, int]
 STANDARD = "BCTHW"
 
@@ -32,6 +32,9 @@ def is_packed(layout: Layout) -> bool:
 
 def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
     """Latents of the loop as (B, C, T, H, W). `grid`: (T, H, W) in tokens, needed for packed latents."""
+    if layout == "BCHW2":
+        squares: Tensor = latents.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3)
+        return squares.flatten(4, 5).flatten(2, 3).unsqueeze(2)
     if not is_packed(layout):
         missing = [axis for axis in STANDARD if axis not in layout]
         axes = layout + "".join(missing)
@@ -47,6 +50,9 @@ def unpack(latents: Tensor, layout: Layout, grid: Grid | None = None) -> Tensor:
 
 def pack(latents: Tensor, layout: Layout) -> Tensor:
     """(B, C, T, H, W) to the loop's form: the inverse of `unpack`."""
+    if layout == "BCHW2":
+        latents = latents[:, :, 0].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        return latents.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
     if not is_packed(layout):
         missing = [axis for axis in STANDARD if axis not in layout]
         permuted = latents.permute(*[STANDARD.index(axis) for axis in (*layout, *missing)])
@@ -83,6 +89,8 @@ def tokens(output: Tensor, form: TokenForm, batch: int) -> Tensor:
         output = output.unflatten(0, (batch, -1)).transpose(1, 2).flatten(1, 2)
     elif form == "frames":
         output = output.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    elif form == "LBD":
+        output = output.transpose(0, 1)
     return output
 
 

@@ -30,6 +30,9 @@ _RETURNING = (  # `step` returns the predicted clean latents, second in its tupl
 _HANDING = {"CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"}  # they hand their prediction to the step
 
 
+_REPACKING = {"SanaWMPipeline"}  # they step tokens in place of their latents
+
+
 def is_handed(pipe: Any) -> bool:
     """True where a pipeline hands the predicted clean latents to its scheduler's step, after asking it for them."""
     return not _HANDING.isdisjoint(base.__name__ for base in type(pipe).__mro__)
@@ -43,6 +46,11 @@ def check(pipe: Any, counts_steps_by_calls: bool) -> None:
         raise PrismError(
             f"{type(pipe).__name__} steps copies of its scheduler, so that the predicted clean latents are not seen; "
             'take look="now" (--look now).'
+        )
+    if not _REPACKING.isdisjoint(base.__name__ for base in type(pipe).__mro__):
+        raise PrismError(
+            f"{type(pipe).__name__} steps tokens in place of its latents, so that the predicted clean latents are not "
+            'seen; take look="now" (--look now).'
         )
     if _way(pipe.scheduler) is None:
         raise PrismError(

@@ -18,7 +18,7 @@ from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
 from prism.backbone.sounds import sampling_rate
-from prism.backbone.unsupported import NO_ROW, UNSUPPORTED
+from prism.backbone.unsupported import UNSUPPORTED
 from prism.errors import PrismError, quoted
 
 ENTRY_POINTS = "prism.families"  # the group of entry points through which installed packages register rows
@@ -195,7 +195,7 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
 
 def _refuse(name: str, pipe: Any = None) -> Any:
     """Raise PrismError with the nearest family's name."""
-    if UNSUPPORTED.get(name, NO_ROW) != NO_ROW:
+    if name in UNSUPPORTED:
         raise PrismError(f"The pipeline {name} is not supported: {UNSUPPORTED[name]}. See {PAGE}.")
     near = _nearest(name, pipe)
     hint = f" Nearest is {near.name!r} ({near.models[:40]})." if near else ""

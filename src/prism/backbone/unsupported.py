@@ -3,8 +3,6 @@ out."""
 
 from __future__ import annotations
 
-NO_ROW = "its row has not been written yet"
-
 _REASONS: dict[str, str] = {
     "it puts a ControlNet beside its denoiser in a way that has not been fitted yet": """
         AnimateDiffControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline Cosmos2_5_TransferPipeline
@@ -50,24 +48,35 @@ _REASONS: dict[str, str] = {
         ShapEPipeline""",
     "its denoiser takes lists of lists of tensors in place of a batch": "ZImageOmniPipeline",
     "its timesteps are those before its schedule's shift, and its noise levels those after it": """
-        CogView4ControlPipeline CogView4Pipeline""",
+        CogView4ControlPipeline CogView4Pipeline GlmImagePipeline""",
     "its adapter's features reach the denoiser as a list of tensors, whose rows are not taken apart": """
         StableDiffusionAdapterPipeline StableDiffusionXLAdapterPipeline""",
     "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
-    NO_ROW: """
-        BlipDiffusionControlNetPipeline BriaFibo2Pipeline BriaFiboEditPipeline DiTPipeline
-        DreamLiteMobilePipeline DreamLitePipeline ErnieImagePipeline GlmImagePipeline
-        Ideogram4Pipeline JoyImageEditPipeline JoyImageEditPlusPipeline Kandinsky3Img2ImgPipeline
-        Kandinsky3Pipeline KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline
-        KandinskyImg2ImgPipeline KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline
-        KandinskyV22CombinedPipeline KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline
-        KandinskyV22Img2ImgCombinedPipeline KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline
-        KandinskyV22InpaintPipeline KandinskyV22Pipeline
-        LDMTextToImagePipeline LongCatImageEditPipeline NucleusMoEImagePipeline
-        OmniGenPipeline QwenImage21Pipeline QwenImageLayeredPipeline SanaSprintImg2ImgPipeline SanaSprintPipeline
-        SanaWMPipeline StableCascadeCombinedPipeline
-        StableCascadeDecoderPipeline
-        StableUnCLIPPipeline VisualClozeGenerationPipeline VisualClozePipeline""",
+    "its VAE is a MoVQ under another name, and a prior outside or inside the call draws what it is told": """
+        KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyImg2ImgPipeline
+        KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyV22CombinedPipeline
+        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline KandinskyV22Img2ImgCombinedPipeline
+        KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline KandinskyV22InpaintPipeline
+        KandinskyV22Pipeline""",
+    "its VAE is a MoVQ under another name, which is told whether to round what it decodes": """
+        Kandinsky3Img2ImgPipeline Kandinsky3Pipeline""",
+    "its denoiser and VAE are a `decoder` and a `vqgan`, told what a prior made outside or inside the call": """
+        StableCascadeCombinedPipeline StableCascadeDecoderPipeline""",
+    "it takes a class in place of a prompt, and never gives latents": "DiTPipeline",
+    "its VAE and text encoder are a `vqvae` and a `bert`, and it never gives latents": "LDMTextToImagePipeline",
+    "it takes a subject and its picture beside the prompt, in lists, and never gives latents": """
+        BlipDiffusionControlNetPipeline""",
+    "a given image, or zeros in its place, stands beside the latents in their width, and it takes one prompt": """
+        DreamLiteMobilePipeline DreamLitePipeline""",
+    "its guidance comes from a second network, whose work would be neither saved nor counted": "Ideogram4Pipeline",
+    "its latents hold the given images too, on an axis of their own": "JoyImageEditPipeline",
+    "its latents are patches of all images in a row, the given ones among them": "JoyImageEditPlusPipeline",
+    "it takes an image apart into several layers with transparency, which are no frames of a clip": """
+        QwenImageLayeredPipeline""",
+    "a language model within the denoiser reads the text as ids, and its guidance is never off": "OmniGenPipeline",
+    "its image embedding is drawn by a prior within the call, anew for each seed": "StableUnCLIPPipeline",
+    "it takes a task and pictures in a grid, and no `prompt`": """
+        VisualClozeGenerationPipeline VisualClozePipeline""",
 }
 
 

@@ -120,7 +120,7 @@ def decode(
     """See `Backbone.decode`."""
     check_pictures(pipe, family)
     num_frames = None if num_frames is None else whole("num_frames", num_frames)
-    if not layout.is_packed(family.layout) and latents.ndim != len(family.layout):
+    if not layout.is_packed(family.layout) and latents.ndim != len(family.layout.rstrip("2")):
         raise PrismError(f"The latents must be ({', '.join(family.layout)}); found the shape {tuple(latents.shape)}.")
     if family.vae_batch_size_one and len(latents) > 1:
         return torch.cat([decode(pipe, family, config, row[None], grid, num_frames) for row in latents])

@@ -61,7 +61,8 @@ class Subject:
         if self.backbone.family.takes_prompts:
             call["prompt"] = self.texts[0] if prompt is None else prompt
         with torch.no_grad():
-            return self.pipe(**call)[0]
+            videos = self.backbone.family.videos(self.pipe(**call))
+        return np.stack(videos) if isinstance(videos, list) and isinstance(videos[0], np.ndarray) else videos
 
     def latents(self, seed: int = 0) -> Tensor:
         """The latents (1, ...) at the end of the sampling loop: the call's output or, for a pipeline that repacks its

@@ -356,8 +356,9 @@ def _run(
         sampled = merged(search.team.agree(lambda: search.latents))
         latents = {candidate.index: value for candidate, value in sampled.items() if not candidate.edits}
     noise = set().union(*search.team.agree(lambda: search.noise))
+    videos = search.backbone.family.videos
     return BestOfNResult(
-        top=tuple(Pick(output[0][0], z, c.seed, c.index, output, c.edits) for c, (output, z) in finished.items()),
+        top=tuple(Pick(videos(output)[0], z, c.seed, c.index, output, c.edits) for c, (output, z) in finished.items()),
         seeds=tuple(candidate.seed for candidate in search.candidates),
         scores=[_with_indices(cut) for cut in search.scores],
         ledger=meter.ledger.with_counts_of(search.team.agree(lambda: meter.ledger)),

@@ -285,7 +285,7 @@ class Interceptor:
         elif not all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, lent)):
             self.noise = "lent"
         self.step, self.index = self.step + 1, 0
-        self.latents = self.backbone.main(tensor_of(output, "prev_sample"))
+        self.latents = self.backbone.main(self.backbone.family.stepped(output, self.backbone.pipe.scheduler))
         return output
 
     def _look_for_changes(self) -> None:
@@ -319,7 +319,8 @@ class Interceptor:
                 latents = course.after_step(pipe, step + 1, timestep, latents, self.alive, kept)
             if latents is not stepped:
                 returned = {**(returned or {}), "latents": latents}
-            self.latents = self.backbone.main(latents)
+            if not self.backbone.family.ends_with_prediction:
+                self.latents = self.backbone.main(latents)
             self._look_for_changes()
             return returned
 

@@ -183,7 +183,8 @@ class Search:
             interceptor = self._interceptor(chunk, kind, record=record)
             output = interceptor.run(self.batch_call(chunk, **changes))
             fine = self._take_latents(chunk, interceptor)
-            yield {candidate: value for candidate, value in zip(chunk, output[0]) if candidate in fine}
+            videos = self.backbone.family.videos(output)
+            yield {candidate: value for candidate, value in zip(chunk, videos) if candidate in fine}
 
     def run_to_cut(
         self, candidates: Sequence[Candidate], step: int, keep: int, probed: Mapping[int, bool]
