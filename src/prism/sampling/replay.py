@@ -293,10 +293,8 @@ class Interceptor:
         self.altered = "" if state == self.state else state
 
     def _with_callback(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The call with a callback that reads and edits the latents at the end of each step.
-
-        There the latents are whole; some pipelines give their scheduler all frames but the first.
-        """
+        """The call with a callback that reads and edits the latents at the end of each step, where they are whole: some
+        pipelines give their scheduler all frames but the first."""
         callback = call.get("callback_on_step_end")
         if not self.backbone.takes("callback_on_step_end"):
             if any(candidate.edits for candidate in self.candidates):
