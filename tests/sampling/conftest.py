@@ -57,8 +57,11 @@ def made(name: str) -> Setting:
     return Setting(name, make(), {**call, "output_type": "np"})
 
 
-@pytest.fixture(scope="session", params=BUILDERS)
+@pytest.fixture(scope="session", params=["wan-unipc", "cogvideox-dpm"])
 def setting(request: pytest.FixtureRequest) -> Setting:
+    """Guidance in two calls and in one batch; a solver with a memory, and one that draws noise. The Euler solver, which
+    has neither, is asked for by tests of exactness: `parametrize("setting", BUILDERS, indirect=True)`.
+    """
     return made(request.param)  # once, also where files that use it come apart
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests import tiny
-from tests.sampling.conftest import Setting
+from tests.sampling.conftest import BUILDERS, Setting
 
 import prism
 from prism.sampling import expected_rows
@@ -43,6 +43,7 @@ def assert_stock(setting: Setting, result: prism.BestOfNResult, exact: bool) -> 
         torch.testing.assert_close(result.latents, latents, atol=5e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("setting", BUILDERS, indirect=True)
 @pytest.mark.parametrize("name", RUNS)
 def test_the_winner_is_the_stock_video(setting: Setting, name: str) -> None:
     arguments, tap = RUNS[name]

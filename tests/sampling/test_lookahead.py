@@ -19,6 +19,7 @@ from diffusers import (
 )
 from tests import tiny
 from tests.planted import at_step, guided, planted
+from tests.sampling.conftest import BUILDERS
 from tests.zoo import VARIANTS
 
 import prism
@@ -109,6 +110,7 @@ def test_every_prediction_type_tells_what_a_denoiser_that_knows_says(kind):
 CUTS = {"one": [(3, 1)], "two": [(2, 2), (4, 1)], "last": [(6, 1)]}
 
 
+@pytest.mark.parametrize("setting", BUILDERS, indirect=True)
 @pytest.mark.parametrize("schedule", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("look", ["ahead", "ahead-conditional"])
 def test_scores_rows_and_winner(setting, look, schedule):
