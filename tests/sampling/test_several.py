@@ -35,9 +35,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def test_the_best_two_are_stock_videos_best_first(setting: Setting, name: str, batch_size: int) -> None:
     arguments, judge = RUNS[name], setting.judge(2)
     call = setting.call if batch_size == 1 else {**setting.call, "output_type": "latent"}
-    result = prism.best_of_n(
-        setting.pipe, judge, tiny.PROMPT, n=N, top_k=2, batch_size=batch_size, **arguments, **call
-    )
+    result = prism.best_of_n(setting.pipe, judge, tiny.PROMPT, n=N, top_k=2, batch_size=batch_size, **arguments, **call)
     assert len({pick.index for pick in result.top}) == 2
     assert (result.seed, result.index) == (result.top[0].seed, result.top[0].index)
     for pick in result.top:
