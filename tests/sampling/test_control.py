@@ -79,10 +79,35 @@ def test_pictures_of_several_nets_are_no_pictures_of_several_prompts() -> None:
     assert not torch.allclose(tokens.visual[0], alone.visual[0], atol=1e-3)
 
 
-def test_a_net_that_works_at_some_steps_alone_is_refused(judge: Any) -> None:
+def test_what_a_window_of_steps_leaves_unknown_is_refused(judge: Any) -> None:
     judge, call = judge
-    with pytest.raises(PrismError, match=r"^control_guidance_end = 0.5 is not supported: .+\. Leave it at 1.0\.$"):
-        prism.best_of_n(judge.backbone.pipe, judge, tiny.PROMPT, n=2, control_guidance_end=0.5, **call)
+    pipe, half = judge.backbone.pipe, {**call, "control_guidance_end": 0.5}
+    ahead = prism.listen(judge, pipe, look="ahead", judge_at=500.0, num_draws=1)
+    with pytest.raises(PrismError, match=r"works at some steps alone, and a look ahead does not know"), ahead:
+        pipe(tiny.PROMPT, generator=torch.manual_seed(0), **half)
+    with pytest.raises(PrismError, match=r"^control_guidance_end = \[0.5, 1.0\] differs between ControlNets"):
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=2, **{**call, "control_guidance_end": [0.5, 1.0]})
+
+
+def test_a_window_of_steps_is_one_of_noise_levels(judge: Any) -> None:
+    """Of three steps the last one has no ControlNet: below the middle between its level and the one before."""
+    judge, call = judge
+    backbone = judge.backbone
+    half = backbone.condition([tiny.PROMPT], **call, control_guidance_end=0.7)
+    steps = backbone.steps({**call, **backbone.batch([tiny.PROMPT], [0], call)})
+    middle = (steps.levels[1] + steps.levels[2]) / 2
+    assert half.control_levels == (pytest.approx(middle), 1000.0)
+    whole, none = (backbone.condition([tiny.PROMPT], **call, **more) for more in ({}, _scale(0.0)))
+    noisy = torch.randn((2, *half.shape), generator=torch.manual_seed(0))
+    rows, t = [0, 0], torch.tensor([middle + 1, middle - 1])
+    tokens = [backbone.tokens(noisy, each[rows], t, judge.tap).visual for each in (half, whole, none)]
+    assert torch.allclose(tokens[0][0], tokens[1][0], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(tokens[0][1], tokens[2][1], rtol=1e-4, atol=1e-5)
+    assert (tokens[1] - tokens[2]).abs().amax((1, 2)).min() > 1e-2
+
+
+def _scale(scale: float) -> dict[str, float]:
+    return {"controlnet_conditioning_scale": scale}
 
 
 def test_a_patched_net_is_refused(judge: Any) -> None:

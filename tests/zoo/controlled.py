@@ -9,18 +9,24 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AnimateDiffControlNetPipeline,
     ControlNetModel,
     FluxControlNetModel,
     FluxControlNetPipeline,
     MultiControlNetModel,
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
-    StableDiffusionControlNetInpaintPipeline,
+    SanaControlNetModel,
+    SanaControlNetPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
+    ZImageControlNetModel,
+    ZImageControlNetPipeline,
+    ZImagePipeline,
 )
+from tests.zoo.images import _z_image, sana
 from tests.zoo.latte_to_qwen import flux, qwen_image
-from tests.zoo.unets import _mask, _one_text, sd15, sd15_inpaint, sdxl
+from tests.zoo.unets import _one_text, _unet, animatediff, sd15, sdxl
 from tests.zoo.wan_to_kandinsky import _image, _quiet
 
 Built = tuple[Any, dict[str, Any]]
@@ -44,6 +50,13 @@ def _with(kind: type, built: Built, net: Any, **changes: Any) -> Built:
     return _quiet(kind(**parts, **own, controlnet=net)), {**call, **changes}
 
 
+def _deeper(built: Built, **layers: int) -> Built:
+    """With so many blocks that the tap stands behind those after which a ControlNet's first outputs are added."""
+    pipe, call = built
+    pipe.transformer = type(pipe.transformer).from_config({**pipe.transformer.config, **layers}).eval()
+    return pipe, call
+
+
 def _sd15() -> Built:
     """`sd15` with a scheduler that says what is predicted."""
     pipe, call = sd15()
@@ -56,19 +69,16 @@ def _of_unet(unet: Any) -> Any:
 
 
 def sd15_two_controlnets() -> Built:
-    """As `sd15`, with two ControlNets, which guess: they see the conditional rows alone."""
+    """As `sd15`, with two ControlNets in the first half, which guess: they see the conditional rows alone."""
     built = _sd15()
     nets = MultiControlNetModel([_of_unet(built[0].unet), _of_unet(built[0].unet)])
-    more = {"image": [_image(64, 96)] * 2, "controlnet_conditioning_scale": [0.5, 0.8], "guess_mode": True}
+    more: dict[str, Any] = {
+        "image": [_image(64, 96)] * 2,
+        "controlnet_conditioning_scale": [0.5, 0.8],
+        "guess_mode": True,
+    }
+    more["control_guidance_end"] = 0.6
     return _with(StableDiffusionControlNetPipeline, built, nets, **more)
-
-
-def sd15_controlnet_inpaint() -> Built:
-    """As `sd15_inpaint`, with a ControlNet, which does not see the mask."""
-    built = sd15_inpaint()
-    net = _of_unet(sd15()[0].unet)
-    more = {"image": _image(64, 96), "mask_image": _mask(), "control_image": _image(64, 96)}
-    return _with(StableDiffusionControlNetInpaintPipeline, built, net, **more)
 
 
 def sdxl_controlnet() -> Built:
@@ -87,19 +97,46 @@ def flux_controlnet() -> Built:
 
 
 def qwen_image_controlnet() -> Built:
-    """As `qwen_image`."""
-    built = qwen_image()
+    """As `qwen_image`; the ControlNet works from the second step on."""
+    built = _deeper(qwen_image(), num_layers=4)
     transformer = built[0].transformer
     net = QwenImageControlNetModel.from_transformer(
         transformer, num_layers=1, attention_head_dim=12, num_attention_heads=2
     )
-    return _with(QwenImageControlNetPipeline, built, _filled(net), control_image=_image(32, 48))
+    more = {"control_image": _image(32, 48), "control_guidance_start": 0.2}
+    return _with(QwenImageControlNetPipeline, built, _filled(net), **more)
+
+
+def animatediff_controlnet() -> Built:
+    """As `animatediff`; the ControlNet is one of images, and takes frames as rows."""
+    pipe, call = animatediff()
+    frames = {"conditioning_frames": [_image(64, 96)] * 2}
+    return _with(AnimateDiffControlNetPipeline, (pipe, call), _of_unet(_unet()), **frames)
+
+
+def sana_controlnet() -> Built:
+    """As `sana`."""
+    pipe, call = _deeper(sana(), num_layers=7)
+    taken = inspect.signature(SanaControlNetModel).parameters
+    config = {name: value for name, value in pipe.transformer.config.items() if name in taken}
+    net = SanaControlNetModel(**{**config, "num_layers": 2})
+    return _with(SanaControlNetPipeline, (pipe, call), _filled(net), control_image=_image(128, 256))
+
+
+def z_image_controlnet() -> Built:
+    """As `z_image`; the ControlNet's outputs are of the second and third block."""
+    pipe, call = _deeper(_z_image(ZImagePipeline), n_layers=4)
+    sizes = {"control_in_dim": 4, "dim": 24, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    net = ZImageControlNetModel(control_layers_places=[0, 1], control_refiner_layers_places=[0], **sizes)
+    return _with(ZImageControlNetPipeline, (pipe, call), _filled(net), control_image=_image(32, 48))
 
 
 BUILDERS: dict[str, Callable[[], Built]] = {
     "sd15_two_controlnets": sd15_two_controlnets,
-    "sd15_controlnet_inpaint": sd15_controlnet_inpaint,
     "sdxl_controlnet": sdxl_controlnet,
     "flux_controlnet": flux_controlnet,
     "qwen_image_controlnet": qwen_image_controlnet,
+    "animatediff_controlnet": animatediff_controlnet,
+    "sana_controlnet": sana_controlnet,
+    "z_image_controlnet": z_image_controlnet,
 }

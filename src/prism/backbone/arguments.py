@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from prism.backbone import control
 from prism.backbone.family import Family
 from prism.backbone.pipeline import check_denoisers, warn_cut_off
 from prism.errors import PrismError, listed, number, quoted, reason, whole
@@ -299,7 +300,10 @@ def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
     """The call arguments that may change a conditioning; with an adapter's pictures all but the generator, as these
     hold rows for the unconditional pass too."""
     shown = shows_adapters(call)
-    return {name: value for name, value in call.items() if name != "generator" and (shown or is_relevant(family, name))}
+    taken = {*(name for name in call if shown or is_relevant(family, name))} - {"generator"}
+    if any(name in call for name in control.WINDOW):  # by the call's steps
+        taken |= {"num_inference_steps", "timesteps", "sigmas"}
+    return {name: value for name, value in call.items() if name in taken}
 
 
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
@@ -367,6 +371,7 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
             advice = "Give" if name in backbone.family.needed_values else "Leave it at"
             raise PrismError(f"{name} = {given!r} is not supported: {why}. {advice} {needed}.")
     _check_windows(backbone, call)
+    control.window(backbone, call)
     if not backbone.family.takes_prompts:
         if any(prompts):
             raise PrismError(f"{type(backbone.pipe).__name__} takes no prompt, only an image; leave the prompt empty.")

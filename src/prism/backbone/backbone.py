@@ -243,13 +243,13 @@ class Backbone:
         call = {**call, **unguided(self.family, call, self._call), "output_type": "latent"}  # PNDM needs 4 steps
         call |= {"num_inference_steps": steps, **self.batch(prompts, [seed] * len(prompts), call)}
         with control.heard(self) as beside:
-            captured = self.denoiser_call(capture(self.pipe, self.denoisers, call))
-        if captured.batch not in (len(prompts), 2 * len(prompts)):
+            captured = self.denoiser_call(capture(self.pipe, self.denoisers, control.full_time(self, call)))
+        if captured.batch not in ((count := len(prompts)), 2 * count):
             raise PrismError(
-                f"The pipeline made {captured.batch} rows of {len(prompts)} prompts; leave num_videos_per_prompt at 1."
+                f"The pipeline made {captured.batch} rows of {count} prompts; leave num_videos_per_prompt at 1."
             )
-        rows, kind = captured.conditional(len(prompts)), type(self.pipe)
-        return Conditioning.of(captured, rows, kind, beside.conditioning(len(prompts)))
+        rows, told = captured.conditional(count), beside.conditioning(captured, count)
+        return Conditioning.of(captured, rows, type(self.pipe), told, control.levels(self, call))
 
     def denoiser_call(self, arguments: Mapping[str, Any]) -> DenoiserCall:
         """A call of the denoiser with these arguments, by name."""

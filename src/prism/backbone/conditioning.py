@@ -36,6 +36,7 @@ class Conditioning:
         with that condition. Both None where there is none.
     given_times: bool, shaped like the timestep, True where the template's timestep stays; None: nowhere.
     control: the same of a ControlNet's call, whose outputs are no part of `arguments`; None where there is none.
+    control_levels: the lowest and the highest noise level at which the ControlNet works; None: at all.
     """
 
     arguments: dict[str, Any]
@@ -51,10 +52,18 @@ class Conditioning:
     given: Tensor | None = None
     given_times: Tensor | None = None
     control: Conditioning | None = None
+    control_levels: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, call: DenoiserCall, rows: slice, pipeline: type, control: Conditioning | None = None) -> Conditioning:
-        """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made; `control`: as the field."""
+    def of(
+        cls,
+        call: DenoiserCall,
+        rows: slice,
+        pipeline: type,
+        control: Conditioning | None = None,
+        control_levels: tuple[float, float] | None = None,
+    ) -> Conditioning:
+        """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made; the rest as the fields."""
         call = call.without(call.family.control_arguments)
         part = call.rows(rows)
         name, timed = part.noisy_name, call.family.timestep_argument
@@ -79,6 +88,7 @@ class Conditioning:
             given=mask,
             given_times=timestep_mask,
             control=control,
+            control_levels=control_levels,
         )
 
     def __len__(self) -> int:
@@ -130,7 +140,9 @@ class Conditioning:
             for path, value in flattened(self.arguments).items()
             if isinstance(value, Tensor)
         }
-        return shapes if self.control is None else {**shapes, "control": self.control.shapes()}
+        if self.control is None:
+            return shapes
+        return {**shapes, "control": self.control.shapes(), "control_levels": self.control_levels}
 
     def call(self, noisy_latents: Tensor, timestep: Tensor, length: int = 1000) -> dict[str, Any]:
         """Arguments of the denoiser for `noisy_latents` at the model timestep (B,), below `length` where it is an int.

@@ -12,10 +12,6 @@ from prism.backbone.unet_families import UNETS
 _ROWS = {family.name: family for family in (*UNETS, *IMAGES)}
 _RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 _BLOCKS = ("controlnet_block_samples",)
-_WINDOW = dict.fromkeys(
-    ("control_guidance_start", "control_guidance_end"),
-    "whether a ControlNet works would go by the step, and a judge reads latents at a noise level",
-)
 _BEHIND = "the first block behind the middle of the U-Net, where the ControlNet's outputs have come in"
 
 
@@ -27,7 +23,6 @@ def _controlled(name: str, control_arguments: tuple[str, ...], *pipelines: str, 
         "models": row.models.replace(" (images)", " with a ControlNet (images)"),
         "pipelines": pipelines,
         "control_arguments": control_arguments,
-        "refused_arguments": {**row.refused_arguments, **_WINDOW},
     }
     if row.token_form == "frames":
         facts |= {"tap": 0.7, "tap_reason": _BEHIND}
@@ -48,6 +43,26 @@ CONTROLLED: tuple[Family, ...] = (
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+    ),
+    _controlled(
+        "animatediff",
+        _RESIDUALS,
+        "AnimateDiffControlNetPipeline",
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        models="AnimateDiff with a ControlNet",
+        image_form="single",
+        batch_size_one=True,  # its pipelines repeat the frames of the control for no batch
+    ),
+    _controlled("sana", _BLOCKS, "SanaControlNetPipeline"),
+    _controlled(
+        "z-image",
+        _BLOCKS,
+        "ZImageControlNetPipeline",
+        "ZImageControlNetInpaintPipeline",
+        batched_arguments=_ROWS["z-image"].batched_arguments | {"control_context"},
     ),
     _controlled(
         "flux",

@@ -262,8 +262,9 @@ def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     adapters "argument.key.[index]"."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
-        if isinstance(value, dict) and value and all(isinstance(key, str) for key in value):
-            flat |= flattened(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and value and all(isinstance(key, str | int) for key in value):
+            keyed = {f"#{key}" if isinstance(key, int) else key: inner for key, inner in value.items()}  # by block
+            flat |= flattened(keyed, f"{prefix}{name}.")
         elif isinstance(value, list | tuple) and value and _LISTS.search(prefix + name):
             flat |= {f"{prefix}{name}.[{index}]": each for index, each in enumerate(value)}
         else:
@@ -273,7 +274,7 @@ def flattened(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flattened`."""
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for path, value in flat.items():
         *outer, name = path.split(".")
         listed = outer.pop() if name.startswith("[") else None  # an entry of a list, in the order of its indices
@@ -283,7 +284,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         if listed is not None:
             branch.setdefault(listed, []).append(value)
         else:
-            branch[name] = value
+            branch[int(name[1:]) if name.startswith("#") else name] = value
     return tree
 
 

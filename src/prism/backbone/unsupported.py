@@ -4,11 +4,8 @@ out."""
 from __future__ import annotations
 
 _REASONS: dict[str, str] = {
-    "it puts a ControlNet beside its denoiser in a way that has not been fitted yet": """
-        AnimateDiffControlNetPipeline AnimateDiffVideoToVideoControlNetPipeline Cosmos2_5_TransferPipeline
-        SanaControlNetPipeline StableDiffusionXLControlNetUnionImg2ImgPipeline
-        StableDiffusionXLControlNetUnionInpaintPipeline StableDiffusionXLControlNetUnionPipeline
-        ZImageControlNetInpaintPipeline ZImageControlNetPipeline""",
+    "it samples a video chunk by chunk, and decodes each also where latents are asked for": """
+        Cosmos2_5_TransferPipeline""",
     "in diffusers 0.42.1 it draws its control's latents from torch's global generator, which no seed sets": """
         AnimateDiffSparseControlNetPipeline HunyuanDiTControlNetPipeline QwenImageControlNetInpaintPipeline
         StableDiffusion3ControlNetInpaintingPipeline StableDiffusion3ControlNetPipeline""",

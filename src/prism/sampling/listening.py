@@ -188,7 +188,7 @@ class _Listener:
         assert self.call is not None
         (judge_at, num_draws), (call, self.call), backbone = self.ahead, (self.call, None), self.backbone
         clean = whole(backbone, clean, noisy_latents(call, samples), call.arguments)
-        beside = self.beside.conditioning(samples)
+        beside = self.beside.conditioning(call, samples)
         condition = Conditioning.of(call, call.conditional(samples), type(backbone.pipe), beside)
         generator, draws = torch.Generator().manual_seed(0), []
         for _ in range(num_draws):
