@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import prism
 from prism.backbone import Backbone
 from prism.errors import PrismError
 from prism.judge import Judge
+from prism.team import Team
+from prism.training.kept_conditionings import KeptConditionings
 
 STEPS = 3
 
@@ -68,7 +71,8 @@ def test_a_look_ahead_while_listening_runs_it_anew(judge: Any) -> None:
         judge.backbone.pipe.controlnet.controlnet_mid_block.weight.div_(3.0)
 
 
-def test_pictures_of_several_nets_are_no_pictures_of_several_prompts() -> None:
+def test_pictures_of_several_nets_are_no_pictures_of_several_prompts(tmp_path: Path) -> None:
+    """And what one prompt's nets are told comes back from a file."""
     pipe, call = sd15_two_controlnets()
     backbone, texts = Backbone(pipe), [tiny.PROMPT, tiny.OTHER_PROMPT]
     both, (one,) = backbone.condition(texts, **call), [backbone.condition(texts[1:], **call)]
@@ -77,6 +81,14 @@ def test_pictures_of_several_nets_are_no_pictures_of_several_prompts() -> None:
     alone = backbone.tokens(noisy, one, 500.0, backbone.default_tap)
     assert torch.allclose(tokens.visual[1], alone.visual[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(tokens.visual[0], alone.visual[0], atol=1e-3)
+    kept = KeptConditionings(backbone, tmp_path, Team())
+    assert kept.keep("one", one)
+    back: Any = kept.read("one")
+    assert back.control_levels == one.control_levels
+    assert torch.equal(
+        backbone.tokens(noisy, back, 900.0, backbone.default_tap).visual,
+        backbone.tokens(noisy, one, 900.0, backbone.default_tap).visual,
+    )
 
 
 def test_what_a_window_of_steps_leaves_unknown_is_refused(judge: Any) -> None:
