@@ -299,10 +299,9 @@ def is_relevant(family: Family, name: str) -> bool:
 def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
     """The call arguments that may change a conditioning; with an adapter's pictures all but the generator, as these
     hold rows for the unconditional pass too."""
-    shown = shows_adapters(call)
-    taken = {*(name for name in call if shown or is_relevant(family, name))} - {"generator"}
-    if any(name in call for name in control.WINDOW):  # by the call's steps
-        taken |= {"num_inference_steps", "timesteps", "sigmas"}
+    shown, windowed = shows_adapters(call), any(name in call for name in control.WINDOW)  # by the call's steps
+    taken = {"num_inference_steps", "timesteps", "sigmas"} if windowed else set()
+    taken |= {*(name for name in call if shown or is_relevant(family, name))} - {"generator"}
     return {name: value for name, value in call.items() if name in taken}
 
 
