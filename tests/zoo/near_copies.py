@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from tests.tiny import tokenizer
+from tests.zoo import kandinsky2
 from tests.zoo.images import GIVEN, Built, _flux
 from tests.zoo.sounds import stable_audio_3
 from tests.zoo.unets import CALL, NO_CHECKER, _mask, _one_text, _two_texts, _unet, _unet_xl
@@ -125,6 +126,7 @@ def _sound(kind: type, **changes: Any) -> Built:
 
 
 BUILDERS: dict[str, Callable[[], Built]] = {
+    **{name: build for name, build in kandinsky2.BUILDERS.items() if name not in kandinsky2.ROWS},
     "flux_control_inpaint": lambda: _flux(
         FluxControlInpaintPipeline, 32, control_image=_image(32, 48), mask_image=_mask(32, 48), **GIVEN
     ),

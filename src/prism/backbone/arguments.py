@@ -293,7 +293,7 @@ def is_relevant(family: Family, name: str) -> bool:
     """Tell whether a call argument may change a conditioning. An embedded guidance scale does."""
     if name == "guidance_scale" and family.guidance in ("true_cfg_scale", ""):
         return True
-    return name not in _IRRELEVANT and not name.startswith("negative_")
+    return name not in _IRRELEVANT and (not name.startswith("negative_") or name == "negative_image_embeds")
 
 
 def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,7 +321,7 @@ def draws_conditions(family: Family, call: Mapping[str, Any]) -> bool:
     """See `Backbone.draws_conditions`."""
     plain = (str, int, float, bool, type(None))
     conditions = {name: value for name, value in call.items() if is_relevant(family, name) and "prompt" not in name}
-    return any(not isinstance(value, plain) for value in conditions.values())
+    return family.seeds_conditions or any(not isinstance(value, plain) for value in conditions.values())
 
 
 def batch_of(family: Family, prompts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any]) -> dict[str, Any]:

@@ -336,7 +336,7 @@ class Backbone:
         (HunyuanVideo with latent_concat), the first one is repeated there.
         """
         pixels = torch.from_numpy(as_videos(video))
-        with self.held(), self.freed(), explain_failures(self.pipe.vae, "encoding"):
+        with self.held(), self.freed(), explain_failures(videos.vae_of(self.pipe), "encoding"):
             return videos.encode(self.pipe, self.family, self.config, pixels.to(self.device))
 
     def decode(self, latents: Tensor, grid: layout.Grid | None = None, num_frames: int | None = None) -> Tensor:
@@ -347,7 +347,7 @@ class Backbone:
             (CogVideoX 1.5; SkyReels-V2 diffusion forcing with last_image); None decodes all.
         """
         layout.per_row(0, latents)  # refuses anything but latents
-        with self.held(), self.freed(), explain_failures(self.pipe.vae, "decoding"):
+        with self.held(), self.freed(), explain_failures(videos.vae_of(self.pipe), "decoding"):
             return videos.decode(self.pipe, self.family, self.config, latents.to(self.device), grid, num_frames)
 
     # -- checks

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prism.backbone.pipeline import vae_of
 from prism.backbone.wrapping import around, around_module
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def encoded_once(backbone: Backbone) -> Iterator[None]:
             stack.enter_context(around_module(module, partial(encodings.once, name), reads=True))
         if hasattr(pipe, "encode_prompt"):
             stack.enter_context(around(pipe, "encode_prompt", encodings.prompt, reads=True))
-        if hasattr(getattr(pipe, "vae", None), "encode"):  # gives the posterior, which each call samples by itself
-            stack.enter_context(around(pipe.vae, "encode", partial(encodings.once, "vae"), reads=True))
+        if hasattr(vae_of(pipe), "encode"):  # gives the posterior, which each call samples by itself
+            stack.enter_context(around(vae_of(pipe), "encode", partial(encodings.once, "vae"), reads=True))
         yield
 
 

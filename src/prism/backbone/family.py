@@ -129,6 +129,8 @@ class Family:
     before the denoiser, on the same latents and timestep. (): there is none"""
     returns_tensor: bool = False
     """the denoiser returns a plain tensor, as those outside diffusers may"""
+    learns_variance: bool = False
+    """the denoiser puts out a variance on further channels, as many as the latents have"""
     outputs: int = 1
     """number of tensors that the denoiser returns, one row per sample each, the video's first: 2 with a sound beside
     it"""
@@ -175,6 +177,8 @@ class Family:
     """values that some of these arguments must have in place of their defaults"""
     first_frame_pipelines: tuple[str, ...] = ()
     """pipelines that put an image into the latents as their first frame, and show it by no mask and no timestep"""
+    seeds_conditions: bool = False
+    """the seed decides a condition that no argument shows, as an image's embedding that a prior makes of the prompt"""
     restores_condition: bool = False
     """the loop samples a condition's frames too, and the pipeline puts the condition back into the latents after it"""
     sampling_rate: str = ""
@@ -311,6 +315,7 @@ class Family:
         """The number of latent channels in the denoiser's input; channels of a condition follow them."""
         size = noisy.shape[layout.channel_axis(self.layout)]
         channels = config.get("out_channels") or config.get("out_visual_dim") or size
+        channels //= 2 if self.learns_variance else 1
         cells = math.prod(self.patches(config)) if layout.is_packed(self.layout) else 1  # in one token
         return min(size, channels * cells)
 

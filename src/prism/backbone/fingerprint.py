@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prism.backbone.pipeline import config_of, is_denoiser, modules_of, unwrapped
+from prism.backbone.pipeline import config_of, is_denoiser, modules_of, unwrapped, vae_of
 from prism.errors import PrismError, quoted
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 
 def _parts(backbone: Backbone) -> dict[str, Any]:
-    return {"denoiser": unwrapped(backbone.denoiser), "vae": unwrapped(backbone.pipe.vae)}
+    return {"denoiser": unwrapped(backbone.denoiser), "vae": unwrapped(vae_of(backbone.pipe))}
 
 
 def _needs_of_denoiser(backbone: Backbone) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _needs_of_denoiser(backbone: Backbone) -> dict[str, Any]:
 
 
 def _needs_of_vae(backbone: Backbone) -> dict[str, Any]:
-    pipe, vae = backbone.pipe, unwrapped(backbone.pipe.vae)
+    pipe, vae = backbone.pipe, unwrapped(vae_of(backbone.pipe))
     config = config_of(vae)
     statistics = {}
     for name in ("latents_mean", "latents_std"):  # buffers of LTX-Video's VAE
@@ -393,7 +393,7 @@ def vae_hash(backbone: Backbone) -> str:
 
 def vae_hashes(backbone: Backbone) -> Iterator[str]:
     """The VAE's hash, then those that it had before diffusers added settings to its class."""
-    vae = unwrapped(backbone.pipe.vae)
+    vae = unwrapped(vae_of(backbone.pipe))
     sample = weights_sample(vae) if isinstance(vae, nn.Module) else b""
     for changed, text in islice(config_texts(vae), 500):
         if not changed:

@@ -90,10 +90,13 @@ class Pipeline(Protocol):
 def check(pipe: Any, family: Family) -> None:
     """Raise PrismError for the first member or argument that an object lacks to be used as a pipeline."""
     kind = type(pipe).__name__
-    for owner, name in (("", "components"), ("", "scheduler"), ("scheduler", "step"), ("", "vae"), ("vae", "decode")):
+    for owner, name in (("", "components"), ("", "scheduler"), ("scheduler", "step")):
         if not hasattr(getattr(pipe, owner) if owner else pipe, name):
             member = f"{owner}.{name}" if owner else name
             raise PrismError(f"The pipeline {kind} lacks the member {member!r}; see prism.backbone.Pipeline.")
+    if not hasattr(pipe, "movq") and not hasattr(getattr(pipe, "vae", None), "decode"):
+        member = "vae.decode" if hasattr(pipe, "vae") else "vae"
+        raise PrismError(f"The pipeline {kind} lacks the member {member!r}; see prism.backbone.Pipeline.")
     if not callable(pipe):
         raise PrismError(f"The pipeline {kind} cannot be called; see prism.backbone.Pipeline.")
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -135,6 +138,11 @@ def config_of(part: Any) -> Mapping[str, Any]:
         return config or {}
     fields: Mapping[str, Any] = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     return fields
+
+
+def vae_of(pipe: Any) -> Any:
+    """The pipeline's VAE: its `vae`, or the MoVQ that Kandinsky's early pipelines have in its place."""
+    return pipe.vae if hasattr(pipe, "vae") else pipe.movq
 
 
 def dtype_of(part: Any) -> torch.dtype:

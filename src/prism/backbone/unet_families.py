@@ -28,6 +28,18 @@ _STABLE_DIFFUSION = Family(
     text_reason="attention takes CLIP's as they are, in another width than the image's",
 )
 
+_KANDINSKY = replace(
+    _STABLE_DIFFUSION,
+    name="kandinsky-2.2",
+    models="Kandinsky 2.2 (images)",
+    pipelines=(*("KandinskyV22Pipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),),
+    takes_prompts=False,
+    batch_size_one=True,  # a prior's embeddings have one row for each candidate
+    learns_variance=True,
+    vae_factor="",
+    text_reason="it takes a prior's embedding of an image",
+)
+
 UNETS: tuple[Family, ...] = (
     Family(
         name="stable-video-diffusion",
@@ -85,6 +97,18 @@ UNETS: tuple[Family, ...] = (
         pipelines=(
             *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         ),
+    ),
+    _KANDINSKY,
+    replace(
+        _KANDINSKY,
+        name="kandinsky-2.2-combined",
+        models="Kandinsky 2.2 with its prior (images)",
+        pipelines=(
+            *("KandinskyV22CombinedPipeline", "KandinskyV22Img2ImgCombinedPipeline"),
+            "KandinskyV22InpaintCombinedPipeline",
+        ),
+        takes_prompts=True,
+        seeds_conditions=True,
     ),
     replace(
         _STABLE_DIFFUSION,

@@ -49,13 +49,11 @@ _REASONS: dict[str, str] = {
     "its adapter's features reach the denoiser as a list of tensors, whose rows are not taken apart": """
         StableDiffusionAdapterPipeline StableDiffusionXLAdapterPipeline""",
     "its faces' embeddings come from packages of their own": "ConsisIDPipeline",
-    "its VAE is a MoVQ under another name, and a prior outside or inside the call draws what it is told": """
+    "it never gives latents": """
         KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline KandinskyImg2ImgPipeline
-        KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline KandinskyV22CombinedPipeline
-        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline KandinskyV22Img2ImgCombinedPipeline
-        KandinskyV22Img2ImgPipeline KandinskyV22InpaintCombinedPipeline KandinskyV22InpaintPipeline
-        KandinskyV22Pipeline""",
-    "its VAE is a MoVQ under another name, which is told whether to round what it decodes": """
+        KandinskyInpaintCombinedPipeline KandinskyInpaintPipeline KandinskyPipeline
+        KandinskyV22ControlnetImg2ImgPipeline KandinskyV22ControlnetPipeline""",
+    "its U-Net has no middle block, and its blocks have other widths than its configuration names": """
         Kandinsky3Img2ImgPipeline Kandinsky3Pipeline""",
     "its denoiser and VAE are a `decoder` and a `vqgan`, told what a prior made outside or inside the call": """
         StableCascadeCombinedPipeline StableCascadeDecoderPipeline""",

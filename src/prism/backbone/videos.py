@@ -15,7 +15,7 @@ from prism.backbone import layout
 from prism.backbone.conditioning import Conditioning
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
-from prism.backbone.pipeline import config_of, dtype_of, tensor_of
+from prism.backbone.pipeline import config_of, dtype_of, tensor_of, vae_of
 from prism.backbone.sounds import check_pictures
 from prism.clips import FramePolicy
 from prism.errors import PrismError, quoted, whole
@@ -90,7 +90,7 @@ def encode(pipe: Any, family: Family, config: Mapping[str, Any], video: Tensor) 
     check_pictures(pipe, family)
     if family.vae_batch_size_one and len(video) > 1:
         return torch.cat([encode(pipe, family, config, row[None]) for row in video])
-    vae = pipe.vae
+    vae = vae_of(pipe)
     pixels = video.to(dtype_of(vae)).permute(0, 4, 1, 2, 3) * 2 - 1
     if dropped := family.dropped_frames(config):
         pixels = torch.cat([pixels[:, :, :1].expand(-1, -1, dropped, -1, -1), pixels], 2)
@@ -124,7 +124,7 @@ def decode(
         raise PrismError(f"The latents must be ({', '.join(family.layout)}); found the shape {tuple(latents.shape)}.")
     if family.vae_batch_size_one and len(latents) > 1:
         return torch.cat([decode(pipe, family, config, row[None], grid, num_frames) for row in latents])
-    vae = pipe.vae
+    vae = vae_of(pipe)
     if layout.is_packed(family.layout) and grid is None:
         raise PrismError("The latents of this pipeline are packed; give the token grid (T, H, W) to decode them.")
     latents = layout.unpack(latents.to(dtype_of(vae)), family.layout, grid)
@@ -142,6 +142,8 @@ def decode(
         # its signature.
         takes_num_frames = "num_frames" in inspect.signature(getattr(vae, "forward", vae.decode)).parameters
         options: dict[str, Any] = {"num_frames": latents.shape[2]} if takes_num_frames else {}
+        if "force_not_quantize" in inspect.signature(vae.decode).parameters:  # a MoVQ's
+            options["force_not_quantize"] = True
         pixels: Tensor = tensor_of(vae.decode(frames, **options)).unflatten(0, (len(latents), -1))
     else:
         options = {}
@@ -158,7 +160,7 @@ def decode(
 def normalise(family: Family, pipe: Any, latents: Tensor) -> Tensor:
     """VAE latents (B, C, T, H, W) to the scale of the sampling loop."""
     if family.vae_mean_std:
-        mean, inverse_std = _channel_statistics(pipe.vae, latents)
+        mean, inverse_std = _channel_statistics(vae_of(pipe), latents)
         latents = (latents - mean) * inverse_std
     return (latents - _shift(family, pipe)) * _factor(family, pipe)
 
@@ -168,7 +170,7 @@ def denormalise(family: Family, pipe: Any, latents: Tensor) -> Tensor:
     if family.vae_factor:
         latents = 1 / _factor(family, pipe) * latents + _shift(family, pipe)
     if family.vae_mean_std:
-        mean, inverse_std = _channel_statistics(pipe.vae, latents)
+        mean, inverse_std = _channel_statistics(vae_of(pipe), latents)
         latents = latents / inverse_std + mean
     return latents
 
@@ -176,11 +178,11 @@ def denormalise(family: Family, pipe: Any, latents: Tensor) -> Tensor:
 def _factor(family: Family, pipe: Any) -> float:
     if not family.vae_factor:
         return 1.0
-    return float(config_of(pipe.scheduler if family.vae_factor == "sigma_data" else pipe.vae)[family.vae_factor])
+    return float(config_of(pipe.scheduler if family.vae_factor == "sigma_data" else vae_of(pipe))[family.vae_factor])
 
 
 def _shift(family: Family, pipe: Any) -> float:
-    return float(config_of(pipe.vae).get("shift_factor") or 0.0) if family.vae_shift else 0.0
+    return float(config_of(vae_of(pipe)).get("shift_factor") or 0.0) if family.vae_shift else 0.0
 
 
 def _channel_statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:

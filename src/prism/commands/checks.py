@@ -248,7 +248,12 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     for prompt in subject.texts:
         changes: dict[str, Any] = {}
         if not family.takes_prompts and prompt == subject.texts[1]:
-            changes["image"] = ImageOps.invert(subject.call["image"])
+            embedded = "image_embeds" in subject.call
+            changes = (
+                {"image_embeds": -subject.call["image_embeds"]}
+                if embedded
+                else {"image": ImageOps.invert(subject.call["image"])}
+            )
         with subject.calls() as seen:
             if prompt == subject.texts[0]:
                 seen = subject.recorded().seen

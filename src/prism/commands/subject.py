@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prism.backbone import Backbone
 from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.pipeline import vae_of
 from prism.backbone.wrapping import around
 from prism.errors import PrismError
 
@@ -159,7 +160,7 @@ class Subject:
             decoded.append(values.clone())
             return inner(values, *args, **kwargs)
 
-        with around(self.pipe.vae, "decode", decode, reads=True):
+        with around(vae_of(self.pipe), "decode", decode, reads=True):
             yield decoded
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prism.backbone import Backbone, control
 from prism.backbone.denoiser_call import DenoiserCall
+from prism.backbone.pipeline import vae_of
 from prism.backbone.wrapping import StopForward, around, around_module
 
 _ran: dict[int, int] = {}  # blocks that ran, by the id of the denoiser, where they are counted one by one
@@ -86,8 +87,8 @@ class Meter:
             for name, module in self.backbone.encoders.items():
                 stack.enter_context(around_module(module, partial(self._encode, name), reads=True))
             for name, counted in (("decode", self._vae_decode), ("encode", self._vae_encode)):
-                if hasattr(getattr(pipe, "vae", None), name):
-                    stack.enter_context(around(pipe.vae, name, counted, reads=True))
+                if hasattr(vae_of(pipe), name):
+                    stack.enter_context(around(vae_of(pipe), name, counted, reads=True))
             if not self.backbone.family.counts_steps_by_calls:
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step, reads=True))
             if hasattr(self.judge, "score_tokens"):

@@ -18,7 +18,7 @@ from prism.backbone import control
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.family import Family
 from prism.backbone.patches import check_scheduler
-from prism.backbone.pipeline import callers_own, tensor_of
+from prism.backbone.pipeline import callers_own, tensor_of, vae_of
 from prism.backbone.taps import Tokens
 from prism.backbone.wrapping import StopCall, around, around_module, run_until_stopped
 from prism.errors import PrismError, quoted, reason
@@ -165,7 +165,7 @@ class Interceptor:
             if self._sees_steps():
                 stack.enter_context(around(pipe.scheduler, "step", self._scheduler_step))
             if self.backbone.family.vae_batch_size_one and len(self.candidates) > 1:
-                stack.enter_context(around(pipe.vae, "decode", _one_by_one))
+                stack.enter_context(around(vae_of(pipe), "decode", _one_by_one))
             return run_until_stopped(
                 pipe, self._with_callback(call), lambda: self.step if (self.step, self.index) > (1, 0) else 0
             )

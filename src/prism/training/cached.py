@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prism.backbone import Backbone, layout
+from prism.backbone.pipeline import vae_of
 from prism.backbone.videos import normalise
 from prism.errors import PrismError, quoted
 from prism.preference.caches import Entry, LatentCache
@@ -32,7 +33,7 @@ class CachedLatents:
     def __init__(self, cache: LatentCache, backbone: Backbone, shape: tuple[int, ...]) -> None:
         self.cache, self.backbone, self.shape = cache, backbone, shape
         family = backbone.family
-        self._in_loop = cache.in_loop(type(backbone.pipe.vae).__name__, family.vae_mean_std, family.vae_factor)
+        self._in_loop = cache.in_loop(type(vae_of(backbone.pipe)).__name__, family.vae_mean_std, family.vae_factor)
         self._entries: dict[str, Entry] = {}
         self._steps: int | None = None
 
