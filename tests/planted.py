@@ -21,13 +21,14 @@ class Answers:
     """One call of a planted denoiser.
 
     timestep: the largest. noisy: (batch, ...) the latents that it was given. clean: those that its rows said.
-    conditional: (batch,) bool, True for rows with the text.
+    conditional: (batch,) bool, True for rows with the text. further: it is one of further guidance.
     """
 
     timestep: float
     noisy: Tensor
     clean: Tensor
     conditional: Tensor
+    further: bool
 
 
 def form(scheduler: Any, timestep: float) -> tuple[float, float]:
@@ -88,7 +89,8 @@ def planted(backbone: Backbone, text: Tensor, apart: float = 0.3) -> Iterator[li
                 row.copy_(value)
         else:  # Latte's has channels for a variance
             sample.narrow(axis, 0, noisy.shape[axis]).copy_(a * clean + b * noisy)
-        calls.append(Answers(timestep, noisy, clean, shown))
+        further = any(call.arguments.get(name) for name in ("isolate_modalities", "spatio_temporal_guidance_blocks"))
+        calls.append(Answers(timestep, noisy, clean, shown, further))
 
     with ExitStack() as stack:
         # Its outputs depend on a call's arguments alone, as those of the denoisers of trusted packages do.
@@ -101,7 +103,7 @@ def planted(backbone: Backbone, text: Tensor, apart: float = 0.3) -> Iterator[li
 def at_step(calls: list[Answers], step: int) -> tuple[Tensor, Tensor, Tensor]:
     """At a step, what the rows with the text were given and what they said, and what the others said: (n, ...) each."""
     times = list(dict.fromkeys(each.timestep for each in calls))
-    calls = [each for each in calls if each.timestep == times[step - 1]]
+    calls = [each for each in calls if each.timestep == times[step - 1] and not each.further]
     noisy = torch.cat([each.noisy[each.conditional] for each in calls])
     clean = torch.cat([each.clean[each.conditional] for each in calls])
     return noisy, clean, torch.cat([each.clean[~each.conditional] for each in calls])

@@ -67,11 +67,18 @@ def videos(batch: Any, name: str = "The video") -> np.ndarray:
     return np.stack(arrays)
 
 
-def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int = 10) -> None:
+def write_video(
+    path: str | os.PathLike[str],
+    video: Any,
+    fps: float,
+    crf: int = 10,
+    sound: tuple[np.ndarray, int] | None = None,
+) -> None:
     """Write a video, as `frames` takes it, as an H.264 mp4 that browsers play (yuv420p, near-lossless by default).
 
     An odd H or W loses its last row or column, as yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
-    crf: x264's constant rate factor, 0 (lossless) to 51.
+    crf: x264's constant rate factor, 0 (lossless) to 51. sound: a waveform (1 or 2 channels, samples) in [-1, 1] and
+    its samples per second, written beside the video as AAC.
     Raises `PrismError` as `frames` does, for an fps or crf out of range, or if the file cannot be written.
     """
     import av
@@ -92,9 +99,15 @@ def write_video(path: str | os.PathLike[str], video: Any, fps: float, crf: int =
             stream.height, stream.width = pixels.shape[1:3]
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), "preset": "medium"}
+            form = "mono" if sound is not None and len(sound[0]) == 1 else "stereo"
+            track = None if sound is None else container.add_stream("aac", rate=sound[1], layout=form)
             for picture in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
+            if sound is not None and track is not None:
+                wave = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound[0], np.float32), "fltp", form)
+                wave.sample_rate, wave.pts = sound[1], 0  # so that a player leaves out the encoder's delay
+                container.mux([*track.encode(wave), *track.encode()])
     except (OSError, ValueError, TypeError, av.FFmpegError) as error:
         raise PrismError(f"The video {quoted(str(path))} cannot be written: {_reason(error)}.") from error
 

@@ -13,6 +13,7 @@ from tests.zoo import (
     editing,
     images,
     latte_to_qwen,
+    ltx2,
     more_images,
     sana_wm,
     sounds,
@@ -43,5 +44,6 @@ VARIANTS |= (
     | more_images.BUILDERS
     | controlled.BUILDERS
     | sounds.BUILDERS
+    | ltx2.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

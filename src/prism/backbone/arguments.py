@@ -283,8 +283,8 @@ _OF_AN_ADAPTER = re.compile(r"(negative_)?ip_adapter_image(_embeds)?$")
 _IRRELEVANT = frozenset(
     [
         *("guidance_scale", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale", "guidance_scale_2"),
-        *("num_inference_steps", "timesteps", "sigmas", "output_type", "return_dict"),
-        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "generator"),
+        *("num_inference_steps", "timesteps", "sigmas", "output_type", "return_dict", "generator"),
+        *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "spatio_temporal_guidance_blocks"),
     ]
 )
 
@@ -308,8 +308,11 @@ def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
     """The arguments that turn guidance off, so that no unconditional rows are computed; `taken`: those that the
     pipeline's call takes. Empty where an adapter's pictures hold rows for them."""
-    names = () if shows_adapters(call) else (family.guidance, "min_guidance_scale")
-    return {name: family.guidance_off for name in names if name in taken}
+    if shows_adapters(call):
+        return {}
+    least = {family.guidance: family.guidance_off, "min_guidance_scale": family.guidance_off, **family.further_guidance}
+    least |= {f"audio_{name}": value for name, value in least.items()}
+    return {name: value for name, value in least.items() if name in taken}
 
 
 def shows_adapters(call: Mapping[str, Any]) -> bool:

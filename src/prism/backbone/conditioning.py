@@ -29,7 +29,7 @@ class Conditioning:
     """The arguments of a stock pipeline's first denoiser call, conditional rows only, without latents and timestep.
 
     arguments: the other arguments by name; batched: the paths of those with a row per sample.
-    timestep: a template, (B, ...), of the dtype and shape that the pipeline passes; timed: its name.
+    timestep: a template, (B, ...), as the pipeline passes it; timed: its name; followers: others (B,) that hold it.
     noisy, dtype, shape: name, dtype and shape of one row of the latents that the denoiser takes.
     appended: channels or tokens after the latents' (an image's latents, a mask), or None; axis: theirs.
     given: (B, ...) bool, True where the pipeline shows the denoiser a condition in place of noise; kept: the latents
@@ -53,6 +53,7 @@ class Conditioning:
     given_times: Tensor | None = None
     control: Conditioning | None = None
     control_levels: tuple[float, float] | None = None
+    followers: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -75,7 +76,7 @@ class Conditioning:
         batched = frozenset(path for path, value in flat.items() if call.has_rows(path, value))
         mask, timestep_mask = _condition_masks(part, timestep, latents, pipeline)
         return cls(
-            arguments=others,
+            arguments={**others, **call.family.read_arguments},
             batched=batched,
             timestep=timestep,
             timed=timed,
@@ -89,6 +90,7 @@ class Conditioning:
             given_times=timestep_mask,
             control=control,
             control_levels=control_levels,
+            followers=tuple(n for n in call.family.further_timesteps if part.arguments.get(n) is not None),
         )
 
     def __len__(self) -> int:
@@ -165,7 +167,8 @@ class Conditioning:
         timestep = timestep.view(-1, *[1] * (template.ndim - 1)).expand(len(latents), *template.shape[1:])
         if self.given_times is not None:
             timestep = torch.where(self.given_times, template, timestep)
-        return {self.noisy: latents, self.timed: timestep, **self.arguments}
+        followers = dict.fromkeys(self.followers, timestep.flatten(1).amax(1) if timestep.ndim > 1 else timestep)
+        return {self.noisy: latents, self.timed: timestep, **self.arguments, **followers}
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class DenoiserCall:
         if "position_ids" in arguments:  # (t, h, w) a token, the text's first, all zero (Krea 2)
             _, height, width = arguments["position_ids"].amax(0).tolist()
             return 1, int(height) + 1, int(width) + 1
-        if "video_coords" in arguments:
+        if "video_coords" in arguments and arguments["video_coords"].ndim == 3:  # LTX-2's have two ends per token
             return layout.grid_of(arguments["video_coords"][0])
         if layout.is_packed(family.layout):
             return tuple(arguments[name] for name in ("num_frames", "height", "width"))

@@ -106,6 +106,11 @@ def target_of(backbone: Backbone, prompt: str, call: Mapping[str, Any]) -> Targe
             output in more than its sign.
     """
     form, scheduler, name = _form(backbone), backbone.pipe.scheduler, type(backbone.pipe).__name__
+    if backbone.family.outputs > 1:
+        raise PrismError(
+            f"{name} denoises a sound beside the video, and only the video's latents are held here; tune it with its "
+            "own trainer."
+        )
     answers, taken = _first_step(backbone, prompt, call)
     if not answers or taken is None:
         raise PrismError(

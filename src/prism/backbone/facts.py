@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from prism.backbone.family import Family
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
-_ITEMS = {str: "texts", int: "whole numbers", bool: "True or False"}
+_ITEMS = {str: "texts", int: "whole numbers", float: "numbers", bool: "True or False"}
 _SETS = ("batched_arguments",)
 _SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch",
-              "control_arguments")  # fmt: skip
+              "control_arguments", "further_timesteps")  # fmt: skip
 _LEAST = {"widths": 1, "text_limit": 1, "outputs": 1, "tokens_before": 0, "tokens_behind": 0, "num_extra_frames": 0}
 _NEEDED = ("name", "blocks", "latents_argument", "timestep_argument", "text_argument", "batched_arguments")
 

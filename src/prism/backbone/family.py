@@ -102,6 +102,9 @@ class Family:
     """the argument that turns guidance on above `guidance_off`; "guider": the pipeline's own guider decides"""
     guidance_off: float = 1.0
     """the largest value of that argument at which guidance is off"""
+    further_guidance: Mapping[str, float] = field(default_factory=dict)
+    """arguments that each add a pass of the conditional rows to a step, after the others, where they are above this
+    number; each, and `guidance`, may have its like for the sound ("audio_guidance_scale"), which counts too"""
     clock: noise.Clock | noise.OwnClock = "flow"
     """how a noise level becomes alpha, sigma and the model's timestep: "flow", "rising_flow" (timesteps rise from
     noise), "ddpm", "euler" (ddpm, also between whole indices), "edm", or functions of one's own, a
@@ -131,6 +134,11 @@ class Family:
     """the denoiser returns a plain tensor, as those outside diffusers may"""
     learns_variance: bool = False
     """the denoiser puts out a variance on further channels, as many as the latents have"""
+    further_timesteps: tuple[str, ...] = ()
+    """further arguments of the denoiser that hold the timestep, one per row"""
+    read_arguments: Mapping[str, bool] = field(default_factory=dict)
+    """the denoiser's switches that a judge's read sets, so that tokens depend on the video's latents alone where a
+    sound is denoised beside them; such a read is always a pass of its own, up to the tap"""
     outputs: int = 1
     """number of tensors that the denoiser returns, one row per sample each, the video's first: 2 with a sound beside
     it"""
@@ -184,6 +192,8 @@ class Family:
     sampling_rate: str = ""
     """the part and the field of its configuration with the samples per second of the sounds that the pipelines make, as
     "vae.sampling_rate"; "": they make videos or images"""
+    soundtrack_rate: str = ""
+    """the same of the sound beside the video, which is second in the pipelines' output; "": there is none"""
     after_loop: str = ""
     """name of the pipeline's method that changes latents (1, ...) after the loop"""
     extra_frames: Literal["before", "behind"] = "before"

@@ -17,7 +17,7 @@ from torch import nn
 from prism.backbone.families import FAMILIES
 from prism.backbone.family import Family
 from prism.backbone.pipeline import config_of, is_denoiser, unwrapped
-from prism.backbone.sounds import sampling_rate
+from prism.backbone.sounds import rate_of
 from prism.backbone.unsupported import UNSUPPORTED
 from prism.errors import PrismError, quoted
 
@@ -181,8 +181,9 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
             )
     if family.token_form == "frames" and not config.get("block_out_channels"):
         raise PrismError(f"{kind} has no block_out_channels, as a U-Net has; look at token_form {label}.")
-    if family.sampling_rate and not sampling_rate(pipe, family):
-        raise PrismError(f"{type(pipe).__name__} has no {family.sampling_rate}, which sampling_rate {label} names.")
+    for fact in ("sampling_rate", "soundtrack_rate"):
+        if (path := getattr(family, fact)) and not rate_of(pipe, path):
+            raise PrismError(f"{type(pipe).__name__} has no {path}, which {fact} {label} names.")
     if family.guidance == "guider" and not hasattr(pipe, "guider"):
         raise PrismError(f"{type(pipe).__name__} has no guider, which guidance {label} names.")
     if family.vae_factor:

@@ -1,4 +1,4 @@
-"""Pipelines that make sounds: what cannot be asked of them, and their sounds as files."""
+"""Pipelines that make sounds: what cannot be asked of them, their sounds as files, and sounds beside a video."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ def check_pictures(pipe: Any, family: Family) -> None:
 
 def sampling_rate(pipe: Any, family: Family) -> int:
     """Samples per second of the sounds that a pipeline makes; 0 for one of videos or images."""
-    if not family.sampling_rate:
-        return 0
-    part, _, name = family.sampling_rate.partition(".")
-    return int(config_of(getattr(pipe, part, None)).get(name, 0))
+    return rate_of(pipe, family.sampling_rate)
+
+
+def soundtrack(pipe: Any, family: Family, output: Any) -> tuple[np.ndarray, int] | None:
+    """The sound beside the first video of a pipeline's output, (channels, samples) float32 in [-1, 1], and its samples
+    per second; None where the pipeline makes none."""
+    rate = rate_of(pipe, family.soundtrack_rate)
+    return (output[1][0].float().clamp(-1, 1).cpu().numpy(), rate) if rate else None
+
+
+def rate_of(pipe: Any, path: str) -> int:
+    """The number in a field of a part's configuration ("vae.sampling_rate"); 0 where there is none."""
+    part, _, name = path.partition(".")
+    return int(config_of(getattr(pipe, part, None)).get(name, 0)) if path else 0
 
 
 def write_sound(path: str | os.PathLike[str], sound: Any, rate: int) -> None:

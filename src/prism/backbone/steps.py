@@ -132,9 +132,9 @@ def _levels(backbone: Backbone, timesteps: Sequence[float], first: DenoiserCall)
 
 
 def _calls(backbone: Backbone, call: Mapping[str, Any], timesteps: Sequence[float], count: int) -> tuple[int, ...]:
-    """Denoiser calls per step: two where guidance is on, which a guider may turn on for some of the steps."""
+    """`passes` of each step; a guider may turn guidance on for some of them."""
     if backbone.family.guidance != "guider":
-        return (2 if backbone.guided(dict(call)) else 1,) * count
+        return (passes(backbone, call),) * count
     guider, requested = copy.copy(backbone.pipe.guider), backbone.num_inference_steps(dict(call))
     calls = []
     for step in range(count):
@@ -153,11 +153,22 @@ def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
         if hasattr(guider, "set_state"):  # it holds the last step of an earlier call
             guider.set_state(step=None, num_inference_steps=None, timestep=None)
         return bool(guider.num_conditions > 1)
-    scale = call.get(name, backbone.default(name))
     if name == "true_cfg_scale":  # guidance besides the embedded one; needs a negative prompt
         negative = any(call.get(f"negative_prompt{kind}") is not None for kind in ("", "_embeds"))
-        return scale is not None and scale > 1.0 and negative
-    return scale is not None and scale > backbone.family.guidance_off
+        return negative and _is_above(backbone, call, name, 1.0)
+    return _is_above(backbone, call, name, backbone.family.guidance_off)
+
+
+def passes(backbone: Backbone, call: Mapping[str, Any]) -> int:
+    """The denoiser's passes (groups of rows) in a step of `pipe(**call)`: the conditional one and those of guidance."""
+    further = backbone.family.further_guidance.items()
+    return 1 + is_guided(backbone, call) + sum(_is_above(backbone, call, name, least) for name, least in further)
+
+
+def _is_above(backbone: Backbone, call: Mapping[str, Any], name: str, least: float) -> bool:
+    """True where an argument, or the one of that name for the sound beside the video, is above a number."""
+    values = (call.get(each, backbone.default(each)) for each in (name, f"audio_{name}"))
+    return any(value is not None and value > least for value in values)
 
 
 def _readable(backbone: Backbone, timesteps: Sequence[float], count: int) -> tuple[bool, ...]:

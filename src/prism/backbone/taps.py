@@ -31,11 +31,14 @@ def read(
     Args:
         forward: called in place of the denoiser, where the denoiser's own calls are intercepted.
         listens: False where the denoiser was compiled as a whole: its blocks cannot be tapped, and it runs uncompiled.
+
+    Where the family's `read_arguments` are others than the call's, the tokens are those of a stopped pass of its own.
     """
     visual: dict[int, Tensor] = {}
     grids: dict[int, Any] = {}
     text: list[Tensor] = []
     family, last = call.family, max(blocks)
+    alone = any(call.arguments.get(name) != value for name, value in family.read_arguments.items())
     widths = family.block_widths(denoiser)
 
     def tap(number: int, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +49,7 @@ def read(
                 f"Block {number} gives tokens {visual[number].shape[-1]} wide, and widths of the family "
                 f"{family.name!r} says {widths[number - 1]}; mend it, or token_form and video_output."
             )
-        if stop and number == last:
+        if (stop or alone) and number == last:
             raise StopForward(last)
         return output
 
@@ -70,7 +73,9 @@ def read(
         if family.text_embedder is not None:
             stack.enter_context(around_module(unwrapped(denoiser).get_submodule(family.text_embedder), text_tap))
         with suppress(StopForward):
-            output = (forward or denoiser)(**call.arguments)
+            output = (forward or denoiser)(**{**call.arguments, **family.read_arguments})
+    if alone and not stop:
+        output = (forward or denoiser)(**call.arguments)
     if stop and hasattr(denoiser, "_hf_hook"):  # a stopped call skips the hook that offloads weights
         denoiser._hf_hook.post_forward(denoiser, None)
     if last not in visual and not is_compiled(denoiser) and listens:

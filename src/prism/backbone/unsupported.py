@@ -18,7 +18,7 @@ _REASONS: dict[str, str] = {
         StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLPAGPipeline""",
     "a sound is denoised beside the video, whose tokens attend to it, and a clip's latents do not hold one": """
         Cosmos3OmniPipeline Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline
-        LTX2HDRPipeline LTX2ImageToVideoPipeline LTX2InContextPipeline LTX2Pipeline""",
+        LTX2HDRPipeline LTX2InContextPipeline""",
     "it samples a video window by window, each to its end, and joins them after the loop": """
         LTXI2VLongMultiPromptPipeline""",
     "it samples a video window by window, and joins them and the image's latents after the loop": """

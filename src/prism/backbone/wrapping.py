@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import nn
@@ -152,12 +153,8 @@ def around(target: Any, name: str, wrapper: Callable[..., Any], reads: bool = Fa
     """
     target = getattr(target, "_orig_mod", target)  # an OptimizedModule forwards to this
     before, inner = vars(target).get(name, _ABSENT), getattr(target, name)
-    wrapper = _Around(wrapper, inner, reads)
-
-    @wraps(inner)  # pipelines read the signature of `scheduler.step` to know whether it takes a generator
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(*args, **kwargs)
-
+    call = _AroundMethod(wrapper, inner, reads)
+    update_wrapper(call, inner, updated=())  # pipelines read the signature of `scheduler.step`
     try:
         setattr(target, name, call)
         yield
@@ -179,6 +176,13 @@ class _Around:
         if caller != thread or not (self.reads or deeper == depth):
             return self.inner(*args, **kwargs)
         return self.wrapper(self.inner, *args, **kwargs)
+
+
+class _AroundMethod(_Around):
+    """A wrapped method. A copy of its object, such as a scheduler for the sound, has the method as it was."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.inner, memo)
 
 
 @contextmanager

@@ -260,8 +260,8 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
             else:
                 subject.plain(prompt=prompt, output_type="latent", **changes)
         runs.append(seen)
-    calls = 2 if subject.two_calls else 1
-    for index in range(calls):
+    calls = subject.calls_per_step
+    for index in range(2 if family.cfg == "two_calls" and guided else 1):
         (one, states), (_, others) = runs[0][index], runs[1][index]
         expected = 2 if guided and family.cfg == "one_batch" else 1
         require(
@@ -297,7 +297,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     low, high = backbone.t_range
     conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
     worst = 0.0
-    for denoising, states in seen[:: 2 if subject.two_calls else 1]:
+    for denoising, states in subject.reads(seen):
         t = denoising.t(backbone.pipe.scheduler)
         if not low <= t <= high:
             continue
@@ -362,7 +362,7 @@ def _cuts(subject: Subject) -> list[tuple[int, int]]:
     backbone, family = subject.backbone, subject.backbone.family
     times = subject.recorded().times
     low, high = backbone.t_range
-    levels = [family.t_of(backbone.pipe.scheduler, time) for time in times[:: 2 if subject.two_calls else 1]]
+    levels = [family.t_of(backbone.pipe.scheduler, time) for time in times[:: subject.calls_per_step]]
     count = subject.call.get("num_inference_steps", len(levels))
     steps = [step for step, t in enumerate(levels, 1) if low <= t <= high and 1 < step <= count]
     return list(zip(steps, (2, 1))) or [(1, 1)]

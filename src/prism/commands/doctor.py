@@ -244,6 +244,7 @@ def _step(backbone: Any, tap: int, seconds: float | None, memory: int, trouble: 
 
 
 def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, seconds: float | None) -> list[Line]:
+    from prism.backbone.steps import passes
     from prism.sampling.drafts import Draft, default_draft_steps
     from prism.sampling.plan import Workload, is_blind
     from prism.sampling.strategies import Early, First, Full
@@ -255,7 +256,7 @@ def _costs(backbone: Any, tap: int, call: dict[str, Any], n: int, cuts: Any, sec
         steps_of_run, steps_of_draft = backbone.steps(whole), backbone.steps({**whole, "num_inference_steps": draft})
     load = Workload.of(backbone, call, n, tap, steps_of_run, steps_of_draft)
     if steps_of_draft is None:
-        load = replace(load, draft_calls=(1 + guided,) * draft)
+        load = replace(load, draft_calls=(passes(backbone, call),) * draft)
     steps, early = len(load.calls), Early(cuts).settled(load, steps_of_run)
     schedule = early.cuts(load)
     rows = [(name, plan.rows(load)) for name, plan in (

@@ -99,7 +99,7 @@ class Sample:
     top_k: int = 1
     """How many of the best to finish: winner-2.mp4, ..."""
     fps: float = 8.0
-    """Frames per second of the mp4, 0.1 to 240."""
+    """Frames per second of the mp4, 0.1 to 240; one with a sound has those of the call's frame_rate."""
     previews: bool = False
     """Decode and show in the report what the denoiser predicts of every candidate at cuts that look ahead."""
     models: Sampling = Sampling()
@@ -171,7 +171,7 @@ def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict
         from prism.report.page import FilmRow, FilmStrip, write_report
 
         backbone, name, judge, call, weights, result, ran = _sample(config, cuts, weights, distribute, loaded, watch)
-        names, videos = written(folder, backbone, result.top, config.fps)
+        names, videos = written(folder, backbone, result.top, config.fps, call)
         referees: list[Any] = [(None, "")] * len(names)
         if config.models.backbone is None:
             referees = [refereed(video, config.prompt) for video in videos]

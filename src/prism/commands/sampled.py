@@ -98,10 +98,15 @@ def row_of(
     return row
 
 
-def written(folder: Path, backbone: Any, picks: Sequence[Any], fps: float) -> tuple[list[str], list[np.ndarray]]:
-    """Write the winners, best first: their files' names in the folder, and their frames (none of sounds)."""
+def written(
+    folder: Path, backbone: Any, picks: Sequence[Any], fps: float, call: Mapping[str, Any]
+) -> tuple[list[str], list[np.ndarray]]:
+    """Write the winners, best first: their files' names in the folder, and their frames (none of sounds).
+
+    A video with a sound has the frame rate of its call, so that the two last equally long.
+    """
     from prism import video as media
-    from prism.backbone.sounds import sampling_rate, write_sound
+    from prism.backbone.sounds import sampling_rate, soundtrack, write_sound
 
     rate = sampling_rate(backbone.pipe, backbone.family)
     ending = "wav" if rate else "mp4"
@@ -111,7 +116,9 @@ def written(folder: Path, backbone: Any, picks: Sequence[Any], fps: float) -> tu
         if rate:
             write_sound(folder / name, pick.video, rate)
         else:
-            media.write_video(folder / name, videos[row], fps)
+            sound = soundtrack(backbone.pipe, backbone.family, pick.output)
+            own = None if sound is None else call.get("frame_rate", backbone.default("frame_rate"))
+            media.write_video(folder / name, videos[row], own or fps, sound=sound)
     return names, videos
 
 

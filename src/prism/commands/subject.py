@@ -19,6 +19,7 @@ from torch import Tensor
 from prism.backbone import Backbone
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import vae_of
+from prism.backbone.steps import passes
 from prism.backbone.wrapping import around
 from prism.errors import PrismError
 
@@ -143,9 +144,19 @@ class Subject:
         return "strength" in self.call and self.backbone.takes("image" if "image" in self.call else "video")
 
     @property
-    def two_calls(self) -> bool:
-        """True where a step is two denoiser calls, a conditional and an unconditional one."""
-        return self.backbone.guided(self.call) and self.backbone.family.cfg == "two_calls"
+    def calls_per_step(self) -> int:
+        """Denoiser calls in a step: a conditional one or one of both groups of rows, an unconditional one, further
+        ones of guidance."""
+        together = self.backbone.guided(self.call) and self.backbone.family.cfg == "one_batch"
+        return passes(self.backbone, self.call) - together
+
+    def reads(self, seen: list[tuple[DenoiserCall, Tensor]]) -> list[tuple[DenoiserCall, Tensor]]:
+        """Of a stock call's denoiser calls those that a judge reads: the first of each step, or, where a read has
+        switches of its own, those with these."""
+        switches = self.backbone.family.read_arguments.items()
+        if not switches:
+            return seen[:: self.calls_per_step]
+        return [each for each in seen if all(each[0].arguments.get(name) == value for name, value in switches)]
 
     def tolerance(self, least: float) -> float:
         """The relative tolerance, `least` or what the denoiser's dtype allows."""

@@ -40,7 +40,7 @@ class Pick:
     video: the first row of the stock pipeline's output, in the `output_type` of the call; of a pipeline of sounds the
         waveform, (channels, samples) or (samples,).
     latents: its final latents (1, ...), in the denoiser's layout: `Backbone.decode` gives the video again.
-    seed, index: the candidate's. output: the pipeline's whole output, which may hold sound as well as the video.
+    seed, index: the candidate's. output: the pipeline's whole output, which may hold sound too (LTX-2: `output.audio`).
     edits: the edits of its run: none, except where a strategy's candidates part on the way.
     """
 
@@ -245,7 +245,7 @@ def best_of_n(
     backbone.check_call([text or "" for text in prompts], call)
     if kind.looks_at is not None or until is not None:
         control.check_networks(backbone)
-        check_noise(backbone.pipe, backbone.family.counts_steps_by_calls)
+        check_noise(backbone.pipe, backbone.family.counts_steps_by_calls or backbone.family.outputs > 1)
     calls = [of_prompt(call, row, size, control.shared(backbone)) if several else call for row in range(size)]
     if distribute is not None and (not isinstance(distribute, str) or distribute not in ("candidates", "prompts")):
         raise PrismError(f'distribute shares out "candidates" or "prompts"; found {quoted(distribute, 60)}.')

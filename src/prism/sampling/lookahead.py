@@ -61,7 +61,7 @@ class Predictor(Interceptor):
         self.predicted: dict[int, Tensor] = {}
         self.grid: layout.Grid | None = None
         self._arguments: Mapping[str, Any] = {}  # of the conditional pass at that step
-        self._conditional: Any = None  # the denoiser's output at a step that `is_alone`
+        self._conditional: Any = None  # the conditional pass's output at a step that `is_alone`
 
     def is_alone(self) -> bool:
         """True at a step whose unconditional pass is not computed."""
@@ -78,10 +78,10 @@ class Predictor(Interceptor):
 
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         alone = self.is_alone()
+        candidates, call = len(self.candidates), DenoiserCall.of(denoiser, args, kwargs, self.backbone.family)
         if alone and self.index > 0:
             self.index += 1
-            return self._conditional
-        candidates, call = len(self.candidates), DenoiserCall.of(denoiser, args, kwargs, self.backbone.family)
+            return self._repeated(call, self._conditional)
         if alone and call.batch > candidates:
             self.index += 1
             output = self._of_conditional_rows(call, forward)
@@ -89,7 +89,7 @@ class Predictor(Interceptor):
             output = super()._denoise(number, denoiser, forward, *args, **kwargs)
         self.last = self.step
         if alone:
-            self._conditional = output
+            self._conditional = tensor_of(output)[:candidates]
         if self.index == 1 and self.step in self.steps:
             self.states[self.step] = noisy_latents(call, candidates).detach().clone()
             self._arguments = dict(call.arguments)
@@ -100,7 +100,10 @@ class Predictor(Interceptor):
     def _of_conditional_rows(self, call: DenoiserCall, forward: Any) -> Any:
         """The denoiser's output with the conditional rows in the place of each group's."""
         rows = call.rows(call.conditional(len(self.candidates)))
-        sample = tensor_of(forward(**rows.arguments))
+        return self._repeated(call, tensor_of(forward(**rows.arguments)))
+
+    def _repeated(self, call: DenoiserCall, sample: Tensor) -> Any:
+        """A sample of the candidates' rows as the output of a call, whose groups of rows all are given it."""
         return self._output(call, sample.repeat(call.batch // len(self.candidates), *[1] * (sample.ndim - 1)))
 
     def _sees_steps(self) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from prism.backbone.steps import passes
 from prism.errors import PrismError, quoted, whole
 
 if TYPE_CHECKING:
@@ -242,10 +243,11 @@ class Workload:
         """The workload of `n` candidates; without `steps`, of the number of steps that the call asks for."""
         share, draft_calls = tap / backbone.num_blocks, () if drafted is None else drafted.calls
         if steps is None:
-            calls: Sequence[int] = (1 + backbone.guided(dict(call)),) * backbone.num_inference_steps(dict(call))
+            calls: Sequence[int] = (passes(backbone, call),) * backbone.num_inference_steps(dict(call))
         else:
             calls = steps.calls
-        return cls(n, calls, backbone.family.cfg, share, draft_calls, top_k, backbone.listens)
+        listens = backbone.listens and not backbone.family.read_arguments
+        return cls(n, calls, backbone.family.cfg, share, draft_calls, top_k, listens)
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from prism.sampling.guiding import Guide
 
 
-def check_noise(pipe: Any, counts_steps_by_calls: bool) -> None:
+def check_noise(pipe: Any, steps_copies: bool) -> None:
     """Raise PrismError if the scheduler's steps draw noise that does not depend on a candidate's seed.
 
     To find out, a copy of the scheduler makes two steps on zeros. A step that takes a generator is given one, as in a
-    search, except where the pipeline steps copies of its scheduler (`counts_steps_by_calls`). A replaced method of the
+    search, except where the pipeline steps copies of its scheduler (`steps_copies`). A replaced method of the
     scheduler whose result depends on earlier calls is refused too.
     """
     check_scheduler(pipe.scheduler)
     try:
         scheduler = copy.deepcopy(pipe.scheduler)
-        lends = "generator" in inspect.signature(scheduler.step).parameters and not counts_steps_by_calls
+        lends = "generator" in inspect.signature(scheduler.step).parameters and not steps_copies
         lent = {"generator": torch.Generator("cpu")} if lends else {}
         shifts = {"mu": 1.0} if getattr(scheduler.config, "use_dynamic_shifting", False) else {}
         scheduler.set_timesteps(4, **shifts)
