@@ -308,11 +308,9 @@ def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
     """The arguments that turn guidance off, so that no unconditional rows are computed; `taken`: those that the
     pipeline's call takes. Empty where an adapter's pictures hold rows for them."""
-    if shows_adapters(call):
-        return {}
-    least = {family.guidance: family.guidance_off, "min_guidance_scale": family.guidance_off, **family.further_guidance}
-    least |= {f"audio_{name}": value for name, value in least.items()}
-    return {name: value for name, value in least.items() if name in taken}
+    off = dict.fromkeys((family.guidance, "min_guidance_scale"), family.guidance_off) | {**family.further_guidance}
+    pairs = () if shows_adapters(call) else off.items()
+    return {n: value for name, value in pairs for n in (name, f"audio_{name}") if n in taken}
 
 
 def shows_adapters(call: Mapping[str, Any]) -> bool:

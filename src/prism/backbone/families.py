@@ -7,10 +7,11 @@ import math
 from dataclasses import replace
 
 from prism.backbone.control_families import CONTROLLED
-from prism.backbone.family import BATCHED, DEPTH, PROJECTED, Family
+from prism.backbone.family import DEPTH, PROJECTED, Family
 from prism.backbone.further_image_families import FURTHER_IMAGES
 from prism.backbone.image_families import IMAGES
 from prism.backbone.sound_families import SOUNDS
+from prism.backbone.soundtrack_families import SOUNDTRACKS
 from prism.backbone.unet_families import UNETS
 
 _WAN = Family(
@@ -59,31 +60,6 @@ _LTX = Family(
     vae_factor="scaling_factor",
     tap_reason=DEPTH + "11 of 28 in 2B, 19 of 48 in 13B",
     text_reason=PROJECTED.format("T5"),
-)
-
-_LTX2 = replace(
-    _LTX,
-    name="ltx-2",
-    models="LTX-2, LTX-2.3, LTX-2.5",
-    pipelines=("LTX2Pipeline",),
-    text_embedder=None,
-    text_padding="unknown",
-    batched_arguments=BATCHED
-    | {"audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask", "audio_coords"}
-    | {"audio_timestep", "sigma"},
-    further_timesteps=("audio_timestep", "sigma"),
-    read_arguments={"isolate_modalities": True},
-    further_guidance={"stg_scale": 0.0, "modality_scale": 1.0},
-    outputs=2,
-    soundtrack_rate="vocoder.output_sampling_rate",
-    denormalises_output=True,
-    refused_arguments={
-        "audio_latents": "every candidate's sound starts from the noise of its own seed",
-        "enable_prompt_enhancement": "the prompt would be written anew at each call; give what pipe.enhance_prompt "
-        "makes of it",
-    },
-    tap_reason=DEPTH + "19 of 48, with attention to the sound switched off",
-    text_reason="LTX-2.3 and later have no text embedding in the denoiser",
 )
 
 _EASYANIMATE = Family(
@@ -246,15 +222,6 @@ _ROWS: tuple[Family, ...] = (
         batch_size_one=True,  # in a batch all candidates' conditions are sampled with the first one's generator
         refused_arguments={"denoise_strength": "the run would begin at a lower noise level than its latents have"},
     ),
-    _LTX2,
-    replace(
-        _LTX2,
-        name="ltx-2-i2v",
-        models="LTX-2, LTX-2.3, LTX-2.5, image to video",
-        pipelines=("LTX2ImageToVideoPipeline",),
-        image_form="single",
-        batch_size_one=True,  # it compresses one image, and takes it for one row
-    ),
     Family(
         name="mochi",
         models="Mochi 1",
@@ -408,5 +375,5 @@ _ROWS: tuple[Family, ...] = (
 
 # By name; see `prism.backbone.register`.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (*_ROWS, *UNETS, *IMAGES, *FURTHER_IMAGES, *CONTROLLED, *SOUNDS)
+    family.name: family for family in (*_ROWS, *SOUNDTRACKS, *UNETS, *IMAGES, *FURTHER_IMAGES, *CONTROLLED, *SOUNDS)
 }
