@@ -25,8 +25,7 @@ STEPS, PIXELS, FRAMES, GUIDANCE = (1, 10_000), (1, 16_384), (1, 10_000), (-100.0
 _WHOLE = {"num_inference_steps": STEPS, "height": PIXELS, "width": PIXELS, "num_frames": FRAMES}
 _WHOLE |= {"max_sequence_length": (1, 1_000_000)}
 _SCALES = ("guidance_scale", "guidance_scale_2", "true_cfg_scale", "min_guidance_scale", "max_guidance_scale")
-# Only 1 is allowed, and dropped.
-_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt", "num_waveforms_per_prompt")
+_DEFAULT = ("num_videos_per_prompt", "num_images_per_prompt", "num_waveforms_per_prompt")  # only 1, dropped
 _VIDEOS = ("video", "control_video")
 _PICTURES = ("image", "last_image", *_VIDEOS)
 _LISTED = (*_PICTURES, "negative_prompt")  # lists of one per prompt are allowed
@@ -308,8 +307,8 @@ def relevant(family: Family, call: Mapping[str, Any]) -> dict[str, Any]:
 def unguided(family: Family, call: Mapping[str, Any], taken: Container[str]) -> dict[str, float]:
     """The arguments that turn guidance off, so that no unconditional rows are computed; `taken`: those that the
     pipeline's call takes. Empty where an adapter's pictures hold rows for them."""
-    off = dict.fromkeys((family.guidance, "min_guidance_scale"), family.guidance_off) | {**family.further_guidance}
-    pairs = () if shows_adapters(call) else off.items()
+    off = {} if shows_adapters(call) else dict.fromkeys((family.guidance, "min_guidance_scale"), family.guidance_off)
+    pairs = (off and {**off, **family.further_guidance}).items()
     return {n: value for name, value in pairs for n in (name, f"audio_{name}") if n in taken}
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from prism.backbone.control_families import CONTROLLED
-from prism.backbone.family import DEPTH, PROJECTED, Family
+from prism.backbone.family import BATCHED, DEPTH, PROJECTED, Family
 from prism.backbone.further_image_families import FURTHER_IMAGES
 from prism.backbone.image_families import IMAGES
 from prism.backbone.sound_families import SOUNDS
