@@ -78,7 +78,7 @@ def test_every_field_of_a_row_is_required(document, key):
             metrics.validate(broken)
 
 
-@pytest.mark.parametrize("folder", ["docs/evidence", "docs/evidence/rerun"])
+@pytest.mark.parametrize("folder", ["docs/evidence", "docs/evidence/rerun", "docs/evidence/claims"])
 def test_committed_files_of_the_schema_are_read(folder):
     read = files.read_json(Path(__file__).parents[2] / folder / "metrics.json")
     metrics.validate(read)
