@@ -29,9 +29,8 @@ CALL: dict[str, Any] = {"height": 32, "width": 64, "num_frames": 5, "num_inferen
 CALL["spatio_temporal_guidance_blocks"] = [1]
 
 
-def _ltx2(kind: type, later: bool = False) -> Any:
-    """later: as LTX-2.3 and later, whose text comes as wide as the tokens and is modulated by the noise level."""
-    torch.manual_seed(0)
+def vae_of_ltx2() -> AutoencoderKLLTX2Video:
+    """The tiny VAE of LTX-2, which SANA-WM has too."""
     vae = AutoencoderKLLTX2Video(
         latent_channels=8,
         block_out_channels=(8, 8),
@@ -52,6 +51,13 @@ def _ltx2(kind: type, later: bool = False) -> Any:
         decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return vae
+
+
+def _ltx2(kind: type, later: bool = False) -> Any:
+    """later: as LTX-2.3 and later, whose text comes as wide as the tokens and is modulated by the noise level."""
+    torch.manual_seed(0)
+    vae = vae_of_ltx2()
     sounds = AutoencoderKLLTX2Audio(
         base_channels=4,
         ch_mult=(1,),

@@ -12,30 +12,14 @@ from diffusers import (
     SanaWMTransformer3DModel,
 )
 from tests.tiny import TEXT_WIDTH
+from tests.zoo.ltx2 import vae_of_ltx2
 from tests.zoo.sounds import _model
 from tests.zoo.wan_to_kandinsky import _image, _language, _quiet, _tokenizer
 from transformers import Gemma2Config, Gemma2Model
 
 
 def _vae() -> AutoencoderKLLTX2Video:
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=8,
-        block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(True, True),
-        decoder_spatio_temporal_scaling=(True, True),
-        decoder_inject_noise=(False,) * 3,
-        downsample_type=("spatiotemporal", "spatiotemporal"),
-        upsample_type=("spatiotemporal", "spatiotemporal"),
-        upsample_residual=(False, False),
-        upsample_factor=(1, 1),
-        patch_size=2,
-        patch_size_t=1,
-        decoder_causal=False,
-    )
-    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    vae = vae_of_ltx2()
     torch.nn.init.normal_(vae.latents_mean)
     torch.nn.init.uniform_(vae.latents_std, 0.5, 2.0)
     return vae
