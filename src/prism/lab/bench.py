@@ -221,6 +221,7 @@ class Bench:
             margins=referee.TIE_MARGINS,
             unit=8,
             batch_size=self.sample_size,
+            reports=False,  # a store has the splits that it is made for, and no others
             resume=folder.exists(),
             command="prism reproduce",
         )

@@ -33,13 +33,13 @@ def run(bench: Bench) -> Finding:
     varied = [row for row in rows if row["kind"] in names and row["kind"] not in (BASE, *POOLED)]
     same = [row for row in varied if (ci := row["difference_ci95"]) and max(map(abs, ci)) <= WITHIN]
     other = [row for row in varied if wording.clear(row["difference_ci95"])]
+    mean, linear = (each.points(bench.seed) for each in over)
+    number = f"query over mean token {mean}, over a linear probe {linear}"
     text = (
-        f"A query against the mean token: {over[0].points(bench.seed)}; against a linear probe on it: "
-        f"{over[1].points(bench.seed)}. "
+        f"A query against the mean token: {mean}; against a linear probe on it: {linear}. "
         f"Of {len(varied)} variants of the query head {len(other)} are told from it, and {len(same)} are shown to be "
         f"within {100 * WITHIN:.0f} points of it. Heads of other sizes, or trained longer, may differ otherwise."
     )
-    number = f"query over mean token {over[0].points(bench.seed)}"
     return Finding(verdict, number, text, {"heads": rows}, base.num_prompts, tuple(bench.seeds))
 
 
