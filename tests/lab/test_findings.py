@@ -90,6 +90,13 @@ def test_figures_are_saved_in_colours_of_their_own(tmp_path):
         assert (tmp_path / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_figure_is_written_alike_each_time(tmp_path):
+    for name in ("a", "b"):
+        figure = claim_plots.forest([Bar("a", 0.1, [0.0, 0.2]), Bar("b", -0.1, None, "other")], "points")
+        claim_plots.save(figure, tmp_path / name / "forest")
+    assert (tmp_path / "a" / "forest.svg").read_text() == (tmp_path / "b" / "forest.svg").read_text()
+
+
 def test_a_flat_table_writes_intervals_beside_their_values():
     rows = [{"kind": "mean", "difference": -0.0123, "difference_ci95": [-0.05, 0.02], "pairs": 7}, {"kind": "x"}]
     text = flat_table(rows).markdown()

@@ -139,6 +139,8 @@ def _legend(axes: Any) -> None:
 
 def save(figure: Figure, path: Path, colours: Mapping[str, str] = LIGHT) -> None:
     """Write a figure as PATH.svg and PATH.png in colours of its own; the figure keeps them."""
+    from matplotlib import rc_context
+
     for artist in figure.findobj():
         for name in _COLOURS:
             getter, setter = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
@@ -148,7 +150,8 @@ def save(figure: Figure, path: Path, colours: Mapping[str, str] = LIGHT) -> None
     figure.patch.set_alpha(1)
     path.parent.mkdir(exist_ok=True)
     for suffix, options in ((".png", {"dpi": 160}), (".svg", {"metadata": {"Date": None}})):
-        with files.new_file(path.with_suffix(suffix)) as work:
+        # the salt makes the names within an SVG the same in each process
+        with files.new_file(path.with_suffix(suffix)) as work, rc_context({"svg.hashsalt": path.stem}):
             figure.savefig(work, format=suffix[1:], **options)  # type: ignore[arg-type]
 
 
