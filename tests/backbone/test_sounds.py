@@ -12,7 +12,7 @@ import torch
 from scipy.io import wavfile
 from tests import tiny
 from tests.works import works
-from tests.zoo.sounds import stable_audio, stable_audio_3
+from tests.zoo.sounds import ace_step, stable_audio, stable_audio_3
 
 import prism
 from prism import cli, files
@@ -69,6 +69,21 @@ def test_prompts_read_together_score_as_alone() -> None:
     alone = [judge.score(latents[row : row + 1], prompts[row : row + 1], 500.0, **call) for row in (0, 1)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_distilled_ace_step_is_not_guided() -> None:
+    """Its call ignores the scale, which is 7 by default."""
+    pipe, call = ace_step()
+    judge = prism.Judge.untrained(pipe, dim=16)
+    run: dict[str, Any] = {"n": 2, "schedule": [(1, 1)], **call, "num_inference_steps": 2, "output_type": "np"}
+    rows = []
+    for pipe.is_turbo in (False, True):
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, **run)
+        rows.append(result.ledger.denoiser_rows)
+    assert rows == pytest.approx([2 / 3 + 2 * 2, 2 / 3 + 2])  # two reads up to the tap, and the winner's steps
+    with pytest.raises(PrismError, match=r"cfg_interval_end = 0.5 is not supported: some steps would have more rows"):
+        prism.best_of_n(pipe, judge, tiny.PROMPT, cfg_interval_end=0.5, **run)
 
 
 def test_an_oracle_hears_the_waveform(built: Any) -> None:

@@ -1,4 +1,4 @@
-"""A sound that is denoised beside the video (LTX-2): the winner's is the stock call's, and a judge reads past it."""
+"""A sound that is denoised beside the video: the winner's is the stock call's, and a judge reads past it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,45 @@ import pytest
 import torch
 from tests import tiny
 from tests.works import works
-from tests.zoo.ltx2 import ltx2, ltx23
+from tests.zoo.kandinsky6 import kandinsky6
+from tests.zoo.ltx2 import ltx2, ltx2_in_context, ltx23
 
 import prism
 from prism import cli, files
 from prism.backbone import Backbone
 from prism.backbone.denoising import target_of
+from prism.backbone.sounds import soundtrack
 from prism.errors import PrismError
 
 FAST: dict[str, Any] = {"num_inference_steps": 3, "output_type": "np"}
 
 
+def _built(made: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any], prism.Judge]:
+    pipe, call = made
+    return pipe, {**call, **FAST}, prism.Judge.untrained(pipe, dim=16)
+
+
 @pytest.fixture(scope="module")
 def built() -> tuple[Any, dict[str, Any], prism.Judge]:
-    pipe, call = ltx23()
-    return pipe, {**call, **FAST}, prism.Judge.untrained(pipe, dim=16)
+    return _built(ltx23())
+
+
+@pytest.fixture(scope="module")
+def other() -> tuple[Any, dict[str, Any], prism.Judge]:
+    return _built(kandinsky6())
 
 
 @works(
     "Inputs and outputs",
-    "pipelines that make a sound beside the video (LTX-2)",
+    "pipelines that make a sound beside the video (LTX-2, Kandinsky 6)",
     "exact",
     "the winner's sound, `result.output.audio`, is the stock call's too; the judge reads the video's tokens with "
-    "attention to the sound switched off",
+    "attention to the sound switched off, or without the sound",
 )
-def test_the_winners_sound_is_the_stock_calls(built: Any) -> None:
+@pytest.mark.parametrize("model", ["ltx23", "kandinsky6", "distilled"])
+def test_the_winners_sound_is_the_stock_calls(built: Any, other: Any, model: str) -> None:
     """And what the judge reads in the run is what it reads of the same bare latents outside of it."""
-    pipe, call, judge = built
+    pipe, call, judge = {"ltx23": built, "kandinsky6": other}.get(model) or _built(kandinsky6(distilled=True))
     at_cut: list[torch.Tensor] = []
 
     def keep(_pipe: Any, step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -52,11 +64,11 @@ def test_the_winners_sound_is_the_stock_calls(built: Any) -> None:
     for seed in one.seeds:
         generator = torch.Generator().manual_seed(seed)
         stock = pipe(tiny.PROMPT, generator=generator, callback_on_step_end=keep, **call)
-        sounds.append(stock.audio)
+        sounds.append(torch.as_tensor(stock.audio))
         if seed == one.seed:
             assert np.array_equal(one.video, stock.frames[0])
-    assert torch.equal(one.output.audio, sounds[one.index])
-    assert torch.allclose(many.output.audio, sounds[many.index], atol=1e-4)
+    assert torch.equal(torch.as_tensor(one.output.audio), sounds[one.index])
+    assert torch.allclose(torch.as_tensor(many.output.audio), sounds[many.index], atol=1e-4)
     assert (sounds[0] - sounds[1]).abs().max() > 1e-2
     outside = judge.score(torch.cat(at_cut), [tiny.PROMPT] * 3, one.scores[0]["t"], **call)
     assert torch.allclose(torch.tensor(list(one.scores[0]["scores"].values())).T, outside, atol=1e-5)
@@ -80,6 +92,34 @@ def test_tokens_do_not_depend_on_the_sound(built: Any) -> None:
     assert (joint[0] - joint[1]).abs().max() > 1e-3
     stale = replace(condition, followers=())
     assert (backbone.tokens(z, stale, 500.0, tap).visual - read[0]).abs().max() > 1e-3
+
+
+def test_a_call_may_leave_the_sound_out(other: Any) -> None:
+    """The judge, which reads without it, scores the first noise the same."""
+    pipe, call, judge = other
+    family, run = judge.backbone.family, {"n": 2, "schedule": [(1, 1)], "batch_size": 1, **call}
+    silent, sounding = (prism.best_of_n(pipe, judge, tiny.PROMPT, sample_audio=on, **run) for on in (False, True))
+    generator = torch.Generator().manual_seed(silent.seed)
+    stock = pipe(tiny.PROMPT, generator=generator, sample_audio=False, **call)
+    assert np.array_equal(silent.video, stock.frames[0])
+    assert soundtrack(pipe, family, silent.output) is None
+    sound, rate = soundtrack(pipe, family, sounding.output) or (None, 0)
+    assert np.array_equal(sound, sounding.output.audio)  # (channels, samples): it is mono
+    assert rate == 256
+    assert silent.scores == sounding.scores
+
+
+def test_the_loops_latents_may_hold_a_conditions_tokens() -> None:
+    """They are read as the video's alone; candidates part where both can be told from noise."""
+    pipe, call = ltx2_in_context()
+    judge = prism.Judge.untrained(pipe, dim=16)
+    latents = torch.randn(1, 104, 8, generator=torch.Generator().manual_seed(0))
+    score = [judge.score(each, [tiny.PROMPT], 500.0, **call) for each in (latents, latents[:, :64])]
+    assert torch.equal(*score)
+    with pytest.raises(PrismError, match=r"shape \(1, 103, 8\), and the pipeline's call makes \(B, 64, 8\)"):
+        judge.score(latents[:, :103], [tiny.PROMPT], 500.0, **call)
+    with pytest.raises(PrismError, match="where the frames of 'conditions' cannot be told from noise"):
+        prism.best_of_n(pipe, judge, tiny.PROMPT, n=4, strategy="beam", **{**call, "num_inference_steps": 4})
 
 
 def test_sample_writes_the_sound_beside_the_video(built: Any, tmp_path: Path) -> None:

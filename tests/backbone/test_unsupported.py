@@ -42,5 +42,5 @@ def test_every_living_pipeline_has_a_row_or_a_reason() -> None:
 
 
 def test_the_message_says_the_reason() -> None:
-    with pytest.raises(PrismError, match=r"LTX2HDRPipeline is not supported: a sound is denoised beside the video"):
+    with pytest.raises(PrismError, match=r"LTX2HDRPipeline is not supported: what it decodes is linear light"):
         family_named("LTX2HDRPipeline")

@@ -12,6 +12,7 @@ from tests.zoo import (
     cosmos_and_more,
     editing,
     images,
+    kandinsky6,
     latte_to_qwen,
     ltx2,
     more_images,
@@ -45,5 +46,6 @@ VARIANTS |= (
     | controlled.BUILDERS
     | sounds.BUILDERS
     | ltx2.BUILDERS
+    | kandinsky6.BUILDERS
     | {"opensora": opensora, "bare_module": bare}
 )

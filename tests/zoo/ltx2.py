@@ -14,11 +14,15 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     FlowMatchEulerDiscreteScheduler,
+    LTX2ConditionPipeline,
     LTX2ImageToVideoPipeline,
+    LTX2InContextPipeline,
     LTX2Pipeline,
     LTX2VideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from tests.tiny import TEXT_WIDTH, tokenizer
 from tests.zoo.latte_to_qwen import _image, _language, _quiet
@@ -155,8 +159,24 @@ def ltx2_i2v() -> tuple[Any, dict[str, Any]]:
     return _ltx2(LTX2ImageToVideoPipeline), {**CALL, "image": _image(32, 64)}
 
 
+def ltx2_condition() -> tuple[Any, dict[str, Any]]:
+    """As `ltx23`; the first frame's tokens are the condition's, at timestep 0."""
+    return _ltx2(LTX2ConditionPipeline, later=True), {**CALL, "conditions": [LTX2VideoCondition(_image(32, 64), crf=0)]}
+
+
+def ltx2_in_context() -> tuple[Any, dict[str, Any]]:
+    """As `ltx2`; behind the video's tokens stand 32 of a frame near its end and 8 of a smaller video, to which fewer
+    attend; all at timestep 0."""
+    call = {**CALL, "conditions": [LTX2VideoCondition(_image(32, 64), -1, crf=0)], "reference_downscale_factor": 2}
+    call["guidance_rescale"] = 0.0  # it goes by the spread of all tokens
+    call |= {"reference_conditions": [LTX2ReferenceCondition([_image(32, 64)])], "conditioning_attention_strength": 0.5}
+    return _ltx2(LTX2InContextPipeline), call
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "ltx2": ltx2,
     "ltx23": ltx23,
     "ltx2_i2v": ltx2_i2v,
+    "ltx2_condition": ltx2_condition,
+    "ltx2_in_context": ltx2_in_context,
 }

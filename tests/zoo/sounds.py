@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AceStepPipeline,
+    AceStepTransformer1DModel,
     AudioLDM2Pipeline,
     AudioLDM2ProjectionModel,
     AudioLDM2UNet2DConditionModel,
@@ -30,6 +32,7 @@ from diffusers import (
     StableAudioPipeline,
     StableAudioProjectionModel,
 )
+from diffusers.pipelines.ace_step import AceStepConditionEncoder
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from tests.tiny import TEXT_WIDTH, WORDS, text_encoder, tokenizer
 from tests.zoo.unets import BETAS
@@ -227,9 +230,51 @@ def longcat_audio() -> Built:
     return _quiet(pipe), {"audio_duration_s": 1.5, "num_inference_steps": 4, "guidance_scale": 4.0}
 
 
+def ace_step() -> Built:
+    """Latents (9, 4), times by channels, in pairs and one alone; tokens (5, 24)."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "sliding_window": 2}
+    pipe = AceStepPipeline(
+        vae=_model(
+            AutoencoderOobleck,
+            encoder_hidden_size=6,
+            downsampling_ratios=[1, 2],
+            channel_multiples=[2, 4],
+            decoder_channels=3,
+            decoder_input_channels=4,
+            sampling_rate=4,
+        ),
+        text_encoder=text_encoder(),
+        tokenizer=tokenizer(),
+        transformer=_model(
+            AceStepTransformer1DModel,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            in_channels=12,
+            audio_acoustic_hidden_dim=4,
+            encoder_hidden_size=16,
+            **heads,
+        ),
+        condition_encoder=AceStepConditionEncoder(
+            hidden_size=16,
+            intermediate_size=24,
+            text_hidden_dim=TEXT_WIDTH,
+            timbre_hidden_dim=4,
+            num_lyric_encoder_hidden_layers=1,
+            num_timbre_encoder_hidden_layers=1,
+            **heads,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
+    )
+    pipe.condition_encoder.silence_latent = torch.randn(1, 60, 4)
+    return _quiet(pipe), {"audio_duration": 4.5, "num_inference_steps": 4, "guidance_scale": 4.0}
+
+
 BUILDERS: dict[str, Callable[[], Built]] = {
     "stable_audio_3": stable_audio_3,
     "stable_audio": stable_audio,
     "audioldm_2": audioldm_2,
     "longcat_audio": longcat_audio,
+    "ace_step": ace_step,
 }

@@ -486,14 +486,17 @@ def cogvideox_i2v(version: str = "1.0") -> tuple[Any, dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- Kandinsky 5
 
 
-def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
-    torch.manual_seed(0)
+def _template_tokenizer() -> PreTrainedTokenizerFast:
     names = _tokenizer()
     # with a token before the text the template is 128 tokens long, which is what the pipeline crops
     names.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A </s>", special_tokens=[("</s>", 1)]
     )
-    encoder = Qwen2_5_VLConfig(
+    return names
+
+
+def _qwen() -> Qwen2_5_VLForConditionalGeneration:
+    config = Qwen2_5_VLConfig(
         text_config=_language(rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}),
         vision_config={
             "depth": 1,
@@ -503,6 +506,11 @@ def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
             "out_hidden_size": TEXT_WIDTH,
         },
     )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
+    torch.manual_seed(0)
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -521,8 +529,8 @@ def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
     pipe = kind(
         transformer=transformer,
         vae=vae or _hunyuan_vae(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(encoder),
-        tokenizer=names,
+        text_encoder=_qwen(),
+        tokenizer=_template_tokenizer(),
         text_encoder_2=_clip_text(),
         tokenizer_2=_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),

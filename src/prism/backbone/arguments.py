@@ -368,7 +368,7 @@ def check_call(backbone: Backbone, prompts: Sequence[str], call: dict[str, Any])
         given = call.get(name, backbone.default(name))
         if backbone.takes(name) and given != needed:
             advice = "Give" if name in backbone.family.needed_values else "Leave it at"
-            raise PrismError(f"{name} = {given!r} is not supported: {why}. {advice} {needed}.")
+            raise PrismError(f"{name} = {quoted(repr(given), 80)} is not supported: {why}. {advice} {needed}.")
     _check_windows(backbone, call)
     control.window(backbone, call)
     if not backbone.family.takes_prompts:

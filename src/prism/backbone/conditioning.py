@@ -66,6 +66,7 @@ class Conditioning:
     ) -> Conditioning:
         """Keep `rows` of a denoiser call that a pipeline of the class `pipeline` made; the rest as the fields."""
         call = call.without(call.family.control_arguments)
+        call = replace(call, arguments={**call.arguments, **call.family.read_arguments})
         part = call.rows(rows)
         name, timed = part.noisy_name, call.family.timestep_argument
         timestep, (latents, appended, axis) = part.timestep, part.parted()
@@ -76,7 +77,7 @@ class Conditioning:
         batched = frozenset(path for path, value in flat.items() if call.has_rows(path, value))
         mask, timestep_mask = _condition_masks(part, timestep, latents, pipeline)
         return cls(
-            arguments={**others, **call.family.read_arguments},
+            arguments=others,
             batched=batched,
             timestep=timestep,
             timed=timed,
@@ -151,6 +152,9 @@ class Conditioning:
 
         Raises PrismError for latents of another shape or layout than the captured call's.
         """
+        more = 0 if self.appended is None or noisy_latents.ndim != 3 else self.appended.shape[1]
+        if more and noisy_latents.shape[1] == self.shape[0] + more:  # the loop's, with the conditions' tokens
+            noisy_latents = noisy_latents[:, : self.shape[0]]
         if tuple(noisy_latents.shape[1:]) != self.shape:
             raise PrismError(
                 f"The latents have the shape {tuple(noisy_latents.shape)}, and the pipeline's call makes (B, "
@@ -213,7 +217,8 @@ def _condition_masks(
             "one; give conditions in full strength."
         )
     if layout.is_packed(family.layout):
-        return times[..., None], times
+        given = times[:, : latents.shape[1], None]  # an appended condition's follow
+        return given if bool(given.any()) else None, times
     cells = times[..., None, None] if times.ndim == 3 else times  # (B, 1, T) of SANA-WM
     if times.ndim == 2:  # one per frame, or one per token
         frames = times.shape[1] == latents.shape[2]

@@ -87,7 +87,8 @@ class DenoiserCall:
     def timestep(self) -> Tensor:
         """The model timestep: (), (B,), or with further axes for frames or tokens."""
         timestep: Tensor = self._argument("timestep_argument")
-        if self.arguments.get("timestep_r") is not None:  # of distilled models (mean flows)
+        name = "timestep_r"  # of distilled models (mean flows)
+        if self.arguments.get(name) is not None and name not in self.family.further_timesteps:
             raise PrismError(
                 "The denoiser is told the next step's noise level too, which noisy latents by themselves do not have; "
                 "load a model that is not distilled to mean flows (use_meanflow)."

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from prism.backbone.family import Family
 
 _NAMES = {bool: "True or False", str: "a text", int: "a whole number", float: "a number", type(None): "None"}
-_ITEMS = {str: "texts", int: "whole numbers", float: "numbers", bool: "True or False"}
+_ITEMS = {str: "texts", int: "whole numbers", float: "numbers", bool | None: "True, False or None"}
+_ITEMS |= {bool: "True or False"}
 _SETS = ("batched_arguments",)
 _SEQUENCES = ("pipelines", "blocks", "parallel_blocks", "latents_argument", "first_frame_pipelines", "patch",
               "control_arguments", "further_timesteps")  # fmt: skip

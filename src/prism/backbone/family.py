@@ -136,9 +136,10 @@ class Family:
     """the denoiser puts out a variance on further channels, as many as the latents have"""
     further_timesteps: tuple[str, ...] = ()
     """further arguments of the denoiser that hold the timestep, one per row"""
-    read_arguments: Mapping[str, bool] = field(default_factory=dict)
-    """the denoiser's switches that a judge's read sets, so that tokens depend on the video's latents alone where a
-    sound is denoised beside them; such a read is always a pass of its own, up to the tap"""
+    read_arguments: Mapping[str, bool | None] = field(default_factory=dict)
+    """values that a judge's read gives the denoiser's switches, or None in place of a sound's latents, so that tokens
+    depend on the video's alone where a sound is denoised beside them; such a read is always a pass of its own, up to
+    the tap"""
     outputs: int = 1
     """number of tensors that the denoiser returns, one row per sample each, the video's first: 2 with a sound beside
     it"""
@@ -189,6 +190,9 @@ class Family:
     """the seed decides a condition that no argument shows, as an image's embedding that a prior makes of the prompt"""
     restores_condition: bool = False
     """the loop samples a condition's frames too, and the pipeline puts the condition back into the latents after it"""
+    appends_conditions: bool = False
+    """the loop's latents, which are packed, hold tokens of conditions behind the video's, and the pipeline drops them
+    after it"""
     sampling_rate: str = ""
     """the part and the field of its configuration with the samples per second of the sounds that the pipelines make, as
     "vae.sampling_rate"; "": they make videos or images"""
@@ -324,7 +328,7 @@ class Family:
     def channels(self, config: Mapping[str, Any], noisy: Tensor) -> int:
         """The number of latent channels in the denoiser's input; channels of a condition follow them."""
         size = noisy.shape[layout.channel_axis(self.layout)]
-        channels = config.get("out_channels") or config.get("out_visual_dim") or size
+        channels = config.get("out_channels") or config.get("in_visual_dim") or size
         channels //= 2 if self.learns_variance else 1
         cells = math.prod(self.patches(config)) if layout.is_packed(self.layout) else 1  # in one token
         return min(size, channels * cells)

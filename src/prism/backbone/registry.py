@@ -182,7 +182,9 @@ def check_pipeline(family: Family, pipe: Any, denoiser: nn.Module) -> None:
     if family.token_form == "frames" and not config.get("block_out_channels"):
         raise PrismError(f"{kind} has no block_out_channels, as a U-Net has; look at token_form {label}.")
     for fact in ("sampling_rate", "soundtrack_rate"):
-        if (path := getattr(family, fact)) and not rate_of(pipe, path):
+        if not (path := getattr(family, fact)) or getattr(pipe, path.partition(".")[0], 0) is None:
+            continue  # an optional part that is not there
+        if not rate_of(pipe, path):
             raise PrismError(f"{type(pipe).__name__} has no {path}, which {fact} {label} names.")
     if family.guidance == "guider" and not hasattr(pipe, "guider"):
         raise PrismError(f"{type(pipe).__name__} has no guider, which guidance {label} names.")

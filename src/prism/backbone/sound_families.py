@@ -7,6 +7,8 @@ from dataclasses import replace
 from prism.backbone.family import BATCHED, DEPTH, Family
 from prism.backbone.unet_families import MIDDLE
 
+_GLOBAL = "its latents are drawn from torch's global generator, which no seed sets"
+
 _STABLE_AUDIO = Family(
     name="stable-audio-3",
     models="Stable Audio 3 (sounds)",
@@ -71,5 +73,29 @@ SOUNDS: tuple[Family, ...] = (
         sampling_rate="vae.sample_rate",
         tap_reason=DEPTH + "10 of 24",
         text_reason="its convolutions mix the text's rows before attention",
+    ),
+    Family(
+        name="ace-step",
+        models="ACE-Step 1.5 (music)",
+        pipelines=("AceStepPipeline",),
+        blocks=("layers",),
+        batched_arguments=BATCHED | {"timestep_r", "context_latents"},
+        further_timesteps=("timestep_r",),
+        patch=(2, 1, 1),
+        pads=True,
+        widths="hidden_size",
+        batch_size_one=True,  # it takes lyrics for one prompt, and packs texts by the longest
+        cfg="one_batch",
+        conditional_first=True,
+        layout="BTC",
+        sampling_rate="vae.sampling_rate",
+        refused_arguments={
+            **dict.fromkeys(("src_audio", "reference_audio"), _GLOBAL),
+            **dict.fromkeys(("cfg_interval_start", "cfg_interval_end"), "some steps would have more rows than others"),
+            "audio_cover_strength": "each step would have a further pass, with another text",
+            "timesteps": "the pipeline would not say how many steps it makes",
+        },
+        tap_reason=DEPTH + "10 of 24",
+        text_reason="attention takes the text's, the lyrics' and the timbre's together",
     ),
 )

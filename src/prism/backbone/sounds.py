@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.io import wavfile
 
 from prism.backbone.family import Family
@@ -31,7 +32,9 @@ def soundtrack(pipe: Any, family: Family, output: Any) -> tuple[np.ndarray, int]
     """The sound beside the first video of a pipeline's output, (channels, samples) float32 in [-1, 1], and its samples
     per second; None where the pipeline makes none."""
     rate = rate_of(pipe, family.soundtrack_rate)
-    return (output[1][0].float().clamp(-1, 1).cpu().numpy(), rate) if rate else None
+    if not rate or len(output) < 2:  # an output holds no sound where none was asked for
+        return None
+    return np.atleast_2d(torch.as_tensor(output[1][0]).float().clamp(-1, 1).cpu().numpy()), rate
 
 
 def rate_of(pipe: Any, path: str) -> int:

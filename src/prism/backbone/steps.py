@@ -146,6 +146,8 @@ def _calls(backbone: Backbone, call: Mapping[str, Any], timesteps: Sequence[floa
 def is_guided(backbone: Backbone, call: Mapping[str, Any]) -> bool:
     """Tell whether `pipe(**call)` runs unconditional passes too, at some of its steps at least."""
     name = backbone.family.guidance
+    if getattr(backbone.pipe, "is_turbo", False):  # ACE-Step, distilled: its call ignores the scale
+        return False
     if name == "guider":
         guider = copy.copy(backbone.pipe.guider)
         if guider is None:  # HunyuanImage, distilled

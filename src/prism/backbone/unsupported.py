@@ -16,9 +16,11 @@ _REASONS: dict[str, str] = {
         StableDiffusionPAGInpaintPipeline StableDiffusionPAGPipeline StableDiffusionXLControlNetPAGImg2ImgPipeline
         StableDiffusionXLControlNetPAGPipeline StableDiffusionXLInstructPix2PixPipeline
         StableDiffusionXLPAGImg2ImgPipeline StableDiffusionXLPAGInpaintPipeline StableDiffusionXLPAGPipeline""",
-    "a sound is denoised beside the video, whose tokens attend to it, and a clip's latents do not hold one": """
-        Cosmos3OmniPipeline Kandinsky6TI2VAPipeline LTX2ConditionPipeline LTX2DFRPipeline LTX2DFRTemporalRefinePipeline
-        LTX2HDRPipeline LTX2InContextPipeline""",
+    "its denoiser takes text, video and sound as one sequence without an axis for a batch": "Cosmos3OmniPipeline",
+    "it denoises keyframes beside the video, as tokens behind the video's, which a clip's latents do not hold": """
+        LTX2DFRPipeline""",
+    "it refines what others make, tile by tile in time, each to its end": "LTX2DFRTemporalRefinePipeline",
+    "what it decodes is linear light without an upper end (HDR), which is no picture from 0 to 1": "LTX2HDRPipeline",
     "it samples a video window by window, each to its end, and joins them after the loop": """
         LTXI2VLongMultiPromptPipeline""",
     "it samples a video window by window, and joins them and the image's latents after the loop": """
@@ -37,7 +39,6 @@ _REASONS: dict[str, str] = {
     "its call fails in diffusers 0.42.1, whatever the arguments": "ChromaInpaintPipeline EasyAnimateControlPipeline",
     "in diffusers 0.42.1 it decodes without the VAE's shift, so that what it shows is not what it sampled": """
         StableDiffusion3InpaintPipeline""",
-    "its denoiser is told a second timestep, which would have to follow the first": "AceStepPipeline",
     "it samples pixels, text, molecules or shapes, and no latents of a VAE": """
         ConsistencyModelPipeline DDIMPipeline DDPMPipeline DiffusionGemmaPipeline IFImg2ImgPipeline
         IFImg2ImgSuperResolutionPipeline IFInpaintingPipeline IFInpaintingSuperResolutionPipeline IFPipeline

@@ -24,6 +24,8 @@ from prism.errors import PrismError, quoted, whole
 def finished(pipe: Any, latents: Tensor, call: DenoiserCall) -> Tensor:
     """See `Backbone.finished`."""
     family = call.family
+    if family.appends_conditions:
+        latents = latents[:, : call.parted()[0].shape[1]]
     if family.restores_condition:
         condition = Conditioning.of(call, call.conditional(len(latents)), type(pipe))
         if condition.given is not None and condition.kept is not None:

@@ -43,7 +43,7 @@ def grid(subject: Subject) -> dict[str, Any]:
         f"tokens after block 1 have the shape {tuple(plain.visual.shape)} instead of {expected}: say widths",
     )
     cells = layout.unpack(latents, family.layout, plain.grid)
-    sizes = [extent // tokens for extent, tokens in zip(cells.shape[2:], plain.grid)]
+    sizes = [-(-extent // tokens) for extent, tokens in zip(cells.shape[2:], plain.grid)]  # the last may be padded
     condition_frames = 0 if conditioning.given is None else 1  # type: ignore[union-attr]
     rng = np.random.default_rng(0)
     positions = [(min(condition_frames, plain.grid[0] - 1), 0, 0), tuple(extent - 1 for extent in plain.grid)]
@@ -292,12 +292,16 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     Both use the same seed, as some pipelines sample an image's latents with it.
     """
     backbone = subject.backbone
+    silent: dict[str, Any] = (
+        {"sample_audio": False} if backbone.takes("sample_audio") else {}
+    )  # a judge reads without the sound
     with subject.calls() as seen:
-        subject.plain(seed=5, output_type="latent")
+        subject.plain(seed=5, output_type="latent", **silent)
     low, high = backbone.t_range
     conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
-    worst = 0.0
-    for denoising, states in subject.reads(seen):
+    worst, reads = 0.0, subject.reads(seen)
+    require(bool(reads), "a stock call makes no pass as a judge reads it: look at read_arguments")
+    for denoising, states in reads:
         t = denoising.t(backbone.pipe.scheduler)
         if not low <= t <= high:
             continue

@@ -78,6 +78,8 @@ class Subject:
                 latents = self.backbone.main(latents)
             if last and (latents.shape[1:] != shape or self.backbone.family.denormalises_output):
                 latents = self.backbone.main(last["latents"])
+            if self.backbone.family.appends_conditions:
+                latents = latents[:, : shape[0]]
             require(
                 tuple(latents.shape[1:]) == tuple(shape),
                 f"a call ends with latents of shape {tuple(latents.shape[1:])} a row, and the denoiser is given "
@@ -154,9 +156,8 @@ class Subject:
         """Of a stock call's denoiser calls those that a judge reads: the first of each step, or, where a read has
         switches of its own, those with these."""
         switches = self.backbone.family.read_arguments.items()
-        if not switches:
-            return seen[:: self.calls_per_step]
-        return [each for each in seen if all(each[0].arguments.get(name) == value for name, value in switches)]
+        found = [each for each in seen if all(each[0].arguments.get(name) == value for name, value in switches)]
+        return found[:: self.calls_per_step] if len(found) == len(seen) else found
 
     def tolerance(self, least: float) -> float:
         """The relative tolerance, `least` or what the denoiser's dtype allows."""

@@ -49,7 +49,8 @@ def check(backbone: Backbone, call: Mapping[str, Any], step: int) -> None:
             f"The steps of {scheduler} go back to latents of earlier steps, so that candidates cannot part on the way; "
             "set another scheduler, or take the strategy early or full."
         )
-    given = [argument for argument in ("image", "last_image", "video") if call.get(argument) is not None]
+    names = ("image", "last_image", "video", "conditions", "reference_conditions")
+    given = [argument for argument in names if call.get(argument) is not None]
     if step == 1 and given:
         raise PrismError(
             f"Candidates would part after step 1, where the frames of {given[0]!r} cannot be told from noise; let them "

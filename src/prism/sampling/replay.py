@@ -184,7 +184,7 @@ class Interceptor:
     def _denoise(self, number: int, denoiser: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         family = self.backbone.family
         call = DenoiserCall.of(denoiser, args, kwargs, family)
-        if family.restores_condition and not self.first_call:
+        if (family.restores_condition or family.appends_conditions) and not self.first_call:
             self.first_call = dict(call.arguments)
         if family.counts_steps_by_calls and self.index == self.calls_per_step:
             self.step, self.index = self.step + 1, 0
@@ -356,7 +356,7 @@ def explained_rows(call: DenoiserCall, whole: bool) -> Iterator[None]:
         ) from error
 
 
-# Functions that unpack a packed row, by the denoiser's class, the shape of a latent row and the packed row's width.
+# Functions that unpack a packed row, by the denoiser's class, a latent row's shape and the packed row's width.
 _forms: dict[tuple[Any, ...], Callable[[Tensor], Any]] = {}
 
 
@@ -374,7 +374,8 @@ def packing(wrapper: Callable[..., Any], denoiser: nn.Module, family: Family) ->
         def pack(*args: Any, **kwargs: Any) -> Tensor:
             output = forward(*args, **kwargs)
             parts = list(output.values() if isinstance(output, Mapping) else output)[: family.outputs]
-            if len(parts) < family.outputs or not all(isinstance(part, Tensor) for part in parts):
+            fewest = 1 if family.read_arguments else family.outputs  # a call may leave the sound out
+            if len(parts) < fewest or not all(isinstance(part, Tensor) for part in parts):
                 raise PrismError(f"The denoiser gives {len(parts)} tensors; say in the family how many (outputs).")
             packed = torch.cat([part.flatten(1) for part in parts], 1)
             _forms[key, packed.shape[1]] = _unpacking(output, parts)
