@@ -78,7 +78,7 @@ def write_video(
 
     An odd H or W loses its last row or column, as yuv420p needs even sizes. fps: frames per second, 0.1 to 240.
     crf: x264's constant rate factor, 0 (lossless) to 51. sound: a waveform (1 or 2 channels, samples) in [-1, 1] and
-    its samples per second, written beside the video as AAC.
+    its samples per second, written beside the video as AAC, resampled where AAC has no such rate.
     Raises `PrismError` as `frames` does, for an fps or crf out of range, or if the file cannot be written.
     """
     import av
@@ -100,7 +100,7 @@ def write_video(
             stream.pix_fmt = "yuv420p"
             stream.options = {"crf": str(crf), "preset": "medium"}
             form = "mono" if sound is not None and len(sound[0]) == 1 else "stereo"
-            track = None if sound is None else container.add_stream("aac", rate=sound[1], layout=form)
+            track = None if sound is None else container.add_stream("aac", rate=_aac_rate(sound[1]), layout=form)
             for picture in pixels:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
@@ -110,6 +110,14 @@ def write_video(
                 container.mux([*track.encode(wave), *track.encode()])
     except (OSError, ValueError, TypeError, av.FFmpegError) as error:
         raise PrismError(f"The video {quoted(str(path))} cannot be written: {_reason(error)}.") from error
+
+
+def _aac_rate(rate: int) -> int:
+    """The lowest rate from `rate` on that AAC has, or its highest; PyAV resamples."""
+    import av
+
+    rates = av.Codec("aac", "w").audio_rates or [rate]
+    return min((each for each in rates if each >= rate), default=max(rates))
 
 
 def read_video(path: Any) -> np.ndarray:
