@@ -81,6 +81,8 @@ def test_a_distilled_ace_step_is_not_guided() -> None:
     for pipe.is_turbo in (False, True):
         result = prism.best_of_n(pipe, judge, tiny.PROMPT, **run)
         rows.append(result.ledger.denoiser_rows)
+        steps = judge.backbone.steps({"prompt": tiny.PROMPT, **call, "num_inference_steps": 2})
+        assert steps.calls == ((1, 1) if pipe.is_turbo else (2, 2))  # what plans count
     assert rows == pytest.approx([2 / 3 + 2 * 2, 2 / 3 + 2])  # two reads up to the tap, and the winner's steps
     with pytest.raises(PrismError, match=r"cfg_interval_end = 0.5 is not supported: some steps would have more rows"):
         prism.best_of_n(pipe, judge, tiny.PROMPT, cfg_interval_end=0.5, **run)
