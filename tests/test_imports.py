@@ -5,10 +5,16 @@ A circle lies within a room, as import-linter lets rooms import downwards alone:
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+import prism
+
+ROOT = Path(__file__).parents[1]
 
 CODE = """
 import importlib, pathlib, sys, warnings
@@ -36,10 +42,16 @@ sys.exit("; ".join(failed) or 0)
 
 
 def test_each_module_imports_by_itself(tmp_path: Path) -> None:
-    source = Path(__file__).parents[1] / "src"
+    source = ROOT / "src"
     words = [sys.executable, "-c", CODE, str(source), str(tmp_path)]
     run = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+
+
+def test_rooms_that_the_documents_name_are_attributes_of_the_package():
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md")) + (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"(?<![\w.])prism\.([a-z]+)\.", text)) - {"lab", "loading"}:
+        assert prism.__getattr__(name) is importlib.import_module(f"prism.{name}")
 
 
 def test_test_files_have_names_of_their_own():

@@ -27,12 +27,19 @@ _HOMES = {
     "pairwise_accuracy": "prism.evaluation",
     "train": "prism.training",
 }
-_MODULES = ("media", "shapeworld", "video")
+_MODULES = (
+    "backbone", "evaluation", "judge", "media", "preference", "rewards", "sampling", "shapeworld", "training", "video"
+)  # fmt: skip
 
-__all__ = sorted({*_HOMES, *_MODULES} - {"media"})
+__all__ = sorted({*_HOMES, "shapeworld", "video"})
 
 if TYPE_CHECKING:
+    from prism import evaluation as evaluation
+    from prism import preference as preference
+    from prism import rewards as rewards
+    from prism import sampling as sampling
     from prism import shapeworld as shapeworld
+    from prism import training as training
     from prism import video as video
     from prism.backbone import Backbone as Backbone
     from prism.errors import PrismError as PrismError

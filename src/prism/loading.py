@@ -37,7 +37,7 @@ def load_backbone(
 
     from prism import shapeworld
     from prism.backbone import Backbone
-    from prism.backbone.loading import call_beside
+    from prism.backbone.loading import call_beside, check_device
 
     for logging in (diffusers_logging, transformers_logging):  # no progress bars of loading
         logging.disable_progress_bar()
@@ -113,19 +113,6 @@ def default_device() -> str:
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # one of several processes
-
-
-def check_device(device: str) -> None:
-    """Raise PrismError for a device that this machine does not have."""
-    import torch
-
-    try:
-        torch.empty(0, device=device).cpu()  # fails on the meta device, which holds no numbers
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = quoted(str(error).splitlines()[0], 200)
-        raise PrismError(
-            f"The device {quoted(device, 60)} cannot be used ({reason}); choose another --device."
-        ) from error
 
 
 def place(pipe: Any, device: str, offload: str) -> None:

@@ -87,6 +87,12 @@ def test_verl_omni_takes_a_picture_as_a_video_of_one_frame_and_embeddings_of_the
         ({"head": None}, "head must name a folder or an id"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
         ({"dimension": "beauty"}, "dimension must be one of VQ"),
+        ({"device": "gpu"}, "The device gpu cannot be used"),
+        ({"call": "{num_frames: 9}"}, "call must be arguments by name"),
+        ({"call": {"num_frames": 0}}, "num_frames must be a whole number of at least 1; found 0"),
+        ({"extra_info": None}, "extra_info must be a mapping; found None"),
+        ({"score_scale": float("nan")}, "score_scale must be a finite number; found nan"),
+        ({"noise_leve": 0.9}, "no key noise_leve; write noise_level"),
     ],
 )
 def test_verl_omni_is_told_what_is_wrong(names, latents, change, sentence):
@@ -154,6 +160,8 @@ def test_flow_factory_is_told_what_is_wrong(names, latents, flow_factory):
     model = prism.rewards.FlowFactoryReward(entry(names), None)
     with pytest.raises(PrismError, match="kept 3 states, and latent_index_map names 2"):
         model(PROMPTS[:1], [latents[:3]], [TIMESTEPS], [torch.tensor([0, -1, -1, 1])])
+    with pytest.raises(PrismError, match="one entry a sample; found 2, 1, 1, 1"):
+        model(PROMPTS[:2], [latents[:1]], [TIMESTEPS], [torch.tensor([-1, -1, -1, 0])])
     with pytest.raises(PrismError, match="this judge's pipeline makes"):
         model(PROMPTS[:1], [latents[:1, :, :2]], [TIMESTEPS], [torch.tensor([-1, -1, -1, 0])])
 

@@ -257,6 +257,14 @@ def test_settings_that_are_none_are_a_sentence(wan: Setting, value: Any, sentenc
         prism.best_of_n(wan.pipe, wan.judge(1), tiny.PROMPT, 2, guidance_by_judge=value, **wan.call)
 
 
+def test_a_call_too_short_for_a_push_is_refused(wan: Setting) -> None:
+    call = {**wan.call, "num_inference_steps": 2}
+    with pytest.raises(PrismError, match="the call has 2 steps; leave it out, or take 3 steps or more"):
+        prism.best_of_n(wan.pipe, wan.judge(1), tiny.PROMPT, 2, guidance_by_judge=0.1, **call)
+    with pytest.raises(PrismError, match="the call has 2 steps"):
+        wan.pipe(**guided(wan.judge(1), 0.1, tiny.PROMPT, **{**call, "output_type": "latent"}))
+
+
 @pytest.mark.parametrize("strategy", ["draft", "race", "fk"])
 def test_strategies_whose_candidates_take_other_ways_are_refused(wan: Setting, strategy: str) -> None:
     with pytest.raises(PrismError, match=f'and this run\'s is "{strategy}"'):

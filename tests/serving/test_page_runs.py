@@ -121,9 +121,13 @@ def test_addresses_cannot_be_guessed_and_others_than_loopback_need_a_user(tmp_pa
     assert web.users_of((), "127.0.0.1") == web.users_of((), "::1") == web.users_of((), "localhost") == []
     (tmp_path / "users").write_text("# people\nada:x:y\n\nbo:z\n")
     assert web.users_of((str(tmp_path / "users"), "cy:1"), "0.0.0.0") == [("ada", "x:y"), ("bo", "z"), ("cy", "1")]
+    (tmp_path / "none").write_text("# nobody yet\n")
+    (tmp_path / "latin").write_bytes("jos\u00e9:1\n".encode("latin-1"))
     for texts, host, words in (
         ((), "0.0.0.0", "lets others reach the page; give --auth"),
-        (("secret",), "127.0.0.1", "The --auth is something else than USER:PASSWORD"),
+        (("secret",), "127.0.0.1", "The --auth is neither a file that is there nor USER:PASSWORD"),
+        ((str(tmp_path / "none"),), "127.0.0.1", "names no user; write one USER:PASSWORD a line"),
+        ((str(tmp_path / "latin"),), "127.0.0.1", "cannot be read as text in UTF-8"),
     ):
         with pytest.raises(PrismError, match=words) as error:
             web.users_of(texts, host)

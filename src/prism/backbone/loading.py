@@ -38,6 +38,17 @@ _MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks")
 HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
 
 
+def check_device(device: str) -> None:
+    """Raise PrismError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device).cpu()  # fails on the meta device, which holds no numbers
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = quoted(str(error).splitlines()[0], 200)
+        raise PrismError(
+            f"The device {quoted(device, 60)} cannot be used ({reason}); choose another (--device)."
+        ) from error
+
+
 @contextmanager
 def explain_folder_errors(source: Any) -> Iterator[None]:
     """Turn errors of diffusers and transformers while they load `source` into a PrismError that names it."""

@@ -63,7 +63,8 @@ def call_frames(
     """
     sizes: dict[str, int] = {}
     for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
-        size = value or call.get(name) or backbone.default(name)
+        given = call.get(name) if value is None else value
+        size = backbone.default(name) if given is None else whole(name, given)
         if size is None and backbone.takes(name):
             raise PrismError(f"The pipeline states no {name}; give --{name.replace('_', '-')}.")
         sizes[name] = size or 1  # image pipelines have one frame

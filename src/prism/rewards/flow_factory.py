@@ -72,6 +72,12 @@ class LatentReward:
         Returns:
             Flow-Factory's output, with ``rewards`` (B,).
         """
+        counts = [len(prompt), len(all_latents), len(timesteps), len(latent_index_map)]
+        if len(set(counts)) > 1:
+            raise PrismError(
+                "prompt, all_latents, timesteps and latent_index_map hold one entry a sample; found "
+                f"{', '.join(map(str, counts))}."
+            )
         rewards = [
             self._reward(str(text), states, times, index)
             for text, states, times, index in zip(prompt, all_latents, timesteps, latent_index_map, strict=True)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from prism.backbone.loading import call_beside
+from prism.backbone.loading import call_beside, check_device
 from prism.errors import PrismError, choice, instance
 from prism.judge import Judge
 from prism.rewards.scorer import Scorer
@@ -47,6 +47,7 @@ def scorer_of(
             raise PrismError(f"{name} must name a folder or an id on the Hub; found {value!r}.")
     instance("call", call or {}, Mapping, "arguments by name")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     kind = getattr(torch, choice("dtype", dtype, DTYPES))
     key = head, backbone, device, dtype

@@ -7,7 +7,9 @@ reward's entry in its configuration arrive as further arguments.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +33,7 @@ async def compute_score(
     call: Mapping[str, Any] | None = None,
     dimension: str | None = None,
     draws: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> dict[str, float]:
     """The reward of one sample of verl-omni, of finished latents: `rollout.pipeline.output_type` is latent or both.
 
@@ -44,6 +46,7 @@ async def compute_score(
         noise_seed: of the noise; None: 0.
         score_scale, score_bias: the score is the judge's times the one plus the other.
         device, dtype, call, dimension, draws: as of `prism.rewards.loaded.scorer_of`.
+        others: of the trainer, not read; one that is all but the name of an argument is refused.
 
     Returns:
         "score", and the judge's scores by dimension as "prism_VQ" and so on.
@@ -53,15 +56,22 @@ async def compute_score(
     """
     t = 1000 * number("noise_level", noise_level, 0, 1)
     seed = 0 if noise_seed is None else whole("noise_seed", noise_seed, 0, SEEDS)
+    scale, bias = number("score_scale", score_scale), number("score_bias", score_bias)
+    for name in others:
+        if close := get_close_matches(name, _OWN, 1, 0.85):
+            raise PrismError(f"The reward has no key {quoted(name, 60)}; write {close[0]}, or leave it out.")
+    if not isinstance(extra_info, Mapping):
+        raise PrismError(f"extra_info must be a mapping; found {quoted(extra_info, 60)}.")
     settings = {"dimension": dimension, "draws": draws}
-    scorer = await asyncio.to_thread(
-        scorer_of, head, backbone, device, dtype, None if call is None else dict(call), **settings
-    )
+    scorer = await asyncio.to_thread(scorer_of, head, backbone, device, dtype, call, **settings)
     row = row_of(scorer, solution_image, extra_info, t, seed)
     (future,) = worker_of(scorer).submit(scorer.key(row), [row], scorer)
     scores = await asyncio.wrap_future(future)
     named = {f"prism_{name}": value for name, value in scorer.named(scores).items()}
-    return {"score": scorer.reward(scores) * float(score_scale) + float(score_bias), **named}
+    return {"score": scorer.reward(scores) * scale + bias, **named}
+
+
+_OWN = [name for name in inspect.signature(compute_score).parameters if name != "others"]
 
 
 def row_of(scorer: Scorer, solution: Any, extra_info: Mapping[str, Any], t: float, seed: int) -> LatentRow:

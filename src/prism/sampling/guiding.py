@@ -127,6 +127,11 @@ class Guide:
 
     def check_steps(self, count: int) -> None:
         """Raise PrismError where no step of a call of `count` is among those that pushes follow."""
+        if self.guidance.strength and count < 3:
+            raise PrismError(
+                "guidance_by_judge pushes after step 2 at the earliest, and never after the last, and the call has "
+                f"{count} step{'s' * (count > 1)}; leave it out, or take 3 steps or more."
+            )
         if self.guidance.steps is not None and self.guidance.steps[0] >= count:
             raise PrismError(
                 f"guidance_by_judge begins after step {self.guidance.steps[0]}, and the call has steps 1 to {count}, "

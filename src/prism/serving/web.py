@@ -82,16 +82,23 @@ def users_of(texts: Sequence[str], host: str) -> list[tuple[str, str]]:
     users: dict[str, str] = {}
     for text in texts:
         if os.path.isfile(text):
-            lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-            lines = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
             where = f"The --auth file {quoted(text, 150)}"
+            try:
+                lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise PrismError(f"{where} cannot be read as text in UTF-8; write one USER:PASSWORD a line.") from error
+            lines = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+            if not lines:
+                raise PrismError(f"{where} names no user; write one USER:PASSWORD a line, or leave --auth out.")
         else:
             lines, where = [text], "The --auth"
         for number, line in enumerate(lines, 1):
             name, colon, password = line.partition(":")
             if not (name and colon and password):  # the line may hold a password: it is not quoted
-                place = f" holds in line {number} something else" if len(lines) > 1 or where != "The --auth" else ""
-                raise PrismError(f"{where}{place or ' is something else'} than USER:PASSWORD; write it so.")
+                found = " is neither a file that is there nor USER:PASSWORD"
+                if where != "The --auth":
+                    found = f" holds in line {number} something else than USER:PASSWORD"
+                raise PrismError(f"{where}{found}; write it so.")
             users[name] = password
     if not users and not is_loopback(host):
         raise PrismError(
