@@ -292,9 +292,7 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     Both use the same seed, as some pipelines sample an image's latents with it.
     """
     backbone = subject.backbone
-    silent: dict[str, Any] = (
-        {"sample_audio": False} if backbone.takes("sample_audio") else {}
-    )  # a judge reads without the sound
+    silent: Any = {"sample_audio": False} if backbone.takes("sample_audio") else {}  # as a judge reads
     with subject.calls() as seen:
         subject.plain(seed=5, output_type="latent", **silent)
     low, high = backbone.t_range
