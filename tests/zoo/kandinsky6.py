@@ -15,7 +15,16 @@ from diffusers import (
     PiflowScheduler,
 )
 from tests.tiny import TEXT_WIDTH
-from tests.zoo.wan_to_kandinsky import _call, _clip_text, _hunyuan_vae, _quiet, _qwen, _template_tokenizer, _tokenizer
+from tests.zoo.wan_to_kandinsky import (
+    _call,
+    _clip_text,
+    _hunyuan_vae,
+    _opened,
+    _quiet,
+    _qwen,
+    _template_tokenizer,
+    _tokenizer,
+)
 
 
 def kandinsky6(distilled: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -46,9 +55,8 @@ def kandinsky6(distilled: bool = False) -> tuple[Any, dict[str, Any]]:
         visual_token_type_num_embeddings=2,
     )
     sounds = MMAudioVAE(8, 2, 8, (1, 2), 1, sample_rate=256, n_fft=16, hop_length=4)
-    for parameter in (*transformer.parameters(), *sounds.parameters()):
-        if not parameter.any():  # gates of new blocks are closed: they would pass their input on, whatever the text
-            torch.nn.init.normal_(parameter, std=0.05)
+    for model in (transformer, sounds):
+        _opened(model, 0.05)
     pipe = Kandinsky6TI2VAPipeline(
         transformer=transformer,
         vae=_hunyuan_vae(),

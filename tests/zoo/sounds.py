@@ -102,19 +102,24 @@ def stable_audio_3(**changes: Any) -> Built:
     return _quiet(pipe), {"duration": 1.5, "num_inference_steps": 4}
 
 
+def _oobleck() -> Any:
+    """The VAE of Stable Audio and ACE-Step."""
+    return _model(
+        AutoencoderOobleck,
+        encoder_hidden_size=6,
+        downsampling_ratios=[1, 2],
+        channel_multiples=[2, 4],
+        decoder_channels=3,
+        decoder_input_channels=4,
+        sampling_rate=4,
+    )
+
+
 def stable_audio() -> Built:
     """Latents (4, 8), of which what is asked for is cut out; tokens (8, 24), behind one for the length."""
     torch.manual_seed(0)
     pipe = StableAudioPipeline(
-        vae=_model(
-            AutoencoderOobleck,
-            encoder_hidden_size=6,
-            downsampling_ratios=[1, 2],
-            channel_multiples=[2, 4],
-            decoder_channels=3,
-            decoder_input_channels=4,
-            sampling_rate=4,
-        ),
+        vae=_oobleck(),
         text_encoder=text_encoder(),
         projection_model=StableAudioProjectionModel(TEXT_WIDTH, 8, 0, 32),
         tokenizer=tokenizer(12),
@@ -235,15 +240,7 @@ def ace_step() -> Built:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "sliding_window": 2}
     pipe = AceStepPipeline(
-        vae=_model(
-            AutoencoderOobleck,
-            encoder_hidden_size=6,
-            downsampling_ratios=[1, 2],
-            channel_multiples=[2, 4],
-            decoder_channels=3,
-            decoder_input_channels=4,
-            sampling_rate=4,
-        ),
+        vae=_oobleck(),
         text_encoder=text_encoder(),
         tokenizer=tokenizer(),
         transformer=_model(

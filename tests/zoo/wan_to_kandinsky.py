@@ -509,6 +509,13 @@ def _qwen() -> Qwen2_5_VLForConditionalGeneration:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _opened(model: torch.nn.Module, std: float) -> None:
+    """The gates of new blocks are closed: they would pass their input on, whatever the text."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
     torch.manual_seed(0)
     transformer = Kandinsky5Transformer3DModel(
@@ -523,9 +530,7 @@ def _kandinsky5(kind: type, vae: Any = None, **changes: Any) -> Any:
         axes_dims=(4, 6, 6),
         **{"num_visual_blocks": 3, "visual_cond": True, **changes},
     )
-    for parameter in transformer.parameters():
-        if not parameter.any():  # the gates of new blocks are closed: they would pass their input on, whatever the text
-            torch.nn.init.normal_(parameter, std=0.01)
+    _opened(transformer, 0.01)
     pipe = kind(
         transformer=transformer,
         vae=vae or _hunyuan_vae(),

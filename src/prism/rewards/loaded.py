@@ -47,12 +47,12 @@ def scorer_of(
             raise PrismError(f"{name} must name a folder or an id on the Hub; found {value!r}.")
     instance("call", call or {}, Mapping, "arguments by name")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     kind = getattr(torch, choice("dtype", dtype, DTYPES))
     key = head, backbone, device, dtype
     with _lock:
         if key not in _judges:
+            check_device(device)
             backbone_of = Judge.from_pretrained(head, backbone, dtype=kind).backbone
             backbone_of.pipe.to(device)
             _judges[key] = Judge.from_pretrained(head, backbone_of)  # its heads go where the pipeline is

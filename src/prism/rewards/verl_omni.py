@@ -10,6 +10,7 @@ import asyncio
 import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -58,8 +59,8 @@ async def compute_score(
     seed = 0 if noise_seed is None else whole("noise_seed", noise_seed, 0, SEEDS)
     scale, bias = number("score_scale", score_scale), number("score_bias", score_bias)
     for name in others:
-        if close := get_close_matches(name, _OWN, 1, 0.85):
-            raise PrismError(f"The reward has no key {quoted(name, 60)}; write {close[0]}, or leave it out.")
+        if meant := _meant(name):
+            raise PrismError(f"The reward has no key {quoted(name, 60)}; write {meant}, or leave it out.")
     if not isinstance(extra_info, Mapping):
         raise PrismError(f"extra_info must be a mapping; found {quoted(extra_info, 60)}.")
     settings = {"dimension": dimension, "draws": draws}
@@ -72,6 +73,12 @@ async def compute_score(
 
 
 _OWN = [name for name in inspect.signature(compute_score).parameters if name != "others"]
+
+
+@cache  # a trainer gives the same keys with every sample
+def _meant(name: str) -> str | None:
+    """The argument whose name a key of the trainer all but is."""
+    return next(iter(get_close_matches(name, _OWN, 1, 0.85)), None)
 
 
 def row_of(scorer: Scorer, solution: Any, extra_info: Mapping[str, Any], t: float, seed: int) -> LatentRow:

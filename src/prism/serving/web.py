@@ -91,14 +91,14 @@ def users_of(texts: Sequence[str], host: str) -> list[tuple[str, str]]:
             if not lines:
                 raise PrismError(f"{where} names no user; write one USER:PASSWORD a line, or leave --auth out.")
         else:
-            lines, where = [text], "The --auth"
+            lines, where = [text], ""
         for number, line in enumerate(lines, 1):
             name, colon, password = line.partition(":")
             if not (name and colon and password):  # the line may hold a password: it is not quoted
-                found = " is neither a file that is there nor USER:PASSWORD"
-                if where != "The --auth":
-                    found = f" holds in line {number} something else than USER:PASSWORD"
-                raise PrismError(f"{where}{found}; write it so.")
+                found = "The --auth is neither a file that is there nor USER:PASSWORD"
+                if where:
+                    found = f"{where} holds in line {number} something else than USER:PASSWORD"
+                raise PrismError(f"{found}; write it so.")
             users[name] = password
     if not users and not is_loopback(host):
         raise PrismError(
