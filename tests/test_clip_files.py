@@ -215,6 +215,9 @@ def test_folders_and_lists_are_frames_in_order(tmp_path):
     assert (numbers(clip.frames), clip.fps) == ([0, 1, 2], 4)
     files = [folder / "frame_7.png", str(folder / "frame_2.jpg"), (folder / "frame_5.png").read_bytes()]
     assert numbers(read_clip(files).frames) == [7, 2, 5]
+    Image.fromarray(picture(9)[:-2]).save(folder / "frame_12.png")
+    with pytest.raises(PrismError, match=r"Frame 12 .* x \d+, and those before it are .*; make the frames"):
+        read_clip(folder)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.tif", "a.ppm", "a.gif"])
@@ -224,7 +227,7 @@ def test_a_picture_is_a_video_of_one_frame(tmp_path, name):
         clip = read_clip(tmp_path / name, policy)
         assert numbers(clip.frames) == [9]
         assert clip.info.num_frames == 1
-    with pytest.raises(PrismError, match=r"a\..* has 1 frames; the frame policy takes 2"):
+    with pytest.raises(PrismError, match=r"a\..* has 1 frame; the frame policy takes 2. Give a longer video"):
         read_clip(tmp_path / name, FramePolicy(num_frames=2, fps=8))
 
 

@@ -24,7 +24,7 @@ def opened(source: Any, fps: float | None) -> tuple[Decoder, str]:
         name = f"The video of {len(source):,} bytes"
         return decoder(bytes(source), name), name
     if isinstance(source, list | tuple):
-        return _stills(source, f"The video of {len(source)} pictures", fps)
+        return _stills(source, f"The video of {len(source)} picture{'' if len(source) == 1 else 's'}", fps)
     path = _path(source)
     name = f"The video {quoted(path)}"
     try:
@@ -147,13 +147,22 @@ class Stills:
         return Timeline(np.arange(count) / rate, count / rate, count, timed=self._fps is not None)
 
     def pictures(self, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray, float]]:
+        first: tuple[int, ...] | None = None
         for number in numbers:
             file = self._files[number]
             path = f" ({quoted(file, 120)})" if isinstance(file, str) else ""
-            each = decoder(file, f"Frame {number}{path} of {self.name[0].lower()}{self.name[1:]}")
+            name = f"Frame {number}{path} of {self.name[0].lower()}{self.name[1:]}"
+            each = decoder(file, name)
             if isinstance(each, Movie):
-                raise PrismError(f"{each.name} is no picture; a list or folder of frames holds PNG, JPEG or WebP.")
+                raise PrismError(f"{name} is no picture; a list or folder of frames holds PNG, JPEG or WebP.")
             for _, pixels, ratio in each.pictures([0]):
+                size = pixels.shape[:2]
+                first = first or size
+                if size != first:
+                    raise PrismError(
+                        f"{name} is {size[0]} x {size[1]}, and those before it are {first[0]} x {first[1]}; make "
+                        "the frames of a video of one size."
+                    )
                 yield number, pixels, ratio
 
 

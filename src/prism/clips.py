@@ -178,7 +178,10 @@ def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:
     if policy.fps is None or not timeline.timed:
         needed = count if policy.num_frames is None else policy.num_frames
         if needed > count:
-            raise PrismError(f"{name} has {count} frames; the frame policy takes {needed}.")
+            raise PrismError(
+                f"{name} has {count} frame{'s' if count > 1 else ''}; the frame policy takes {needed}. Give a longer "
+                "video, or take fewer frames (num_frames)."
+            )
         if policy.start == "uniform":
             numbers = _nearest(times, np.linspace(times[0], times[-1], needed))
         else:
@@ -189,14 +192,15 @@ def _taken(timeline: Timeline, policy: FramePolicy, name: str) -> np.ndarray:
         if needed > MOST_FRAMES or (needed - 1) / policy.fps > timeline.end + _CLOSE:
             raise PrismError(
                 f"{name} lasts {timeline.end:.4g} s; the frame policy takes {needed:,} frames at {policy.fps:g} per "
-                f"second, which is {needed / policy.fps:.4g} s."
+                f"second, which is {needed / policy.fps:.4g} s. Give a longer video, or take fewer frames (num_frames) "
+                "or more per second (fps)."
             )
         start = max(0.0, (timeline.end - needed / policy.fps) / 2) if policy.start == "middle" else 0.0
         numbers = _nearest(times, start + np.arange(needed) / policy.fps)
     if numbers[-1] >= timeline.held:
         raise PrismError(
             f"{name} is damaged: {timeline.held} of its {count} frames are there, and the frame policy takes frames up "
-            f"to number {numbers[-1] + 1}."
+            f"to number {numbers[-1] + 1}; give a whole file, or take fewer frames (num_frames)."
         )
     return numbers
 
@@ -233,7 +237,7 @@ def _decoded(
     if frames is None or done < len(distinct):
         raise PrismError(
             f"{name} is damaged: frame {distinct[done] + 1} of {len(timeline.times)}, which the frame policy takes, "
-            "cannot be decoded."
+            "cannot be decoded; give a whole file."
         )
     count = len(timeline.times)
     timed = timeline.timed and timeline.end > 0

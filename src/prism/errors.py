@@ -62,7 +62,7 @@ def whole(name: str, value: Any, low: int | None = 1, high: int | None = None) -
     except Exception:  # not only TypeError: a tensor of several values raises other errors
         number = None
     if number is None or (low is not None and number < low) or (high is not None and number > high):
-        raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {quoted(value, 80)}.")
+        raise PrismError(f"{name} must be a whole number{_bounds(low, high)}; found {found(value)}.")
     return number
 
 
@@ -111,8 +111,14 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         converted = math.nan
     if not math.isfinite(converted) or not low <= converted <= high or (above and converted == low):
         kind = "number" if math.isfinite(low) or math.isfinite(high) else "finite number"
-        raise PrismError(f"{name} must be a {kind}{_bounds(low, high, above)}; found {quoted(value, 80)}.")
+        raise PrismError(f"{name} must be a {kind}{_bounds(low, high, above)}; found {found(value)}.")
     return converted
+
+
+def found(value: Any) -> str:
+    """A value of the wrong kind, quoted; a text that looks like a number is said to be a text."""
+    looks = isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d.]+\s*", value)
+    return f"the text {quoted(repr(value), 80)}" if looks else quoted(value, 80)
 
 
 def _bounds(low: float | None, high: float | None, above: bool = False) -> str:

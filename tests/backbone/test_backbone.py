@@ -224,8 +224,9 @@ def test_bad_calls_get_one_sentence(wan: Backbone, tmp_path: Any) -> None:
     for prompts, extra, sentence in cases:
         with pytest.raises(PrismError, match=sentence):
             wan.condition(prompts, **{**tiny.CALL_WAN, **extra})
-    with pytest.raises(PrismError, match="There is no folder"):
-        Backbone.from_pretrained(str(tmp_path / "nothing"), local_files_only=True)
+    for folder in (str(tmp_path / "nothing"), "/nothing", "./nothing"):
+        with pytest.raises(PrismError, match=r"There is no folder .*nothing, and an id on the Hub is of the form"):
+            Backbone.from_pretrained(folder, local_files_only=True)
     with pytest.raises(PrismError, match="must be a whole number from 1 to 3"):
         wan.tokens(noise_like(wan, tiny.CALL_WAN), wan.condition([tiny.PROMPT], **tiny.CALL_WAN), 500.0, 4)
 

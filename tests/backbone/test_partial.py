@@ -101,7 +101,7 @@ def test_of_a_repository_on_the_hub_later_shards_are_not_asked_for(tmp_path):
     torch.testing.assert_close(found.visual, expected.visual, rtol=1e-5, atol=1e-6)
     with pytest.raises(PrismError, match=r"The file transformer/.*safetensors, which the head reads, could not be"):
         Backbone.from_pretrained("someone/tiny", up_to=2, **hub)
-    with pytest.raises(PrismError, match="No diffusers pipeline could be loaded from nobody/tiny"):
+    with pytest.raises(PrismError, match="There is no folder nobody/tiny, and no diffusers pipeline of this name"):
         Backbone.from_pretrained("nobody/tiny", up_to=1, **hub)
 
 

@@ -14,7 +14,7 @@ from tests.zoo.own import own
 from prism import cli
 from prism.backbone import Backbone
 from prism.commands import checks
-from prism.commands.doctor import _peak, _size, _standalone
+from prism.commands.doctor import _backbone, _peak, _size, _standalone
 from prism.sampling import expected_rows
 
 
@@ -38,6 +38,12 @@ def test_doctor_says_what_a_folder_is_and_what_a_run_costs(variant, tmp_path, ca
     assert "candidates that fit     " in said
     assert "train one (prism train) on labelled pairs; the toy world's took about 800" in said
     assert "a judge by itself       loads " in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_head_of_a_sound_reads_the_sounds_tokens():
+    said = dict(_backbone(Backbone(VARIANTS["stable_audio"]()[0]), "sounds"))
+    assert said["text tokens"] == "none: the head reads the sound's"
 
 
 def test_a_distilled_model_has_little_to_cut(capsys):

@@ -248,8 +248,16 @@ def test_bad_arguments(wan, judge):
         judge.score_clean(latents(), PROMPTS, 500, num_draws=0, **tiny.CALL_WAN)
     broken = latents()
     broken[1, 0, 0, 0, 0] = float("nan")
-    with pytest.raises(PrismError, match="Row 1 has no finite score"):
+    with pytest.raises(PrismError, match="Row 1 has no finite score; its latents hold NaN or infinity"):
         judge.score(broken, PROMPTS, 500, **tiny.CALL_WAN)
+    with pytest.raises(PrismError, match=r"Row 0 has no finite score; its latents reach \d\.\d+e\+30, far above a"):
+        judge.score(1e30 * latents(), PROMPTS, 500, **tiny.CALL_WAN)
+    for shape, sentence in {
+        (1, 8, 31): "takes a text's embeddings of width 32, and encoder_hidden_states has 31; give prompt_embeds as",
+        (1, 32): r"must be \(B, tokens, width\); found the shape \(2, 32\), so give prompt_embeds with an axis",
+    }.items():
+        with pytest.raises(PrismError, match=sentence):
+            judge.score(latents(), None, 500, prompt_embeds=torch.zeros(shape), **tiny.CALL_WAN)
 
 
 def test_levels_and_latents_that_make_no_sense(wan, judge):

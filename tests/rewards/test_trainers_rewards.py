@@ -157,6 +157,8 @@ def test_flow_factory_scores_the_last_kept_state_as_it_is(names, judge, latents,
 def test_flow_factory_is_told_what_is_wrong(names, latents, flow_factory):
     with pytest.raises(PrismError, match="entry has no head"):
         prism.rewards.FlowFactoryReward(entry({"head": None, "backbone": "x"}), None)
+    with pytest.raises(PrismError, match=r"levels must be a list of noise levels, .*; found the text '699'"):
+        prism.rewards.FlowFactoryReward(entry(names, levels="699"), None)
     model = prism.rewards.FlowFactoryReward(entry(names), None)
     with pytest.raises(PrismError, match="kept 3 states, and latent_index_map names 2"):
         model(PROMPTS[:1], [latents[:3]], [TIMESTEPS], [torch.tensor([0, -1, -1, 1])])

@@ -250,6 +250,7 @@ def test_pipelines_that_cannot_be_guided_are_a_sentence(variant: str, look: Any,
         (Guidance(0.1, "back"), "look of guidance_by_judge must be one of now, ahead"),
         (Guidance(0.1, "now", judge_at=500), "judge_at and num_draws of guidance_by_judge belong to look"),
         (Guidance(0.1, by="beauty"), "no dimension 'beauty'"),
+        (Guidance(0.1, by={}), "by of guidance_by_judge gives no dimension a weight"),
     ],
 )
 def test_settings_that_are_none_are_a_sentence(wan: Setting, value: Any, sentence: str) -> None:

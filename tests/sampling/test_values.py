@@ -329,7 +329,7 @@ def test_mistakes_with_embeddings_get_one_sentence(wan: Setting) -> None:
         ),
         "both of another width": (
             {"prompt_embeds": embeds[..., :31], "negative_prompt_embeds": negative[..., :31]},
-            "WanPipeline broke at step 1: RuntimeError: mat1 and mat2",
+            "WanPipeline takes a text's embeddings of width 32, and prompt_embeds has 31; give prompt_embeds as",
         ),
         "flat": (
             {"prompt_embeds": embeds[:, 0], "negative_prompt_embeds": negative[:, 0]},

@@ -100,7 +100,7 @@ LATENTS = {
     "embeddings of rank 2": (latent_body(ONE, prompt=None, prompt_embeds=torch.zeros(1, 4)), "must have rank 3"),
     "embeddings of another width": (
         latent_body(ONE, prompt=None, prompt_embeds=torch.zeros(1, 4, 7)),
-        "",
+        "takes a text's embeddings of width 32, and encoder_hidden_states has 7",
     ),
     "embeddings of NaN": (
         latent_body(ONE, prompt=None, prompt_embeds=torch.full((1, 4, 32), torch.nan)),
@@ -123,6 +123,7 @@ def turn(**fields):
 
 
 PNG = recorded("flow-factory-image.http")[2].decode().split('"image": ["')[1].split('"')[0]
+SMALL = "iVBORw0KGgoAAAANSUhEUgAAAAMAAAACCAIAAAASFvFNAAAAC0lEQVR4nGNgwAQAABQAAX3+Hu4AAAAASUVORK5CYII="  # 2 x 3
 CLIPS = {
     "no JSON": ("/score", b"{", "is no JSON"),
     "no object": ("/score", [], "send a JSON object"),
@@ -155,6 +156,7 @@ CLIPS = {
     "no frames": ("/compute", {"prompt": ["a cat"], "video": [[]]}, "0 frames"),
     "too few frames": ("/compute", {"prompt": ["a cat"], "video": [[PNG] * 3]}, "9"),
     "frames of numbers": ("/compute", {"prompt": ["a cat"], "video": [[1] * 9]}, "must be a text in base64"),
+    "frames of two sizes": ("/compute", {"prompt": ["a cat"], "video": [[PNG] * 8 + [SMALL]]}, "is 2 x 3, and those"),
     "frames of nothing": ("/compute", {"prompt": ["a cat"], "video": [["AAAA"] * 9]}, "picture"),
 }
 
@@ -171,6 +173,7 @@ def test_requests_of_another_kind(running):
     assert ask(f"{running.url}/v1/score", "POST", WHOLE)[0] == 400
     assert "found 2." in ask(f"{running.url}/v1/score", "POST", WHOLE, {"x-drm-protocol-version": "2"})[1]["detail"]
     assert ask(f"{running.url}/v1/score")[0] == 405
+    assert ask(f"{running.url}/v1/score/", "POST", WHOLE, V1)[0] == 200  # and no redirect, which few clients follow
     assert ask(f"{running.url}/v2/score", "POST", WHOLE, V1)[0] == 404
     assert ask(f"{running.url}/judges/nobody/v1/score", "POST", WHOLE, V1)[0] == 404
     assert "There is no judge nobody" in ask(f"{running.url}/compute?judge=nobody", "POST", b"{}")[1]["detail"]

@@ -295,7 +295,7 @@ class Backbone:
                 ones, how = [slice(row, row + 1) for row in range(len(noisy_latents))], (block, stop, grad)
                 return Tokens.cat([self.tokens(noisy_latents[r], conditioning[r.start], levels[r], *how) for r in ones])
             _, _, timestep = self.family.level(self.pipe.scheduler, levels)
-            with explain_failures(self.denoiser, "reading latents"), explain_misfits(self.pipe):
+            with explain_failures(self.denoiser, "reading latents", conditioning.arguments), explain_misfits(self.pipe):
                 return self.read(control.arguments(self, conditioning, noisy_latents, timestep), block, stop)[0]
 
     def read(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # diffusers and transformers allocate blocks, and tables of positions or timesteps, before they read a weight. Fields
 # with a word of `_FREE` (rope_theta) have no limit.
 _MOST, _MOST_BLOCKS, _DEPTHS, _FREE = 2**24, 1000, ("layers", "depth", "blocks"), ("theta", "base")
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # of a repository; a path may begin with "/", "." or "~"
 HUB = ("cache_dir", "revision", "token", "local_files_only", "force_download", "proxies")
 
 
@@ -52,9 +54,10 @@ def check_device(device: str) -> None:
 @contextmanager
 def explain_folder_errors(source: Any) -> Iterator[None]:
     """Turn errors of diffusers and transformers while they load `source` into a PrismError that names it."""
-    if isinstance(source, str | os.PathLike) and not os.path.exists(source) and os.fspath(source).count("/") != 1:
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) and not os.path.exists(source) else None
+    if name is not None and not _ID.fullmatch(name):
         raise PrismError(
-            f"There is no folder {quoted(os.fspath(source), 120)}, and an id on the Hub is of the form owner/name; "
+            f"There is no folder {quoted(name, 120)}, and an id on the Hub is of the form owner/name; "
             "name the folder or id of a diffusers pipeline, or leave it out for the embedded model."
         )
     try:
@@ -64,9 +67,10 @@ def explain_folder_errors(source: Any) -> Iterator[None]:
     except Exception as error:  # they raise all kinds, and a folder may hold anything
         if ran_out(error):
             raise
-        raise PrismError(
-            f"No diffusers pipeline could be loaded from {quoted(source, 120)}: {quoted(error)}"
-        ) from error
+        sentence = f"No diffusers pipeline could be loaded from {quoted(source, 120)}"
+        if name is not None:
+            sentence = f"There is no folder {quoted(name, 120)}, and no diffusers pipeline of this name on the Hub"
+        raise PrismError(f"{sentence}: {quoted(error)}") from error
 
 
 def call_beside(name: str) -> dict[str, Any]:

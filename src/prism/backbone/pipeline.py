@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -190,6 +191,12 @@ _MEASURED_PROMPTS = 10_000  # prompts whose length is remembered
 _LIBRARIES = {"accelerate", "bitsandbytes", "diffusers", "optimum", "peft", "tokenizers", "torchao", "transformers"}
 # An error raised in these is attributed to their caller.
 _BENEATH = {"numpy", "torch", *sys.stdlib_module_names} - {"__main__"}
+# The width that was given and the one that is taken, of matrix products, products with a norm's weights, layer norms.
+_WIDTHS = re.compile(
+    r"shapes cannot be multiplied \(\d+x(?P<a>\d+) and (?P<A>\d+)x|"
+    r"size of tensor a \((?P<b>\d+)\) must match the size of tensor b \((?P<B>\d+)\)|"
+    r"with shape \[\*, (?P<C>\d+)\], but got input of size\[[\d, ]*?(?P<c>\d+)\]"
+)
 _MISFIT = re.compile("same dtype|should be the same|same device|scalar type|meta tensor|device meta|on device")
 
 
@@ -277,10 +284,12 @@ def is_foreign(error: BaseException) -> bool:
     return bool(modules) and not modules[-1].startswith("prism.")
 
 
-def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
-    """The PrismError for an error of a pipeline's call at a 1-based step (0: before the first), or None for an error
-    that is to be raised as it is."""
+def failure(pipe: Any, error: BaseException, step: int, call: Mapping[str, Any]) -> PrismError | None:
+    """The PrismError for an error of `pipe(**call)` at a 1-based step (0: before the first), or None for an error that
+    is to be raised as it is."""
     kind, scheduler = type(pipe).__name__, type(pipe.scheduler)
+    if (explained := _of_texts(kind, error, call)) is not None:
+        return explained
     if isinstance(error, AttributeError) and isinstance(error.obj, scheduler) and is_foreign(error):
         return PrismError(
             f"{scheduler.__name__} and {kind} do not go together ({reason(error)}); set another scheduler."
@@ -290,6 +299,22 @@ def failure(pipe: Any, error: BaseException, step: int) -> PrismError | None:
         return PrismError(f"{kind} refused the call: {reason(error)}.") if refused else None
     broke = is_pipelines(error, pipe) and not getattr(error, CALLERS, False)
     return PrismError(f"{kind} broke at step {step}: {reason(error)}.") if broke else None
+
+
+def _of_texts(kind: str, error: BaseException, given: Mapping[str, Any]) -> PrismError | None:
+    """The PrismError where `kind` failed at the width of a text's embeddings among the arguments `given`, else None."""
+    found = None if getattr(error, CALLERS, False) or not is_foreign(error) else _WIDTHS.search(str(error))
+    if found is None:
+        return None
+    has, takes = (next(value for key in keys if (value := found[key])) for keys in ("abc", "ABC"))
+    for name, value in given.items():
+        of_text = re.search("prompt|text|encoder|pooled", name) and "image" not in name
+        if of_text and isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == int(has):
+            return PrismError(
+                f"{kind} takes a text's embeddings of width {takes}, and {name} has {has}; give prompt_embeds as this "
+                "pipeline's own encode_prompt makes them, or the text encoder that belongs to it."
+            )
+    return None
 
 
 @contextmanager
@@ -318,16 +343,18 @@ def _modules(error: BaseException) -> Iterator[str]:
 
 
 @contextmanager
-def explain_failures(part: Any, work: str) -> Iterator[None]:
+def explain_failures(part: Any, work: str, given: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
     """Raise PrismError naming the part of a pipeline that fails, such as one whose configuration was altered.
 
-    work: what it does, in a word that follows "while".
+    work: what it does, in a word that follows "while". given: its arguments, among which may be embeddings.
     """
     try:
         yield
     except Exception as error:
         if not is_foreign(error):
             raise
+        if (explained := _of_texts(type(unwrapped(part)).__name__, error, given)) is not None:
+            raise explained from error
         raise PrismError(
             f"{type(unwrapped(part)).__name__} broke while {work}: {reason(error)}; its "
             "configuration or weights may be damaged."

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prism.backbone import layout
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.patches import patch_of
 from prism.backbone.pipeline import unwrapped
@@ -56,6 +57,8 @@ def read(
     def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         if not isinstance(output, Tensor) or output.ndim < 3:
+            if args and isinstance(args[0], Tensor):
+                layout.text_rows(args[0])  # refuses embeddings without an axis for tokens
             shape = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise PrismError(
                 f"The module {family.text_embedder!r}, text_embedder of the family {family.name!r}, gives {shape}; one "

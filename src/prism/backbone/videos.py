@@ -80,9 +80,9 @@ def encode_frames(backbone: Any, frames: np.ndarray, shape: tuple[int, ...]) -> 
     latents: Tensor = backbone.encode(frames[None])
     if tuple(latents.shape[1:]) != tuple(shape):
         raise PrismError(
-            f"{len(frames)} frames of {frames.shape[1]} x {frames.shape[2]} give latents {tuple(latents.shape[1:])}, "
-            f"and the pipeline makes {tuple(shape)} at its own arguments; give --height, --width and --num-frames that "
-            "it takes."
+            f"{len(frames)} frame{'s' if len(frames) > 1 else ''} of {frames.shape[1]} x {frames.shape[2]} "
+            f"give{'s' if len(frames) == 1 else ''} latents {tuple(latents.shape[1:])}, and the pipeline makes "
+            f"{tuple(shape)} at its own arguments; give --height, --width and --num-frames that it takes."
         )
     return latents
 

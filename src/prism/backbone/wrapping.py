@@ -272,7 +272,7 @@ def run_until_stopped(pipe: Any, call: Mapping[str, Any], step: Callable[[], int
         return None
     except BaseException as error:
         free_hooks(pipe)
-        if (explained := failure(pipe, error, step())) is not None:
+        if (explained := failure(pipe, error, step(), call)) is not None:
             raise explained from error
         raise
 

@@ -151,6 +151,7 @@ def _machine(backbone: Any) -> list[Line]:
 def _backbone(backbone: Any, name: str) -> list[Line]:
     family, low_high = backbone.family, backbone.t_range
     widths = sorted(set(backbone.widths))
+    whose = f"the {'sound' if family.sampling_rate else 'video'}'s"
     reads = (
         "" if low_high == (0.0, 1000.0) else f"; {backbone.reads}, used for t from {low_high[0]:g} to {low_high[1]:g}"
     )
@@ -166,7 +167,7 @@ def _backbone(backbone: Any, name: str) -> list[Line]:
         ),
         ("taps", f"1 to {backbone.num_blocks}, {' or '.join(map(str, widths))} wide; default {backbone.default_tap}"),
         ("a judge by itself", _standalone(backbone)),
-        ("text tokens", "none: the head reads the video's" if family.text_embedder is None else "beside the video's"),
+        ("text tokens", f"none: the head reads {whose}" if family.text_embedder is None else f"beside {whose}"),
         ("guidance", f"{guidance}, where {family.guidance} turns it on"),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prism.errors import PrismError, number, quoted
+from prism.errors import PrismError, found, number, quoted
 
 if TYPE_CHECKING:
     from prism.judge.judge import Judge
@@ -92,19 +93,19 @@ def margins_of(margins: Any, dimensions: Sequence[str]) -> Tensor:
     return values
 
 
-def noise_levels(backbone: Any, timesteps: Any) -> tuple[float, ...]:
+def noise_levels(backbone: Any, timesteps: Any, name: str = "timesteps") -> tuple[float, ...]:
     """Noise levels, checked: t from 0 to 1000. Raises PrismError for none, for one that is named twice, and for one at
-    which the pipeline does not use the denoiser that the judge reads."""
+    which the pipeline does not use the denoiser that the judge reads. name: of the argument that holds them."""
     low, high = getattr(backbone, "t_range", (0.0, 1000.0))
     listed = np.asarray(timesteps, dtype=object)
     if listed.ndim != 1 or not len(listed):
         raise PrismError(
-            f"timesteps must be a list of noise levels, at least one t from 0 to 1000; found {quoted(timesteps, 80)}."
+            f"{name} must be a list of noise levels, at least one t from 0 to 1000; found {found(timesteps)}."
         )
     checked = [number("The noise level t", t, 0, 1000) for t in listed]
     levels = tuple(t if isinstance(t, int) else level for t, level in zip(listed, checked))
     if len(set(levels)) < len(levels):
-        raise PrismError(f"timesteps names a noise level more than once; found {quoted(timesteps, 80)}.")
+        raise PrismError(f"{name} names a noise level more than once; found {quoted(timesteps, 80)}.")
     for t in levels:
         if not low <= t <= high:
             raise PrismError(
@@ -114,12 +115,13 @@ def noise_levels(backbone: Any, timesteps: Any) -> tuple[float, ...]:
     return levels
 
 
-def finite(values: Tensor, what: str) -> Tensor:
+def finite(values: Tensor, what: str, latents: Tensor) -> Tensor:
     """Return values unchanged.
 
     Args:
         values: (B, ...), checked row by row.
         what: what they are, for the error.
+        latents: (B, ...), which they come from.
 
     Returns:
         (B, ...), the values.
@@ -129,7 +131,13 @@ def finite(values: Tensor, what: str) -> Tensor:
     """
     bad = ~values.isfinite().all(1)
     if bool(bad.any()):
-        raise PrismError(f"Row {int(bad.nonzero()[0])} has no finite {what}; its latents hold NaN or infinity.")
+        row = int(bad.nonzero()[0])
+        largest = float(latents[row].abs().max())
+        they = "hold NaN or infinity"
+        if math.isfinite(largest):
+            why = "far above a pipeline's" if largest > 1e4 else "so that the model's weights may be damaged"
+            they = f"reach {largest:.3g}, {why}"
+        raise PrismError(f"Row {row} has no finite {what}; its latents {they}.")
     return values
 
 

@@ -107,9 +107,8 @@ class Judge:
         dim = min(PAPER_DIM, 2 * width) if dim is None else whole("dim", dim)
         checks.check_dimensions(dimensions)
         checks.check_options(head_options, OPTIONS)
-        seed = whole("seed", seed, 0, 2**63 - 1)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(whole("seed", seed, 0, 2**63 - 1))
             head = QueryHead(width, dim, len(dimensions), aggregation=aggregation, **head_options)
         judge = cls(backbone, [Member(tap, head)], dimensions)
         judge._random = versions([head])
@@ -279,7 +278,8 @@ class Judge:
             (B, num_dimensions) float32, higher is better. Raises PrismError where a row has no finite score.
         """
         with self.backbone.held():
-            return checks.finite(self.score_tokens(self._tokens(noisy_latents, prompts, t, call)), "score")
+            scores = self.score_tokens(self._tokens(noisy_latents, prompts, t, call))
+        return checks.finite(scores, "score", noisy_latents)
 
     @torch.no_grad()
     def score_clean(
@@ -374,7 +374,7 @@ class Judge:
             tokens = self._tokens(noisy_latents, prompts, t, call)
         text, count = (tokens.text, tokens.text_mask), tokens.visual.shape[1]
         maps = [each.head.attention(tokens.after(each.tap), *text)[..., :count].mean(1) for each in self.members]
-        return checks.finite(torch.stack(maps).mean(0), "attention").view(-1, *tokens.grid)
+        return checks.finite(torch.stack(maps).mean(0), "attention", noisy_latents).view(-1, *tokens.grid)
 
     def _tokens(self, noisy_latents: Tensor, prompts: Prompts, t: float | Tensor, call: dict[str, Any]) -> Tokens:
         rows = len(per_row(t, noisy_latents))

@@ -254,7 +254,7 @@ def measure(
     """
     store, progress = LatentStore.of(store), flag("progress", progress)
     most, seed = whole("most", most, 2, MOST), whole("seed", seed, 0)
-    chosen = default_levels(judge) if levels is None else noise_levels(judge.backbone, levels)
+    chosen = default_levels(judge) if levels is None else noise_levels(judge.backbone, levels, "levels")
     clips = _chosen(store, split, most, seed)
     trained_on = set(judge.trained_on.get("prompt_keys", ()))
     for prompt in dict.fromkeys(clips.values()):

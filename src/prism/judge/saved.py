@@ -388,5 +388,8 @@ def _locate(source: str | os.PathLike[str], revision: str | None, token: str | b
     if exists:
         raise PrismError(f"A head is a folder with config.json and model.safetensors, but {folder} is a file.")
     if not hub.REPOSITORY.fullmatch(str(source)):
-        raise PrismError(f"The head folder {folder} does not exist.")
+        raise PrismError(
+            f"The head folder {folder} does not exist; name the folder that prism train wrote, or an id on the Hub "
+            "(owner/name)."
+        )
     return hub.fetch(str(source), revision, token)

@@ -86,7 +86,7 @@ def score_video(
     texts = [prompts] * len(items) if isinstance(prompts, str) else listed("prompts", prompts)
     if len(texts) != len(items):
         raise PrismError(f"Each video needs its prompt; found {len(texts)} prompts for {len(items)} videos.")
-    levels = default_levels(judge) if t is None else noise_levels(judge.backbone, [t] if np.ndim(t) == 0 else t)
+    levels = default_levels(judge) if t is None else noise_levels(judge.backbone, [t] if np.ndim(t) == 0 else t, "t")
     stated, call = call_frames(judge.backbone, call)
     latents, keys = [], []
     for item, prompt in zip(items, texts):

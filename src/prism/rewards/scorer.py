@@ -92,7 +92,7 @@ class Scorer:
         self.dimension = fallback if dimension is None else choice("dimension", dimension, judge.dimensions)
         self.column = judge.dimensions.index(self.dimension)
         self.draws = None if draws is None else whole("draws", draws, 1, DRAWS)
-        self.levels = default_levels(judge) if levels is None else noise_levels(judge.backbone, list(levels))
+        self.levels = default_levels(judge) if levels is None else noise_levels(judge.backbone, levels, "levels")
         self.seed = whole("seed", seed, 0, SEEDS)
         self._shape: tuple[int, ...] | None = None
 

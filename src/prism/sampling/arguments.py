@@ -150,18 +150,20 @@ def resolved(plan: Plan, judge_at: float, t_range: tuple[float, float]) -> Plan:
     return replace(plan, **changes)
 
 
-def ranking(judge: Any, select_by: str | Mapping[str, float]) -> dict[str, float]:
+def ranking(judge: Any, select_by: str | Mapping[str, float], name: str = "select_by") -> dict[str, float]:
     """Weights of the judge's dimensions by which candidates are ranked.
 
     Where the judge has no "overall", that stands for the mean of its dimensions, with a warning. Raises PrismError for
     a dimension that the judge does not have, for weights that are not finite numbers, or where all weights are zero.
     """
-    return weights_over(judge.dimensions, select_by, "judge")
+    return weights_over(judge.dimensions, select_by, "judge", name)
 
 
-def weights_over(names: Sequence[str], select_by: str | Mapping[str, float], whose: str) -> dict[str, float]:
+def weights_over(
+    names: Sequence[str], select_by: str | Mapping[str, float], whose: str, argument: str = "select_by"
+) -> dict[str, float]:
     """Weights as from `ranking`, over the dimensions `names` of `whose`: a judge or an oracle."""
-    weights = check_weights(select_by)
+    weights = check_weights(select_by, argument)
     if weights == {"overall": 1.0} and "overall" not in names:
         warnings.warn(
             f"The {whose} has no dimension overall; candidates are ranked by the mean of {', '.join(names)}.",
@@ -176,18 +178,18 @@ def weights_over(names: Sequence[str], select_by: str | Mapping[str, float], who
     return weights
 
 
-def check_weights(select_by: Any) -> dict[str, float]:
-    """The weights per dimension in `select_by`, checked: finite numbers, not all zero."""
+def check_weights(select_by: Any, argument: str = "select_by") -> dict[str, float]:
+    """The weights per dimension in `select_by`, checked: finite numbers, not all zero. argument: its name."""
     if isinstance(select_by, str):
         return {select_by: 1.0}
     if not isinstance(select_by, Mapping):
         raise PrismError(
-            f'select_by must be a dimension, or weights by dimension such as {{"VQ": 1.0}}; found '
+            f'{argument} must be a dimension, or weights by dimension such as {{"VQ": 1.0}}; found '
             f"{quoted(select_by, 80)}."
         )
     weights = {name: number(f"The weight of {quoted(name, 40)}", value) for name, value in select_by.items()}
     if not any(weights.values()):
-        raise PrismError("select_by gives no dimension a weight; name one, for example overall.")
+        raise PrismError(f"{argument} gives no dimension a weight; name one, for example overall.")
     return weights
 
 

@@ -78,7 +78,7 @@ class Guide:
             )
         backbone: Backbone = judge.backbone
         if guidance.by is not None:
-            weights = arguments.ranking(judge, guidance.by)
+            weights = arguments.ranking(judge, guidance.by, "by of guidance_by_judge")
         self.weights = arguments.ranking(judge, "overall") if not weights else dict(weights)
         if not backbone.takes("callback_on_step_end"):
             raise PrismError(

@@ -85,7 +85,8 @@ def application(service: Judges, token: str | None = None, limits: Limits | None
     ):
         endpoint = partial(http.answered, answer, protocol, path not in ("/healthz", "/health"))
         for prefix in ("", "/judges/{judge}"):
-            routes.append(Route(prefix + path, _endpoint(endpoint), methods=[method]))
+            for end in ("", "/"):  # a redirect, in the place of the second one, would not be followed by every client
+                routes.append(Route(prefix + path + end, _endpoint(endpoint), methods=[method]))
     app = FastAPI(title="PRISM", openapi_url=None, docs_url=None, redoc_url=None, routes=routes)
     for status in (404, 405):
         app.add_exception_handler(status, http.unknown)
