@@ -64,12 +64,17 @@ def _too_few(found: Correlation) -> str:
     )
 
 
+def on(judged: str, sentence: str) -> str:
+    """The sentence with the videos that it speaks of before it."""
+    return f"On {judged}: {sentence[0].lower()}{sentence[1:]}"
+
+
 def paragraph(found: Correlation, judged: str) -> str:
     """What it shows and what it does not, from the numbers. judged: the videos that were judged, in words."""
     size = len(found.points)
     if not size:
         return "There is no backbone to compare."
-    lines = [f"On {judged}: {verdict(found).sentence}"]
+    lines = [on(judged, verdict(found).sentence)]
     row = found.row("spearman")
     if size >= FEWEST and row is not None and row["value"] is not None:
         lines += [text for text in (_others(row), _without(found), _given(found)) if text]

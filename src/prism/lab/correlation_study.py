@@ -137,8 +137,8 @@ def answer(found: Mapping[str, Correlation]) -> tuple[Verdict, str]:
     each = {kind: correlation_shown.verdict(one) for kind, one in found.items()}
     words = {one.word for one in each.values()}
     sentences = {one.sentence for one in each.values()}
-    parts = [f"on {WORDS.get(kind, kind)}: {one.sentence}" for kind, one in each.items()]
-    sentence = next(iter(sentences)) if len(sentences) == 1 else " ".join([f"O{parts[0][1:]}", *parts[1:]])
+    parts = [correlation_shown.on(WORDS.get(kind, kind), one.sentence) for kind, one in each.items()]
+    sentence = next(iter(sentences)) if len(sentences) == 1 else " ".join(parts)
     if len(words) == 1:
         return next(iter(words)), sentence
     return ("holds in part" if words & {"holds", "holds in part"} else "cannot be told"), sentence
