@@ -60,6 +60,8 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 def main(folder: str) -> int:
     """Print what was compared; 1 where anything differs."""
+    if not (Path(folder) / "comfyui_version.py").is_file():
+        sys.exit(f"{folder or 'No folder'} is no ComfyUI; give the folder that holds its main.py.")
     sys.path.insert(0, folder)
     sys.argv = [*sys.argv[:1], "--cpu"]
     options: Any = importlib.import_module("comfy.options")
@@ -158,4 +160,4 @@ def _of_the_repository(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main("".join(sys.argv[1:2])))

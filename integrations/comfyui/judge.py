@@ -48,6 +48,11 @@ class LoadedJudge:
             source = str(beside / source)
         if not source:
             raise PrismError("The node PRISM Load Judge has no judge; name a folder that prism train wrote.")
+        if beside is not None and "/" not in source and not Path(source).exists():
+            raise PrismError(
+                f"There is no judge {quoted(source, 80)} in {beside}; copy the folder that prism train wrote there, or "
+                "give its whole path."
+            )
         self.saved = saved.read(source, None)
         self.name = self.saved.folder.name
         self.members = tuple(Member(tap, head, share) for tap, head, share in self.saved.heads)

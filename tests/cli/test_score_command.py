@@ -262,7 +262,8 @@ REFUSED = {
     "a climbing path": (["{clips}/climbs.jsonl"], "leads out of the data's folder"),
     "a bad table": (["{clips}/twice.csv"], "twice"),
     "an empty table": (["{clips}/empty.csv"], "There is no clip in"),
-    "a pickle": (["{clips}/set.pkl"], "None of the 1 clips could be read"),
+    "a pickle": (["{clips}/set.pkl"], "prism: The video"),
+    "no file": (["{clips}/none.mp4"], "none.mp4 does not exist; name a file or a folder"),
     "another column": (["{clips}/other.csv"], "other.csv has the columns of no known format"),
 }
 

@@ -136,6 +136,9 @@ def test_a_set_without_a_clip_that_can_be_read_leaves_no_folder(backbone, tmp_pa
         (tmp_path / "set" / name).unlink()
     with pytest.raises(PrismError, match=r"None of the 2 clips of pairs is there, such as 0a.mp4 .* --root"):
         encode(read(pairs), backbone, CALL, POLICY, tmp_path / "out", progress=False)
+    pairs.write_text("prompt,chosen,rejected\na cat,0a.mp4,0a.mp4\n")
+    with pytest.raises(PrismError, match=r"no pair of clips, .* \(1 left out, both sides are the same clip\)"):
+        encode(read(pairs), backbone, CALL, POLICY, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -140,6 +140,8 @@ def test_addresses_cannot_be_guessed_and_others_than_loopback_need_a_user(tmp_pa
         (["--tabs", "generate,draw"], "The --tabs are generate,draw; choose of generate, score, compare, annotate."),
         (["--host", "0.0.0.0"], "lets others reach the page"),
         (["--port", "70000"], "--port must be a whole number from 0 to 65,535"),
+        (["--pairs-per-prompt", "0"], "--pairs-per-prompt must be a whole number of at least 1; found 0."),
+        (["--out", "README.md"], "The --out README.md is a file; name a folder for the runs."),
         (["--tabs", "annotate", "--pairs", "nowhere"], "There is no file or folder nowhere with pairs to compare."),
         (["--tabs", "annotate", "--dimensions", "prompt"], "cannot have this name: a name with a colon"),
         (["--tabs", "annotate", "--repeats", "2"], "--repeats must be a number from 0 to 1"),

@@ -9,6 +9,7 @@ import pytest
 from prism import cli
 from prism.commands import serve
 from prism.errors import PrismError
+from prism.serving.judges import ALONE, load
 
 FILES = {
     "judges.yaml": "wan: {head: x}\n",
@@ -82,3 +83,10 @@ def test_the_token_of_the_environment(monkeypatch):
     monkeypatch.setenv(serve.TOKEN, "short")
     with pytest.raises(PrismError, match="The variable PRISM_TOKEN must hold"):
         serve.token_of(None)
+
+
+def test_a_judge_of_a_file_that_cannot_be_loaded_is_named():
+    with pytest.raises(PrismError, match="^The judge wan: The device quantum cannot be used"):
+        load({"wan": {"device": "quantum"}})
+    with pytest.raises(PrismError, match=r"^The device quantum"):
+        load({ALONE: {"device": "quantum"}})

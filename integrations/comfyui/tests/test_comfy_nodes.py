@@ -174,7 +174,7 @@ def test_judges_are_found_by_name_and_read_anew_where_they_change(world: Any) ->
         (judge,) = nodes.LoadJudge.execute(name).args
         assert judge.dimensions == world.judge.dimensions
     assert nodes.LoadJudge.fingerprint_inputs("judge") != nodes.LoadJudge.fingerprint_inputs("other")
-    for name, said in (("", "has no judge; name a folder"), ("nowhere", "The head folder nowhere does not exist")):
+    for name, said in (("", "has no judge; name a folder"), ("nowhere", "There is no judge nowhere in .*; copy the")):
         with pytest.raises(PrismError, match=said):
             nodes.LoadJudge.execute(name)
 

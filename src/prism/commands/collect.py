@@ -79,7 +79,8 @@ class Collect:
             prompts = len(set(store.videos["prompt"].to_pylist()))
             named = f" in {', '.join(store.dimensions)}" if store.dimensions else ""
             print(
-                f"{len(store.videos):,} videos of {prompts:,} prompts and {len(store.pairs):,} pairs{named}: "
+                f"{len(store.videos):,} videos of {prompts:,} prompt{'s' if prompts != 1 else ''} and "
+                f"{len(store.pairs):,} pairs{named}: "
                 f"{store.folder}"
             )
 

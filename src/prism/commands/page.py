@@ -91,6 +91,10 @@ def desk_of(config: Page, tabs: tuple[str, ...]) -> Any:
     options, models, annotates = config.annotate, config.models, "annotate" in tabs
     pairs = options.pairs
     number("--repeats", options.repeats, 0, 1)
+    if options.pairs_per_prompt is not None:
+        whole("--pairs-per-prompt", options.pairs_per_prompt)
+    if config.out.exists() and not config.out.is_dir():
+        raise PrismError(f"The --out {quoted(str(config.out), 200)} is a file; name a folder for the runs.")
     if options.answers is not None and options.answers.suffix.lower() != ".csv":
         raise PrismError(f"The --answers {quoted(str(options.answers), 200)} must end in .csv.")
     if annotates:

@@ -146,7 +146,8 @@ def run(config: Score) -> dict[str, Any]:
 
     team.on_first(finish)
     if not document["clips"]:
-        raise PrismError(f"None of the {len(clips)} clips could be read: {quoted(unread[0]['reason'], 300)}")
+        several = f"None of the {len(clips)} clips could be read: " if len(clips) > 1 else ""
+        raise PrismError(f"{several}{quoted(unread[0]['reason'], 300)}")
     return document
 
 
@@ -242,6 +243,8 @@ def check_inputs(backbone: Any, call: Mapping[str, Any], clips: Sequence[Mapping
     """Refuse clips without a prompt or image that the pipeline needs, before any clip is read."""
     for clip in clips:
         if backbone.family.takes_prompts and not (clip["prompt"] or "").strip():
+            if isinstance(clip["source"], str) and "#" not in clip["source"] and not os.path.exists(clip["source"]):
+                raise PrismError(f"The clip {quoted(clip['source'], 120)} does not exist; name a file or a folder.")
             raise PrismError(
                 f"The clip {quoted(clip['video'], 120)} has no prompt; give --prompt, a text file of the same name "
                 "beside it, or name a table."

@@ -194,6 +194,8 @@ def token_of(file: Path | None) -> str | None:
 
 def entries_of(config: Serve) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and settings of each judge: those of --judges over those of the flags."""
+    from prism.serving.judges import ALONE
+
     models, scores = config.models, config.scores
     flags = {
         **{name: getattr(models, name) for name in ("head", "backbone", "device", "dtype")},
@@ -202,7 +204,7 @@ def entries_of(config: Serve) -> Iterator[tuple[str, dict[str, Any]]]:
         "call": {name: value for name, value in asdict(config.size).items() if value is not None},
     }
     if models.judges is None:
-        yield "prism", flags
+        yield ALONE, flags
         return
     for name in ("head", "backbone"):
         if flags[name] is not None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from prism.errors import PrismError
 from prism.loading import load_backbone, load_judge
 from prism.rewards.scorer import Scorer
 
 FIELDS = ("head", "backbone", "device", "dtype", "call", "dimension", "draws", "levels", "seed")
 """Settings of a judge; all may be left out."""
+
+
+ALONE = "prism"
+"""The name of a judge that options describe and no file names."""
 
 
 def load(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Scorer], dict[str, str]]:
@@ -24,12 +29,22 @@ def load(entries: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Scorer], d
     backbones: dict[Any, Any] = {}
     scorers, names = {}, {}
     for name, entry in entries.items():
-        key = entry.get("backbone"), entry.get("device"), entry.get("dtype")
-        if key not in backbones:
-            backbones[key] = load_backbone(*key)
-        backbone, call, names[name] = backbones[key]
-        judge = load_judge(entry.get("head"), backbone, embedded=entry.get("backbone") is None)
-        settings = {field: entry.get(field) for field in ("dimension", "draws", "levels")}
-        call = {**call, **(entry.get("call") or {})}
-        scorers[name] = Scorer(judge, call, seed=entry.get("seed") or 0, **settings)
+        try:
+            scorers[name], names[name] = _loaded(entry, backbones)
+        except PrismError as error:
+            if name == ALONE:
+                raise
+            raise PrismError(f"The judge {name}: {error}") from error
     return scorers, names
+
+
+def _loaded(entry: Mapping[str, Any], backbones: dict[Any, Any]) -> tuple[Scorer, str]:
+    """A judge's scorer, and its backbone's name; `backbones` holds those that are loaded."""
+    key = entry.get("backbone"), entry.get("device"), entry.get("dtype")
+    if key not in backbones:
+        backbones[key] = load_backbone(*key)
+    backbone, call, name = backbones[key]
+    judge = load_judge(entry.get("head"), backbone, embedded=entry.get("backbone") is None)
+    settings = {field: entry.get(field) for field in ("dimension", "draws", "levels")}
+    call = {**call, **(entry.get("call") or {})}
+    return Scorer(judge, call, seed=entry.get("seed") or 0, **settings), name

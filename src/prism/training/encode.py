@@ -190,7 +190,8 @@ def _clips(preference_set: PreferenceSet, labelled: pa.Table) -> list[dict[str, 
         if row["video"] in prompt_of
     ]
     if not clips:
-        raise PrismError("The set names no pair of clips, so there is nothing to encode.")
+        why = "; ".join(f"{len(places):,} left out, {each}" for each, places in preference_set.dropped.items())
+        raise PrismError(f"The set names no pair of clips, so there is nothing to encode{f' ({why})' if why else ''}.")
     return clips
 
 
