@@ -86,7 +86,7 @@ def test_the_token_of_the_environment(monkeypatch):
 
 
 def test_a_judge_of_a_file_that_cannot_be_loaded_is_named():
-    with pytest.raises(PrismError, match="^The judge wan: The device quantum cannot be used"):
+    with pytest.raises(PrismError, match=r"^The judge wan: The device quantum cannot be used"):
         load({"wan": {"device": "quantum"}})
     with pytest.raises(PrismError, match=r"^The device quantum"):
         load({ALONE: {"device": "quantum"}})
