@@ -225,7 +225,7 @@ def spy(monkeypatch) -> list[torch.Tensor]:
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(backbone, store, frames, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, steps=10, validate_every=3)
+    config = dataclasses.replace(CONFIG, steps=10, validate_every=5)
     checkpoint_often(monkeypatch)
     whole = train_pixel(store, backbone, config, tmp_path / "whole", noisy=True, progress=False, frames=frames)
 
@@ -240,7 +240,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(backbone, store, fram
 
     monkeypatch.setattr(PixelNetwork, "forward", dies)
     with pytest.raises(KeyboardInterrupt):
-        train_pixel(store, backbone, config, tmp_path / "killed", noisy=True, progress=False)
+        train_pixel(store, backbone, config, tmp_path / "killed", noisy=True, progress=False, frames=frames)
     assert not (tmp_path / "killed").exists()
     calls.extend([1] * 1000)
     torch.manual_seed(5)  # another process has another random state

@@ -43,8 +43,12 @@ def assert_stock(setting: Setting, result: prism.BestOfNResult, exact: bool) -> 
         torch.testing.assert_close(result.latents, latents, atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("setting", BUILDERS, indirect=True)
-@pytest.mark.parametrize("name", RUNS)
+# Of the Euler solver, which has neither memory nor noise, what differs from the others by more than the cut's place.
+MEMORYLESS = ("full", "several cuts, probed", "several cuts, listened to", "draft", "oracle")
+CASES = [(name, setting) for name in RUNS for setting in BUILDERS if setting != "wan-euler" or name in MEMORYLESS]
+
+
+@pytest.mark.parametrize(("name", "setting"), CASES, indirect=["setting"])
 def test_the_winner_is_the_stock_video(setting: Setting, name: str) -> None:
     arguments, tap = RUNS[name]
     judge = setting.judge(tap)

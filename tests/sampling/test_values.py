@@ -270,7 +270,7 @@ FAMILIES = {
 def test_embeddings_in_place_of_a_prompt(variant: str) -> None:
     """The winner is the stock call's with the same embeddings, and scores are those of the prompt."""
     pipe, call = VARIANTS[variant]()
-    call = {**call, "output_type": "latent", "num_inference_steps": 3}
+    call = {**call, "output_type": "latent", "num_inference_steps": 2}
     embeds = encoded(pipe, call)
     call.pop("prompt_template", None)
     plain_call = {name: value for name, value in call.items() if name != "negative_prompt"}
@@ -292,7 +292,7 @@ def test_embeddings_in_place_of_a_prompt(variant: str) -> None:
         rtol=1e-4,
         atol=1e-5,
     )
-    for run in ({"schedule": [(2, 1)]}, {"strategy": "draft", "draft_steps": 2}, {"strategy": "full"}):
+    for run in ({"schedule": [(2, 1)]}, {"strategy": "draft", "draft_steps": 1}, {"strategy": "full"}):
         options = {"n": 2, "seed": 3, "num_draws": 1, **run, **plain_call, **embeds}
         result = prism.best_of_n(pipe, judge, None, batch_size=1, **options)
         generator = torch.Generator("cpu").manual_seed(result.seed)

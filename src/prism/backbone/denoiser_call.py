@@ -126,10 +126,11 @@ class DenoiserCall:
         """
         if isinstance(value, dict):
             return any(self.has_rows(f"{name}.{key}", inner) for key, inner in value.items())
+        if not isinstance(value, Tensor | list):
+            return False
         batched, batch = self.family.batched_arguments, self.batch
-        named = name in batched or any(name.startswith(f"{other}.") for other in batched if len(other) < len(name))
-        named = named or _LISTS.search(name) is not None
-        if not named or not isinstance(value, Tensor | list):
+        named = name in batched or ("." in name and any(name.startswith(f"{other}.") for other in batched))
+        if not named and _LISTS.search(name) is None:
             return False
         if isinstance(value, list):
             return len(value) == batch

@@ -167,10 +167,18 @@ def _of_all_modules(root: nn.Module) -> Iterator[tuple[Any, Any, str]]:
     every = torch.nn.modules.module
     for hook in (*every._global_forward_pre_hooks.values(), *every._global_forward_hooks.values()):
         yield hook, root if isinstance(hook, types.FunctionType) else hook, "the hook "
-    names = vars(sys.modules.get(type(root).__module__, every))
-    for value in (*vars(torch.nn.functional).values(), names.get("dispatch_attention_fn")):
-        if isinstance(value, types.FunctionType) and _top(value) not in sys.stdlib_module_names - {"__main__"}:
+    names, own = vars(sys.modules.get(type(root).__module__, every)), vars(torch.nn.functional)
+    for value in (*own.values(), names.get("dispatch_attention_fn")):
+        if not isinstance(value, types.FunctionType) or (value.__globals__ is own and not _wraps(value)):
+            continue  # nearly all, and this runs at every read
+        if _top(value) not in sys.stdlib_module_names - {"__main__"}:
             yield value, MISSING, ""
+
+
+def _wraps(function: types.FunctionType) -> bool:
+    """True where a function holds others that its calls may reach, see `_reachable`."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return bool(function.__closure__ or vars(function)) or any(map(callable, defaults))
 
 
 def _foreign(root: nn.Module) -> Iterator[types.FunctionType]:

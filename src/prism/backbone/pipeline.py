@@ -8,10 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from prism.backbone.patches import check_patches, modules_of
@@ -153,7 +155,16 @@ def dtype_of(part: Any) -> torch.dtype:
 
 
 def device_of(pipe: Any, denoiser: nn.Module) -> torch.device:
-    """The device that the pipeline runs on: its attribute `_execution_device`, or its denoiser's device."""
+    """The device that the pipeline runs on: its attribute `_execution_device`, or its denoiser's device.
+
+    diffusers' own passes several times through all levels of all parts, and this is asked for at every read: where no
+    part has a hook, and all are on one device, it is that device.
+    """
+    if getattr(type(pipe), "_execution_device", None) is DiffusionPipeline._execution_device:
+        parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        devices, modules = {_first_parameter(part).device for part in parts}, chain(*map(modules_of, parts))
+        if len(devices) == 1 and not any("_hf_hook" in vars(module) or hooks_of(module) for module in modules):
+            return devices.pop()
     device = getattr(pipe, "_execution_device", None)
     return _first_parameter(denoiser).device if device is None else device
 

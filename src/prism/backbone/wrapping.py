@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prism.backbone.denoiser_call import by_name
+from prism.backbone.patches import modules_of
 from prism.backbone.pipeline import explain_misfits, failure
 from prism.errors import PrismError
 
@@ -59,7 +60,7 @@ def held(pipe: Any) -> Iterator[None]:
             _holds.pipes.pop()
         return
     parts = [part for part in (*pipe.components.values(), pipe.scheduler, pipe) if hasattr(part, "__dict__")]
-    modules = [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
+    modules = [each for part in parts if isinstance(part, nn.Module) for each in modules_of(part)]
     keys = {id(part) for part in (*parts, *modules)}
     taken: set[int] = set()
     training: list[nn.Module] = []

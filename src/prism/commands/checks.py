@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prism.backbone import layout
 from prism.backbone.videos import denormalise, normalise
-from prism.commands.subject import Subject, difference, require
+from prism.commands.subject import SEED, Subject, difference, require
 from prism.errors import PrismError
 from prism.judge import Judge
 from prism.sampling import best_of_n
@@ -189,10 +189,9 @@ def vae(subject: Subject) -> dict[str, Any]:
     if family.sampling_rate:
         return {
             "latents": "x".join(map(str, latents.shape[1:])),
-            "samples": subject.plain(output_type="np")[0].shape[-1],
+            "samples": subject.shown()[0][0].shape[-1],
         }
-    with subject.decoding() as vae_inputs:
-        video = subject.plain(output_type="np")
+    video, vae_inputs = subject.shown()
     tokens = backbone.tokens(latents, backbone.condition(subject.prompts(1), **subject.call), backbone.t_range[1], 1)
     cells = layout.unpack(latents, family.layout, tokens.grid)
     require(torch.equal(layout.pack(cells, family.layout), latents), "latents do not come back from their layout")
@@ -244,25 +243,18 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     """Another prompt, or another image where the pipeline takes no prompt, changes the conditional rows alone."""
     backbone, family = subject.backbone, subject.backbone.family
     guided = backbone.guided(subject.call)
-    runs = []
-    for prompt in subject.texts:
-        changes: dict[str, Any] = {}
-        if not family.takes_prompts and prompt == subject.texts[1]:
-            embedded = "image_embeds" in subject.call
-            changes = (
-                {"image_embeds": -subject.call["image_embeds"]}
-                if embedded
-                else {"image": ImageOps.invert(subject.call["image"])}
-            )
-        with subject.calls() as seen:
-            if prompt == subject.texts[0]:
-                seen = subject.recorded().seen
-            else:
-                subject.plain(prompt=prompt, output_type="latent", **changes)
-        runs.append(seen)
-    calls = subject.calls_per_step
-    for index in range(2 if family.cfg == "two_calls" and guided else 1):
-        (one, states), (_, others) = runs[0][index], runs[1][index]
+    changes: dict[str, Any] = {}
+    if not family.takes_prompts:
+        embedded = "image_embeds" in subject.call
+        changes = (
+            {"image_embeds": -subject.call["image_embeds"]}
+            if embedded
+            else {"image": ImageOps.invert(subject.call["image"])}
+        )
+    calls, count = subject.calls_per_step, 2 if family.cfg == "two_calls" and guided else 1
+    seen, seen_other = subject.recorded().seen, subject.first_calls(count, subject.texts[1], **changes)
+    for index in range(count):
+        (one, states), (_, others) = seen[index], seen_other[index]
         expected = 2 if guided and family.cfg == "one_batch" else 1
         require(
             one.batch == expected, f"a denoiser call has {one.batch} rows instead of {expected}: look at cfg, guidance"
@@ -280,8 +272,8 @@ def conditional_rows(subject: Subject) -> dict[str, Any]:
     if len(backbone.denoisers) == 1 and steps is not None and not subject.leaves_steps:
         require(
             # a scheduler of second order; one that takes a step twice (PNDM)
-            len(runs[0]) in (calls * steps, calls * (2 * steps - 1), calls * (steps + 1)),
-            f"{len(runs[0])} denoiser calls in {steps} steps, instead of {calls} a step: look at cfg, guidance",
+            len(seen) in (calls * steps, calls * (2 * steps - 1), calls * (steps + 1)),
+            f"{len(seen)} denoiser calls in {steps} steps, instead of {calls} a step: look at cfg, guidance",
         )
     return {"guidance": family.cfg if guided else "embedded"}
 
@@ -292,11 +284,12 @@ def tap_inside_and_outside(subject: Subject) -> dict[str, Any]:
     Both use the same seed, as some pipelines sample an image's latents with it.
     """
     backbone = subject.backbone
-    silent: Any = {"sample_audio": False} if backbone.takes("sample_audio") else {}  # as a judge reads
-    with subject.calls() as seen:
-        subject.plain(seed=5, output_type="latent", **silent)
+    seen = subject.recorded().seen
+    if backbone.takes("sample_audio"):  # a judge reads without
+        with subject.calls() as seen:
+            subject.plain(output_type="latent", sample_audio=False)
     low, high = backbone.t_range
-    conditioning = backbone.condition(subject.prompts(1), seeds=[5], **subject.call)
+    conditioning = backbone.condition(subject.prompts(1), seeds=[SEED], **subject.call)
     worst, reads = 0.0, subject.reads(seen)
     require(bool(reads), "a stock call makes no pass as a judge reads it: look at read_arguments")
     for denoising, states in reads:
@@ -322,15 +315,15 @@ def winner(subject: Subject) -> dict[str, Any]:
     """
     backbone = subject.backbone
     judge = Judge.untrained(backbone, dim=16)
-    run: dict[str, Any] = {"n": 3, "schedule": _cuts(subject)}
+    run: dict[str, Any] = {"n": 3, "seed": SEED, "schedule": _cuts(subject)}
     prompt = subject.prompts(1)[0]
     with subject.decoding() as vae_inputs, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the warning that the judge is untrained
         one = best_of_n(subject.pipe, judge, prompt, batch_size=1, **run, **{**subject.call, "output_type": "np"})
         ours = sum(map(len, vae_inputs))
-        video = subject.plain(one.seed, output_type="np")
-        theirs = sum(map(len, vae_inputs)) - ours
         many = best_of_n(subject.pipe, judge, prompt, batch_size=3, **run, **{**subject.call, "output_type": "latent"})
+    video, vae_inputs = subject.shown(one.seed)
+    theirs = sum(map(len, vae_inputs))
     require(ours == theirs, f"{ours} videos were decoded for one winner, and a plain call decodes {theirs}")
     require(
         np.array_equal(one.video, video[0]),
@@ -341,7 +334,9 @@ def winner(subject: Subject) -> dict[str, Any]:
     if not backbone.family.sampling_rate:
         again = backbone.decode(one.latents, grid, **_frame_count(subject))
         _require_decoded(again, one.video[None], _close(subject, one.video))
-    error = difference(many.video, subject.plain(many.seed, output_type="latent")[0])
+    known = many.seed == SEED
+    plain = subject.recorded().output if known else subject.plain(many.seed, output_type="latent")
+    error = difference(many.video, plain[0])
     require(
         error < subject.tolerance(1e-4),
         f"in a batch the winner differs by {error:.1g} of the largest: say batch_size_one",

@@ -20,9 +20,10 @@ from prism.backbone import Backbone
 from prism.backbone.denoiser_call import DenoiserCall
 from prism.backbone.pipeline import vae_of
 from prism.backbone.steps import passes
-from prism.backbone.wrapping import around
+from prism.backbone.wrapping import StopCall, around, run_until_stopped
 from prism.errors import PrismError
 
+SEED = 5  # of plain calls; not 0, which a seed that goes nowhere may be
 PROMPTS = ("a red circle moves right", "three blue squares stand still in the rain")
 
 
@@ -46,7 +47,7 @@ class Recorded:
 
 @dataclass
 class Subject:
-    """A pipeline and the arguments of its call; latents of plain calls are cached by seed."""
+    """A pipeline and the arguments of its call; what plain calls give is cached by seed."""
 
     backbone: Backbone
     call: dict[str, Any]
@@ -57,16 +58,31 @@ class Subject:
     def pipe(self) -> Any:
         return self.backbone.pipe
 
-    def plain(self, seed: int = 0, prompt: str | None = None, **changes: Any) -> Any:
-        """The stock call's first output."""
+    def _call(self, seed: int, prompt: str, changes: dict[str, Any]) -> dict[str, Any]:
         call = {**self.call, **changes, "generator": torch.Generator("cpu").manual_seed(seed)}
-        if self.backbone.family.takes_prompts:
-            call["prompt"] = self.texts[0] if prompt is None else prompt
+        return {**call, "prompt": prompt} if self.backbone.family.takes_prompts else call
+
+    def plain(self, seed: int = SEED, **changes: Any) -> Any:
+        """The stock call's first output."""
         with torch.no_grad():
-            videos = self.backbone.family.videos(self.pipe(**call))
+            videos = self.backbone.family.videos(self.pipe(**self._call(seed, self.texts[0], changes)))
         return np.stack(videos) if isinstance(videos, list) and isinstance(videos[0], np.ndarray) else videos
 
-    def latents(self, seed: int = 0) -> Tensor:
+    def shown(self, seed: int = SEED) -> tuple[Any, list[Tensor]]:
+        """The stock call's videos, and what its VAE was given."""
+        key = ("shown", seed)
+        if key not in self.cached:
+            with self.decoding() as decoded:
+                self.cached[key] = self.plain(seed, output_type="np"), decoded
+        return self.cached[key]
+
+    def first_calls(self, count: int, prompt: str, **changes: Any) -> list[tuple[DenoiserCall, Tensor]]:
+        """The first calls of the denoiser in a stock call, which ends there; see `calls`."""
+        with self.calls(count) as seen, torch.no_grad():
+            run_until_stopped(self.pipe, self._call(SEED, prompt, {**changes, "output_type": "latent"}))
+        return seen
+
+    def latents(self, seed: int = SEED) -> Tensor:
         """The latents (1, ...) at the end of the sampling loop: the call's output or, for a pipeline that repacks its
         output or drops a frame of it, the latents that the last step's callback is given."""
         key = ("latents", seed)
@@ -88,7 +104,7 @@ class Subject:
             self.cached[key] = latents
         return self.cached[key]
 
-    def recorded(self, seed: int = 0) -> Recorded:
+    def recorded(self, seed: int = SEED) -> Recorded:
         """A plain call that ends with latents, see `Recorded`."""
         key = ("recorded", seed)
         if key not in self.cached:
@@ -118,8 +134,9 @@ class Subject:
         return list(self.texts if self.backbone.family.takes_prompts else ("", ""))[:count]
 
     @contextmanager
-    def calls(self) -> Iterator[list[tuple[DenoiserCall, Tensor]]]:
-        """Record denoiser calls, each with the tokens of all its rows after the default tap."""
+    def calls(self, stop: int | None = None) -> Iterator[list[tuple[DenoiserCall, Tensor]]]:
+        """Record denoiser calls, each with the tokens of all its rows after the default tap; `stop` of them end the
+        pipeline's call."""
         seen: list[tuple[DenoiserCall, Tensor]] = []
         latest: list[DenoiserCall] = []
         backbone, family = self.backbone, self.backbone.family
@@ -131,6 +148,8 @@ class Subject:
 
         def after(_module: Any, _args: Any, output: Any) -> None:
             seen.append((latest[0], latest[0].tokens(output)[0].clone()))
+            if len(seen) == stop:
+                raise StopCall
 
         handles = [d.register_forward_pre_hook(before, with_kwargs=True) for d in backbone.denoisers]
         handles.append(backbone.blocks[backbone.default_tap - 1].register_forward_hook(after))
