@@ -155,7 +155,8 @@ def test_matrix_encodes_once(subject: Subject) -> None:
     vae.encode = encode
     try:
         arguments = {"n": 2, "strategy": "draft", "num_draws": 1, "batch_size": 1, **subject.call}
-        steps = 3 if "strength" in subject.call or subject.name in ("mochi", "pixart_alpha") else 2  # drafts of one fail
+        one_is_too_few = "strength" in subject.call or subject.name in ("mochi", "pixart_alpha")
+        steps = 3 if one_is_too_few else 2
         arguments |= {"output_type": "latent", "num_inference_steps": steps, "draft_steps": steps - 1}
         ledger = prism.best_of_n(subject.pipe, judge, subject.prompts(1)[0], **arguments).ledger
         assert len(asked) == len(set(asked))
