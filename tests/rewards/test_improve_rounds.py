@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tests import kills, tiny
+from tests.zoo import VARIANTS
 
 from prism import files
 from prism.backbone import Backbone
@@ -219,6 +220,9 @@ def test_an_outer_judge_that_is_the_judge_is_refused(backbone, judge, tmp_path):
 def test_layers_and_levels_that_cannot_be_tuned_are_refused_before_anything_is_sampled(backbone, judge, tmp_path):
     with pytest.raises(PrismError, match="takes no LoRA at nope"):
         run(backbone, judge, tmp_path / "out", targets=("nope",))
+    from_images = Judge.untrained(VARIANTS["wan21_i2v"]()[0], dim=16)
+    with pytest.raises(PrismError, match="has no image, and WanImageToVideoPipeline needs one; name it in a column"):
+        run(from_images.backbone, from_images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

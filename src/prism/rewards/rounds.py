@@ -32,7 +32,7 @@ from prism.backbone import Backbone
 from prism.backbone.arguments import normalised
 from prism.backbone.denoising import Target, target_of
 from prism.backbone.fingerprint import VERSIONED
-from prism.errors import PrismError, choice, whole
+from prism.errors import PrismError, choice, quoted, whole
 from prism.judge import Judge
 from prism.judge.scoring import default_levels, head_digest
 from prism.preference import LatentStore
@@ -48,16 +48,13 @@ from prism.rewards.settings import CONTROLS, ImproveConfig
 from prism.rewards.tuning import levels_tuned, tune
 from prism.training import TrainConfig
 from prism.training.collect import collect
+from prism.training.conditionings import check_bare
 from prism.training.logs import Trackers
 from prism.training.reward import Reward
 
 FEWEST, FEWEST_TEST = 4, 2  # prompts
-CHANGEABLE = (
-    "config.max_rows",
-    "config.checkpoint_every",
-    "config.gradient_checkpointing",
-    *(f"backbone.{name}" for name in VERSIONED),
-)
+CHANGEABLE: tuple[str, ...] = ("config.max_rows", "config.checkpoint_every", "config.gradient_checkpointing")
+CHANGEABLE += tuple(f"backbone.{name}" for name in VERSIONED)
 
 
 @dataclass
@@ -204,7 +201,9 @@ class _Run:
     @property
     def target(self) -> Target:
         if self._target is None:
-            self._target = target_of(self.backbone, self.prompts[0].text, normalised(self._call_of(self.prompts[0])))
+            first, call = self.prompts[0], self._call_of(self.prompts[0])
+            check_bare(self.backbone, first.text, call, f'The prompt "{quoted(first.text, 100)}"')
+            self._target = target_of(self.backbone, first.text, normalised(call))
         return self._target
 
     def _call_of(self, prompt: Prompt) -> dict[str, Any]:
