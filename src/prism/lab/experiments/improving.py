@@ -15,7 +15,7 @@ from prism.report.claim_plots import Bar, forest
 from prism.report.improve_page import retrained_sentence
 from prism.rewards import improve
 from prism.rewards.measuring import JUDGE, OUTER, Outer
-from prism.rewards.settings import RECIPES, ImproveConfig
+from prism.rewards.settings import CONTROLS, RECIPES, ImproveConfig
 
 FIRST = "pairs"
 """The recipe that decides, chosen by the prototype before this was run; the others are reported beside it."""
@@ -59,8 +59,8 @@ def run(bench: Bench) -> Finding:
         first = recipe == FIRST  # the others take its videos of the untuned model, and no heads are trained on theirs
         result = improve(
             bench.backbone, judge, tuning, tested, bench.call, out, config, outer=outer, rewards=rewards,
-            controls=("random",), retrain=bench.scale.train if first else None, head_seeds=bench.scale.seeds,
-            reuse=None if first else out.parent / FIRST, resume=out.exists(),
+            controls=CONTROLS if first else ("random",), retrain=bench.scale.train if first else None,
+            head_seeds=bench.scale.seeds, reuse=None if first else out.parent / FIRST, resume=out.exists(),
         )  # fmt: skip
         retrained = retrained or result.retrained
         for row in result.rounds:
@@ -78,7 +78,8 @@ def run(bench: Bench) -> Finding:
         return next(row for row in rows if row["round"] == kept[recipe])
 
     final, inner, second = (last(FIRST, name) for name in (measure, JUDGE, OUTER))
-    beside = next(row for row in over if (row["recipe"], row["measure"], row["round"]) == (FIRST, measure, kept[FIRST]))
+    at = {"recipe": FIRST, "arm": "random", "measure": measure, "round": kept[FIRST]}
+    beside = next(row for row in over if at.items() <= row.items())
     verdict = judged([final["gain_ci95"], beside["difference_ci95"]])
     number = (
         f"the referee's mean {_gain(final['gain'], final['gain_ci95'])} after round {final['round']}, over random "
