@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import os
 import re
 import signal
 import sys
@@ -216,21 +217,28 @@ def _wrong(event: Any, flags: Iterable[str]) -> str:
     return f"{flag} cannot be taken: {quoted(message, 160)}" if message else f"{flag} needs a value"
 
 
+UNREAD = 128 + 13  # the exit code of programs that SIGPIPE ends
+
+
 def _nearest(word: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(names), 1)
     return f"the nearest is {near[0]}" if near else f"there are {', '.join(names)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run the command line; return its exit code: 0, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM,
+    141 where nobody reads its output any more."""
     with _as_a_process() as signals:
         try:
             code = run(sys.argv[1:] if arguments is None else list(arguments))
+            code = UNREAD if _is_unread() else code
         except KeyboardInterrupt:
             code = 130
         except SystemExit as end:  # as tyro ends after --help
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and _is_unread():
+                return UNREAD
             code, sentence = 2, str(error) if isinstance(error, PrismError) else _refusal(error)
             if sentence == DISK_IS_FULL:
                 signals.clear()
@@ -240,6 +248,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 128 + (signals[0] if signals else signal.SIGINT)
         print(f"prism: {'interrupted' if code == 130 else 'terminated'}", file=sys.stderr)
     return code
+
+
+def _is_unread() -> bool:
+    """True where nobody reads the output any more, as before `| head`; what is left of it is dropped."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _refusal(error: Exception) -> str:

@@ -398,3 +398,15 @@ def test_an_empty_output_folder_will_do(place, tmp_path, flags):
 def test_a_bad_tap_gets_a_sentence(place, tmp_path, capsys, tap):
     common = ["--data", str(place / "store"), "--backbone", str(place / "backbone"), "--out", str(tmp_path / "run")]
     refused(cli.main(["train", *common, "--tap", tap]), capsys, tmp_path / "run", "tap")
+
+
+@pytest.mark.parametrize("words", [["--version"], ["data", "check", "pairs.csv"]])
+def test_output_that_nobody_reads_ends_without_a_word(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        assert cli.main(words) == 141
+    assert capsys.readouterr().err == ""
