@@ -56,9 +56,20 @@ def brightness(video):
     return float(video.mean())
 
 
-def run(backbone, judge, out, prompts=PROMPTS, test=TEST, outer=None, resume=False, reuse=None, **settings):
+def run(
+    backbone,
+    judge,
+    out,
+    prompts=PROMPTS,
+    test=TEST,
+    outer=None,
+    resume=False,
+    reuse=None,
+    controls=("worst",),
+    **settings,
+):
     config = ImproveConfig(**{**SMALL, "rounds": 2, **settings})
-    more = {"outer": outer or Outer("dark", dark), "controls": ["worst"], "rewards": [Reward(brightness, "light")]}
+    more = {"outer": outer or Outer("dark", dark), "controls": controls, "rewards": [Reward(brightness, "light")]}
     more |= {"resume": resume, "reuse": reuse, "progress": False}
     return improve(backbone, judge, prompts, test, CALL, out, config, **more)
 
@@ -243,6 +254,13 @@ def test_a_run_that_was_killed_while_tuning_goes_on_to_the_same_files(two, backb
     again = run(backbone, judge, out, resume=True)
     assert again.rounds == two[0].rounds
     assert sums(out) == sums(two[0].folder)
+
+
+def test_a_control_may_be_added_to_a_run_that_is_done(two, backbone, judge, tmp_path):
+    shutil.copytree(two[0].folder, tmp_path / "run")
+    again = run(backbone, judge, tmp_path / "run", resume=True, controls=("random", "worst"))
+    assert [row for row in again.rounds if row["arm"] != "random"] == two[0].rounds
+    assert [row["round"] for row in again.rounds if row["arm"] == "random"] == [1, 2]
 
 
 def test_batches_of_candidates_are_the_same_videos_up_to_rounding(two, backbone, judge, tmp_path):

@@ -31,7 +31,7 @@ NOTES = (
 STRIPS = 3  # test prompts that are shown
 FLAGS = {"steps": "tuning-steps", "targets": "target", "max_rows": "batch-size"}  # by setting, where they differ
 IDENTITY = {"judge": "head", "outer": "outer", "outer_files": "outer", "rewards": "reward", "reward_files": "reward"}
-IDENTITY |= {"arms": "control", "prompts": "prompts", "test_prompts": "test-prompts", "backbone": "backbone"}
+IDENTITY |= {"prompts": "prompts", "test_prompts": "test-prompts", "backbone": "backbone"}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ from prism.training.logs import Trackers
 from prism.training.reward import Reward
 
 FEWEST, FEWEST_TEST = 4, 2  # prompts
-CHANGEABLE: tuple[str, ...] = ("config.max_rows", "config.checkpoint_every", "config.gradient_checkpointing")
+CHANGEABLE: tuple[str, ...] = ("arms", "config.max_rows", "config.checkpoint_every", "config.gradient_checkpointing")
 CHANGEABLE += tuple(f"backbone.{name}" for name in VERSIONED)
 
 
@@ -124,7 +124,7 @@ def improve(
         config: settings.
         outer: a second judge, which never selects; without one no stop rule can hold.
         rewards: functions of decoded videos that are measured on the test prompts and tune nothing.
-        controls: "random", "worst": the same steps on other picks.
+        controls: "random", "worst": the same steps on other picks. A run that is continued may have others.
         fps: frames per second, for rewards that take them.
         retrain: settings with which heads are trained at last, on the original and on the tuned backbone, by the
             labels of `rewards` of the first round's candidates; None: none. head_seeds: heads on each.
