@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig, apply_first_block_cache
 from tests import tiny
-from tests.machinery import CALL, FAMILIES, RUNS, assert_exact, assert_tokens, blocks, count, seeded, stock
+from tests.machinery import CALL, FAMILIES, RUNS, assert_exact, assert_tokens, blocks, count, few, seeded, stock
 from tests.works import works
 from tests.zoo import VARIANTS
 
@@ -74,7 +74,7 @@ def test_offloaded(how: str, family: str, first: bool) -> None:
     assert_tokens(pipe)
     rows = count(pipe.text_encoder)
     for name, arguments in RUNS.items():
-        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=3, seed=5, batch_size=1, **arguments, **CALL)
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=few(name), seed=5, batch_size=1, **arguments, **CALL)
         assert torch.equal(result.latents, plain[result.seed]), name
         assert rows == [1, 1], name  # the prompt and the empty one, of drafts, replays, captures and the finish
         rows.clear()

@@ -15,7 +15,7 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProje
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from PIL import Image
 from tests import tiny
-from tests.machinery import seeded
+from tests.machinery import few, seeded
 from tests.works import works
 from tests.zoo import VARIANTS, wan_to_kandinsky
 from torch import nn
@@ -43,7 +43,7 @@ def build(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
 def assert_stock(pipe: Any, call: dict[str, Any], runs: Any = ("early", "full"), **options: Any) -> None:
     judge = prism.Judge.untrained(pipe, tap=1, dim=16)
     for name in runs:
-        run = {"n": 3 if name == "early" else 2, "seed": 4, "batch_size": 1, **RUNS[name], **options}
+        run = {"n": few(name), "seed": 4, "batch_size": 1, **RUNS[name], **options}
         result = prism.best_of_n(pipe, judge, tiny.PROMPT, **run, **call)
         plain = pipe(tiny.PROMPT, generator=seeded(result.seed), **call)[0]
         assert torch.equal(torch.as_tensor(result.video), torch.as_tensor(plain[0])), name

@@ -16,7 +16,7 @@ from diffusers import (
     SkipLayerGuidance,
 )
 from tests import tiny
-from tests.machinery import seeded
+from tests.machinery import few, seeded
 from tests.works import works
 from tests.zoo import VARIANTS
 
@@ -47,8 +47,7 @@ def assert_stock(pipe: Any, call: dict[str, Any], runs: Any = RUNS, ready: Calla
     judge = prism.Judge.untrained(pipe, tap=1, dim=16)
     for name in runs:
         ready()
-        n = 3 if name == "early" else 2  # as its two cuts need
-        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=n, seed=4, batch_size=1, **RUNS[name], **call)
+        result = prism.best_of_n(pipe, judge, tiny.PROMPT, n=few(name), seed=4, batch_size=1, **RUNS[name], **call)
         ready()
         plain = pipe(tiny.PROMPT, generator=seeded(result.seed), **call)[0]
         assert torch.equal(torch.as_tensor(result.video), plain[0]), name
