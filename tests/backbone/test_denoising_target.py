@@ -24,6 +24,7 @@ FORMS = {
 }
 # Guidance that cannot be turned off, and a first frame that is a condition: only the form is looked at.
 OTHERS = {"hunyuan15": ("flow", 1.0), "sana_video_i2v": ("flow", 1.0), "cosmos25_image": ("flow", 1.0)}
+OTHERS |= {"z_image": ("flow", -1.0)}  # answers with a list of rows
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -84,6 +85,21 @@ def test_the_whole_output_is_the_denoisers_own_with_gradients():
         )[0]
     assert torch.allclose(answer[1:], plain, atol=1e-6)
     assert answer.requires_grad
+
+
+def test_rows_that_a_denoiser_lists_are_one_tensor_and_its_guidance_begins_above_0():
+    pipe, call = VARIANTS["z_image"]()
+    backbone, rows = Backbone(pipe), []
+    conditioning = backbone.condition([tiny.PROMPT], **call)
+    noisy = torch.randn(1, *conditioning.shape)
+    with backbone.held():
+        answer = output(backbone, noisy, conditioning, torch.tensor([500.0]))
+    assert answer.shape == noisy.shape
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for scale in (0.0, 0.5):
+        pipe(tiny.PROMPT, **{**call, "num_inference_steps": 1, "guidance_scale": scale, "output_type": "latent"})
+        assert backbone.guided({**call, "guidance_scale": scale}) == (rows.pop() == 2)
+    handle.remove()
 
 
 def test_an_empty_prompts_conditioning_is_that_of_guidance():

@@ -118,7 +118,8 @@ def arguments(backbone: Backbone, conditioning: Conditioning, noisy: Tensor, tim
     if _is_by_frames(backbone):
         name, timed, frames = conditioning.control.noisy, conditioning.control.timed, noisy.shape[2]
         told |= {name: told[name].transpose(1, 2).flatten(0, 1), timed: told[timed].repeat_interleave(frames, 0)}
-    output = net(**told)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and noisy.requires_grad):  # the net itself is never tuned
+        output = net(**told)
     values = output if isinstance(output, tuple) and len(output) == len(names) else (output,)
     if len(values) != len(names):
         raise PrismError(

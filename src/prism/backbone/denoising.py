@@ -179,6 +179,8 @@ def _first_step(backbone: Backbone, prompt: str, call: Mapping[str, Any]) -> tup
 def _alike(backbone: Backbone, answer: Tensor, step: Tensor) -> Tensor:
     """An output without the channels of a learned variance and the frames in front that the scheduler does not take."""
     letters = backbone.family.layout
+    if answer.ndim == step.ndim + 1 and answer.shape[2] == 1:  # the one frame of images that are no videos in the loop
+        return answer[:, :, 0]
     if answer.ndim != step.ndim or answer.ndim != len(letters):
         return answer
     for axis, letter in enumerate(letters):
@@ -203,8 +205,10 @@ def _comes_of(outputs: Sequence[Tensor], step: Tensor, mask: Tensor | None) -> b
 
 
 def _tensor(answer: Any) -> Tensor:
-    """The first tensor of a denoiser's answer: itself, of a tuple, or of diffusers' output class."""
+    """The first tensor of a denoiser's answer: itself, of a tuple, of diffusers' output class; rows may be listed."""
     first = answer if isinstance(answer, Tensor) else answer[0]
+    if isinstance(first, list) and len({getattr(row, "shape", None) for row in first} - {None}) == 1:
+        first = torch.stack(first)
     if not isinstance(first, Tensor):
         raise PrismError(f"The denoiser answers with a {type(first).__name__} where a tensor is needed to tune it.")
     return first

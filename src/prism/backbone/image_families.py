@@ -207,6 +207,7 @@ IMAGES: tuple[Family, ...] = (
         widths="dim",
         batch_size_one=True,  # rows of one text are as long as the longest text in their batch
         cfg="one_batch",
+        guidance_off=0.0,
         conditional_first=True,
         clock="rising_flow",
         pure_noise_timestep=1.0,
