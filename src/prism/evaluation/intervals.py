@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import sqrt
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import ArrayLike
 from prism.errors import SEEDS, PrismError, instance, quoted, whole
 
 MOST_RESAMPLES = 1_000_000
+MOST_KEPT = 2**22  # numbers of resamples that are kept for the next figure
 FEWEST_PROMPTS = 10
 """Fewest prompts for an interval: with fewer even a widened one covers less than 95 %, and with one it is a point."""
 MANY_PROMPTS = 30
@@ -59,8 +61,7 @@ def clustered_bootstrap(
     instance("statistic", statistic, Callable, "a function of sums (draws, k)")
     sums = np.zeros((len(names), rows.shape[1]))
     np.add.at(sums, index, rows)
-    # How often each cluster was drawn, for all draws at once.
-    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    times = (_resamples if draws * len(names) <= MOST_KEPT else _resamples.__wrapped__)(len(names), draws, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         results = numbers("What the statistic gives", statistic(times @ sums))
     results = results[np.isfinite(results)]  # a ratio is 0 / 0 where a resample holds no row that counts
@@ -68,6 +69,13 @@ def clustered_bootstrap(
         return float("nan"), float("nan")
     low, high = np.percentile(results, _percentiles(len(names)))
     return float(low), float(high)
+
+
+@lru_cache(4)
+def _resamples(clusters: int, draws: int, seed: int) -> np.ndarray:
+    """How often each cluster was drawn, (draws, clusters): the same for all figures over the same prompts."""
+    times = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=draws)
+    return times.astype(np.float64)
 
 
 def prompt_interval(
