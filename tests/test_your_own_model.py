@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tests import tiny
+from tests.zoo import unets
 
 from prism.cli import main
 from prism.judge import Judge
@@ -111,3 +114,35 @@ def test_road_3_ones_own_eyes(here):
     assert store.dimensions == ("VQ", "MQ", "TA", "overall")
     assert set(store.pairs["MQ"].to_pylist()) == {0}
     assert Judge.from_pretrained("head/head", tiny.wan()).dimensions == store.dimensions
+
+
+@pytest.mark.filterwarnings("ignore:.*too few to learn from:UserWarning")
+def test_road_1_with_pictures_of_an_image_pipeline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe, call = unets.sd15()
+    pipe.save_pretrained("FOLDER_OR_ID")
+    call = {**call, "width": 64, "num_inference_steps": 2}
+    Path("FOLDER_OR_ID/call.json").write_text(json.dumps(call))
+    generator = np.random.default_rng(0)
+    with open("pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected"])
+        for row, prompt in enumerate(few_prompts()):
+            names = [f"{row}.png", f"{row}.jpg"]
+            for name in names:
+                Image.fromarray(generator.integers(0, 256, (64, 64, 3), np.uint8)).save(name)
+            table.writerow([prompt, *names])
+    for words in commands("Road 1"):
+        assert main(words) == 0, words
+    store = LatentStore.open("store")
+    assert len(store.pairs) == 7
+    assert store.latents(store.videos["video"].to_pylist()[:1]).shape == (1, 4, 8, 8)
+    sample = "sample --backbone FOLDER_OR_ID --head head --prompt cat --n 2 --schedule 2:1 --out best --overwrite"
+    for _ in range(2):  # a picture that a run wrote is no stranger's file
+        assert main(sample.split()) == 0
+    seed = json.loads(Path("best/metrics.json").read_text())["top"][0]["seed"]
+    stock = pipe("cat", generator=torch.Generator("cpu").manual_seed(seed), **call).images[0]
+    assert np.array_equal(np.asarray(Image.open("best/winner.png")), np.asarray(stock))
+    page = Path("best/report.html").read_text()
+    assert "<h2>Pictures</h2>" in page
+    assert "<video" not in page

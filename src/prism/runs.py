@@ -29,7 +29,7 @@ _OURS = re.compile(
     r"|(evaluation|reference|plans?)\.json"
     r"|(videos|pairs|index|votes|ratings|(test|validation|unseen)-[\w-]+)\.parquet|seals\.json"
     r"|\d{6}-[0-9a-f]{12}\.(parquet|safetensors)|(shared-)?[0-9a-f]{64}\.safetensors"  # a store's shards, conditionings
-    r"|report\.html|study\.md|README\.md|winner(-\d+)?\.mp4|((vae|transformer)-)?(log\.jsonl|config\.json)"
+    r"|report\.html|study\.md|README\.md|winner(-\d+)?\.(mp4|png|wav)|((vae|transformer)-)?(log\.jsonl|config\.json)"
     r"|(model|state|scores|(latents|trajectory|step)-\d+|\d{5}|diffusion_pytorch_model)\.safetensors"
     r"|[0-9a-f]{32}(\.npy|\.\d+\.partial)"  # decoded frames
     r"|events\.out\.tfevents\.[\w.-]+|hparams\.yml"  # of TensorBoard

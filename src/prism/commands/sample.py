@@ -52,8 +52,8 @@ class Call:
 class Sample:
     """Sample one good video: N seeds in, losers dropped early, one decoded.
 
-    Writes winner.mp4 (a sound: winner.wav), metrics.json, config.json and the report. Under torchrun or accelerate
-    launch the processes share the candidates.
+    Writes winner.mp4 (a picture: winner.png, a sound: winner.wav), metrics.json, config.json and the report. Under
+    torchrun or accelerate launch the processes share the candidates.
     """
 
     output: Replacing
@@ -142,7 +142,7 @@ class Loaded(NamedTuple):
 
 
 def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict[str, Any] | None:
-    """Sample and write winner.mp4, metrics.json, config.json and report.html to `out`; returns the metrics.
+    """Sample and write the winner, metrics.json, config.json and report.html to `out`; returns the metrics.
 
     loaded: models, in place of those that the config names. watch: a `prism.sampling.previews.Watch` of the run, in
     place of a bar of its progress; it gets previews where there are any.
@@ -205,7 +205,7 @@ def run(config: Sample, loaded: Loaded | None = None, watch: Any = None) -> dict
         files.write_json(folder / "metrics.json", metrics)
         rows = [
             FilmRow(
-                "winner" if pick is result.top[0] else file.removesuffix(".mp4"),
+                "winner" if pick is result.top[0] else Path(file).stem,
                 video,
                 f"seed {pick.seed}" + (f", referee {measured['overall']:.2f}" if measured else ""),
                 picked=pick is result.top[0],

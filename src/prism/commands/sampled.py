@@ -103,18 +103,25 @@ def written(
 ) -> tuple[list[str], list[np.ndarray]]:
     """Write the winners, best first: their files' names in the folder, and their frames (none of sounds).
 
-    A video with a sound has the frame rate of its call, so that the two last equally long.
+    A video of one frame is a picture, written without loss. One with a sound has the frame rate of its call, so that
+    the two last equally long.
     """
+    import numpy as np
+    from PIL import Image
+
     from prism import video as media
     from prism.backbone.sounds import sampling_rate, soundtrack, write_sound
 
     rate = sampling_rate(backbone.pipe, backbone.family)
-    ending = "wav" if rate else "mp4"
-    names = [f"winner.{ending}", *(f"winner-{rank}.{ending}" for rank in range(2, len(picks) + 1))]
     videos = [] if rate else [media.frames(pick.video) for pick in picks]
+    pictures = bool(videos) and len(videos[0]) == 1
+    ending = "wav" if rate else "png" if pictures else "mp4"
+    names = [f"winner.{ending}", *(f"winner-{rank}.{ending}" for rank in range(2, len(picks) + 1))]
     for row, (name, pick) in enumerate(zip(names, picks)):
         if rate:
             write_sound(folder / name, pick.video, rate)
+        elif pictures:
+            Image.fromarray((videos[row][0] * 255).round().astype(np.uint8)).save(folder / name)
         else:
             sound = soundtrack(backbone.pipe, backbone.family, pick.output)
             own = None if sound is None else call.get("frame_rate", backbone.default("frame_rate"))

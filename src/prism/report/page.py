@@ -225,8 +225,10 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
 
 
 def _embedded(strip: FilmStrip) -> dict[str, Any]:
+    """A strip for the template. Videos of one frame are pictures: they need no player, and no strip beside it."""
     rows = []
-    for row in strip.rows:
+    still = bool(strip.clips) and all(len(row.frames) == 1 for row in strip.clips)
+    for row in () if still else strip.rows:
         picture = film(row.frames)
         data = base64.b64encode(png(picture)).decode("ascii")
         size = {"width": picture.shape[1], "height": picture.shape[0], "pixelated": np.shape(row.frames)[1] <= 96}
@@ -236,12 +238,12 @@ def _embedded(strip: FilmStrip) -> dict[str, Any]:
     clips = []
     for row in strip.clips:
         height, width = np.shape(row.frames)[1:3]
-        data = base64.b64encode(clip(row.frames, strip.fps)).decode("ascii")
         size = {"width": width, "height": height, "pixelated": height <= 96}
-        first = base64.b64encode(png(film(row.frames[:1]))).decode("ascii")
-        shown = {"uri": f"data:video/mp4;base64,{data}", "poster": f"data:image/png;base64,{first}"}
+        shown = {"poster": f"data:image/png;base64,{base64.b64encode(png(film(row.frames[:1]))).decode('ascii')}"}
+        if not still:
+            shown["uri"] = f"data:video/mp4;base64,{base64.b64encode(clip(row.frames, strip.fps)).decode('ascii')}"
         clips.append({"label": row.label, "note": row.note, "picked": row.picked, **shown, **size})
-    return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips}
+    return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips, "still": still}
 
 
 def _levels(rows: Sequence[AccuracyRow]) -> dict[str, set[float]]:

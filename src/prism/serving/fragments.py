@@ -139,15 +139,20 @@ def winner(job: Job | None, shelf: Shelf) -> str:
     referee = metrics.get("referee")
     facts = [f"the best of {len(metrics['seeds'])}"] if len(metrics["seeds"]) > 1 else []
     facts += [f"referee {referee['overall']:.2f} of 1"] if referee else []
-    what = "Video" if file.suffix == ".mp4" else "Sound"
+    what = {".mp4": "Video", ".png": "Picture"}.get(file.suffix, "Sound")
     shown = shelf.file(file, f"{folder.name}{file.suffix}")
     links = [
         f'<a class="pz-button" href="{shelf.archive(folder)}" download>Download all</a>',
         f'<a class="pz-button" href="{shown}" download="{esc(folder.name)}{file.suffix}">{what}</a>',
         f'<a class="pz-button" href="{shelf.file(folder / "report.html")}" target="_blank">Report</a>',
     ]
+    played = (
+        f'<img src="{shown}" alt="The winner">'
+        if what == "Picture"
+        else f'<video src="{shown}" autoplay loop muted controls playsinline></video>'
+    )
     return (
-        f'<section class="pz-winner"><video src="{shown}" autoplay loop muted controls playsinline></video><div>'
+        f'<section class="pz-winner">{played}<div>'
         f"<h3>Seed {seed} wins</h3><p class='pz-soft'>{esc(', '.join(facts))}</p>"
         f'<p class="pz-links">{"".join(links)}</p><p class="pz-soft pz-path">{esc(folder)}</p></div></section>'
     )

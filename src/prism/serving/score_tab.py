@@ -18,7 +18,7 @@ from prism.serving.web import typed
 if TYPE_CHECKING:
     from prism.serving.page import Desk
 
-CLIPS = [".mp4", ".webm", ".m4v", ".mov", ".mkv", ".avi", ".gif", ".webp"]
+CLIPS = [".mp4", ".webm", ".m4v", ".mov", ".mkv", ".avi", ".gif", ".webp", ".png", ".jpg", ".jpeg"]
 MOST = 100  # clips at once
 EMPTY = (
     '<div class="pz-empty"><b>No clip yet.</b> Drop clips and say what they should show. Each is re-noised, judged '
