@@ -224,8 +224,9 @@ def retrained_sentence(comparison: Sequence[Mapping[str, Any]]) -> str:
             word = "better" if interval[0] > 0 else "worse" if interval[1] < 0 else "it cannot be told"
             told = f"95 % interval {wording.points_interval(interval)}: {word}"
         sentences.append(
-            f"At t = {row['t']:g} heads on the tuned backbone order {wording.points(row['difference'])} points more of "
-            f"{row['pairs']} decided test pairs rightly than heads on the original ({told})."
+            f"At t = {row['t']:g} heads on the tuned backbone order {100 * abs(row['difference']):.1f} points "
+            f"{'fewer' if row['difference'] < 0 else 'more'} of {row['pairs']} decided test pairs rightly than heads "
+            f"on the original ({told})."
         )
     return " ".join(sentences)
 

@@ -12,7 +12,7 @@ from prism.lab.bench import BASE, Bench
 from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest
-from prism.report.improve_page import retrained_sentence
+from prism.report.improve_page import cost_sentence, retrained_sentence
 from prism.rewards import improve
 from prism.rewards.measuring import JUDGE, OUTER, Outer
 from prism.rewards.settings import CONTROLS, RECIPES, ImproveConfig
@@ -46,6 +46,7 @@ def run(bench: Bench) -> Finding:
     rewards = [load_reward("referee")]
     untuned: list[dict[str, Any]] = []
     retrained: dict[str, Any] = {}
+    cost: dict[str, float] = {}
     kept: dict[str, int] = {}
     gains: list[dict[str, Any]] = []
     over: list[dict[str, Any]] = []
@@ -62,7 +63,7 @@ def run(bench: Bench) -> Finding:
             controls=CONTROLS if first else ("random",), retrain=bench.scale.train if first else None,
             head_seeds=bench.scale.seeds, reuse=None if first else out.parent / FIRST, resume=out.exists(),
         )  # fmt: skip
-        retrained = retrained or result.retrained
+        retrained, cost = retrained or result.retrained, cost or result.cost
         for row in result.rounds:
             gains += [
                 {"recipe": recipe, "picks": row["arm"], "round": row["round"], **each} for each in row["measures"]
@@ -100,8 +101,7 @@ def run(bench: Bench) -> Finding:
         f"{_gain(second['gain'], second['gain_ci95'])}. Other recipes by the referee: {others}. "
         f"{''.join(f'{each} ' for each in stops)}"
         f"With the untuned model {instead}, over a random pick of its videos, at N times the cost of "
-        "each video. The "
-        "pages in improved/ say from how many videos on tuning is cheaper. "
+        f"each video. {cost_sentence(cost)} "
         f"{retrained_sentence(retrained['comparison'])}"
     )
     tables = {"improve": gains, "improve-against-controls": over, "untuned-best-of-n": untuned,
