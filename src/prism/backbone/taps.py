@@ -57,8 +57,8 @@ def read(
     def text_tap(inner: Any, *args: Any, **kwargs: Any) -> Any:
         output = inner(*args, **kwargs)
         if not isinstance(output, Tensor) or output.ndim < 3:
-            if args and isinstance(args[0], Tensor):
-                layout.text_rows(args[0])  # refuses embeddings without an axis for tokens
+            if isinstance(given := call.arguments.get(family.text_argument), Tensor):
+                layout.text_rows(given)  # refuses embeddings without an axis for tokens
             shape = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise PrismError(
                 f"The module {family.text_embedder!r}, text_embedder of the family {family.name!r}, gives {shape}; one "
