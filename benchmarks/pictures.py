@@ -23,12 +23,14 @@ def main(out: Path) -> None:
     """Write pictures/ and pairs.csv to `out`."""
     (out / "pictures").mkdir(parents=True)
     videos, prompts = world.sample(COUNT, SEED)
-    chance, first = random.Random(SEED), dict(zip(reversed(prompts), reversed(range(COUNT))))
+    chance, seen = random.Random(SEED), set[str]()
     with open(out / "pairs.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["prompt", "chosen", "rejected"])
-        for prompt in dict.fromkeys(prompts):  # a pair a prompt
-            row = first[prompt]
+        for row, prompt in enumerate(prompts):
+            if prompt in seen:  # a pair a prompt
+                continue
+            seen.add(prompt)
             sharp = Image.fromarray((videos[row, 0].numpy() * 255).astype(np.uint8))
             blurred = np.asarray(sharp.filter(ImageFilter.GaussianBlur(chance.uniform(0.5, 2))), float)
             grain = np.random.default_rng(row).normal(0, chance.uniform(0, 25), blurred.shape)

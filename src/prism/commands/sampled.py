@@ -106,11 +106,9 @@ def written(
     A video of one frame is a picture, written without loss. One with a sound has the frame rate of its call, so that
     the two last equally long.
     """
-    import numpy as np
-    from PIL import Image
-
     from prism import video as media
     from prism.backbone.sounds import sampling_rate, soundtrack, write_sound
+    from prism.report.page import png
 
     rate = sampling_rate(backbone.pipe, backbone.family)
     videos = [] if rate else [media.frames(pick.video) for pick in picks]
@@ -121,7 +119,7 @@ def written(
         if rate:
             write_sound(folder / name, pick.video, rate)
         elif pictures:
-            Image.fromarray((videos[row][0] * 255).round().astype(np.uint8)).save(folder / name)
+            (folder / name).write_bytes(png((videos[row][0] * 255).round().astype("uint8")))
         else:
             sound = soundtrack(backbone.pipe, backbone.family, pick.output)
             own = None if sound is None else call.get("frame_rate", backbone.default("frame_rate"))

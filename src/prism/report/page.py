@@ -224,24 +224,34 @@ def _subtitle(metrics: Mapping[str, Any]) -> str:
     )
 
 
+def _inline(kind: str, data: bytes) -> str:
+    """Bytes as an address within the page; kind: their media type."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
 def _embedded(strip: FilmStrip) -> dict[str, Any]:
     """A strip for the template. Videos of one frame are pictures: they need no player, and no strip beside it."""
     rows = []
     still = bool(strip.clips) and all(len(row.frames) == 1 for row in strip.clips)
     for row in () if still else strip.rows:
         picture = film(row.frames)
-        data = base64.b64encode(png(picture)).decode("ascii")
         size = {"width": picture.shape[1], "height": picture.shape[0], "pixelated": np.shape(row.frames)[1] <= 96}
         rows.append(
-            {"label": row.label, "note": row.note, "picked": row.picked, "uri": f"data:image/png;base64,{data}", **size}
+            {
+                "label": row.label,
+                "note": row.note,
+                "picked": row.picked,
+                "uri": _inline("image/png", png(picture)),
+                **size,
+            }
         )
     clips = []
     for row in strip.clips:
         height, width = np.shape(row.frames)[1:3]
         size = {"width": width, "height": height, "pixelated": height <= 96}
-        shown = {"poster": f"data:image/png;base64,{base64.b64encode(png(film(row.frames[:1]))).decode('ascii')}"}
+        shown = {"poster": _inline("image/png", png(film(row.frames[:1])))}
         if not still:
-            shown["uri"] = f"data:video/mp4;base64,{base64.b64encode(clip(row.frames, strip.fps)).decode('ascii')}"
+            shown["uri"] = _inline("video/mp4", clip(row.frames, strip.fps))
         clips.append({"label": row.label, "note": row.note, "picked": row.picked, **shown, **size})
     return {"title": strip.title, "caption": strip.caption, "rows": rows, "clips": clips, "still": still}
 

@@ -13,7 +13,7 @@ from prism.lab.findings import Drawing, Experiment, Finding, Tables, judged
 from prism.report import wording
 from prism.report.claim_plots import Bar, forest
 from prism.report.improve_page import cost_sentence, retrained_sentence
-from prism.rewards import improve
+from prism.rewards import Improvement, improve
 from prism.rewards.measuring import JUDGE, OUTER, Outer
 from prism.rewards.settings import CONTROLS, RECIPES, ImproveConfig
 
@@ -44,9 +44,7 @@ def run(bench: Bench) -> Finding:
 
     outer = Outer("the pixel judge", by_frames, frozenset(pixel.trained_on.get("prompt_keys") or ()))
     rewards = [load_reward("referee")]
-    untuned: list[dict[str, Any]] = []
-    retrained: dict[str, Any] = {}
-    cost: dict[str, float] = {}
+    results: dict[str, Improvement] = {}
     kept: dict[str, int] = {}
     gains: list[dict[str, Any]] = []
     over: list[dict[str, Any]] = []
@@ -63,7 +61,7 @@ def run(bench: Bench) -> Finding:
             controls=CONTROLS if first else ("random",), retrain=bench.scale.train if first else None,
             head_seeds=bench.scale.seeds, reuse=None if first else out.parent / FIRST, resume=out.exists(),
         )  # fmt: skip
-        retrained, cost = retrained or result.retrained, cost or result.cost
+        results[recipe] = result
         for row in result.rounds:
             gains += [
                 {"recipe": recipe, "picks": row["arm"], "round": row["round"], **each} for each in row["measures"]
@@ -71,8 +69,7 @@ def run(bench: Bench) -> Finding:
         over += [{"recipe": recipe, **row} for row in result.against]
         kept[recipe] = result.kept or max(row["round"] for row in result.rounds)  # 0: stopped in the first round
         stops += [f"{recipe}: {result.stopped}"] if result.stopped else []
-        untuned = result.best_of_n  # the same for every recipe
-    measure = rewards[0].name
+    decided, measure = results[FIRST], rewards[0].name
 
     def last(recipe: str, name: str) -> dict[str, Any]:
         rows = [row for row in gains if (row["recipe"], row["picks"], row["measure"]) == (recipe, "judge", name)]
@@ -91,7 +88,9 @@ def run(bench: Bench) -> Finding:
         for recipe, row in ((recipe, last(recipe, measure)) for recipe in RECIPES if recipe != FIRST)
     )
     instead = ", ".join(
-        f"Best-of-{row['n']} {_gain(row['gain'], row['gain_ci95'])}" for row in untuned if row["measure"] == measure
+        f"Best-of-{row['n']} {_gain(row['gain'], row['gain_ci95'])}"
+        for row in decided.best_of_n
+        if row["measure"] == measure
     )
     chosen = ", ".join(f"{name} {value:g}" for name, value in CHOSEN[FIRST].items())
     text = (
@@ -101,11 +100,11 @@ def run(bench: Bench) -> Finding:
         f"{_gain(second['gain'], second['gain_ci95'])}. Other recipes by the referee: {others}. "
         f"{''.join(f'{each} ' for each in stops)}"
         f"With the untuned model {instead}, over a random pick of its videos, at N times the cost of "
-        f"each video. {cost_sentence(cost)} "
-        f"{retrained_sentence(retrained['comparison'])}"
+        f"each video. {cost_sentence(decided.cost)} "
+        f"{retrained_sentence(decided.retrained['comparison'])}"
     )
-    tables = {"improve": gains, "improve-against-controls": over, "untuned-best-of-n": untuned,
-              "retrained": retrained["comparison"]}  # fmt: skip
+    tables = {"improve": gains, "improve-against-controls": over, "untuned-best-of-n": decided.best_of_n,
+              "retrained": decided.retrained["comparison"]}  # fmt: skip
     return Finding(verdict, number, text, tables, len(tested), (bench.seed,))
 
 
